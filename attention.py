@@ -21,8 +21,11 @@ from transformers.masking_utils import sdpa_mask
 from batching import Segments
 
 NAME = "tree"
-# A mask of four dimensions is handed on as it is, so that no model builds one of its own over the row.
-NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions is handed on as it is, so that no model builds one of its own over the row."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def tree_attention(

@@ -73,10 +73,11 @@ class TrainingLog:
 
     def step(self, means: Means, counters: Record) -> None:
         self.waiting.append((list(means.sums), means.pack(), counters))
-        # Ranks must agree on when to reduce, and their clocks differ: rank 0's decides.
-        due = torch.tensor(float(time.monotonic() - self.last_flush > self.interval), device=self.waiting[-1][1].device)
-        if dist.is_initialized():
-            dist.broadcast(due, src=0)
+        due = time.monotonic() - self.last_flush > self.interval
+        if dist.is_initialized():  # ranks must agree on when to reduce, and their clocks differ: rank 0's decides
+            said = torch.tensor(float(due), device=self.waiting[-1][1].device)
+            dist.broadcast(said, src=0)
+            due = bool(said)
         if due:
             self.flush()
 

@@ -128,7 +128,7 @@ def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
     """
     if way.packed:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "segments": batch.segments}
-        inputs["attention_mask"] = attention.NO_MASK.to(batch.input_ids.device)
+        inputs["attention_mask"] = attention.no_mask(batch.input_ids.device)
         scored = batch.scored
     else:
         input_ids, mask, scored = unfold(batch, 0)
