@@ -77,7 +77,7 @@ def microbatches(examples: Sequence[Example], n: int) -> list[list[Example]]:
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad to the longest row of this microbatch, on the right.
 
-    >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "", frozenset(), ())
+    >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "")
     >>> collate([a], pad_token_id=9).input_ids
     tensor([[1, 2, 3, 0, 9],
             [1, 2, 4, 5, 0]])

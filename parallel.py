@@ -8,7 +8,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from utils import UserError, under_torchrun
+
+T = TypeVar("T")
 
 
 def launch(worker: Callable[..., None], arguments: tuple, n_cpu_processes: int | None, port: int | None) -> None:
@@ -75,6 +78,33 @@ def same_everywhere(value: str) -> str:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_rank0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it likes.
+
+    The others wait in a group of their own: the default group gives up after 10 minutes (NCCL), or 30 (gloo).
+    """
+    if not dist.is_initialized():
+        return make()
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, group=waiting)
+    dist.destroy_process_group(waiting)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def meet() -> None:
+    """No rank goes on before all are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def shard(model: nn.Module, block: type[nn.Module], compute_dtype: torch.dtype | None) -> None:

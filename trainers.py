@@ -45,7 +45,8 @@ class BasicTrainer:
 
     def __init__(
         self, config: DictConfig, policy: PreTrainedModel, reference: PreTrainedModel | None, loss: Loss,
-        tokenizer: PreTrainedTokenizerBase, train: list[Example], evaluation: list[Example], run_dir: Path, log: TrainingLog,
+        tokenizer: PreTrainedTokenizerBase, train: Sequence[Example], evaluation: Sequence[Example],
+        run_dir: Path, log: TrainingLog,
     ):  # fmt: skip
         self.config, self.run_dir, self.log, self.loss, self.tokenizer = config, run_dir, log, loss, tokenizer
         self.train_examples, self.eval_examples = train, evaluation

@@ -14,7 +14,7 @@ from tokenization import Example
 
 
 def example(prompt, *responses) -> Example:
-    return Example(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), "", frozenset(), ())
+    return Example(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), "")
 
 
 @needs_golden

@@ -15,7 +15,7 @@ from utils import UserError
 def batch(n=3, k=2, seed=0) -> Batch:
     rng = np.random.default_rng(seed)
     some = lambda low, high: rng.integers(3, 259, rng.integers(low, high)).astype(np.int32)
-    examples = [Example(some(2, 20), tuple(some(1, 15) for _ in range(k)), "", frozenset(), ()) for _ in range(n)]
+    examples = [Example(some(2, 20), tuple(some(1, 15) for _ in range(k)), "") for _ in range(n)]
     return collate(examples, pad_token_id=0)
 
 
