@@ -20,7 +20,7 @@ import parallel
 from batching import Schedule
 from examples import Examples, cases, concatenate, seen_before, slices, view
 from preference_datasets import dataset_names, get_dataset, made_of
-from token_store import Recipe, TokenStore, find_or_make
+from token_store import Recipe, TokenStore, find_or_make, fingerprint
 from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos
 from utils import UserError, get_local_dir, plain, rank, rank0_print
 
@@ -79,16 +79,20 @@ def token_stores(
     template = named[config.chat_template] if config.chat_template in named else Path(config.chat_template).read_text("utf-8")
     local_dir = get_local_dir(config.local_dirs)
 
-    def make(split: str, name: str) -> tuple[str, bool]:
-        path, share = config.dataset_paths.get(name), shares[split]
-        field_map = plain(config.field_map) if name not in dataset_names() else {}
-        data = get_dataset(name, split, cache_dir=str(local_dir), path=path, field_map=field_map, eval_share=share)
-        inputs = made_of(name, split, str(local_dir), path)
-        options = {"eval_share": share, "field_map": field_map, "path": path}
-        folder, kept = find_or_make(Recipe(data, split, tokenizer, rules, template, inputs, options), local_dir / "token_cache")
-        return str(folder), kept
+    def make() -> list[tuple[str, bool]]:
+        made, identity = [], fingerprint(tokenizer)
+        for split, name in wanted:
+            path, share = config.dataset_paths.get(name), shares[split]
+            field_map = plain(config.field_map) if name not in dataset_names() else {}
+            data = get_dataset(name, split, cache_dir=str(local_dir), path=path, field_map=field_map, eval_share=share)
+            inputs = made_of(name, split, str(local_dir), path)
+            options = {"eval_share": share, "field_map": field_map, "path": path}
+            recipe = Recipe(data, split, tokenizer, identity, rules, template, inputs, options)
+            folder, kept = find_or_make(recipe, local_dir / "token_cache")
+            made.append((str(folder), kept))
+        return made
 
-    made = parallel.from_rank0(lambda: [make(split, name) for split, name in wanted])
+    made = parallel.from_rank0(make)
     try:
         stores = [TokenStore(Path(folder)) for folder, _ in made]
     except ValueError as problem:

@@ -84,6 +84,7 @@ class Recipe(NamedTuple):
     data: DataSet  # not drawn yet
     split: str
     tokenizer: PreTrainedTokenizerBase
+    identity: str  # the tokenizer's fingerprint, which takes a while for a large one
     rules: TextRules
     template: str | None
     inputs: tuple[tuple, list[Path]] | None  # see preference_datasets.made_of
@@ -138,7 +139,7 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
     made_of = {
         "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,
         "bos": automatic_bos(tokenizer) if rules.add_bos else None, "eos_in_text": rules.eos_in_text,
-        "template": recipe.template or tokenizer.chat_template or HH_TEMPLATE, "tokenizer": _fingerprint(tokenizer),
+        "template": recipe.template or tokenizer.chat_template or HH_TEMPLATE, "tokenizer": recipe.identity,
         "code": _digest(*(file.read_bytes() for file in [*ours, Path(__file__), *code])),
         "libraries": [version(name) for name in ("transformers", "tokenizers")],
     }  # fmt: skip
@@ -149,7 +150,7 @@ def key(made_of: dict[str, Any]) -> str:
     return _digest(json.dumps(made_of, sort_keys=True).encode())
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the whole tokenizer, not of its name."""
     special = json.dumps([type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
     if tokenizer.is_fast:

@@ -32,7 +32,7 @@ def dataset(rows, truncation="keep_start") -> DataSet:
 def tokenize(data, tokenizer, pairs, rules, template=None):
     """The whole way: into a store on disk, and a view of it."""
     with tempfile.TemporaryDirectory() as folder:
-        path, _ = find_or_make(Recipe(data, "train", tokenizer, rules, template, None, {}), Path(folder))
+        path, _ = find_or_make(Recipe(data, "train", tokenizer, "", rules, template, None, {}), Path(folder))
         bos = automatic_bos(tokenizer) if rules.add_bos else None
         return view(TokenStore(path), pairs, rules, data.truncation, bos)
 
