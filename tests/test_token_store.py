@@ -374,16 +374,20 @@ def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
 RANKS = """
 import sys, time
 from datetime import timedelta
+from pathlib import Path
 import torch.distributed as dist, torch.multiprocessing as mp
 
 def work(rank, folder):
     import parallel
     from utils import UserError
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    Path(folder, f"ready{rank}").touch()
+    while not Path(folder, f"ready{1 - rank}").exists():  # however long the imports take
+        time.sleep(0.05)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=3))
     def make():
         with open(f"{folder}/made", "a") as file:
             file.write(f"{rank}")
-        time.sleep(4)  # longer than the group's patience
+        time.sleep(5)  # longer than the group's patience
         return ["a"]
     def fail():
         raise UserError("a bad row")
