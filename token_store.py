@@ -152,7 +152,8 @@ def key(made_of: dict[str, Any]) -> str:
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the whole tokenizer, not of its name."""
-    special = json.dumps([type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
+    kind, splits = type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", False)
+    special = json.dumps([kind, splits, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
     if tokenizer.is_fast:
         tokenizer("")  # a tokenizer.json may ask for truncation or padding, which this switches off
         return _digest(special, tokenizer.backend_tokenizer.to_str().encode())
