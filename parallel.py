@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from utils import UserError, under_torchrun
 
 T = TypeVar("T")
+SPEAKING_SECS = 30  # how long the others wait for rank 0 to say its error and end, which ends them too
 
 
 def launch(worker: Callable[..., None], arguments: tuple, n_cpu_processes: int | None, port: int | None) -> None:
@@ -97,6 +99,8 @@ def from_rank0(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(box, src=0, group=waiting)
     dist.destroy_process_group(waiting)
     if box[1] is not None:
+        if dist.get_rank() != 0:
+            time.sleep(SPEAKING_SECS)
         raise UserError(box[1])
     return box[0]
 
