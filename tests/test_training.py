@@ -192,6 +192,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(mp, train, run_train, tmp_pa
                      *FAST, *options, "trainer=FSDPTrainer", "n_cpu_processes=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done in") == 1  # rank 0 alone speaks
+    assert done.stdout.count("from the cache") == 2 and "made in" not in done.stdout  # train and test, as `one` made them
     tolerance = {"rel": 5e-5, "abs": 5e-6} if mp == "null" else {"rel": 0.05, "abs": 0.02}
     for a, b in zip(records(one), records(tmp_path / "two"), strict=True):
         for key in a.keys() - OF_THE_MACHINE:
@@ -217,6 +218,7 @@ def test_a_failure_of_one_rank_ends_the_run(run_train, tmp_path, data, tiny_mode
                      *FAST, *DPO, "do_first_eval=false", "minimum_log_interval_secs=600", f"plugins=[{tmp_path}/oom.py]",
                      "trainer=FSDPTrainer", "n_cpu_processes=2", timeout=120)  # fmt: skip
     assert done.returncode == 2 and "error: out of GPU memory" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.count("made in") == 2  # the tokens of train and test, once for both ranks
 
 
 def test_policy_pt_carries_no_evaluation_that_was_not_made(train):
