@@ -233,8 +233,8 @@ class BasicTrainer:
         update is not made with what is not finite.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        total = parallel.whole(nn.utils.get_total_norm(gradients))
-        norm = float(total)
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(parallel.whole(total))
         if norm > self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.config.max_grad_norm, total)
         return norm
