@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -62,13 +62,13 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
         raise UserError(f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its tokenizer_config.json")
-    chunks = iter(lambda: list(islice(data.rows, CHUNK)), [])
-    first = list(islice(chunks, 1))  # before the clock starts: a source may first be read for its held-out prompts
+    rows = list(islice(data.rows, CHUNK))  # before the clock starts: a source may first be read for its held-out prompts
     with tqdm(desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0) as progress:
-        for rows in chain(first, chunks):
+        while rows:
             progress.total = data.n_rows
             yield _encode(rows, tokenizer, rules, template)
             progress.update(len(rows))
+            rows = list(islice(data.rows, CHUNK))
 
 
 def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None) -> Chunk:
