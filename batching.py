@@ -10,19 +10,17 @@ which N predict a response token ("scored"); S segments.
 from __future__ import annotations
 
 import heapq
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenization import Example
+from tokenization import Example, n_tokens, trees_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +84,12 @@ class Batch(NamedTuple):
         """Tokens that a model is given: the row, or the padded rows that it is unfolded to."""
         return self.input_ids.numel() if packed else len(self.spans) * int((self.spans[:, 1] + self.spans[:, 3]).max())
 
+    def unforked(self) -> Batch:
+        """The same row under plain causal attention, where each response sees all that stands before it: wrong, on purpose."""
+        n, gather = self.input_ids.numel(), torch.arange(self.input_ids.numel(), device=self.input_ids.device)
+        ends = torch.tensor([0, n], dtype=torch.int32, device=gather.device)
+        return self._replace(segments=Segments([n], [n], gather, ends, ends, n))
+
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 
@@ -96,7 +100,7 @@ class Batch(NamedTuple):
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         tensors: dict[str, Any] = {name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         s = self.segments
-        segments = replace(s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends))
+        segments = replace(s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends), masks={})
         return self._replace(segments=segments, **tensors)
 
 
@@ -118,7 +122,9 @@ def pack(
     >>> batch.scored.tolist(), batch.targets.tolist(), batch.response.tolist()
     ([1, 2, 1, 4, 5], [3, 0, 4, 5, 0], [0, 0, 1, 1, 1])
     """
-    trees, numbers = _trees(examples)
+    trees = [tree for e in examples for tree in trees_of(e)]
+    k = len(examples[0].responses)
+    numbers = np.arange(len(examples) * k).reshape(k, -1).T.ravel()  # [R] of the responses, tree by tree
     ids = np.concatenate([x for prompt, responses in trees for x in (prompt, *responses)])  # [T]
     lengths = np.array([len(x) for prompt, responses in trees for x in (prompt, *responses)])
     starts = lengths.cumsum() - lengths
@@ -147,18 +153,9 @@ def pack(
         tensor(np.pad(positions, (0, n_padding)))[None],
         _segments(spans, leaves == root + 1, len(ids), n_padding, longest),
         tensor(scored), tensor(ids[targets].astype(np.int64)), tensor(numbers.repeat(n_scored)),
-        spans[numbers.argsort()], len(examples[0].responses), len(ids),
+        spans[numbers.argsort()], k, len(ids),
         None if reference is None else tensor(np.ascontiguousarray(reference.T).ravel()),
     )  # fmt: skip
-
-
-def _trees(examples: Sequence[Example]) -> tuple[list[tuple[np.ndarray, tuple[np.ndarray, ...]]], np.ndarray]:
-    """(prompt, responses) of each tree, and the number of each response. An example whose responses have a prompt each
-    (`prompt` is then a tuple of them) becomes that many trees."""
-    trees: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = []
-    for e in examples:
-        trees += zip(e.prompt, zip(e.responses), strict=True) if isinstance(e.prompt, tuple) else [(e.prompt, e.responses)]
-    return trees, np.arange(len(examples) * len(examples[0].responses)).reshape(-1, len(examples)).T.ravel()
 
 
 def _segments(spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: int, longest: int) -> Segments:
@@ -229,28 +226,25 @@ class Packing(NamedTuple):
     row_length: int | None = None  # a fixed length of every row, or what its trees have
 
 
-def n_tokens(example: Example) -> int:
-    return len(example.prompt) + sum(map(len, example.responses))
-
-
 def plan(examples: Sequence[Example], packing: Packing, at_least: int) -> list[list[np.ndarray]]:
     """Cut a batch into microbatches, and each into one part per rank: indices into `examples`, each index once.
 
     As few microbatches as keep every part within the budget, but `at_least` so many; all ranks have the same number. A pure
-    function of the batch, so every rank makes the same plan; a part is empty only where examples are fewer than parts.
+    function of the batch, so every rank makes the same plan; a part may be empty only in a plan of one example to a part.
     """
     n, world = len(examples), packing.world_size
     if packing.packed:
         sizes = np.array([n_tokens(e) for e in examples])
         cost, split = (lambda part: sizes[part].sum()), by_tokens
     else:
-        sizes = np.array([len(e.prompt) + max(map(len, e.responses)) for e in examples])
+        sizes = np.array([max(len(p) + len(r) for p, rs in trees_of(e) for r in rs) for e in examples])
         k = len(examples[0].responses)
         cost, split = (lambda part: k * len(part) * sizes[part].max(initial=0)), by_length
-    n_micro = max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world)))
+    most = -(-n // world)  # more would leave nothing to most parts
+    n_micro = min(most, max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world))))
     while True:
         parts = split(sizes, n_micro * world)
-        if all(cost(part) <= packing.budget or len(part) == 1 for part in parts):
+        if n_micro == most or all(cost(part) <= packing.budget or len(part) == 1 for part in parts):
             return [parts[i : i + world] for i in range(0, len(parts), world)]
         n_micro += 1
 
@@ -312,42 +306,32 @@ class Feed:
             microbatches.append(Microbatch(batch, weight, mine))
         return Step(examples, microbatches)
 
+    def ahead(self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1) -> Ahead:
+        """The steps of these batches, prepared for `device` in a thread."""
+        return Ahead((self.step(indices, at_least) for indices in batches), pin=device.type == "cuda")
+
 
 class Ahead(Iterator[Step]):
-    """The items of an iterator, made in a thread while the one before is used. `waited_secs`: how long the last was waited for.
+    """The items of an iterator, each made in a thread while the one before is used.
 
-    An error in the thread is raised here, where its item would have come.
+    `waited_secs`: how long the last was waited for. An error in the thread is raised where its item would have come.
     """
 
-    def __init__(self, items: Iterable[Step], pin: bool = False, depth: int = 2):
-        self.waited_secs = 0.0
-        self.queue: queue.Queue[Callable[[], Step]] = queue.Queue(depth)
-        threading.Thread(target=self._fill, args=(iter(items), pin), daemon=True).start()
+    def __init__(self, items: Iterable[Step], pin: bool):
+        self.items, self.pin, self.waited_secs = iter(items), pin, 0.0
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = self.thread.submit(self._make)
 
-    def _fill(self, items: Iterator[Step], pin: bool) -> None:
-        while True:
-            try:
-                step = next(items)
-                if pin:
-                    step = step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches])
-                self.queue.put(partial(_same, step))
-            except BaseException as error:  # StopIteration too
-                self.queue.put(partial(_raise, error))
-                return
+    def _make(self) -> Step:
+        step = next(self.items)
+        return step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches]) if self.pin else step
 
     def __next__(self) -> Step:
         start = time.perf_counter()
-        item = self.queue.get()
+        step = self.coming.result()
         self.waited_secs = time.perf_counter() - start
-        return item()
-
-
-def _same(step: Step) -> Step:
-    return step
-
-
-def _raise(error: BaseException) -> Any:
-    raise error
+        self.coming = self.thread.submit(self._make)
+        return step
 
 
 class Schedule:

@@ -101,8 +101,9 @@ def evaluate(scorer: Scorer, feed: Feed, batch_size: int) -> Record:
     was_training = scorer.policy.training
     scorer.policy.eval()
     means, n = Means(), len(feed.examples)
-    for start in tqdm(range(0, n, batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet()):
-        for batch, weight, _ in feed.step(np.arange(start, min(start + batch_size, n))).microbatches:
+    steps = feed.ahead((np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)), scorer.device)
+    for step in tqdm(steps, total=-(-n // batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet()):
+        for batch, weight, _ in step.microbatches:
             scored = scorer(batch)
             means.add(scored.metrics, weight, scored.counts)
     scorer.policy.train(was_training)

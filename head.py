@@ -14,6 +14,11 @@ CHUNK_BYTES = 1 << 26  # computed at one time; 64 MB was fastest of 16, 64 and 1
 KEPT_BYTES = 1 << 28  # softmax kept for the backward pass, which is otherwise computed again: a third more work in the head
 
 
+def held_bytes(device: torch.device) -> int:
+    """The most that linear_logps holds beside its inputs and gradients."""
+    return (8 if device.type == "cuda" else 1) * (KEPT_BYTES + CHUNK_BYTES)
+
+
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """log softmax(logits)[target], in float32 at least.  [N, V], [N] -> [N], nats"""
     return -F.cross_entropy(_wide(logits), targets.to(logits.device), reduction="none")
@@ -76,7 +81,7 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         logits = logits if bias is None else logits.add_(bias)
     else:
-        logits = _wide(F.linear(hidden, weight, bias))
+        logits = _wide(F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)))
     return torch.log_softmax(logits, 1, out=logits)  # in place: a second tensor of this size costs as much time as the softmax
 
 

@@ -124,6 +124,19 @@ def shard(model: nn.Module, block: type[nn.Module], compute_dtype: torch.dtype |
     fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def highest(value: float) -> float:
+    """The highest of all ranks' values."""
+    if not dist.is_initialized():
+        return value
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return max(values)
+
+
 def total(tensor: Tensor) -> Tensor:
     """The sum over all ranks."""
     if dist.is_initialized():

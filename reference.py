@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from tokenization import Example
+from tokenization import Example, trees_of
 from utils import UserError
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of every parameter's and buffer's name, type, shape and bytes; 1 to 2 GB/s per core."""
+    """Of the name, type, shape and bytes of all that is in the state dict; 1 to 2 GB/s per core."""
 
     def one(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
@@ -42,12 +43,13 @@ def response_digests(examples: Iterable[Example]) -> np.ndarray:
     """[n, k] uint64: of the ids of each prompt with each of its responses."""
     digests, k = [], 1
     for example in examples:
-        prompt = hashlib.blake2b(np.asarray(example.prompt, np.int32).tobytes() + b"|", digest_size=8)
         k = len(example.responses)
-        for response in example.responses:
-            whole = prompt.copy()
-            whole.update(np.asarray(response, np.int32).tobytes())
-            digests.append(whole.digest())
+        for prompt, responses in trees_of(example):
+            begun = hashlib.blake2b(np.asarray(prompt, np.int32).tobytes() + b"|", digest_size=8)
+            for response in responses:
+                whole = begun.copy()
+                whole.update(np.asarray(response, np.int32).tobytes())
+                digests.append(whole.digest())
     return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, k)
 
 
@@ -60,14 +62,18 @@ class ReferenceCache:
     def __init__(self, folder: Path, made_of: dict[str, Any]):
         self.made_of = json.dumps(made_of, sort_keys=True)
         self.path = folder / f"{hashlib.blake2b(self.made_of.encode()).hexdigest()[:24]}.safetensors"
-        self.digests, self.logps, self.problem = np.empty(0, np.uint64), np.empty(0), ""
-        if self.path.exists():
-            try:
-                self.digests, self.logps = self._read()
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
-                self.problem = f"{self.path}: not used, and written anew ({str(error).splitlines()[0]})"
+        self.problem = ""
+        self.digests, self.logps = self._read()
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.path.exists():
+            try:
+                return self._checked()
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
+                self.problem = f"{self.path}: not used, and written anew ({str(error).splitlines()[0]})"
+        return np.empty(0, np.uint64), np.empty(0)
+
+    def _checked(self) -> tuple[np.ndarray, np.ndarray]:
         with safe_open(self.path, "np") as file:
             metadata = file.metadata() or {}
             digests, logps = file.get_tensor("digests"), file.get_tensor("logps")
@@ -85,10 +91,13 @@ class ReferenceCache:
         return np.where(self.digests[at] == digests, self.logps[at], np.nan)
 
     def add(self, digests: np.ndarray, logps: np.ndarray) -> None:
-        """Take these in and write the file, whole or not at all. UserError where it can't be written."""
-        unique, first = np.unique(np.concatenate([digests.ravel(), self.digests]), return_index=True)
-        self.logps = np.concatenate([logps.ravel(), self.logps])[first]
-        self.digests = unique
+        """Take these in, and what another run has written meanwhile, and write the file, whole or not at all.
+
+        Raises UserError where it can't be written.
+        """
+        known, values = self._read()
+        self.digests, first = np.unique(np.concatenate([digests.ravel(), known]), return_index=True)
+        self.logps = np.concatenate([logps.ravel(), values])[first]
         metadata = {"made_of": self.made_of, "sum": _checksum(self.digests, self.logps)}
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -97,9 +106,11 @@ class ReferenceCache:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); set local_dirs to a place with room, or "
-                            "reference=live") from None  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise UserError(f"{self.path}: cannot be written ({str(error).splitlines()[0]}); set local_dirs to a place with "
+                            "room, or reference=live") from None  # fmt: skip
 
 
 def _checksum(digests: np.ndarray, logps: np.ndarray) -> str:

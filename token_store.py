@@ -29,7 +29,7 @@ from preference_datasets import DataSet
 from tokenization import HH_TEMPLATE, Chunk, TextRules, automatic_bos, encode
 from utils import UserError, rank0_print
 
-LAYOUT = 1  # of the files below; another number makes every store anew
+LAYOUT = 2  # of the files below; another number makes every store anew
 COLUMNS = {
     "ids": (),  # [tokens] of all texts, uint16 if the vocabulary allows, else int32
     "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
@@ -45,7 +45,8 @@ DTYPES = {"starts": "<i8", "digests": "<u8", "marks": "|u1", "rows": "<i4", "pai
 class TokenStore:
     """One split of one data set, mapped into memory: its columns by name, and what was told about it when it was made.
 
-    Raises ValueError, saying why, for a folder that isn't whole or, where `recipe` is given, was made of something else.
+    Raises ValueError, saying why, for a folder that isn't whole; and, where `recipe` is given, for one that was made of
+    something else or whose contents have changed (1 GB/s; rank 0 asks for it).
     """
 
     ids: np.ndarray
@@ -62,8 +63,11 @@ class TokenStore:
             if recipe is not None and meta["recipe"] != recipe:
                 raise ValueError("it was made of something else")
             for name, shape in COLUMNS.items():
-                dtype, n = meta["columns"][name]
-                setattr(self, name, _mapped(folder / f"{name}.bin", np.dtype(dtype), (n, *shape)))
+                dtype, n, checksum = meta["columns"][name]
+                column = _mapped(folder / f"{name}.bin", np.dtype(dtype), (n, *shape))
+                if recipe is not None and hashlib.blake2b(column.data if n else b"").hexdigest() != checksum:
+                    raise ValueError(f"{name}.bin has changed since it was written")
+                setattr(self, name, column)
             self.name, self.split, self.form, self.truncation = meta["name"], meta["split"], meta["form"], meta["truncation"]
             self.n_rows, self.skipped, self.files = meta["n_rows"], meta["skipped"], meta["files"]
         except (OSError, KeyError, TypeError) as error:
@@ -102,7 +106,7 @@ def find_or_make(recipe: Recipe, root: Path) -> tuple[Path, bool]:
     if place and place.exists():
         try:
             store = TokenStore(place, made_of)
-            rank0_print(f"{what}: {len(store.ids):,} of {store.n_rows:,} rows, from the cache {place}")
+            rank0_print(f"{what}: {len(store.ids):,}, of {store.n_rows:,} rows, from the cache {place}")
             return place, True
         except ValueError as problem:
             rank0_print(f"{what}: {place} is damaged ({problem}); they are made again")
@@ -121,7 +125,7 @@ def find_or_make(recipe: Recipe, root: Path) -> tuple[Path, bool]:
         raise
     secs = time.monotonic() - start
     kept = f"in {place}" if place else "for this run only, as what the loader reads is not known (see docs/data.md)"
-    rank0_print(f"{what}: {meta['columns']['ids'][1]:,} of {meta['n_rows']:,} rows, made in {secs:,.1f} s "
+    rank0_print(f"{what}: {meta['columns']['ids'][1]:,}, of {meta['n_rows']:,} rows, made in {secs:,.1f} s "
                 f"({meta['n_rows'] / max(secs, 1e-3):,.0f} rows/s), kept {kept}")  # fmt: skip
     return place or folder, place is not None
 
@@ -141,7 +145,7 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
         "bos": automatic_bos(tokenizer) if rules.add_bos else None, "eos_in_text": rules.eos_in_text,
         "template": recipe.template or tokenizer.chat_template or HH_TEMPLATE, "tokenizer": recipe.identity,
         "code": _digest(*(file.read_bytes() for file in [*ours, Path(__file__), *code])),
-        "libraries": [version(name) for name in ("transformers", "tokenizers")],
+        "libraries": [version(name) for name in ("transformers", "tokenizers", "datasets", "pyarrow", "selectolax")],
     }  # fmt: skip
     return json.loads(json.dumps(made_of))  # as it comes back from meta.json
 
@@ -177,7 +181,7 @@ def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict
     data = recipe.data
     small = max(recipe.tokenizer.get_vocab().values(), default=0) < 2**16
     dtypes = DTYPES | {"ids": "<u2" if small else "<i4"}
-    n = dict.fromkeys(COLUMNS, 0)
+    n, checksums = dict.fromkeys(COLUMNS, 0), {name: hashlib.blake2b() for name in COLUMNS}
     n_rows, files = 0, dict[str, int]()
     with _writing(folder):
         out: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
@@ -188,11 +192,13 @@ def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict
             with _writing(folder):
                 for name, values in columns.items():
                     array = np.asarray(values, dtypes[name]).reshape(-1, *COLUMNS[name])
+                    checksums[name].update(array.tobytes())
                     out[name].write(array.tobytes())
                     n[name] += len(array)
         meta = {
             "name": data.name, "split": recipe.split, "form": data.form, "truncation": data.truncation, "n_rows": n_rows,
-            "skipped": data.skipped, "files": list(files), "columns": {c: (dtypes[c], n[c]) for c in COLUMNS}, "recipe": made_of,
+            "skipped": data.skipped, "files": list(files), "recipe": made_of,
+            "columns": {c: (dtypes[c], n[c], checksums[c].hexdigest()) for c in COLUMNS},
         }  # fmt: skip
         with _writing(folder):
             out["meta"] = (folder / "meta.json").open("wb")

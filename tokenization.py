@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -35,7 +35,7 @@ class TextRules(NamedTuple):
 class Example(NamedTuple):
     """One unit of training, as token ids after truncation: a prompt and k responses (the SFT target; or chosen, rejected)."""
 
-    prompt: np.ndarray  # [P] int32, BOS included where there is one
+    prompt: Any  # [P] int32, BOS included where there is one; a tuple of k such arrays where each response has its own
     responses: tuple[np.ndarray, ...]  # k arrays [C_i] int32, each ending in EOS unless it was cut
     source: str  # "my.jsonl:17"
 
@@ -194,6 +194,17 @@ def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np
     return np.column_stack([prompts, np.minimum(responses, room[:, None])])
 
 
+def trees_of(example: Example) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """(prompt, its responses): one tree, or one for each response where their prompts differ."""
+    if isinstance(example.prompt, tuple):
+        return [(prompt, (response,)) for prompt, response in zip(example.prompt, example.responses, strict=True)]
+    return [(example.prompt, example.responses)]
+
+
+def n_tokens(example: Example) -> int:
+    return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in trees_of(example))
+
+
 def n_scored_tokens(examples: Iterable[Example]) -> int:
     """Response tokens that have a prediction: all of them, less the first where there is no prompt token to predict it from."""
-    return sum(len(r) - (len(e.prompt) == 0) for e in examples for r in e.responses)
+    return sum(max(len(r) - (len(p) == 0), 0) for e in examples for p, responses in trees_of(e) for r in responses)

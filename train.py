@@ -31,7 +31,7 @@ from models import describe, load_policy, load_reference, load_tokenizer
 from preparation import load_examples
 from reference import weights_digest
 from report import draw_curves
-from sizing import memory_at_hand, trained_bytes
+from sizing import memory_at_hand, trained_bytes, weights_bytes
 from utils import UserError, environment, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print
 from validation import import_plugins, validate
 
@@ -89,20 +89,21 @@ def train(config: DictConfig) -> None:
 
     run_dir = make_run_dir(config)
     log = TrainingLog(make_sinks(plain(config), run_dir), config.minimum_log_interval_secs)
-    trainer = getattr(trainers, config.trainer)(
-        config, policy, reference, weights, loss, tokenizer, train_examples, eval_examples, run_dir, log
-    )
-    del policy, reference  # the trainer's; one that was only run once is free
-    if config.n_examples and config.n_examples > trainer.schedule.n_examples:
-        rank0_print(f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {trainer.schedule.n_examples}; "
-                    "set n_epochs=null to go on")  # fmt: skip
-    rank0_print(f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.schedule.n_steps:,} steps -> {run_dir}")
-    failed = True
+    failed, budget = True, config.tokens_per_microbatch
     try:
+        trainer = getattr(trainers, config.trainer)(
+            config, policy, reference, weights, loss, tokenizer, train_examples, eval_examples, run_dir, log
+        )
+        del policy, reference  # the trainer's; one that was only run once is free
+        budget = trainer.packing.budget
+        if config.n_examples and config.n_examples > trainer.schedule.n_examples:
+            rank0_print(f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {trainer.schedule.n_examples}; "
+                        "set n_epochs=null to go on")  # fmt: skip
+        rank0_print(f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.schedule.n_steps:,} steps -> {run_dir}")
         trainer.train()
         failed = False
     except torch.OutOfMemoryError:
-        raise UserError(f"out of GPU memory: set tokens_per_microbatch below {trainer.packing.budget} (the result stays the "
+        raise UserError(f"out of GPU memory: set tokens_per_microbatch below {budget or 'what is free'} (the result stays the "
                         "same), or activation_checkpointing=true or model.fsdp_policy_mp=bfloat16") from None  # fmt: skip
     finally:
         log.close(failed)
@@ -115,8 +116,9 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = (config.n_epochs or config.n_examples / n) > 1 and (config.n_examples is None or config.n_examples > n)
-    room = memory_at_hand(trainers.pick_device(config)) - trained_bytes(policy)
-    tight = sum(p.numel() * p.element_size() for p in policy.parameters()) > room / 4
+    one, world = weights_bytes(policy), parallel.world_size()
+    room = memory_at_hand(trainers.pick_device(config)) - (one + trained_bytes(policy)) / world
+    tight = one / world > room / 4
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")

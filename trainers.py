@@ -6,6 +6,7 @@ Shapes: B pairs (or SFT examples) in a microbatch; see evaluation.py and losses.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
@@ -25,14 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import checkpoints
 import parallel
 import sizing
-from batching import Ahead, Feed, Packing, Schedule, Step, n_tokens, pack
+from batching import Feed, Packing, Schedule, Step, pack
 from evaluation import Scorer, evaluate
 from generation import sample
+from head import held_bytes
 from losses import Loss
 from metrics import Means, Record, TrainingLog
 from models import Way, as_in_2023, block_class, choose_way, compile_blocks
 from reference import ReferenceCache, response_digests
-from tokenization import Example, n_scored_tokens
+from tokenization import Example, n_scored_tokens, n_tokens
 from utils import UserError, get_local_dir, peak_memory_gb, plain, quiet, rank0_print
 
 
@@ -55,28 +58,32 @@ class BasicTrainer:
         """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest of the reference's, whose
         log-probabilities are then taken from a cache; a reference that is None is the policy before its first step."""
         self.config, self.run_dir, self.log, self.loss, self.tokenizer = config, run_dir, log, loss, tokenizer
-        self.cost = sizing.cost_of(policy)
+        self.schedule = Schedule(
+            len(train), batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
+            shuffle=config.shuffle, seed=config.seed,
+        )  # fmt: skip
+        # Before a model is placed, for sharding hides its sizes and renames its classes.
+        self.cost, block = sizing.cost_of(policy), block_class(policy, config.model.block_name) if config.compile else None
         if config.activation_checkpointing is True:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = self.place(policy)
         reference = self.place(reference) if reference is not None else None
         self.device = next(self.policy.parameters()).device
         self.dtype = getattr(torch, config.model.fsdp_policy_mp or config.model.policy_dtype)  # of computation
-        self.schedule = Schedule(
-            len(train), batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
-            shuffle=config.shuffle, seed=config.seed,
-        )  # fmt: skip
-        self.optimizer = make_optimizer(config, self.policy, self.device)  # before any forward pass: FSDP leaves weights gathered
+        self.peak_flops = self.world_size * sizing.peak_flops(self.device, self.dtype)
+        # Before the first forward pass, after which FSDP leaves some weights gathered.
+        self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config, self.schedule.n_steps))
-        self.packing, way = self.layout([train[i] for i in range(min(2, len(train)))])
-        for model in (self.policy, reference) if config.compile else ():
-            compile_blocks(model, block_class(policy, config.model.block_name), config.activation_checkpointing)
+
+        self.packing, way = self.layout(train)
+        if block is not None:  # after the layout was tried, on rows of other lengths
+            for model in (self.policy, reference) if reference is not None else (self.policy,):
+                compile_blocks(model, block, config.activation_checkpointing)
         self.scorer = Scorer(self.policy, reference, loss, way, self.precision(self.device), self.device)
         self.train_feed, self.eval_feed = (Feed(examples, self.packing, self.rank) for examples in (train, evaluation))
         if weights is not None:
             self.find_reference_logps(weights)
             self.scorer = self.scorer._replace(reference=None)
-        self.peak_flops = self.world_size * sizing.peak_flops(self.device, self.dtype)
         self.n_seen = self.n_updates = 0
 
     # ------------------------------------------------------------------------------------- what other trainers change
@@ -101,27 +108,41 @@ class BasicTrainer:
 
     # ------------------------------------------------------------------------------------------------- before training
 
-    def layout(self, examples: list[Example]) -> tuple[Packing, Way]:
-        """How batches are laid out: tried on two examples, and said."""
-        config, kept = self.config, self.config.activation_checkpointing  # a share of activations, or whether to keep none
-        free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.world_size
-        budget = config.tokens_per_microbatch or sizing.default_budget(
-            self.policy.config, self.device, self.dtype, free, float(not kept) if isinstance(kept, bool) else kept,
-            needed=2 * config.max_length,
-        )  # fmt: skip
-        packing = Packing(True, parallel.same_everywhere(budget), self.world_size, self.tokenizer.pad_token_id, config.max_length)
-        batch = pack(examples, pad_token_id=packing.pad_token_id, longest=packing.longest).to(self.device)
+    def layout(self, train: Sequence[Example]) -> tuple[Packing, Way]:
+        """How batches are laid out: tried on two trees of two responses each, and said."""
+        config, a, b = self.config, train[0], train[min(1, len(train) - 1)]
+        crossed = [Example(x.prompt, (x.responses[0], y.responses[-1]), x.source) for x, y in ((a, b), (b, a))]
+        batch = pack(crossed, pad_token_id=self.tokenizer.pad_token_id, longest=2 * config.max_length).to(self.device)
         with self.precision(self.device)():
-            way, said = choose_way(self.policy, batch, 1e-3 if self.dtype.itemsize >= 4 else 0.1)
-        rank0_print(f"{said}; up to {packing.budget:,} tokens in a microbatch")
-        return packing._replace(packed=way.packed, row_length=packing.budget if config.compile and way.packed else None), way
+            way, said = choose_way(self.policy, batch, exact=self.dtype.itemsize >= 4)
+        kept = config.activation_checkpointing  # a share of activations, or whether to keep none
+        free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.world_size - held_bytes(self.device)
+        kept = float(not kept) if isinstance(kept, bool) else kept
+        budget = sizing.default_budget(self.policy.config, self.device, self.dtype, free, kept, way.plain_head)
+        budget = config.tokens_per_microbatch or max(budget, 2 * config.max_length)
+        if config.compile:  # rows have this length whatever is in them, so no longer than a step needs
+            mean = np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))])
+            parts = self.world_size * config.gradient_accumulation_steps
+            budget = min(budget, max(2 * config.max_length, math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256))
+        budget = parallel.same_everywhere(budget)
+        rank0_print(f"{said}; up to {budget:,} tokens in a microbatch")
+        return Packing(
+            way.packed, budget, self.world_size, self.tokenizer.pad_token_id, config.max_length,
+            row_length=budget if config.compile and way.packed else None,
+        ), way  # fmt: skip
 
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:
         """Give both feeds the reference's log-probabilities: from the cache, and by one pass over what is not in it."""
-        model = self.scorer.reference or self.policy
-        made_of = {"weights": weights, "weights_dtype": str(next(model.parameters()).dtype), "dtype": str(self.dtype),
-                   "layout": str(self.scorer.way), "device": self.device.type, "torch": torch.__version__}  # fmt: skip
+        model, spec = self.scorer.reference or self.policy, self.config.model
+        hf_config = {k: v for k, v in self.policy.config.to_dict().items() if k != "_name_or_path"}
+        made_of = {
+            "weights": weights, "model": json.dumps(hf_config, sort_keys=True, default=str),
+            "weights_dtype": spec.reference_dtype or spec.policy_dtype, "dtype": str(self.dtype), "layout": str(self.scorer.way),
+            "cast_by": type(self).__name__ if spec.fsdp_policy_mp else None,  # autocast and FSDP round in other places
+            "compile": self.config.compile, "device": self.device.type,
+            "libraries": [torch.__version__, transformers.__version__],
+        }  # fmt: skip
         cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
         if cache.problem:
             rank0_print(cache.problem)
@@ -129,26 +150,33 @@ class BasicTrainer:
         for feed, indices in ((self.train_feed, used), (self.eval_feed, np.arange(len(self.eval_feed.examples)))):
             digests = response_digests(feed.examples[i] for i in indices.tolist()) if self.rank == 0 else np.empty(0, np.uint64)
             known = parallel.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
-            new = np.isnan(known).any(1)
-            if new.any():
-                known[new] = self.reference_pass(model, feed, indices[new])
-                parallel.from_rank0(partial(cache.add, digests[new] if self.rank == 0 else digests, known[new]))
-            rank0_print(f"reference: {len(known) - new.sum():,} of {len(known):,} examples in {cache.path}"
-                        + (f", {new.sum():,} computed now" if new.any() else ""))  # fmt: skip
+            (new,) = np.isnan(known).any(1).nonzero()
+            progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
+            for start in range(0, len(new), 4096):  # what is kept when the pass is interrupted
+                some = new[start : start + 4096]
+                known[some] = self.reference_pass(model, feed, indices[some], progress)
+                parallel.from_rank0(partial(cache.add, digests[some] if self.rank == 0 else digests, known[some]))
+            progress.close()
+            rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
+                        + (f", {len(new):,} computed now" if len(new) else ""))  # fmt: skip
             feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
             feed.reference[indices] = known
 
-    def reference_pass(self, model: PreTrainedModel, feed: Feed, indices: np.ndarray) -> np.ndarray:
+    def reference_pass(self, model: PreTrainedModel, feed: Feed, indices: np.ndarray, progress: tqdm) -> np.ndarray:
         """Log-probabilities of these examples' responses, [n, k] float64. Every rank computes its part, and gets all."""
         was_training, k = model.training, len(feed.examples[0].responses)
         model.eval()
         logps = torch.zeros(len(indices), k, dtype=torch.float64, device=self.device)
-        for start in tqdm(range(0, len(indices), 256), desc="reference", unit="x256", disable=quiet()):
-            for batch, weight, where in feed.step(indices[start : start + 256]).microbatches:
-                sums = self.scorer.logps(model, batch.to(self.device)).sum
-                rows = torch.from_numpy(start + where).to(self.device)
-                logps[rows] += weight * sums.view(k, -1).T.double()
+        places, values = [np.empty(0, np.int64)], [logps[:0]]
+        starts = range(0, len(indices), 256)
+        steps = feed.ahead((indices[start : start + 256] for start in starts), self.device)
+        for start, step in zip(starts, steps, strict=True):
+            for batch, weight, where in step.microbatches:
+                places.append(start + where)
+                values.append(weight * self.scorer.logps(model, batch.to(self.device)).sum.view(k, -1).T.double())
+            progress.update(len(step.examples))
         model.train(was_training)
+        logps.index_add_(0, torch.from_numpy(np.concatenate(places)).to(self.device), torch.cat(values))
         return parallel.total(logps).cpu().numpy()
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -160,8 +188,7 @@ class BasicTrainer:
         self.policy.train()
         record = self.evaluate() if config.do_first_eval else {}
         progress = tqdm(total=self.schedule.n_steps, desc=self.loss.name, unit="step", disable=quiet())
-        steps = (self.train_feed.step(indices, config.gradient_accumulation_steps) for indices in self.schedule)
-        ahead = Ahead(steps, pin=self.device.type == "cuda")
+        ahead = self.train_feed.ahead(self.schedule, self.device, config.gradient_accumulation_steps)
         self.started = time.monotonic()
         for step in ahead:
             self.step(step, ahead.waited_secs)
@@ -255,9 +282,10 @@ class BasicTrainer:
             said = f"{reward:.0e}, rounding" if reward else "0"
             rank0_print(f"step 0: policy and reference agree (rewards {said}, {self.loss.name} loss {record['loss/{}']:.4f})")
         else:
+            why = f"is model.reference_dtype={self.config.model.reference_dtype} not the policy's precision?"
+            why += "" if self.scorer.reference is not None else " Or compare with reference=live"
             rank0_print(f"step 0: policy and reference DISAGREE: mean rewards {record['rewards_{}/chosen']:.2g} and "
-                        f"{record['rewards_{}/rejected']:.2g} instead of 0; is model.reference_dtype="
-                        f"{self.config.model.reference_dtype} not the policy's precision?")  # fmt: skip
+                        f"{record['rewards_{}/rejected']:.2g} instead of 0; {why}")  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- evaluating and saving
 

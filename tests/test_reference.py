@@ -1,16 +1,20 @@
 """The cached reference: the same numbers as the live one, found again, and never used when it is not the right one."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from runs import DPO, FAST, records
-from tiny import tiny_model
+from safetensors import SafetensorError
+from tiny import tiny_model as random_model
 
 import trainers
 from reference import ReferenceCache, response_digests, weights_digest
 from tokenization import Example
+from utils import UserError
 
 
 def example(prompt, *responses):
@@ -30,7 +34,7 @@ def test_a_digest_belongs_to_the_ids_alone():
 
 
 def test_the_weights_digest_sees_every_bit():
-    model, same = tiny_model(), tiny_model()
+    model, same = random_model(), random_model()
     assert weights_digest(model) == weights_digest(same)
     with torch.no_grad():
         same.lm_head.weight[3, 3] = torch.nextafter(same.lm_head.weight[3, 3], torch.tensor(1.0))
@@ -90,6 +94,37 @@ def test_other_weights_are_another_reference(train, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "reference: 0 of 8 examples" in said and "policy and reference agree" in said
     assert len(list((tmp_path / "runs").glob("*/reference_cache/*.safetensors"))) == 2
+
+
+def test_another_config_is_another_reference(train, tiny_model, tmp_path, capsys):
+    """The same weights with other rotary frequencies, which no state dict holds."""
+    train("as_it_was", *DPO, "n_examples=8", "reference=cached")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}))
+    capsys.readouterr()
+    train("other_theta", *DPO, "n_examples=8", "reference=cached", f"model.name_or_path={other}")
+    said = capsys.readouterr().out
+    assert "reference: 0 of 8 examples" in said and "policy and reference agree" in said
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """safetensors has an error of its own for it; nothing half-written is left."""
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("reference.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left.*; set local_dirs"):
+        ReferenceCache(tmp_path, {}).add(np.arange(3, dtype=np.uint64), np.zeros(3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_that_write_keep_what_both_found(tmp_path):
+    a, b = ReferenceCache(tmp_path, {}), ReferenceCache(tmp_path, {})
+    a.add(np.array([1], np.uint64), np.array([-1.0]))
+    b.add(np.array([2], np.uint64), np.array([-2.0]))
+    assert ReferenceCache(tmp_path, {}).find(np.array([1, 2], np.uint64)).tolist() == [-1, -2]
 
 
 def test_a_reference_of_another_precision_is_cached_as_such(train, capsys):

@@ -295,7 +295,13 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def flip(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 DAMAGE = {
+    **{f"a bit of {name}": lambda folder, name=name: flip(folder / f"{name}.bin") for name in COLUMNS},
     **{f"{name} cut": lambda folder, name=name: cut(folder / f"{name}.bin") for name in COLUMNS},
     "a column gone": lambda folder: (folder / "ids.bin").unlink(),
     "meta cut": lambda folder: cut(folder / "meta.json"),

@@ -256,7 +256,7 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
             yield train(f"{loss}_{budget}", *options[loss], f"tokens_per_microbatch={budget}")
         for i, way in enumerate((ORACLE, Way(True, False), Way(False, True))):
             with monkeypatch.context() as patch:
-                patch.setattr(trainers, "choose_way", lambda *a, way=way: (way, "as told"))
+                patch.setattr(trainers, "choose_way", lambda *a, way=way, **k: (way, "as told"))
                 yield train(f"{loss}_way{i}", *options[loss], "tokens_per_microbatch=200")
         with monkeypatch.context() as patch:
             patch.setattr(Feed, "step", lambda self, indices, n=1: feed_step(self, indices[::-1].copy(), n))
@@ -282,6 +282,17 @@ def test_compiled_blocks_compute_the_same(train):
         assert x["loss/train"] == pytest.approx(y["loss/train"], rel=1e-5)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
         assert x["padding"] == 0 < y["padding"] < 1
+
+
+def test_compiled_blocks_on_two_processes(train, run_train, tmp_path, data, tiny_model):
+    options = [*DPO, "n_examples=8", "do_first_eval=false", "do_last_eval=false", "tokens_per_microbatch=512"]
+    one = train("one", *options)
+    done = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
+                     *FAST, *options, "compile=true", "trainer=FSDPTrainer", "n_cpu_processes=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for x, y in zip(records(one, "train"), records(tmp_path / "two", "train"), strict=True):
+        assert x["loss/train"] == pytest.approx(y["loss/train"], rel=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
 
 
 def test_what_a_run_says_of_its_speed(train, capsys):
