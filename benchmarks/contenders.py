@@ -1,88 +1,43 @@
-"""One contender of benchmarks/throughput.py, alone in this process: it builds its models, then takes one training step for each
-line "go" on its standard input and answers with one JSON line.
+"""One contender of benchmarks/throughput.py, alone in this process: it imports, waits for a line, builds its models and checks
+itself on a few pairs, then takes one training step for each line on its standard input and answers with one JSON line.
 
-A step is the same work for everyone, from token ids to updated weights: the batch of pairs is assembled, the policy goes forward
-and backward, the reference forward, the loss, the gradient norm is clipped, the optimizer steps. `secs` is the wall time of that, on
-a GPU between two synchronisations; models, data sets and compilation come before. Weights are drawn from a fixed seed on the
-device, another seed for the reference, so that losses differ from log 2 and a wrong reference would show.
+A step is the same work for everyone, from token ids to updated weights: the batch is assembled, the policy goes forward and
+backward, the reference forward, the loss, the gradient norm is clipped, the optimizer steps. `secs` is the wall time of that,
+on a GPU between two synchronisations; imports, models, data sets and compilation come before. Weights are drawn from a fixed
+seed on the device, another one for the reference, so that losses differ from log 2 and a wrong reference would show.
 
-Contenders:
     plumb   this repository
-    padded  the manner of the 2023 DPO code, written anew: chosen and rejected stacked, padded to the longest row of the whole batch,
-            logits everywhere, float32 log_softmax over the vocabulary; microbatches are cut from that padded batch
-    trl     trl.DPOTrainer in its own training loop, fed the same ids
+    padded  the manner of the 2023 DPO code, written anew: chosen and rejected stacked, padded to the longest row of the whole
+            batch, logits everywhere, float32 log_softmax over the vocabulary; microbatches are cut from that padded batch
+    trl     trl.DPOTrainer in its own training loop, fed the same ids (trl_contender.py)
 
-Shapes: B pairs in a microbatch, R rows, T tokens in a row, V vocabulary, d hidden size.
+Shapes: B pairs in a microbatch, k responses each, R = k * B rows, T tokens in a row, V vocabulary, d hidden size.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
-import resource
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Plumb's modules lie at the repository's root
 
+import make_tokens
 import torch
 import torch.nn.functional as F
+from make_tokens import Pair
+from settings import Pipe, Setting
 from torch import Tensor, nn
 
-import make_tokens
-from make_tokens import Pair
-
 BETA = 0.1
-
-
-@dataclass
-class Setting:
-    """What one contender is to do; travels to its process as JSON."""
-
-    contender: str  # plumb, padded, trl
-    model: dict[str, Any]  # a transformers config, model_type included
-    tokens: str  # file of make_tokens.py, or "synthetic:SCALE"
-    label: str = ""  # how tables call it
-    objective: str = "dpo"  # dpo, sft (the chosen response), reward (backbone and a score at each response's last token)
-    device: str = "cpu"
-    dtype: str = "float32"  # of all weights, gradients and optimizer moments
-    n_pairs: int = 64  # of one step, over all microbatches
-    n_steps: int = 1  # the most that will be asked for
-    n_check: int = 8  # pairs of the check before the first step
-    microbatch: int = 8  # pairs (padded, trl)
-    budget: int = 4096  # tokens of a microbatch (plumb)
-    reference: str = "live"  # "live": forward in the same step; "cached": computed before the first step
-    compile: bool = False
-    checkpointing: bool = False  # activations recomputed in the backward pass
-    by_length: bool = False  # trl: longest pairs first within each batch
-    responses_only: bool = False  # trl on a CPU: its LM head on response rows only, as it does on a GPU (a patch of ours)
-    lr: float = 1e-5
-    max_grad_norm: float = 10.0
-    trace: str = ""  # write a profiler table of the last step to this file
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
-class Pipe:
-    """The line to the parent: waits for "go", tells results. Whatever libraries print goes to standard error instead."""
-
-    def __init__(self) -> None:
-        self.out: IO[str] = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-
-    def wait(self) -> bool:
-        """True for "go", False when the parent wants no more."""
-        return sys.stdin.readline().strip() == "go"
-
-    def tell(self, **record: Any) -> None:
-        self.out.write(json.dumps(record) + "\n")
-        self.out.flush()
 
 
 # ------------------------------------------------------------------------------------------------------------- the common part
@@ -93,44 +48,37 @@ class Contender(ABC):
 
     def __init__(self, setting: Setting):
         self.setting, self.device = setting, torch.device(setting.device)
-        self.policy = self.build(seed=0)
-        self.reference = self.build(seed=1) if setting.objective == "dpo" else None
+        self.policy = build_model(setting, seed=0)
+        self.reference = build_model(setting, seed=1).eval().requires_grad_(False) if setting.objective == "dpo" else None
         self.score: nn.Linear | None = None
-        if setting.objective == "reward":
+        if setting.objective == "reward":  # no vocabulary head: it would be memory and optimizer time for nothing
+            self.policy.set_output_embeddings(nn.Identity())
             torch.manual_seed(2)
-            self.score = nn.Linear(self.policy.config.hidden_size, 1, bias=False, dtype=self.dtype, device=self.device)
-            self.policy.lm_head = nn.Identity()  # no vocabulary head: its weights would be memory and optimizer time for nothing
+            dtype = getattr(torch, setting.dtype)
+            self.score = nn.Linear(self.policy.config.hidden_size, 1, bias=False, dtype=dtype, device=self.device)
         self.optimizer = make_optimizer(self.parameters(), setting)
         self.processed = 0  # tokens, padding included, that the policy's forward passes have computed
-        if self.reference is not None:
-            self.reference.eval().requires_grad_(False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.setting.dtype)
-
-    def build(self, seed: int) -> Any:
-        return build_model(self.setting, seed)
 
     def parameters(self) -> list[nn.Parameter]:
         return [*self.policy.parameters(), *(self.score.parameters() if self.score is not None else ())]
 
     @abstractmethod
-    def parts(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
-        """The summed loss of one microbatch after the other, each ready for backward()."""
+    def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
+        """(summed loss, pairs) of one microbatch after the other, each ready for backward(). step None: all of them."""
 
-    def gradients(self, pairs: Sequence[Pair]) -> Tensor:
-        """Accumulate the gradient of the mean loss over `pairs`. -> that mean"""
+    def gradients(self, pairs: Sequence[Pair], step: int | None) -> Tensor:
+        """Accumulate the gradient of the mean loss over the timed pairs. -> that mean"""
+        n = (self.setting.n_timed or len(pairs)) if step is not None else len(pairs)
         total = torch.zeros((), device=self.device)
-        for part in self.parts(pairs):
-            loss = part / len(pairs)
+        for part, _ in self.parts(pairs, step):
+            loss = part / n
             loss.backward()
             total += loss.detach()
         return total
 
-    def step(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    def step(self, pairs: Sequence[Pair], step: int) -> tuple[Tensor, Tensor]:
         """One whole training step. -> mean loss, gradient norm before clipping"""
-        loss = self.gradients(pairs)
+        loss = self.gradients(pairs, step)
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.setting.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -138,13 +86,15 @@ class Contender(ABC):
 
     def check(self, pairs: Sequence[Pair]) -> tuple[float, float]:
         """Mean loss and gradient norm on `pairs` without an update; the warm-up as well."""
-        loss = float(self.gradients(pairs))
+        loss = float(self.gradients(pairs, None))
         norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
         self.optimizer.zero_grad()
         return loss, norm
 
-    def prepare(self, batches: Sequence[Sequence[Pair]]) -> None:
-        """What a contender computes once before training (a cached reference)."""
+    def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
+        """Go on under other settings (plumb's variants)."""
+        for name, value in changes.items():
+            setattr(self.setting, name, value)
 
 
 def build_model(setting: Setting, seed: int) -> Any:
@@ -165,63 +115,60 @@ def make_optimizer(parameters: Sequence[nn.Parameter], setting: Setting) -> torc
     return torch.optim.AdamW(parameters, lr=setting.lr, weight_decay=0.0, fused=True)
 
 
-def dpo_loss(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> Tensor:
-    """Sum of -log sigmoid(beta h), h = (chosen - rejected) of the policy less that of the reference; each [B], nats."""
-    return -F.logsigmoid(BETA * (policy[0] - policy[1] - (reference[0] - reference[1]))).sum()
+def reward_loss(scores: Tensor) -> Tensor:
+    """Sum of -log sigmoid(chosen - rejected) over pairs; scores [R], all chosen first."""
+    chosen, rejected = scores.float().chunk(2)
+    return -F.logsigmoid(chosen - rejected).sum()
 
 
 # -------------------------------------------------------------------------------------------------------- the manner of 2023
 
 
 class Padded(Contender):
-    """Everything padded to the longest row of the whole batch, all logits in float32, prompts computed once per response."""
+    """Everything padded to the longest row of the whole batch, all logits in float32, the prompt computed once per response."""
 
-    def parts(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
-        k = 1 if self.setting.objective == "sft" else 2
-        ids, mask, labels = self.pad(pairs, k)
-        for start in range(0, len(pairs), self.setting.microbatch):
-            part = slice(start, start + self.setting.microbatch)
-            yield self.loss(*(x[:, part].flatten(0, 1).to(self.device) for x in (ids, mask, labels)))
+    def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
+        setting = self.setting
+        batch = self.pad(pairs, k=1 if setting.objective == "sft" else 2)
+        for start in range(0, len(pairs), setting.microbatch) if step is None else setting.starts(step):
+            part = slice(start, start + setting.microbatch)
+            rows = [x[:, part].flatten(0, 1).to(self.device) for x in batch]
+            yield self.loss(*rows), len(batch[0][0, part])
 
     def pad(self, pairs: Sequence[Pair], k: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> ids, attention mask, labels (-100 on prompt and padding), each [k, B, T]"""
-        rows = [[(p.prompt, r) for p in pairs] for r in ()] or [[(p[0], p[1 + i]) for p in pairs] for i in range(k)]
-        width = max(len(prompt) + len(response) for side in rows for prompt, response in side)
+        width = max(len(pair.prompt) + len(response) for pair in pairs for response in pair[1 : 1 + k])
         ids = torch.zeros(k, len(pairs), width, dtype=torch.int64)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, side in enumerate(rows):
-            for j, (prompt, response) in enumerate(side):
-                start, end = len(prompt), len(prompt) + len(response)
-                ids[i, j, :start] = torch.from_numpy(prompt)
+        for j, pair in enumerate(pairs):
+            for i, response in enumerate(pair[1 : 1 + k]):
+                start, end = len(pair.prompt), len(pair.prompt) + len(response)
+                ids[i, j, :start] = torch.from_numpy(pair.prompt)
                 ids[i, j, start:end] = labels[i, j, start:end] = torch.from_numpy(response)
                 mask[i, j, :end] = 1
         return ids, mask, labels
 
     def loss(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss of one padded microbatch, each input [R, T]."""
         self.processed += ids.numel()
-        if self.setting.objective == "reward":
-            assert self.score is not None
+        if self.score is not None:
             hidden = self.policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [R, T, d]
-            last = mask.sum(1) - 1
-            scores = self.score(hidden[torch.arange(len(ids), device=ids.device), last])[:, 0].float()  # [R]
-            chosen, rejected = scores.chunk(2)
-            return -F.logsigmoid(chosen - rejected).sum()
+            return reward_loss(self.score(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])[:, 0])
         policy = self.logps(self.policy, ids, mask, labels)
         if self.reference is None:
             return -policy.sum()
         with torch.no_grad():
             reference = self.logps(self.reference, ids, mask, labels)
-        chosen, rejected = policy.chunk(2)
-        return dpo_loss((chosen, rejected), (reference.chunk(2)[0], reference.chunk(2)[1]))
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected - (ref_chosen - ref_rejected))).sum()
 
     @staticmethod
     def logps(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Sum of the response tokens' log-probabilities, from the logits of every position.  -> [R]"""
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]  # [R, T-1, V]
         targets = labels[:, 1:]
-        scored = targets != -100
         per_token = logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)  # [R, T-1]
-        return (per_token * scored).sum(1)
+        return (per_token * (targets != -100)).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- plumb
@@ -232,9 +179,22 @@ class Plumb(Contender):
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
-        self.cache: dict[int, Tensor] = {}  # id of a pair -> the reference's [2] log-probabilities
+        from losses import build_loss
 
-    def parts(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
+        knobs: dict[str, Any] = {"name": "sft", "average_over": "examples"}
+        if setting.objective == "dpo":
+            knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False}
+        self.compute = build_loss(knobs).compute
+        self.cache: dict[int, Tensor] = {}  # id of a pair's prompt array -> the reference's log-probabilities, [2]
+        if setting.compile:
+            from models import block_class
+
+            block = block_class(self.policy, None)
+            for module in [*self.policy.modules(), *(self.reference.modules() if self.reference is not None else ())]:
+                if isinstance(module, block):
+                    module.compile(backend="inductor" if self.device.type == "cuda" else "aot_eager")  # --smoke needs no compiler
+
+    def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
         from batching import collate, microbatches
         from tokenization import Example
 
@@ -244,28 +204,61 @@ class Plumb(Contender):
         for part in microbatches(examples, n):
             batch = collate(part, 0).to(self.device)
             self.processed += batch.input_ids.numel()
-            yield self.loss(batch, [id(pairs[int(e.source)]) for e in part])
+            yield self.loss(batch, [id(e.prompt) for e in part]), len(part)
 
     def loss(self, batch: Any, keys: list[int]) -> Tensor:
-        from models import response_logps
-
-        if self.setting.objective == "reward":
-            assert self.score is not None
+        """The summed loss of one microbatch."""
+        if self.score is not None:
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             hidden = self.policy.base_model(**inputs, use_cache=False).last_hidden_state
             last = batch.attention_mask.sum(1) - 1
-            chosen, rejected = self.score(hidden[torch.arange(len(last)), last])[:, 0].float().chunk(2)
-            return -F.logsigmoid(chosen - rejected).sum()
-        policy = response_logps(self.policy, batch).sum
-        if self.reference is None and not self.cache:
-            return -policy.sum()
-        if self.cache:
-            reference = torch.stack([self.cache[key] for key in keys], 1).flatten()
-        else:
-            with torch.no_grad():
-                reference = response_logps(self.reference, batch).sum
-        (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
-        return dpo_loss((chosen, rejected), (ref_chosen, ref_rejected))
+            return reward_loss(self.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0])
+        policy = self.logps(self.policy, batch)
+        if self.setting.objective == "sft":
+            return self.compute(policy).losses.sum()
+        return self.compute(self.as_pairs(policy), self.as_pairs(self.reference_logps(batch, keys))).losses.sum()
+
+    @torch.no_grad()
+    def reference_logps(self, batch: Any, keys: list[int]) -> Any:
+        if self.reference is not None:
+            return self.logps(self.reference, batch)
+        from losses import Logps
+
+        values = torch.stack([self.cache[key] for key in keys], 1).flatten()
+        return Logps(values, torch.ones_like(values))
+
+    @staticmethod
+    def logps(model: Any, batch: Any) -> Any:
+        from models import response_logps
+
+        return response_logps(model, batch)
+
+    @staticmethod
+    def as_pairs(logps: Any) -> Any:
+        from losses import Logps, Pairs
+
+        (chosen, rejected), (n_chosen, n_rejected) = logps.sum.chunk(2), logps.tokens.chunk(2)
+        return Pairs(Logps(chosen, n_chosen), Logps(rejected, n_rejected))
+
+    def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
+        super().change(changes, batches)
+        if changes.get("reference") == "cached" and self.reference is not None:
+            self.fill_cache(batches)
+
+    def fill_cache(self, batches: Sequence[Sequence[Pair]]) -> None:
+        """The reference's log-probabilities of every batch, after which the reference is dropped."""
+        from batching import collate
+        from tokenization import Example
+
+        for pairs in batches:
+            for start in range(0, len(pairs), 8):
+                part = pairs[start : start + 8]
+                batch = collate([Example(p.prompt, tuple(p[1:]), "", frozenset(), ()) for p in part], 0).to(self.device)
+                with torch.no_grad():
+                    sums = self.logps(self.reference, batch).sum.view(2, -1)
+                self.cache |= {id(p.prompt): sums[:, i] for i, p in enumerate(part)}
+        self.reference = None
+        gc.collect()
 
 
 # --------------------------------------------------------------------------------------------------------------------- serve
@@ -279,14 +272,9 @@ def batches_of(setting: Setting) -> list[list[Pair]]:
     else:
         tokens = make_tokens.load(Path(setting.tokens))
     if tokens.vocab_size > setting.model["vocab_size"]:
-        raise SystemExit(f"{setting.tokens} has ids up to {tokens.vocab_size}, the model {setting.model['vocab_size']} embeddings")
-    n = len(tokens.pairs)
-    return [[tokens.pairs[i % n] for i in range(s * setting.n_pairs, (s + 1) * setting.n_pairs)] for s in range(setting.n_steps)]
-
-
-def n_unique(pairs: Sequence[Pair], objective: str) -> int:
-    """Real tokens of a batch, each prompt once."""
-    return sum(len(p.prompt) + len(p.chosen) + (len(p.rejected) if objective != "sft" else 0) for p in pairs)
+        raise SystemExit(f"{setting.tokens} has {tokens.vocab_size} ids, the model {setting.model['vocab_size']} embeddings")
+    n, size = len(tokens.pairs), setting.n_pairs
+    return [[tokens.pairs[i % n] for i in range(step * size, (step + 1) * size)] for step in range(setting.n_steps)]
 
 
 class Clock:
@@ -308,54 +296,119 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak so far, GB (1e9 bytes): resident set of this process; on a GPU also what torch allocated and reserved."""
-    peak = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
-    if device.type == "cuda":
-        peak["peak_cuda_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        peak["peak_cuda_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-    return peak
+def resident(what: str = "VmRSS") -> float:
+    """This process's resident set, GB (1e9 bytes): now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage's ru_maxrss, which starts at the parent's peak
+        return int(re.findall(rf"{what}:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe) -> None:
-    """Check, then one step per "go" until there are no more."""
-    setting = contender.setting
-    contender.prepare(batches)
+class Memory:
+    """Peaks since the last reset, GB: resident set of this process; on a GPU also what torch allocated and reserved.
+
+    `working` is the peak less what is held anyway: what was there before the models were built (the imports), and the weights,
+    gradients and two moments of the policy and the weights of the reference.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.base = device, resident()
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peaks(self, policy: nn.Module, reference: nn.Module | None) -> dict[str, float]:
+        def size(model: nn.Module | None) -> float:
+            return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9 if model is not None else 0.0
+
+        held = 4 * size(policy) + size(reference)
+        peak = {"peak_rss_gb": resident("VmHWM")}
+        if self.device.type != "cuda":
+            return peak | {"working_gb": peak["peak_rss_gb"] - self.base - held}
+        allocated = torch.cuda.max_memory_allocated() / 1e9
+        return peak | {"peak_cuda_gb": allocated, "peak_cuda_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+                       "working_gb": allocated - held}  # fmt: skip
+
+
+def report(
+    setting: Setting, pairs: Sequence[Pair], step: int, secs: float, loss: Any, norm: Any, processed: int
+) -> dict[str, Any]:
+    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each prompt once."""
+    unique = sum(len(p.prompt) + len(p.chosen) + (len(p.rejected) if setting.objective != "sft" else 0) for p in pairs)
+    n_timed = setting.n_timed or len(pairs)
+    return {
+        "event": "step", "step": step, "secs": secs, "n_timed": n_timed, "pairs_per_sec": n_timed / secs, "loss": float(loss),
+        "grad_norm": float(norm), "unique_tokens": unique / len(pairs), "processed_tokens": processed / n_timed,
+    }  # fmt: skip
+
+
+def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: Memory) -> None:
+    """Check, then one step per order until there are no more."""
+    setting, device = contender.setting, contender.device
     loss, norm = contender.check(batches[0][: setting.n_check])
-    pipe.tell(event="check", loss=loss, grad_norm=norm, **memory(contender.device))
-    clock = Clock(contender.device)
-    for i, batch in enumerate(batches):
-        if not pipe.wait():
-            return
+    pipe.tell(event="check", loss=loss, grad_norm=norm)
+    clock = Clock(device)
+    while (order := pipe.wait()) is not None:
+        step, trace = order.pop("step"), order.pop("trace", None)
+        if order:
+            clock.start()
+            contender.change(order, batches)
+            pipe.tell(event="changed", secs=clock.read(), **order)
+            memory.reset()
+            continue
         before = contender.processed
-        clock.start()
-        step_loss, step_norm = contender.step(batch)
-        secs = clock.read()
-        tell_step(pipe, contender.device, setting, batch, i, secs, step_loss, step_norm, contender.processed - before)
+        with profiler(trace, device):
+            clock.start()
+            step_loss, step_norm = contender.step(batches[step], step)
+            secs = clock.read()
+        record = report(setting, batches[step], step, secs, step_loss, step_norm, contender.processed - before)
+        pipe.tell(**record, **memory.peaks(contender.policy, contender.reference))
 
 
-def tell_step(pipe: Pipe, device, setting: Setting, batch: Sequence[Pair], i: int, secs: float, loss, norm, processed: int) -> None:
-    pipe.tell(
-        event="step", step=i, secs=secs, pairs_per_sec=len(batch) / secs, loss=float(loss), grad_norm=float(norm),
-        unique_tokens=n_unique(batch, setting.objective), processed_tokens=processed, **memory(device),
-    )  # fmt: skip
+@contextlib.contextmanager
+def profiler(path: str | None, device: torch.device) -> Iterator[None]:
+    """Write the operators of what runs within, by their own time on the device, as a table to `path`."""
+    if path is None:
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+    Path(path).write_text(table + "\n")
 
 
 def main() -> None:
     setting, pipe = Setting(**json.loads(sys.argv[1])), Pipe()
     if setting.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    run = serve_trl if setting.contender == "trl" else serve_ours
     batches = batches_of(setting)
     try:
-        if setting.contender == "trl":
-            import trl_contender
-
-            trl_contender.serve(setting, batches, pipe)
-        else:
-            serve({"plumb": Plumb, "padded": Padded}[setting.contender](setting), batches, pipe)
+        run(setting, batches, pipe)
     except torch.OutOfMemoryError as error:
         pipe.tell(event="error", error="out of memory", detail=str(error).splitlines()[0])
         sys.exit(3)
+
+
+def serve_ours(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
+    if pipe.wait() is not None:
+        memory = Memory(torch.device(setting.device))
+        serve({"plumb": Plumb, "padded": Padded}[setting.contender](setting), batches, pipe, memory)
+
+
+def serve_trl(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
+    import trl_contender  # after torch's own settings, before the order to build
+
+    if pipe.wait() is not None:
+        trl_contender.serve(setting, batches, pipe)
 
 
 if __name__ == "__main__":

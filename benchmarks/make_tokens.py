@@ -4,8 +4,8 @@
         --tokenizer ../shared/tokenizers/gpt-neox-20b/20B_tokenizer.json.gz --out .cache/benchmarks/harmless.npz
 
 Prompt and responses are tokenized apart, EOS ends each response, and the 2023 truncation applies (--max-length,
---max-prompt-length; HH keeps the end of a long prompt). Pairs whose two texts split into different prompts are skipped, and so are
-pairs with an empty response. The order is a seeded permutation of the file's. Columns of the file, all flat int32 with
+--max-prompt-length; HH keeps the end of a long prompt). Pairs whose two texts split into different prompts are skipped, and so
+are pairs with an empty response. The order is a seeded permutation of the file's. Columns of the file, all flat int32 with
 offsets: prompt, chosen, rejected.
 """
 
@@ -119,7 +119,8 @@ def describe(tokens: Tokens) -> str:
     starts = range(0, len(rows) - len(rows) % 64, 64)
     padded = np.mean([2 * rows[s : s + 64].max() for s in starts]) if len(starts) else 2 * rows.max()
     return (f"{len(tokens.pairs):,} pairs; mean tokens: prompt {means[0]:.1f}, chosen {means[1]:.1f}, rejected {means[2]:.1f}; "
-            f"unique {unique.mean():.1f}, prompt twice {rows.sum(1).mean():.1f}, padded to the longest of 64 pairs {padded:.1f}")  # fmt: skip
+            f"unique {unique.mean():.1f}, prompt twice {rows.sum(1).mean():.1f}, "
+            f"padded to the longest of 64 pairs {padded:.1f}")  # fmt: skip
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """trl.DPOTrainer as a contender: its own training loop, fed the ids of the other contenders (see contenders.py).
 
-DPOTrainer 1.16 tokenizes in `_prepare_dataset`; what its collator then reads are the columns prompt_ids, chosen_ids and rejected_ids.
-The data set is built with these columns and `_prepare_dataset` is skipped, so that ids, EOS and truncation are ours exactly. Logging,
-saving and evaluation are off, the order is the data set's. Its time runs from the end of one optimizer step to the end of the next:
-batches fetched and collated, forward, backward, reference, clipping, step.
+DPOTrainer 1.16 tokenizes in `_prepare_dataset`; what its collator then reads are the columns prompt_ids, chosen_ids and
+rejected_ids. The data set is built with these columns and `_prepare_dataset` is skipped, so that ids, EOS and truncation are
+ours exactly. Logging, saving and evaluation are off, the order is the data set's. Its time runs from the end of one optimizer
+step to the end of the next: batches fetched and collated, forward, backward, reference, clipping, step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import datasets
 import torch
 import trl.trainer.utils
+from contenders import BETA, Clock, Memory, build_model, make_optimizer, report
+from make_tokens import Pair
+from settings import Pipe, Setting
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
-
-from contenders import BETA, Clock, Pipe, Setting, build_model, make_optimizer, memory, tell_step
-from make_tokens import Pair
 
 datasets.disable_progress_bars()
 
@@ -57,39 +57,41 @@ class Stamps(TrainerCallback):
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]], pipe: Pipe):
         self.setting, self.batches, self.pipe = setting, batches, pipe
-        self.clock = Clock(torch.device(setting.device))
+        self.clock, self.memory = Clock(torch.device(setting.device)), Memory(torch.device(setting.device))
         self.trainer: Any = None
 
     def on_train_begin(self, args, state, control, model=None, **_):
-        loss, norm = check(self.trainer, model, self.batches[0][: self.setting.n_check], self.setting.microbatch)
-        self.pipe.tell(event="check", loss=loss, grad_norm=norm, **memory(self.clock.device))
-        self.await_go(control)
+        loss, norm = check(self.trainer, model, self.setting)
+        self.pipe.tell(event="check", loss=loss, grad_norm=norm)
+        self.await_go()
 
     def on_step_end(self, args, state, control, **_):
         secs, trainer = self.clock.read(), self.trainer
         i, loss = state.global_step - 1, torch.stack(trainer.losses).mean()
-        tell_step(self.pipe, self.clock.device, self.setting, self.batches[i], i, secs, loss, trainer.norm, trainer.processed)
-        self.await_go(control)
+        record = report(self.setting, self.batches[i], i, secs, loss, trainer.norm, trainer.processed)
+        self.pipe.tell(**record, **self.memory.peaks(trainer.model, trainer.ref_model))
+        self.await_go()
 
-    def await_go(self, control) -> None:
+    def await_go(self) -> None:
         self.trainer.losses.clear()
         self.trainer.processed = 0
-        if not self.pipe.wait():
+        if self.pipe.wait() is None:
             raise SystemExit(0)
         self.clock.start()
 
 
-def check(trainer: PreTokenized, model: nn.Module, pairs: Sequence[Pair], microbatch: int) -> tuple[float, float]:
-    """Mean loss and gradient norm of `pairs` through TRL's collator, loss and backward, without an update; the warm-up as well."""
-    n = min(microbatch, len(pairs))
+def check(trainer: PreTokenized, model: nn.Module, setting: Setting) -> tuple[float, float]:
+    """Mean loss and gradient norm of the check's pairs, the data set's last, by TRL's collator and loss, without an update."""
+    data: Any = trainer.train_dataset
+    rows = [data[len(data) - setting.n_check + i] for i in range(setting.n_check)]
     total = 0.0
     model.train()
-    for start in range(0, len(pairs), n):
-        part = pairs[start : start + n]
-        inputs = trainer._prepare_inputs(trainer.data_collator([as_row(p) for p in part]))
-        loss = trainer.compute_loss(model, inputs) * (len(part) / len(pairs))
+    for start in range(0, len(rows), setting.microbatch):
+        part = rows[start : start + setting.microbatch]
+        inputs = trainer._prepare_inputs(trainer.data_collator(part))
+        loss = trainer.compute_loss(model, inputs) * (len(part) / len(rows))
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     model.zero_grad()
     return total, norm
@@ -106,17 +108,19 @@ def pad_only_tokenizer() -> PreTrainedTokenizerFast:
 
 def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
     """One trainer.train() over all batches; steps wait for "go" in the callback."""
-    if setting.n_pairs % setting.microbatch:
-        raise SystemExit(f"{setting.n_pairs} pairs are no multiple of microbatches of {setting.microbatch}")
+    n_timed = setting.n_timed or setting.n_pairs
+    if n_timed % setting.microbatch:
+        raise SystemExit(f"{n_timed} pairs are no multiple of microbatches of {setting.microbatch}")
     if setting.responses_only:  # the name that decides which rows the head sees; its kernels keep their own
         trl.trainer.utils._use_triton = lambda device: True
-    policy, reference = build_model(setting, seed=0), build_model(setting, seed=1)
-    ordered = [sorted(b, key=size, reverse=True) if setting.by_length else b for b in batches]
     stamps = Stamps(setting, batches, pipe)
+    policy, reference = build_model(setting, seed=0), build_model(setting, seed=1)
+    rows = [as_row(pair) for step, batch in enumerate(batches) for pair in timed(setting, batch, step)]
+    rows += [as_row(pair) for pair in batches[0][: setting.n_check]]  # beyond the last step: for the check alone
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder, use_cpu=setting.device == "cpu", bf16=False, beta=BETA, max_length=None,
-            per_device_train_batch_size=setting.microbatch, gradient_accumulation_steps=setting.n_pairs // setting.microbatch,
+            per_device_train_batch_size=setting.microbatch, gradient_accumulation_steps=n_timed // setting.microbatch,
             max_steps=setting.n_steps, train_sampling_strategy="sequential", gradient_checkpointing=setting.checkpointing,
             precompute_ref_log_probs=setting.reference == "cached", torch_compile=setting.compile,
             max_grad_norm=setting.max_grad_norm, learning_rate=setting.lr, lr_scheduler_type="constant",
@@ -124,12 +128,15 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
         )  # fmt: skip
         trainer = PreTokenized(
             model=policy, ref_model=reference, args=arguments, processing_class=pad_only_tokenizer(),
-            train_dataset=datasets.Dataset.from_list([as_row(p) for b in ordered for p in b]), callbacks=[stamps],
+            train_dataset=datasets.Dataset.from_list(rows), callbacks=[stamps],
             optimizers=(make_optimizer(list(policy.parameters()), setting), None),
         )  # fmt: skip
         stamps.trainer = trainer
         trainer.train()
 
 
-def size(pair: Pair) -> int:
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+def timed(setting: Setting, batch: Sequence[Pair], step: int) -> list[Pair]:
+    """The pairs of a batch that a step runs, in the order of their microbatches."""
+    if setting.by_length:
+        batch = sorted(batch, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), reverse=True)
+    return [pair for start in setting.starts(step) for pair in batch[start : start + setting.microbatch]]
