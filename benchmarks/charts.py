@@ -68,8 +68,12 @@ def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
             ratio = spread(line.ratios) if i and line.contender != "plumb" else ""
             rows.append(f"| {line.label} | {line.shape} | {len(line.pairs)} | {spread(line.pairs)} | {rate * line.unique:,.0f} | "
                         f"{line.processed / line.unique:.2f} | {line.memory:.2f} | {line.working:.2f} | {ratio} |")  # fmt: skip
+        steps = [r for r in records if r["scenario"] == scenario.name and r["event"] == "step"]
+        if steps and "peak_cuda_gb" not in steps[0]:
+            share = 100 * sum(r["cpu_secs"] for r in steps) / sum(r["secs"] for r in steps)
+            rows += ["", f"Pairs per second of CPU time, of which the contenders had {share:.0f}% of the wall time."]
         failures = [f"{r['label']}: {r['error']}." for r in records if r["scenario"] == scenario.name and r["event"] == "failed"]
-        parts.append("\n".join([f"**{scenario.title}**", "", *rows, *([""] + failures if failures else [])]))
+        parts.append("\n".join([f"**{scenario.title}**", "", *rows, *(["", *failures] if failures else [])]))
     return "\n\n".join(parts)
 
 

@@ -26,7 +26,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Plumb's modules lie at the repository's root
 
@@ -174,6 +174,13 @@ class Padded(Contender):
 # ------------------------------------------------------------------------------------------------------------------- plumb
 
 
+def example(prompt: Any, responses: Sequence[Any], source: str) -> Any:
+    from tokenization import Example
+
+    rest = (frozenset(), ()) if len(Example._fields) == 5 else ()
+    return Example(prompt, tuple(responses), source, *rest)
+
+
 class Plumb(Contender):
     """This repository's layout, heads and losses. Everything that knows its API is in this class."""
 
@@ -196,10 +203,9 @@ class Plumb(Contender):
 
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
         from batching import collate, microbatches
-        from tokenization import Example
 
         k = 1 if self.setting.objective == "sft" else 2
-        examples = [Example(p.prompt, tuple(p[1 : 1 + k]), str(i), frozenset(), ()) for i, p in enumerate(pairs)]
+        examples = [example(p.prompt, p[1 : 1 + k], str(i)) for i, p in enumerate(pairs)]
         n = max(1, sum(k * (len(p.prompt) + len(p.chosen)) for p in pairs) // self.setting.budget)
         for part in microbatches(examples, n):
             batch = collate(part, 0).to(self.device)
@@ -248,12 +254,11 @@ class Plumb(Contender):
     def fill_cache(self, batches: Sequence[Sequence[Pair]]) -> None:
         """The reference's log-probabilities of every batch, after which the reference is dropped."""
         from batching import collate
-        from tokenization import Example
 
         for pairs in batches:
             for start in range(0, len(pairs), 8):
                 part = pairs[start : start + 8]
-                batch = collate([Example(p.prompt, tuple(p[1:]), "", frozenset(), ()) for p in part], 0).to(self.device)
+                batch = collate([example(p.prompt, p[1:], "") for p in part], 0).to(self.device)
                 with torch.no_grad():
                     sums = self.logps(self.reference, batch).sum.view(2, -1)
                 self.cache |= {id(p.prompt): sums[:, i] for i, p in enumerate(part)}
@@ -277,19 +282,24 @@ def batches_of(setting: Setting) -> list[list[Pair]]:
     return [[tokens.pairs[i % n] for i in range(step * size, (step + 1) * size)] for step in range(setting.n_steps)]
 
 
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of this process, all threads
+
+
 class Clock:
-    """Wall seconds; on a GPU up to the end of all queued work."""
+    """Seconds since `start`; on a GPU up to the end of all queued work."""
 
     def __init__(self, device: torch.device):
-        self.device, self.started = device, 0.0
+        self.device, self.started = device, Seconds(0, 0)
 
     def start(self) -> None:
         self.synchronize()
-        self.started = time.perf_counter()
+        self.started = Seconds(time.perf_counter(), time.process_time())
 
-    def read(self) -> float:
+    def read(self) -> Seconds:
         self.synchronize()
-        return time.perf_counter() - self.started
+        return Seconds(time.perf_counter() - self.started.wall, time.process_time() - self.started.cpu)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -336,13 +346,17 @@ class Memory:
 
 
 def report(
-    setting: Setting, pairs: Sequence[Pair], step: int, secs: float, loss: Any, norm: Any, processed: int
+    setting: Setting, pairs: Sequence[Pair], step: int, secs: Seconds, loss: Any, norm: Any, processed: int
 ) -> dict[str, Any]:
-    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each prompt once."""
+    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each prompt once.
+
+    On a CPU the rate is per second of CPU time: the same as wall time on a quiet machine, and still meaningful on a shared one.
+    """
     unique = sum(len(p.prompt) + len(p.chosen) + (len(p.rejected) if setting.objective != "sft" else 0) for p in pairs)
     n_timed = setting.n_timed or len(pairs)
     return {
-        "event": "step", "step": step, "secs": secs, "n_timed": n_timed, "pairs_per_sec": n_timed / secs, "loss": float(loss),
+        "event": "step", "step": step, "secs": secs.wall, "cpu_secs": secs.cpu, "n_timed": n_timed,
+        "pairs_per_sec": n_timed / (secs.cpu if setting.device == "cpu" else secs.wall), "loss": float(loss),
         "grad_norm": float(norm), "unique_tokens": unique / len(pairs), "processed_tokens": processed / n_timed,
     }  # fmt: skip
 
@@ -358,7 +372,7 @@ def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: M
         if order:
             clock.start()
             contender.change(order, batches)
-            pipe.tell(event="changed", secs=clock.read(), **order)
+            pipe.tell(event="changed", secs=clock.read().wall, **order)
             memory.reset()
             continue
         before = contender.processed
