@@ -60,10 +60,7 @@ def measure(sizes: np.ndarray, n_pairs: int) -> dict[str, list[tuple[float, floa
 
 def table(results: dict[int, dict[str, list[tuple[float, float]]]]) -> str:
     """Markdown: one row per batch size and method, mean (worst) per number of ranks."""
-    rows = [
-        "| pairs per step | shared out by | " + " | ".join(f"{n} ranks" for n in RANKS) + " |",
-        "|---" * (2 + len(RANKS)) + "|",
-    ]
+    rows = [f"| pairs per step | shared out by | {' | '.join(f'{n} ranks' for n in RANKS)} |", "|---" * (2 + len(RANKS)) + "|"]
     for n_pairs, methods in results.items():
         for name, values in methods.items():
             cells = [f"{mean:.3f} ({worst:.2f})" for mean, worst in values] + [""] * (len(RANKS) - len(values))
@@ -79,12 +76,10 @@ def chart(results: dict[int, dict[str, list[tuple[float, float]]]], path: Path) 
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for methods, colour in zip(results.values(), ("#6a4c93", "#d98f2b", "#4c8a6a"), strict=False):
-        n_pairs = next(n for n, found in results.items() if found is methods)
+    for (n_pairs, methods), colour in zip(results.items(), ("#6a4c93", "#d98f2b", "#4c8a6a"), strict=False):
         for (name, values), style in zip(methods.items(), ("--", "-"), strict=True):
-            axis.plot(
-                RANKS[: len(values)], [v[0] for v in values], style, marker="o", color=colour, label=f"{n_pairs} pairs, {name}"
-            )
+            means = [mean for mean, _ in values]
+            axis.plot(RANKS[: len(means)], means, style, marker="o", color=colour, label=f"{n_pairs} pairs, {name}")
     axis.axhline(1.02, color="#999999", linewidth=1, linestyle=":")
     axis.set(xscale="log", xticks=RANKS, xticklabels=RANKS, xlabel="ranks", ylabel="tokens of the fullest rank / mean")
     axis.minorticks_off()

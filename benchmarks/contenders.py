@@ -177,7 +177,7 @@ class Padded(Contender):
 def example(prompt: Any, responses: Sequence[Any], source: str) -> Any:
     from tokenization import Example
 
-    rest = (frozenset(), ()) if len(Example._fields) == 5 else ()
+    rest: tuple = (frozenset(), ()) if len(Example._fields) == 5 else ()
     return Example(prompt, tuple(responses), source, *rest)
 
 

@@ -41,14 +41,21 @@ class Setting:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
-    def starts(self, step: int) -> range:
+    def starts(self, step: int) -> list[int]:
         """Where the timed microbatches of a step begin within its batch (padded, trl).
 
-        >>> Setting("", "padded", {}, "", microbatch=4, n_timed=16).starts(step=1)
-        range(4, 64, 16)
+        One of each `n_pairs / n_timed` neighbours, from the front and from the back by turns, so that a batch ordered by length is
+        sampled without a trend; another choice each step.
+
+        >>> Setting("", "trl", {}, "", n_pairs=16, n_timed=4, microbatch=1).starts(step=0)
+        [2, 5, 10, 13]
+        >>> Setting("", "trl", {}, "", n_pairs=16, n_timed=4, microbatch=1).starts(step=1)
+        [3, 4, 11, 12]
         """
         stride = self.n_pairs // (self.n_timed or self.n_pairs)
-        return range(step % stride * self.microbatch, self.n_pairs, stride * self.microbatch)
+        at = (step + stride // 2) % stride
+        n_groups = self.n_pairs // (stride * self.microbatch)
+        return [(i * stride + (stride - 1 - at if i % 2 else at)) * self.microbatch for i in range(n_groups)]
 
 
 class Pipe:
