@@ -115,7 +115,7 @@ def measure_load(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
-    """Pairs per CPU second from indices to microbatches of tensors, 200 batches of 64: the median of 5 rounds, and their range."""
+    """Pairs per CPU second from indices to microbatches of tensors, 200 batches of 64: the median of 5 rounds and the range."""
     examples = load(options.name, options.data, options.folder, tokenizer_from(options.tokenizer))
     rng = np.random.default_rng(0)
     rates, fetch_rates = [], []

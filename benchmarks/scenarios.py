@@ -45,10 +45,9 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     plumb, padded = setting("plumb", "plumb"), setting("2023 manner", "padded", n_timed=some(8))
     sft: dict[str, Any] = {"objective": "sft"}
     reward: dict[str, Any] = {"objective": "reward"}
-    probe = [
-        setting(f"TRL, {m} pairs{', by length' if s else ''}", "trl", microbatch=m, by_length=s, n_timed=16, n_check=m)
-        for m in (1, 2, 4, 8) for s in (False, True) if (m, s) != (1, True)
-    ]  # fmt: skip
+    probe = [setting(f"2023 manner, {m}", "padded", microbatch=m, n_timed=8, n_check=m) for m in (1, 2, 4, 8)]
+    probe += [setting(f"TRL, {m}{', by length' if s else ''}", "trl", microbatch=m, by_length=s, n_timed=16, n_check=m)
+              for m in (1, 2, 4, 8) for s in (False, True) if (m, s) != (1, True)]  # fmt: skip
     return [
         Scenario("dpo", "DPO, reference in the same step", [
             plumb, padded, setting("TRL, best", "trl", n_timed=some(16), **best)], share=0.6),
@@ -61,7 +60,7 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
             setting("TRL, precomputed", "trl", n_timed=some(16), reference="cached", **best)]),
         Scenario("patched", "DPO, TRL's head on response rows only (our patch)", [plumb, setting(
             "TRL, patched", "trl", n_timed=some(16), responses_only=True, **best)]),
-        Scenario("probe", "DPO, TRL's microbatch sizes", [plumb, *probe], in_turn=True),
+        Scenario("probe", "DPO, microbatch sizes", [plumb, *probe], in_turn=True),
     ]  # fmt: skip
 
 

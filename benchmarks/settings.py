@@ -44,8 +44,8 @@ class Setting:
     def starts(self, step: int) -> list[int]:
         """Where the timed microbatches of a step begin within its batch (padded, trl).
 
-        One of each `n_pairs / n_timed` neighbours, from the front and from the back by turns, so that a batch ordered by length is
-        sampled without a trend; another choice each step.
+        One of each `n_pairs / n_timed` neighbours, counted from the front and from the back by turns, so that a batch ordered by
+        length is sampled without a trend; another choice each step.
 
         >>> Setting("", "trl", {}, "", n_pairs=16, n_timed=4, microbatch=1).starts(step=0)
         [2, 5, 10, 13]
