@@ -1,12 +1,22 @@
-"""Order and batches: which examples each step sees, how they are cut into microbatches, and how those are padded.
+"""Order and batches: which examples each step sees, how they are cut into microbatches, and how those are laid out.
 
-Shapes: B examples in a microbatch, k responses each (1 for SFT, 2 for pairs), R = k * B rows, T tokens in the longest row.
+A *tree* is a prompt followed by its k responses, positions restarting after the prompt for each; trees stand one after the other
+in a row without padding. A token sees its own tree's prompt and its own response, up to itself, and nothing else.
+
+Shapes: B examples in a microbatch, k responses each (1 for SFT, 2 for pairs), R = k * B responses; T tokens in the row, of
+which N predict a response token ("scored"); S segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import heapq
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,19 +24,329 @@ from torch import Tensor
 
 from tokenization import Example
 
-IGNORE = -100  # the label of a token that is not trained
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Who sees whom in a row: each segment's queries are consecutive tokens, its keys the tree's prompt and these tokens.
+
+    Queries `[P+C], [R]`, keys `[P+C], [P, R]`: the prompt is computed once, its keys and values are gathered once per response.
+    Not a tuple, so that what walks over a module's inputs (FSDP, checkpointing) takes it as one thing.
+    """
+
+    query_lengths: list[int]  # S numbers, together T
+    key_lengths: list[int]  # S numbers, together Tk
+    gather: Tensor  # [Tk] int64: the row's position of each key
+    query_ends: Tensor  # [S + 1] int32: 0, then where each segment's queries end
+    key_ends: Tensor  # [S + 1] int32
+    longest: int  # no segment has more keys; a constant of the run, so that nothing is compiled twice
+    masks: dict = field(default_factory=dict)
+
+    def mask(self, n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[n_queries, n_keys] to be added to scores: 0 or -inf, causal from the bottom right, `window` keys back at most.
+
+        None where plain causal attention is all that is asked. Made once per shape; all layers share it.
+
+        >>> Segments([2], [3], *[torch.empty(0)] * 3, 3).mask(2, 3, 2, torch.float32)
+        tensor([[0., 0., -inf],
+                [-inf, 0., 0.]])
+        """
+        if window is not None and n_keys <= window:
+            window = None
+        if n_queries == n_keys and window is None:
+            return None
+        shape = (n_queries, n_keys, window, dtype)
+        if shape not in self.masks:
+            seen = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+            if window is not None:
+                seen = seen.triu(n_keys - n_queries - window + 1)
+            self.masks[shape] = torch.zeros(n_queries, n_keys, dtype=dtype).masked_fill(~seen, float("-inf"))
+        return self.masks[shape]
 
 
 class Batch(NamedTuple):
-    """A padded microbatch: the B first responses, then the B second ones, each after its prompt."""
+    """A microbatch: B trees in one row. Responses are numbered with all first ones before all second ones."""
 
-    input_ids: Tensor  # [R, T] int64, padded on the right
-    attention_mask: Tensor  # [R, T] int64, 0 on padding
-    labels: Tensor  # [R, T] int64, IGNORE except on response tokens
+    input_ids: Tensor  # [1, T] int64
+    position_ids: Tensor  # [1, T] int64
+    segments: Segments
+    scored: Tensor  # [N] int64: the row's positions that predict a response token (the prompt's last stands k times)
+    targets: Tensor  # [N] int64: the token each predicts
+    response: Tensor  # [N] int64: the response it belongs to, 0 .. R - 1
+    spans: np.ndarray  # [R, 4] on the CPU: where the prompt begins in the row, its length, and the same of the response
     k: int
+    n_tokens: int  # T less the padding at the end of the row
+    reference: Tensor | None = None  # [R] float64 log-probabilities of the reference, where they were computed before
 
-    def to(self, device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.k)
+    @property
+    def n_scored(self) -> int:
+        return len(self.targets)
+
+    def n_processed(self, packed: bool) -> int:
+        """Tokens that a model is given: the row, or the padded rows that it is unfolded to."""
+        return self.input_ids.numel() if packed else len(self.spans) * int((self.spans[:, 1] + self.spans[:, 3]).max())
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU need not be waited for."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        s = self.segments
+        segments = replace(s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends))
+        return self._replace(segments=segments, **tensors)
+
+
+def pack(
+    examples: Sequence[Example], *, pad_token_id: int, longest: int, row_length: int | None = None,
+    reference: np.ndarray | None = None,
+) -> Batch:  # fmt: skip
+    """Lay B examples out as trees in one row. `reference` [B, k]: their reference log-probabilities, if known.
+
+    `row_length` pads the row to a fixed length (for compiled models), in segments of their own: a kernel leaves what lies outside
+    all segments uninitialised. `longest`: the most keys a segment can have (max_length).
+
+    >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "")
+    >>> batch = pack([a], pad_token_id=9, longest=8)
+    >>> batch.input_ids, batch.position_ids
+    (tensor([[1, 2, 3, 0, 4, 5, 0]]), tensor([[0, 1, 2, 3, 2, 3, 4]]))
+    >>> batch.segments.query_lengths, batch.segments.key_lengths, batch.segments.gather.tolist()
+    ([4, 3], [4, 5], [0, 1, 2, 3, 0, 1, 4, 5, 6])
+    >>> batch.scored.tolist(), batch.targets.tolist(), batch.response.tolist()
+    ([1, 2, 1, 4, 5], [3, 0, 4, 5, 0], [0, 0, 1, 1, 1])
+    """
+    trees, numbers = _trees(examples)
+    ids = np.concatenate([x for prompt, responses in trees for x in (prompt, *responses)])  # [T]
+    lengths = np.array([len(x) for prompt, responses in trees for x in (prompt, *responses)])
+    starts = lengths.cumsum() - lengths
+    k_of = np.array([len(responses) for _, responses in trees])
+    roots = (k_of + 1).cumsum() - k_of - 1  # where each tree's prompt stands in `lengths`
+    leaves = np.delete(np.arange(len(lengths)), roots)  # and where each response does
+    root = roots.repeat(k_of)  # [R], of its tree
+    spans = np.stack([starts[root], lengths[root], starts[leaves], lengths[leaves]], 1)  # [R, 4], tree by tree
+
+    offset = np.zeros_like(lengths)  # positions run on from the prompt's end in every response
+    offset[leaves] = spans[:, 1]
+    positions = _ranges(offset, lengths)
+
+    # A response's first token is predicted by the prompt's last, if there is one, and every other by the one before it.
+    skipped = (spans[:, 1] == 0).astype(np.int64)
+    n_scored = np.maximum(spans[:, 3] - skipped, 0)
+    targets = _ranges(spans[:, 2] + skipped, n_scored)  # where in the row they stand
+    scored = targets - 1
+    firsts = (n_scored.cumsum() - n_scored)[(n_scored > 0) & (skipped == 0)]
+    scored[firsts] = (spans[:, 0] + spans[:, 1] - 1)[(n_scored > 0) & (skipped == 0)]
+
+    n_padding = max(0, (row_length or 0) - len(ids))
+    tensor = torch.from_numpy
+    return Batch(
+        tensor(np.pad(ids, (0, n_padding), constant_values=pad_token_id).astype(np.int64))[None],
+        tensor(np.pad(positions, (0, n_padding)))[None],
+        _segments(spans, leaves == root + 1, len(ids), n_padding, longest),
+        tensor(scored), tensor(ids[targets].astype(np.int64)), tensor(numbers.repeat(n_scored)),
+        spans[numbers.argsort()], len(examples[0].responses), len(ids),
+        None if reference is None else tensor(np.ascontiguousarray(reference.T).ravel()),
+    )  # fmt: skip
+
+
+def _trees(examples: Sequence[Example]) -> tuple[list[tuple[np.ndarray, tuple[np.ndarray, ...]]], np.ndarray]:
+    """(prompt, responses) of each tree, and the number of each response. An example whose responses have a prompt each
+    (`prompt` is then a tuple of them) becomes that many trees."""
+    trees: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = []
+    for e in examples:
+        trees += zip(e.prompt, zip(e.responses), strict=True) if isinstance(e.prompt, tuple) else [(e.prompt, e.responses)]
+    return trees, np.arange(len(examples) * len(examples[0].responses)).reshape(-1, len(examples)).T.ravel()
+
+
+def _segments(spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: int, longest: int) -> Segments:
+    """spans [R, 4], tree by tree -> the row's segments; `first` [R]: is it its tree's first response?"""
+    pieces = spans.copy()  # prompt's start and length, own start and length; a tree's first segment owns the prompt
+    pieces[first, 2:] = np.stack([spans[first, 0], spans[first, 1] + spans[first, 3]], 1)
+    pieces[first, 1] = 0
+    pieces = pieces[pieces[:, 3] > 0]  # no segment without a query
+    padding = np.diff(np.append(np.arange(0, n_padding, longest), n_padding))  # cut, so that `longest` holds
+    queries = np.concatenate([pieces[:, 3], padding])
+    keys = np.concatenate([pieces[:, 1] + pieces[:, 3], padding])
+    gather = _ranges(pieces[:, [0, 2]].ravel(), pieces[:, [1, 3]].ravel())
+    gather = np.concatenate([gather, np.arange(n_tokens, n_tokens + n_padding)])
+    ends = lambda lengths: torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+    return Segments(queries.tolist(), keys.tolist(), torch.from_numpy(gather), ends(queries), ends(keys), longest)
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of all ranges one after the other.
+
+    >>> _ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    shift = starts - (lengths.cumsum() - lengths)
+    return np.arange(lengths.sum()) + shift.repeat(lengths)
+
+
+class Padded(NamedTuple):
+    """The same responses one to a row, each after its prompt, padded on the right."""
+
+    input_ids: Tensor  # [R, W] int64
+    attention_mask: Tensor  # [R, W] int64, 0 on padding
+    scored: Tensor  # [N] int64: positions in the R * W tokens, in the order of the Batch's
+
+
+def unfold(batch: Batch, pad_token_id: int) -> Padded:
+    """For models that trees are not for, and as the oracle of the tests.
+
+    >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "")
+    >>> padded = unfold(pack([a], pad_token_id=9, longest=8), 9)
+    >>> padded.input_ids, padded.scored.tolist()
+    (tensor([[1, 2, 3, 0, 9],
+            [1, 2, 4, 5, 0]]), [1, 2, 6, 7, 8])
+    """
+    device, n = batch.input_ids.device, batch.spans[:, 1] + batch.spans[:, 3]  # [R] lengths of the rows
+    width = int(n.max())
+    source = _ranges(batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel())  # each token's place in the packed row
+    where = torch.from_numpy(_ranges(np.arange(len(n)) * width, n)).to(device)  # and in the padded ones
+    input_ids = torch.full((len(n) * width,), pad_token_id, device=device)
+    input_ids[where] = batch.input_ids[0, torch.from_numpy(source).to(device)]
+    mask = torch.zeros_like(input_ids).index_fill(0, where, 1)
+    response = batch.response.cpu().numpy()
+    _, first, of = np.unique(response, return_index=True, return_inverse=True)
+    start = np.arange(len(n)) * width + np.maximum(batch.spans[:, 1] - 1, 0)
+    scored = torch.from_numpy(start[response] + np.arange(len(response)) - first[of]).to(device)
+    shape = (len(n), width)
+    return Padded(input_ids.view(shape), mask.view(shape), scored)
+
+
+class Packing(NamedTuple):
+    """How batches are cut and laid out: the same for all steps of a run."""
+
+    packed: bool  # trees in a row; False: the model is given padded rows, so examples of like lengths go together
+    budget: int  # tokens in a microbatch, more only where one example has more
+    world_size: int
+    pad_token_id: int
+    longest: int  # max_length
+    row_length: int | None = None  # a fixed length of every row, or what its trees have
+
+
+def n_tokens(example: Example) -> int:
+    return len(example.prompt) + sum(map(len, example.responses))
+
+
+def plan(examples: Sequence[Example], packing: Packing, at_least: int) -> list[list[np.ndarray]]:
+    """Cut a batch into microbatches, and each into one part per rank: indices into `examples`, each index once.
+
+    As few microbatches as keep every part within the budget, but `at_least` so many; all ranks have the same number. A pure
+    function of the batch, so every rank makes the same plan; a part is empty only where examples are fewer than parts.
+    """
+    n, world = len(examples), packing.world_size
+    if packing.packed:
+        sizes = np.array([n_tokens(e) for e in examples])
+        cost, split = (lambda part: sizes[part].sum()), by_tokens
+    else:
+        sizes = np.array([len(e.prompt) + max(map(len, e.responses)) for e in examples])
+        k = len(examples[0].responses)
+        cost, split = (lambda part: k * len(part) * sizes[part].max(initial=0)), by_length
+    n_micro = max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world)))
+    while True:
+        parts = split(sizes, n_micro * world)
+        if all(cost(part) <= packing.budget or len(part) == 1 for part in parts):
+            return [parts[i : i + world] for i in range(0, len(parts), world)]
+        n_micro += 1
+
+
+def by_tokens(sizes: np.ndarray, n_parts: int) -> list[np.ndarray]:
+    """Parts of like sums: the longest example first, each into the part with the fewest tokens so far (LPT; Graham 1969).
+
+    Fullest part first, so that the parts that run at the same time are the most alike.
+
+    >>> [p.tolist() for p in by_tokens(np.array([4, 7, 2, 5]), 2)]
+    [[1, 2], [3, 0]]
+    """
+    parts: list[list[int]] = [[] for _ in range(n_parts)]
+    loads = [(0, i) for i in range(n_parts)]
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        load, i = loads[0]
+        parts[i].append(index)
+        heapq.heapreplace(loads, (load + int(sizes[index]), i))
+    return [np.array(parts[i], np.int64) for _, i in sorted(loads, key=lambda x: (-x[0], x[1]))]
+
+
+def by_length(sizes: np.ndarray, n_parts: int) -> list[np.ndarray]:
+    """Parts of neighbours in length, the longest first, sizes differing by at most one example: little padding."""
+    return np.array_split(np.argsort(-sizes, kind="stable"), n_parts)
+
+
+class Microbatch(NamedTuple):
+    batch: Batch
+    weight: float  # 0: this rank has no part of it, and computes an example only to make the same calls as the others
+    where: np.ndarray  # [B] the examples' places in the batch
+
+
+class Step(NamedTuple):
+    """A batch, ready: its examples on all ranks, and this rank's part of each microbatch."""
+
+    examples: list[Example]
+    microbatches: list[Microbatch]
+
+
+class Feed:
+    """Turns indices into steps for one rank."""
+
+    def __init__(self, examples: Sequence[Example], packing: Packing, rank: int, reference: np.ndarray | None = None):
+        self.examples, self.packing, self.rank, self.reference = examples, packing, rank, reference
+
+    def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
+        """The batch of these examples in `at_least` microbatches, or as many more as the token budget takes."""
+        examples = [self.examples[i] for i in indices.tolist()]
+        microbatches = []
+        for parts in plan(examples, self.packing, at_least):
+            mine = parts[self.rank]
+            weight = float(len(mine) > 0)
+            mine = mine if len(mine) else np.array([0])
+            p = self.packing
+            batch = pack(
+                [examples[i] for i in mine], pad_token_id=p.pad_token_id, longest=p.longest, row_length=p.row_length,
+                reference=None if self.reference is None else self.reference[indices[mine]],
+            )  # fmt: skip
+            microbatches.append(Microbatch(batch, weight, mine))
+        return Step(examples, microbatches)
+
+
+class Ahead(Iterator[Step]):
+    """The items of an iterator, made in a thread while the one before is used. `waited_secs`: how long the last was waited for.
+
+    An error in the thread is raised here, where its item would have come.
+    """
+
+    def __init__(self, items: Iterable[Step], pin: bool = False, depth: int = 2):
+        self.waited_secs = 0.0
+        self.queue: queue.Queue[Callable[[], Step]] = queue.Queue(depth)
+        threading.Thread(target=self._fill, args=(iter(items), pin), daemon=True).start()
+
+    def _fill(self, items: Iterator[Step], pin: bool) -> None:
+        while True:
+            try:
+                step = next(items)
+                if pin:
+                    step = step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches])
+                self.queue.put(partial(_same, step))
+            except BaseException as error:  # StopIteration too
+                self.queue.put(partial(_raise, error))
+                return
+
+    def __next__(self) -> Step:
+        start = time.perf_counter()
+        item = self.queue.get()
+        self.waited_secs = time.perf_counter() - start
+        return item()
+
+
+def _same(step: Step) -> Step:
+    return step
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 class Schedule:
@@ -60,40 +380,3 @@ class Schedule:
             left -= len(order)
             for start in range(0, len(order), self.batch_size):
                 yield order[start : start + self.batch_size]
-
-
-def by_length(examples: Sequence[Example]) -> list[Example]:
-    """Longest first: neighbours then need little padding, and what does not fit in memory shows at once."""
-    return sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)), reverse=True)
-
-
-def microbatches(examples: Sequence[Example], n: int) -> list[list[Example]]:
-    """Split a batch into at most n parts of like lengths, sizes differing by at most one; nothing is lost (2023 dropped the
-    remainder, and padded every part to the longest row of the whole batch)."""
-    ordered = by_length(examples)
-    return [[ordered[i] for i in part] for part in np.array_split(np.arange(len(ordered)), min(n, len(ordered)))]
-
-
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad to the longest row of this microbatch, on the right.
-
-    >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "", frozenset(), ())
-    >>> collate([a], pad_token_id=9).input_ids
-    tensor([[1, 2, 3, 0, 9],
-            [1, 2, 4, 5, 0]])
-    >>> collate([a], pad_token_id=9).labels
-    tensor([[-100, -100,    3,    0, -100],
-            [-100, -100,    4,    5,    0]])
-    """
-    k = len(examples[0].responses)
-    rows = [(e.prompt, e.responses[i]) for i in range(k) for e in examples]
-    width = max(len(p) + len(r) for p, r in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)  # [R, T]
-    labels = torch.full((len(rows), width), IGNORE)  # [R, T]
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)  # [R, T]
-    for i, (prompt, response) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(response)
-        input_ids[i, :start] = torch.from_numpy(prompt)
-        input_ids[i, start:end] = labels[i, start:end] = torch.from_numpy(response)
-        attention_mask[i, :end] = 1
-    return Batch(input_ids, attention_mask, labels, k)

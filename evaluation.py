@@ -5,19 +5,20 @@ Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from batching import Batch, by_length, collate
+from batching import Batch, Feed
 from losses import Logps, Loss, LossOutput, Pairs
 from metrics import Means, Record
-from models import response_logps
-from tokenization import Example, n_scored_tokens
+from models import Way, response_logps
 from utils import quiet
 
 
@@ -28,31 +29,42 @@ class Scored(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """What it takes to score a batch: the two models, the loss, and the precision both models compute in."""
+    """What it takes to score a batch: the models, the loss, and how both models compute.
 
-    policy: nn.Module
-    reference: nn.Module | None
+    `reference` is None where the loss needs none, or where batches carry its log-probabilities.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
     loss: Loss
+    way: Way
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
-    pad_token_id: int
 
-    def __call__(self, examples: Sequence[Example]) -> Scored:
-        batch = collate(examples, self.pad_token_id).to(self.device)
+    def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
+        """Of a batch on the device, [R]."""
         with self.precision():
-            policy = _as_data(response_logps(self.policy, batch), batch)
-            reference = None
-            if self.reference is not None:
+            return response_logps(model, batch, self.way)
+
+    def __call__(self, batch: Batch) -> Scored:
+        batch = batch.to(self.device)
+        logps = self.logps(self.policy, batch)
+        reference = None
+        if self.loss.needs_reference:
+            if batch.reference is not None:
+                reference = Logps(batch.reference.to(logps.sum), logps.tokens)
+            elif self.reference is not None:
                 with torch.no_grad():
-                    reference = _as_data(response_logps(self.reference, batch), batch)
-        output = self.loss.compute(policy, reference)
-        counts: dict[str, float] = {"loss/{}": n_scored_tokens(examples)} if self.loss.average_over == "tokens" else {}
+                    reference = self.logps(self.reference, batch)
+        policy = _as_data(logps, batch.k)
+        output = self.loss.compute(policy, None if reference is None else _as_data(reference, batch.k))
+        counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
         return Scored(output, _metrics(output, policy), counts)
 
 
-def _as_data(logps: Logps, batch: Batch) -> Logps | Pairs:
-    """R rows -> what the loss takes: the rows themselves (k = 1), or chosen and rejected halves (k = 2)."""
-    if batch.k == 1:
+def _as_data(logps: Logps, k: int) -> Logps | Pairs:
+    """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k = 2)."""
+    if k == 1:
         return logps
     n = len(logps.sum) // 2
     return Pairs(*(Logps(logps.sum[part], logps.tokens[part]) for part in (slice(n), slice(n, None))))
@@ -81,18 +93,17 @@ def _metrics(output: LossOutput, policy: Logps | Pairs) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(scorer: Scorer, examples: Sequence[Example], batch_size: int, shares) -> Record:
+def evaluate(scorer: Scorer, feed: Feed, batch_size: int) -> Record:
     """Means of the 2023 metrics over every example, each counted once, whatever the batch size and the number of ranks.
 
-    `shares(batch) -> (this rank's examples, weight)`: see the trainers. loss/eval is per token if the loss averages over tokens.
+    loss/eval is per token if the loss averages over tokens.
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
-    means = Means()
-    ordered = by_length(examples)
-    for start in tqdm(range(0, len(ordered), batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet()):
-        mine, weight = shares(ordered[start : start + batch_size])
-        scored = scorer(mine)
-        means.add(scored.metrics, weight, scored.counts)
+    means, n = Means(), len(feed.examples)
+    for start in tqdm(range(0, n, batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet()):
+        for batch, weight, _ in feed.step(np.arange(start, min(start + batch_size, n))).microbatches:
+            scored = scorer(batch)
+            means.add(scored.metrics, weight, scored.counts)
     scorer.policy.train(was_training)
     return {name.format("eval"): value for name, value in means.reduce().items()}

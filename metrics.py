@@ -73,10 +73,11 @@ class TrainingLog:
 
     def step(self, means: Means, counters: Record) -> None:
         self.waiting.append((list(means.sums), means.pack(), counters))
-        # Ranks must agree on when to reduce, and their clocks differ: rank 0's decides.
-        due = torch.tensor(float(time.monotonic() - self.last_flush > self.interval), device=self.waiting[-1][1].device)
-        if dist.is_initialized():
-            dist.broadcast(due, src=0)
+        due = time.monotonic() - self.last_flush > self.interval
+        if dist.is_initialized():  # ranks must agree on when to reduce, and their clocks differ: rank 0's decides
+            said = torch.tensor(float(due), device=self.waiting[-1][1].device)
+            dist.broadcast(said, src=0)
+            due = bool(said)
         if due:
             self.flush()
 
@@ -127,13 +128,14 @@ class Console:
     SHOWN = {
         "loss": "loss/{}", "reward acc": "rewards_{}/accuracies", "margin": "rewards_{}/margins",
         "chosen": "rewards_{}/chosen", "rejected": "rewards_{}/rejected", "logp": "logps_{}/chosen",
-        "grad norm": "grad_norm", "ex/s": "examples_per_second",
+        "grad norm": "grad_norm", "ex/s": "examples_per_second", "tok/s": "tokens_per_second", "padding": "padding",
+        "MFU": "mfu", "GB": "peak_memory_gb", "waited": "data_wait_secs",
     }  # fmt: skip
 
     def write(self, record: Record, examples: int) -> None:
         split = "eval" if "loss/eval" in record else "train"
         shown = {label: record.get(key.format(split)) for label, key in self.SHOWN.items()}
-        line = "  ".join(f"{label} {value:.4g}" for label, value in shown.items() if value is not None)
+        line = "  ".join(f"{label} {_brief(value)}" for label, value in shown.items() if value is not None)
         left = f"  {tqdm.format_interval(record['seconds_left'])} left" if "seconds_left" in record else ""
         tqdm.write(f"{split:>5} {examples:>7,}  {line}{left}")
 
@@ -143,6 +145,10 @@ class Console:
 
     def close(self, failed: bool) -> None:
         pass
+
+
+def _brief(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 class JsonLines:

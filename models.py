@@ -10,18 +10,19 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
 import transformers
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from batching import IGNORE, Batch
+import attention
+from batching import Batch, unfold
 from checkpoints import load_policy_state
+from head import linear_logps, token_logps
 from losses import Logps
 from utils import UserError, plain, rank0_print
 
@@ -63,12 +64,15 @@ def load_policy(config: DictConfig, device_map: Any = None) -> PreTrainedModel:
         no_dropout(hf_config)
         if spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
             rank0_print(f"starting from {spec.archive}")
-            return _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive)
-        if spec.architecture:
+            model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive)
+        elif spec.architecture:
             torch.manual_seed(config.seed)
-            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map)
-    return _plain(model) if "gguf_file" in source else model
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map)
+            model = _plain(model) if "gguf_file" in source else model
+    allow_trees(model)
+    return model
 
 
 def load_reference(policy: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -104,42 +108,107 @@ def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
     raise UserError(f"model.block_name={block_name}: {type(model).__name__} has no such module; it has: {', '.join(kinds)}")
 
 
-def response_logps(model: nn.Module, batch: Batch) -> Logps:
-    """Sum of log pi(y_t | x, y_<t) over each row's response tokens.  -> Logps of [R]
+class Way(NamedTuple):
+    """How a model's log-probabilities are computed."""
 
-    The head runs on the N scored positions only, and the log-softmax in float32, so that no [R, T, V] tensor exists.
+    packed: bool  # trees in one row, or one response to a padded row
+    plain_head: bool  # log-probabilities straight from the head's weight, in chunks, or through the model's own head
+
+    def __str__(self) -> str:
+        return f"{'packed trees' if self.packed else 'padded rows'}, {'head in chunks' if self.plain_head else 'own head'}"
+
+
+ORACLE = Way(packed=False, plain_head=False)
+
+
+def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
+    """Sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]
+
+    The head runs on the N scored positions only, so that no [T, V] tensor exists.
     """
-    targets = batch.labels[:, 1:]  # [R, T-1]; position t predicts token t + 1
-    scored = targets != IGNORE  # [R, T-1]
-    with head_on(model, F.pad(scored, (0, 1))):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits  # [1, N, V]
-    logps = token_logps(logits[0], targets[scored])  # [N]
-    row = scored.nonzero()[:, 0].to(logps.device)  # [N]
-    total = torch.zeros(len(targets), device=logps.device).index_add(0, row, logps)  # [R]
-    return Logps(total, scored.sum(1).to(logps.device))
-
-
-def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target], in float32.  [N, V], [N] -> [N], nats"""
-    return -F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+    if way.packed:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "segments": batch.segments}
+        inputs["attention_mask"] = attention.no_mask(batch.input_ids.device)
+        scored = batch.scored
+    else:
+        input_ids, mask, scored = unfold(batch, 0)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+    with head_on(model, scored, batch.targets if way.plain_head else None):
+        output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
+    logps = output[0, :, 0] if way.plain_head else token_logps(output[0], batch.targets)  # [N]
+    response = batch.response.to(logps.device)
+    total, count = (torch.zeros(len(batch.spans), device=logps.device, dtype=x) for x in (logps.dtype, torch.int64))
+    return Logps(total.index_add(0, response, logps), count.index_add(0, response, torch.ones_like(response)))
 
 
 @contextmanager
-def head_on(model: Any, positions: Tensor) -> Iterator[None]:
-    """Within, the LM head of `model` sees only the hidden states at `positions` ([R, T] bool): logits come out as [1, N, V].
+def head_on(model: Any, positions: Tensor, targets: Tensor | None) -> Iterator[None]:
+    """Within, the LM head of `model` sees only the hidden states at `positions`, [N] of the R * W tokens.
 
-    A hook on the head, not a call of its own, so that whatever the model does after the head (soft-capping, scaling) stays.
+    With `targets` it gives their log-probabilities in place of logits, [1, N, 1]; without, all their logits, [1, N, V].
+    In the head, not after it: there FSDP has gathered its weight; and what the model does to logits afterwards (soft-capping,
+    scaling) stays as it is.
     """
+    head = model.get_output_embeddings()
 
     def gather(_, inputs):
-        (hidden,) = inputs  # [R, T, d]
-        return (hidden[positions.to(hidden.device)].unsqueeze(0),)  # [1, N, d]
+        (hidden,) = inputs  # [R, W, d]
+        return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),)  # [1, N, d]
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    handle = head.register_forward_pre_hook(gather)
+    if targets is not None:
+        head.forward = lambda h: linear_logps(h[0], head.weight, head.bias, targets)[None, :, None].clone()
     try:
         yield
     finally:
         handle.remove()
+        if targets is not None:
+            del head.forward
+
+
+def compile_blocks(model: nn.Module | None, block: type[nn.Module], recompute: bool | float) -> None:
+    """Compile each block in place: one graph serves all, since they differ in weights only.
+
+    `recompute` between 0 and 1: the share of activations that is kept for the backward pass, the cheapest being recomputed.
+    In place, for a wrapper would hide the module from FSDP. On a CPU the attention stays as it is, between two graphs.
+    """
+    if not isinstance(recompute, bool):
+        torch._functorch.config.activation_memory_budget = recompute
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, block):
+            module.compile()
+
+
+def allow_trees(model: Any) -> None:
+    """Let `model` take segments (see attention.py), if its attention is one that can be exchanged for ours."""
+    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.NAME)
+
+
+def choose_way(model: Any, batch: Batch, tolerance: float) -> tuple[Way, str]:
+    """The fastest way that gives this model's own log-probabilities on `batch`, found by trying; and a line that says so.
+
+    The oracle is the plain computation: padded rows through the model's own attention and head. Trees are not for models
+    with a state or a bias that runs along the row (state-space layers, ALiBi), nor a plain head for those that change the logits
+    afterwards (soft-capping). `tolerance`: nats per token. Every rank must call it.
+    """
+    why = ""
+    with torch.no_grad():
+        expected = response_logps(model, batch, ORACLE)
+        for way in (Way(True, True), Way(True, False), Way(False, True)):
+            try:
+                if way.packed and model.config._attn_implementation != attention.NAME:
+                    raise NotImplementedError("its attention cannot be exchanged")
+                if way.plain_head and not isinstance(model.get_output_embeddings(), nn.Linear):
+                    raise NotImplementedError("its head is not a matrix")
+                difference = (response_logps(model, batch, way).sum - expected.sum).abs() / expected.tokens.clamp(min=1)
+                worst = float(difference.max())
+                if worst <= tolerance:
+                    return way, f"batches: {way}; equal to the padded computation to {worst:.0e} nats per token{why}"
+                why = why or f" ({Way(True, True)} would be off by {worst:.1g})"
+            except Exception as error:  # whatever a model of transformers does with an argument that it does not know
+                why = why or f" (not {Way(True, True)}: {str(error).splitlines()[0][:100]})"
+    return ORACLE, f"batches: {ORACLE}{why}"
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,10 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def same_everywhere(value: str) -> str:
+T = TypeVar("T")
+
+
+def same_everywhere(value: T) -> T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value
@@ -88,6 +91,13 @@ def shard(model: nn.Module, block: type[nn.Module], compute_dtype: torch.dtype |
         if isinstance(module, block):
             fully_shard(module, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

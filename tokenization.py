@@ -32,8 +32,8 @@ class Example(NamedTuple):
     prompt: np.ndarray  # [P] int32
     responses: tuple[np.ndarray, ...]  # k arrays [C_i] int32, each ending in EOS unless it was cut
     source: str  # "my.jsonl:17"
-    flags: frozenset[str]  # which of the data rules' cases it is
-    texts: tuple[int, ...]  # hash of the prompt's text, then of each response's: finds duplicates and leaks
+    flags: frozenset[str] = frozenset()  # which of the data rules' cases it is
+    texts: tuple[int, ...] = ()  # hash of the prompt's text, then of each response's: finds duplicates and leaks
 
 
 def tokenize(

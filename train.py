@@ -29,8 +29,10 @@ from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import describe, load_policy, load_reference, load_tokenizer
 from preparation import load_examples
+from reference import weights_digest
 from report import draw_curves
-from utils import UserError, environment, get_local_run_dir, peak_memory, plain, rank, rank0_print
+from sizing import memory_at_hand, trained_bytes
+from utils import UserError, environment, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print
 from validation import import_plugins, validate
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
@@ -77,14 +79,20 @@ def train(config: DictConfig) -> None:
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     policy = load_policy(config, device_map="balanced" if several_gpus else None)
     dtype = config.model.reference_dtype and getattr(torch, config.model.reference_dtype)
-    reference = load_reference(policy, dtype) if loss.needs_reference else None
     describe(policy, config)
+    reference, weights = None, None
+    if loss.needs_reference:
+        cached = cache_reference(config, policy, len(train_examples))
+        weights = parallel.same_everywhere(weights_digest(policy) if cached and rank() == 0 else None)
+        if not cached or dtype not in (None, policy.dtype):  # otherwise the policy, before its first step, is the reference
+            reference = load_reference(policy, dtype)
 
     run_dir = make_run_dir(config)
     log = TrainingLog(make_sinks(plain(config), run_dir), config.minimum_log_interval_secs)
     trainer = getattr(trainers, config.trainer)(
-        config, policy, reference, loss, tokenizer, train_examples, eval_examples, run_dir, log
+        config, policy, reference, weights, loss, tokenizer, train_examples, eval_examples, run_dir, log
     )
+    del policy, reference  # the trainer's; one that was only run once is free
     if config.n_examples and config.n_examples > trainer.schedule.n_examples:
         rank0_print(f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {trainer.schedule.n_examples}; "
                     "set n_epochs=null to go on")  # fmt: skip
@@ -94,13 +102,25 @@ def train(config: DictConfig) -> None:
         trainer.train()
         failed = False
     except torch.OutOfMemoryError:
-        n = config.gradient_accumulation_steps
-        raise UserError(f"out of GPU memory: raise gradient_accumulation_steps={n} (the result stays the same), or set "
-                        "activation_checkpointing=true or model.fsdp_policy_mp=bfloat16") from None  # fmt: skip
+        raise UserError(f"out of GPU memory: set tokens_per_microbatch below {trainer.packing.budget} (the result stays the "
+                        "same), or activation_checkpointing=true or model.fsdp_policy_mp=bfloat16") from None  # fmt: skip
     finally:
         log.close(failed)
     if rank() == 0:
-        print(f"done in {time.monotonic() - start:,.0f} s, peak memory {peak_memory()}; curves: {draw_curves([run_dir])}")
+        secs = time.monotonic() - start
+        print(f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves: {draw_curves([run_dir])}")
+
+
+def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool:
+    """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
+    once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
+    several = (config.n_epochs or config.n_examples / n) > 1 and (config.n_examples is None or config.n_examples > n)
+    room = memory_at_hand(trainers.pick_device(config)) - trained_bytes(policy)
+    tight = sum(p.numel() * p.element_size() for p in policy.parameters()) > room / 4
+    cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
+    why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
+    rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")
+    return cached
 
 
 def make_run_dir(config: DictConfig) -> Path:

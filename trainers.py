@@ -1,4 +1,4 @@
-"""The one training loop (BasicTrainer). The other trainers only place models and share out each microbatch.
+"""The one training loop (BasicTrainer). The other trainers only place models.
 
 Shapes: B pairs (or SFT examples) in a microbatch; see evaluation.py and losses.py.
 """
@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
@@ -22,14 +23,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoints
 import parallel
-from batching import Schedule, microbatches
+import sizing
+from batching import Ahead, Feed, Packing, Schedule, Step, n_tokens, pack
 from evaluation import Scorer, evaluate
 from generation import sample
 from losses import Loss
 from metrics import Means, Record, TrainingLog
-from models import as_in_2023, block_class
+from models import Way, as_in_2023, block_class, choose_way, compile_blocks
+from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens
-from utils import UserError, plain, quiet, rank0_print
+from utils import UserError, get_local_dir, peak_memory_gb, plain, quiet, rank0_print
 
 
 class NonFinite(UserError):
@@ -44,23 +47,35 @@ class BasicTrainer:
     rank, world_size = 0, 1
 
     def __init__(
-        self, config: DictConfig, policy: PreTrainedModel, reference: PreTrainedModel | None, loss: Loss,
-        tokenizer: PreTrainedTokenizerBase, train: list[Example], evaluation: list[Example], run_dir: Path, log: TrainingLog,
+        self, config: DictConfig, policy: PreTrainedModel, reference: PreTrainedModel | None, weights: str | None, loss: Loss,
+        tokenizer: PreTrainedTokenizerBase, train: Sequence[Example], evaluation: Sequence[Example], run_dir: Path,
+        log: TrainingLog,
     ):  # fmt: skip
+        """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest of the reference's, whose
+        log-probabilities are then taken from a cache; a reference that is None is the policy before its first step."""
         self.config, self.run_dir, self.log, self.loss, self.tokenizer = config, run_dir, log, loss, tokenizer
-        self.train_examples, self.eval_examples = train, evaluation
+        self.cost = sizing.cost_of(policy)
+        if config.activation_checkpointing is True:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = self.place(policy)
-        self.reference = self.place(reference) if reference is not None else None
-        if config.activation_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        device = next(self.policy.parameters()).device
-        self.scorer = Scorer(self.policy, self.reference, loss, self.precision(device), device, tokenizer.pad_token_id)
+        reference = self.place(reference) if reference is not None else None
+        self.device = next(self.policy.parameters()).device
+        self.dtype = getattr(torch, config.model.fsdp_policy_mp or config.model.policy_dtype)  # of computation
         self.schedule = Schedule(
             len(train), batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
             shuffle=config.shuffle, seed=config.seed,
         )  # fmt: skip
-        self.optimizer = make_optimizer(config, self.policy, device)
+        self.optimizer = make_optimizer(config, self.policy, self.device)  # before any forward pass: FSDP leaves weights gathered
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config, self.schedule.n_steps))
+        self.packing, way = self.layout([train[i] for i in range(min(2, len(train)))])
+        for model in (self.policy, reference) if config.compile else ():
+            compile_blocks(model, block_class(policy, config.model.block_name), config.activation_checkpointing)
+        self.scorer = Scorer(self.policy, reference, loss, way, self.precision(self.device), self.device)
+        self.train_feed, self.eval_feed = (Feed(examples, self.packing, self.rank) for examples in (train, evaluation))
+        if weights is not None:
+            self.find_reference_logps(weights)
+            self.scorer = self.scorer._replace(reference=None)
+        self.peak_flops = self.world_size * sizing.peak_flops(self.device, self.dtype)
         self.n_seen = self.n_updates = 0
 
     # ------------------------------------------------------------------------------------- what other trainers change
@@ -76,18 +91,65 @@ class BasicTrainer:
         name = self.config.model.fsdp_policy_mp
         return (lambda: torch.autocast(device.type, getattr(torch, name))) if name else nullcontext
 
-    def shares(self, examples: Sequence[Example]) -> tuple[Sequence[Example], float]:
-        """This rank's part of a microbatch and its weight. A rank left without any repeats one at weight 0, so that all
-        ranks make the same calls."""
-        mine = examples[self.rank :: self.world_size]
-        return (mine, 1.0) if mine else (examples[:1], 0.0)
-
     def policy_state(self) -> dict[str, torch.Tensor]:
         """The whole policy's state dict, on every rank that writes."""
         return self.policy.state_dict()
 
     def optimizer_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
+
+    # ------------------------------------------------------------------------------------------------- before training
+
+    def layout(self, examples: list[Example]) -> tuple[Packing, Way]:
+        """How batches are laid out: tried on two examples, and said."""
+        config, kept = self.config, self.config.activation_checkpointing  # a share of activations, or whether to keep none
+        free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.world_size
+        budget = config.tokens_per_microbatch or sizing.default_budget(
+            self.policy.config, self.device, self.dtype, free, float(not kept) if isinstance(kept, bool) else kept,
+            needed=2 * config.max_length,
+        )  # fmt: skip
+        packing = Packing(True, parallel.same_everywhere(budget), self.world_size, self.tokenizer.pad_token_id, config.max_length)
+        batch = pack(examples, pad_token_id=packing.pad_token_id, longest=packing.longest).to(self.device)
+        with self.precision(self.device)():
+            way, said = choose_way(self.policy, batch, 1e-3 if self.dtype.itemsize >= 4 else 0.1)
+        rank0_print(f"{said}; up to {packing.budget:,} tokens in a microbatch")
+        return packing._replace(packed=way.packed, row_length=packing.budget if config.compile and way.packed else None), way
+
+    @torch.no_grad()
+    def find_reference_logps(self, weights: str) -> None:
+        """Give both feeds the reference's log-probabilities: from the cache, and by one pass over what is not in it."""
+        model = self.scorer.reference or self.policy
+        made_of = {"weights": weights, "weights_dtype": str(next(model.parameters()).dtype), "dtype": str(self.dtype),
+                   "layout": str(self.scorer.way), "device": self.device.type, "torch": torch.__version__}  # fmt: skip
+        cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
+        if cache.problem:
+            rank0_print(cache.problem)
+        used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))  # a run of few examples needs only these
+        for feed, indices in ((self.train_feed, used), (self.eval_feed, np.arange(len(self.eval_feed.examples)))):
+            digests = response_digests(feed.examples[i] for i in indices.tolist())
+            known = parallel.same_everywhere(cache.find(digests))  # [n, k], on every rank what rank 0 knows
+            new = np.isnan(known).any(1)
+            if new.any():
+                known[new] = self.reference_pass(model, feed, indices[new])
+                if self.rank == 0:
+                    cache.add(digests[new], known[new])
+            rank0_print(f"reference: {len(known) - new.sum():,} of {len(known):,} examples in {cache.path}"
+                        + (f", {new.sum():,} computed now" if new.any() else ""))  # fmt: skip
+            feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
+            feed.reference[indices] = known
+
+    def reference_pass(self, model: PreTrainedModel, feed: Feed, indices: np.ndarray) -> np.ndarray:
+        """Log-probabilities of these examples' responses, [n, k] float64. Every rank computes its part, and gets all."""
+        was_training, k = model.training, len(feed.examples[0].responses)
+        model.eval()
+        logps = torch.zeros(len(indices), k, dtype=torch.float64, device=self.device)
+        for start in tqdm(range(0, len(indices), 256), desc="reference", unit="x256", disable=quiet()):
+            for batch, weight, where in feed.step(indices[start : start + 256]).microbatches:
+                sums = self.scorer.logps(model, batch.to(self.device)).sum
+                rows = torch.from_numpy(start + where).to(self.device)
+                logps[rows] += weight * sums.view(k, -1).T.double()
+        model.train(was_training)
+        return parallel.total(logps).cpu().numpy()
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -98,12 +160,14 @@ class BasicTrainer:
         self.policy.train()
         record = self.evaluate() if config.do_first_eval else {}
         progress = tqdm(total=self.schedule.n_steps, desc=self.loss.name, unit="step", disable=quiet())
+        steps = (self.train_feed.step(indices, config.gradient_accumulation_steps) for indices in self.schedule)
+        ahead = Ahead(steps, pin=self.device.type == "cuda")
         self.started = time.monotonic()
-        for indices in self.schedule:
-            self.step([self.train_examples[int(i)] for i in indices])
+        for step in ahead:
+            self.step(step, ahead.waited_secs)
             progress.update()
-            last = self.n_updates == self.schedule.n_steps
-            if not last and self.n_seen // config.eval_every > (self.n_seen - len(indices)) // config.eval_every:
+            last, n = self.n_updates == self.schedule.n_steps, len(step.examples)
+            if not last and self.n_seen // config.eval_every > (self.n_seen - n) // config.eval_every:
                 record = self.evaluate()
                 self.save(record)
         progress.close()
@@ -112,18 +176,17 @@ class BasicTrainer:
         self.save(record)
         return record
 
-    def step(self, examples: Sequence[Example]) -> None:
-        """One optimizer step on a batch, in gradient_accumulation_steps microbatches.
+    def step(self, step: Step, waited_secs: float) -> None:
+        """One optimizer step on a batch.
 
         The summed losses are divided by the whole batch's count, known before the first forward pass, so any split of the
         batch gives the same gradient. Metrics stay on the device.
         """
-        start = time.perf_counter()
+        start, examples = time.perf_counter(), step.examples
         n = n_scored_tokens(examples) if self.loss.average_over == "tokens" else len(examples)
         means = Means()
-        for microbatch in microbatches(examples, self.config.gradient_accumulation_steps):
-            mine, weight = self.shares(microbatch)
-            scored = self.scorer(mine)
+        for batch, weight, _ in step.microbatches:
+            scored = self.scorer(batch)
             self.backward(weight * scored.output.losses.sum() / n)
             means.add(scored.metrics, weight, scored.counts)
         if self.n_updates == 0:
@@ -142,29 +205,55 @@ class BasicTrainer:
         self.n_seen += len(examples)
         means.sums = {name.format("train"): value for name, value in means.sums.items()}
         counters: Record = {
-            "examples_per_second": len(examples) / (time.perf_counter() - start), "grad_norm": grad_norm, "lr": lr,
+            **self.speed(step, time.perf_counter() - start + waited_secs, waited_secs), "grad_norm": grad_norm, "lr": lr,
             "seconds_left": (time.monotonic() - self.started) * (self.schedule.n_steps / self.n_updates - 1),
             "counters/examples": self.n_seen, "counters/updates": self.n_updates,
         }  # fmt: skip
         self.log.step(means, counters)
 
+    def speed(self, step: Step, secs: float, waited_secs: float) -> Record:
+        """What docs/metrics.md says of speed; padding is this rank's, all else of all ranks."""
+        batches = [m.batch for m in step.microbatches]
+        passes = 4 if self.scorer.reference is not None else 3  # forward, backward (twice as much), the live reference's forward
+        return {
+            "examples_per_second": len(step.examples) / secs,
+            "tokens_per_second": sum(map(n_tokens, step.examples)) / secs,
+            "padding": 1 - sum(b.n_tokens for b in batches) / sum(b.n_processed(self.packing.packed) for b in batches),
+            "mfu": passes * self.cost.forward(step.examples) / secs / self.peak_flops,
+            "peak_memory_gb": peak_memory_gb(), "data_wait_secs": waited_secs,
+        }  # fmt: skip
+
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def clip(self) -> float:
-        """Clip the gradient norm to max_grad_norm. -> the norm before clipping"""
-        return float(nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
+        """Clip the gradient norm to max_grad_norm. -> the norm before clipping
+
+        The one time in a step that the host waits for the device: gradients are scaled only if they are too large, and an
+        update is not made with what is not finite.
+        """
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        total = parallel.whole(nn.utils.get_total_norm(gradients))
+        norm = float(total)
+        if norm > self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.config.max_grad_norm, total)
+        return norm
 
     def check_start(self, means: Means) -> None:
         """Before the first update the policy is the reference: every reward is 0. Say so, or say what is wrong."""
-        if self.reference is None or "rewards_{}/chosen" not in means.sums:
+        if not self.loss.needs_reference or "rewards_{}/chosen" not in means.sums:
             return
         reduced = Means()
         reduced.sums, reduced.counts = dict(means.sums), dict(means.counts)
         record = reduced.reduce()
-        rewards = max(abs(record["rewards_{}/chosen"]), abs(record["rewards_{}/rejected"]))
-        if rewards == 0:
-            rank0_print(f"step 0: policy and reference agree (rewards 0, {self.loss.name} loss {record['loss/{}']:.4f})")
+        reward = max(abs(record["rewards_{}/chosen"]), abs(record["rewards_{}/rejected"]))
+        # Cached log-probabilities were computed in other rows, whose products may be rounded otherwise.
+        rounding = 4e-7 * abs(record["logps_{}/chosen"]) if self.dtype.itemsize >= 4 else 0.05
+        if self.scorer.reference is not None or self.config.model.reference_dtype not in (None, self.config.model.policy_dtype):
+            rounding = 0.0
+        if reward <= rounding:
+            said = f"{reward:.0e}, rounding" if reward else "0"
+            rank0_print(f"step 0: policy and reference agree (rewards {said}, {self.loss.name} loss {record['loss/{}']:.4f})")
         else:
             rank0_print(f"step 0: policy and reference DISAGREE: mean rewards {record['rewards_{}/chosen']:.2g} and "
                         f"{record['rewards_{}/rejected']:.2g} instead of 0; is model.reference_dtype="
@@ -174,17 +263,19 @@ class BasicTrainer:
 
     def evaluate(self) -> Record:
         """Metrics over the eval examples, and samples if sample_during_eval; logged at the current number of examples."""
-        if not self.eval_examples:
+        config, examples = self.config, self.eval_feed.examples
+        if not examples:
             return {}
-        config = self.config
-        rank0_print(f"evaluating {len(self.eval_examples)} examples after {self.n_seen:,} training examples")
-        record = evaluate(self.scorer, self.eval_examples, config.eval_batch_size, self.shares)
+        rank0_print(f"evaluating {len(examples)} examples after {self.n_seen:,} training examples")
+        record = evaluate(self.scorer, self.eval_feed, config.eval_batch_size)
         self.log.evaluation(record, self.n_seen)
         if config.sample_during_eval:
-            prompts = [e.prompt for e in self.eval_examples[: config.n_eval_model_samples]]
-            for name, model in (("policy_samples", self.policy), ("reference_samples", self.reference)):
-                if model is not None:
-                    self.log.samples(name, self.sample(model, prompts), self.n_seen)
+            prompts = [examples[i].prompt for i in range(min(config.n_eval_model_samples, len(examples)))]
+            self.log.samples("policy_samples", policy := self.sample(self.policy, prompts), self.n_seen)
+            if self.scorer.reference is not None:
+                self.log.samples("reference_samples", self.sample(self.scorer.reference, prompts), self.n_seen)
+            elif self.loss.needs_reference and self.n_updates == 0:  # a cached reference is the policy before its first step
+                self.log.samples("reference_samples", policy, self.n_seen)
         return record
 
     def sample(self, model: PreTrainedModel, prompts: Sequence) -> list[tuple[int, str, str]]:
@@ -231,9 +322,6 @@ class FSDPTrainer(BasicTrainer):
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and ours are parts of one sum
-
-    def clip(self) -> float:
-        return float(parallel.whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)))
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return parallel.gathered_model_state(self.policy)

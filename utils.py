@@ -103,13 +103,12 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def peak_memory() -> str:
-    """The most memory this process has held: resident in RAM, and allocated on the GPU where one was used."""
+def peak_memory_gb() -> float:
+    """The most memory this process has held: allocated on the GPU where one was used, else resident in RAM."""
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB RAM"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        said += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB GPU"
-    return said
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

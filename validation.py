@@ -60,6 +60,7 @@ OPTIMIZERS = [
     and n not in ("Optimizer", "SparseAdam", "Muon")  # these two take sparse gradients only, and matrices only
     and inspect.signature(c.step).parameters["closure"].default is None
 ]  # fmt: skip
+KEPT: Callable[[Any], bool] = lambda v: isinstance(v, bool) or (_number(v) and 0 < v < 1)
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 
 KNOBS: dict[str, Check] = {
@@ -74,7 +75,9 @@ KNOBS: dict[str, Check] = {
     "trainer": one_of(*TRAINERS), "batch_size": whole(1), "gradient_accumulation_steps": whole(1), "eval_batch_size": whole(1),
     "optimizer": one_of(*OPTIMIZERS), "optimizer_args": maybe(MAPPING), "lr": POSITIVE, "warmup_steps": whole(0),
     "lr_schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-    "max_grad_norm": POSITIVE, "activation_checkpointing": FLAG, "device": maybe(TEXT), "fsdp_port": maybe(whole(1)),
+    "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
+    "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
+    "device": maybe(TEXT), "fsdp_port": maybe(whole(1)),
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
     "eval_every": whole(1), "do_first_eval": FLAG, "do_last_eval": FLAG,
     "sample_during_eval": FLAG, "n_eval_model_samples": whole(0), "sample_max_new_tokens": maybe(whole(1)),
@@ -144,6 +147,8 @@ def _across(config: DictConfig) -> None:
                         "or no room is left for a response")  # fmt: skip
     if config.n_epochs is None and config.n_examples is None:
         raise UserError("n_epochs=null and n_examples=null: give one of them, or training would never end")
+    if not isinstance(config.activation_checkpointing, bool) and not config.compile:
+        raise UserError(f"activation_checkpointing={config.activation_checkpointing}: a share needs compile=true")
     if config.trainer == "TensorParallelTrainer":
         raise UserError("trainer=TensorParallelTrainer: not built yet; use trainer=FSDPTrainer, or trainer=BasicTrainer")
     if config.model.name_or_path is None and not (config.model.architecture and config.model.tokenizer_name_or_path):

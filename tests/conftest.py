@@ -3,6 +3,7 @@
 No test needs the network, a GPU, or a path of one machine.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from runs import FAST, ROWS
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -106,5 +108,25 @@ def train_here(here, compose, monkeypatch):
         OmegaConf.resolve(config)
         train.train(config)
         return Path(config.local_run_dir)
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def train(tmp_path, data, tiny_model, train_here):
+    """`train(name, *overrides)` -> the run directory of a short run on 18 + 2 pairs."""
+
+    def run(name, *overrides):
+        run_dir = tmp_path / name
+        train_here(f"exp_name={name}", f"local_run_dir={run_dir}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
+                   *FAST, *overrides)  # fmt: skip
+        return run_dir
 
     return run

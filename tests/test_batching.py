@@ -1,24 +1,108 @@
-"""Order, microbatches and collation."""
+"""Order, microbatches, and the layout of trees."""
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
 import torch
 from golden import load, needs_golden
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batching import IGNORE, Schedule, collate, microbatches
+from batching import Ahead, Feed, Packing, Schedule, Step, by_tokens, n_tokens, pack, plan, unfold
 from tokenization import Example
 
 
 def example(prompt, *responses) -> Example:
-    return Example(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), "", frozenset(), ())
+    array = lambda ids: np.array(ids, np.int32)
+    prompt = tuple(map(array, prompt)) if isinstance(prompt, tuple) else array(prompt)
+    return Example(prompt, tuple(map(array, responses)), "")
+
+
+PACKING = Packing(packed=True, budget=100, world_size=1, pad_token_id=0, longest=64)
+
+
+def sees(batch):
+    """The rule, restated: [T, T] bool, query q sees key k <=> same tree, k not after q, and k in the prompt or q's response."""
+    n = batch.input_ids.numel()
+    tree, part = torch.full((n,), -1), torch.full((n,), -1)
+    for r, (prompt, n_prompt, start, length) in enumerate(batch.spans.tolist()):
+        tree[prompt : prompt + n_prompt], tree[start : start + length] = prompt, prompt
+        part[start : start + length] = r
+    q, k = torch.arange(n)[:, None], torch.arange(n)[None]
+    mine = (part[None] == -1) | (part[None] == part[:, None])
+    return (tree[:, None] == tree[None]) & (k <= q) & mine & (tree >= 0)[None]
+
+
+def seen_by_segments(batch):
+    """The same from the segments that attention runs over."""
+    n, s = batch.input_ids.numel(), batch.segments
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    keys, q0 = s.gather.split(s.key_lengths), 0
+    assert s.query_ends.tolist() == [0, *np.cumsum(s.query_lengths)] and s.key_ends.tolist() == [0, *np.cumsum(s.key_lengths)]
+    for n_queries, k in zip(s.query_lengths, keys, strict=True):
+        mask = s.mask(n_queries, len(k), None, torch.float32)
+        causal = torch.ones(n_queries, len(k)).tril() if mask is None else mask == 0
+        seen[q0 + torch.arange(n_queries)[:, None], k[None]] = causal.bool()
+        q0 += n_queries
+    assert q0 == n
+    return seen
+
+
+prompts, answers = st.lists(st.integers(1, 99), max_size=9), st.lists(st.integers(1, 99), max_size=9)
+some = lambda k: st.lists(st.tuples(prompts, st.lists(answers, min_size=k, max_size=k)), min_size=1, max_size=5)
+trees = st.integers(1, 5).flatmap(some)
+
+
+@given(rows=trees, n_padding=st.integers(0, 150))
+def test_trees_see_what_the_rule_says_and_score_what_they_hold(rows, n_padding):
+    """Empty responses and prompts, one to five responses; padding sees itself alone; targets are the responses' tokens."""
+    rows = [(p, r) for p, r in rows if p or any(r)] or [([1], rows[0][1])]
+    examples = [example(p, *r) for p, r in rows]
+    n = sum(map(n_tokens, examples))
+    batch = pack(examples, pad_token_id=0, longest=64, row_length=n + n_padding)
+    k, flat = batch.k, [x for p, r in rows for x in (*p, *(t for one in r for t in one))]
+    assert batch.input_ids[0, :n].tolist() == flat and batch.n_tokens == n and max(batch.segments.key_lengths) <= 64
+    seen = seen_by_segments(batch)
+    assert torch.equal(seen[:n, :n], sees(batch)[:n, :n])
+    assert not seen[:n, n:].any() and not seen[n:, :n].any() and seen.any(1).all()
+    for i, (p, responses) in enumerate(rows):
+        for j, response in enumerate(responses):
+            mine = batch.response == j * len(rows) + i
+            assert batch.targets[mine].tolist() == response[not p :]
+            context = [flat[t] for t in batch.scored[mine].tolist()]
+            assert context == (p[-1:] + response)[: len(response) - (not p)]
+            prompt, n_prompt, start, length = batch.spans[j * len(rows) + i].tolist()
+            assert batch.position_ids[0, start : start + length].tolist() == list(range(len(p), len(p) + len(response)))
+            assert batch.position_ids[0, prompt : prompt + n_prompt].tolist() == list(range(len(p)))
+    assert batch.n_scored == sum(len(r) - (not p) for p, rs in rows for r in rs if r) and k == len(rows[0][1])
+
+
+@given(rows=trees)
+def test_unfolding_gives_every_response_its_row(rows):
+    rows = [(p or [7], r) for p, r in rows]
+    batch = pack([example(p, *r) for p, r in rows], pad_token_id=0, longest=64)
+    padded = unfold(batch, 0)
+    for i, (p, responses) in enumerate(rows):
+        for j, response in enumerate(responses):
+            row, mask = padded.input_ids[j * len(rows) + i], padded.attention_mask[j * len(rows) + i]
+            n = len(p) + len(response)
+            assert row[:n].tolist() == p + response and not row[n:].any() and mask.tolist() == [1] * n + [0] * (len(row) - n)
+    assert padded.attention_mask.any(0).all()  # no column of padding alone
+    flat = padded.input_ids.flatten()
+    assert flat[padded.scored + 1].tolist() == batch.targets.tolist() and batch.n_processed(False) == flat.numel()
+
+
+def test_a_prompt_of_its_own_for_each_response_makes_two_trees():
+    """Pairs whose tokenized prompts differ: as two examples of one response, numbered as the pair's two."""
+    pair = pack([example([1, 2], [3, 4], [5]), example(([1, 2], [6]), [7, 8], [9])], pad_token_id=0, longest=64)
+    assert pair.input_ids[0].tolist() == [1, 2, 3, 4, 5, 1, 2, 7, 8, 6, 9] and pair.response.tolist() == [0, 0, 2, 1, 1, 3]
+    assert torch.equal(seen_by_segments(pair), sees(pair)) and pair.position_ids[0, -2:].tolist() == [0, 1]
 
 
 @needs_golden
-def test_collation_equals_the_2023_code():
+def test_unfolded_batches_equal_the_2023_code():
     """The concatenated chosen and rejected rows of 6 pairs: ids, mask and labels. 2023 padded the second half's ids with 0."""
     golden = load("collate.json.gz")
     batch, concatenated = golden["batch"], golden["concatenated"]
@@ -27,38 +111,67 @@ def test_collation_equals_the_2023_code():
         n_prompt = batch["chosen_labels"][i].count(-100) - batch["chosen_attention_mask"][i].count(0)
         sides = [batch[f"{s}_input_ids"][i][: sum(batch[f"{s}_attention_mask"][i])] for s in ("chosen", "rejected")]
         examples.append(example(sides[0][:n_prompt], *(side[n_prompt:] for side in sides)))
-    ours = collate(examples, pad_token_id=2)
+    packed = pack(examples, pad_token_id=2, longest=512)
+    ours = unfold(packed, pad_token_id=2)
     mask = torch.tensor(concatenated["concatenated_attention_mask"])
     assert torch.equal(ours.attention_mask, mask)
-    assert torch.equal(ours.labels, torch.tensor(concatenated["concatenated_labels"]))
     assert torch.equal(ours.input_ids * mask, torch.tensor(concatenated["concatenated_input_ids"]) * mask)
+    labels = torch.full_like(mask, -100)
+    labels.view(-1)[ours.scored + 1] = packed.targets
+    assert torch.equal(labels, torch.tensor(concatenated["concatenated_labels"]))
 
 
-tokens = st.lists(st.integers(1, 99), max_size=12)
-responses = st.lists(st.integers(1, 99), min_size=1, max_size=12)
+@settings(max_examples=200)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=70), budget=st.integers(10, 400), at_least=st.integers(1, 5),
+    world=st.integers(1, 8), packed=st.booleans(),
+)  # fmt: skip
+def test_a_plan_loses_nothing_and_keeps_the_budget(lengths, budget, at_least, world, packed):
+    examples = [example([1] * (n - 1), [2]) for n in lengths]
+    packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
+    micro = plan(examples, packing, at_least)
+    assert all(len(parts) == world for parts in micro)  # every rank has the same number of microbatches
+    assert sorted(i for parts in micro for part in parts for i in part) == list(range(len(lengths)))
+    assert len(micro) >= min(at_least, max(1, len(lengths) // world))
+    for part in (part for parts in micro for part in parts if len(part) > 1):
+        cost = sum(lengths[i] for i in part) if packed else len(part) * max(lengths[i] for i in part)
+        assert cost <= budget
+    again = plan(examples, packing, at_least)
+    assert all(np.array_equal(a, b) for x, y in zip(micro, again, strict=True) for a, b in zip(x, y, strict=True))
 
 
-@given(rows=st.lists(st.tuples(tokens, responses, responses), min_size=1, max_size=6))
-def test_collation_loses_and_invents_nothing(rows):
-    batch = collate([example(*row) for row in rows], pad_token_id=0)
-    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape and batch.k == 2
-    for i, (prompt, answer) in enumerate([(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows]):
-        kept = batch.attention_mask[i].bool()
-        assert batch.input_ids[i][kept].tolist() == prompt + answer
-        assert batch.labels[i][kept].tolist() == [IGNORE] * len(prompt) + answer
-        assert (batch.labels[i][~kept] == IGNORE).all()
-        assert kept.tolist() == sorted(kept.tolist(), reverse=True)  # padding on the right only
-    assert batch.attention_mask.any(0).all()  # no column of padding alone
+def test_parts_are_balanced_by_tokens():
+    sizes = np.random.default_rng(0).lognormal(5, 0.7, 64).astype(int)
+    for n in (2, 4, 8):
+        loads = [sizes[part].sum() for part in by_tokens(sizes, n)]
+        assert max(loads) / np.mean(loads) < 1.02
+        equal_counts = [part.sum() for part in np.split(sizes, n)]
+        assert max(loads) / np.mean(loads) < max(equal_counts) / np.mean(equal_counts)
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), parts=st.integers(1, 50))
-def test_microbatches_lose_nothing_and_pad_little(lengths, parts):
-    examples = [example([1] * n, [2]) for n in lengths]
-    split = microbatches(examples, parts)
-    assert sorted(id(e) for part in split for e in part) == sorted(map(id, examples))
-    assert len(split) == min(len(lengths), parts) and max(map(len, split)) - min(map(len, split)) <= 1
-    flat = [len(e.prompt) for part in split for e in part]
-    assert flat == sorted(lengths, reverse=True)
+def test_ranks_share_a_step_and_a_rank_without_a_part_has_weight_0():
+    examples = [example([1], [i], [i + 50]) for i in range(3)]
+    reference = np.arange(6.0).reshape(3, 2)
+    steps = [Feed(examples, PACKING._replace(world_size=4), rank, reference).step(np.array([2, 0, 1])) for rank in range(4)]
+    assert all([e.responses[0][0] for e in step.examples] == [2, 0, 1] for step in steps)  # the batch is everyone's
+    shares = [(m.weight, m.batch.targets.tolist(), m.batch.reference.tolist()) for step in steps for m in step.microbatches]
+    assert sorted(x for x in shares if x[0]) == [(1, [0, 50], [0, 1]), (1, [1, 51], [2, 3]), (1, [2, 52], [4, 5])]
+    assert [w for w, _, _ in shares].count(0) == 1
+
+
+def test_the_thread_ahead_keeps_order_and_passes_errors_on():
+    def steps():
+        for i in range(5):
+            yield Step([example([i], [i])], [])
+        raise OSError("the disk is gone")
+
+    ahead = Ahead(steps())
+    assert [int(next(ahead).examples[0].prompt[0]) for _ in range(5)] == list(range(5))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+    slow = Ahead(time.sleep(0.2) or Step([], []) for _ in range(1))
+    next(slow)
+    assert slow.waited_secs > 0.1 and next(slow, None) is None
 
 
 @given(
@@ -89,9 +202,3 @@ def test_order_depends_on_the_seed_and_the_epoch_alone():
 
 def test_no_example_no_step():
     assert list(Schedule(0, batch_size=4, n_epochs=1, n_examples=None, shuffle=True, seed=0)) == []
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_rows_stand_in_halves(k):
-    batch = collate([example([1], *[[10 + i] for i in range(k)]), example([2], *[[20 + i] for i in range(k)])], 0)
-    assert batch.input_ids[:, 1].tolist() == [10, 20, 11, 21][: 2 * k]

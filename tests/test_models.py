@@ -4,48 +4,141 @@ import numpy as np
 import pytest
 import torch
 from golden import GOLDEN, needs_golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+import head
 import models
-from batching import IGNORE, Batch, collate
+from batching import Batch, n_tokens, pack
+from models import ORACLE, Way
 from tokenization import Example
 from utils import UserError
 
+TREES = ["llama", "gpt_neox", "gpt2", "qwen3", "mistral", "gemma3_text"]
 
-def batch(n=3, k=2, seed=0) -> Batch:
+
+def batch(n=3, k=2, seed=0, **options) -> Batch:
+    """Sequences of up to 33 tokens: longer than the tiny models' sliding windows of 8."""
     rng = np.random.default_rng(seed)
     some = lambda low, high: rng.integers(3, 259, rng.integers(low, high)).astype(np.int32)
-    examples = [Example(some(2, 20), tuple(some(1, 15) for _ in range(k)), "", frozenset(), ()) for _ in range(n)]
-    return collate(examples, pad_token_id=0)
+    examples = [Example(some(2, 20), tuple(some(1, 15) for _ in range(k)), "") for _ in range(n)]
+    return pack(examples, pad_token_id=0, longest=48, **options)
 
 
 def plain_logps(model, batch):
-    """The straightforward computation, one unpadded row at a time, logits at every position: the oracle."""
+    """The straightforward computation, one unpadded response at a time, logits at every position: the oracle."""
     sums = []
-    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
-        ids, labels = ids[mask.bool()], labels[mask.bool()]
+    for prompt, n_prompt, start, length in batch.spans.tolist():
+        ids = torch.cat([batch.input_ids[0, prompt : prompt + n_prompt], batch.input_ids[0, start : start + length]])
         logps = model(ids[None]).logits[0].float().log_softmax(-1)
-        sums.append(sum(logps[t - 1, ids[t]] for t in range(1, len(ids)) if labels[t] != IGNORE))
+        sums.append(sum(logps[t - 1, ids[t]] for t in range(max(n_prompt, 1), len(ids))) + 0 * logps.sum())
     return torch.stack(sums)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_log_probabilities_and_gradients_equal_the_plain_computation(family):
-    model = tiny_model(family).eval()
-    b = batch()
-    weights = torch.linspace(-1, 1, len(b.labels))
-    ours = models.response_logps(model, b)
-    (ours.sum * weights).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+def with_gradients(model, compute):
     model.zero_grad()
-    plain = plain_logps(model, b)
-    (plain * weights).sum().backward()
-    torch.testing.assert_close(ours.sum, plain, atol=1e-4, rtol=1e-5)
-    scale = max(p.grad.norm() for p in model.parameters() if p.grad is not None)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert (gradients[name] - parameter.grad).norm() <= 1e-5 * scale, name
-    assert ours.tokens.tolist() == (b.labels[:, 1:] != IGNORE).sum(1).tolist()
+    sums = compute()
+    (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
+    return sums.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours, theirs):
+    """log-probabilities to 1e-4, gradients to 1e-5 of the largest parameter's (of 1, where all cancel)."""
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=0)
+    scale = max(1, *(g.norm() for g in theirs[1].values()))
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).norm() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_equals_the_plain_computation(family):
+    """Log-probabilities and gradients; in trees too, of one, two and five responses, with and without padding at the end."""
+    model = tiny_model(family).eval()
+    models.allow_trees(model)
+    way, said = models.choose_way(model, batch(2), 1e-3)
+    assert way.packed == (family in TREES), said
+    assert way.plain_head == (family != "gemma2")  # which soft-caps its logits
+    for b in (batch(), batch(k=1), batch(k=5), batch(row_length=400)):
+        plain = with_gradients(model, lambda b=b: plain_logps(model, b))
+        for candidate in {way, Way(way.packed, False), Way(False, way.plain_head), ORACLE}:
+            logps = models.response_logps(model, b, candidate)
+            assert logps.tokens.tolist() == [length for *_, length in b.spans.tolist()]
+            assert_equal(with_gradients(model, lambda b=b, c=candidate: models.response_logps(model, b, c).sum), plain)
+
+
+tokens = lambda low, high: st.lists(st.integers(3, 258), min_size=low, max_size=high)
+trees = st.integers(1, 5).flatmap(
+    lambda k: st.lists(st.tuples(tokens(1, 12), st.lists(tokens(0, 12), min_size=k, max_size=k)), min_size=1, max_size=4)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=trees, family=st.sampled_from(TREES), n_padding=st.sampled_from([0, 1, 60]))
+def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
+    """Empty responses, prompts of one token, one to five responses, rows exactly full (no padding) and not."""
+    model = tiny_model(family).eval()
+    models.allow_trees(model)
+    array = lambda x: np.array(x, np.int32)
+    examples = [Example(array(p), tuple(map(array, r)), "") for p, r in rows]
+    b = pack(examples, pad_token_id=0, longest=32, row_length=sum(map(n_tokens, examples)) + n_padding)
+    ours = with_gradients(model, lambda: models.response_logps(model, b, Way(True, True)).sum)
+    if b.n_scored:
+        assert_equal(ours, with_gradients(model, lambda: plain_logps(model, b)))
+
+
+def test_what_does_not_take_trees_is_found_out():
+    """A model whose attention looks at the whole row, and one that changes its logits: both are computed as they are."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    import attention
+
+    model = tiny_model().eval()
+    models.allow_trees(model)
+    try:
+        AttentionInterface.register(attention.NAME, lambda *a, segments=None, **k: sdpa_attention_forward(*a, **k))
+        way, said = models.choose_way(model, batch(), 1e-3)
+        assert way == Way(False, True) and "would be off by" in said
+    finally:
+        AttentionInterface.register(attention.NAME, attention.tree_attention)
+    model.lm_head.register_forward_hook(lambda m, i, o: 2 * o)
+    assert models.choose_way(model, batch(), 1e-3)[0] == Way(True, False)
+
+
+def test_sampling_and_plain_calls_are_as_without_trees():
+    """The exchanged attention serves padded batches and generation too."""
+    plain, ours = tiny_model().eval(), tiny_model().eval()
+    models.allow_trees(ours)
+    ids, mask = torch.arange(3, 43).reshape(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :7] = 0
+    assert torch.equal(plain(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits)
+    texts = [m.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (plain, ours)]
+    assert torch.equal(*texts)
+
+
+def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
+    """The GPU's call, with a plain stand-in for its kernel (there is no GPU here): bottom-right causal over cu_seqlens."""
+    import attention
+
+    def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert q.dim() == 3 and ends_q.dtype == ends_k.dtype == torch.int32
+        out = torch.full_like(q, float("nan"))
+        for a, b, c, d in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
+            assert 0 < b - a <= max_q and d - c <= max_k
+            keys, values = (x[c:d].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            behind = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
+            seen = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
+            out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
+        return out
+
+    b = batch(row_length=300)
+    q, k, v = torch.randn(4, 300, 8), *torch.randn(2, 2, len(b.segments.gather), 8)
+    loops = [attention._loop(q, k, v, b.segments, 0.3, window) for window in (None, 8)]
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    for window, expected in zip((None, 8), loops, strict=True):
+        torch.testing.assert_close(attention._varlen(q, k, v, b.segments, 0.3, window), expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_golden
@@ -55,8 +148,8 @@ def test_token_log_probabilities_equal_the_2023_code():
     for i in range(3):
         logits = torch.from_numpy(golden[f"{i}_logits"]).requires_grad_()
         labels = torch.from_numpy(golden[f"{i}_labels"])
-        scored = labels[:, 1:] != IGNORE
-        logps = models.token_logps(logits[:, :-1][scored], labels[:, 1:][scored])
+        scored = labels[:, 1:] != -100
+        logps = head.token_logps(logits[:, :-1][scored], labels[:, 1:][scored])
         sums = torch.zeros(len(labels)).index_add(0, scored.nonzero()[:, 0], logps)
         sums.sum().backward()
         np.testing.assert_allclose(sums.detach(), golden[f"{i}_sum"], rtol=1e-5)
@@ -64,11 +157,42 @@ def test_token_log_probabilities_equal_the_2023_code():
         np.testing.assert_allclose(logits.grad, golden[f"{i}_sum_grad"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [None, 1, 7])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
+    """Values and gradients of hidden states, weight and bias, with and without keeping the softmax. Logits of +-100 too."""
+    torch.manual_seed(0)
+    n, d, v = 20, 8, 50
+    if rows:
+        monkeypatch.setattr(head, "CHUNK_BYTES", 4 * v * rows)
+    monkeypatch.setattr(head, "KEPT_BYTES", 1 << 30 if keep else 0)
+    leaves = [x.to(dtype).requires_grad_() for x in (10 * torch.randn(n, d), torch.randn(v, d), torch.randn(v))]
+    targets, upstream = torch.randint(0, v, (n,)), torch.randn(n)
+
+    def run(f):
+        out = f(*leaves, targets)
+        return out.detach(), torch.autograd.grad((out * upstream).sum(), leaves)
+
+    ours = run(head.linear_logps)
+    plain = run(lambda h, w, b, t: head.token_logps(torch.nn.functional.linear(h, w, b), t))
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    torch.testing.assert_close(ours[0], plain[0], atol=tolerance * 10, rtol=tolerance)
+    for a, b in zip(ours[1], plain[1], strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
 def test_the_head_runs_on_scored_positions_only():
     model, b, seen = tiny_model().eval(), batch(), []
-    model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
-    models.response_logps(model, b)
-    assert seen == [(1, int((b.labels[:, 1:] != IGNORE).sum()), 259)]
+    models.allow_trees(model)
+    model.lm_head.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape))
+    handle = model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    for way in (Way(True, True), Way(True, False)):
+        seen.clear()
+        models.response_logps(model, b, way)
+        assert seen[-1] == (1, b.n_scored, 1 if way.plain_head else 259)
+    handle.remove()
     assert model(b.input_ids).logits.shape == (*b.input_ids.shape, 259)  # and whole again afterwards
 
 

@@ -10,48 +10,10 @@ import numpy as np
 import pytest
 import torch
 from golden import GOLDEN, load, needs_golden
+from runs import DPO, FAST, OF_THE_MACHINE, records
 
 import losses
 import preference_datasets
-
-ROWS = [
-    {
-        "prompt": f"\n\nHuman: What is {a} and {b}?\n\nAssistant:",
-        "chosen": f" It makes {a + b}, happy to help.",
-        "rejected": f" No idea {a}.",
-    }
-    for a in range(4)
-    for b in range(5)
-]
-FAST = ["max_length=96", "max_prompt_length=48", "eval_batch_size=5", "sample_during_eval=false", "minimum_log_interval_secs=-1"]
-
-
-def records(run_dir, split=None):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in rows if split is None or f"loss/{split}" in r]
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-@pytest.fixture
-def train(tmp_path, data, tiny_model, train_here):
-    """`train(name, *overrides)` -> the run directory of a short run on 18 + 2 pairs."""
-
-    def run(name, *overrides):
-        run_dir = tmp_path / name
-        train_here(f"exp_name={name}", f"local_run_dir={run_dir}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
-                   *FAST, *overrides)  # fmt: skip
-        return run_dir
-
-    return run
-
-
-DPO = ["loss=dpo", "loss.beta=0.1", "lr=1e-3", "warmup_steps=2", "batch_size=4"]
 
 
 @needs_golden
@@ -232,7 +194,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(mp, train, run_train, tmp_pa
     assert done.stdout.count("done in") == 1  # rank 0 alone speaks
     tolerance = {"rel": 5e-5, "abs": 5e-6} if mp == "null" else {"rel": 0.05, "abs": 0.02}
     for a, b in zip(records(one), records(tmp_path / "two"), strict=True):
-        for key in a.keys() - {"examples_per_second", "seconds_left"}:
+        for key in a.keys() - OF_THE_MACHINE:
             assert a[key] == pytest.approx(b[key], **tolerance), key
     a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, tmp_path / "two"))
     assert a.keys() == b.keys()
@@ -245,10 +207,10 @@ def test_a_failure_of_one_rank_ends_the_run(run_train, tmp_path, data, tiny_mode
     (tmp_path / "oom.py").write_text(
         "import torch, torch.distributed as dist, trainers\n"
         "step = trainers.BasicTrainer.step\n"
-        "def failing(self, examples):\n"
+        "def failing(self, *arguments):\n"
         "    if dist.get_rank() == 1 and self.n_updates == 2:\n"
         "        raise torch.OutOfMemoryError('no memory')\n"
-        "    step(self, examples)\n"
+        "    step(self, *arguments)\n"
         "trainers.BasicTrainer.step = failing\n"
     )
     done = run_train("exp_name=oom", f"local_run_dir={tmp_path}/oom", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
@@ -274,3 +236,56 @@ def test_ties_alone_in_the_held_out_part_stop_nothing(train, tmp_path):
     rows = [{"prompt": f"p{i}", "responses": [" a", " b"], "scores": [1, i % 2]} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert records(train("ties", *DPO, f"datasets=[{path}]", "eval_share=0.1"), "train")
+
+
+def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
+    """Packed, padded, with the model's own head; one row or many; rows with padding at the end; examples permuted in a batch:
+    the same losses and gradient norms within float32 rounding. For pairs, and for SFT (one response to a tree)."""
+    import trainers
+    from batching import Feed
+    from models import ORACLE, Way
+
+    feed_step = Feed.step
+
+    def runs(loss):
+        yield train(f"{loss}_packed", *options[loss])
+        for budget in (1, 60, 200):
+            yield train(f"{loss}_{budget}", *options[loss], f"tokens_per_microbatch={budget}")
+        for i, way in enumerate((ORACLE, Way(True, False), Way(False, True))):
+            with monkeypatch.context() as patch:
+                patch.setattr(trainers, "choose_way", lambda *a, way=way: (way, "as told"))
+                yield train(f"{loss}_way{i}", *options[loss], "tokens_per_microbatch=200")
+        with monkeypatch.context() as patch:
+            patch.setattr(Feed, "step", lambda self, indices, n=1: feed_step(self, indices[::-1].copy(), n))
+            yield train(f"{loss}_reversed", *options[loss])
+
+    common = ["lr=1e-3", "batch_size=6", "n_examples=12", "warmup_steps=0"]
+    options = {"dpo": ["loss=dpo", "loss.beta=0.1", *common], "sft": ["loss=sft", *common]}
+    for loss in options:
+        first, *others = (records(run, "train") for run in runs(loss))
+        assert len(others) == 7
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-5)
+                assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert "packed trees" in capsys.readouterr().out
+
+
+def test_compiled_blocks_compute_the_same(train):
+    """Rows then have one length, so that one graph serves all: padding appears, and nothing else changes."""
+    options = [*DPO, "n_examples=8", "do_first_eval=false", "do_last_eval=false", "tokens_per_microbatch=512"]
+    a, b = (records(train(f"compile_{x}", *options, f"compile={x}"), "train") for x in ("false", "true"))
+    for x, y in zip(a, b, strict=True):
+        assert x["loss/train"] == pytest.approx(y["loss/train"], rel=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+        assert x["padding"] == 0 < y["padding"] < 1
+
+
+def test_what_a_run_says_of_its_speed(train, capsys):
+    """Pairs and tokens per second, padding, MFU, memory, waiting: in metrics.jsonl at every step, and in the log line."""
+    row = records(train("speed", *DPO, "n_examples=8"), "train")[-1]
+    assert row["tokens_per_second"] > row["examples_per_second"] > 0
+    assert row["padding"] == 0 and 0 < row["mfu"] < 1 and 0.05 < row["peak_memory_gb"] < 20 and 0 <= row["data_wait_secs"] < 5
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("train "))
+    for said in ("ex/s", "tok/s", "padding", "MFU", "GB", "waited"):
+        assert said in line

@@ -1,0 +1,106 @@
+"""The reference's log-probabilities, computed once: by response, on disk, found again by what was computed from what.
+
+A file belongs to one reference (a digest of its weights), precision and layout; within it, a response is found by a digest of the
+token ids of prompt and response, so that another order, selection or mixture of data sets finds what it shares with earlier runs.
+Tokenizer, template and truncation need no place in the key: they decide nothing but the ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+
+from tokenization import Example
+from utils import UserError
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of every parameter's and buffer's name, type, shape and bytes; 1 to 2 GB/s per core."""
+
+    def one(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+        return hashlib.blake2b(b"".join(pool.map(one, sorted(model.state_dict().items())))).hexdigest()[:32]
+
+
+def response_digests(examples: Iterable[Example]) -> np.ndarray:
+    """[n, k] uint64: of the ids of each prompt with each of its responses."""
+    digests, k = [], 1
+    for example in examples:
+        prompt = hashlib.blake2b(np.asarray(example.prompt, np.int32).tobytes() + b"|", digest_size=8)
+        k = len(example.responses)
+        for response in example.responses:
+            whole = prompt.copy()
+            whole.update(np.asarray(response, np.int32).tobytes())
+            digests.append(whole.digest())
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, k)
+
+
+class ReferenceCache:
+    """One file of (digest, log-probability), sorted by digest. `made_of` says of what; its digest is the file's name.
+
+    A file that is damaged, or that is not what its name says, is not used (`problem` says why) and is written anew.
+    """
+
+    def __init__(self, folder: Path, made_of: dict[str, Any]):
+        self.made_of = json.dumps(made_of, sort_keys=True)
+        self.path = folder / f"{hashlib.blake2b(self.made_of.encode()).hexdigest()[:24]}.safetensors"
+        self.digests, self.logps, self.problem = np.empty(0, np.uint64), np.empty(0), ""
+        if self.path.exists():
+            try:
+                self.digests, self.logps = self._read()
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
+                self.problem = f"{self.path}: not used, and written anew ({str(error).splitlines()[0]})"
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        with safe_open(self.path, "np") as file:
+            metadata = file.metadata() or {}
+            digests, logps = file.get_tensor("digests"), file.get_tensor("logps")
+        if metadata.get("made_of") != self.made_of:
+            raise ValueError("it belongs to another reference")
+        if metadata.get("sum") != _checksum(digests, logps):
+            raise ValueError("its contents have changed since it was written")
+        return digests, logps
+
+    def find(self, digests: np.ndarray) -> np.ndarray:
+        """Log-probabilities in nats, NaN where none is known; in the shape of `digests`."""
+        if not len(self.digests):
+            return np.full(digests.shape, np.nan)
+        at = np.searchsorted(self.digests, digests).clip(max=len(self.digests) - 1)
+        return np.where(self.digests[at] == digests, self.logps[at], np.nan)
+
+    def add(self, digests: np.ndarray, logps: np.ndarray) -> None:
+        """Take these in and write the file, whole or not at all. UserError where it can't be written."""
+        unique, first = np.unique(np.concatenate([digests.ravel(), self.digests]), return_index=True)
+        self.logps = np.concatenate([logps.ravel(), self.logps])[first]
+        self.digests = unique
+        metadata = {"made_of": self.made_of, "sum": _checksum(self.digests, self.logps)}
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"digests": self.digests, "logps": self.logps}, temporary, metadata)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); set local_dirs to a place with room, or "
+                            "reference=live") from None  # fmt: skip
+
+
+def _checksum(digests: np.ndarray, logps: np.ndarray) -> str:
+    return hashlib.blake2b(digests.tobytes() + logps.tobytes()).hexdigest()

@@ -1,0 +1,148 @@
+"""The cached reference: the same numbers as the live one, found again, and never used when it is not the right one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from runs import DPO, FAST, records
+from tiny import tiny_model
+
+import trainers
+from reference import ReferenceCache, response_digests, weights_digest
+from tokenization import Example
+
+
+def example(prompt, *responses):
+    return Example(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), "")
+
+
+def only_file(run):
+    (path,) = (run.parent / "runs").glob("*/reference_cache/*.safetensors")
+    return path
+
+
+def test_a_digest_belongs_to_the_ids_alone():
+    a = response_digests([example([1, 2], [3], [4]), example([1], [2, 3], [4])])
+    assert a.shape == (2, 2) and len(set(a.ravel().tolist())) == 4  # also where prompt and response join to the same ids
+    b = response_digests([example([1], [2, 3]), example([1, 2], [4])])
+    assert b.tolist() == [[a[1, 0]], [a[0, 1]]]
+
+
+def test_the_weights_digest_sees_every_bit():
+    model, same = tiny_model(), tiny_model()
+    assert weights_digest(model) == weights_digest(same)
+    with torch.no_grad():
+        same.lm_head.weight[3, 3] = torch.nextafter(same.lm_head.weight[3, 3], torch.tensor(1.0))
+    assert weights_digest(model) != weights_digest(same) != weights_digest(model.to(torch.bfloat16))
+
+
+def test_a_cache_finds_what_was_added_and_nothing_else(tmp_path):
+    cache = ReferenceCache(tmp_path, {"weights": "a"})
+    digests = np.array([[5, 9], [2, 7]], np.uint64)
+    assert np.isnan(cache.find(digests)).all()
+    cache.add(digests, np.array([[-1.0, -2.0], [-3.0, -4.0]]))
+    cache.add(np.array([[1, 5]], np.uint64), np.array([[-5.0, -6.0]]))  # a later value replaces an earlier one
+    again = ReferenceCache(tmp_path, {"weights": "a"})
+    assert again.find(np.array([9, 5, 1, 3], np.uint64)).tolist()[:3] == [-2, -6, -5] and np.isnan(again.find(digests + 90)).all()
+    assert np.isnan(ReferenceCache(tmp_path, {"weights": "b"}).find(digests)).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "nonsense"])
+def test_a_damaged_or_foreign_file_is_not_used(damage, tmp_path):
+    cache, digests = ReferenceCache(tmp_path, {"weights": "a"}), np.arange(50, dtype=np.uint64)
+    cache.add(digests, -np.arange(50.0))
+    content = cache.path.read_bytes()
+    if damage == "foreign":
+        other = ReferenceCache(tmp_path, {"weights": "b"})
+        other.add(digests, np.zeros(50))
+        content = other.path.read_bytes()
+    damaged = {"cut": content[:-9], "flip": content[:-1] + bytes([content[-1] ^ 1]), "nonsense": b"nothing of the kind"}
+    cache.path.write_bytes(damaged.get(damage, content))
+    again = ReferenceCache(tmp_path, {"weights": "a"})
+    assert np.isnan(again.find(digests)).all() and "not used, and written anew" in again.problem and "\n" not in again.problem
+    again.add(digests, -np.arange(50.0))
+    assert ReferenceCache(tmp_path, {"weights": "a"}).find(digests).tolist() == (-np.arange(50.0)).tolist()
+
+
+def test_cached_and_live_train_the_same(train, tmp_path, capsys):
+    """Two epochs: the same losses, gradient norms and evaluations; the second run computes nothing, a third what is new."""
+    options = [*DPO, "n_epochs=2", "eval_every=8"]
+    live = train("live", *options, "reference=live")
+    cached = train("cached", *options, "reference=cached")
+    for a, b in zip(records(live), records(cached), strict=True):
+        for key in (k for k in a if k.startswith(("loss", "rewards", "logps", "grad_norm"))):
+            assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), key
+    assert "reference: 0 of 18 examples" in capsys.readouterr().out
+    before = only_file(cached).stat().st_mtime_ns
+    train("again", *options, "reference=cached", "shuffle=false", "data_rules.duplicate=drop")  # another order
+    said = capsys.readouterr().out
+    assert "reference: 18 of 18 examples" in said and "computed now" not in said
+    assert only_file(cached).stat().st_mtime_ns == before
+    train("shorter", *options, "reference=cached", "max_length=24", "max_prompt_length=8")  # other ids
+    assert "reference: 18 of 18" not in capsys.readouterr().out
+
+
+def test_other_weights_are_another_reference(train, tmp_path, capsys):
+    first = train("first", *DPO, "n_examples=8", "reference=cached")
+    capsys.readouterr()
+    train("second", *DPO, "n_examples=8", "reference=cached", f"model.archive={first}")
+    said = capsys.readouterr().out
+    assert "reference: 0 of 8 examples" in said and "policy and reference agree" in said
+    assert len(list((tmp_path / "runs").glob("*/reference_cache/*.safetensors"))) == 2
+
+
+def test_a_reference_of_another_precision_is_cached_as_such(train, capsys):
+    """2023 had a float16 reference beside a float32 policy: still possible, still said."""
+    options = [*DPO, "n_examples=8", "model.reference_dtype=bfloat16"]
+    live, cached = (records(train(x, *options, f"reference={x}"), "train")[0] for x in ("live", "cached"))
+    assert cached["rewards_train/chosen"] == pytest.approx(live["rewards_train/chosen"], rel=0.02) != 0
+    assert capsys.readouterr().out.count("DISAGREE") == 2
+
+
+def test_a_cached_reference_is_no_second_model(train, monkeypatch):
+    """And its samples are those of the policy before its first step."""
+    monkeypatch.setattr("train.load_reference", lambda *a: pytest.fail("a second model was made"))
+    seen = []
+    monkeypatch.setattr(trainers.BasicTrainer, "step", lambda self, *a: seen.append(self.scorer.reference) or step(self, *a))
+    run = train("one_model", *DPO, "n_examples=8", "eval_every=4", "reference=cached", "sample_during_eval=true",
+                "n_eval_model_samples=2", "sample_max_new_tokens=4")  # fmt: skip
+    assert seen == [None, None]
+    tables = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    first = {name: [r["sample"] for r in tables if r["table"] == name and r["step"] == 0]
+             for name in ("policy_samples", "reference_samples")}  # fmt: skip
+    assert len(first["policy_samples"]) == 2 and first["policy_samples"] == first["reference_samples"]
+
+
+step = trainers.BasicTrainer.step
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["n_epochs=1"], "live (each example comes once)"),
+    (["n_epochs=3"], "cached (examples come more than once)"),
+    (["n_epochs=3", "n_examples=18"], "live (each example comes once)"),
+    (["n_epochs=null", "n_examples=19"], "cached (examples come more than once)"),
+    (["n_epochs=3", "reference=live"], "live (as set)"),
+])  # fmt: skip
+def test_the_default_is_the_better_one_and_is_said(options, expected, train, capsys):
+    train("auto", *DPO, *options)
+    assert f"reference: {expected}" in capsys.readouterr().out
+
+
+def test_short_memory_caches(train, capsys, monkeypatch):
+    monkeypatch.setattr("train.memory_at_hand", lambda device: 0)
+    train("short", *DPO, "n_examples=4")
+    assert "reference: cached (memory is short)" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_pass(run_train, tmp_path, data, tiny_model):
+    """Each computes its part; the numbers are those of one process, which finds the file that the two wrote."""
+    options = [f"model.name_or_path={tiny_model}", f"datasets=[{data}]", *FAST, *DPO, "reference=cached", "n_examples=9",
+               "batch_size=3"]  # fmt: skip
+    two = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", *options, "trainer=FSDPTrainer", "n_cpu_processes=2")
+    one = run_train("exp_name=one", f"local_run_dir={tmp_path}/one", *options)
+    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
+    assert "reference: 0 of 9 examples" in two.stdout and "reference: 9 of 9 examples" in one.stdout
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        for key in (k for k in a if k.startswith(("loss", "rewards", "logps", "grad_norm"))):
+            assert a[key] == pytest.approx(b[key], rel=5e-5, abs=5e-6), key
