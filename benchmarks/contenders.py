@@ -17,6 +17,7 @@ Shapes: B pairs in a microbatch, k responses each, R = k * B rows, T tokens in a
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -26,11 +27,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Plumb's modules lie at the repository's root
 
 import make_tokens
+import numpy as np
 import torch
 import torch.nn.functional as F
 from make_tokens import Pair
@@ -174,96 +177,105 @@ class Padded(Contender):
 # ------------------------------------------------------------------------------------------------------------------- plumb
 
 
-def example(prompt: Any, responses: Sequence[Any], source: str) -> Any:
-    from tokenization import Example
-
-    rest: tuple = (frozenset(), ()) if len(Example._fields) == 5 else ()
-    return Example(prompt, tuple(responses), source, *rest)
-
-
 class Plumb(Contender):
-    """This repository's layout, heads and losses. Everything that knows its API is in this class."""
+    """This repository's BasicTrainer, one `step` at a time. Everything that knows its API is in this class.
 
-    def __init__(self, setting: Setting):
+    A reward model is not a loss of the trainer's yet: there the body runs on the same rows, with a score at each last token.
+    """
+
+    def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]]):
+        import models
+        from batching import Feed, Packing
+        from tokenization import Example
+
         super().__init__(setting)
-        from losses import build_loss
+        k = 1 if setting.objective == "sft" else 2
+        examples = [Example(p.prompt, tuple(p[1 : 1 + k]), "", *EMPTY[: len(Example._fields) - 3]) for b in batches for p in b]
+        for model in (self.policy, self.reference):
+            if model is not None:
+                models.allow_trees(model)
+        if setting.compile and setting.device == "cpu":  # --smoke: no compiler is needed
+            nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment]
+        if self.score is None:
+            self.trainer = self.make_trainer(examples)
+            self.feed, self.optimizer = self.trainer.train_feed, self.trainer.optimizer
+        else:
+            self.feed = Feed(examples, Packing(True, setting.budget or 2048, world_size=1, pad_token_id=0, longest=512), rank=0)
+        self.where = {id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)}
+        setting.budget = self.feed.packing.budget
 
+    def make_trainer(self, examples: list[Any]) -> Any:
+        """The trainer as train.py would build it, its config without Hydra."""
+        from omegaconf import OmegaConf
+
+        from losses import build_loss
+        from metrics import TrainingLog
+        from trainers import BasicTrainer
+
+        setting, root = self.setting, Path(__file__).resolve().parents[1]
+        config: Any = OmegaConf.load(root / "config" / "config.yaml")
+        config.model = OmegaConf.load(root / "config" / "model" / "blank_model.yaml")
+        config.model.policy_dtype = setting.dtype
+        config.update({
+            "device": setting.device, "batch_size": setting.n_pairs, "tokens_per_microbatch": setting.budget or None,
+            "optimizer": "AdamW", "optimizer_args": {"weight_decay": 0.0, "fused": True}, "lr": setting.lr, "warmup_steps": 0,
+            "max_grad_norm": setting.max_grad_norm, "max_length": 512, "compile": setting.compile, "shuffle": False,
+            "n_epochs": 1, "n_examples": None, "activation_checkpointing": setting.checkpointing,
+        })  # fmt: skip
         knobs: dict[str, Any] = {"name": "sft", "average_over": "examples"}
         if setting.objective == "dpo":
             knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False}
-        self.compute = build_loss(knobs).compute
-        self.cache: dict[int, Tensor] = {}  # id of a pair's prompt array -> the reference's log-probabilities, [2]
-        if setting.compile:
-            from models import block_class
+        self.log = TrainingLog([], float("inf"))
+        tokenizer = SimpleNamespace(pad_token_id=0)
+        return BasicTrainer(
+            config, self.policy, self.reference, None, build_loss(knobs), tokenizer, examples, [], Path(), self.log
+        )
 
-            block = block_class(self.policy, None)
-            for module in [*self.policy.modules(), *(self.reference.modules() if self.reference is not None else ())]:
-                if isinstance(module, block):
-                    module.compile(backend="inductor" if self.device.type == "cuda" else "aot_eager")  # --smoke needs no compiler
+    def ready(self, pairs: Sequence[Pair]) -> Any:
+        """The batch, assembled."""
+        return self.feed.step(np.array([self.where[id(pair.prompt)] for pair in pairs]))
 
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
-        from batching import collate, microbatches
+        for batch, _, _ in self.ready(pairs).microbatches:
+            self.processed += batch.n_processed(True)
+            yield self.reward(batch) if self.score is not None else self.trainer.scorer(batch).output.losses.sum(), 0
 
-        k = 1 if self.setting.objective == "sft" else 2
-        examples = [example(p.prompt, p[1 : 1 + k], str(i)) for i, p in enumerate(pairs)]
-        n = max(1, sum(k * (len(p.prompt) + len(p.chosen)) for p in pairs) // self.setting.budget)
-        for part in microbatches(examples, n):
-            batch = collate(part, 0).to(self.device)
-            self.processed += batch.input_ids.numel()
-            yield self.loss(batch, [id(e.prompt) for e in part]), len(part)
+    def reward(self, batch: Any) -> Tensor:
+        """The summed loss of one microbatch: its row through the body, scores of each response's last token."""
+        import attention
 
-    def loss(self, batch: Any, keys: list[int]) -> Tensor:
-        """The summed loss of one microbatch."""
+        batch = batch.to(self.device)
+        hidden = self.policy.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False,
+            attention_mask=attention.no_mask(self.device),
+        ).last_hidden_state  # [1, T, d]  # fmt: skip
+        last = torch.from_numpy(batch.spans[:, 2] + batch.spans[:, 3] - 1).to(self.device)  # [R]
+        assert self.score is not None
+        return reward_loss(self.score(hidden[0].index_select(0, last))[:, 0])
+
+    def step(self, pairs: Sequence[Pair], step: int) -> tuple[Tensor, Tensor]:
         if self.score is not None:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            hidden = self.policy.base_model(**inputs, use_cache=False).last_hidden_state
-            last = batch.attention_mask.sum(1) - 1
-            return reward_loss(self.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0])
-        policy = self.logps(self.policy, batch)
-        if self.setting.objective == "sft":
-            return self.compute(policy).losses.sum()
-        return self.compute(self.as_pairs(policy), self.as_pairs(self.reference_logps(batch, keys))).losses.sum()
-
-    @torch.no_grad()
-    def reference_logps(self, batch: Any, keys: list[int]) -> Any:
-        if self.reference is not None:
-            return self.logps(self.reference, batch)
-        from losses import Logps
-
-        values = torch.stack([self.cache[key] for key in keys], 1).flatten()
-        return Logps(values, torch.ones_like(values))
-
-    @staticmethod
-    def logps(model: Any, batch: Any) -> Any:
-        from models import response_logps
-
-        return response_logps(model, batch)
-
-    @staticmethod
-    def as_pairs(logps: Any) -> Any:
-        from losses import Logps, Pairs
-
-        (chosen, rejected), (n_chosen, n_rejected) = logps.sum.chunk(2), logps.tokens.chunk(2)
-        return Pairs(Logps(chosen, n_chosen), Logps(rejected, n_rejected))
+            return super().step(pairs, step)
+        ready = self.ready(pairs)
+        self.processed += sum(m.batch.n_processed(True) for m in ready.microbatches)
+        self.trainer.started = time.monotonic()
+        self.trainer.step(ready, 0.0)
+        names, values, counters = self.log.waiting[-1]
+        sums, counts = values[:, names.index("loss/train")]
+        return sums / counts, torch.tensor(counters["grad_norm"])
 
     def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
         super().change(changes, batches)
+        trainer = self.trainer
+        if "budget" in changes:
+            trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
         if changes.get("reference") == "cached" and self.reference is not None:
-            self.fill_cache(batches)
+            self.feed.reference = trainer.reference_pass(self.reference, self.feed, np.arange(len(self.feed.examples)))
+            self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
+            gc.collect()
 
-    def fill_cache(self, batches: Sequence[Sequence[Pair]]) -> None:
-        """The reference's log-probabilities of every batch, after which the reference is dropped."""
-        from batching import collate
 
-        for pairs in batches:
-            for start in range(0, len(pairs), 8):
-                part = pairs[start : start + 8]
-                batch = collate([example(p.prompt, p[1:], "") for p in part], 0).to(self.device)
-                with torch.no_grad():
-                    sums = self.logps(self.reference, batch).sum.view(2, -1)
-                self.cache |= {id(p.prompt): sums[:, i] for i, p in enumerate(part)}
-        self.reference = None
-        gc.collect()
+EMPTY: tuple[Any, ...] = (frozenset(), ())  # of the fields that Example has had
 
 
 # --------------------------------------------------------------------------------------------------------------------- serve
@@ -365,7 +377,7 @@ def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: M
     """Check, then one step per order until there are no more."""
     setting, device = contender.setting, contender.device
     loss, norm = contender.check(batches[0][: setting.n_check])
-    pipe.tell(event="check", loss=loss, grad_norm=norm)
+    pipe.tell(event="check", loss=loss, grad_norm=norm, budget=setting.budget)
     clock = Clock(device)
     while (order := pipe.wait()) is not None:
         step, trace = order.pop("step"), order.pop("trace", None)
@@ -415,7 +427,8 @@ def main() -> None:
 def serve_ours(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
     if pipe.wait() is not None:
         memory = Memory(torch.device(setting.device))
-        serve({"plumb": Plumb, "padded": Padded}[setting.contender](setting), batches, pipe, memory)
+        contender = Plumb(setting, batches) if setting.contender == "plumb" else Padded(setting)
+        serve(contender, batches, pipe, memory)
 
 
 def serve_trl(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:

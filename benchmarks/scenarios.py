@@ -45,9 +45,9 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     plumb, padded = setting("plumb", "plumb"), setting("2023 manner", "padded", n_timed=some(8))
     sft: dict[str, Any] = {"objective": "sft"}
     reward: dict[str, Any] = {"objective": "reward"}
-    probe = [setting(f"2023 manner, {m}", "padded", microbatch=m, n_timed=8, n_check=m) for m in (1, 2, 4, 8)]
-    probe += [setting(f"TRL, {m}{', by length' if s else ''}", "trl", microbatch=m, by_length=s, n_timed=16, n_check=m)
-              for m in (1, 2, 4, 8) for s in (False, True) if (m, s) != (1, True)]  # fmt: skip
+    probe = [setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True, n_timed=some(16)) for m in (1, 2, 4, 8)]
+    probe += [setting("TRL, 2 pairs, data order", "trl", microbatch=2, n_timed=some(16))]
+    probe += [setting(f"2023 manner, {m} pairs", "padded", microbatch=m, n_timed=some(8)) for m in (1, 2, 4)]
     return [
         Scenario("dpo", "DPO, reference in the same step", [
             plumb, padded, setting("TRL, best", "trl", n_timed=some(16), **best)], share=0.6),
@@ -60,7 +60,7 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
             setting("TRL, precomputed", "trl", n_timed=some(16), reference="cached", **best)]),
         Scenario("patched", "DPO, TRL's head on response rows only (our patch)", [plumb, setting(
             "TRL, patched", "trl", n_timed=some(16), responses_only=True, **best)]),
-        Scenario("probe", "DPO, microbatch sizes", [plumb, *probe], in_turn=True),
+        Scenario("probe", "DPO, microbatch sizes", [plumb, *probe]),
     ]  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def gpu(tokens: str, one: dict[str, Any], two: dict[str, Any], device: str, dtyp
             setting("TRL, precomputed", "trl", two, microbatch=middle, by_length=True, reference="cached", **long)],
             in_turn=True),
         Scenario("budget", "Plumb, tokens per microbatch (Pythia 1B)", [
-            setting("8192 tokens", "plumb", compile=True, n_warm=2, n_measured=4, then=sweep)], in_turn=True),
+            setting("8192 tokens", "plumb", n_warm=2, n_measured=4, then=sweep)], in_turn=True),
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class Setting:
     n_steps: int = 8  # the most that will be asked for
     n_check: int = 4  # pairs of the check before the first step
     microbatch: int = 2  # pairs (padded, trl)
-    budget: int = 4096  # tokens of a microbatch (plumb)
+    budget: int = 0  # tokens of a microbatch (plumb); 0: its own choice, by the memory at hand
     reference: str = "live"  # "live": forward in the same step; "cached": computed before training (trl); see `then`
     compile: bool = False
     checkpointing: bool = False  # activations recomputed in the backward pass (trl's default)

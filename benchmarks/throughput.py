@@ -112,7 +112,7 @@ class Run:
     def record(self, scenario: Scenario, setting: Setting, label: str, **fields: Any) -> None:
         """Keep and write one record, and say in a line what it is."""
         shape = {"microbatch": setting.microbatch} if setting.contender != "plumb" else {"budget": setting.budget}
-        record = {"scenario": scenario.name, "label": label, "contender": setting.contender, **shape, **fields}
+        record = {"scenario": scenario.name, "label": label, "contender": setting.contender, **fields, **shape}
         self.records.append(record)
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
@@ -145,6 +145,7 @@ def start(run: Run, scenario: Scenario, setting: Setting, child: Child | None = 
         child = child or Child(setting, run.errors)
         try:
             check = child.ask()
+            setting = replace(setting, budget=check.get("budget", setting.budget))
             run.record(scenario, setting, setting.label, n_check=setting.n_check, **check)
             return child, setting
         except Failed as failure:
@@ -158,7 +159,7 @@ def start(run: Run, scenario: Scenario, setting: Setting, child: Child | None = 
 
 
 def halved(setting: Setting) -> Setting | None:
-    """The same with half the microbatch; None at one pair, or a quarter of a thousand tokens."""
+    """The same with half the microbatch; None at one pair, or at 512 tokens, or where the contender chose it."""
     if setting.contender == "plumb":
         return replace(setting, budget=setting.budget // 2) if setting.budget > 512 else None
     return replace(setting, microbatch=setting.microbatch // 2) if setting.microbatch > 1 else None
