@@ -61,6 +61,8 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
         Scenario("patched", "DPO, TRL's head on response rows only (our patch)", [plumb, setting(
             "TRL, patched", "trl", n_timed=some(16), responses_only=True, **best)]),
         Scenario("probe", "DPO, microbatch sizes", [plumb, *probe]),
+        Scenario("budget", "DPO, Plumb's tokens per microbatch", [
+            replace(plumb, label=f"{n} tokens", budget=n) for n in (2048, 512, 1024, 4096, 8192)]),
     ]  # fmt: skip
 
 
