@@ -37,10 +37,12 @@ def tree_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks")
-    keys, values = (x[0].index_select(1, segments.gather) for x in (key, value))  # [Hkv, Tk, D], prompts once per response
+    gather = segments.gather.to(key.device)  # which is another one for some layers, where a model is spread over GPUs
+    keys, values = (x[0].index_select(1, gather) for x in (key, value))  # [Hkv, Tk, D], prompts once per response
+    query, keys = query[0].to(value.dtype), keys.to(value.dtype)  # rotary embeddings leave autocast's precision
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    attend = _varlen if query.is_cuda else _loop
-    return attend(query[0], keys, values.to(keys.dtype), segments, scale, sliding_window)[None], None
+    attend = _varlen if query.is_cuda and query.dtype.itemsize == 2 else _loop
+    return attend(query, keys, values, segments, scale, sliding_window)[None], None
 
 
 def _varlen(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
@@ -50,9 +52,9 @@ def _varlen(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, sca
     options: dict[str, Any] = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}  # theirs does not count itself
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 takes fewer key heads without being told
         options["enable_gqa"] = True
-    queries, keys, values = (x.transpose(0, 1).to(values.dtype) for x in (query, keys, values))
-    ends = (segments.query_ends, segments.key_ends)
-    return cast(Tensor, varlen_attn(queries, keys, values, *ends, segments.longest, segments.longest, **options))
+    queries, keys, values = (x.transpose(0, 1) for x in (query, keys, values))
+    n, query_ends, key_ends = segments.longest, segments.query_ends.to(query.device), segments.key_ends.to(query.device)
+    return cast(Tensor, varlen_attn(queries, keys, values, query_ends, key_ends, n, n, **options))
 
 
 @torch.compiler.disable
@@ -63,7 +65,7 @@ def _loop(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale
     n_queries, n_keys = segments.query_lengths, segments.key_lengths
     parts = []
     for q, k, v in zip(query.split(n_queries, 1), keys.split(n_keys, 1), values.split(n_keys, 1), strict=True):
-        mask = segments.mask(q.shape[1], k.shape[1], window, q.dtype)
+        mask = segments.mask(q.shape[1], k.shape[1], window, q)
         parts.append(F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale)[0])
     return torch.cat(parts, 1).transpose(0, 1)
 

@@ -41,12 +41,13 @@ class Segments:
     longest: int  # no segment has more keys; a constant of the run, so that nothing is compiled twice
     masks: dict = field(default_factory=dict)
 
-    def mask(self, n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, n_queries: int, n_keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """[n_queries, n_keys] to be added to scores: 0 or -inf, causal from the bottom right, `window` keys back at most.
 
-        None where plain causal attention is all that is asked. Made once per shape; all layers share it.
+        None where plain causal attention is all that is asked. Made once per shape, of `like`'s type and on its device; all
+        layers share it.
 
-        >>> Segments([2], [3], *[torch.empty(0)] * 3, 3).mask(2, 3, 2, torch.float32)
+        >>> Segments([2], [3], *[torch.empty(0)] * 3, 3).mask(2, 3, 2, torch.empty(0))
         tensor([[0., 0., -inf],
                 [-inf, 0., 0.]])
         """
@@ -54,12 +55,12 @@ class Segments:
             window = None
         if n_queries == n_keys and window is None:
             return None
-        shape = (n_queries, n_keys, window, dtype)
+        shape = (n_queries, n_keys, window, like.dtype, like.device)
         if shape not in self.masks:
-            seen = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+            seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=like.device).tril(n_keys - n_queries)
             if window is not None:
                 seen = seen.triu(n_keys - n_queries - window + 1)
-            self.masks[shape] = torch.zeros(n_queries, n_keys, dtype=dtype).masked_fill(~seen, float("-inf"))
+            self.masks[shape] = like.new_zeros(n_queries, n_keys).masked_fill(~seen, float("-inf"))
         return self.masks[shape]
 
 

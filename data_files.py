@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
 
 from utils import UserError
 
@@ -115,8 +118,45 @@ class Source(NamedTuple):
     """The rows of a split. `rows()` reads them from the start each time, so that no file need be held in memory."""
 
     rows: Callable[[], Iterator[RawRow]]
-    label: str
     whole: bool  # both splits are in here, and the caller has to take its share
+    version: tuple | None  # changes when the rows do: path, size and time of each file, or the hub's fingerprint; None: unknown
+
+    def held_out(self, prompts: Callable[[], Iterable[str]], how: Hashable, share: float) -> np.ndarray:
+        """`held_out` of this source's rows, once per process; `how` says how `prompts` makes prompts of the rows."""
+        key = (self.version, how, share)
+        if self.version is None or key not in _held_out:
+            _held_out[key] = held_out(prompts(), share)
+        return _held_out[key]
+
+
+_held_out: dict[Hashable, np.ndarray] = {}
+
+
+def held_out(prompts: Iterable[str], share: float) -> np.ndarray:
+    """Which rows are the test split, when `share` of the unique prompts is: those with the lowest digests.  [rows] bool
+
+    So the split depends on nothing but the prompts: it is the same for every stage, seed and order of the file. Shares
+    of 0 and 1 leave a split empty; any other gives each split a prompt, if there are two or more.
+
+    >>> held_out(["a", "b", "a", "c"], share=0.3)
+    array([False, False, False,  True])
+    """
+    digests = np.fromiter(map(digest, prompts), np.uint64)
+    unique = np.unique(digests)
+    n_test = round(share * len(unique))
+    if 0 < share < 1 and len(unique):
+        n_test = min(max(n_test, 1), len(unique) - 1)
+    return digests <= unique[n_test - 1] if n_test else np.zeros(len(digests), bool)
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for the text: in the split, and to find duplicates and leaks."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def files_version(files: Iterable[Path]) -> tuple:
+    """Path, size and time of each file: what changes when a file does."""
+    return tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 
 def open_source(path: str | Path, split: str, data_dir: str | None = None) -> Source:
@@ -131,7 +171,7 @@ def open_source(path: str | Path, split: str, data_dir: str | None = None) -> So
     if not root.exists():
         raise UserError(f"{path}: no such file or folder; check the path (relative paths start at {Path.cwd()})")
     if root.is_file():
-        return Source(lambda: read_file(root), str(path), whole=True)
+        return Source(lambda: read_file(root), whole=True, version=files_version([root]))
     if data_dir and (root / data_dir).is_dir():
         root = root / data_dir
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
@@ -143,7 +183,7 @@ def open_source(path: str | Path, split: str, data_dir: str | None = None) -> So
         raise UserError(f"{path}: the folder has no train* or test* file (found: {found}); give the file itself")
     whole = not all(chosen.values())
     paths = [f for f in files if f.name in (chosen[split] or next(filter(None, chosen.values())))]
-    return Source(lambda: chain.from_iterable(map(read_file, paths)), str(root), whole)
+    return Source(lambda: chain.from_iterable(map(read_file, paths)), whole, files_version(paths))
 
 
 def _is_data_file(path: Path) -> bool:
@@ -164,8 +204,8 @@ def _saved_to_disk(folder: Path, split: str) -> Source:
     names = chosen[split] or next(filter(None, chosen.values()), list(parts))
     return Source(
         lambda: chain.from_iterable(number(parts[name], f"{folder}/{name}") for name in names),
-        str(folder),
         whole=not all(chosen.values()),
+        version=files_version(sorted(f for f in folder.rglob("*") if f.is_file())),
     )
 
 

@@ -1,6 +1,6 @@
 """The forms that a row of a user's own file may have, and how each becomes a `Row`.
 
-`read_rows` recognises the form from the first row's fields, and holds every row to it. Strings are used exactly as they
+`form_of` recognises the form from the first row's fields, and `read_rows` holds every row to it. Strings are used exactly as they
 stand (prompt "abc", response " def"); where something has to set the turns apart, a row becomes chat messages.
 A new form is one function with `@form`.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any, NamedTuple
 
-from data_files import Messages, RawRow, Text, and_more, describe
+from data_files import Messages, RawRow, Text, and_more, describe, shorten
 from utils import UserError
 
 ASSISTANT = "\n\nAssistant:"
@@ -33,25 +33,14 @@ class Row(NamedTuple):
     source: str  # "my.jsonl:17": a line (jsonl, csv) or a row, from 1; "hh:123": the 123rd prompt of the split
 
 
-_skipped: ContextVar[Counter[str]] = ContextVar("skipped")
+counted: ContextVar[Counter[str] | None] = ContextVar("counted", default=None)  # get_dataset's; None: nobody counts
 
 
 def skipped(reason: str, n: int = 1) -> None:
     """Count `n` rows or pairs left out for `reason`. Forms and loaders call it; `get_dataset` reports the counts."""
-    counter = _skipped.get(None)
+    counter = counted.get()
     if counter is not None:
         counter[reason] += n
-
-
-@contextmanager
-def counting_skipped() -> Iterator[Counter[str]]:
-    """What is `skipped` inside is counted in the Counter that this yields."""
-    counter: Counter[str] = Counter()
-    token = _skipped.set(counter)
-    try:
-        yield counter
-    finally:
-        _skipped.reset(token)
 
 
 class Form(NamedTuple):
@@ -323,35 +312,37 @@ def _n_system(turns: Messages) -> int:
 # ---- a file's rows ----
 
 
-def read_rows(raw_rows: Iterable[RawRow], field_map: Mapping[str, str] | None = None) -> tuple[list[Row], Form]:
-    """One Row for each raw row, in order, less those that are skipped, and the form they share.
-
-    Raises UserError for the first row that can't be used, saying how many more there are.
-    """
+def form_of(first: RawRow, field_map: Mapping[str, str] | None) -> Form:
+    """The form of a file that begins with this row. Raises UserError for a field_map or fields that fit none."""
     check_field_map(field_map)
-    rows: list[Row] = []
-    problems: list[UserError] = []
-    form_: Form | None = None
+    return recognise(_rename(first, field_map or {}))
+
+
+def read_rows(raw_rows: Iterable[RawRow], form_: Form, field_map: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """One Row for each raw row, in order, less those that are skipped.
+
+    Raises UserError for the first row that can't be used, once all have been read: it says how many more there are.
+    """
+    problem: UserError | None = None
+    n_problems = 0
+    in_messages: bool | None = None
     for raw in raw_rows:
         try:
-            raw = _rename(raw, field_map or {})
-            form_ = form_ or recognise(raw)
-            row = _convert(form_, raw)
-        except UserError as problem:
-            if form_ is None:
-                raise
-            problems.append(problem)
-            continue
-        if row and rows and isinstance(row.prompt, str) != isinstance(rows[0].prompt, str):
-            before, here = ("messages", "text") if isinstance(rows[0].prompt, list) else ("text", "messages")
-            mixed = f"mixed forms: the file began with {before}, and field 'chosen' or 'prompt' here is {here}"
-            problems.append(raw.error(mixed, "write all rows alike"))
-        elif row:
-            rows.append(row)
-    if problems:
-        raise UserError(f"{problems[0]}{and_more(len(problems) - 1, 'row')}")
-    assert form_ is not None, "the reader refuses a file without rows"
-    return rows, form_
+            row = _convert(form_, _rename(raw, field_map or {}))
+            if row and in_messages is None:
+                in_messages = isinstance(row.prompt, list)
+            if row and in_messages != isinstance(row.prompt, list):
+                before, here = ("messages", "text") if in_messages else ("text", "messages")
+                mixed = f"mixed forms: the file began with {before}, and field 'chosen' or 'prompt' here is {here}"
+                raise raw.error(mixed, "write all rows alike")
+        except UserError as error:
+            problem = problem or error
+            n_problems += 1
+        else:
+            if row and not problem:
+                yield row
+    if problem:
+        raise UserError(f"{problem}{and_more(n_problems - 1, 'row')}")
 
 
 def check_field_map(field_map: Mapping[str, str] | None) -> None:
@@ -400,3 +391,42 @@ def _convert(form_: Form, row: RawRow) -> Row | None:
                 f"no field '{field}' (the row has: {row.names}), but the file began as {form_.name}", "add it"
             )
     return form_.convert(row)
+
+
+# ---- what a loader returns ----
+
+
+def check_loaded(name: str, loaded: Any) -> Iterator[Row]:
+    """A loader's prompts as Rows. Raises UserError for what breaks the contract, naming loader, prompt and field."""
+    if isinstance(loaded, Mapping):
+        entries = ((prompt, entry) for prompt, entry in loaded.items())
+    elif isinstance(loaded, Iterable) and not isinstance(loaded, str):
+        entries = ((dict(entry).get("prompt") if isinstance(entry, Mapping) else None, entry) for entry in loaded)
+    else:
+        raise UserError(f"get_{name} returned {describe(loaded)}; return {{prompt: {{responses, pairs, sft_target}}}}")
+    for n, (prompt, entry) in enumerate(entries, 1):
+        row = RawRow(entry, f"get_{name}", n, f"prompt {shorten(prompt)}, number")
+        if not isinstance(entry, Mapping):
+            raise row.error(f"it has {describe(entry)}", "return {responses, pairs, sft_target} for it")
+        row = row._replace(fields={"prompt": prompt, **entry})
+        prompt, responses = row.text_or_messages("prompt"), row.value("responses")
+        if not isinstance(responses, list):
+            raise row.error(f"field 'responses' is {describe(responses)}, not a list", "return a list of strings")
+        for i, response in enumerate(responses):
+            row.check_text(response, f"responses[{i}]")
+        target = row.value("sft_target")
+        target = None if target is None else row.check_text(target, "sft_target")
+        pairs = _checked_pairs(row, len(responses))
+        yield Row(prompt, responses, pairs, target, f"{name}:{n}")
+
+
+def _checked_pairs(row: RawRow, n_responses: int) -> list[tuple[int, int]]:
+    pairs = row.value("pairs")
+    if not isinstance(pairs, list):
+        raise row.error(f"field 'pairs' is {describe(pairs)}, not a list", "return (preferred, dispreferred) indices")
+    for i, pair in enumerate(pairs):
+        good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(index, Integral) for index in pair)
+        if not good or not all(0 <= index < n_responses for index in pair) or pair[0] == pair[1]:
+            problem = f"field 'pairs[{i}]' is {describe(pair)}, not two different indices into {n_responses} responses"
+            raise row.error(problem, "return (preferred, dispreferred)")
+    return [(int(preferred), int(dispreferred)) for preferred, dispreferred in pairs]

@@ -155,15 +155,20 @@ def head_on(model: Any, positions: Tensor, targets: Tensor | None) -> Iterator[N
         (hidden,) = inputs  # [R, W, d]
         return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),)  # [1, N, d]
 
-    handle = head.register_forward_pre_hook(gather)
+    def logps(hidden):  # [1, N, d] -> [1, N, 1]; a copy, since FSDP wants no view
+        device = head.weight.device
+        return linear_logps(hidden[0].to(device), head.weight, head.bias, targets.to(device))[None, :, None].clone()
+
+    handle, own = head.register_forward_pre_hook(gather), vars(head).get("forward")  # accelerate's, where it spreads a model
     if targets is not None:
-        head.forward = lambda h: linear_logps(h[0], head.weight, head.bias, targets)[None, :, None].clone()
+        head.forward = logps
     try:
         yield
     finally:
         handle.remove()
-        if targets is not None:
-            del head.forward
+        vars(head).pop("forward", None)
+        if own is not None:
+            head.forward = own
 
 
 def compile_blocks(model: nn.Module | None, block: type[nn.Module], recompute: bool | float) -> None:

@@ -7,7 +7,9 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +22,9 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from utils import UserError, under_torchrun
+
+T = TypeVar("T")
+SPEAKING_SECS = 30  # how long the others wait for rank 0 to say its error and end, which ends them too
 
 
 def launch(worker: Callable[..., None], arguments: tuple, n_cpu_processes: int | None, port: int | None) -> None:
@@ -68,9 +73,6 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-T = TypeVar("T")
-
-
 def same_everywhere(value: T) -> T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
@@ -78,6 +80,35 @@ def same_everywhere(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_rank0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it likes.
+
+    The others wait in a group of their own: the default group gives up after 10 minutes (NCCL), or 30 (gloo).
+    """
+    if not dist.is_initialized():
+        return make()
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, group=waiting)
+    dist.destroy_process_group(waiting)
+    if box[1] is not None:
+        if dist.get_rank() != 0:
+            time.sleep(SPEAKING_SECS)
+        raise UserError(box[1])
+    return box[0]
+
+
+def meet() -> None:
+    """No rank goes on before all are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def shard(model: nn.Module, block: type[nn.Module], compute_dtype: torch.dtype | None) -> None:

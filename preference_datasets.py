@@ -2,27 +2,34 @@
 
 A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`, the contract of the
 2023 repository, so that its users' own functions work with the decorator alone. `get_dataset` gives the rest of the
-code its `Row`s, from a registered name or from a path to files in a form of data_forms.py. No torch, no tokenizer.
+code its `Row`s, one at a time, from a registered name or from a path to files in a form of data_forms.py. No torch, no
+tokenizer.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
-from numbers import Integral
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from data_files import SUFFIXES, Messages, RawRow, Source, Text, describe, number, open_source, shorten
+from data_files import SUFFIXES, Messages, RawRow, Source, Text, describe, files_version, number, open_source
 from data_forms import (
+    FORMS,
     PROMPTS_DIFFER,
     Row,
+    check_loaded,
     check_scores,
-    counting_skipped,
+    counted,
+    form_of,
     hh_prompt,
     read_rows,
     score_pairs,
@@ -32,7 +39,7 @@ from data_forms import (
 )
 from utils import UserError
 
-__all__ = ["DataSet", "Messages", "Prompt", "Row", "Text", "dataset", "dataset_names", "get_dataset", "skipped"]
+__all__ = ["DataSet", "Hub", "Messages", "Prompt", "Row", "Text", "dataset", "dataset_names", "get_dataset", "skipped"]
 
 
 class Prompt(TypedDict):
@@ -43,14 +50,26 @@ class Prompt(TypedDict):
     sft_target: str  # what SFT imitates
 
 
-class DataSet(NamedTuple):
-    """A split of one data set, and what was read and left out."""
+class Hub(NamedTuple):
+    """A set on the Hugging Face hub."""
 
     name: str
-    truncation: str  # "keep_end" | "keep_start": which end of a long prompt survives
-    rows: list[Row]
-    skipped: dict[str, int]  # reason -> count
-    form: str  # one line: what was read and how it was understood
+    data_dir: str | None = None  # the part of it that is read
+    test_share: float | None = None  # its own rule, for a set that is published with a train split only
+
+
+@dataclass
+class DataSet:
+    """A split of one data set, whose rows can be drawn once."""
+
+    name: str
+    eval_share: float
+    rows: Iterator[Row]
+    n_rows: int | None = None  # about how many there will be; known after the first, if at all
+    # known when the rows are exhausted
+    truncation: str = "keep_start"  # "keep_end" | "keep_start": which end of a long prompt survives
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> count
+    form: str = ""  # one line: what was read and how it was understood
 
 
 class Loader(NamedTuple):
@@ -59,29 +78,22 @@ class Loader(NamedTuple):
     name: str
     load: Callable[..., Any]
     truncation: str
-    hub: str | None
+    hub: Hub | None
     fields: frozenset[str]  # raw fields by which a file given by its path is known to be of this schema
 
 
-@dataclass(frozen=True)
-class Loading:
-    """What `load_rows` must know beyond a loader's arguments."""
-
-    name: str
-    eval_share: float
-
-
 LOADERS: dict[str, Loader] = {}
-DIRECT_CALL = Loading("<name>", 0.0)
-_loading: ContextVar[Loading] = ContextVar("loading", default=DIRECT_CALL)
+# The data set that is being drawn; a loader may also be called directly.
+_drawn: ContextVar[DataSet] = ContextVar("drawn", default=DataSet("<name>", 0.0, iter(())))  # noqa: B039  nobody reads its counts
 
 
-def dataset(truncation: str = "keep_start", hub: str | None = None, fields: Iterable[str] = ()) -> Callable:
+def dataset(truncation: str = "keep_start", hub: str | Hub | None = None, fields: Iterable[str] = ()) -> Callable:
     """Register `get_xyz(split, silent=False, cache_dir=None[, path=None])` as "xyz".
 
-    It returns `{prompt: Prompt}`, or a list or `datasets.Dataset` of rows prompt, responses, pairs, sft_target; it
-    may call `skipped(reason)` for what it leaves out. With `path`, it reads a local copy of its set. The 2023 rule
-    for `truncation`: HH's dialogues keep the end of a long prompt, all others the start.
+    It returns `{prompt: Prompt}`, or the rows (prompt, responses, pairs, sft_target) as a list, a `datasets.Dataset` or a
+    generator; it may call `skipped(reason)` for what it leaves out. With `path`, it reads a local copy of its set. What
+    reads nothing but its `hub` set, or `path`, is tokenized once for all runs. The 2023 rule for `truncation`: HH's
+    dialogues keep the end of a long prompt, all others the start.
     """
     if truncation not in ("keep_end", "keep_start"):
         raise UserError(f"@dataset(truncation={truncation!r}): write 'keep_end' or 'keep_start'")
@@ -90,7 +102,7 @@ def dataset(truncation: str = "keep_start", hub: str | None = None, fields: Iter
         if not load.__name__.startswith("get_"):
             raise UserError(f"@dataset: the function {load.__name__} must be called get_<name of the data set>")
         name = load.__name__.removeprefix("get_")
-        LOADERS[name] = Loader(name, load, truncation, hub, frozenset(fields))
+        LOADERS[name] = Loader(name, load, truncation, Hub(hub) if isinstance(hub, str) else hub, frozenset(fields))
         return load
 
     return register
@@ -103,28 +115,33 @@ def dataset_names() -> list[str]:
 # ---- the loaders ----
 
 
-@dataset(truncation="keep_end", hub="Anthropic/hh-rlhf")
+HH = Hub("Anthropic/hh-rlhf")
+HELPFUL, HARMLESS = HH._replace(data_dir="helpful-base"), HH._replace(data_dir="harmless-base")
+SHP = Hub("stanfordnlp/SHP")
+SE = Hub("HuggingFaceH4/stack-exchange-preferences", test_share=0.01)
+SAFERLHF = Hub("PKU-Alignment/PKU-SafeRLHF")
+
+
+@dataset(truncation="keep_end", hub=HH)
 def get_hh(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """Anthropic HH. The prompt ends with the last "\\n\\nAssistant:"; SFT imitates the prompt's last chosen response.
 
     A pair whose texts split into different prompts is skipped and counted; the 2023 code cut the rejected text at the
     chosen prompt's length (pinned by test_hh_differs_from_2023_only_in_the_skipped_rows).
     """
-    return _hh(load_rows("Anthropic/hh-rlhf", split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
+    return _hh(load_rows(HH, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
 
 
-@dataset(truncation="keep_end", hub="Anthropic/hh-rlhf")
+@dataset(truncation="keep_end", hub=HELPFUL)
 def get_helpful(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """The helpful-base part of HH; like get_hh otherwise."""
-    part = {"data_dir": "helpful-base", "path": path, "cache_dir": cache_dir, "silent": silent}
-    return _hh(load_rows("Anthropic/hh-rlhf", split, _hh_prompt, **part))
+    return _hh(load_rows(HELPFUL, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
 
 
-@dataset(truncation="keep_end", hub="Anthropic/hh-rlhf")
+@dataset(truncation="keep_end", hub=HARMLESS)
 def get_harmless(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """The harmless-base part of HH; like get_hh otherwise."""
-    part = {"data_dir": "harmless-base", "path": path, "cache_dir": cache_dir, "silent": silent}
-    return _hh(load_rows("Anthropic/hh-rlhf", split, _hh_prompt, **part))
+    return _hh(load_rows(HARMLESS, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
 
 
 def _hh_prompt(row: RawRow) -> str:
@@ -143,7 +160,7 @@ def _hh(rows: Iterable[RawRow]) -> dict[str, Prompt]:
     return data
 
 
-@dataset(hub="stanfordnlp/SHP", fields=("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels"))
+@dataset(hub=SHP, fields=("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels"))
 def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """Stanford Human Preferences, less the pairs whose scores differ by a factor under 2 (Ethayarajh et al., 2022).
 
@@ -152,9 +169,8 @@ def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]
     """
     data: dict[str, Prompt] = {}
     best: dict[str, float] = {}
-    history = lambda row: row.text("history")
-    for row in load_rows("stanfordnlp/SHP", split, history, path=path, cache_dir=cache_dir, silent=silent):
-        prompt = hh_prompt(history(row))
+    for row in load_rows(SHP, split, _history, path=path, cache_dir=cache_dir, silent=silent):
+        prompt = hh_prompt(_history(row))
         responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
         scores = check_scores(row, [row.value("score_A"), row.value("score_B")], "score_A, score_B", 2)
         label = row.value("labels")
@@ -172,18 +188,19 @@ def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]
     return data
 
 
-@dataset(hub="HuggingFaceH4/stack-exchange-preferences", fields=("question", "answers"))
-def get_se(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
+def _history(row: RawRow) -> str:
+    return row.text("history")
+
+
+@dataset(hub=SE, fields=("question", "answers"))
+def get_se(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
     """Stack Exchange questions with scored answers, HTML stripped; SFT imitates the best answer.
 
     The set has a train split only: 1 % of the questions is test, the share of 2023, though not its questions. Equal
-    scores form no pair; in 2023 they did (pinned by test_se_equal_scores).
+    scores form no pair; in 2023 they did (pinned by test_se_equal_scores). The rows come one at a time, for 10.8 M
+    questions do not fit in memory as a dict; so equal questions, of which there are next to none, are not merged.
     """
-    data: dict[str, Prompt] = {}
-    best: dict[str, float] = {}
-    options = {"path": path, "cache_dir": cache_dir, "silent": silent, "test_share": 0.01}
-    rows = load_rows("HuggingFaceH4/stack-exchange-preferences", split, _question, **options)
-    for row in rows:
+    for row in load_rows(SE, split, _question, path=path, cache_dir=cache_dir, silent=silent):
         prompt, answers = hh_prompt(_question(row)), row.value("answers")
         if not isinstance(answers, list) or not all(
             isinstance(a, dict) and {"text", "pm_score"} <= a.keys() for a in answers
@@ -195,8 +212,8 @@ def get_se(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
         texts = [row.check_text(a["text"], f"answers[{i}].text") for i, a in enumerate(answers)]
         responses = [" " + strip_html(text) for text in texts]
         scores = check_scores(row, [a["pm_score"] for a in answers], "answers.pm_score", len(answers))
-        _keep_best(_add(data, prompt, responses, score_pairs(scores)), best, prompt, responses, scores)
-    return data
+        best = responses[scores.index(max(scores))]
+        yield {"prompt": prompt, "responses": responses, "pairs": score_pairs(scores), "sft_target": best}
 
 
 def _question(row: RawRow) -> str:
@@ -206,7 +223,7 @@ def _question(row: RawRow) -> str:
 SAFERLHF_FIELDS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
 
 
-@dataset(hub="PKU-Alignment/PKU-SafeRLHF", fields=SAFERLHF_FIELDS)
+@dataset(hub=SAFERLHF, fields=SAFERLHF_FIELDS)
 def get_saferlhf(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """PKU-SafeRLHF, the rows of which one response is labelled safe and the other not: the safe one is preferred.
 
@@ -214,9 +231,8 @@ def get_saferlhf(split, silent=False, cache_dir=None, path=None) -> dict[str, Pr
     prompt and responses without a separator, which would glue the answer to the question: here they get HH's.
     """
     data: dict[str, Prompt] = {}
-    options = {"path": path, "cache_dir": cache_dir, "silent": silent}
-    for row in load_rows("PKU-Alignment/PKU-SafeRLHF", split, lambda row: row.text("prompt"), **options):
-        prompt = hh_prompt(row.text("prompt"))
+    for row in load_rows(SAFERLHF, split, _prompt, path=path, cache_dir=cache_dir, silent=silent):
+        prompt = hh_prompt(_prompt(row))
         responses = [" " + row.text("response_0"), " " + row.text("response_1")]
         safe = [_boolean(row, f"is_response_{i}_safe") for i in (0, 1)]
         if safe[0] == safe[1]:
@@ -225,6 +241,10 @@ def get_saferlhf(split, silent=False, cache_dir=None, path=None) -> dict[str, Pr
         chosen = safe.index(True)
         _add(data, prompt, responses, [(chosen, 1 - chosen)])["sft_target"] = responses[chosen]
     return data
+
+
+def _prompt(row: RawRow) -> str:
+    return row.text("prompt")
 
 
 def _boolean(row: RawRow, field: str) -> bool:
@@ -255,66 +275,44 @@ def _keep_best(entry: Prompt, best: dict[str, float], prompt: str, responses: li
 
 
 def load_rows(
-    hub_id: str,
-    split: str,
-    prompt_of: Callable[[RawRow], str],
-    *,
-    path: str | None,
-    cache_dir: str | None,
-    data_dir: str | None = None,
-    silent: bool = False,
-    test_share: float | None = None,
+    hub: Hub, split: str, prompt_of: Callable[[RawRow], str], *, path: str | None, cache_dir: str | None, silent: bool
 ) -> Iterator[RawRow]:
     """The raw rows of the split: of the local copy at `path`, or of the hub's set when it's None.
 
-    Where there are no files of both splits, `eval_share` of the unique prompts is the test split; `test_share` instead
-    is a set's own rule, for one that is published with a train split only.
+    Where there are no files of both splits, `eval_share` of the unique prompts is the test split, or `hub.test_share`.
     Raises UserError when the hub can't be reached or refuses.
     """
+    source = _source(hub, split, path, cache_dir, silent)
+    data = _drawn.get()
+    share = data.eval_share if hub.test_share is None else hub.test_share
+    if not source.whole:
+        return source.rows()
+    mine = source.held_out(lambda: map(prompt_of, source.rows()), prompt_of, share) == (split == "test")
+    data.n_rows = int(mine.sum())
+    return (row for row, kept in zip(source.rows(), mine, strict=True) if kept)
+
+
+_hub_sets: dict[tuple, Any] = {}  # loaded once per process
+
+
+def _source(hub: Hub, split: str, path: str | None, cache_dir: str | None, silent: bool) -> Source:
     if path is not None:
-        source = open_source(path, split, data_dir)
-    else:
-        source = _open_hub(hub_id, split, cache_dir, data_dir, silent, train_only=test_share is not None)
-    share = _loading.get().eval_share if test_share is None else test_share
-    return _take(source.rows(), in_split(map(prompt_of, source.rows()), split, share) if source.whole else None)
-
-
-def _open_hub(hub_id, split, cache_dir, data_dir, silent, train_only) -> Source:
+        return open_source(path, split, hub.data_dir)
     import datasets
 
     if silent:
         datasets.disable_progress_bars()
+    train_only = hub.test_share is not None
+    options = {"split": "train" if train_only else split, "cache_dir": cache_dir, "data_dir": hub.data_dir}
+    key = (hub.name, *options.values())
     try:
-        hub_split = "train" if train_only else split
-        rows = datasets.load_dataset(hub_id, split=hub_split, cache_dir=cache_dir, data_dir=data_dir)
+        rows = _hub_sets[key] = _hub_sets[key] if key in _hub_sets else datasets.load_dataset(hub.name, **options)
     except Exception as error:  # no network, a gated set, a full disk: each library below has its own kinds
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        fix = f"set dataset_paths.{_loading.get().name}=/path/to/local/copy, or check network and `hf auth login`"
-        raise UserError(f"can't load {hub_id} (split {split}) from the hub ({problem}); {fix}") from error
-    return Source(lambda: number(rows, hub_id), hub_id, whole=train_only)
-
-
-def in_split(prompts: Iterable[str], split: str, share: float) -> list[bool]:
-    """Which rows belong to `split`, when `share` of the unique prompts is the test split: those with the lowest digests.
-
-    So the split depends on nothing but the prompts: it is the same for every stage, seed and order of the file. Shares
-    of 0 and 1 leave a split empty; any other gives each split a prompt, if there are two or more.
-
-    >>> in_split(["a", "b", "a", "c"], "test", share=0.3)
-    [False, False, False, True]
-    """
-    keys = [hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in prompts]
-    unique = sorted(set(keys))
-    n_test = round(share * len(unique))
-    if 0 < share < 1 and unique:
-        n_test = min(max(n_test, 1), len(unique) - 1)
-    test = set(unique[:n_test])
-    return [(key in test) == (split == "test") for key in keys]
-
-
-def _take(rows: Iterable[Any], keep: list[bool] | None) -> Iterator[Any]:
-    """The rows to keep, in order; all of them for None."""
-    return iter(rows) if keep is None else (row for row, kept in zip(rows, keep, strict=True) if kept)
+        fix = f"set dataset_paths.{_drawn.get().name}=/path/to/local/copy, or check network and `hf auth login`"
+        raise UserError(f"can't load {hub.name} (split {split}) from the hub ({problem}); {fix}") from error
+    fingerprint = getattr(rows, "_fingerprint", None)
+    return Source(lambda: number(rows, hub.name), train_only, fingerprint and (hub.name, fingerprint))
 
 
 # ---- what the rest of the code calls ----
@@ -337,20 +335,42 @@ def get_dataset(
     """
     if not 0 <= eval_share <= 1:
         raise UserError(f"eval_share={eval_share}: the share of prompts held out for evaluation lies in [0, 1]")
-    token = _loading.set(Loading(name, eval_share))
-    try:
-        with counting_skipped() as counts:
-            if name in LOADERS:
-                if field_map:
-                    raise UserError(f"field_map={dict(field_map)}: {name} has its own schema; use it with own files")
-                truncation, rows, form = _registered(LOADERS[name], split, silent, cache_dir, path)
-            elif _is_path(name):
-                truncation, rows, form = _own_files(name, split, silent, field_map, eval_share)
-            else:
-                raise _unknown(name)
-    finally:
-        _loading.reset(token)
-    return DataSet(name, truncation, rows, dict(counts), form)
+    data = DataSet(name, eval_share, iter(()))
+    if name in LOADERS:
+        if field_map:
+            raise UserError(f"field_map={dict(field_map)}: {name} has its own schema; use it with own files")
+        rows = _registered(data, LOADERS[name], split, silent, cache_dir, path)
+    elif _is_path(name):
+        rows = _own_files(data, split, silent, field_map)
+    else:
+        raise _unknown(name)
+    # A generator sees the context of whoever draws from it: each row is drawn in one where this data set counts.
+    context = copy_context()
+    context.run(_drawn.set, data)
+    context.run(counted.set, data.skipped)
+    data.rows = iter(partial(context.run, next, rows, None), None)
+    return data
+
+
+def made_of(name: str, split: str, cache_dir: str | None, path: str | None) -> tuple[tuple, list[Path]] | None:
+    """What decides about the rows of a data set: the version of what is read, and the files whose code reads it.
+
+    None where that can't be known: a user's loader that declares no hub and is given no path may read anything.
+    """
+    version: tuple | None = None
+    if name not in LOADERS:
+        version = open_source(name, split).version
+        functions = [form_.convert for form_ in FORMS] + [loader.load for loader in LOADERS.values() if loader.fields]
+    else:
+        functions, hub = [LOADERS[name].load], LOADERS[name].hub
+        if hub:
+            with suppress(UserError):  # which the loader is about to meet, unless it finds another way to the set
+                version = _source(hub, split, path, cache_dir, silent=False).version
+        elif path:
+            folder = Path(path).expanduser()
+            version = files_version([folder] if folder.is_file() else sorted(filter(Path.is_file, folder.rglob("*"))))
+    code = {str(inspect.getsourcefile(inspect.unwrap(function))) for function in functions}
+    return (version, sorted(map(Path, code))) if version and all(Path(file).is_file() for file in code) else None
 
 
 def _is_path(name: str) -> bool:
@@ -366,7 +386,7 @@ def _unknown(name: str) -> UserError:
     )
 
 
-def _registered(loader: Loader, split: str, silent, cache_dir, path) -> tuple[str, list[Row], str]:
+def _registered(data: DataSet, loader: Loader, split: str, silent, cache_dir, path) -> Iterator[Row]:
     takes = inspect.signature(loader.load).parameters
     options = {"silent": silent, "cache_dir": cache_dir, "path": path}
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
@@ -375,66 +395,46 @@ def _registered(loader: Loader, split: str, silent, cache_dir, path) -> tuple[st
         raise UserError(
             f"dataset_paths.{loader.name}={path}: get_{loader.name} takes no 'path'; add the parameter, or unset it"
         )
-    rows = list(_checked(loader.name, loader.load(split, **options)))
-    n_pairs = sum(len(row.pairs) for row in rows)
-    origin = path or loader.hub or f"get_{loader.name}"
-    form = f"{loader.name}: {len(rows):,} prompts with {n_pairs:,} pairs from {origin} ({split})"
-    return loader.truncation, rows, form
+    loaded = loader.load(split, **options)
+    if hasattr(loaded, "__len__"):
+        data.n_rows = len(loaded)
+    n_prompts = n_pairs = 0
+    for row in check_loaded(loader.name, loaded):
+        n_prompts, n_pairs = n_prompts + 1, n_pairs + len(row.pairs)
+        yield row
+    origin = path or (loader.hub.name if loader.hub else f"get_{loader.name}")
+    data.truncation = loader.truncation
+    data.form = f"{loader.name}: {n_prompts:,} prompts with {n_pairs:,} pairs from {origin} ({split})"
 
 
-def _checked(name: str, loaded: Any) -> Iterator[Row]:
-    """A loader's prompts as Rows. Raises UserError for what breaks the contract, naming loader, prompt and field."""
-    if isinstance(loaded, Mapping):
-        entries = ((prompt, entry) for prompt, entry in loaded.items())
-    elif isinstance(loaded, Iterable) and not isinstance(loaded, str):
-        entries = ((dict(entry).get("prompt") if isinstance(entry, Mapping) else None, entry) for entry in loaded)
-    else:
-        raise UserError(f"get_{name} returned {describe(loaded)}; return {{prompt: {{responses, pairs, sft_target}}}}")
-    for n, (prompt, entry) in enumerate(entries, 1):
-        row = RawRow(entry, f"get_{name}", n, f"prompt {shorten(prompt)}, number")
-        if not isinstance(entry, Mapping):
-            raise row.error(f"it has {describe(entry)}", "return {responses, pairs, sft_target} for it")
-        row = row._replace(fields={"prompt": prompt, **entry})
-        prompt, responses = row.text_or_messages("prompt"), row.value("responses")
-        if not isinstance(responses, list):
-            raise row.error(f"field 'responses' is {describe(responses)}, not a list", "return a list of strings")
-        for i, response in enumerate(responses):
-            row.check_text(response, f"responses[{i}]")
-        target = row.value("sft_target")
-        target = None if target is None else row.check_text(target, "sft_target")
-        pairs = _checked_pairs(row, len(responses))
-        yield Row(prompt, responses, pairs, target, f"{name}:{n}")
-
-
-def _checked_pairs(row: RawRow, n_responses: int) -> list[tuple[int, int]]:
-    pairs = row.value("pairs")
-    if not isinstance(pairs, list):
-        raise row.error(f"field 'pairs' is {describe(pairs)}, not a list", "return (preferred, dispreferred) indices")
-    for i, pair in enumerate(pairs):
-        good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(index, Integral) for index in pair)
-        if not good or not all(0 <= index < n_responses for index in pair) or pair[0] == pair[1]:
-            problem = f"field 'pairs[{i}]' is {describe(pair)}, not two different indices into {n_responses} responses"
-            raise row.error(problem, "return (preferred, dispreferred)")
-    return [(int(preferred), int(dispreferred)) for preferred, dispreferred in pairs]
-
-
-def _own_files(name: str, split: str, silent, field_map, eval_share: float) -> tuple[str, list[Row], str]:
-    source = open_source(name, split)
+def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
+    source = open_source(data.name, split)
     first = next(source.rows(), None)
     if first is None:
-        raise UserError(f"{name}: the data set is empty; it needs at least one row")
+        raise UserError(f"{data.name}: the data set is empty; it needs at least one row")
     schema = next((known for known in LOADERS.values() if known.fields and known.fields <= first.fields.keys()), None)
     if schema and not field_map:
-        return _registered(schema, split, silent, None, name)
-    rows, form = read_rows(source.rows(), field_map)
-    as_messages = bool(rows) and isinstance(rows[0].prompt, list)
-    line = f"{name}: {len(rows):,} rows, {form.name} (as {'chat messages' if as_messages else 'raw text'})"
+        yield from _registered(data, schema, split, silent, None, data.name)
+        return
+    form = form_of(first, field_map)
+    read = lambda: read_rows(source.rows(), form, field_map)
+    kept: Iterable[bool] = repeat(True)
     if source.whole:
-        keys = [json.dumps(row.prompt) for row in rows]
-        rows = list(_take(rows, in_split(keys, split, eval_share)))
-        if 0 < eval_share < 1:
-            line += f"; {len(rows):,} for {split}, by eval_share={eval_share:g}"
+        keys = lambda: (json.dumps(row.prompt) for row in read())
+        kept = in_split = source.held_out(keys, json.dumps(dict(field_map or {})), data.eval_share) == (split == "test")
+        data.n_rows = int(in_split.sum())
+        data.skipped.clear()  # that pass counted what the next one counts again
+    n = n_kept = 0
+    as_messages = False
+    for row, mine in zip(read(), kept, strict=False):
+        as_messages = isinstance(row.prompt, list)
+        n, n_kept = n + 1, n_kept + bool(mine)
+        if mine:
+            yield row
+    data.form = f"{data.name}: {n:,} rows, {form.name} (as {'chat messages' if as_messages else 'raw text'})"
+    if source.whole and 0 < data.eval_share < 1:
+        data.form += f"; {n_kept:,} for {split}, by eval_share={data.eval_share:g}"
     # A dialogue's end matters more than its start; a single question's start is kept, as in 2023.
     as_written = first.fields.get((field_map or {}).get("prompt", "prompt"))
     is_dialogue = as_messages or form.dialogue or str(as_written).endswith("\n\nAssistant:")
-    return ("keep_end" if is_dialogue else "keep_start"), rows, line
+    data.truncation = "keep_end" if is_dialogue else "keep_start"

@@ -5,111 +5,147 @@ Each case that may damage a run in silence (see CASES) is counted and has a rule
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+import parallel
 from batching import Schedule
-from preference_datasets import dataset_names, get_dataset
-from tokenization import HH_TEMPLATE, Example, TextRules, tokenize
-from utils import UserError, get_local_dir, rank, rank0_print
+from examples import Examples, cases, concatenate, seen_before, slices, view
+from preference_datasets import dataset_names, get_dataset, made_of
+from token_store import Recipe, TokenStore, find_or_make, fingerprint
+from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos
+from utils import UserError, get_local_dir, plain, rank, rank0_print
 
 
 class Part(NamedTuple):
     """One split of one data set."""
 
-    examples: list[Example]
+    examples: Examples
     skipped: Mapping[str, int]  # reason -> rows that the loader left out
     cases: Counter[str]  # case -> examples it applies to, before any rule
 
 
-def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> tuple[list[Example], list[Example]]:
+def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> tuple[Examples, Examples]:
     """The training and the evaluation examples of `config.datasets` (and `eval_datasets`), after the data rules.
 
     Training examples stand in the order of the data sets; evaluation is the first n_eval_examples of a seeded permutation
     (of the data's own order with shuffle=false), each once. Prints one table per data set and the first example.
     """
     rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
-    named = {None: None, "hh": HH_TEMPLATE}
-    template = named[config.chat_template] if config.chat_template in named else Path(config.chat_template).read_text("utf-8")
-
-    def read(name: str, split: str, eval_share: float) -> Part:
-        data = get_dataset(
-            name, split, silent=rank() != 0, cache_dir=str(get_local_dir(config.local_dirs)), path=config.dataset_paths.get(name),
-            field_map=dict(config.field_map) if config.field_map and name not in dataset_names() else None,
-            eval_share=eval_share,
-        )  # fmt: skip
-        data = data._replace(truncation=config.truncation_mode or data.truncation)
-        if split == "train" or own_eval:
-            rank0_print(data.form)
-        examples = tokenize(data, tokenizer, pairs, rules, template)
-        if data.rows and not examples and (split == "train" or own_eval):
-            missing = "preference pairs (chosen and rejected), which this loss needs" if pairs else "SFT targets"
-            raise UserError(f"datasets: {name} holds no {missing}; its form: {data.form}")
-        return Part(examples, data.skipped, Counter())
-
     own_eval = config.eval_datasets is not None  # then a file is all training or all evaluation
-    train = {name: read(name, "train", 0.0 if own_eval else config.eval_share) for name in config.datasets}
-    test = {name: read(name, "test", 1.0 if own_eval else config.eval_share)
-            for name in (config.eval_datasets if own_eval else config.datasets)}  # fmt: skip
-    held_out = {e.texts[0] for part in test.values() for e in part.examples}
+    shares = {"train": 0.0, "test": 1.0} if own_eval else dict.fromkeys(("train", "test"), config.eval_share)
+    wanted = [("train", name) for name in config.datasets]
+    wanted += [("test", name) for name in (config.eval_datasets if own_eval else config.datasets)]
+    bos = automatic_bos(tokenizer) if rules.add_bos else None
+    parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
+    for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares), strict=True):
+        if split == "train" or own_eval:
+            rank0_print(store.form)
+        examples = view(store, pairs, rules, config.truncation_mode or store.truncation, bos)
+        if store.n_rows and not examples and (split == "train" or own_eval):
+            missing = "preference pairs (chosen and rejected), which this loss needs" if pairs else "SFT targets"
+            raise UserError(f"datasets: {name} holds no {missing}; its form: {store.form}")
+        parts[split][name] = Part(examples, store.skipped, Counter())
+
+    train, test = parts["train"], parts["test"]
+    none = np.empty(0, np.uint64)
+    held_out = np.unique(np.concatenate([none, *(part.examples.digest(0) for part in test.values())]))
     for name in dict.fromkeys([*train, *test]):
-        for split, leaks in ((train, held_out), (test, set())):
-            if name in split:
-                split[name] = apply_rules(split[name], leaks, config.data_rules, name)
+        for some, leaks in ((train, held_out), (test, none)):
+            if name in some:
+                some[name] = apply_rules(some[name], leaks, config.data_rules, name)
         rank0_print(describe(name, train.get(name), test.get(name), config.data_rules, config.eos_in_text))
-    examples = [e for part in train.values() for e in part.examples]
+    examples = concatenate([part.examples for part in train.values()])
     if not examples:
         raise UserError(f"datasets={list(config.datasets)}: no training example is left; see eval_share and data_rules")
     rank0_print(show_example(examples[0], tokenizer))
-    return examples, _first([e for part in test.values() for e in part.examples], config)
+    return examples, _first(concatenate([part.examples for part in test.values()]), config)
 
 
-def _first(examples: list[Example], config: DictConfig) -> list[Example]:
+def token_stores(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, rules: TextRules, wanted: list[tuple[str, str]],
+    shares: dict[str, float],
+) -> list[TokenStore]:  # fmt: skip
+    """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank maps the same files."""
+    named = {None: None, "hh": HH_TEMPLATE}
+    template = named[config.chat_template] if config.chat_template in named else Path(config.chat_template).read_text("utf-8")
+    local_dir = get_local_dir(config.local_dirs)
+
+    def make() -> list[tuple[str, bool]]:
+        made, identity = [], fingerprint(tokenizer)
+        for split, name in wanted:
+            path, share = config.dataset_paths.get(name), shares[split]
+            field_map = plain(config.field_map) if name not in dataset_names() else {}
+            data = get_dataset(name, split, cache_dir=str(local_dir), path=path, field_map=field_map, eval_share=share)
+            inputs = made_of(name, split, str(local_dir), path)
+            options = {"eval_share": share, "field_map": field_map, "path": path}
+            recipe = Recipe(data, split, tokenizer, identity, rules, template, inputs, options)
+            folder, kept = find_or_make(recipe, local_dir / "token_cache")
+            made.append((str(folder), kept))
+        return made
+
+    made = parallel.from_rank0(make)
+    try:
+        stores = [TokenStore(Path(folder)) for folder, _ in made]
+    except ValueError as problem:
+        raise UserError(f"local_dirs={list(config.local_dirs)}: rank {rank()} cannot read the token cache that rank 0 made "
+                        f"({problem}); name a folder that all processes share") from None  # fmt: skip
+    parallel.meet()  # what is mapped stays readable when its files are gone
+    for folder, kept in made:
+        if not kept and rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    return stores
+
+
+def _first(examples: Examples, config: DictConfig) -> Examples:
     """The n_eval_examples of an evaluation, or all when fewer exist (2023 repeated rows, or never returned)."""
     n = config.n_eval_examples
     if n is not None and n > len(examples):
         what = f"only {len(examples)} exist; each is used once" if examples else "none exist; nothing will be evaluated"
         rank0_print(f"n_eval_examples={n}: {what} (see eval_share and eval_datasets)")
     schedule = Schedule(len(examples), batch_size=1, n_epochs=1, n_examples=n, shuffle=config.shuffle, seed=config.seed)
-    return [examples[int(i)] for (i,) in schedule]
+    return examples.select(schedule.order(0)[: schedule.n_examples])
 
 
-def apply_rules(part: Part, held_out: set[int], rules: Mapping[str, str], name: str) -> Part:
+def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name: str) -> Part:
     """Keep, drop, or stop on the examples of each case; the cases are counted before anything is dropped.
 
-    `held_out`: hashes of the prompts of the eval split. Raises UserError with the first example for which a rule says stop.
+    `held_out`: digests of the eval split's prompts, in order. Raises UserError with the first example for which a rule says stop.
     """
-    marked = _mark(part.examples, held_out)
-    cases = Counter(case for _, found in marked for case in found)
-    for example, found in marked:
-        for case in sorted(found):
-            if rules[case] == "stop":
-                raise UserError(f"{example.source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; mend the row, "
-                                f"or set data_rules.{case}=drop or keep")  # fmt: skip
-    kept = [e for e, found in marked if not any(rules[case] == "drop" for case in found)]
-    if part.examples and not kept:
-        raise UserError(f"datasets: data_rules leave no example of {name}: {dict(cases)} of {len(part.examples)}")
-    return Part(kept, part.skipped, cases)
+    examples = part.examples
+    duplicate = seen_before(examples)
+    keep = np.ones(len(examples), bool)
+    counts: Counter[str] = Counter()
+    for here in slices(len(examples)):
+        some = examples[here]
+        found = cases(some) | {"duplicate": duplicate[here], "prompt_in_eval": _is_in(some.digest(0), held_out)}
+        counts += Counter({case: int(is_case.sum()) for case, is_case in found.items()})
+        stops = [(int(is_case.argmax()), case) for case, is_case in found.items() if rules[case] == "stop" and is_case.any()]
+        if stops:
+            i, case = min(stops)
+            raise UserError(f"{some[i].source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; mend the row, "
+                            f"or set data_rules.{case}=drop or keep")  # fmt: skip
+        for case, is_case in found.items():
+            if rules[case] == "drop":
+                keep[here] &= ~is_case
+    if len(examples) and not keep.any():
+        raise UserError(f"datasets: data_rules leave no example of {name}: {dict(counts)} of {len(examples)}")
+    return Part(examples if keep.all() else examples.select(keep), part.skipped, counts)
 
 
-def _mark(examples: Sequence[Example], held_out: set[int]) -> list[tuple[Example, set[str]]]:
-    seen: set[tuple[int, ...]] = set()
-    marked = []
-    for example in examples:
-        found = set(example.flags)
-        if example.texts in seen:
-            found.add("duplicate")
-        seen.add(example.texts)
-        if example.texts[0] in held_out:
-            found.add("prompt_in_eval")
-        marked.append((example, found))
-    return marked
+def _is_in(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of the digests are among the known ones, which are in order."""
+    if not len(known):
+        return np.zeros(len(digests), bool)
+    return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
 
 
 def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[str, str], eos: str) -> str:
@@ -117,7 +153,7 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
     columns = [(title, part) for title, part in (("train", train), ("eval", test)) if part]
     parts = [part for _, part in columns]
     examples = [part.examples for part in parts]
-    unit = "pairs" if any(len(e.responses) > 1 for some in examples for e in some[:1]) else "examples"
+    unit = "pairs" if any(some.k > 1 for some in examples) else "examples"
     rows = [(name, *(title for title, _ in columns), "")]
 
     def add(label: str, values: Iterable[int], rule: str = "") -> None:
@@ -126,9 +162,9 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
             rows.append((label, *(f"{n:,}" for n in numbers), rule))
 
     add(f"{unit} used", (len(some) for some in examples))
-    add("prompts", (len({e.texts[0] for e in some}) for some in examples))
-    add("prompt tokens", (sum(len(e.prompt) for e in some) for some in examples))
-    add("response tokens", (sum(len(r) for e in some for r in e.responses) for some in examples))
+    add("prompts", (len(np.unique(some.digest(0))) for some in examples))
+    add("prompt tokens", (int(some.lengths[:, 0].sum()) for some in examples))
+    add("response tokens", (int(some.lengths[:, 1:].sum()) for some in examples))
     for case, rule in rules.items():
         note = " (EOS lost)" if case == "response_truncated" else ""
         kept = {"strip": "kept, less the EOS", "keep": "kept"}[eos] if case == "eos_in_text" else "kept"

@@ -1,19 +1,25 @@
-"""Text becomes token ids: chat templates, BOS and EOS, truncation. Nothing is cut or repaired without leaving a flag.
+"""Text becomes token ids: chat templates, BOS and EOS, and the rule of truncation. Nothing is repaired without leaving a mark.
 
 Lengths are in tokens. An example has a prompt of P tokens and k responses (1 for SFT, 2 for pairs) of C_i tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from data_files import digest
 from preference_datasets import DataSet, Row, Text
 from utils import UserError, rank
+
+CHUNK = 1000  # rows that are tokenized at once: enough for the tokenizer's threads, and little memory
+BLANK, HAS_EOS = 1, 2  # marks of a text: nothing but white space; an EOS string stood within it
 
 
 class TextRules(NamedTuple):
@@ -27,49 +33,75 @@ class TextRules(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One unit of training, as token ids: a prompt and k responses (SFT: the target; pairs: chosen, rejected)."""
+    """One unit of training, as token ids after truncation: a prompt and k responses (the SFT target; or chosen, rejected)."""
 
-    prompt: np.ndarray  # [P] int32
+    prompt: np.ndarray  # [P] int32, BOS included where there is one
     responses: tuple[np.ndarray, ...]  # k arrays [C_i] int32, each ending in EOS unless it was cut
     source: str  # "my.jsonl:17"
-    flags: frozenset[str] = frozenset()  # which of the data rules' cases it is
-    texts: tuple[int, ...] = ()  # hash of the prompt's text, then of each response's: finds duplicates and leaks
 
 
-def tokenize(
-    data: DataSet, tokenizer: PreTrainedTokenizerBase, pairs: bool, rules: TextRules, template: str | None = None
-) -> list[Example]:
-    """Every example of a data set, in its order: one per pair if `pairs`, else one per row's sft_target.
+class Chunk(NamedTuple):
+    """Some rows of a data set as columns: each text once, untruncated. Texts and rows are numbered from 0 within the chunk."""
 
-    Prompt and response are tokenized apart and their ids joined, so that the boundary cannot move; the ids may therefore
+    n_rows: int  # that it was made of, with those that no pair and no target came from
+    ids: list[int]  # of all texts, one after another; responses with their EOS, prompts without BOS
+    lengths: list[int]  # [texts] tokens
+    digests: list[int]  # [texts] 64 bits that stand for the text
+    marks: list[int]  # [texts] BLANK | HAS_EOS
+    rows: list[tuple[int, str]]  # (its prompt's text, its source)
+    pairs: list[tuple[int, int, int]]  # (row, chosen text, rejected text)
+    targets: list[tuple[int, int]]  # (row, text)
+
+
+def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None = None) -> Iterator[Chunk]:
+    """All pairs and SFT targets of a data set, in its order, a chunk of its rows at a time.
+
+    Prompt and response are tokenized apart and their ids joined later, so that the boundary cannot move; the ids may therefore
     differ from those of the joined text. `template` renders message lists (see `render`).
     """
-    flat: list[tuple[Row, Text, list[Text]]] = []
-    for row in data.rows:
-        if pairs:
-            flat += [(row, row.prompt, [row.responses[w], row.responses[l]]) for w, l in row.pairs]
-        elif row.sft_target is not None:
-            flat.append((row, row.prompt, [row.sft_target]))
-
-    bos = _automatic_bos(tokenizer) if rules.add_bos else None
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
         raise UserError(f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its tokenizer_config.json")
-    examples = []
-    silent = rank() != 0 or len(flat) < 5000
-    for start in tqdm(range(0, len(flat), 1000), desc=f"tokenizing {data.name}", unit="k", disable=silent):
-        chunk = flat[start : start + 1000]
-        rendered = [_as_text(prompt, responses, tokenizer, template, rules, row.source) for row, prompt, responses in chunk]
-        strings = [text for prompt, responses, _ in rendered for text in (prompt, *responses)]
-        ids = iter(tokenizer(strings, add_special_tokens=False)["input_ids"])
-        for (row, _, _), (prompt, responses, flags) in zip(chunk, rendered, strict=True):
-            prompt_ids, response_ids = next(ids), [next(ids) + [tokenizer.eos_token_id] for _ in responses]
-            prompt_ids, response_ids, cuts = truncate(prompt_ids, response_ids, data.truncation, rules, bos)
-            flags = flags | cuts | _sameness(prompt, responses, response_ids)
-            arrays = tuple(np.asarray(r, np.int32) for r in response_ids)
-            texts = tuple(hash(t) for t in (prompt, *responses))
-            examples.append(Example(np.asarray(prompt_ids, np.int32), arrays, row.source, frozenset(flags), texts))
-    return examples
+    with tqdm(desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0) as progress:
+        while rows := list(islice(data.rows, CHUNK)):
+            progress.total = data.n_rows
+            yield _encode(rows, tokenizer, rules, template)
+            progress.update(len(rows))
+
+
+def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None) -> Chunk:
+    chunk = Chunk(len(rows), [], [], [], [], [], [], [])
+    texts: list[str] = []
+    for row in rows:
+        wanted = [row.responses[i] for pair in row.pairs for i in pair]
+        wanted += [] if row.sft_target is None else [row.sft_target]
+        unique = {_hashable(text): text for text in wanted}  # a response stands in many pairs, but is rendered and kept once
+        if not unique:
+            continue
+        place = {key: len(texts) + i for i, key in enumerate(unique, 1)}
+        numbers, n, end = [place[_hashable(text)] for text in wanted], len(chunk.rows), 2 * len(row.pairs)
+        chunk.rows.append((len(texts), row.source))
+        chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
+        chunk.targets.extend((n, number) for number in numbers[end:])
+        rendered, marks = _as_texts(row.prompt, list(unique.values()), tokenizer, template, rules, row.source)
+        texts += rendered
+        chunk.marks.extend(marks)
+    prompts = {text for text, _ in chunk.rows}
+    bos = automatic_bos(tokenizer) if rules.add_bos else None
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+        if i not in prompts:
+            ids = [*ids, tokenizer.eos_token_id]
+        elif bos is not None and ids[:1] == [bos]:  # a chat template wrote it; BOS is put in front after truncation
+            ids = ids[1:]
+        chunk.ids.extend(ids)
+        chunk.lengths.append(len(ids))
+        chunk.digests.append(digest(text))
+    return chunk
+
+
+def _hashable(text: Text) -> object:
+    return text if isinstance(text, str) else (json.dumps(text),)
 
 
 def render(
@@ -107,18 +139,18 @@ HH_TEMPLATE = (
 )
 
 
-def _as_text(
+def _as_texts(
     prompt: Text, responses: list[Text], tokenizer: PreTrainedTokenizerBase, template: str | None, rules: TextRules, source: str
-) -> tuple[str, list[str], set[str]]:
-    """Cleaned, then rendered: prompt, responses, and the flags that this gave.
+) -> tuple[list[str], list[int]]:
+    """Cleaned, then rendered: the texts of the prompt and the responses, and the marks of each.
 
     A prompt that is a string keeps its EOS strings: it may be a chat that was rendered already, and no prompt is trained.
     """
     eos = str(tokenizer.eos_token)
-    cleaned = [_clean(text, eos, rules) for text in (prompt, *responses)]
-    flags = {"eos_in_text"} if any(found for _, found in cleaned) else set()
-    texts = [text for text, _ in cleaned]
-    return *render(prompt if isinstance(prompt, str) else texts[0], texts[1:], tokenizer, template, source), flags
+    (clean_prompt, *clean), found = zip(*(_clean(text, eos, rules) for text in (prompt, *responses)), strict=True)
+    head, tails = render(prompt if isinstance(prompt, str) else clean_prompt, clean, tokenizer, template, source)
+    texts = [head, *tails]
+    return texts, [BLANK * (not text.strip()) | HAS_EOS * eos_found for text, eos_found in zip(texts, found, strict=True)]
 
 
 def _clean(text: Text, eos: str, rules: TextRules) -> tuple[Text, bool]:
@@ -132,55 +164,32 @@ def _clean(text: Text, eos: str, rules: TextRules) -> tuple[Text, bool]:
     return text, found
 
 
-def _automatic_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id, if this tokenizer puts one in front of a text by itself."""
     ids = tokenizer("x")["input_ids"]
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def truncate(
-    prompt: list[int], responses: list[list[int]], keep: str, rules: TextRules, bos: int | None = None
-) -> tuple[list[int], list[list[int]], set[str]]:
-    """The 2023 rules: cut the prompt if it does not fit with the longest response, then all responses if still too long.
+def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np.ndarray:
+    """Lengths before -> lengths after: [n] of the prompts, BOS included, and [n, k] of their responses -> [n, 1 + k].
 
+    The 2023 rules: cut the prompt if it does not fit with the longest response, then all responses if still too long.
     A response that is cut loses its EOS. BOS, where there is one, stays in front of whatever remains of the prompt.
 
     >>> rules = TextRules(max_length=8, max_prompt_length=4, response_truncation="fixed", add_bos=True, eos_in_text="strip")
-    >>> truncate([1, 2, 3, 4, 5, 6], [[7, 8, 0], [9, 0]], "keep_end", rules)
-    ([3, 4, 5, 6], [[7, 8, 0], [9, 0]], {'prompt_truncated'})
-    >>> truncate([1, 2], [[3, 4, 5, 6, 7, 8, 0]], "keep_end", rules)[:2]          # fixed: 4 = max_length - max_prompt_length
-    ([1, 2], [[3, 4, 5, 6]])
-    >>> truncate([1, 2], [[3, 4, 5, 6, 7, 8, 0]], "keep_end", rules._replace(response_truncation="fill"))[:2]
-    ([1, 2], [[3, 4, 5, 6, 7, 8]])
+    >>> lengths = np.array([6, 2]), np.array([[3, 2], [7, 3]])
+    >>> truncate(*lengths, rules)                                     # fixed: 4 = max_length - max_prompt_length
+    array([[4, 3, 2],
+           [2, 4, 3]])
+    >>> truncate(*lengths, rules._replace(response_truncation="fill"))[1]
+    array([2, 6, 3])
     """
-    flags = set()
-    head = [] if bos is None else [bos]
-    if bos is not None and prompt[:1] == [bos]:  # a chat template wrote it
-        prompt = prompt[1:]
-    longest = max(len(r) for r in responses)
-    if len(head) + len(prompt) + longest > rules.max_length and len(head) + len(prompt) > rules.max_prompt_length:
-        room = rules.max_prompt_length - len(head)
-        prompt = prompt[:room] if keep == "keep_start" else prompt[len(prompt) - room :]  # not [-room:]: room may be 0
-        flags.add("prompt_truncated")
-    prompt = head + prompt
-    if len(prompt) + longest > rules.max_length:
-        taken = rules.max_prompt_length if rules.response_truncation == "fixed" else len(prompt)
-        responses = [r[: rules.max_length - taken] for r in responses]
-        flags.add("response_truncated")
-    return prompt, responses, flags
-
-
-def _sameness(prompt: str, responses: list[str], ids: list[list[int]]) -> set[str]:
-    flags = set()
-    if not prompt.strip():
-        flags.add("empty_prompt")
-    if not all(r.strip() for r in responses):
-        flags.add("empty_response")
-    if len(responses) > 1 and responses[0] == responses[1]:
-        flags.add("identical_pair")
-    elif len(responses) > 1 and ids[0] == ids[1]:
-        flags.add("identical_after_truncation")
-    return flags
+    longest = responses.max(1)
+    too_long = (prompts + longest > rules.max_length) & (prompts > rules.max_prompt_length)
+    prompts = np.where(too_long, rules.max_prompt_length, prompts)
+    taken = rules.max_prompt_length if rules.response_truncation == "fixed" else prompts
+    room = np.where(prompts + longest > rules.max_length, rules.max_length - taken, longest)
+    return np.column_stack([prompts, np.minimum(responses, room[:, None])])
 
 
 def n_scored_tokens(examples: Iterable[Example]) -> int:

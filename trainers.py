@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,12 @@ class BasicTrainer:
             rank0_print(cache.problem)
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))  # a run of few examples needs only these
         for feed, indices in ((self.train_feed, used), (self.eval_feed, np.arange(len(self.eval_feed.examples)))):
-            digests = response_digests(feed.examples[i] for i in indices.tolist())
-            known = parallel.same_everywhere(cache.find(digests))  # [n, k], on every rank what rank 0 knows
+            digests = response_digests(feed.examples[i] for i in indices.tolist()) if self.rank == 0 else np.empty(0, np.uint64)
+            known = parallel.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
             new = np.isnan(known).any(1)
             if new.any():
                 known[new] = self.reference_pass(model, feed, indices[new])
-                if self.rank == 0:
-                    cache.add(digests[new], known[new])
+                parallel.from_rank0(partial(cache.add, digests[new] if self.rank == 0 else digests, known[new]))
             rank0_print(f"reference: {len(known) - new.sum():,} of {len(known):,} examples in {cache.path}"
                         + (f", {new.sum():,} computed now" if new.any() else ""))  # fmt: skip
             feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
@@ -233,8 +233,8 @@ class BasicTrainer:
         update is not made with what is not finite.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        total = parallel.whole(nn.utils.get_total_norm(gradients))
-        norm = float(total)
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(parallel.whole(total))
         if norm > self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.config.max_grad_norm, total)
         return norm

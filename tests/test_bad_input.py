@@ -32,7 +32,8 @@ def one_line(returned, stderr, runs):
     assert returned == 2, stderr
     assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
     assert stderr.startswith("error: ")
-    assert not runs.exists(), "a run directory was made for a run that never began"
+    assert not list(runs.glob("*/[!t]*")), "a run directory was made for a run that never began"
+    assert not list(runs.glob("*/token_cache/tmp-*")), "half a token store was left behind"
     return stderr.removeprefix("error: ").strip()
 
 

@@ -42,7 +42,7 @@ def seen_by_segments(batch):
     keys, q0 = s.gather.split(s.key_lengths), 0
     assert s.query_ends.tolist() == [0, *np.cumsum(s.query_lengths)] and s.key_ends.tolist() == [0, *np.cumsum(s.key_lengths)]
     for n_queries, k in zip(s.query_lengths, keys, strict=True):
-        mask = s.mask(n_queries, len(k), None, torch.float32)
+        mask = s.mask(n_queries, len(k), None, torch.empty(0))
         causal = torch.ones(n_queries, len(k)).tril() if mask is None else mask == 0
         seen[q0 + torch.arange(n_queries)[:, None], k[None]] = causal.bool()
         q0 += n_queries

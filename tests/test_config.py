@@ -361,9 +361,9 @@ def test_every_knob_is_read(knobs):
 
 
 def test_every_key_of_a_group_means_something(knobs):
-    """data_rules names the cases that tokenization.py and preparation.py find; dataset_paths the sets that take a path."""
+    """data_rules names the cases that examples.py and preparation.py find; dataset_paths the sets that take a path."""
     rules = {knob.partition(".")[2] for knob in knobs if knob.startswith("data_rules.")}
-    assert all(f'"{rule}"' in CODE["tokenization.py"] + CODE["preparation.py"] for rule in rules)
+    assert all(f'"{rule}"' in CODE["examples.py"] + CODE["preparation.py"] for rule in rules)
     paths = {knob.partition(".")[2] for knob in knobs if knob.startswith("dataset_paths.")}
     shipped = {name for name, loader in LOADERS.items() if loader.load.__module__ == "preference_datasets"}
     assert paths == shipped and all("path" in inspect.signature(LOADERS[name].load).parameters for name in shipped)

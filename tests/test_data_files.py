@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,10 @@ def shown(turn):
 
 
 def load(path, split="train", **options):
-    return get_dataset(str(path), split, **{"eval_share": 0, **options})
+    """The data set with all its rows drawn."""
+    data = get_dataset(str(path), split, **{"eval_share": 0, **options})
+    rows = list(data.rows)
+    return replace(data, rows=rows)
 
 
 def jsonl(tmp_path, *rows):

@@ -18,6 +18,8 @@ LAYERS = [
     {"data_forms"},
     {"preference_datasets"},
     {"tokenization"},
+    {"token_store"},
+    {"examples"},
     {"batching", "metrics", "parallel", "checkpoints", "head", "reference", "sizing"},
     {"attention", "preparation"},
     {"models"},
@@ -30,7 +32,7 @@ LAYERS = [
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {
     "losses": {"torch"},
-    "data_files": {"datasets", "pyarrow"},
+    "data_files": {"datasets", "numpy", "pyarrow"},
     "data_forms": {"selectolax"},
     "preference_datasets": {"datasets"},
 }

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import preference_datasets
-from preference_datasets import LOADERS, dataset, dataset_names, get_hh, in_split, skipped
+from data_files import held_out
+from preference_datasets import LOADERS, dataset, dataset_names, get_hh, skipped
 from utils import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -22,9 +24,16 @@ needs_shared = pytest.mark.skipif(not HH.is_file(), reason=f"the real data of {S
 
 
 def get_dataset(*arguments, **options):
-    """preference_datasets.get_dataset with a tenth held out, unless the test says otherwise."""
-    return preference_datasets.get_dataset(*arguments, **({"eval_share": 0.1} | options))
+    """preference_datasets.get_dataset with all its rows drawn; a tenth is held out, unless the test says otherwise."""
+    data = preference_datasets.get_dataset(*arguments, **({"eval_share": 0.1} | options))
+    rows = list(data.rows)
+    return replace(data, rows=rows)
 
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    """No test meets the hub's sets of another."""
+    monkeypatch.setattr(preference_datasets, "_hub_sets", {})
 
 
 def copy(tmp_path, name, both=True):
@@ -64,6 +73,8 @@ def test_every_loader_is_tested():
 def test_contract(name, tmp_path):
     path = copy(tmp_path, FIXTURE_OF[name])
     data = LOADERS[name].load("train", silent=True, path=path)
+    if name == "se":  # too large for a dict
+        data = {row.pop("prompt"): row for row in data}
     assert data
     for prompt, entry in data.items():
         assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:")
@@ -318,14 +329,23 @@ def test_split_of_a_named_set_is_by_prompt(tmp_path):
     assert len(get_hh("train", path=path)) + len(get_hh("test", path=path)) == 4  # called directly, too
 
 
-def test_in_split_edges():
-    assert in_split([], "test", 0.1) == []
-    assert in_split(["a"], "test", 0.1) == [False]
-    assert in_split(["a", "b"], "test", 0.0) == [False, False]
-    assert in_split(["a", "b"], "train", 1.0) == [False, False]
-    assert in_split(["a", "b"], "test", 1.0) == [True, True]
-    assert in_split(["a"], "test", 1.0) == [True]
-    assert sum(in_split(["a", "b"], "test", 0.99)) == 1
+def test_held_out_edges():
+    mask = lambda prompts, share: held_out(prompts, share).tolist()
+    assert mask([], 0.1) == []
+    assert mask(["a"], 0.1) == [False]
+    assert mask(["a", "b"], 0.0) == [False, False]
+    assert mask(["a", "b"], 1.0) == [True, True]
+    assert mask(["a"], 1.0) == [True]
+    assert sum(mask(["a", "b"], 0.99)) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_the_held_out_prompts_are_those_of_ever(share):
+    """Whoever trained before on the same file held out the same prompts: the rule in plain Python."""
+    prompts = [f"ä{n % 70}" for n in range(100)]
+    keys = [hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in prompts]
+    test = set(sorted(set(keys))[: round(share * 70)])
+    assert held_out(prompts, share).tolist() == [key in test for key in keys]
 
 
 def test_named_schema_is_recognised_by_path():

@@ -1,6 +1,8 @@
 """Text to tokens: the 2023 code's ids token for token, and properties that hold for any text and any lengths."""
 
 import functools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT, tiny_tokenizer
 
+from examples import cases, view
 from preference_datasets import DataSet, Row
-from tokenization import HH_TEMPLATE, TextRules, n_scored_tokens, render, tokenize, truncate
+from token_store import Recipe, TokenStore, find_or_make
+from tokenization import HH_TEMPLATE, TextRules, automatic_bos, n_scored_tokens, render
 from utils import UserError
 
 RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
@@ -18,7 +22,25 @@ RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixe
 
 def data(prompt, *responses, truncation="keep_start") -> DataSet:
     pairs = [(0, 1)] if len(responses) == 2 else []
-    return DataSet("d", truncation, [Row(prompt, list(responses), pairs, responses[0], "d:1")], {}, "d")
+    return dataset([Row(prompt, list(responses), pairs, responses[0], "d:1")], truncation)
+
+
+def dataset(rows, truncation="keep_start") -> DataSet:
+    return DataSet("d", 0.0, iter(rows), truncation=truncation)
+
+
+def tokenize(data, tokenizer, pairs, rules, template=None):
+    """The whole way: into a store on disk, and a view of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = find_or_make(Recipe(data, "train", tokenizer, "", rules, template, None, {}), Path(folder))
+        bos = automatic_bos(tokenizer) if rules.add_bos else None
+        return view(TokenStore(path), pairs, rules, data.truncation, bos)
+
+
+def flags(examples):
+    """The names of each example's cases."""
+    found = cases(examples)
+    return [{case for case, is_case in found.items() if is_case[i]} for i in range(len(examples))]
 
 
 @needs_golden
@@ -28,61 +50,78 @@ def test_tokens_equal_the_2023_code():
 
     golden = load("tokenization.json.gz")
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tiny-llama")
-    rows = [Row(t["prompt"], [t["chosen"], t["rejected"]], [(0, 1)], t["chosen"], "") for t in golden["texts"]]
+    rows = [Row(t["prompt"], [t["chosen"], t["rejected"]], [(0, 1)], t["chosen"], "d:1") for t in golden["texts"]]
     for setting in golden["settings"]:
         lengths = setting["max_length"], setting["max_prompt_length"]
         if lengths == (64, 0) and setting["truncation_mode"] == "keep_end":
             continue
         rules = TextRules(*lengths, "fixed", add_bos=False, eos_in_text="keep")
-        examples = tokenize(DataSet("hh", setting["truncation_mode"], rows, {}, ""), tokenizer, True, rules)
-        for ours, theirs in zip(examples, setting["rows"], strict=True):
+        examples = tokenize(dataset(rows, setting["truncation_mode"]), tokenizer, True, rules)
+        for ours, found, theirs in zip(examples, flags(examples), setting["rows"], strict=True):
             assert ours.prompt.tolist() == theirs["prompt_input_ids"]
             for side, response in zip(("chosen", "rejected"), ours.responses, strict=True):
                 assert [*ours.prompt, *response] == theirs[f"{side}_input_ids"]
                 assert [-100] * len(ours.prompt) + response.tolist() == theirs[f"{side}_labels"]
-            assert ("prompt_truncated" in ours.flags) == ("prompt_over_limit_cut" in theirs["branch"])
-            assert ("response_truncated" in ours.flags) == ("responses_cut" in theirs["branch"])
+            assert ("prompt_truncated" in found) == ("prompt_over_limit_cut" in theirs["branch"])
+            assert ("response_truncated" in found) == ("responses_cut" in theirs["branch"])
 
 
 def test_a_prompt_of_which_only_bos_fits():
     """Room for 0 tokens of it: v[-0:] would keep them all, the 2023 defect at max_prompt_length=0."""
-    rules = RULES._replace(max_length=4, max_prompt_length=1)
-    assert truncate([5, 6, 7, 8], [[9, 2]], "keep_end", rules, bos=1)[0] == [1]
+    rules, tok = RULES._replace(max_length=4, max_prompt_length=1), tiny_tokenizer(bos=True)
+    (example,) = tokenize(data("abcd", "e", truncation="keep_end"), tok, False, rules)
+    assert example.prompt.tolist() == [tok.bos_token_id]
 
 
-ids = st.lists(st.integers(3, 50), max_size=60)
+def truncated_in_2023(prompt, responses, keep, rules, bos):
+    """The 2023 rule in plain Python, with BOS, and with "fill". -> prompt, responses"""
+    head = [] if bos is None else [bos]
+    longest = max(map(len, responses))
+    if len(head + prompt) + longest > rules.max_length and len(head + prompt) > rules.max_prompt_length:
+        room = rules.max_prompt_length - len(head)
+        prompt = prompt[:room] if keep == "keep_start" else prompt[len(prompt) - room :]
+    prompt = head + prompt
+    if len(prompt) + longest > rules.max_length:
+        taken = rules.max_prompt_length if rules.response_truncation == "fixed" else len(prompt)
+        responses = [r[: rules.max_length - taken] for r in responses]
+    return prompt, responses
 
 
-@settings(deadline=None, max_examples=200)
+letters = st.text("abcdefgh", max_size=60)  # one token each: the lengths decide
+
+
+@settings(deadline=None, max_examples=100)
 @given(
-    prompt=ids, responses=st.lists(ids.filter(len), min_size=1, max_size=2), keep=st.sampled_from(["keep_start", "keep_end"]),
+    texts=st.lists(st.tuples(letters, letters, letters), min_size=1, max_size=4),
+    keep=st.sampled_from(["keep_start", "keep_end"]),
     lengths=st.tuples(st.integers(2, 50), st.integers(1, 49)).filter(lambda t: t[1] < t[0]),
-    policy=st.sampled_from(["fixed", "fill"]), bos=st.sampled_from([None, 1]),
+    policy=st.sampled_from(["fixed", "fill"]), bos=st.booleans(), pairs=st.booleans(),
 )  # fmt: skip
-def test_truncation_properties(prompt, responses, keep, lengths, policy, bos):
+def test_truncation(texts, keep, lengths, policy, bos, pairs):
+    """The columns agree with a restatement per example; and what must hold for any lengths does."""
+    tok = tokenizer(bos)
     rules = TextRules(*lengths, policy, add_bos=True, eos_in_text="strip")
-    responses = [[*r, 2] for r in responses]  # 2 = EOS
-    cut_prompt, cut_responses, flags = truncate(prompt, responses, keep, rules, bos)
-    longest = max(map(len, cut_responses))
-    assert len(cut_prompt) + longest <= rules.max_length  # never too long
-    assert all(len(r) >= 1 for r in cut_responses)  # always something to train
-    body = cut_prompt if bos is None else cut_prompt[1:]
-    if bos is not None:
-        assert cut_prompt[0] == bos  # BOS survives any cut
-    assert body == (prompt[: len(body)] if keep == "keep_start" else prompt[len(prompt) - len(body) :])  # one end survives
-    for whole, part in zip(responses, cut_responses, strict=True):
-        assert part == whole[: len(part)]
-    assert (cut_responses == responses) == ("response_truncated" not in flags)
-    assert (body == prompt) == ("prompt_truncated" not in flags)
-    if len(prompt) + (bos is not None) + max(map(len, responses)) <= rules.max_length:
-        assert not flags  # what fits is untouched
-    if policy == "fill" and "response_truncated" in flags:
-        assert len(cut_prompt) + longest == rules.max_length  # nothing is wasted
+    rows = [Row(p, [c, r], [(0, 1)], c, f"d:{i}") for i, (p, c, r) in enumerate(texts)]
+    examples = tokenize(dataset(rows, keep), tok, pairs, rules)
+    ids = lambda text: tok(text, add_special_tokens=False)["input_ids"]
+    for example, found, n, row in zip(examples, flags(examples), examples.lengths, texts, strict=True):
+        prompt, responses = ids(row[0]), [[*ids(text), tok.eos_token_id] for text in row[1 : 2 + pairs]]
+        expected = truncated_in_2023(prompt, responses, keep, rules, tok.bos_token_id if bos else None)
+        ours = example.prompt.tolist(), [r.tolist() for r in example.responses]
+        assert ours == expected
+        assert n.tolist() == [len(ours[0]), *map(len, ours[1])]
+        longest = max(map(len, ours[1]))
+        assert len(ours[0]) + longest <= rules.max_length and all(ours[1])  # never too long; always something to train
+        assert ("response_truncated" in found) == (ours[1] != responses)
+        assert ("prompt_truncated" in found) == (ours[0][bos:] != prompt)
+        assert not bos or ours[0][0] == tok.bos_token_id  # BOS survives any cut
+        if policy == "fill" and "response_truncated" in found:
+            assert len(ours[0]) + longest == rules.max_length  # nothing is wasted
 
 
 @functools.cache
-def tokenizer():
-    return tiny_tokenizer()
+def tokenizer(bos=False):
+    return tiny_tokenizer(bos)
 
 
 # Whole and broken EOS strings among any text: removing one may join the next.
@@ -117,9 +156,10 @@ def test_bos_stands_once_where_the_tokenizer_adds_one():
 
 def test_eos_within_a_text():
     eos = tokenizer().eos_token
-    ids_of = lambda rule: tokenize(data(f"a{eos}b", f" c{eos}"), tokenizer(), False, RULES._replace(eos_in_text=rule))[0]
+    ids_of = lambda rule: tokenize(data(f"a{eos}b", f" c{eos}"), tokenizer(), False, RULES._replace(eos_in_text=rule))
     strip, keep = ids_of("strip"), ids_of("keep")
-    assert strip.flags == keep.flags == {"eos_in_text"}
+    assert flags(strip) == flags(keep) == [{"eos_in_text"}]
+    (strip,), (keep,) = strip, keep
     count = lambda ids: list(ids).count(tokenizer().eos_token_id)
     assert count(strip.responses[0]) == 1 and count(keep.responses[0]) == 2
     assert count(strip.prompt) == count(keep.prompt) == 1  # it may be a rendered chat, and is not trained
@@ -128,8 +168,9 @@ def test_eos_within_a_text():
 def test_eos_within_a_message():
     chat = tiny_tokenizer(chat_template=CHAT)
     prompt, answer = [{"role": "user", "content": "H</s>i."}], [{"role": "assistant", "content": "Hel</s>lo."}]
-    (example,) = tokenize(data(prompt, answer), chat, False, RULES)
-    assert example.flags == {"eos_in_text"} and chat.decode(example.responses[0]) == "Hello.</s>"
+    examples = tokenize(data(prompt, answer), chat, False, RULES)
+    (example,) = examples
+    assert flags(examples) == [{"eos_in_text"}] and chat.decode(example.responses[0]) == "Hello.</s>"
     assert chat.decode(example.prompt) == "<user>Hi.</s><assistant>"  # the template's own stays
 
 
@@ -142,14 +183,15 @@ def test_messages_go_through_the_chat_template():
     rendered = render(prompt, [answer], chat, None, "f:1")
     assert rendered == (f"<user>Hi.{eos}<assistant>", ["Hello."])  # EOS is added once, later
     assert render(prompt, [answer], chat, HH_TEMPLATE, "f:1")[1] == [" Hello."]
-    (example,) = tokenize(data(prompt, answer), chat, False, RULES)
-    assert not example.flags and list(example.responses[0]).count(chat.eos_token_id) == 1
+    examples = tokenize(data(prompt, answer), chat, False, RULES)
+    (example,) = examples
+    assert flags(examples) == [set()] and list(example.responses[0]).count(chat.eos_token_id) == 1
     with pytest.raises(UserError, match="f:1: the chat template refuses"):
         render(prompt, [answer], chat, "{{ raise_exception('system first') }}", "f:1")
 
 
 def test_rows_without_pairs_make_no_example_of_pairs():
-    assert tokenize(data("a", " b"), tokenizer(), True, RULES) == []
+    assert len(tokenize(data("a", " b"), tokenizer(), True, RULES)) == 0
 
 
 def test_arrays_are_small():

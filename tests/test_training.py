@@ -186,12 +186,14 @@ def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
 def test_two_gloo_processes_give_the_numbers_of_one(mp, train, run_train, tmp_path, data, tiny_model):
     """FSDPTrainer on 2 CPU processes; 3 pairs in 2 microbatches leave a rank without any at times. Sampling does not hang."""
     options = [*DPO, "batch_size=3", "gradient_accumulation_steps=2", "n_examples=9", "eval_every=6", "sample_during_eval=true",
-               "n_eval_model_samples=2", "sample_max_new_tokens=4", f"model.fsdp_policy_mp={mp}"]  # fmt: skip
+               "n_eval_model_samples=2", "sample_max_new_tokens=4", f"model.fsdp_policy_mp={mp}",
+               "max_grad_norm=1"]  # fmt: skip  # below the norms that come
     one = train("one", *options)
     done = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
                      *FAST, *options, "trainer=FSDPTrainer", "n_cpu_processes=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done in") == 1  # rank 0 alone speaks
+    assert done.stdout.count("from the cache") == 2 and "made in" not in done.stdout  # train and test, as `one` made them
     tolerance = {"rel": 5e-5, "abs": 5e-6} if mp == "null" else {"rel": 0.05, "abs": 0.02}
     for a, b in zip(records(one), records(tmp_path / "two"), strict=True):
         for key in a.keys() - OF_THE_MACHINE:
@@ -217,6 +219,7 @@ def test_a_failure_of_one_rank_ends_the_run(run_train, tmp_path, data, tiny_mode
                      *FAST, *DPO, "do_first_eval=false", "minimum_log_interval_secs=600", f"plugins=[{tmp_path}/oom.py]",
                      "trainer=FSDPTrainer", "n_cpu_processes=2", timeout=120)  # fmt: skip
     assert done.returncode == 2 and "error: out of GPU memory" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.count("made in") == 2  # the tokens of train and test, once for both ranks
 
 
 def test_policy_pt_carries_no_evaluation_that_was_not_made(train):
