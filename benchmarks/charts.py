@@ -72,6 +72,9 @@ def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
         if steps and "peak_cuda_gb" not in steps[0]:
             share = 100 * sum(r["cpu_secs"] for r in steps) / sum(r["secs"] for r in steps)
             rows += ["", f"Pairs per second of CPU time, of which the contenders had {share:.0f}% of the wall time."]
+        within = [f"{r['label']} {r['within']:.0e}" for r in records if r["scenario"] == scenario.name and r["event"] == "agrees"]
+        if within:
+            rows += ["", f"Loss and gradient norm beside {scenario.settings[0].label}'s, relative: {', '.join(within)}."]
         failures = [f"{r['label']}: {r['error']}." for r in records if r["scenario"] == scenario.name and r["event"] == "failed"]
         parts.append("\n".join([f"**{scenario.title}**", "", *rows, *(["", *failures] if failures else [])]))
     return "\n\n".join(parts)

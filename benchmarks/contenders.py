@@ -190,7 +190,7 @@ class Plumb(Contender):
 
         super().__init__(setting)
         k = 1 if setting.objective == "sft" else 2
-        examples = [Example(p.prompt, tuple(p[1 : 1 + k]), "", *EMPTY[: len(Example._fields) - 3]) for b in batches for p in b]
+        examples = [Example(pair.prompt, tuple(pair[1 : 1 + k]), "") for batch in batches for pair in batch]
         for model in (self.policy, self.reference):
             if model is not None:
                 models.allow_trees(model)
@@ -273,9 +273,6 @@ class Plumb(Contender):
             self.feed.reference = trainer.reference_pass(self.reference, self.feed, np.arange(len(self.feed.examples)))
             self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
             gc.collect()
-
-
-EMPTY: tuple[Any, ...] = (frozenset(), ())  # of the fields that Example has had
 
 
 # --------------------------------------------------------------------------------------------------------------------- serve
@@ -376,6 +373,7 @@ def report(
 def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: Memory) -> None:
     """Check, then one step per order until there are no more."""
     setting, device = contender.setting, contender.device
+    memory.reset()
     loss, norm = contender.check(batches[0][: setting.n_check])
     pipe.tell(event="check", loss=loss, grad_norm=norm, budget=setting.budget)
     clock = Clock(device)
@@ -406,7 +404,7 @@ def profiler(path: str | None, device: torch.device) -> Iterator[None]:
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as profile:
         yield
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
     Path(path).write_text(table + "\n")
 

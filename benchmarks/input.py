@@ -120,26 +120,26 @@ def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
     rng = np.random.default_rng(0)
     rates, fetch_rates = [], []
     for _ in range(5):
-        batches = rng.integers(0, len(examples), (200, 64)).tolist()
+        batches = rng.integers(0, len(examples), (200, 64))
         start = time.process_time()
-        fetched = [[examples[i] for i in batch] for batch in batches]
+        for batch in batches.tolist():
+            for i in batch:
+                examples[i]
         middle = time.process_time()
-        for batch in fetched:
-            assemble(batch)
-        end = time.process_time()
-        rates.append(200 * 64 / (end - start))
-        fetch_rates.append(200 * 64 / (middle - start))
+        for batch in batches:
+            assemble(examples, batch)
+        rates.append(batches.size / (time.process_time() - middle))
+        fetch_rates.append(batches.size / (middle - start))
     low, *_, high = sorted(rates)
     rate, fetched_rate = float(np.median(rates)), float(np.median(fetch_rates))
     return {"pairs_per_cpu_sec": rate, "lowest": low, "highest": high, "only_fetched": fetched_rate}
 
 
-def assemble(examples: list[Any]) -> list[Any]:
-    """The microbatches of one batch, as tensors: the one place here that knows the API of batching.py."""
-    from batching import collate, microbatches
+def assemble(examples: Any, indices: np.ndarray) -> Any:
+    """One batch from its indices to microbatches of tensors: the one place here that knows the API of batching.py."""
+    from batching import Feed, Packing
 
-    tokens = sum(len(e.prompt) + sum(map(len, e.responses)) for e in examples)
-    return [collate(part, 0) for part in microbatches(examples, max(1, tokens // BUDGET))]
+    return Feed(examples, Packing(True, BUDGET, world_size=1, pad_token_id=0, longest=512), rank=0).step(indices)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the parent

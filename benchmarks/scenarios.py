@@ -66,35 +66,34 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     ]  # fmt: skip
 
 
-def gpu(tokens: str, one: dict[str, Any], two: dict[str, Any], device: str, dtype: str, best: tuple[int, ...]) -> list[Scenario]:
+def gpu(tokens: str, one: dict[str, Any], two: dict[str, Any], device: str, dtype: str, sizes: tuple[int, ...]) -> list[Scenario]:
     """The comparisons on one GPU, bf16 weights for all, in the order of importance: what the time limit leaves out is last.
 
-    `one` and `two` are the models (Pythia 1B and 2.8B), `best` TRL's microbatches to try, in pairs.
+    `one` and `two` are the models (Pythia 1B and 2.8B), `sizes` TRL's microbatches to try on the first, in pairs.
     """
 
     def setting(label: str, contender: str, model: dict[str, Any] = one, **fields: Any) -> Setting:
-        base: dict[str, Any] = {"device": device, "dtype": dtype, "n_warm": 3, "n_measured": 8, "n_steps": 11, "n_check": 8,
-                                "microbatch": 8, "budget": 8192, "timeout": 100.0}  # fmt: skip
+        base: dict[str, Any] = {"device": device, "dtype": dtype, "n_warm": 2, "n_measured": 6, "n_steps": 8, "n_check": 8,
+                                "microbatch": 8, "timeout": 100.0}  # fmt: skip
         return Setting(label, contender, model, tokens, **(base | fields))
 
-    long = {"n_warm": 2, "n_measured": 5, "n_steps": 7}
     cached = [{"reference": "cached", "label": "cached reference"}]
-    sweep = [{"budget": b, "label": f"{b} tokens"} for b in (4096, 16384, 32768)]
-    tuned = [setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True) for m in best]
-    middle = best[len(best) // 2]
+    sweep = [{"budget": b, "label": f"{b} tokens"} for b in (4096, 8192, 32768)]
+    best: dict[str, Any] = {"microbatch": 0, "by_length": True}
     return [
         Scenario("1b", "DPO, Pythia 1B", [
-            setting("plumb", "plumb", then=cached), setting("2023 manner", "padded"),
-            setting("plumb, compiled", "plumb", compile=True, then=cached),
-            setting("TRL, defaults", "trl", checkpointing=True), *tuned], in_turn=True),
+            setting("plumb", "plumb", then=cached, trace=True), setting("2023 manner", "padded"),
+            *(setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True) for m in sizes),
+            setting("TRL, defaults", "trl", checkpointing=True)], in_turn=True),
         Scenario("2.8b", "DPO, Pythia 2.8B", [
-            setting("plumb, compiled", "plumb", two, compile=True, then=cached, **long),
-            setting("2023 manner", "padded", two, microbatch=4, **long),
-            setting("TRL, best", "trl", two, microbatch=middle, by_length=True, **long),
-            setting("TRL, precomputed", "trl", two, microbatch=middle, by_length=True, reference="cached", **long)],
-            in_turn=True),
-        Scenario("budget", "Plumb, tokens per microbatch (Pythia 1B)", [
-            setting("8192 tokens", "plumb", n_warm=2, n_measured=4, then=sweep)], in_turn=True),
+            setting("plumb", "plumb", two, then=cached, trace=True), setting("2023 manner", "padded", two, microbatch=4),
+            setting("TRL, best", "trl", two, **best),
+            setting("TRL, precomputed", "trl", two, reference="cached", **best)], in_turn=True),
+        Scenario("compiled", "Plumb compiled, DPO", [
+            setting("Pythia 2.8B", "plumb", two, compile=True, budget=8192, then=cached, trace=True),
+            setting("Pythia 1B", "plumb", compile=True, budget=8192, then=cached)], in_turn=True),
+        Scenario("budget", "Plumb's tokens per microbatch, Pythia 1B, DPO", [
+            setting("16384 tokens", "plumb", budget=16384, n_measured=4, then=sweep)], in_turn=True),
     ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Setting:
     n_timed: int = 0  # pairs of it that a step really runs, evenly spread microbatches of the same batch; 0: all
     n_steps: int = 8  # the most that will be asked for
     n_check: int = 4  # pairs of the check before the first step
-    microbatch: int = 2  # pairs (padded, trl)
+    microbatch: int = 2  # pairs (padded, trl); 0: the one that was fastest for the same contender in an earlier scenario
     budget: int = 0  # tokens of a microbatch (plumb); 0: its own choice, by the memory at hand
     reference: str = "live"  # "live": forward in the same step; "cached": computed before training (trl); see `then`
     compile: bool = False
@@ -36,6 +36,7 @@ class Setting:
     n_warm: int = 0  # steps that are not counted
     n_measured: int = 5  # steps that are, where contenders run one after the other
     then: list[dict[str, Any]] = field(default_factory=list)  # plumb: changes of these fields, each measured in the same process
+    trace: bool = False  # a profiler table of one more step
     timeout: float = 600.0  # seconds for any one answer
 
     def to_json(self) -> str:

@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import queue
+import statistics
 import subprocess
 import sys
 import threading
@@ -134,9 +135,9 @@ def agree(run: Run, scenario: Scenario) -> None:
             continue
         worst = max(abs(other[key] / checks[0][key] - 1) for key in ("loss", "grad_norm"))
         verdict = f"{other['label']}: loss and gradient norm within {worst:.1e} of {checks[0]['label']}'s"
-        print(f"          {verdict} (tolerance {TOLERANCE[dtype]:.0e})", flush=True)
+        run.record(scenario, scenario.settings[0], other["label"], event="agrees", within=worst, tolerance=TOLERANCE[dtype])
         if worst > TOLERANCE[dtype] and dtype == "float32":
-            raise SystemExit(f"the contenders do not compute the same thing: {verdict}")
+            raise SystemExit(f"the contenders do not compute the same thing: {verdict} (tolerance {TOLERANCE[dtype]:.0e})")
 
 
 def start(run: Run, scenario: Scenario, setting: Setting, child: Child | None = None) -> tuple[Child, Setting] | None:
@@ -197,12 +198,14 @@ def in_turn(run: Run, scenario: Scenario) -> None:
         if run.left() < 20:
             run.record(scenario, setting, setting.label, event="failed", error="no time left")
             continue
+        setting = replace(setting, microbatch=setting.microbatch or fastest(run, setting))
         child, waiting = waiting, None
         pair = start(run, scenario, replace(setting, timeout=min(setting.timeout, run.left())), child)
         if pair is None:
             continue
         if setting.device != "cpu" and i + 1 < len(scenario.settings):
-            waiting = Child(scenario.settings[i + 1], run.errors)
+            following = scenario.settings[i + 1]
+            waiting = Child(replace(following, microbatch=following.microbatch or fastest(run, following)), run.errors)
         child, setting = pair
         try:
             measure(run, scenario, setting, child)
@@ -213,6 +216,25 @@ def in_turn(run: Run, scenario: Scenario) -> None:
     if waiting is not None:
         waiting.stop()
     agree(run, scenario)
+
+
+def fastest(run: Run, setting: Setting) -> int:
+    """The microbatch with which the contender, tuned, was fastest so far."""
+    rates: dict[int, list[float]] = {}
+    for r in run.records:
+        if r["event"] == "step" and r["contender"] == setting.contender and "default" not in r["label"]:
+            rates.setdefault(r["microbatch"], []).append(r["pairs_per_sec"])
+    return max(rates, key=lambda size: statistics.median(rates[size]), default=4)
+
+
+def check_device(run: Run, device: str) -> None:
+    """Record what checks.py finds."""
+    done = subprocess.run([sys.executable, str(HERE / "checks.py"), "--device", device], stdout=subprocess.PIPE, text=True)
+    for line in done.stdout.splitlines():
+        run.log.write(json.dumps({"event": "device", **json.loads(line)}) + "\n")
+        print(f"          {line}", flush=True)
+    if done.returncode:
+        print("          THE DEVICE'S CHECKS FAILED: what Plumb is timed on below is not right", flush=True)
 
 
 def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> None:
@@ -227,7 +249,7 @@ def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> Non
             answer = child.ask(step=i)
             if i >= setting.n_warm:
                 run.record(scenario, setting, label, **answer)
-        if setting.contender == "plumb" and setting.dtype != "float32":
+        if setting.trace and not change:
             name = "".join(c if c.isalnum() else "-" for c in f"{scenario.name} {label}")
             child.ask(step=0, trace=str(run.folder / f"trace-{name}.txt"))
 
@@ -258,7 +280,7 @@ def chosen(options: argparse.Namespace) -> list[Scenario]:
     if options.smoke:
         every = scenarios.smoke()
     elif options.device == "cuda":
-        every = scenarios.gpu(options.tokens, scenarios.PYTHIA_1B, scenarios.PYTHIA_3B, "cuda", "bfloat16", (2, 4, 8, 16))
+        every = scenarios.gpu(options.tokens, scenarios.PYTHIA_1B, scenarios.PYTHIA_3B, "cuda", "bfloat16", (8, 4, 16))
     else:
         every = scenarios.cpu(options.tokens, options.whole)
     short = options.device == "cpu" and not options.smoke and not options.whole
@@ -284,6 +306,8 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     limit = 1e6 if options.whole or options.smoke else 7.5 if options.device == "cuda" else 5.5
     run = Run(options.out, options.minutes or limit)
+    if options.smoke or options.device == "cuda":
+        check_device(run, options.device)
     for scenario in chosen(options):
         if scenario.in_turn:
             in_turn(run, scenario)

@@ -8,6 +8,7 @@ step to the end of the next: batches fetched and collated, forward, backward, re
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from make_tokens import Pair
 from settings import Pipe, Setting
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -45,6 +47,9 @@ class PreTokenized(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
 
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.losses.append(loss.detach())
@@ -59,10 +64,12 @@ class Stamps(TrainerCallback):
         self.setting, self.batches, self.pipe = setting, batches, pipe
         self.clock, self.memory = Clock(torch.device(setting.device)), Memory(torch.device(setting.device))
         self.trainer: Any = None
+        self.prepared_secs = 0.0  # what building the trainer took: with precompute_ref_log_probs, a pass over the data
 
     def on_train_begin(self, args, state, control, model=None, **_):
+        self.memory.reset()
         loss, norm = check(self.trainer, model, self.setting)
-        self.pipe.tell(event="check", loss=loss, grad_norm=norm)
+        self.pipe.tell(event="check", loss=loss, grad_norm=norm, prepared_secs=self.prepared_secs)
         self.await_go()
 
     def on_step_end(self, args, state, control, **_):
@@ -121,17 +128,22 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
         arguments = DPOConfig(
             output_dir=folder, use_cpu=setting.device == "cpu", bf16=False, beta=BETA, max_length=None,
             per_device_train_batch_size=setting.microbatch, gradient_accumulation_steps=n_timed // setting.microbatch,
-            max_steps=setting.n_steps, train_sampling_strategy="sequential", gradient_checkpointing=setting.checkpointing,
+            max_steps=setting.n_steps, gradient_checkpointing=setting.checkpointing,
             precompute_ref_log_probs=setting.reference == "cached", torch_compile=setting.compile,
             max_grad_norm=setting.max_grad_norm, learning_rate=setting.lr, lr_scheduler_type="constant",
             report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, dataset_num_proc=None,
         )  # fmt: skip
+        stamps.clock.start()
         trainer = PreTokenized(
             model=policy, ref_model=reference, args=arguments, processing_class=pad_only_tokenizer(),
             train_dataset=datasets.Dataset.from_list(rows), callbacks=[stamps],
             optimizers=(make_optimizer(list(policy.parameters()), setting), None),
         )  # fmt: skip
-        stamps.trainer = trainer
+        stamps.trainer, stamps.prepared_secs = trainer, stamps.clock.read().wall
+        if setting.reference == "cached":  # as it is when no reference is given: the precomputed columns take its place
+            trainer.ref_model = None
+            del reference
+            gc.collect()
         trainer.train()
 
 
