@@ -45,8 +45,8 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     plumb, padded = setting("plumb", "plumb"), setting("2023 manner", "padded", n_timed=some(8))
     sft: dict[str, Any] = {"objective": "sft"}
     reward: dict[str, Any] = {"objective": "reward"}
-    probe = [setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True, n_timed=some(16)) for m in (1, 2, 4, 8)]
-    probe += [setting("TRL, 2 pairs, data order", "trl", microbatch=2, n_timed=some(16))]
+    probe = [setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True, n_timed=some(32)) for m in (1, 2, 4, 8)]
+    probe += [setting("TRL, 2 pairs, data order", "trl", microbatch=2, n_timed=some(32))]
     probe += [setting(f"2023 manner, {m} pairs", "padded", microbatch=m, n_timed=some(8)) for m in (1, 2, 4)]
     return [
         Scenario("dpo", "DPO, reference in the same step", [
@@ -92,7 +92,7 @@ def gpu(tokens: str, one: dict[str, Any], two: dict[str, Any], device: str, dtyp
         Scenario("compiled", "Plumb compiled, DPO", [
             setting("Pythia 2.8B", "plumb", two, compile=True, budget=8192, then=cached, trace=True),
             setting("Pythia 1B", "plumb", compile=True, budget=8192, then=cached)], in_turn=True),
-        Scenario("budget", "Plumb's tokens per microbatch, Pythia 1B, DPO", [
+        Scenario("sweep", "Plumb's tokens per microbatch, Pythia 1B, DPO", [
             setting("16384 tokens", "plumb", budget=16384, n_measured=4, then=sweep)], in_turn=True),
     ]  # fmt: skip
 

@@ -240,7 +240,7 @@ def check_device(run: Run, device: str) -> None:
 def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> None:
     """Warm-up steps, counted steps, one under the profiler for the first contender; then the same for each variant."""
     for change in [{}, *setting.then]:
-        label = ", ".join(x for x in (setting.label, change.get("label")) if x) if scenario.name != "budget" else ""
+        label = ", ".join(x for x in (setting.label, change.get("label")) if x) if scenario.name != "sweep" else ""
         label = label or change.get("label", setting.label)
         if change:
             run.record(scenario, setting, label, **child.ask(step=0, **{k: v for k, v in change.items() if k != "label"}))
