@@ -185,6 +185,7 @@ class Plumb(Contender):
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]]):
         import models
+        import sizing
         from batching import Feed, Packing
         from tokenization import Example
 
@@ -200,7 +201,10 @@ class Plumb(Contender):
             self.trainer = self.make_trainer(examples)
             self.feed, self.optimizer = self.trainer.train_feed, self.trainer.optimizer
         else:
-            self.feed = Feed(examples, Packing(True, setting.budget or 2048, world_size=1, pad_token_id=0, longest=512), rank=0)
+            spec, dtype = self.policy.config, getattr(torch, setting.dtype)
+            free = sizing.memory_at_hand(self.device)
+            budget = setting.budget or sizing.default_budget(spec, self.device, dtype, free, kept=1.0, needed=1024)
+            self.feed = Feed(examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0)
         self.where = {id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)}
         setting.budget = self.feed.packing.budget
 
