@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
+from tqdm import tqdm
 
-from utils import UserError
+from utils import UserError, rank
 
 Messages = list[dict[str, str]]
 Text = str | Messages
@@ -141,7 +142,8 @@ def held_out(prompts: Iterable[str], share: float) -> np.ndarray:
     >>> held_out(["a", "b", "a", "c"], share=0.3)
     array([False, False, False,  True])
     """
-    digests = np.fromiter(map(digest, prompts), np.uint64)
+    progress = tqdm(prompts, desc="held-out prompts", unit="row", unit_scale=True, delay=3, disable=rank() != 0)
+    digests = np.fromiter(map(digest, progress), np.uint64)
     unique = np.unique(digests)
     n_test = round(share * len(unique))
     if 0 < share < 1 and len(unique):

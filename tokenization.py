@@ -62,11 +62,13 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
         raise UserError(f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its tokenizer_config.json")
+    rows = list(islice(data.rows, CHUNK))  # before the clock starts: a source may first be read for its held-out prompts
     with tqdm(desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0) as progress:
-        while rows := list(islice(data.rows, CHUNK)):
+        while rows:
             progress.total = data.n_rows
             yield _encode(rows, tokenizer, rules, template)
             progress.update(len(rows))
+            rows = list(islice(data.rows, CHUNK))
 
 
 def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None) -> Chunk:

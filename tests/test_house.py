@@ -32,7 +32,7 @@ LAYERS = [
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {
     "losses": {"torch"},
-    "data_files": {"datasets", "numpy", "pyarrow"},
+    "data_files": {"datasets", "numpy", "pyarrow", "tqdm"},
     "data_forms": {"selectolax"},
     "preference_datasets": {"datasets"},
 }
