@@ -1,0 +1,444 @@
+"""One contender of benchmarks/throughput.py, alone in this process: it imports, waits for a line, builds its models and checks
+itself on a few pairs, then takes one training step for each line on its standard input and answers with one JSON line.
+
+A step is the same work for everyone, from token ids to updated weights: the batch is assembled, the policy goes forward and
+backward, the reference forward, the loss, the gradient norm is clipped, the optimizer steps. `secs` is the wall time of that,
+on a GPU between two synchronisations; imports, models, data sets and compilation come before. Weights are drawn from a fixed
+seed on the device, another one for the reference, so that losses differ from log 2 and a wrong reference would show.
+
+    plumb   this repository
+    padded  the manner of the 2023 DPO code, written anew: chosen and rejected stacked, padded to the longest row of the whole
+            batch, logits everywhere, float32 log_softmax over the vocabulary; microbatches are cut from that padded batch
+    trl     trl.DPOTrainer in its own training loop, fed the same ids (trl_contender.py)
+
+Shapes: B pairs in a microbatch, k responses each, R = k * B rows, T tokens in a row, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import re
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Plumb's modules lie at the repository's root
+
+import make_tokens
+import numpy as np
+import torch
+import torch.nn.functional as F
+from make_tokens import Pair
+from settings import Pipe, Setting
+from torch import Tensor, nn
+
+BETA = 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- the common part
+
+
+class Contender(ABC):
+    """Models and optimizer by a Setting; a subclass says how pairs become microbatches and log-probabilities."""
+
+    def __init__(self, setting: Setting):
+        self.setting, self.device = setting, torch.device(setting.device)
+        self.policy = build_model(setting, seed=0)
+        self.reference = build_model(setting, seed=1).eval().requires_grad_(False) if setting.objective == "dpo" else None
+        self.score: nn.Linear | None = None
+        if setting.objective == "reward":  # no vocabulary head: it would be memory and optimizer time for nothing
+            self.policy.set_output_embeddings(nn.Identity())
+            torch.manual_seed(2)
+            dtype = getattr(torch, setting.dtype)
+            self.score = nn.Linear(self.policy.config.hidden_size, 1, bias=False, dtype=dtype, device=self.device)
+        self.optimizer = make_optimizer(self.parameters(), setting)
+        self.processed = 0  # tokens, padding included, that the policy's forward passes have computed
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.policy.parameters(), *(self.score.parameters() if self.score is not None else ())]
+
+    @abstractmethod
+    def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
+        """(summed loss, pairs) of one microbatch after the other, each ready for backward(). step None: all of them."""
+
+    def gradients(self, pairs: Sequence[Pair], step: int | None) -> Tensor:
+        """Accumulate the gradient of the mean loss over the timed pairs. -> that mean"""
+        n = (self.setting.n_timed or len(pairs)) if step is not None else len(pairs)
+        total = torch.zeros((), device=self.device)
+        for part, _ in self.parts(pairs, step):
+            loss = part / n
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def step(self, pairs: Sequence[Pair], step: int) -> tuple[Tensor, Tensor]:
+        """One whole training step. -> mean loss, gradient norm before clipping"""
+        loss = self.gradients(pairs, step)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.setting.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def check(self, pairs: Sequence[Pair]) -> tuple[float, float]:
+        """Mean loss and gradient norm on `pairs` without an update; the warm-up as well."""
+        loss = float(self.gradients(pairs, None))
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
+        """Go on under other settings (plumb's variants)."""
+        for name, value in changes.items():
+            setattr(self.setting, name, value)
+
+
+def build_model(setting: Setting, seed: int) -> Any:
+    """A causal language model with seeded random weights, drawn on the device it trains on."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    fields = dict(setting.model)
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(seed)
+    with torch.device(setting.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setting.dtype))
+    return model.train()
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], setting: Setting) -> torch.optim.Optimizer:
+    """Fused AdamW, the same for every contender."""
+    return torch.optim.AdamW(parameters, lr=setting.lr, weight_decay=0.0, fused=True)
+
+
+def reward_loss(scores: Tensor) -> Tensor:
+    """Sum of -log sigmoid(chosen - rejected) over pairs; scores [R], all chosen first."""
+    chosen, rejected = scores.float().chunk(2)
+    return -F.logsigmoid(chosen - rejected).sum()
+
+
+# -------------------------------------------------------------------------------------------------------- the manner of 2023
+
+
+class Padded(Contender):
+    """Everything padded to the longest row of the whole batch, all logits in float32, the prompt computed once per response."""
+
+    def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
+        setting = self.setting
+        batch = self.pad(pairs, k=1 if setting.objective == "sft" else 2)
+        for start in range(0, len(pairs), setting.microbatch) if step is None else setting.starts(step):
+            part = slice(start, start + setting.microbatch)
+            rows = [x[:, part].flatten(0, 1).to(self.device) for x in batch]
+            yield self.loss(*rows), len(batch[0][0, part])
+
+    def pad(self, pairs: Sequence[Pair], k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-> ids, attention mask, labels (-100 on prompt and padding), each [k, B, T]"""
+        width = max(len(pair.prompt) + len(response) for pair in pairs for response in pair[1 : 1 + k])
+        ids = torch.zeros(k, len(pairs), width, dtype=torch.int64)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for j, pair in enumerate(pairs):
+            for i, response in enumerate(pair[1 : 1 + k]):
+                start, end = len(pair.prompt), len(pair.prompt) + len(response)
+                ids[i, j, :start] = torch.from_numpy(pair.prompt)
+                ids[i, j, start:end] = labels[i, j, start:end] = torch.from_numpy(response)
+                mask[i, j, :end] = 1
+        return ids, mask, labels
+
+    def loss(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss of one padded microbatch, each input [R, T]."""
+        self.processed += ids.numel()
+        if self.score is not None:
+            hidden = self.policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [R, T, d]
+            return reward_loss(self.score(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])[:, 0])
+        policy = self.logps(self.policy, ids, mask, labels)
+        if self.reference is None:
+            return -policy.sum()
+        with torch.no_grad():
+            reference = self.logps(self.reference, ids, mask, labels)
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected - (ref_chosen - ref_rejected))).sum()
+
+    @staticmethod
+    def logps(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the response tokens' log-probabilities, from the logits of every position.  -> [R]"""
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]  # [R, T-1, V]
+        targets = labels[:, 1:]
+        per_token = logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)  # [R, T-1]
+        return (per_token * (targets != -100)).sum(1)
+
+
+# ------------------------------------------------------------------------------------------------------------------- plumb
+
+
+class Plumb(Contender):
+    """This repository's BasicTrainer, one `step` at a time. Everything that knows its API is in this class.
+
+    A reward model is not a loss of the trainer's yet: there the body runs on the same rows, with a score at each last token.
+    """
+
+    def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]]):
+        import models
+        import sizing
+        from batching import Feed, Packing
+        from tokenization import Example
+
+        super().__init__(setting)
+        k = 1 if setting.objective == "sft" else 2
+        examples = [Example(pair.prompt, tuple(pair[1 : 1 + k]), "") for batch in batches for pair in batch]
+        for model in (self.policy, self.reference):
+            if model is not None:
+                models.allow_trees(model)
+        if setting.compile and setting.device == "cpu":  # --smoke: no compiler is needed
+            nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment]
+        if self.score is None:
+            self.trainer = self.make_trainer(examples)
+            self.feed, self.optimizer = self.trainer.train_feed, self.trainer.optimizer
+        else:
+            spec, dtype = self.policy.config, getattr(torch, setting.dtype)
+            free = sizing.memory_at_hand(self.device)
+            budget = setting.budget or sizing.default_budget(spec, self.device, dtype, free, kept=1.0, needed=1024)
+            self.feed = Feed(examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0)
+        self.where = {id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)}
+        setting.budget = self.feed.packing.budget
+
+    def make_trainer(self, examples: list[Any]) -> Any:
+        """The trainer as train.py would build it, its config without Hydra."""
+        from omegaconf import OmegaConf
+
+        from losses import build_loss
+        from metrics import TrainingLog
+        from trainers import BasicTrainer
+
+        setting, root = self.setting, Path(__file__).resolve().parents[1]
+        config: Any = OmegaConf.load(root / "config" / "config.yaml")
+        config.model = OmegaConf.load(root / "config" / "model" / "blank_model.yaml")
+        config.model.policy_dtype = setting.dtype
+        config.update({
+            "device": setting.device, "batch_size": setting.n_pairs, "tokens_per_microbatch": setting.budget or None,
+            "optimizer": "AdamW", "optimizer_args": {"weight_decay": 0.0, "fused": True}, "lr": setting.lr, "warmup_steps": 0,
+            "max_grad_norm": setting.max_grad_norm, "max_length": 512, "compile": setting.compile, "shuffle": False,
+            "n_epochs": 1, "n_examples": None, "activation_checkpointing": setting.checkpointing,
+        })  # fmt: skip
+        knobs: dict[str, Any] = {"name": "sft", "average_over": "examples"}
+        if setting.objective == "dpo":
+            knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False}
+        self.log = TrainingLog([], float("inf"))
+        tokenizer = SimpleNamespace(pad_token_id=0)
+        return BasicTrainer(
+            config, self.policy, self.reference, None, build_loss(knobs), tokenizer, examples, [], Path(), self.log
+        )
+
+    def ready(self, pairs: Sequence[Pair]) -> Any:
+        """The batch, assembled."""
+        return self.feed.step(np.array([self.where[id(pair.prompt)] for pair in pairs]))
+
+    def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
+        for batch, _, _ in self.ready(pairs).microbatches:
+            self.processed += batch.n_processed(True)
+            yield self.reward(batch) if self.score is not None else self.trainer.scorer(batch).output.losses.sum(), 0
+
+    def reward(self, batch: Any) -> Tensor:
+        """The summed loss of one microbatch: its row through the body, scores of each response's last token."""
+        import attention
+
+        batch = batch.to(self.device)
+        hidden = self.policy.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False,
+            attention_mask=attention.no_mask(self.device),
+        ).last_hidden_state  # [1, T, d]  # fmt: skip
+        last = torch.from_numpy(batch.spans[:, 2] + batch.spans[:, 3] - 1).to(self.device)  # [R]
+        assert self.score is not None
+        return reward_loss(self.score(hidden[0].index_select(0, last))[:, 0])
+
+    def step(self, pairs: Sequence[Pair], step: int) -> tuple[Tensor, Tensor]:
+        if self.score is not None:
+            return super().step(pairs, step)
+        ready = self.ready(pairs)
+        self.processed += sum(m.batch.n_processed(True) for m in ready.microbatches)
+        self.trainer.started = time.monotonic()
+        self.trainer.step(ready, 0.0)
+        names, values, counters = self.log.waiting[-1]
+        sums, counts = values[:, names.index("loss/train")]
+        return sums / counts, torch.tensor(counters["grad_norm"])
+
+    def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
+        super().change(changes, batches)
+        trainer = self.trainer
+        if "budget" in changes:
+            trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
+        if changes.get("reference") == "cached" and self.reference is not None:
+            self.feed.reference = trainer.reference_pass(self.reference, self.feed, np.arange(len(self.feed.examples)))
+            self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
+            gc.collect()
+
+
+# --------------------------------------------------------------------------------------------------------------------- serve
+
+
+def batches_of(setting: Setting) -> list[list[Pair]]:
+    """The batches of all steps, the same for every contender: consecutive pairs of the file, from its start again at its end."""
+    kind, _, scale = setting.tokens.partition(":")
+    if kind == "synthetic":
+        tokens = make_tokens.synthetic(1024, setting.model["vocab_size"], scale=float(scale or 1))
+    else:
+        tokens = make_tokens.load(Path(setting.tokens))
+    if tokens.vocab_size > setting.model["vocab_size"]:
+        raise SystemExit(f"{setting.tokens} has {tokens.vocab_size} ids, the model {setting.model['vocab_size']} embeddings")
+    n, size = len(tokens.pairs), setting.n_pairs
+    return [[tokens.pairs[i % n] for i in range(step * size, (step + 1) * size)] for step in range(setting.n_steps)]
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of this process, all threads
+
+
+class Clock:
+    """Seconds since `start`; on a GPU up to the end of all queued work."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.started = device, Seconds(0, 0)
+
+    def start(self) -> None:
+        self.synchronize()
+        self.started = Seconds(time.perf_counter(), time.process_time())
+
+    def read(self) -> Seconds:
+        self.synchronize()
+        return Seconds(time.perf_counter() - self.started.wall, time.process_time() - self.started.cpu)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def resident(what: str = "VmRSS") -> float:
+    """This process's resident set, GB (1e9 bytes): now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage's ru_maxrss, which starts at the parent's peak
+        return int(re.findall(rf"{what}:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Memory:
+    """Peaks since the last reset, GB: resident set of this process; on a GPU also what torch allocated and reserved.
+
+    `working` is the peak less what is held anyway: what was there before the models were built (the imports), and the weights,
+    gradients and two moments of the policy and the weights of the reference.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.base = device, resident()
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peaks(self, policy: nn.Module, reference: nn.Module | None) -> dict[str, float]:
+        def size(model: nn.Module | None) -> float:
+            return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9 if model is not None else 0.0
+
+        held = 4 * size(policy) + size(reference)
+        peak = {"peak_rss_gb": resident("VmHWM")}
+        if self.device.type != "cuda":
+            return peak | {"working_gb": peak["peak_rss_gb"] - self.base - held}
+        allocated = torch.cuda.max_memory_allocated() / 1e9
+        return peak | {"peak_cuda_gb": allocated, "peak_cuda_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+                       "working_gb": allocated - held}  # fmt: skip
+
+
+def report(
+    setting: Setting, pairs: Sequence[Pair], step: int, secs: Seconds, loss: Any, norm: Any, processed: int
+) -> dict[str, Any]:
+    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each prompt once.
+
+    On a CPU the rate is per second of CPU time: the same as wall time on a quiet machine, and still meaningful on a shared one.
+    """
+    unique = sum(len(p.prompt) + len(p.chosen) + (len(p.rejected) if setting.objective != "sft" else 0) for p in pairs)
+    n_timed = setting.n_timed or len(pairs)
+    return {
+        "event": "step", "step": step, "secs": secs.wall, "cpu_secs": secs.cpu, "n_timed": n_timed,
+        "pairs_per_sec": n_timed / (secs.cpu if setting.device == "cpu" else secs.wall), "loss": float(loss),
+        "grad_norm": float(norm), "unique_tokens": unique / len(pairs), "processed_tokens": processed / n_timed,
+    }  # fmt: skip
+
+
+def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: Memory) -> None:
+    """Check, then one step per order until there are no more."""
+    setting, device = contender.setting, contender.device
+    memory.reset()
+    loss, norm = contender.check(batches[0][: setting.n_check])
+    pipe.tell(event="check", loss=loss, grad_norm=norm, budget=setting.budget)
+    clock = Clock(device)
+    while (order := pipe.wait()) is not None:
+        step, trace = order.pop("step"), order.pop("trace", None)
+        if order:
+            clock.start()
+            contender.change(order, batches)
+            pipe.tell(event="changed", secs=clock.read().wall, **order)
+            memory.reset()
+            continue
+        before = contender.processed
+        with profiler(trace, device):
+            clock.start()
+            step_loss, step_norm = contender.step(batches[step], step)
+            secs = clock.read()
+        record = report(setting, batches[step], step, secs, step_loss, step_norm, contender.processed - before)
+        pipe.tell(**record, **memory.peaks(contender.policy, contender.reference))
+
+
+@contextlib.contextmanager
+def profiler(path: str | None, device: torch.device) -> Iterator[None]:
+    """Write the operators of what runs within, by their own time on the device, as a table to `path`."""
+    if path is None:
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+    Path(path).write_text(table + "\n")
+
+
+def main() -> None:
+    setting, pipe = Setting(**json.loads(sys.argv[1])), Pipe()
+    if setting.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    run = serve_trl if setting.contender == "trl" else serve_ours
+    batches = batches_of(setting)
+    try:
+        run(setting, batches, pipe)
+    except torch.OutOfMemoryError as error:
+        pipe.tell(event="error", error="out of memory", detail=str(error).splitlines()[0])
+        sys.exit(3)
+
+
+def serve_ours(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
+    if pipe.wait() is not None:
+        memory = Memory(torch.device(setting.device))
+        contender = Plumb(setting, batches) if setting.contender == "plumb" else Padded(setting)
+        serve(contender, batches, pipe, memory)
+
+
+def serve_trl(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
+    import trl_contender  # after torch's own settings, before the order to build
+
+    if pipe.wait() is not None:
+        trl_contender.serve(setting, batches, pipe)
+
+
+if __name__ == "__main__":
+    main()
