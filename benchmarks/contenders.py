@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from make_tokens import Pair
 from settings import Pipe, Setting
 from torch import Tensor, nn
+from tqdm import tqdm
 
 BETA = 0.1
 
@@ -203,7 +204,7 @@ class Plumb(Contender):
         else:
             spec, dtype = self.policy.config, getattr(torch, setting.dtype)
             free = sizing.memory_at_hand(self.device)
-            budget = setting.budget or sizing.default_budget(spec, self.device, dtype, free, kept=1.0, needed=1024)
+            budget = setting.budget or max(1024, sizing.default_budget(spec, self.device, dtype, free, 1.0, plain_head=True))
             self.feed = Feed(examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0)
         self.where = {id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)}
         setting.budget = self.feed.packing.budget
@@ -230,7 +231,7 @@ class Plumb(Contender):
         if setting.objective == "dpo":
             knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False}
         self.log = TrainingLog([], float("inf"))
-        tokenizer = SimpleNamespace(pad_token_id=0)
+        tokenizer: Any = SimpleNamespace(pad_token_id=0)
         return BasicTrainer(
             config, self.policy, self.reference, None, build_loss(knobs), tokenizer, examples, [], Path(), self.log
         )
@@ -274,7 +275,8 @@ class Plumb(Contender):
         if "budget" in changes:
             trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
         if changes.get("reference") == "cached" and self.reference is not None:
-            self.feed.reference = trainer.reference_pass(self.reference, self.feed, np.arange(len(self.feed.examples)))
+            everything, silent = np.arange(len(self.feed.examples)), tqdm(disable=True)
+            self.feed.reference = trainer.reference_pass(self.reference, self.feed, everything, silent)
             self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
             gc.collect()
 

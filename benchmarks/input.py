@@ -1,7 +1,7 @@
 """The input pipeline: tokenization, warm starts, batch assembly, and a file as large as StackExchange.
 
-    python benchmarks/input.py --hh ../shared/data/hh --tokenizer ../shared/tokenizers/gpt-neox-20b/20B_tokenizer.json.gz
-    python benchmarks/input.py --hh ../shared/data/hh --tokenizer ../shared/tokenizers/gpt-neox-20b/20B_tokenizer.json.gz \
+    python benchmarks/input.py --hh /path/to/hh-rlhf --tokenizer /path/to/tokenizer.json
+    python benchmarks/input.py --hh /path/to/hh-rlhf --tokenizer /path/to/tokenizer.json \
         --questions 10800000   # StackExchange's size: hours, and about 30 GB of disk
 
 Each measurement runs in a process of its own, on one core, and prints one line; all of them go to --out as JSON lines too:

@@ -1,7 +1,7 @@
 """Token ids of real HH pairs, made once so that every contender trains on the same ids and none needs a tokenizer or a network.
 
-    python benchmarks/make_tokens.py --data ../shared/data/hh/harmless-base/test.jsonl.gz \
-        --tokenizer ../shared/tokenizers/gpt-neox-20b/20B_tokenizer.json.gz --out .cache/benchmarks/harmless.npz
+    python benchmarks/make_tokens.py --data /path/to/hh-rlhf/harmless-base/test.jsonl.gz \
+        --tokenizer /path/to/tokenizer.json --out .cache/benchmarks/harmless.npz
 
 Prompt and responses are tokenized apart, EOS ends each response, and the 2023 truncation applies (--max-length,
 --max-prompt-length; HH keeps the end of a long prompt). Pairs whose two texts split into different prompts are skipped, and so
