@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, sync_directory
 
 
 def save(run_dir: Path, step: int, parts: Mapping[str, Any], metrics: Mapping[str, float] | None) -> Path:
@@ -35,9 +35,9 @@ def save(run_dir: Path, step: int, parts: Mapping[str, Any], metrics: Mapping[st
                 torch.save({"step_idx": step, "state": state, "metrics": dict(metrics or {})}, file)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_directory(temporary)
+        sync_directory(temporary)
         temporary.rename(final)
-        _sync_directory(run_dir)
+        sync_directory(run_dir)
         _point(run_dir / "LATEST", final.name)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
@@ -53,15 +53,7 @@ def _point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
-    _sync_directory(link.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_directory(link.parent)
 
 
 def resolve_archive(archive: str) -> Path:

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from tokenization import Example, trees_of
-from utils import UserError
+from utils import UserError, sync_directory
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -106,6 +106,7 @@ class ReferenceCache:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
+            sync_directory(self.path.parent)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -60,11 +60,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     x, best = torch.randn(n, n, device=device).to(dtype), float("inf")
     for _ in range(8):
         start = time.perf_counter()
-        y = x @ x
+        _ = x @ x
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    del y
     return 2 * n**3 / best
 
 

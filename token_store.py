@@ -27,7 +27,7 @@ import preference_datasets
 import tokenization
 from preference_datasets import DataSet
 from tokenization import HH_TEMPLATE, Chunk, TextRules, automatic_bos, encode
-from utils import UserError, rank0_print
+from utils import UserError, rank0_print, sync_directory
 
 LAYOUT = 2  # of the files below; another number makes every store anew
 COLUMNS = {
@@ -234,11 +234,11 @@ def _numbered(chunks: Iterable[Chunk], files: dict[str, int]) -> Iterator[tuple[
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
     """Rename the whole store into its place, unless another run was first; a damaged one makes way."""
     for file in (folder, folder.parent):
-        _sync(file)
+        sync_directory(file)
     while True:
         try:
             folder.rename(place)
-            return _sync(place.parent)
+            return sync_directory(place.parent)
         except OSError:
             if not place.exists():
                 raise
@@ -250,15 +250,6 @@ def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
             with suppress(FileNotFoundError):  # another run was faster
                 place.rename(aside / "damaged")
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """A rename or a new file is on the disk once its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_what_was_left(root: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would print, and `main` says it in one line
@@ -83,7 +84,7 @@ def train(config: DictConfig) -> None:
     reference, weights = None, None
     if loss.needs_reference:
         cached = cache_reference(config, policy, len(train_examples))
-        weights = parallel.same_everywhere(weights_digest(policy) if cached and rank() == 0 else None)
+        weights = parallel.from_rank0(partial(weights_digest, policy)) if cached else None
         if not cached or dtype not in (None, policy.dtype):  # otherwise the policy, before its first step, is the reference
             reference = load_reference(policy, dtype)
 
@@ -115,7 +116,7 @@ def train(config: DictConfig) -> None:
 def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool:
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
-    several = (config.n_epochs or config.n_examples / n) > 1 and (config.n_examples is None or config.n_examples > n)
+    several = trainers.make_schedule(config, n).n_examples > n
     one, world = weights_bytes(policy), parallel.world_size()
     room = memory_at_hand(trainers.pick_device(config)) - (one + trained_bytes(policy)) / world
     tight = one / world > room / 4

@@ -58,10 +58,7 @@ class BasicTrainer:
         """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest of the reference's, whose
         log-probabilities are then taken from a cache; a reference that is None is the policy before its first step."""
         self.config, self.run_dir, self.log, self.loss, self.tokenizer = config, run_dir, log, loss, tokenizer
-        self.schedule = Schedule(
-            len(train), batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
-            shuffle=config.shuffle, seed=config.seed,
-        )  # fmt: skip
+        self.schedule = make_schedule(config, len(train))
         # Before a model is placed, for sharding hides its sizes and renames its classes.
         self.cost, block = sizing.cost_of(policy), block_class(policy, config.model.block_name) if config.compile else None
         if config.activation_checkpointing is True:
@@ -75,7 +72,13 @@ class BasicTrainer:
         self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config, self.schedule.n_steps))
 
-        self.packing, way = self.layout(train)
+        way = self.choose_way(train)
+        budget = parallel.same_everywhere(self.token_budget(train, way))
+        rank0_print(f"microbatches of up to {budget:,} tokens")
+        self.packing = Packing(
+            way.packed, budget, self.world_size, tokenizer.pad_token_id, config.max_length,
+            row_length=budget if config.compile and way.packed else None,
+        )  # fmt: skip
         if block is not None:  # after the layout was tried, on rows of other lengths
             for model in (self.policy, reference) if reference is not None else (self.policy,):
                 compile_blocks(model, block, config.activation_checkpointing)
@@ -108,28 +111,29 @@ class BasicTrainer:
 
     # ------------------------------------------------------------------------------------------------- before training
 
-    def layout(self, train: Sequence[Example]) -> tuple[Packing, Way]:
-        """How batches are laid out: tried on two trees of two responses each, and said."""
-        config, a, b = self.config, train[0], train[min(1, len(train) - 1)]
+    def choose_way(self, train: Sequence[Example]) -> Way:
+        """How the models compute: tried on two trees of two responses each, and said."""
+        a, b = train[0], train[min(1, len(train) - 1)]
         crossed = [Example(x.prompt, (x.responses[0], y.responses[-1]), x.source) for x, y in ((a, b), (b, a))]
-        batch = pack(crossed, pad_token_id=self.tokenizer.pad_token_id, longest=2 * config.max_length).to(self.device)
+        batch = pack(crossed, pad_token_id=self.tokenizer.pad_token_id, longest=2 * self.config.max_length).to(self.device)
         with self.precision(self.device)():
             way, said = choose_way(self.policy, batch, exact=self.dtype.itemsize >= 4)
-        kept = config.activation_checkpointing  # a share of activations, or whether to keep none
+        rank0_print(said)
+        return way
+
+    def token_budget(self, train: Sequence[Example], way: Way) -> int:
+        """Tokens of a microbatch: as configured, or from the memory at hand. Compiled blocks take rows of one length, whatever is
+        in them, so no longer ones than a step needs."""
+        config, recompute = self.config, self.config.activation_checkpointing  # all, none, or all but a share
+        kept = float(not recompute) if isinstance(recompute, bool) else recompute
         free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.world_size - held_bytes(self.device)
-        kept = float(not kept) if isinstance(kept, bool) else kept
-        budget = sizing.default_budget(self.policy.config, self.device, self.dtype, free, kept, way.plain_head)
-        budget = config.tokens_per_microbatch or max(budget, 2 * config.max_length)
-        if config.compile:  # rows have this length whatever is in them, so no longer than a step needs
+        found = sizing.default_budget(self.policy.config, self.device, self.dtype, free, kept, way.plain_head)
+        budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
+        if config.compile:
             mean = np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))])
             parts = self.world_size * config.gradient_accumulation_steps
             budget = min(budget, max(2 * config.max_length, math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256))
-        budget = parallel.same_everywhere(budget)
-        rank0_print(f"{said}; up to {budget:,} tokens in a microbatch")
-        return Packing(
-            way.packed, budget, self.world_size, self.tokenizer.pad_token_id, config.max_length,
-            row_length=budget if config.compile and way.packed else None,
-        ), way  # fmt: skip
+        return budget
 
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:
@@ -152,8 +156,9 @@ class BasicTrainer:
             known = parallel.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
             (new,) = np.isnan(known).any(1).nonzero()
             progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
-            for start in range(0, len(new), 4096):  # what is kept when the pass is interrupted
-                some = new[start : start + 4096]
+            size = max(4096, len(new) // 64)  # what is kept when the pass is interrupted; the file is written anew each time
+            for start in range(0, len(new), size):
+                some = new[start : start + size]
                 known[some] = self.reference_pass(model, feed, indices[some], progress)
                 parallel.from_rank0(partial(cache.add, digests[some] if self.rank == 0 else digests, known[some]))
             progress.close()
@@ -360,6 +365,12 @@ class FSDPTrainer(BasicTrainer):
 
 def pick_device(config: DictConfig) -> torch.device:
     return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def make_schedule(config: DictConfig, n: int) -> Schedule:
+    """The steps of a run on n examples."""
+    return Schedule(n, batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
+                    shuffle=config.shuffle, seed=config.seed)  # fmt: skip
 
 
 def make_optimizer(config: DictConfig, policy: nn.Module, device: torch.device) -> torch.optim.Optimizer:

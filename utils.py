@@ -103,6 +103,15 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
+def sync_directory(directory: Path) -> None:
+    """A new file or a rename is on the disk once its directory is."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def peak_memory_gb() -> float:
     """The most memory this process has held: allocated on the GPU where one was used, else resident in RAM."""
     import resource

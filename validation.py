@@ -114,9 +114,12 @@ def validate(config: DictConfig) -> Loss:
     import_plugins(config.plugins)
     _data_sets(config)
     try:
-        return build_loss(plain(config.loss))
+        loss = build_loss(plain(config.loss))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.reference != "auto" and not loss.needs_reference:
+        raise UserError(f"reference={config.reference}: this loss ({loss.name}) needs no reference; leave reference=auto")
+    return loss
 
 
 def _leaves(config: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:

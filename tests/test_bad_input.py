@@ -180,6 +180,12 @@ KNOBS = {
     "max_prompt_length=512": ("max_prompt_length=512", "below max_length=512"),
     "max_length=256": ("max_prompt_length=256", "below max_length=256"),
     "n_epochs=null": ("n_epochs=null", "n_examples=null"),
+    "tokens_per_microbatch=0": ("tokens_per_microbatch=0", "at least 1", "null"),
+    "compile=maybe": ("compile=maybe", "true or false"),
+    "activation_checkpointing=2": ("activation_checkpointing=2", "a share in (0, 1)"),
+    "activation_checkpointing=0.5": ("activation_checkpointing=0.5", "compile=true"),
+    "reference=never": ("reference=never", "auto, live, cached"),
+    "reference=cached": ("reference=cached", "sft", "reference=auto"),  # `good` runs SFT, which has no use for it
     "device=nosuch": ("device=nosuch", "null picks one"),
     "chat_template=nosuch.jinja": ("chat_template=nosuch.jinja", "No such file"),
     "plugins=[nosuch.py]": ("plugins=nosuch.py", "no such file"),
