@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import attention
 import parallel
+from archives import load_policy_state
 from batching import Batch, unfold
-from checkpoints import load_policy_state
 from head import linear_logps, token_logps
 from losses import Logps
 from utils import UserError, plain, rank0_print

@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 import parallel
+import processes
 import trainers
-from checkpoints import resolve_archive
+from archives import resolve_archive
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import describe, load_policy, load_reference, load_tokenizer
@@ -50,7 +51,7 @@ def run(config: DictConfig) -> None:
         if config.trainer == "BasicTrainer":
             train(config)
         else:
-            parallel.launch(work, (config,), config.n_cpu_processes, config.fsdp_port)
+            processes.launch(work, (config,), config.n_cpu_processes, config.fsdp_port)
     except UserError as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
         sys.exit(fail(error, error.exit_code) if rank() == 0 else error.exit_code)
     except InterpolationResolutionError as error:

@@ -36,13 +36,7 @@ from metrics import Means, Record, TrainingLog
 from models import Way, as_in_2023, block_class, choose_way, compile_blocks
 from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens, n_tokens
-from utils import UserError, get_local_dir, peak_memory_gb, plain, quiet, rank0_print
-
-
-class NonFinite(UserError):
-    """Loss or gradients are not finite: the run stops before the optimizer can spread it. Exit code 4."""
-
-    exit_code = 4
+from utils import NonFinite, UserError, get_local_dir, peak_memory_gb, plain, quiet, rank0_print
 
 
 class BasicTrainer:

@@ -34,6 +34,36 @@ class UserError(Exception):
     exit_code = 2
 
 
+class UnsafeFile(UserError):
+    """A file that would run code, or a checkpoint that is damaged with no whole one beside it: refused."""
+
+    exit_code = 3
+
+
+class NonFinite(UserError):
+    """Loss, gradients or the check of the first step are not what they must be: stopped before the optimizer spreads it."""
+
+    exit_code = 4
+
+
+class StorageError(UserError):
+    """The disk is full, or cannot be written; what was written before is whole."""
+
+    exit_code = 5
+
+
+class PeerLost(UserError):
+    """Another process of this run died, or did not answer in time."""
+
+    exit_code = 6
+
+
+class ResumeMismatch(UserError):
+    """What is to be resumed was made of something else, or is not there."""
+
+    exit_code = 7
+
+
 def rank() -> int:
     """This process's rank in its group; before the group exists, the one torchrun gave it; 0 when there is one process.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from checkpoints import resolve_archive
+from archives import resolve_archive
 from losses import Loss, build_loss
 from preference_datasets import dataset_names
 from trainers import make_optimizer

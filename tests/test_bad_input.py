@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, run_command
 
 import train
-from checkpoints import load_policy_state
+from archives import load_policy_state
 from utils import UserError
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+import archives
 import checkpoints
 import models
 from utils import UserError
@@ -76,7 +77,7 @@ def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
         checkpoints.save(run, 10, PARTS, None)
         checkpoints.save(run, 20, PARTS, None)
         os.utime(run / "step-20" / "policy.pt", (1000 + i, 1000 + i))
-    resolve = lambda text: checkpoints.resolve_archive(str(text)).resolve()
+    resolve = lambda text: archives.resolve_archive(str(text)).resolve()
     newest = (new / "step-20/policy.pt").resolve()
     assert resolve(new) == resolve(new / "LATEST") == resolve(new / "LATEST/policy.pt") == newest
     assert resolve(old / "step-10") == (old / "step-10/policy.pt").resolve()

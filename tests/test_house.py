@@ -20,8 +20,8 @@ LAYERS = [
     {"tokenization"},
     {"token_store"},
     {"examples"},
-    {"batching", "metrics", "parallel", "checkpoints", "head", "reference", "sizing"},
-    {"attention", "preparation"},
+    {"batching", "metrics", "parallel", "processes", "archives", "storage", "head", "reference", "sizing"},
+    {"attention", "preparation", "checkpoints"},
     {"models"},
     {"generation"},
     {"evaluation"},
@@ -140,7 +140,7 @@ def test_one_loader_of_checkpoints():
             assert not any(k.arg in ("allow_pickle", "trust_remote_code") for k in call.keywords), f"{module}: {name}"
             if name == "torch.load":
                 loads.append((module, {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only")))
-    assert loads == [("checkpoints", "True")]
+    assert loads == [("archives", "True")]
 
 
 def test_no_path_of_one_machine():

@@ -101,7 +101,7 @@ def test_the_seed_decides_the_order(train):
 
 
 def test_a_nan_stops_before_the_update(train):
-    from trainers import NonFinite
+    from utils import NonFinite
 
     with pytest.raises(NonFinite, match="gradient norm is (nan|inf); stopped before the update; batch: .*pairs.jsonl"):
         train("not_finite", "loss=sft", "lr=1e30", "warmup_steps=0", "batch_size=4", "optimizer=SGD")

@@ -1,0 +1,92 @@
+"""The few operations that change what is on disk for a checkpoint; each returns when the disk has it.
+
+Everything else is built of these (see checkpoints.py), so that a test can record them, fail them one by one, and try every state
+that a power loss could leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from utils import sync_directory
+
+
+class Written(NamedTuple):
+    """What a file must be when it is read again."""
+
+    bytes: int
+    sha256: str
+
+
+class _Hashed:
+    """A file that is written from the first byte to the last, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.n = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):  # a file without a buffer may take a part only
+            done += self.file.write(view[done:])
+        self.digest.update(view)
+        self.n += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write(path: Path, fill: Callable[[BinaryIO], Any]) -> Written:
+    """A new file of what `fill(file)` writes into it, on the disk when this returns. Raises OSError."""
+    with open(path, "xb", buffering=0) as raw:
+        hashed = _Hashed(cast(BinaryIO, raw))
+        fill(cast(BinaryIO, hashed))
+        os.fsync(raw.fileno())
+    return Written(hashed.n, hashed.digest.hexdigest())
+
+
+def read_back(path: Path) -> Written:
+    """What stands in a file now. Raises OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Written(file.tell(), digest.hexdigest())
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Within one directory; it and what it holds are on the disk before and after."""
+    sync_directory(old)
+    os.rename(old, new)
+    sync_directory(new.parent)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a relative symbolic link to `target`; an older link is replaced in one step."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+    sync_directory(link.parent)
+
+
+def remove(directory: Path) -> None:
+    """A directory and all in it. Renamed first, so that no half of it goes by its name."""
+    gone = directory.with_name(f".{directory.name.lstrip('.')}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        sync_directory(directory.parent)
+
+
+def free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free
