@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -10,10 +11,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from utils import UserError
 
@@ -98,21 +98,6 @@ def settle(model: nn.Module) -> None:
             module.reshard()
 
 
-def region(tensor: Tensor) -> tuple[list[int], Tensor]:
-    """Where this rank's part of a tensor begins in the whole, and the part."""
-    if not isinstance(tensor, DTensor):
-        return [0] * tensor.dim(), tensor
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return list(offset), tensor.to_local()
-
-
-def local_part(tensor: Tensor) -> tuple[list[int], Tensor] | None:
-    """`region`, on one of the ranks that hold it; None on the others."""
-    if isinstance(tensor, DTensor) or not dist.is_initialized() or dist.get_rank() == 0:
-        return region(tensor)
-    return None
-
-
 def meet() -> None:
     """No rank goes on before all are here."""
     if dist.is_initialized():
@@ -153,17 +138,79 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a tensor, on every rank. Every rank must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    kind = tensor.device_mesh.device_type
+    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()  # offloaded: NCCL moves no CPU memory
 
 
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
+    """The block of a tensor that is this rank's to write: where it begins in the whole, and its values, not copied.
+
+    None where another rank holds the same, or where this one holds nothing; so the parts of all ranks tile the whole exactly once.
+    A plain tensor is the same on all ranks, and rank 0's to write.
+    """
+    if not isinstance(tensor, DTensor):
+        return ((0,) * tensor.ndim, tensor.detach()) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    start, replica = _offset(tensor)
+    local = tensor.detach().to_local()
+    return None if replica or not local.numel() else (start, local)
+
+
+def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """The block of a tensor that this rank holds, be it its to write or not: where it begins in the whole, and its values."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tensor.detach()
+    return _offset(tensor)[0], tensor.detach().to_local()
+
+
+def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
+    """Where this rank's block begins in the whole; and is it a copy of another rank's?
+
+    FSDP cuts what tensor parallelism has left to a rank, so its strided placement, which stands first, counts last.
+    """
+    mesh, at = tensor.device_mesh, cast(list[int], tensor.device_mesh.get_coordinate())
+    start, length, replica = [0] * tensor.ndim, list(tensor.shape), False
+    for i, placement in sorted(enumerate(tensor.placements), key=lambda x: isinstance(x[1], _StridedShard)):
+        if isinstance(placement, Shard | _StridedShard):
+            size = -(-length[placement.dim] // mesh.size(i))
+            skipped = min(at[i] * size, length[placement.dim])
+            start[placement.dim] += skipped
+            length[placement.dim] = min(size, length[placement.dim] - skipped)
+        else:
+            replica = replica or at[i] > 0
+    local = tensor.to_local()
+    assert tuple(length) == tuple(local.shape) or 0 == local.numel() == math.prod(length), tensor.placements
+    return tuple(start), replica
+
+
+def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor | None]]:
+    """(name, the whole tensor in rank 0's RAM; None on the others), one at a time: no more than one is held beside rank 0's copies.
+
+    What stands under two names (tied weights) is gathered once. Every rank must go through all of it.
+    """
+    seen: dict[int, Tensor | None] = {}
+    for name, tensor in items:
+        if id(tensor) not in seen:
+            full = whole(tensor.detach())
+            seen[id(tensor)] = full.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
+            del full
+        yield name, seen[id(tensor)]
 
 
 def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict on rank 0's CPU; empty on the others. Every rank must call it."""
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=GATHER))
+    """The whole state dict in rank 0's RAM; empty on the others. Every rank must call it."""
+    return {name: full for name, full in gathered(model.state_dict(keep_vars=True).items()) if full is not None}
 
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole optimizer state on rank 0's CPU, keyed by parameter name. Every rank must call it."""
-    return get_optimizer_state_dict(model, optimizer, options=GATHER)
+    """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank must call it."""
+    names = {p: name for name, p in model.named_parameters()}
+    state: dict[str, dict[str, Any]] = {names[p]: dict(of_p) for p, of_p in optimizer.state.items()}
+    tensors = ((f"{name} {key}", x) for name, of_p in state.items() for key, x in of_p.items() if isinstance(x, Tensor))
+    for both, full in gathered(tensors):
+        name, _, key = both.rpartition(" ")
+        state[name][key] = full
+    groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": state, "param_groups": groups} if dist.get_rank() == 0 else {}
