@@ -282,6 +282,7 @@ class Step(NamedTuple):
 
     examples: list[Example]
     microbatches: list[Microbatch]
+    indices: np.ndarray  # of the examples among all
 
 
 class Feed:
@@ -304,7 +305,7 @@ class Feed:
                 reference=None if self.reference is None else self.reference[indices[mine]],
             )  # fmt: skip
             microbatches.append(Microbatch(batch, weight, mine))
-        return Step(examples, microbatches)
+        return Step(examples, microbatches, indices)
 
     def ahead(self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1) -> Ahead:
         """The steps of these batches, prepared for `device` in a thread."""
@@ -351,17 +352,34 @@ class Schedule:
         limits = [n * n_epochs] if n_epochs is not None else []
         self.n_examples = min([*limits, *([n_examples] if n_examples is not None else [])]) if n else 0
         self.n_epochs = -(-self.n_examples // n) if n else 0
-        full, rest = divmod(self.n_examples, n) if n else (0, 0)
-        self.n_steps = full * -(-n // batch_size) + -(-rest // batch_size)
+        self.n_steps = self.n_steps_after(0)
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of the epoch's examples, in the order in which they are seen.  [n]"""
         return np.random.default_rng((self.seed, epoch)).permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        left = self.n_examples
-        for epoch in range(self.n_epochs):
-            order = self.order(epoch)[:left]
-            left -= len(order)
-            for start in range(0, len(order), self.batch_size):
+        return self.after(0)
+
+    def after(self, n_seen: int) -> Iterator[np.ndarray]:
+        """The batches that are left when the first `n_seen` examples have been."""
+        first, offset = divmod(n_seen, self.n) if self.n else (0, 0)
+        for epoch in range(first, self.n_epochs):
+            order = self.order(epoch)[: self.n_examples - epoch * self.n]
+            for start in range(offset, len(order), self.batch_size):
                 yield order[start : start + self.batch_size]
+            offset = 0
+
+    def n_steps_after(self, n_seen: int) -> int:
+        """How many batches `after` gives.
+
+        >>> schedule = Schedule(5, batch_size=2, n_epochs=None, n_examples=13, shuffle=True, seed=0)
+        >>> [schedule.n_steps_after(n) == len(list(schedule.after(n))) for n in (0, 2, 4, 5, 9, 10, 12, 13)]
+        [True, True, True, True, True, True, True, True]
+        """
+        if n_seen >= self.n_examples:
+            return 0
+        in_epoch = min(self.n - n_seen % self.n, self.n_examples - n_seen)
+        full, rest = divmod(self.n_examples - n_seen - in_epoch, self.n)
+        batches = lambda n: -(-n // self.batch_size)
+        return batches(in_epoch) + full * batches(self.n) + batches(rest)

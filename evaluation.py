@@ -56,13 +56,13 @@ class Scorer(NamedTuple):
             elif self.reference is not None:
                 with torch.no_grad():
                     reference = self.logps(self.reference, batch)
-        policy = _as_data(logps, batch.k)
-        output = self.loss.compute(policy, None if reference is None else _as_data(reference, batch.k))
+        policy = as_data(logps, batch.k)
+        output = self.loss.compute(policy, None if reference is None else as_data(reference, batch.k))
         counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
         return Scored(output, _metrics(output, policy), counts)
 
 
-def _as_data(logps: Logps, k: int) -> Logps | Pairs:
+def as_data(logps: Logps, k: int) -> Logps | Pairs:
     """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k = 2)."""
     if k == 1:
         return logps
@@ -93,16 +93,17 @@ def _metrics(output: LossOutput, policy: Logps | Pairs) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(scorer: Scorer, feed: Feed, batch_size: int) -> Record:
+def evaluate(scorer: Scorer, feed: Feed, batch_size: int, between: Callable[[], None] = lambda: None) -> Record:
     """Means of the 2023 metrics over every example, each counted once, whatever the batch size and the number of ranks.
 
-    loss/eval is per token if the loss averages over tokens.
+    loss/eval is per token if the loss averages over tokens. `between` is called before each batch, and may raise.
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
     means, n = Means(), len(feed.examples)
     steps = feed.ahead((np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)), scorer.device)
     for step in tqdm(steps, total=-(-n // batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet()):
+        between()
         for batch, weight, _ in step.microbatches:
             scored = scorer(batch)
             means.add(scored.metrics, weight, scored.counts)

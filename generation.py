@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from utils import quiet
 def sample(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], *,
     batch_size: int, max_length: int, max_new_tokens: int | None, temperature: float | None, seed: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[str]:  # fmt: skip
     """One continuation per prompt (arrays of token ids), decoded without special tokens.
 
     A batch may grow to `max_length` tokens with its prompt (the 2023 rule), or by `max_new_tokens` if given. Temperature
     None samples as the model's generation config says, 0 is greedy. The draw depends on `seed` alone and leaves the
-    training's random state as it was.
+    training's random state as it was. `between` is called before each batch, and may raise.
     """
     how = {"do_sample": temperature != 0} | ({"temperature": temperature} if temperature else {})
     was_training = model.training
@@ -32,6 +33,7 @@ def sample(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(prompts), batch_size), desc="sampling", leave=False, disable=quiet()):
+            between()
             chunk = prompts[start : start + batch_size]
             width = max(len(p) for p in chunk)
             ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # [B, P], padded on the left

@@ -73,13 +73,10 @@ class TrainingLog:
 
     def step(self, means: Means, counters: Record) -> None:
         self.waiting.append((list(means.sums), means.pack(), counters))
-        due = time.monotonic() - self.last_flush > self.interval
-        if dist.is_initialized():  # ranks must agree on when to reduce, and their clocks differ: rank 0's decides
-            said = torch.tensor(float(due), device=self.waiting[-1][1].device)
-            dist.broadcast(said, src=0)
-            due = bool(said)
-        if due:
-            self.flush()
+
+    def due(self) -> bool:
+        """Is it time to flush, by this rank's clock? Ranks must agree before they do."""
+        return time.monotonic() - self.last_flush > self.interval
 
     def flush(self) -> None:
         if not self.waiting:
@@ -97,10 +94,18 @@ class TrainingLog:
         for sink in self.sinks:
             sink.write(record, examples)
 
+    def wandb_id(self) -> str | None:
+        return next((str(sink.run.id) for sink in self.sinks if isinstance(sink, Wandb)), None)
+
     def samples(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
         """Sample tables: `name` is policy_samples or reference_samples, rows (step, prompt, sample)."""
         for sink in self.sinks:
             sink.table(name, rows, examples)
+
+    def mark(self) -> dict[str, int]:
+        """Bring all that was logged onto the disk. -> bytes of each log file"""
+        self.flush()
+        return {name: n for sink in self.sinks if isinstance(sink, JsonLines) for name, n in sink.mark().items()}
 
     def close(self, failed: bool) -> None:
         """Close the sinks. After a failure, which may be this rank's alone, the others can't be asked for their part."""
@@ -169,6 +174,16 @@ class JsonLines:
             for step, prompt, sample in rows:
                 file.write(json.dumps({"table": name, "step": step, "prompt": prompt, "sample": sample}) + "\n")
 
+    def mark(self) -> dict[str, int]:
+        """{file: bytes}, all of them on the disk."""
+        lengths = {}
+        for path in (self.run_dir / name for name in ("metrics.jsonl", "samples.jsonl")):
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    lengths[path.name] = file.seek(0, os.SEEK_END)
+        return lengths
+
     def close(self, failed: bool) -> None:
         self.file.close()
 
@@ -178,13 +193,16 @@ class Wandb:
 
     every_step = False
 
-    def __init__(self, config: Mapping[str, Any], run_dir: Path):
+    def __init__(self, config: Mapping[str, Any], run_dir: Path, resumed: str | None):
+        """`resumed`: the id of the run that goes on."""
         import wandb
 
         self.wandb, options = wandb, config["wandb"]
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         arguments = {"entity": options["entity"], "project": options["project"], "name": config["exp_name"]}
         arguments |= {"config": dict(config), "dir": str(run_dir)}
+        if resumed is not None:
+            arguments |= {"id": resumed, "resume": "allow"}
         quiet = wandb.Settings(silent=True, init_timeout=30)
         for attempt in dict.fromkeys((mode, "offline", "disabled")):
             try:
@@ -217,11 +235,12 @@ def _logged_in() -> bool:
         return False
 
 
-def make_sinks(config: Mapping[str, Any], run_dir: Path) -> list[Sink]:
-    """What rank 0 writes to; other ranks write nowhere. debug and wandb.enabled=false leave wandb out."""
+def make_sinks(config: Mapping[str, Any], run_dir: Path, wandb_id: str | None = None) -> list[Sink]:
+    """What rank 0 writes to; other ranks write nowhere. debug and wandb.enabled=false leave wandb out. `wandb_id`: of the run
+    that goes on."""
     if rank() != 0:
         return []
     sinks: list[Sink] = [Console(), JsonLines(run_dir)]
     if config["wandb"]["enabled"] and not config["debug"]:
-        sinks.append(Wandb(config, run_dir))
+        sinks.append(Wandb(config, run_dir, wandb_id))
     return sinks

@@ -24,16 +24,23 @@ class Written(NamedTuple):
 
 
 class _Hashed:
-    """A file that is written from the first byte to the last, and hashed on the way."""
+    """A file that is written from the first byte to the last, and hashed on the way.
+
+    An error is kept until the end: torch's zip writer, which may abort the process over an exception, never sees one.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.n = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):  # a file without a buffer may take a part only
-            done += self.file.write(view[done:])
+        done = len(view) if self.error else 0
+        try:
+            while done < len(view):  # a file without a buffer may take a part only
+                done += self.file.write(view[done:])
+        except OSError as error:
+            self.error = error
         self.digest.update(view)
         self.n += len(view)
         return len(view)
@@ -47,6 +54,8 @@ def write(path: Path, fill: Callable[[BinaryIO], Any]) -> Written:
     with open(path, "xb", buffering=0) as raw:
         hashed = _Hashed(cast(BinaryIO, raw))
         fill(cast(BinaryIO, hashed))
+        if hashed.error:
+            raise hashed.error
         os.fsync(raw.fileno())
     return Written(hashed.n, hashed.digest.hexdigest())
 
@@ -58,8 +67,10 @@ def read_back(path: Path) -> Written:
         return Written(file.tell(), digest.hexdigest())
 
 
-def make_directory(path: Path) -> None:
-    path.mkdir(parents=True)
+def begin(directory: Path) -> None:
+    """A new, empty directory of this name."""
+    remove(directory)
+    directory.mkdir(parents=True)
 
 
 def rename(old: Path, new: Path) -> None:

@@ -70,6 +70,7 @@ class TokenStore:
                 setattr(self, name, column)
             self.name, self.split, self.form, self.truncation = meta["name"], meta["split"], meta["form"], meta["truncation"]
             self.n_rows, self.skipped, self.files = meta["n_rows"], meta["skipped"], meta["files"]
+            self.checksums = {name: checksum for name, (_, _, checksum) in meta["columns"].items()}
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 

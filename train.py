@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,18 +26,23 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+import checkpoints
 import parallel
 import processes
+import rundir
 import trainers
 from archives import resolve_archive
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import describe, load_policy, load_reference, load_tokenizer
+from optimization import make_schedule, pick_device
 from preparation import load_examples
+from processes import report
 from reference import weights_digest
 from report import draw_curves
 from sizing import memory_at_hand, trained_bytes, weights_bytes
-from utils import UserError, environment, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print
+from token_store import fingerprint
+from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, under_torchrun
 from validation import import_plugins, validate
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
@@ -42,66 +50,95 @@ OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cach
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
-    """Validate, then train in this process or in several. A UserError ends in its line and exit code."""
+    """Validate, then train in this process or in several. What ends a run early is said in one line, by its exit code, and in
+    status.json."""
+    run_dir = None
     try:
         validate(config)
+        config.local_run_dir = rundir.find(config)
         OmegaConf.resolve(config)
+        run_dir = Path(config.local_run_dir)
         if config.model.archive:  # the run's record then says which policy.pt a pattern or LATEST meant
             config.model.archive = str(resolve_archive(config.model.archive).resolve())
         if config.trainer == "BasicTrainer":
             train(config)
         else:
-            processes.launch(work, (config,), config.n_cpu_processes, config.fsdp_port)
+            patience = timedelta(minutes=config.timeout_minutes)
+            processes.launch(train, (config,), n_cpu_processes=config.n_cpu_processes, port=config.fsdp_port, timeout=patience)
     except UserError as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
-        sys.exit(fail(error, error.exit_code) if rank() == 0 else error.exit_code)
+        sys.exit(end(run_dir, "failed", error.exit_code, f"error: {error}"))
+    except processes.Stopped as stopped:
+        sys.exit(end(run_dir, "stopped", stopped.code, str(stopped)))
     except InterpolationResolutionError as error:
         sys.exit(fail(in_one_line(error), 2))
 
 
-def work(config: DictConfig) -> None:
-    """`train` in one process of several. Every rank meets the same mistake; rank 0 says it."""
-    try:
-        train(config)
-    except UserError as error:
-        if rank() != 0:
-            time.sleep(5)  # a rank that ends takes the others with it, so rank 0 goes first: it may not have spoken yet
-        sys.exit(fail(error, error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(130)
+def end(run_dir: Path | None, state: str, code: int, said: str) -> int:
+    """Say how the run ended, on the console and in status.json. -> its exit code"""
+    if under_torchrun() and rank() != 0:  # every rank met the same mistake; but a rank that ends takes the others with it
+        time.sleep(5)
+    if run_dir is not None and rank() == 0:
+        rundir.write_status(run_dir, state, code, said.removeprefix("error: "))
+    print(said, file=sys.stderr)
+    return code
 
 
 def train(config: DictConfig) -> None:
     """One run, from data to the last checkpoint, in this process or in this rank's part of it."""
-    start = time.monotonic()
     import_plugins(config.plugins)
-    loss = build_loss(plain(config.loss))
     config.local_run_dir = parallel.same_everywhere(config.local_run_dir)
+    run_dir = Path(config.local_run_dir)
+    with rundir.owned(run_dir):
+        rundir.write_status(run_dir, "running") if rank() == 0 else None
+        found = parallel.from_rank0(partial(checkpoints.newest, run_dir))
+        if found is not None:
+            rundir.compare(run_dir, {"settings": found.manifest.recipe["settings"]}, {"settings": rundir.settings(config)},
+                           config.resume_allow)  # fmt: skip
+        if found is not None and found.manifest.finished:
+            rank0_print(f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run: resume=never")
+            report(found.manifest.step, found.manifest.examples)
+        else:
+            train_from(config, run_dir, found)
+        rundir.write_status(run_dir, "finished", 0) if rank() == 0 else None
+
+
+def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | None) -> None:
+    """From a checkpoint of this run, or from its beginning."""
+    start, loss = time.monotonic(), build_loss(plain(config.loss))
     tokenizer = load_tokenizer(config)
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     policy = load_policy(config, device_map="balanced" if several_gpus else None)
     dtype = config.model.reference_dtype and getattr(torch, config.model.reference_dtype)
     describe(policy, config)
-    reference, weights = None, None
+    weights = parallel.from_rank0(partial(weights_digest, policy))
+    recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
+    changed = []
+    if found is not None:
+        changed = rundir.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
+        for knob, value in found.manifest.found.items():  # what was decided by the memory of that moment stays
+            if config[knob] in (None, "auto") and value is not None:
+                config[knob] = value
+    reference, cached = None, False
     if loss.needs_reference:
         cached = cache_reference(config, policy, len(train_examples))
-        weights = parallel.from_rank0(partial(weights_digest, policy)) if cached else None
         if not cached or dtype not in (None, policy.dtype):  # otherwise the policy, before its first step, is the reference
             reference = load_reference(policy, dtype)
 
-    run_dir = make_run_dir(config)
-    log = TrainingLog(make_sinks(plain(config), run_dir), config.minimum_log_interval_secs)
+    log = open_log(config, run_dir, found, changed)
     failed, budget = True, config.tokens_per_microbatch
     try:
         trainer = getattr(trainers, config.trainer)(
-            config, policy, reference, weights, loss, tokenizer, train_examples, eval_examples, run_dir, log
+            config, policy, reference, weights if cached else None, loss, tokenizer, train_examples, eval_examples, run_dir, log
         )
         del policy, reference  # the trainer's; one that was only run once is free
-        budget = trainer.packing.budget
+        budget, trainer.recipe = trainer.packing.budget, recipe
+        if found is not None:
+            trainer.restore(found)
         if config.n_examples and config.n_examples > trainer.schedule.n_examples:
             rank0_print(f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {trainer.schedule.n_examples}; "
                         "set n_epochs=null to go on")  # fmt: skip
-        rank0_print(f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.schedule.n_steps:,} steps -> {run_dir}")
+        rank0_print(f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.n_steps:,} steps -> {run_dir}")
         trainer.train()
         failed = False
     except torch.OutOfMemoryError:
@@ -114,12 +151,31 @@ def train(config: DictConfig) -> None:
         print(f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves: {draw_curves([run_dir])}")
 
 
+def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None, changed: Sequence[str]) -> TrainingLog:
+    """Make the run's records, and take back what was logged after the checkpoint."""
+
+    def prepare() -> None:
+        try:
+            checkpoints.set_aside(run_dir, found)
+            rundir.cut_logs(run_dir, found.manifest.logs if found else {})
+            rundir.record(config, run_dir, found and found.manifest.step, changed)
+        except OSError as error:
+            raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
+
+    if found is not None:
+        rank0_print(f"resuming from {found.path}, step {found.manifest.step:,}" + "".join(f"; {line}" for line in changed))
+    elif config.resume != "never":
+        rank0_print(f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning")
+    parallel.from_rank0(prepare)
+    return TrainingLog(make_sinks(plain(config), run_dir, found and found.manifest.wandb), config.minimum_log_interval_secs)
+
+
 def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool:
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
-    several = trainers.make_schedule(config, n).n_examples > n
+    several = make_schedule(config, n).n_examples > n
     one, world = weights_bytes(policy), parallel.world_size()
-    room = memory_at_hand(trainers.pick_device(config)) - (one + trained_bytes(policy)) / world
+    room = memory_at_hand(pick_device(config)) - (one + trained_bytes(policy)) / world
     tight = one / world > room / 4
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
@@ -127,27 +183,15 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool
     return cached
 
 
-def make_run_dir(config: DictConfig) -> Path:
-    """The run directory with the resolved config and the environment record."""
-    run_dir = Path(config.local_run_dir)
-    if rank() != 0:
-        return run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, run_dir / "config.yaml")
-        (run_dir / "env.json").write_text(environment())
-    except OSError as error:
-        raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
-    return run_dir
-
-
 def main() -> None:
+    processes.listen()
+    os.environ["PLUMB_LAUNCH"] = uuid.uuid4().hex  # which start of which run wrote status.json
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(in_one_line(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted; the checkpoints written so far are whole", 130))
+    except processes.Stopped as stopped:
+        sys.exit(fail(stopped, stopped.code))
 
 
 def fail(error: object, code: int) -> int:

@@ -5,9 +5,10 @@ Shapes: B pairs (or SFT examples) in a microbatch; see evaluation.py and losses.
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,17 +27,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoints
 import parallel
+import rundir
+import selfcheck
 import sizing
-from batching import Feed, Packing, Schedule, Step, pack
+import state_files
+from batching import Feed, Packing, Step, pack
 from evaluation import Scorer, evaluate
 from generation import sample
 from head import held_bytes
 from losses import Loss
 from metrics import Means, Record, TrainingLog
 from models import Way, as_in_2023, block_class, choose_way, compile_blocks
+from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
+from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens, n_tokens
-from utils import NonFinite, UserError, get_local_dir, peak_memory_gb, plain, quiet, rank0_print
+from utils import get_local_dir, peak_memory_gb, quiet, rank0_print
 
 
 class BasicTrainer:
@@ -64,7 +70,7 @@ class BasicTrainer:
         self.peak_flops = self.world_size * sizing.peak_flops(self.device, self.dtype)
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config, self.schedule.n_steps))
+        self.scheduler = make_scheduler(config, self.optimizer, self.schedule.n_steps)
 
         way = self.choose_way(train)
         budget = parallel.same_everywhere(self.token_budget(train, way))
@@ -81,7 +87,16 @@ class BasicTrainer:
         if weights is not None:
             self.find_reference_logps(weights)
             self.scorer = self.scorer._replace(reference=None)
-        self.n_seen = self.n_updates = 0
+        self.n_seen = self.n_updates = self.begun = 0  # begun: updates that were made before this start
+        self.n_steps = self.schedule.n_steps
+        self.order = ""  # a digest of the indices of all examples seen, chained
+        self.evaluation_due = self.finished = False
+        self.saver = checkpoints.Saver(
+            run_dir, in_background=config.async_save, keep=config.keep_checkpoints, best_by=config.keep_best
+        )
+        self.recipe: dict[str, Any] = {}
+        self.found = {"tokens_per_microbatch": budget, "reference": "live" if reference is not None else "cached"}
+        self.checkpoint_bytes, self.longest_step_secs, self.last_save = 0, 0.0, time.monotonic()
 
     # ------------------------------------------------------------------------------------- what other trainers change
 
@@ -180,27 +195,73 @@ class BasicTrainer:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def train(self) -> Record:
-        """Train to the end of the schedule, evaluating and saving every eval_every examples. -> the last evaluation."""
+    def train(self) -> None:
+        """Train to the end of the schedule, evaluating and saving every eval_every examples. Raises Stopped when asked to stop,
+        with a checkpoint of the step that was done."""
         config = self.config
-        torch.manual_seed(config.seed)
         self.policy.train()
-        record = self.evaluate() if config.do_first_eval else {}
-        progress = tqdm(total=self.schedule.n_steps, desc=self.loss.name, unit="step", disable=quiet())
-        ahead = self.train_feed.ahead(self.schedule, self.device, config.gradient_accumulation_steps)
-        self.started = time.monotonic()
+        self.started, self.logs = time.monotonic(), self.log.mark()
+        stop_requested()  # from here on signals wait for the step that they find
+        if self.n_updates == 0 and config.do_first_eval:
+            self.evaluate()
+        if self.evaluation_due:  # the run was stopped before the evaluation that belongs here
+            self.milestone()
+        progress = tqdm(total=self.n_steps, initial=self.n_updates, desc=self.loss.name, unit="step", disable=quiet())
+        ahead = self.train_feed.ahead(self.schedule.after(self.n_seen), self.device, config.gradient_accumulation_steps)
         for step in ahead:
             self.step(step, ahead.waited_secs)
             progress.update()
-            last, n = self.n_updates == self.schedule.n_steps, len(step.examples)
-            if not last and self.n_seen // config.eval_every > (self.n_seen - n) // config.eval_every:
-                record = self.evaluate()
-                self.save(record)
+            n, last = len(step.examples), self.n_updates == self.n_steps
+            self.evaluation_due = last or self.n_seen // config.eval_every > (self.n_seen - n) // config.eval_every
+            self.between_steps(n)
+            if self.evaluation_due:
+                self.milestone()
         progress.close()
-        self.log.flush()
-        record = self.evaluate() if config.do_last_eval else {}
+        if not self.finished:  # nothing was left to train, since the settings were changed
+            self.milestone()
+        self.saver.wait()
+
+    def milestone(self) -> None:
+        """Evaluate, and save with what came out."""
+        self.logs, self.evaluation_due = self.log.mark(), True  # a stop during the evaluation takes it back
+        self.finished = self.n_updates >= self.n_steps
+        record = self.evaluate() if not self.finished or self.config.do_last_eval else {}
+        self.evaluation_due = False
         self.save(record)
-        return record
+
+    def between_steps(self, n: int) -> None:
+        """What all ranks agree on after a step: to log, to save between evaluations, to stop. `n`: examples of the step."""
+        config, margin = self.config, 2 * (self.longest_step_secs + self.saver.secs) + 10
+        by_number = config.save_every and self.n_seen // config.save_every > (self.n_seen - n) // config.save_every
+        by_time = config.save_every_minutes and time.monotonic() - self.last_save > 60 * config.save_every_minutes
+        out_of_time = config.max_hours is not None and uptime_secs() + margin > 3600 * config.max_hours
+        due, failed, save, late, number = parallel.agree(
+            [self.log.due(), self.saver.failed(), bool(by_number or by_time), out_of_time, stop_requested()]
+        )
+        if due:
+            self.log.flush()
+        if failed:
+            self.saver.wait()
+        if number or late:
+            self.stop(int(number))
+        if save and not self.evaluation_due:
+            self.save({}, interim=True)
+
+    def check_stop(self) -> None:
+        """Within an evaluation, between batches."""
+        number = parallel.agree([stop_requested()])[0]
+        if number:
+            self.finished = False
+            self.stop(int(number))
+
+    def stop(self, number: int) -> None:
+        """Save, unless nothing was trained, and raise Stopped. `number`: the signal, or 0 when the time is up."""
+        why = signal.Signals(number).name if number else f"max_hours={self.config.max_hours:g}"
+        if self.n_updates:
+            self.save({}, interim=True)
+            self.saver.wait()
+        raise Stopped(exit_code(number), f"stopped by {why} after step {self.n_updates:,} of {self.n_steps:,}, {self.n_seen:,} "
+                      "examples; go on with resume=auto")  # fmt: skip
 
     def step(self, step: Step, waited_secs: float) -> None:
         """One optimizer step on a batch.
@@ -209,30 +270,33 @@ class BasicTrainer:
         batch gives the same gradient. Metrics stay on the device.
         """
         start, examples = time.perf_counter(), step.examples
+        torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)  # randomness is a function of seed and step
         n = n_scored_tokens(examples) if self.loss.average_over == "tokens" else len(examples)
         means = Means()
         for batch, weight, _ in step.microbatches:
             scored = self.scorer(batch)
             self.backward(weight * scored.output.losses.sum() / n)
             means.add(scored.metrics, weight, scored.counts)
-        if self.n_updates == 0:
-            self.check_start(means)
+        first = selfcheck.FirstStep(self, batch, scored, means) if self.n_updates == 0 else None
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
             self.log.flush()
-            raise NonFinite(f"step {self.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update; batch: "
-                            f"{', '.join(e.source for e in examples[:8])}; lower lr={self.config.lr:g}, or compute in float32; "
-                            f"checkpoints so far are whole: {self.run_dir}")  # fmt: skip
+            raise selfcheck.not_finite(self, step, grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.n_updates += 1
         self.n_seen += len(examples)
+        self.order = hashlib.sha256(bytes.fromhex(self.order) + step.indices.astype("<i8").tobytes()).hexdigest()
+        report(self.n_updates, self.n_seen)
+        if first:
+            first.check(grad_norm)
+        self.longest_step_secs = max(self.longest_step_secs, time.perf_counter() - start)
         means.sums = {name.format("train"): value for name, value in means.sums.items()}
         counters: Record = {
             **self.speed(step, time.perf_counter() - start + waited_secs, waited_secs), "grad_norm": grad_norm, "lr": lr,
-            "seconds_left": (time.monotonic() - self.started) * (self.schedule.n_steps / self.n_updates - 1),
+            "seconds_left": (time.monotonic() - self.started) * (self.n_steps - self.n_updates) / (self.n_updates - self.begun),
             "counters/examples": self.n_seen, "counters/updates": self.n_updates,
         }  # fmt: skip
         self.log.step(means, counters)
@@ -265,27 +329,6 @@ class BasicTrainer:
             nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.config.max_grad_norm, total)
         return norm
 
-    def check_start(self, means: Means) -> None:
-        """Before the first update the policy is the reference: every reward is 0. Say so, or say what is wrong."""
-        if not self.loss.needs_reference or "rewards_{}/chosen" not in means.sums:
-            return
-        reduced = Means()
-        reduced.sums, reduced.counts = dict(means.sums), dict(means.counts)
-        record = reduced.reduce()
-        reward = max(abs(record["rewards_{}/chosen"]), abs(record["rewards_{}/rejected"]))
-        # Cached log-probabilities were computed in other rows, whose products may be rounded otherwise.
-        rounding = 4e-7 * abs(record["logps_{}/chosen"]) if self.dtype.itemsize >= 4 else 0.05
-        if self.scorer.reference is not None or self.config.model.reference_dtype not in (None, self.config.model.policy_dtype):
-            rounding = 0.0
-        if reward <= rounding:
-            said = f"{reward:.0e}, rounding" if reward else "0"
-            rank0_print(f"step 0: policy and reference agree (rewards {said}, {self.loss.name} loss {record['loss/{}']:.4f})")
-        else:
-            why = f"is model.reference_dtype={self.config.model.reference_dtype} not the policy's precision?"
-            why += "" if self.scorer.reference is not None else " Or compare with reference=live"
-            rank0_print(f"step 0: policy and reference DISAGREE: mean rewards {record['rewards_{}/chosen']:.2g} and "
-                        f"{record['rewards_{}/rejected']:.2g} instead of 0; {why}")  # fmt: skip
-
     # ---------------------------------------------------------------------------------------- evaluating and saving
 
     def evaluate(self) -> Record:
@@ -294,7 +337,7 @@ class BasicTrainer:
         if not examples:
             return {}
         rank0_print(f"evaluating {len(examples)} examples after {self.n_seen:,} training examples")
-        record = evaluate(self.scorer, self.eval_feed, config.eval_batch_size)
+        record = evaluate(self.scorer, self.eval_feed, config.eval_batch_size, self.check_stop)
         self.log.evaluation(record, self.n_seen)
         if config.sample_during_eval:
             prompts = [examples[i].prompt for i in range(min(config.n_eval_model_samples, len(examples)))]
@@ -309,27 +352,79 @@ class BasicTrainer:
         texts = sample(
             model, self.tokenizer, prompts, batch_size=self.config.eval_batch_size, max_length=self.config.max_length,
             max_new_tokens=self.config.sample_max_new_tokens, temperature=self.config.sample_temperature,
-            seed=self.config.seed + self.n_seen,
+            seed=self.config.seed + self.n_seen, between=self.check_stop,
         )  # fmt: skip
         decoded = [str(self.tokenizer.decode(p, skip_special_tokens=True)) for p in prompts]
         return [(self.n_seen, prompt, text) for prompt, text in zip(decoded, texts, strict=True)]
 
-    def save(self, record: Record) -> None:
-        """policy.pt, optimizer.pt and scheduler.pt of this moment in step-<examples>, with LATEST pointing there."""
+    def save(self, record: Record, interim: bool = False) -> None:
+        """A checkpoint of this moment, step-<examples>, or interim-<examples> between evaluations; LATEST points to it."""
+        self.last_save = time.monotonic()
         if self.config.debug:
             rank0_print("debug=true: no checkpoint is written")
             return
-        state = self.policy_state()
-        if self.config.policy_format == "repo2023" and self.rank == 0:
-            state = as_in_2023(self.policy, state)
-        parts = {
-            "policy": state,
-            "optimizer": self.optimizer_state(),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-        }
-        if self.rank == 0:
-            path = checkpoints.save(self.run_dir, self.n_seen, parts, record)
-            rank0_print(f"saved {path}")
+        name = f"{'interim' if interim else 'step'}-{self.n_seen}"
+        self.saver.save(name, self.parts(), self.training_state(), self.manifest(record), self.checkpoint_bytes)
+        rundir.write_status(self.run_dir, "running") if self.rank == 0 else None
+
+    def rehearse_save(self) -> None:
+        """What a save takes, and that it works."""
+        if not self.config.debug:
+            n_saves = -(-(self.schedule.n_examples - self.n_seen) // self.config.eval_every)
+            self.checkpoint_bytes = self.saver.rehearse(self.parts(), self.training_state(), self.manifest({}), n_saves)
+
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """The files of the 2023 form, each to be made by all ranks, whole on rank 0."""
+
+        def policy() -> dict[str, torch.Tensor]:
+            state = self.policy_state()
+            old = self.config.policy_format == "repo2023" and self.rank == 0
+            return as_in_2023(self.policy, state) if old else state
+
+        optimizer = {"optimizer": self.optimizer_state} if self.config.save_optimizer_pt else {}
+        scheduler = {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}
+        return {"policy": policy, **optimizer, "scheduler": lambda: scheduler}
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """All tensors that training goes on from, by name; sharded ones as they are. Tied weights once."""
+        parallel.settle(self.policy)
+        state: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.policy.named_parameters()}
+        kept = self.policy.state_dict()
+        state |= {f"policy.{name}": b for name, b in self.policy.named_buffers() if name in kept}
+        for name, p in self.policy.named_parameters():
+            state |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
+        return state
+
+    def manifest(self, record: Record) -> checkpoints.Manifest:
+        values = {
+            name: {k: v for k, v in self.optimizer.state[p].items() if v is not None and not torch.is_tensor(v)}
+            for name, p in self.policy.named_parameters() if p in self.optimizer.state
+        }  # fmt: skip
+        return checkpoints.Manifest(
+            self.n_updates, self.n_seen, self.finished and not self.evaluation_due, self.evaluation_due, record, self.recipe,
+            self.found, self.logs if self.evaluation_due else self.log.mark(), self.order, self.log.wandb_id(),
+            {k: v for k, v in values.items() if v},
+        )  # fmt: skip
+
+    def restore(self, checkpoint: checkpoints.Found) -> None:
+        """Go on from there: weights, optimizer and position. What the optimizer keeps is made by a step without gradients, so
+        that it is of the right kind and in the right place, and then overwritten, as the weights are."""
+        manifest, names = checkpoint.manifest, state_files.names(checkpoint.state_files())
+        parallel.settle(self.policy)
+        parameters = dict(self.policy.named_parameters())
+        for name, p in parameters.items():
+            if any(key.startswith(f"optimizer.{name}.") for key in names) or name in manifest.values:
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        state_files.load_state(checkpoint.state_files(), self.training_state())
+        for name, values in manifest.values.items():
+            self.optimizer.state[parameters[name]].update(values)
+        self.n_updates, self.n_seen = manifest.step, manifest.examples
+        self.n_steps = self.n_updates + self.schedule.n_steps_after(self.n_seen)
+        self.order, self.evaluation_due, self.begun = manifest.order, manifest.evaluation_due, manifest.step
+        self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
+        report(self.n_updates, self.n_seen)
 
 
 class FSDPTrainer(BasicTrainer):
@@ -355,43 +450,3 @@ class FSDPTrainer(BasicTrainer):
 
     def optimizer_state(self) -> dict[str, Any]:
         return parallel.gathered_optimizer_state(self.policy, self.optimizer)
-
-
-def pick_device(config: DictConfig) -> torch.device:
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def make_schedule(config: DictConfig, n: int) -> Schedule:
-    """The steps of a run on n examples."""
-    return Schedule(n, batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
-                    shuffle=config.shuffle, seed=config.seed)  # fmt: skip
-
-
-def make_optimizer(config: DictConfig, policy: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """torch.optim.<config.optimizer>, fused on a GPU where torch has such a kernel. UserError when its arguments are refused."""
-    factory = getattr(torch.optim, config.optimizer)
-    arguments = plain(config.optimizer_args)
-    fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {"fused", "foreach", "differentiable"}
-    if device.type == "cuda" and fusible:
-        arguments = {"fused": True} | arguments
-    try:
-        return factory(policy.parameters(), lr=config.lr, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optimizer={config.optimizer} optimizer_args={arguments}: {str(error).splitlines()[0]}") from None
-
-
-def lr_factor(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Update k (from 0) runs at lr times: linear warmup min(1, (k + 1) / (warmup_steps + 1)) as in 2023; then, by lr_schedule,
-    constant, or down to min_lr_ratio at the last step by a line or half a cosine.
-    """
-    warmup, floor = config.warmup_steps, config.min_lr_ratio
-    shape = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
-    decay = shape[config.lr_schedule]
-
-    def factor(k: int) -> float:
-        if k < warmup:
-            return (k + 1) / (warmup + 1)
-        x = min(1.0, (k - warmup) / max(1, n_steps - 1 - warmup))
-        return floor + (1 - floor) * decay(x) if config.lr_schedule != "constant" else 1.0
-
-    return factor

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+import rundir
 from archives import resolve_archive
 from losses import Loss, build_loss
+from optimization import make_optimizer
 from preference_datasets import dataset_names
-from trainers import make_optimizer
 from utils import UserError, plain, under_torchrun
 
 Check = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and how to say it
@@ -79,7 +80,10 @@ KNOBS: dict[str, Check] = {
     "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
     "device": maybe(TEXT), "fsdp_port": maybe(whole(1)),
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
-    "eval_every": whole(1), "do_first_eval": FLAG, "do_last_eval": FLAG,
+    "resume": one_of("never", "auto", "must"), "resume_allow": names(0), "max_hours": maybe(POSITIVE),
+    "timeout_minutes": POSITIVE,
+    "keep_checkpoints": maybe(whole(1)), "keep_best": TEXT, "save_every": maybe(whole(1)), "save_every_minutes": maybe(POSITIVE),
+    "async_save": FLAG, "save_optimizer_pt": FLAG, "eval_every": whole(1), "do_first_eval": FLAG, "do_last_eval": FLAG,
     "sample_during_eval": FLAG, "n_eval_model_samples": whole(0), "sample_max_new_tokens": maybe(whole(1)),
     "sample_temperature": maybe(number(lambda v: v >= 0, "a number of at least 0")),
     "minimum_log_interval_secs": number(lambda v: True, "a number of seconds"),
@@ -180,8 +184,15 @@ def _across(config: DictConfig) -> None:
             raise UserError(f"device={config.device}: not usable here ({str(error).splitlines()[0]}); null picks one") from None
     make_optimizer(config, torch.nn.Linear(1, 1), torch.device("cpu"))  # refuses optimizer_args that torch refuses
     run_dir = Path(config.local_run_dir)
-    if any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(run_dir.glob("step-*")):
-        raise UserError(f"local_run_dir={config.local_run_dir}: holds a run already; give another directory")
+    held = any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(run_dir.glob("step-*"))
+    if held and config.resume == "never":
+        raise UserError(f"local_run_dir={config.local_run_dir}: holds a run already; give another directory, or resume=auto")
+    if config.resume_allow and config.resume == "never":
+        raise UserError(f"resume_allow={list(config.resume_allow)}: nothing is resumed with resume=never; add resume=auto")
+    for name in config.resume_allow:
+        if name not in KNOBS and name not in rundir.CONTENTS and not name.startswith("loss."):
+            others = ", ".join(rundir.CONTENTS)
+            raise UserError(f"resume_allow={list(config.resume_allow)}: {name} is neither a knob nor one of {others}")
 
 
 def import_plugins(files: ListConfig) -> None:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import validation
 from losses import LOSSES
+from optimization import make_optimizer
 from preference_datasets import LOADERS
-from trainers import make_optimizer
 from utils import UserError
 
 

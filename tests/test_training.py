@@ -110,7 +110,7 @@ def test_a_nan_stops_before_the_update(train):
 def test_warmup_and_decay():
     from omegaconf import OmegaConf
 
-    from trainers import lr_factor
+    from optimization import lr_factor
 
     factor = lambda **k: lr_factor(OmegaConf.create({"warmup_steps": 3, "min_lr_ratio": 0.1, "lr_schedule": "constant"} | k), 10)
     assert [factor()(k) for k in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]  # 2023: min(1, (k + 1) / (warmup + 1))
@@ -128,9 +128,10 @@ def test_activation_checkpointing_changes_no_number(train):
 def test_what_a_run_leaves_behind(train):
     run = train("left", *DPO, "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=2", "sample_max_new_tokens=5")
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "curves.png", "step-8", "LATEST"
+        "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "curves.png", "step-8", "LATEST", "status.json", ".lock"
     }
-    assert {p.name for p in (run / "LATEST").iterdir()} == {"policy.pt", "optimizer.pt", "scheduler.pt"}
+    files = {"policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors", "manifest.json"}
+    assert {p.name for p in (run / "LATEST").iterdir()} == files
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     row = records(run, "train")[-1]
     for name in ("rewards_train/chosen", "rewards_train/rejected", "rewards_train/accuracies", "rewards_train/margins",

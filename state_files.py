@@ -1,0 +1,111 @@
+"""The tensors that training goes on from, in one safetensors file per rank: written by any number of ranks, read by any other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import parallel
+import storage
+from storage import Written
+from utils import ResumeMismatch, UnsafeFile
+
+# safetensors' names
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Part(NamedTuple):
+    """What this rank writes of a tensor."""
+
+    shape: list[int]  # of the whole
+    offset: list[int]  # where the part begins in it
+    local: Tensor
+
+
+def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
+    """This rank's part of each tensor, where it has one to write; `copied` to the CPU, or as it stands."""
+    found = {name: (tensor, parallel.local_part(tensor)) for name, tensor in state.items()}
+    kept = lambda x: x.detach().to("cpu", copy=True) if copied else x.detach()
+    return {
+        name: Part(list(tensor.shape), list(part[0]), kept(part[1]))
+        for name, (tensor, part) in found.items() if part is not None and part[1].numel()
+    }  # fmt: skip
+
+
+def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
+    """As safetensors; the metadata say where in the whole each part stands.
+
+    The library's own writer takes a path; this one writes through a file that is hashed, one tensor at a time on the CPU.
+    """
+    header: dict[str, Any] = {"__metadata__": {}}
+    end = 0
+    for name, (shape, offset, local) in parts.items():
+        begin, end = end, end + local.numel() * local.element_size()
+        header["__metadata__"][name] = json.dumps([shape, offset])
+        header[name] = {"dtype": DTYPES[local.dtype], "shape": list(local.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def fill(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts.values():
+            file.write(part.local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    return storage.write(path, fill)
+
+
+def names(files: Sequence[Path]) -> set[str]:
+    """Of all tensors in them."""
+    return {name for file in files for name in safe_open(file, "pt").metadata() or {}}
+
+
+def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
+    """Fill each tensor (sharded: this rank's part of it) from these files, whatever number of ranks wrote them.
+
+    Raises ResumeMismatch where names, shapes or types differ, and UnsafeFile where a file is not what it should be.
+    """
+    directory = files[0].parent
+    try:
+        places: dict[str, list[tuple[Any, list[int], list[int]]]] = {}  # name -> (file, whole shape, offset) of its parts
+        for file in [safe_open(f, "pt") for f in files]:
+            for name, place in file.metadata().items():
+                places.setdefault(name, []).append((file, *json.loads(place)))
+        missing = sorted(targets.keys() - places.keys()) or sorted(places.keys() - targets.keys())
+        if missing:
+            what = "lacks" if missing[0] in targets else "has, and this run does not,"
+            raise ResumeMismatch(f"{directory}: {what} {missing[0]} ({len(missing)} such); is it of another model or optimizer?")
+        with torch.no_grad():
+            for name, target in targets.items():
+                _fill(target, name, places[name], directory)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UnsafeFile(f"{directory}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _fill(target: Tensor, name: str, places: list[tuple[Any, list[int], list[int]]], path: Path) -> None:
+    offset, local = parallel.region(target)
+    filled = 0
+    for file, shape, begin in places:
+        piece = file.get_slice(name)
+        kind, size = piece.get_dtype(), piece.get_shape()
+        if tuple(shape) != tuple(target.shape) or kind != DTYPES[local.dtype]:
+            raise ResumeMismatch(f"{path}: {name} is {shape} {kind}, and here {list(target.shape)} {DTYPES[local.dtype]}")
+        low = [max(a, b) for a, b in zip(offset, begin, strict=True)]  # the overlap of what is here and what is there
+        high = [min(a + n, b + m) for a, n, b, m in zip(offset, local.shape, begin, size, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        there = tuple(slice(a - b, c - b) for a, b, c in zip(low, begin, high, strict=True))
+        here = tuple(slice(a - b, c - b) for a, b, c in zip(low, offset, high, strict=True))
+        local[here].copy_(piece[there] if there else file.get_tensor(name))
+        filled += math.prod(b - a for a, b in zip(low, high, strict=True))
+    if filled != local.numel():
+        raise UnsafeFile(f"{path}: {name}: {filled:,} of {local.numel():,} numbers are there")

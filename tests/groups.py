@@ -1,0 +1,52 @@
+"""Groups of gloo processes for tests: forked, which saves them all imports, and ended when one of them fails or hangs."""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_in_group(n, work, *arguments, timeout=120):
+    """`work(*arguments)` in each of n processes of one gloo group. Fails with the first traceback, or when time is up."""
+    context = mp.start_processes(_member, args=(work, n, _free_port(), arguments), nprocs=n, join=False, start_method="fork")
+    end = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"{work.__name__} on {n} processes: no end after {timeout} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def _member(rank, work, n, port, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(n)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        work(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # a peer may be waiting for this rank in a collective
+    dist.barrier()
+    os._exit(0)  # nothing of the forked test session is to be torn down here
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def from_all(value):
+    """Every rank's value, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
