@@ -213,7 +213,8 @@ def states(recorder: Recorder, seed: int = 0, without: int | None = None, after:
     pending: list[Entries] = []
     promised = 0
     for cut in range(len(operations) + 1):
-        for choice in choices(len(pending), rng) if promised >= after else ():
+        within = {Data} == {type(o) for o in operations[cut - 1 : cut + 1]} and cut % 4  # a file is written in many pieces
+        for choice in choices(len(pending), rng) if promised >= after and not within else ():
             for contents in torn(synced, current):
                 tree = assemble(recorder.root, entries, [pending[i] for i in choice], contents)
                 key = (promised, tuple(tree.items()))
