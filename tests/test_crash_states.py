@@ -104,7 +104,7 @@ def test_every_state_of_a_power_loss_has_a_whole_checkpoint(folder):
 
 def test_a_save_works_on_what_a_power_loss_left(folder):
     recorder, _ = recorded(folder)
-    for state in random.Random(0).sample(list(states(recorder)), 60):
+    for state in random.Random(0).sample(list(states(recorder)), 150):
         run_dir = folder / "left"
         write_tree(state.tree, run_dir)
         checkpoints.set_aside(run_dir, checkpoints.newest(run_dir))
