@@ -142,8 +142,8 @@ class End(NamedTuple):
 
 
 def shape(line: str) -> str:
-    """A line without its numbers and paths, which differ from run to run."""
-    return re.sub(r"\S*/\S*|\d[\d.,e+-]*|[0-9a-f]{8,}|\s", "", line)
+    """The words of a line; numbers and paths differ from run to run."""
+    return re.sub(r"\S*/\S*|\d[\d.,e+-]*|[0-9a-f]{8,}|[^A-Za-z]", "", line)
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def run(command: list[str], log: Path) -> End:
 
 
 class Case(NamedTuple):
-    """A line of the table. `verdict`: right, traceback, silent."""
+    """A line of the table. `verdict`: right, traceback, wrong (all other ways), for a file: one line, traceback, said, silent."""
 
     group: str
     name: str
@@ -195,12 +195,12 @@ def judge(end: End, weights: str | None, expected: str | None, usual: set[str], 
         if "Traceback" in end.err:
             return "traceback", f"exit {end.code}, traceback of {frames} frames: {clip(last_line(end))}"
         one = len(end.err.strip().splitlines()) == 1
-        return "right" if one else "silent", f"exit {end.code}: {clip(end.err.strip() or 'nothing')}"
+        return "right" if one else "wrong", f"exit {end.code}: {clip(end.err.strip() or 'nothing')}"
     same = weights == expected
     said = end.said(usual)
     went = "finished with the undisturbed run's weights" if same else "finished with other weights"
     told = f"{went}; said: {clip(said)}" if said else f"{went}, and said nothing"
-    return "right" if same and going_on_is_right else "silent", told
+    return "right" if same and going_on_is_right else "wrong", told
 
 
 def last_line(end: End) -> str:
@@ -265,7 +265,7 @@ class Bench:
             shutil.rmtree(checkpoint(self.contender, self.base, step), ignore_errors=True)
         end, weights = self.resume(self.copy("usual"))
         self.usual = {shape(line) for line in end.lines()}
-        self.add("kills", "killed between two saves, started again", *judge(end, weights, self.expected, self.usual, True))
+        self.add("control", "killed between two saves, started again", *judge(end, weights, self.expected, self.usual, True))
 
     def copy(self, name: str) -> Path:
         run_dir = self.folder / name
@@ -337,7 +337,7 @@ class Bench:
                     process.send_signal(number)
                     end = ended(process, self.folder / "signalled")
                 shell = end.code if end.code >= 0 else 128 - end.code
-                verdict = "traceback" if "Traceback" in end.err else "right" if shell == 128 + number else "silent"
+                verdict = "traceback" if "Traceback" in end.err else "right" if shell == 128 + number else "wrong"
                 how = f"exit {end.code} (a shell says {shell}) after {newest(self.contender, run_dir)} of 400 steps"
                 line = last_line(end) if verdict == "traceback" else (end.err.strip().splitlines() or ["nothing"])[-1]
                 self.add("signals", name + (" with enable_jit_checkpoint" if jit else ""), verdict, f"{how}; said: {clip(line)}")
@@ -377,6 +377,7 @@ class Bench:
                 verdict, told = ("said", f"trained; said: {clip(said)}") if said else ("silent", "trained, and said nothing")
             else:
                 verdict, told = judge(end, None, "", usual, False)
+                verdict = {"right": "one line"}.get(verdict, verdict)
             if i:
                 counts[verdict] += 1
                 self.add("files", name, verdict, told)
@@ -432,22 +433,71 @@ def main() -> None:
         bench = Bench(CONTENDERS[at.contender], at.folder.resolve() / at.contender, at.seed)
         bench.undisturbed()
         for group in at.groups.split(","):
-            getattr(bench, group)(*[at.kills] * (group == "kills"))
+            bench.kills(at.kills) if group == "kills" else getattr(bench, group)()
         libraries = ("torch", "transformers", "safetensors", *["trl"] * (at.contender == "trl"))
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        record = {
-            "cases": bench.cases, **bench.record, "seconds": round(time.monotonic() - began), "date": time.strftime("%Y-%m-%d"),
+        path = at.folder / f"{at.contender}.json"
+        old = json.loads(path.read_text()) if path.exists() else {"cases": []}
+        mine = {case.group for case in bench.cases}
+        record = old | bench.record | {
+            "cases": [case for case in old["cases"] if case[0] not in mine] + bench.cases,
             "versions": {name: version(name) for name in libraries}, "commit": commit.stdout.strip(),
+            "date": time.strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - began),
         }  # fmt: skip
-        (at.folder / f"{at.contender}.json").write_text(json.dumps(record, indent=1))
+        path.write_text(json.dumps(record, indent=1))
         shutil.rmtree(at.folder / at.contender)
     if at.report:
         write_report({name: json.loads(path.read_text()) for name in CONTENDERS if (path := at.folder / f"{name}.json").exists()})
 
 
+GROUPS = {
+    "control": "Control", "kills": "SIGKILL at a random moment",
+    "damage": "A damaged newest checkpoint, fourteen whole ones beside it", "changes": "Something is changed when the run is started again", "signals": "Signals", "disk": "A full disk",
+    "files": "Malformed files",
+}  # fmt: skip
+
+
 def write_report(records: dict[str, Any]) -> None:
-    """A table of both contenders per group; what each said is below, case by case."""
-    RESULTS.write_text("TODO\n")
+    """Counts first, then what each said, case by case."""
+    names = [CONTENDERS[name].name for name in records]
+    lines = ["# What breaks a run, beside TRL", "", REPORT.strip(), ""]
+    for name, record in records.items():
+        versions = ", ".join(f"{library} {number}" for library, number in record["versions"].items())
+        seed = record["kills"]["seed"]
+        lines.append(f"- {CONTENDERS[name].name}: commit {record['commit']}, {record['date']}; {versions}; seed {seed}")
+    lines += ["", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for group, title in GROUPS.items():
+        cells = []
+        for record in records.values():
+            counts = Counter(verdict for g, _, verdict, _ in record["cases"] if g == group)
+            cells.append(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    said = []
+    for name, record in records.items():
+        n, broken, older = (record["kills"][k] for k in ("n", "broken", "older_checkpoint_beside"))
+        said.append(f"{CONTENDERS[name].name} {broken} of {n}" + f" ({older} of them with an older, whole checkpoint)" * bool(broken))
+    lines += ["", f"Runs that could not go on after a kill: {'; '.join(said)}."]
+    for group, title in GROUPS.items():
+        lines += ["", f"## {title}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        tables = [{name: f"{verdict}: {told}" for g, name, verdict, told in r["cases"] if g == group} for r in records.values()]
+        if group == "kills":  # moments differ, so numbers stand side by side
+            tables = [{f"{i}": f"{k.partition(', ')[2]}: {told}" for i, (k, told) in enumerate(t.items(), 1)} for t in tables]
+        for row in dict.fromkeys(name for table in tables for name in table):
+            lines.append(f"| {row} | {' | '.join(table.get(row, '-') for table in tables)} |")
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+REPORT = """
+Command: `python benchmarks/reliability_trl.py trl`, the same with `plumb`, then `--report`. Both train the same Llama of 174,104
+random parameters by DPO on the same 80 pairs of `demo/train.jsonl`, 40 steps of 4, and save after every step; one thread of a
+CPU, each run a command of its own. TRL runs as its documentation shows (`trl_dpo.py`) and is started again with
+`resume_from_checkpoint=True`; Plumb is started again with `resume=auto`.
+
+*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line that says why (where a setting
+was changed: only the latter); a signal: an exit code that says so. *Traceback*: it ended in one. *Wrong*: it ended with other
+weights, or the change had no effect, or the exit code says finished. A malformed file: refused in *one line*, with a *traceback*,
+trained and *said* something of it, or trained in *silence*. Not every malformed file must be refused; it should not pass unseen.
+"""
 
 
 if __name__ == "__main__":
