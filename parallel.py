@@ -148,8 +148,8 @@ def whole(tensor: Tensor) -> Tensor:
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
     """The block of a tensor that is this rank's to write: where it begins in the whole, and its values, not copied.
 
-    None where another rank holds the same, or where this one holds nothing; so the parts of all ranks tile the whole exactly once.
-    A plain tensor is the same on all ranks, and rank 0's to write.
+    None where another rank holds the same, or where this one holds nothing; so the parts of all ranks tile the whole exactly
+    once. A plain tensor is the same on all ranks, and rank 0's to write.
     """
     if not isinstance(tensor, DTensor):
         return ((0,) * tensor.ndim, tensor.detach()) if not dist.is_initialized() or dist.get_rank() == 0 else None
@@ -186,7 +186,7 @@ def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
 
 
 def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, the whole tensor in rank 0's RAM; None on the others), one at a time: no more than one is held beside rank 0's copies.
+    """(name, the whole tensor in rank 0's RAM; None on the others), one at a time: one is held beside rank 0's copies.
 
     What stands under two names (tied weights) is gathered once. Every rank must go through all of it.
     """

@@ -55,6 +55,7 @@ class FirstStep:
         own reference (log 2 for DPO)."""
         t = self.trainer
         again = t.scorer.logps(t.policy, batch.to(t.device))
+        parallel.settle(t.policy)  # or the gradients of what FSDP has left gathered would not be found
         policy, tolerance = as_data(again, batch.k), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
         first, second = scored.metrics["logps_{}/chosen"], policy.chosen if isinstance(policy, Pairs) else policy
         off = parallel.highest(float(((first - second.sum).abs() / second.tokens.clamp(min=1)).max()))

@@ -1,0 +1,199 @@
+"""A run that was stopped, anywhere, ends as if it had not been: weights, optimizer, metrics, order; or it is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_command
+from runs import DPO, FAST, OF_THE_MACHINE, records
+from safetensors import safe_open
+
+import checkpoints
+import processes
+import rundir
+from utils import NonFinite, ResumeMismatch, StorageError, UnsafeFile, UserError
+
+
+def state_of(run_dir):
+    """All tensors of the newest checkpoint, whole, by name."""
+    found = {}
+    newest = checkpoints.newest(run_dir)
+    for path in newest.state_files():
+        with safe_open(path, "pt") as file:
+            for name, place in file.metadata().items():
+                shape, offset = json.loads(place)
+                part = file.get_tensor(name)
+                whole = found.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
+                whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+    return found
+
+
+def outcome(run_dir):
+    """What must be the same however often a run was interrupted: weights and optimizer, order, metrics without what is of the
+    machine, samples."""
+    manifest = checkpoints.newest(run_dir).manifest
+    rows = [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in records(run_dir)]
+    samples = (run_dir / "samples.jsonl").read_text() if (run_dir / "samples.jsonl").exists() else ""
+    policy = torch.load(run_dir / "LATEST/policy.pt", weights_only=True)["state"]
+    return state_of(run_dir), policy, manifest.order, (manifest.step, manifest.examples, manifest.finished), rows, samples
+
+
+def same(a, b, tolerance=0.0):
+    """Two outcomes, to the bit; or, with a tolerance, weights within it."""
+    for one, other in ((a[0], b[0]), (a[1], b[1])):
+        assert one.keys() == other.keys()
+        for name in one:
+            if tolerance:
+                torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=0)
+            else:
+                assert torch.equal(one[name], other[name]), name
+    assert a[2:4] == b[2:4]
+    if not tolerance:
+        assert a[4:] == b[4:]
+    return True
+
+
+class Halt(BaseException):
+    """Ends a run at once, in this process, without any cleaning up: what a kill leaves on the disk."""
+
+
+@pytest.fixture
+def halted_at(monkeypatch):
+    """`halted_at(n)`: within, the process is gone after update n."""
+    import trainers
+
+    step = trainers.BasicTrainer.step
+
+    @contextmanager
+    def install(n):
+        def failing(self, *arguments):
+            step(self, *arguments)
+            if self.n_updates == n:
+                raise Halt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainers.BasicTrainer, "step", failing)
+            yield
+
+    return install
+
+
+OPTIONS = {
+    "dpo": [*DPO, "n_epochs=2", "save_every=4", "eval_every=12"],
+    "cached": [*DPO, "n_epochs=2", "reference=cached", "batch_size=5", "gradient_accumulation_steps=2", "eval_every=10"],
+    "sft": ["loss=sft", "lr=1e-3", "warmup_steps=2", "batch_size=4", "n_epochs=2", "save_every=8", "optimizer=AdamW",
+            "lr_schedule=cosine", "async_save=true", "eval_every=16", "sample_during_eval=true", "n_eval_model_samples=2",
+            "sample_max_new_tokens=4"],
+}  # fmt: skip
+
+
+def run_until(n, halted_at, train, name, *options):
+    """Train, gone after update n; then go on, in a start of its own, to the end."""
+    with halted_at(n), pytest.raises(Halt):
+        train(name, *options, "resume=auto")
+    return train(name, *options, "resume=auto")
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_halted_after_any_step_it_ends_the_same(kind, train, halted_at, capsys):
+    """Mid-epoch, at an epoch's end, before an evaluation, after the last step."""
+    whole = outcome(train("whole", *OPTIONS[kind]))
+    steps = whole[3][0]
+    for n in range(1, steps + 1):
+        assert same(outcome(run_until(n, halted_at, train, f"halted{n}", *OPTIONS[kind])), whole)
+    assert capsys.readouterr().out.count("resuming from") > steps // 2
+
+
+def test_a_resume_that_is_halted_is_resumed(train, halted_at):
+    whole = outcome(train("whole", *OPTIONS["dpo"]))
+    for n in range(2, 9, 2):
+        with halted_at(n), pytest.raises(Halt):
+            train("often", *OPTIONS["dpo"], "resume=auto")
+    assert same(outcome(train("often", *OPTIONS["dpo"], "resume=auto")), whole)
+
+
+@pytest.mark.parametrize("forgotten", ["n_seen", "optimizer", "n_updates"])
+def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
+    """Negative controls: without the position, the optimizer's state or the step, the end is another one."""
+    import trainers
+
+    restore = trainers.BasicTrainer.restore
+
+    def forgetting(self, checkpoint):
+        restore(self, checkpoint)
+        if forgotten == "optimizer":
+            self.optimizer.state.clear()
+        else:
+            setattr(self, forgotten, 0)
+            self.scheduler = trainers.make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
+
+    whole = outcome(train("whole", *OPTIONS["dpo"]))
+    monkeypatch.setattr(trainers.BasicTrainer, "restore", forgetting)
+    resumed = outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"]))
+    with pytest.raises(AssertionError):
+        same(resumed, whole)
+
+
+# ------------------------------------------------------------------------------------------- what is refused, and what is not
+
+
+@pytest.fixture
+def begun(train, halted_at, tmp_path):
+    """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each. -> its options, without resume"""
+
+    def begin(*options):
+        options = ["run", *DPO, "save_every=4", "eval_every=8", *options]
+        with halted_at(3), pytest.raises(Halt):
+            train(*options)
+        return options
+
+    return begin
+
+
+CHANGES = {
+    "lr=2e-3": "lr: 0.001 -> 0.002", "loss.beta=0.2": "loss.beta: 0.1 -> 0.2", "batch_size=5": "batch_size: 4 -> 5",
+    "seed=1": "seed: 0 -> 1", "loss=ipo": "loss.name: dpo -> ipo", "optimizer=AdamW": "optimizer: RMSprop -> AdamW",
+    "max_length=90": "max_length: 96 -> 90", "n_epochs=2": "n_epochs: 1 -> 2", "eval_every=4": "eval_every: 8 -> 4",
+    "model.policy_dtype=bfloat16": "model.policy_dtype: float32 -> bfloat16", "shuffle=false": "shuffle: True -> False",
+    "optimizer_args='{alpha: 0.9}'": "optimizer_args.alpha: unset -> 0.9", "max_grad_norm=1": "max_grad_norm: 10.0 -> 1",
+}  # fmt: skip
+
+
+def test_a_changed_setting_is_refused_with_the_difference(begun, train):
+    options = begun()
+    for change, said in CHANGES.items():
+        with pytest.raises(ResumeMismatch, match="made of something else: ") as refused:
+            train(*options, change, "resume=auto")
+        assert said in str(refused.value) and "resume_allow=[" in str(refused.value), change
+    train(*options, "resume=auto", "save_every=null", "max_hours=99", "gradient_accumulation_steps=2")  # these change no number
+
+
+def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, tiny_model, tmp_path):
+    options = begun()
+    text = data.read_text()
+    data.write_text(text.replace("happy to help", "happy to hemp"))  # the same size
+    with pytest.raises(ResumeMismatch, match="data: "):
+        train(*options, "resume=auto")
+    data.write_text(text)
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ResumeMismatch, match="tokenizer: "):
+        train(*options, f"model.tokenizer_name_or_path={tmp_path}/tokenizer", "resume=auto")
+    model = AutoModelForCausalLM.from_pretrained(other)
+    train(*options, f"model.name_or_path={other}", "resume=auto", "n_examples=null")  # a copy of the same weights will do
+    model.lm_head.weight.data[0, 0] += 1e-3
+    model.save_pretrained(other)
+    with pytest.raises(ResumeMismatch, match="weights: "):
+        train("run2", *begun()[1:], f"local_run_dir={tmp_path}/run", f"model.name_or_path={other}", "resume=auto")
