@@ -95,8 +95,8 @@ def remove(directory: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     if directory.exists():
         os.rename(directory, gone)
-        shutil.rmtree(gone, ignore_errors=True)
         sync_directory(directory.parent)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def free_bytes(directory: Path) -> int:
