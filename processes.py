@@ -84,19 +84,26 @@ def uptime_secs() -> float:
 
 
 _started = psutil.Process().create_time()
-_progress: Any = [0, 0]  # optimizer steps and examples, of each process that was started here
+_progress: Any = [0, 0, 0]  # optimizer steps, examples, and when it last gave a sign of life, of each process started here
 _watched = False  # another process started this one, passes signals on, and says what is to be said
 _index = 0
 
 
 def report(step: int, examples: int) -> None:
     """Where this process's training is: for whoever has to say so, should it end."""
-    _progress[2 * _index : 2 * _index + 2] = [step, examples]
+    _progress[3 * _index : 3 * _index + 2] = [step, examples]
 
 
 def reported() -> tuple[int, int]:
     """Optimizer steps and examples of the process that is furthest behind."""
-    return min(zip(_progress[::2], _progress[1::2], strict=True))
+    return min(zip(_progress[::3], _progress[1::3], strict=True))
+
+
+def _live() -> None:
+    """Give a sign of life, for as long as this process has one."""
+    while True:
+        _progress[3 * _index + 2] = int(time.monotonic())
+        time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ starting
@@ -123,7 +130,7 @@ def launch(
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     global _progress
     spawn = torch.multiprocessing.get_context("spawn")
-    _progress, said = spawn.Array("q", 2 * n, lock=False), spawn.SimpleQueue()
+    _progress, said = spawn.Array("q", 3 * n, lock=False), spawn.SimpleQueue()
     with socket.create_server(("127.0.0.1", port or 0)) as server:
         store = dist.TCPStore("127.0.0.1", server.getsockname()[1], is_master=True, wait_for_workers=False,
                               master_listen_fd=os.dup(server.fileno()))  # fmt: skip
@@ -132,35 +139,41 @@ def launch(
         _Signals.gentle = True
         for process in group:
             process.start()
-        ended_by_us = _watch(group)
+        ended_by_us = _watch(group, timeout.total_seconds())
     errors: list[tuple[int, UserError | Stopped]] = []
     while not said.empty():
         errors.append(said.get())
     _judge([p.exitcode or 0 for p in group], ended_by_us, sorted(errors, key=lambda e: e[0]))
 
 
-def _watch(group: Sequence[BaseProcess]) -> set[int]:
-    """Wait for all; pass a signal on; after one has failed, give the others GRACE_SECS. -> those that were killed for that"""
-    forwarded, deadline, killed = 0, float("inf"), set[int]()
+def _watch(group: Sequence[BaseProcess], timeout: float) -> list[int]:
+    """Wait for all; pass a signal on; after one has failed, or given no sign of life for `timeout` seconds, give the others
+    GRACE_SECS. -> those that were killed for that, in that order"""
+    forwarded, deadline, killed = 0, float("inf"), list[int]()
     while alive := [i for i, p in enumerate(group) if p.exitcode is None]:
         multiprocessing.connection.wait([group[i].sentinel for i in alive], timeout=0.2)
         if _Signals.requested and not forwarded:
             forwarded = _Signals.requested
             for i in alive:
                 os.kill(group[i].pid or 0, forwarded)
+        now = time.monotonic()
+        for i in alive:
+            if 0 < _progress[3 * i + 2] < now - timeout - 2:
+                killed.append(i)
+                group[i].kill()
         if any(p.exitcode for p in group):
-            deadline = min(deadline, time.monotonic() + GRACE_SECS)
+            deadline = min(deadline, now + GRACE_SECS)
         if time.monotonic() > deadline:
-            killed |= set(alive)
+            killed += alive
             for i in alive:
                 group[i].kill()
             deadline = float("inf")
     return killed
 
 
-def _judge(codes: list[int], ended_by_us: set[int], errors: list[tuple[int, UserError | Stopped]]) -> None:
+def _judge(codes: list[int], ended_by_us: list[int], errors: list[tuple[int, UserError | Stopped]]) -> None:
     """Raise what the group's end was, if not success."""
-    steps = lambda ranks: ", ".join(f"rank {r} at step {_progress[2 * r]}" for r in ranks)
+    steps = lambda ranks: ", ".join(f"rank {r} at step {_progress[3 * r]}" for r in ranks)
     ours = {0, -signal.SIGABRT, -_Signals.requested}  # NCCL aborts a process that has waited too long
     died = [r for r, code in enumerate(codes) if code < 0 and code not in ours and r not in ended_by_us]
     if died:
@@ -175,7 +188,7 @@ def _judge(codes: list[int], ended_by_us: set[int], errors: list[tuple[int, User
     if any(code not in (0, PeerLost.exit_code, -signal.SIGABRT) and r not in ended_by_us for r, code in enumerate(codes)):
         sys.exit(1)  # a mistake of ours, whose traceback stands above
     if any(codes):
-        slow = sorted(ended_by_us) or [min(range(len(codes)), key=lambda r: _progress[2 * r])]
+        slow = ended_by_us[:1] or [min(range(len(codes)), key=lambda r: _progress[3 * r])]
         raise PeerLost(f"{steps(slow)} did not answer in time (timeout_minutes), or its connection broke; the others were ended; "
                        "resume=auto continues from the last checkpoint")  # fmt: skip
 
@@ -193,6 +206,7 @@ def _spawned(
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index)}
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which Python reports as leaked when this process is ended
     listen()
+    threading.Thread(target=_live, daemon=True).start()
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         _work(index, worker, arguments, timeout, store=store, rank=index, world_size=n)

@@ -97,6 +97,7 @@ def train_here(here, compose, monkeypatch):
     """
     from omegaconf import OmegaConf
 
+    import rundir
     import train
     from validation import validate
 
@@ -105,6 +106,7 @@ def train_here(here, compose, monkeypatch):
     def run(*overrides):
         config = compose(*here, "exp_name=test", *overrides)
         validate(config)
+        config.local_run_dir = rundir.find(config)
         OmegaConf.resolve(config)
         train.train(config)
         return Path(config.local_run_dir)

@@ -148,8 +148,8 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 def begun(train, halted_at, tmp_path):
     """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each. -> its options, without resume"""
 
-    def begin(*options):
-        options = ["run", *DPO, "save_every=4", "eval_every=8", *options]
+    def begin(*options, name="run"):
+        options = [name, *DPO, "save_every=4", "eval_every=8", *options]
         with halted_at(3), pytest.raises(Halt):
             train(*options)
         return options
@@ -162,7 +162,7 @@ CHANGES = {
     "seed=1": "seed: 0 -> 1", "loss=ipo": "loss.name: dpo -> ipo", "optimizer=AdamW": "optimizer: RMSprop -> AdamW",
     "max_length=90": "max_length: 96 -> 90", "n_epochs=2": "n_epochs: 1 -> 2", "eval_every=4": "eval_every: 8 -> 4",
     "model.policy_dtype=bfloat16": "model.policy_dtype: float32 -> bfloat16", "shuffle=false": "shuffle: True -> False",
-    "optimizer_args='{alpha: 0.9}'": "optimizer_args.alpha: unset -> 0.9", "max_grad_norm=1": "max_grad_norm: 10.0 -> 1",
+    "optimizer_args={alpha: 0.9}": "optimizer_args.alpha: unset -> 0.9", "max_grad_norm=1": "max_grad_norm: 10.0 -> 1",
 }  # fmt: skip
 
 
@@ -195,4 +195,106 @@ def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, ti
     model.lm_head.weight.data[0, 0] += 1e-3
     model.save_pretrained(other)
     with pytest.raises(ResumeMismatch, match="weights: "):
-        train("run2", *begun()[1:], f"local_run_dir={tmp_path}/run", f"model.name_or_path={other}", "resume=auto")
+        train(*begun(name="again"), f"model.name_or_path={other}", "resume=auto")
+
+
+def test_an_allowed_change_is_applied(begun, train):
+    """The learning rate really becomes another one; the environment's record says from which step."""
+    run = train(*begun(), "lr=5e-3", "resume_allow=[lr]", "resume=auto")
+    assert [r["lr"] for r in records(run, "train")] == pytest.approx([1e-3 / 3, 2e-3 / 3, 5e-3, 5e-3, 5e-3])
+    (row,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
+    assert row["step"] == 2 and row["changed"] == ["lr: 0.001 -> 0.005"] and row["packages"]
+    longer = train(*begun(name="longer"), "n_epochs=2", "resume_allow=[n_epochs]", "resume=auto")
+    assert records(longer, "train")[-1]["counters/examples"] == 36
+
+
+def test_a_finished_run_says_so_and_stops(train, capsys):
+    options = ["run", *DPO, "n_examples=4", "do_first_eval=false"]
+    run = train(*options)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")}
+    train(*options, "resume=auto")
+    assert "is finished: 1 steps; nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")} == before
+    assert rundir.status(run)["state"] == "finished"
+    with pytest.raises(ResumeMismatch, match="lr: 0.001 -> 0.01"):
+        train(*options, "resume=auto", "lr=1e-2")
+
+
+def test_which_run_is_gone_on_with(train_here, data, tiny_model, tmp_path, capsys):
+    """resume=auto finds the newest of the exp_name, and no other; resume=must wants one; resume=never says that there is one."""
+    options = [f"model.name_or_path={tiny_model}", f"datasets=[{data}]", *FAST, *DPO, "n_examples=8"]
+    with pytest.raises(ResumeMismatch, match="resume=must: there is no checkpoint of exp_name=test"):
+        train_here(*options, "resume=must")
+    other = train_here(*options, "exp_name=test_2")
+    first = train_here(*options, "resume=auto")
+    assert "is finished" not in capsys.readouterr().out and first != other
+    assert train_here(*options, "resume=must") == first and "is finished" in capsys.readouterr().out
+    shutil.rmtree(first / "step-8")
+    rundir.write_status(first, "stopped", 143)
+    assert train_here(*options) != first  # resume=never is the default
+    with pytest.raises(UserError, match="holds a run already; give another directory, or resume=auto"):
+        train_here(*options, f"local_run_dir={first}")
+
+
+# ------------------------------------------------------------------------------------------------------ damage on the disk
+
+
+def damages(path):
+    """What may become of a checkpoint's files: (what, how)."""
+    for file in sorted(path.iterdir()):
+        n = file.stat().st_size
+        for size in (0, 1, 10, n // 2, n - 1):
+            yield f"{file.name} cut to {size}", lambda f=file, s=size: os.truncate(f, s)
+        yield f"{file.name} gone", file.unlink
+        for i in range(8):
+            yield f"{file.name} bit {i}", lambda f=file, i=i: flip(f, (2 * i + 1) * f.stat().st_size // 16, i)
+        yield f"{file.name} a link", lambda f=file: f.symlink_to(f.rename(path.parent / "moved"))
+        yield f"{file.name} a directory", lambda f=file: (f.unlink(), f.mkdir())
+
+
+def flip(path, byte, bit):
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_every_damage_is_seen_and_the_checkpoint_before_is_used(train, capsys, tmp_path):
+    run = train("run", *DPO, "n_examples=12", "eval_every=4", "do_first_eval=false")
+    good, newest = run / "step-8", run / "step-12"
+    assert checkpoints.newest(run).path == newest
+    n = 0
+    for what, damage in damages(newest):
+        copy = shutil.copytree(newest, tmp_path / "kept", symlinks=True)
+        damage()
+        capsys.readouterr()
+        assert checkpoints.newest(run).path == good, what
+        assert f"{newest}: not used: " in capsys.readouterr().out, what
+        shutil.rmtree(newest)
+        copy.rename(newest)
+        n += 1
+    assert n == 5 * 16  # policy, optimizer, scheduler, state, manifest
+    for name in ("policy.pt", "manifest.json"):  # swapped with another step's
+        shutil.copy(newest / name, tmp_path / name)
+        shutil.copy(good / name, newest / name)
+        assert checkpoints.newest(run).path == good, name
+        shutil.copy(tmp_path / name, newest / name)
+
+
+def test_after_damage_the_run_goes_on_from_the_one_before_and_never_afresh(train, halted_at, capsys, tmp_path):
+    options = ["run", *DPO, "eval_every=4"]
+    whole = outcome(train("whole", *options[1:]))
+    with halted_at(4), pytest.raises(Halt):
+        train(*options)
+    run = tmp_path / "run"
+    flip(run / "step-12/state-0-of-1.safetensors", 3000, 0)
+    train(*options, "resume=auto")
+    said = capsys.readouterr().out
+    assert "step-12: not used: state-0-of-1.safetensors has changed since it was written" in said
+    assert f"resuming from {run}/step-8, step 2" in said and list(run.glob("damaged-step-12-*"))
+    assert same(outcome(run), whole)
+    for path in checkpoints.listed(run):
+        flip(path / "manifest.json", 40, 1)
+    before = sorted(run.iterdir())
+    with pytest.raises(UnsafeFile, match="none of its [0-9]+ checkpoints can be resumed") as error:
+        train(*options, "resume=auto")
+    assert error.value.exit_code == 3 and sorted(run.iterdir()) == before

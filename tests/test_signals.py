@@ -1,0 +1,177 @@
+"""Real processes that are stopped, killed, or lose one another: exit codes, one line, status.json, and a run that goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from runs import DPO, FAST, records
+from test_resume import outcome, same
+
+import checkpoints
+import rundir
+
+SLOW_STEPS = """
+import time, trainers
+step = trainers.BasicTrainer.step
+def slow(self, *arguments):
+    time.sleep({secs})
+    step(self, *arguments)
+trainers.BasicTrainer.step = slow
+"""
+
+
+@pytest.fixture
+def start(tmp_path, data, tiny_model, here):
+    """`start(*overrides)`: the real command, running, its steps 0.3 s apart. -> (process, run directory)"""
+    plugin = tmp_path / "slow.py"
+    plugin.write_text(SLOW_STEPS.format(secs=0.3))
+    started = []
+
+    def begin(*overrides, **environment):
+        run_dir = tmp_path / "run"
+        options = [*here, "exp_name=run", f"local_run_dir={run_dir}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
+                   *FAST, *DPO, "n_epochs=4", "save_every=4", f"plugins=[{plugin}]", "resume=auto", *overrides]  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *map(str, options)], cwd=ROOT, env=os.environ | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process, run_dir
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def wait_for(condition, secs=120):
+    end = time.monotonic() + secs
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+def trained(run_dir, steps):
+    return lambda: (run_dir / "metrics.jsonl").exists() and len(records(run_dir, "train")) >= steps
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def children(process):
+    return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+
+
+def workers(process, n=2):
+    """The ranks of a launcher, in their order; multiprocessing has a process of its own beside them."""
+    found = []
+    for pid in children(process):
+        environment = open(f"/proc/{pid}/cmdline", "rb").read()
+        if b"spawn_main" in environment:
+            found.append(pid)
+    return found if len(found) == n else []
+
+
+TWO = ["trainer=FSDPTrainer", "n_cpu_processes=2"]
+
+
+@pytest.mark.parametrize("number, code, where", [
+    (signal.SIGTERM, 143, []), (signal.SIGINT, 130, []), (signal.SIGTERM, 143, TWO),
+])  # fmt: skip
+def test_a_signal_finishes_the_step_saves_and_says_so(number, code, where, start, train, train_here):
+    process, run_dir = start(*where)
+    wait_for(trained(run_dir, 2))
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    (line,) = errors(stderr)
+    step = checkpoints.newest(run_dir).manifest.step
+    assert line.startswith(f"stopped by {number.name} after step {step} of 20") and "resume=auto" in line
+    assert len(records(run_dir, "train")) == step
+    status = rundir.status(run_dir)
+    assert (status["state"], status["code"], status["step"]) == ("stopped", code, step)
+    if not where:  # and to the end, as if nothing had been
+        process, _ = start()
+        assert process.wait(timeout=120) == 0 and rundir.status(run_dir)["state"] == "finished"
+        assert same(outcome(run_dir), outcome(train("whole", "n_epochs=4", *DPO, "save_every=4")))
+
+
+def test_a_second_signal_quits_at_once(start):
+    process, run_dir = start("plugins=[]", "n_epochs=4000")
+    wait_for(trained(run_dir, 2))
+    os.kill(process.pid, signal.SIGSTOP)  # so that both are there when it looks
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+    os.kill(process.pid, signal.SIGCONT)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, 143)
+
+
+def test_max_hours_stops_before_the_limit(start):
+    process, run_dir = start("max_hours=0.0045", "n_epochs=400")  # 16 s, of which 10 are kept for the save
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 143 and "stopped by max_hours=0.0045 after step" in stderr
+    assert checkpoints.newest(run_dir).manifest.step > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
+    """Killed: at once. Hanging: after timeout_minutes, here 6 s."""
+    process, run_dir = start(*TWO, "timeout_minutes=0.1")
+    wait_for(trained(run_dir, 3))
+    ranks = workers(process)
+    assert len(ranks) == 2
+    os.kill(ranks[1], number)
+    begun = time.monotonic()
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 15 + 6 * (number == signal.SIGSTOP)
+    (line,) = errors(stderr)
+    assert process.returncode == 6 and line.startswith("error: rank 1 at step "), stderr
+    assert ("was killed by SIGKILL" if number == signal.SIGKILL else "did not answer in time") in line
+    assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
+    status = rundir.status(run_dir)
+    assert (status["state"], status["code"]) == ("failed", 6) and "rank 1" in status["reason"]
+    assert checkpoints.newest(run_dir).manifest.step >= 2
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(start):
+    process, run_dir = start(*TWO, "n_examples=24")
+    wait_for(trained(run_dir, 3))
+    ranks = workers(process)
+    process.kill()
+    process.wait()
+    wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read() for pid in ranks), 5)
+    process, _ = start(*TWO, "n_examples=24")
+    assert process.wait(timeout=120) == 0
+    assert rundir.status(run_dir)["step"] == 7 or rundir.status(run_dir)["step"] == 6
+
+
+def test_two_commands_on_one_run_directory(start):
+    first, run_dir = start("n_epochs=4000")
+    wait_for(trained(run_dir, 1))
+    second, _ = start("n_epochs=4000")
+    assert second.wait(timeout=60) == 2
+    (line,) = errors(second.stderr.read())
+    assert line == f"error: local_run_dir={run_dir}: in use by process {first.pid}; wait for it, or stop it"
+    assert first.poll() is None and rundir.status(run_dir)["state"] == "running"
+
+
+def test_ranks_meet_on_the_loopback_only(start):
+    """Every socket that listens, of the launcher and of its ranks."""
+    process, run_dir = start(*TWO)
+    wait_for(trained(run_dir, 2))
+    mine = {os.readlink(f"/proc/{pid}/fd/{fd}")[8:-1] for pid in (process.pid, *workers(process))
+            for fd in os.listdir(f"/proc/{pid}/fd") if os.path.islink(f"/proc/{pid}/fd/{fd}")
+            and os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")}  # fmt: skip
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for row in open(f"/proc/net/{table}").read().splitlines()[1:]:
+            address, state, inode = row.split()[1], row.split()[3], row.split()[9]
+            if state == "0A" and inode in mine:
+                listening.append(address.split(":")[0])
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert listening and set(listening) <= loopback, listening
