@@ -137,9 +137,8 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     monkeypatch.setattr(trainers.BasicTrainer, "restore", forgetting)
-    resumed = outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"]))
-    with pytest.raises(AssertionError):
-        same(resumed, whole)
+    with pytest.raises((AssertionError, UserError)):  # the latter: a checkpoint of that name is there, or rewards are not 0
+        same(outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"])), whole)
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and what is not
