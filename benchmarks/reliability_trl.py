@@ -451,10 +451,14 @@ def main() -> None:
 
 
 GROUPS = {
-    "control": "Control", "kills": "SIGKILL at a random moment",
-    "damage": "A damaged newest checkpoint, fourteen whole ones beside it", "changes": "Something is changed when the run is started again", "signals": "Signals", "disk": "A full disk",
+    "control": "Control",
+    "kills": "SIGKILL at a random moment",
+    "damage": "A damaged newest checkpoint, fourteen whole ones beside it",
+    "changes": "Something is changed when the run is started again",
+    "signals": "Signals",
+    "disk": "A full disk",
     "files": "Malformed files",
-}  # fmt: skip
+}
 
 
 def write_report(records: dict[str, Any]) -> None:
@@ -475,7 +479,8 @@ def write_report(records: dict[str, Any]) -> None:
     said = []
     for name, record in records.items():
         n, broken, older = (record["kills"][k] for k in ("n", "broken", "older_checkpoint_beside"))
-        said.append(f"{CONTENDERS[name].name} {broken} of {n}" + f" ({older} of them with an older, whole checkpoint)" * bool(broken))
+        beside = f" ({older} of them with an older, whole checkpoint)" * bool(broken)
+        said.append(f"{CONTENDERS[name].name} {broken} of {n}{beside}")
     lines += ["", f"Runs that could not go on after a kill: {'; '.join(said)}."]
     for group, title in GROUPS.items():
         lines += ["", f"## {title}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]

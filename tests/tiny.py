@@ -1,7 +1,9 @@
 """Real but tiny parts for tests: a byte-level tokenizer and models of several families, made on the spot."""
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + eos_token }}{% endfor %}"
@@ -42,3 +44,20 @@ def tiny_model(family: str = "llama"):
 
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))).train()
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """In Hugging Face form: a Llama of hidden size 32 with 2 layers and seeded random weights; demo's tokenizer."""
+    import torch
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "demo/tokenizer")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,582 @@
+"""What no run should have to survive: kills at any moment, at each system call of a save, failing and full disks. `make torture`
+
+One process imports torch, transformers and Plumb, and forks a child for each start of a run, which then is what `python train.py`
+would be after its imports. So a start costs a fraction of a second, and hundreds of kills a minute or two.
+
+    python tests/torture.py --seed 1 --kills 300 --report benchmarks/results/torture.md
+
+The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry of the k-th write, fsync, rename,
+... of a save; errors in their place; a file system that is full. After each the newest checkpoint that verifies (here by code of
+its own) is no older than before, and in the end the run must be what the undisturbed run is: weights, optimizer, metrics, samples,
+order of examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
+               "HYDRA_MAIN_MODULE": "__main__"}  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from runs import DPO, FAST, OF_THE_MACHINE, ROWS  # noqa: E402
+
+SFT = ["loss=sft", "lr=1e-3", "warmup_steps=2", "batch_size=4", "optimizer=AdamW", "lr_schedule=cosine"]
+EACH = ["n_epochs=2", "save_every=4", "eval_every=12"]  # save after every step, evaluate after every third
+KINDS = {
+    "sft": [*SFT, *EACH],
+    "sft, saved in a thread, samples": [*SFT, *EACH, "async_save=true", "sample_during_eval=true", "n_eval_model_samples=2",
+                                        "sample_max_new_tokens=4"],
+    "dpo, live reference": [*DPO, *EACH, "reference=live"],
+    "dpo, cached reference, one checkpoint kept": [*DPO, *EACH, "reference=cached", "keep_checkpoints=1", "keep_best=none/eval"],
+}  # fmt: skip
+CALLS = ("write", "fsync", "rename", "renameat", "renameat2", "symlink", "symlinkat", "mkdir", "unlink", "unlinkat", "rmdir")
+ERRORS = [("write", "ENOSPC"), ("write", "EDQUOT"), ("write", "EIO"), ("fsync", "EIO"), ("fsync", "ENOSPC"), ("rename", "EIO"),
+          ("rename", "EXDEV"), ("mkdir", "EROFS"), ("mkdir", "ENOSPC"), ("symlink", "ENOSPC")]  # fmt: skip
+TIMEOUT = 120
+
+
+# -------------------------------------------------------------------------------------------------------------------- starts
+
+
+class Gauge:
+    """What a child tells while it lives and after: whether it is in a save, how many it has begun, how long they took.
+
+    `hold`: the child waits at the beginning of its first save until it is told to go.
+    """
+
+    def __init__(self, hold: bool = False):
+        self.memory = mmap.mmap(-1, 4096)
+        self.hold = hold
+        self.began, self.tell = os.pipe()
+        self.wait, self.go = os.pipe()
+
+    def install(self) -> None:
+        """In the child: around the function that writes a checkpoint, moves LATEST and prunes."""
+        import checkpoints
+
+        save = checkpoints.Saver._save
+
+        def gauged(*arguments: Any) -> None:
+            self.memory[0] = 1
+            self.memory[1] = min(255, self.memory[1] + 1)
+            os.write(self.tell, b"s")
+            if self.hold and self.memory[1] == 1:
+                os.read(self.wait, 1)
+            start = time.monotonic()
+            save(*arguments)
+            self.memory[8:16] = int(1e6 * (time.monotonic() - start)).to_bytes(8, "little")
+            self.memory[0] = 0
+
+        checkpoints.Saver._save = gauged  # type: ignore[method-assign]
+
+    def in_save(self) -> bool:
+        return self.memory[0] == 1
+
+    def secs(self) -> float:
+        return int.from_bytes(self.memory[8:16], "little") / 1e6
+
+    def await_save(self, n: int, secs: float) -> bool:
+        """Until the n-th save has begun; False: it did not within that time, or the child is gone."""
+        end = time.monotonic() + secs
+        while n:
+            ready, _, _ = select.select([self.began], [], [], max(0, end - time.monotonic()))
+            if not ready or not os.read(self.began, 1):
+                return False
+            n -= 1
+        return True
+
+    def close(self) -> None:
+        for handle in (self.began, self.wait, self.go):
+            os.close(handle)
+        self.memory.close()
+
+
+class Child:
+    """One start of `python train.py <overrides>`, in a session of its own."""
+
+    def __init__(self, overrides: list[str], log: Path, gauge: Gauge):
+        self.log = log
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(overrides, gauge)
+        os.close(gauge.tell)  # so that its end is seen when the child is gone
+
+    def _be(self, overrides: list[str], gauge: Gauge) -> None:
+        code: Any = 70
+        try:
+            os.setsid()
+            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for handle in (1, 2):
+                os.dup2(out, handle)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.chdir(ROOT)
+            import train
+
+            gauge.install()
+            sys.argv = ["train.py", *overrides]
+            train.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+
+    def ended(self, secs: float = TIMEOUT) -> int:
+        """Its exit code, negative for a signal. TimeoutError, and no child, if it does not end."""
+        end = time.monotonic() + secs
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                self.kill()
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"a run did not end within {secs} s: {self.log.read_text()[-2000:]}")
+            time.sleep(0.001)
+
+
+# ------------------------------------------------------------------------------------------------------------- what is compared
+
+
+def whole_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """{examples: directory} of those whose files are what their manifests say; read by code of its own."""
+    found = {}
+    for directory in run_dir.glob("*-*"):
+        if re.fullmatch(r"(step|interim)-\d+", directory.name) and is_whole(directory):
+            found[int(directory.name.rpartition("-")[2])] = directory
+    return found
+
+
+def is_whole(directory: Path) -> bool:
+    try:
+        files = json.loads((directory / "manifest.json").read_bytes())["files"]
+        contents = {name: (directory / name).read_bytes() for name in files}
+        expected = {"policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors"}
+        return files.keys() == expected and all(
+            [len(content), hashlib.sha256(content).hexdigest()] == files[name] for name, content in contents.items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Digests of all that must be the same however often a run was interrupted."""
+    import torch
+
+    last = (run_dir / "LATEST").resolve()
+    manifest = json.loads((last / "manifest.json").read_text())
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(line).items() if k not in OF_THE_MACHINE} for line in lines]
+    samples = run_dir / "samples.jsonl"
+    found = {
+        "checkpoint": last.name, "order": manifest["order"], "position": [manifest[k] for k in ("step", "examples", "finished")],
+        "metrics": rows, "samples": samples.read_text() if samples.exists() else "",
+        "state": hashlib.sha256((last / "state-0-of-1.safetensors").read_bytes()).hexdigest(),
+        "status": {k: v for k, v in json.loads((run_dir / "status.json").read_text()).items() if k in ("state", "code", "step")},
+        "left lying about": sorted(p.name for p in run_dir.iterdir() if re.search("partial|removed|damaged|rehearsal", p.name)),
+        "checkpoints": sorted(p.name for p in run_dir.glob("*-*") if p.is_dir()),
+    }  # fmt: skip
+    for name in ("policy", "optimizer"):
+        state = torch.load(last / f"{name}.pt", weights_only=True)["state"]
+        found[name] = hashlib.sha256(b"".join(_bytes(state))).hexdigest()
+    return found
+
+
+def _bytes(content: Any) -> Iterator[bytes]:
+    """Of all that a state dict holds, in its order."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield repr(key).encode()
+            yield from _bytes(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _bytes(value)
+    else:
+        yield content.numpy().tobytes() if hasattr(content, "numpy") else repr(content).encode()
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [key for key in a if a[key] != b[key]]
+
+
+# ------------------------------------------------------------------------------------------------------------------- torture
+
+
+class Tally(NamedTuple):
+    """Of one kind of torture: how often, what of interest, and what went wrong."""
+
+    name: str
+    counts: Counter[str]
+    wrong: list[str]
+    secs: list[float]
+
+
+class Torture:
+    """Runs of one configuration, beneath one folder."""
+
+    def __init__(self, kind: str, folder: Path, seed: int):
+        self.kind, self.folder, self.rng = kind, folder, random.Random(f"{kind} {seed}")
+        folder.mkdir(parents=True)
+        data = folder / "pairs.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        self.common = [
+            "exp_name=torture", f"model.name_or_path={tiny_model(folder.parent / 'model')}", f"datasets=[{data}]",
+            f"local_dirs=[{folder}]", "wandb.enabled=false", "resume=auto", *FAST, *KINDS[kind],
+        ]  # fmt: skip
+        whole = folder / "whole"
+        gauge, start = Gauge(), time.monotonic()
+        code = self.start(whole, gauge).ended()
+        self.secs, self.save_secs = time.monotonic() - start, gauge.secs()
+        if code:
+            raise SystemExit(f"{kind}: the undisturbed run ended with {code}: {self.log.read_text()[-3000:]}")
+        self.expected, self.n_saves = outcome(whole), gauge.memory[1]
+        gauge.close()
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def start(self, run_dir: Path, gauge: Gauge) -> Child:
+        return Child([*self.common, f"local_run_dir={run_dir}"], self.log, gauge)
+
+    def problem_after(self, run_dir: Path, before: int) -> str | None:
+        """Of a run that is not running: its newest whole checkpoint must be no older than it was, and LATEST must be one."""
+        found = whole_checkpoints(run_dir)
+        link = run_dir / "LATEST"
+        if max(found, default=0) < before:
+            return f"the checkpoint of {before} examples was whole and is gone; there are {sorted(found)}"
+        if before and (not link.is_dir() or link.resolve() not in [p.resolve() for p in found.values()]):
+            return "LATEST is no whole checkpoint"
+        return None
+
+    def finish(self, run_dir: Path) -> str | None:
+        """Start until it ends by itself, and compare. -> what is wrong"""
+        gauge = Gauge()
+        code = self.start(run_dir, gauge).ended()
+        gauge.close()
+        if code:
+            return f"started again it ended with {code}: {self.log.read_text()[-500:]}"
+        differing = differences(self.expected, outcome(run_dir))
+        return f"it ended with other {', '.join(differing)}" if differing else None
+
+    # --------------------------------------------------------------------------------------------------------- random kills
+
+    def kills(self, n: int) -> Tally:
+        """Runs, each killed again and again until it is through; every second kill is aimed at a save."""
+        tally = Tally(f"{self.kind}: SIGKILL at random", Counter(), [], [])
+        start, number = time.monotonic(), 0
+        while tally.counts["kills"] < n:
+            number += 1
+            run_dir = self.folder / f"run-{number}"
+            problem = self.killed_until_done(run_dir, tally.counts)
+            tally.counts["runs"] += 1
+            if problem:
+                tally.wrong.append(f"run {number}: {problem}")
+            else:
+                shutil.rmtree(run_dir)
+        tally.secs.append(time.monotonic() - start)
+        return tally
+
+    def killed_until_done(self, run_dir: Path, counts: Counter[str]) -> str | None:
+        for _ in range(200):
+            before = max(whole_checkpoints(run_dir), default=0) if run_dir.exists() else 0
+            gauge = Gauge()
+            child = self.start(run_dir, gauge)
+            if self.rng.random() < 0.5:
+                gauge.await_save(self.rng.randint(1, 3), TIMEOUT)
+                time.sleep(self.rng.uniform(0, 1.2 * self.save_secs))
+            else:
+                time.sleep(self.rng.uniform(0, self.secs))
+            child.kill()
+            code = child.ended()
+            counts["kills in a save"] += code == -signal.SIGKILL and gauge.in_save()
+            gauge.close()
+            if code == 0:
+                differing = differences(self.expected, outcome(run_dir))
+                return f"it ended with other {', '.join(differing)}" if differing else None
+            if code != -signal.SIGKILL:
+                return f"it ended with {code}: {self.log.read_text()[-500:]}"
+            counts["kills"] += 1
+            if problem := self.problem_after(run_dir, before):
+                return problem
+        return "it did not finish in 200 starts"
+
+    # --------------------------------------------------------------------------------------------- each system call of a save
+
+    def base(self) -> Path:
+        """A run that was killed when its third save was about to begin."""
+        base = self.folder / "base"
+        if not base.exists():
+            gauge = Gauge()
+            child = self.start(base, gauge)
+            gauge.await_save(3, TIMEOUT)
+            child.kill()
+            child.ended()
+            gauge.close()
+        return base
+
+    def traced(self, run_dir: Path, *inject: str) -> tuple[int, list[str]]:
+        """Go on with a copy of the base; strace comes in for the first save. -> exit code, the calls that strace saw"""
+        shutil.copytree(self.base(), run_dir, symlinks=True)
+        gauge = Gauge(hold=True)
+        child = self.start(run_dir, gauge)
+        if not gauge.await_save(1, TIMEOUT):
+            raise RuntimeError(f"no save: {self.log.read_text()[-2000:]}")
+        seen = self.folder / "strace.log"
+        line = ["strace", "-f", "-y", "-o", str(seen), "-e", f"trace={','.join(CALLS)}", *inject, "-p", str(child.pid)]
+        tracer = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+        assert tracer.stderr is not None
+        while "attached" not in (said := tracer.stderr.readline()):
+            if not said:
+                raise RuntimeError("strace does not attach")
+        os.write(gauge.go, b"g")
+        if not inject:  # the first save only
+            gauge.await_save(1, TIMEOUT)
+            child.kill()
+        code = child.ended()
+        gauge.close()
+        tracer.communicate(timeout=TIMEOUT)
+        return code, seen.read_text().splitlines()
+
+    def calls(self) -> list[tuple[str, int, str]]:
+        """(name, k, line) of each call in the first save of a run that goes on, in order; k counts calls of that name."""
+        run_dir = self.folder / "traced"
+        _, lines = self.traced(run_dir)
+        shutil.rmtree(run_dir)
+        counts: Counter[str] = Counter()
+        found = []
+        for line in lines:
+            if match := re.match(r"\d+ +(\w+)\((.*)", line):
+                counts[match[1]] += 1
+                found.append((match[1], counts[match[1]], match[2]))
+                if match[1].startswith("symlink"):
+                    linked = len(found)
+        return [call for i, call in enumerate(found) if str(run_dir) in call[2] or i < linked]
+
+    def each_call(self, sample: int | None) -> Tally:
+        """SIGKILL at the entry of each of them (or of a sample), and go on to the end."""
+        tally = Tally(f"{self.kind}: SIGKILL at each system call of a save", Counter(), [], [])
+        start, calls = time.monotonic(), self.calls()
+        tally.counts["system calls of a save"] = len(calls)
+        for name, k, line in calls if sample is None else self.rng.sample(calls, min(sample, len(calls))):
+            tally.counts["kills"] += 1
+            self.injected(tally, f"{name} {k} ({line[:80]})", f"inject={name}:signal=KILL:when={k}", {-signal.SIGKILL})
+        tally.secs.append(time.monotonic() - start)
+        return tally
+
+    def errors(self, n: int) -> Tally:
+        """An error in place of a call: exit code 5 in one line, or no harm at all where the call was not needed; then go on."""
+        tally = Tally(f"{self.kind}: an error in place of a system call", Counter(), [], [])
+        start, calls = time.monotonic(), [c for c in self.calls() if str(self.folder / "traced") in c[2]]
+        cases = [(name, k, line, error) for name, k, line in calls for wanted, error in ERRORS if name == wanted]
+        for name, k, line, error in self.rng.sample(cases, min(n, len(cases))):
+            tally.counts[error] += 1
+            self.injected(tally, f"{error} of {name} {k} ({line[:80]})", f"inject={name}:error={error}:when={k}", {0, 5})
+        tally.secs.append(time.monotonic() - start)
+        return tally
+
+    def injected(self, tally: Tally, what: str, inject: str, codes: set[int]) -> None:
+        run_dir = self.folder / "traced"
+        code, _ = self.traced(run_dir, "-e", inject)
+        said = self.log.read_text()
+        problem = None if code in codes else f"it ended with {code}: {said[-500:]}"
+        if code == 5:
+            told = [line for line in said.splitlines() if line.startswith("error: ")]
+            if "Traceback" in said or len(told) != 1 or str(run_dir) not in told[0]:
+                problem = f"it does not say in one line what went wrong: {said[-500:]}"
+            tally.counts["exit 5"] += 1
+        problem = problem or self.problem_after(run_dir, 8) or self.finish(run_dir)
+        if problem:
+            tally.wrong.append(f"{what}: {problem}")
+        shutil.rmtree(run_dir)
+
+    # ------------------------------------------------------------------------------------------------------------- a full disk
+
+    def full_disks(self, n: int) -> Tally:
+        """A save begins with less room than it needs; then room is made, and the run started again."""
+        tally = Tally(f"{self.kind}: a full disk", Counter(), [], [])
+        start = time.monotonic()
+        one = sum(f.stat().st_size for f in next(self.folder.glob("whole/step-*")).iterdir())
+        for _ in range(n):
+            free = self.rng.randrange(one)
+            tally.counts["full disks"] += 1
+            if problem := self.on_a_disk_of_its_own(lambda disk, free=free: self.filled(disk, free)):
+                tally.wrong.append(f"{free} bytes free of {one}: {problem}")
+        tally.secs.append(time.monotonic() - start)
+        return tally
+
+    def filled(self, disk: Path, free: int) -> str | None:
+        run_dir, filler = disk / "run", disk / "filler"
+        gauge = Gauge(hold=True)
+        child = self.start(run_dir, gauge)
+        gauge.await_save(1, TIMEOUT)
+        there = os.statvfs(disk)
+        filler.write_bytes(bytes(max(0, there.f_bavail * there.f_frsize - free)))
+        os.write(gauge.go, b"g")
+        code = child.ended()
+        said = self.log.read_text()
+        told = [line for line in said.splitlines() if line.startswith("error: ")]
+        if code != 5 or "Traceback" in said or len(told) != 1 or "free" not in told[0] or str(run_dir) not in told[0]:
+            return f"it ended with {code}: {said[-700:]}"
+        if list(run_dir.glob(".*.partial")):
+            return "half a checkpoint takes the room that is needed"
+        filler.unlink()
+        return self.finish(run_dir)
+
+    def on_a_disk_of_its_own(self, do: Callable[[Path], str | None]) -> str | None:
+        """In a child, in name spaces of its own, with 64 MB in memory mounted. -> what `do` returns there"""
+        disk = self.folder / "disk"
+        disk.mkdir(exist_ok=True)
+        answer, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                mount_memory(disk, "64m")
+                said = do(disk) or ""
+            except BaseException:
+                said = traceback.format_exc()
+            os.write(tell, said.encode()[-4000:])
+            os._exit(0)
+        os.close(tell)
+        with open(answer, "rb") as file:
+            said = file.read().decode()
+        os.waitpid(pid, 0)
+        return said or None
+
+
+def mount_memory(folder: Path, size: str) -> None:
+    """A file system in memory that this process and its children see. Raises OSError where a user may not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_user, private, recursive = 0x20000, 0x10000000, 1 << 18, 1 << 14
+    user, group = os.getuid(), os.getgid()
+
+    def call(result: int) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    call(libc.unshare(new_user | new_mounts))
+    for name, text in {"uid_map": f"0 {user} 1", "setgroups": "deny", "gid_map": f"0 {group} 1"}.items():
+        Path("/proc/self", name).write_text(text)
+    call(libc.mount(b"none", b"/", None, recursive | private, None))
+    call(libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={size}".encode()))
+
+
+def tiny_model(folder: Path) -> Path:
+    """Made by a child, for torch is to have computed nothing here."""
+    if not folder.exists():
+        pid = os.fork()
+        if pid == 0:
+            from tiny import save_tiny_llama
+
+            save_tiny_llama(folder)
+            os._exit(0)
+        os.waitpid(pid, 0)
+    return folder
+
+
+def warm() -> None:
+    """Import here what a run imports, also late; nothing is computed."""
+    import torch._dynamo  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import train  # noqa: F401
+
+
+# --------------------------------------------------------------------------------------------------------------------- report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--kills", type=int, default=300, help="random ones, over all kinds of runs")
+    parser.add_argument("--calls", type=int, default=None, help="system calls of a save at which to kill; default: all")
+    parser.add_argument("--errors", type=int, default=60)
+    parser.add_argument("--disks", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", type=Path)
+    at = parser.parse_args()
+    start = time.monotonic()
+    warm()
+    print(f"seed {at.seed}; imported in {time.monotonic() - start:.1f} s", flush=True)
+    tallies = []
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a kill does not ask whether the disk is slow
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        for i, kind in enumerate(KINDS):
+            torture = Torture(kind, Path(folder) / str(i), at.seed)
+            print(f"{kind}: undisturbed {torture.secs:.2f} s, {torture.n_saves} saves of {torture.save_secs:.3f} s", flush=True)
+            parts: list[Callable[[], Tally]] = [lambda t=torture: t.kills(-(-at.kills // len(KINDS)))]
+            if "kept" in kind and shutil.which("strace"):
+                parts += [lambda t=torture: t.each_call(at.calls), lambda t=torture: t.errors(at.errors)]
+            if "kept" in kind and may_mount():
+                parts += [lambda t=torture: t.full_disks(at.disks)]
+            for part in parts:
+                tallies.append(tally := part())
+                counts = ", ".join(f"{n} {name}" for name, n in tally.counts.items())
+                print(f"{tally.name}: {counts}; {len(tally.wrong)} wrong; {tally.secs[0]:.0f} s", flush=True)
+                print(*tally.wrong[:5], sep="\n", end="\n" * bool(tally.wrong), flush=True)
+    if at.json:
+        at.json.write_text(json.dumps([t._asdict() for t in tallies]))
+    if at.report:
+        write_report(at.report, at, tallies, time.monotonic() - start)
+    sys.exit(any(t.wrong for t in tallies))
+
+
+def may_mount() -> bool:
+    done = subprocess.run(["unshare", "-rm", "true"], capture_output=True) if shutil.which("unshare") else None
+    return done is not None and done.returncode == 0
+
+
+def write_report(path: Path, at: argparse.Namespace, tallies: list[Tally], secs: float) -> None:
+    import platform
+    from importlib.metadata import version
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    kills = sum(t.counts["kills"] for t in tallies if "at random" in t.name)
+    inside = sum(t.counts["kills in a save"] for t in tallies)
+    lines = [
+        "# Torture", "", f"Command: `make torture`, which is `python tests/torture.py --seed {at.seed} --report {path.name}`; commit "
+        f"{commit}, {versions}, Python {platform.python_version()}, {os.cpu_count()} CPU cores; {secs / 60:.1f} minutes.", "",
+        f"{kills} random SIGKILLs, {inside} of them ({inside / max(1, kills):.0%}) inside a save. After each the newest checkpoint that "
+        "verifies was no older than before; each run was started again until it was through, and then had the weights, the optimizer "
+        "state, the metrics, the samples and the order of examples of the undisturbed run, to the bit, but for what is listed as wrong.",
+        "", "| what | how often | wrong | seconds |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for tally in tallies:
+        counts = ", ".join(f"{n} {name}" for name, n in tally.counts.items())
+        lines.append(f"| {tally.name} | {counts} | {len(tally.wrong)} | {tally.secs[0]:.0f} |")
+    lines += ["", *[f"- {t.name}: {w[:300]}" for t in tallies for w in t.wrong]]
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
