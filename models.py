@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,9 +17,17 @@ import transformers
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import attention
+import loading
 import parallel
 from archives import load_policy_state
 from batching import Batch, unfold
@@ -45,8 +53,9 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: DictConfig, device_map: Any = None) -> PreTrainedModel:
-    """The policy in float32 (or `model.policy_dtype`), with the weights of `model.archive` where one is given.
+def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Layout | None = None) -> PreTrainedModel:
+    """The policy in float32 (or `model.policy_dtype`), with the weights of `model.archive` where one is given; with a `layout`,
+    this rank's part of it, and no more than that was ever read.
 
     Weights come from a hub name, a folder, a GGUF file or folder (dequantised), or, with `model.architecture`, from a
     seeded random initialisation. Dropout is off: in the config, which functional dropout reads, before the modules are built.
@@ -63,6 +72,8 @@ def load_policy(config: DictConfig, device_map: Any = None) -> PreTrainedModel:
             else AutoConfig.from_pretrained(**source)
         )
         no_dropout(hf_config)
+        if layout is not None:
+            return _load_sharded(config, hf_config, source, dtype, layout)
         if spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
             rank0_print(f"starting from {spec.archive}")
             model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive)
@@ -76,12 +87,23 @@ def load_policy(config: DictConfig, device_map: Any = None) -> PreTrainedModel:
     return model
 
 
-def load_reference(policy: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A frozen copy of the policy as it is before the first step, in its dtype unless `model.reference_dtype` says otherwise."""
-    reference: Any = copy.deepcopy(policy)
-    if dtype is not None:
-        reference = reference.to(dtype)
-    return reference.eval().requires_grad_(False)
+def load_reference(
+    policy: PreTrainedModel, dtype: torch.dtype | None, config: DictConfig, layout: parallel.Layout | None
+) -> PreTrainedModel:
+    """A frozen copy of the policy as it is before the first step, in its dtype unless `model.reference_dtype` says otherwise.
+    Of a sharded policy each rank copies its part.
+    """
+    if layout is None:
+        reference: Any = copy.deepcopy(policy)
+        if dtype is not None:
+            reference = reference.to(dtype)
+        return reference.eval().requires_grad_(False)
+    with loading.parameters_on_meta():
+        reference = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype or policy.dtype)
+    reference.generation_config = policy.generation_config
+    reference.eval().requires_grad_(False)
+    allow_trees(reference)
+    return _placed(reference, config, layout, loading.shards_source(policy))
 
 
 def no_dropout(hf_config: Any) -> None:
@@ -103,8 +125,9 @@ def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
     """
     wanted = {block_name} if block_name else set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
-        if type(module).__name__ in wanted:
-            return type(module)
+        for kind in type(module).__mro__:  # FSDP puts a class of its own before the model's
+            if kind.__name__ in wanted:
+                return kind
     kinds = sorted({type(m).__name__ for m in model.modules() if "Layer" in type(m).__name__ or "Block" in type(m).__name__})
     raise UserError(f"model.block_name={block_name}: {type(model).__name__} has no such module; it has: {', '.join(kinds)}")
 
@@ -208,7 +231,7 @@ def choose_way(model: Any, batch: Batch, exact: bool) -> tuple[Way, str]:
 
         def off_by(way: Way, batch: Batch) -> float:
             difference = (response_logps(model, batch, way).sum - expected.sum).abs() / expected.tokens.clamp(min=1)
-            return parallel.highest(float(difference.max().nan_to_num(nan=torch.inf)))
+            return max(parallel.from_all(float(difference.max().nan_to_num(nan=torch.inf))))
 
         for way in (Way(True, True), Way(True, False), Way(False, True)):
             try:
@@ -248,6 +271,53 @@ def _source(name: str) -> dict[str, Any]:
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"model.name_or_path={name}: no such folder")
     return {"pretrained_model_name_or_path": str(path) if path.exists() else name}
+
+
+def _load_sharded(
+    config: DictConfig, hf_config: Any, source: dict, dtype: torch.dtype, layout: parallel.Layout
+) -> PreTrainedModel:
+    """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
+    spec, drawn = config.model, loading.Initialisation()
+    random = spec.architecture and not spec.archive
+    with loading.parameters_on_meta(drawn.registered), torch.random.fork_rng(devices=[]), drawn if random else nullcontext():
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
+    with ExitStack() as stack:
+        try:
+            if spec.archive:
+                rank0_print(f"starting from {spec.archive}")
+                state = {k: v for k, v in load_policy_state(spec.archive).items() if not k.endswith(STALE_BUFFERS)}
+                weights = loading.state_source(model, state)
+            elif random:
+                weights = loading.seeded_source(model, drawn.of(model))
+            elif "gguf_file" in source:
+                raise NotImplementedError("GGUF is dequantised as a whole")
+            else:
+                weights = stack.enter_context(loading.safetensors_source(model, source["pretrained_model_name_or_path"]))
+                with suppress(OSError):
+                    model.generation_config = GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"])
+        except (NotImplementedError, FileNotFoundError) as error:
+            rank0_print(f"every process reads the whole model before it keeps its part: {error}")
+            whole = load_policy(config)
+            with loading.parameters_on_meta():
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(whole.config), dtype=dtype)
+            model.generation_config = whole.generation_config
+            weights = loading.state_source(model, whole.state_dict())
+        except loading.Misfit as error:
+            knob, value = ("archive", spec.archive) if spec.archive else ("name_or_path", spec.name_or_path)
+            raise UserError(f"model.{knob}={value}: not the weights of this {type(model).__name__} ({error}); "
+                            "give the model that it was trained from") from None  # fmt: skip
+        allow_trees(model)
+        return _placed(model, config, layout, weights)
+
+
+def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout, weights: loading.Source) -> PreTrainedModel:
+    """A model without values, cut over the ranks and filled."""
+    layout.shard(model, block_class(model, config.model.block_name), next(model.parameters()).requires_grad)
+    layout.materialise(model)
+    with torch.random.fork_rng(devices=[]):
+        loading.fill(model, weights)
+    return model
 
 
 def _from_state(hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str) -> PreTrainedModel:
@@ -307,7 +377,8 @@ def describe(model: nn.Module, config: DictConfig) -> None:
     """Print what is trained, and a word on weights that are too coarse for small learning rates."""
     n = sum(p.numel() for p in model.parameters())
     first = next(model.parameters())
-    rank0_print(f"policy: {type(model).__name__}, {n / 1e6:,.1f} M parameters, {str(first.dtype)[6:]}, {config.trainer}")
+    kind = type(model).__name__.removeprefix("FSDP")
+    rank0_print(f"policy: {kind}, {n / 1e6:,.1f} M parameters, {str(first.dtype)[6:]}, {config.trainer}")
     if first.dtype in (torch.bfloat16, torch.float16):
         rank0_print(f"note: {str(first.dtype)[6:]} weights round small updates away; model.policy_dtype=float32 with "
                     "model.fsdp_policy_mp=bfloat16 keeps them")  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -104,30 +105,104 @@ def meet() -> None:
         dist.barrier()
 
 
-def shard(model: nn.Module, block: type[nn.Module], compute_dtype: torch.dtype | None) -> None:
-    """Shard parameters, gradients and optimizer state over all ranks, block by block (FSDP2). In place.
+class Layout:
+    """How models lie over the ranks, and which of them see the same rows.
 
-    Computation is in `compute_dtype` if given; gradients are reduced in float32.
+    A mesh of replicate x shard x tp: parameters, gradients and optimizer state are cut over `shard` (FSDP2) and, within a layer,
+    over `tp`; `replicate` holds copies (HSDP). Ranks that differ in `tp` alone see the same rows. Neighbours in rank, which share
+    a machine, differ in `tp` first, then in `shard`.
     """
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
-    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
-    for module in model.modules():
-        if isinstance(module, block):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+
+    def __init__(self, shard_size: int | None, tp_size: int, compute_dtype: torch.dtype | None, offload: bool):
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world % tp_size:
+            raise UserError(f"tp_size={tp_size}: does not divide the {world} processes; give a divisor, or null for all of them")
+        self.tp_size, self.rank, self.n_rows = tp_size, rank // tp_size, world // tp_size
+        self.shard_size = shard_size or self.n_rows
+        if self.n_rows % self.shard_size:
+            raise UserError(f"fsdp_shard_size={shard_size}: does not divide the {self.n_rows} processes that see different rows; "
+                            "give a divisor, or null to shard over all of them")  # fmt: skip
+        gpu = torch.cuda.is_available()
+        if offload and not gpu:
+            raise UserError("fsdp_cpu_offload=true: there is no GPU here to move weights away from; set it to false")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.offload, self.first_of_rows = offload, rank % tp_size == 0
+        sizes = {"replicate": self.n_rows // self.shard_size, "shard": self.shard_size, "tp": tp_size}
+        sizes = {name: n for name, n in sizes.items() if n > 1 or name == "shard"}
+        self.mesh = dist.init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        self.fsdp_mesh = self.mesh[tuple(name for name in sizes if name != "tp")] if tp_size > 1 else self.mesh
+        # Gradients are reduced in float32.
+        self.precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
+
+    @property
+    def n_shards(self) -> int:
+        """Over how many ranks one copy of a model is cut."""
+        return self.shard_size * self.tp_size
+
+    @property
+    def tp_mesh(self) -> DeviceMesh:
+        return self.mesh["tp"]
+
+    def shard(self, model: nn.Module, block: type[nn.Module], trained: bool) -> None:
+        """Cut the parameters over the ranks, block by block, and what is outside of blocks as one more. In place."""
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        how: dict[str, Any] = {"mesh": self.fsdp_mesh, "mp_policy": self.precision, "offload_policy": offload}
+        for module in [m for m in model.modules() if isinstance(m, block)]:
+            fully_shard(module, **how)
+        # What is outside of blocks (embedding, head) stays gathered from forward to backward pass, where there is one.
+        fully_shard(model, reshard_after_forward=None if trained else True, **how)
+
+    def materialise(self, model: nn.Module) -> None:
+        """Give a sharded model on the meta device its memory: this rank's part. What it holds then is undefined."""
+        made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+        device = torch.device("cpu") if self.offload else self.device
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and p.is_meta:
+                    if id(p) not in made:
+                        made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+                    module._parameters[name] = made[id(p)]
+        model._apply(lambda t: t)  # by which FSDP takes note
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
+    """(name, this rank's part, to be written into; where it lies in the whole) of each parameter and persistent buffer."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        start = _offset(tensor)[0] if isinstance(tensor, DTensor) else (0,) * tensor.ndim
+        part = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        yield name, part, tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reduce_gradients(model: nn.Module, now: bool, each: bool) -> None:
+    """Before a backward pass: are gradients to be summed over ranks after it, or kept for a later pass of the same step?
+
+    With `each`, every pass sums within `shard`, so that no rank keeps whole gradients; the sum over `replicate` waits anyway.
+    """
+    root = cast(FSDPModule, model)
+    root.set_requires_gradient_sync(now or each)
+    root.set_requires_all_reduce(now)
+    root.set_is_last_backward(now)
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def highest(value: float) -> float:
-    """The highest of all ranks' values."""
+def from_all(value: T) -> list[T]:
+    """Every rank's value, on every rank."""
     if not dist.is_initialized():
-        return value
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    return max(values)
+    return values
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -199,6 +274,22 @@ def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor 
         yield name, seen[id(tensor)]
 
 
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them as one vector, on whatever mesh they lie: each rank's own parts, then one sum over ranks."""
+    if not any(isinstance(t, DTensor) for t in tensors):
+        return nn.utils.get_total_norm(tensors)
+    mine = [part[1] for part in map(local_part, tensors) if part is not None]
+    norm = nn.utils.get_total_norm(mine) if mine else torch.zeros(())
+    kind = next(t.device_mesh.device_type for t in tensors if isinstance(t, DTensor))
+    return total(norm.double().square().to(kind)).sqrt()
+
+
+def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """In place."""
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    torch._foreach_mul_(parts, factor.to(parts[0].device, parts[0].dtype))
+
+
 def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict in rank 0's RAM; empty on the others. Every rank must call it."""
     return {name: full for name, full in gathered(model.state_dict(keep_vars=True).items()) if full is not None}
@@ -206,6 +297,8 @@ def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank must call it."""
+    for module in sharded_modules(model):
+        module.reshard()  # what stands outside of blocks may still be gathered from a forward pass
     names = {p: name for name, p in model.named_parameters()}
     state: dict[str, dict[str, Any]] = {names[p]: dict(of_p) for p, of_p in optimizer.state.items()}
     tensors = ((f"{name} {key}", x) for name, of_p in state.items() for key, x in of_p.items() if isinstance(x, Tensor))

@@ -38,7 +38,8 @@ BY_CONTENTS = {"datasets", "eval_datasets", "plugins", "model.name_or_path", "mo
 # Where and in what pieces it is computed: the same numbers, to rounding.
 PLACEMENT = {
     "trainer", "device", "n_cpu_processes", "fsdp_port", "gradient_accumulation_steps", "tokens_per_microbatch",
-    "eval_batch_size", "compile", "activation_checkpointing", "reference",
+    "eval_batch_size", "compile", "activation_checkpointing", "reference", "fsdp_shard_size", "fsdp_cpu_offload", "fsdp_reduce",
+    "tp_size",
 }  # fmt: skip
 FREE_GROUPS = ("wandb.", "dataset_paths.")
 CONTENTS = ("data", "tokenizer", "weights", "plugins")  # what resume_allow may name beside knobs

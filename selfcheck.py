@@ -12,7 +12,7 @@ from batching import Batch, Step
 from evaluation import Scored, as_data
 from losses import Pairs
 from metrics import Means
-from utils import NonFinite, rank0_print
+from utils import NonFinite, rank, rank0_print
 
 Trainer = Any  # trainers.BasicTrainer, which imports this
 
@@ -58,13 +58,13 @@ class FirstStep:
         parallel.settle(t.policy)  # or the gradients of what FSDP has left gathered would not be found
         policy, tolerance = as_data(again, batch.k), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
         first, second = scored.metrics["logps_{}/chosen"], policy.chosen if isinstance(policy, Pairs) else policy
-        off = parallel.highest(float(((first - second.sum).abs() / second.tokens.clamp(min=1)).max()))
+        off = max(parallel.from_all(float(((first - second.sum).abs() / second.tokens.clamp(min=1)).max())))
         if off > tolerance:
             raise NonFinite(f"step 0: the same batch twice gives log-probabilities that differ by {off:.2g} nats per token: is "
                             "there dropout in the model that its config does not name?")  # fmt: skip
         if t.loss.needs_reference and batch.reference is None and t.config.model.reference_dtype is None:
             expected = t.loss.compute(policy, policy).losses
-            off = parallel.highest(float((scored.output.losses.detach() - expected).abs().max()))
+            off = max(parallel.from_all(float((scored.output.losses.detach() - expected).abs().max())))
             if off > tolerance * (1 + float(expected.abs().max())):
                 raise NonFinite(f"step 0: the loss is off by {off:.2g} from that of a policy which is its own reference")
 
@@ -80,7 +80,7 @@ class FirstStep:
         if grad_norm == 0:
             raise NonFinite("step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and rejected the same?")
         parallel.settle(t.policy)
-        if not parallel.highest(float((self._bits() != self.before).any())):
+        if not any(parallel.from_all(bool((self._bits() != self.before).any()))):
             said = f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={t.config.lr:g} is rounded away"
             dtype = next(t.policy.parameters()).dtype
             if dtype.itemsize >= 4:
@@ -94,7 +94,7 @@ def not_finite(trainer: Trainer, step: Step, grad_norm: float) -> NonFinite:
     t, path = trainer, trainer.run_dir / "non_finite.json"
     rows = [{"source": e.source, "index": int(i), "prompt": e.prompt.tolist(), "responses": [r.tolist() for r in e.responses]}
             for e, i in zip(step.examples, step.indices, strict=True)]  # fmt: skip
-    if t.rank == 0:
+    if rank() == 0:
         path.write_text(json.dumps({"step": t.n_updates + 1, "grad_norm": str(grad_norm), "examples": rows}) + "\n")
     ids = ", ".join(e.source for e in step.examples[:8]) + (", ..." if len(step.examples) > 8 else "")
     return NonFinite(f"step {t.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update; batch: {ids} "

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import parallel
 import storage
@@ -62,6 +62,43 @@ def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
             file.write(part.local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return storage.write(path, fill)
+
+
+def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors that training goes on from, by name; sharded ones as they are. Tied weights once."""
+    parallel.settle(policy)
+    state: dict[str, Tensor] = {f"policy.{name}": p for name, p in policy.named_parameters()}
+    kept = policy.state_dict()
+    state |= {f"policy.{name}": b for name, b in policy.named_buffers() if name in kept}
+    for name, p in policy.named_parameters():
+        state |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
+    return state
+
+
+def values_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """What the optimizer keeps of each parameter that is no tensor."""
+    values = {
+        name: {k: v for k, v in optimizer.state[p].items() if v is not None and not torch.is_tensor(v)}
+        for name, p in policy.named_parameters() if p in optimizer.state
+    }  # fmt: skip
+    return {name: of_p for name, of_p in values.items() if of_p}
+
+
+def restore(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, files: Sequence[Path], values: Mapping[str, Mapping[str, Any]]
+) -> None:  # fmt: skip
+    """Take weights and optimizer from the files. What the optimizer keeps is made by a step without gradients, so that it is of
+    the right kind and in the right place, and then overwritten, as the weights are. Raises what `load_state` does."""
+    parallel.settle(policy)
+    parameters, found = dict(policy.named_parameters()), names(files)
+    for name, p in parameters.items():
+        if name in values or any(key.startswith(f"optimizer.{name}.") for key in found):
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    load_state(files, tensors_of(policy, optimizer))
+    for name, of_p in values.items():
+        optimizer.state[parameters[name]].update(of_p)
 
 
 def names(files: Sequence[Path]) -> set[str]:

@@ -107,11 +107,12 @@ def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | Non
     start, loss = time.monotonic(), build_loss(plain(config.loss))
     tokenizer = load_tokenizer(config)
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
+    layout = getattr(trainers, config.trainer).make_layout(config)
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
-    policy = load_policy(config, device_map="balanced" if several_gpus else None)
+    policy = load_policy(config, device_map="balanced" if several_gpus else None, layout=layout)
     dtype = config.model.reference_dtype and getattr(torch, config.model.reference_dtype)
     describe(policy, config)
-    weights = parallel.from_rank0(partial(weights_digest, policy))
+    weights = weights_digest(policy)
     recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
     changed = []
     if found is not None:
@@ -121,15 +122,16 @@ def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | Non
                 config[knob] = value
     reference, cached = None, False
     if loss.needs_reference:
-        cached = cache_reference(config, policy, len(train_examples))
+        cached = cache_reference(config, policy, len(train_examples), layout)
         if not cached or dtype not in (None, policy.dtype):  # otherwise the policy, before its first step, is the reference
-            reference = load_reference(policy, dtype)
+            reference = load_reference(policy, dtype, config, layout)
 
     log = open_log(config, run_dir, found, changed)
     failed, budget = True, config.tokens_per_microbatch
     try:
         trainer = getattr(trainers, config.trainer)(
-            config, policy, reference, weights if cached else None, loss, tokenizer, train_examples, eval_examples, run_dir, log
+            config, policy, reference, weights if cached else None, loss, tokenizer, train_examples, eval_examples, run_dir, log,
+            layout,
         )
         del policy, reference  # the trainer's; one that was only run once is free
         budget, trainer.recipe = trainer.packing.budget, recipe
@@ -170,13 +172,17 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
     return TrainingLog(make_sinks(plain(config), run_dir, found and found.manifest.wandb), config.minimum_log_interval_secs)
 
 
-def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool:
+def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout: parallel.Layout | None) -> bool:
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = make_schedule(config, n).n_examples > n
-    one, world = weights_bytes(policy), parallel.world_size()
-    room = memory_at_hand(pick_device(config)) - (one + trained_bytes(policy)) / world
-    tight = one / world > room / 4
+    # A sharded policy lies where it will be trained already.
+    one, trained, here = float(weights_bytes(policy)), float(trained_bytes(policy)), 0.0
+    if layout is None:
+        here = one
+    else:
+        one, trained = one / layout.n_shards, trained / layout.n_shards
+    tight = one > (memory_at_hand(pick_device(config)) - here - trained) / 4
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")

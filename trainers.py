@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from omegaconf import DictConfig
 from torch import nn
@@ -42,32 +41,32 @@ from optimization import make_optimizer, make_schedule, make_scheduler, pick_dev
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens, n_tokens
-from utils import get_local_dir, peak_memory_gb, quiet, rank0_print
+from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
 
 
 class BasicTrainer:
     """One process: a GPU if there is one, else the CPU; over several GPUs the model's layers are spread, as in 2023."""
 
-    rank, world_size = 0, 1
-
     def __init__(
         self, config: DictConfig, policy: PreTrainedModel, reference: PreTrainedModel | None, weights: str | None, loss: Loss,
         tokenizer: PreTrainedTokenizerBase, train: Sequence[Example], evaluation: Sequence[Example], run_dir: Path,
-        log: TrainingLog,
+        log: TrainingLog, layout: parallel.Layout | None = None,
     ):  # fmt: skip
         """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest of the reference's, whose
-        log-probabilities are then taken from a cache; a reference that is None is the policy before its first step."""
+        log-probabilities are then taken from a cache; a reference that is None is the policy before its first step.
+        `layout`: how both models lie over several processes, which they do already."""
         self.config, self.run_dir, self.log, self.loss, self.tokenizer = config, run_dir, log, loss, tokenizer
+        self.layout = layout
+        self.rank, self.world_size = (layout.rank, layout.n_rows) if layout is not None else (0, 1)  # of those who see other rows
         self.schedule = make_schedule(config, len(train))
-        # Before a model is placed, for sharding hides its sizes and renames its classes.
         self.cost, block = sizing.cost_of(policy), block_class(policy, config.model.block_name) if config.compile else None
         if config.activation_checkpointing is True:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = self.place(policy)
         reference = self.place(reference) if reference is not None else None
-        self.device = next(self.policy.parameters()).device
+        self.device = layout.device if layout is not None else next(self.policy.parameters()).device
         self.dtype = getattr(torch, config.model.fsdp_policy_mp or config.model.policy_dtype)  # of computation
-        self.peak_flops = self.world_size * sizing.peak_flops(self.device, self.dtype)
+        self.peak_flops = parallel.world_size() * sizing.peak_flops(self.device, self.dtype)
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = make_scheduler(config, self.optimizer, self.schedule.n_steps)
@@ -100,6 +99,11 @@ class BasicTrainer:
 
     # ------------------------------------------------------------------------------------- what other trainers change
 
+    @staticmethod
+    def make_layout(config: DictConfig) -> parallel.Layout | None:
+        """How models are to lie over several processes; made before they are loaded."""
+        return None
+
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
         """Move a model to where this trainer computes. A model that was loaded over several GPUs stays there."""
         if getattr(model, "hf_device_map", None) is None:
@@ -130,12 +134,16 @@ class BasicTrainer:
         rank0_print(said)
         return way
 
+    @property
+    def n_shards(self) -> int:
+        return self.layout.n_shards if self.layout is not None else 1
+
     def token_budget(self, train: Sequence[Example], way: Way) -> int:
         """Tokens of a microbatch: as configured, or from the memory at hand. Compiled blocks take rows of one length, whatever is
         in them, so no longer ones than a step needs."""
         config, recompute = self.config, self.config.activation_checkpointing  # all, none, or all but a share
         kept = float(not recompute) if isinstance(recompute, bool) else recompute
-        free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.world_size - held_bytes(self.device)
+        free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.n_shards - held_bytes(self.device)
         found = sizing.default_budget(self.policy.config, self.device, self.dtype, free, kept, way.plain_head)
         budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
         if config.compile:
@@ -161,7 +169,7 @@ class BasicTrainer:
             rank0_print(cache.problem)
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))  # a run of few examples needs only these
         for feed, indices in ((self.train_feed, used), (self.eval_feed, np.arange(len(self.eval_feed.examples)))):
-            digests = response_digests(feed.examples[i] for i in indices.tolist()) if self.rank == 0 else np.empty(0, np.uint64)
+            digests = response_digests(feed.examples[i] for i in indices.tolist()) if rank() == 0 else np.empty(0, np.uint64)
             known = parallel.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
             (new,) = np.isnan(known).any(1).nonzero()
             progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
@@ -169,7 +177,7 @@ class BasicTrainer:
             for start in range(0, len(new), size):
                 some = new[start : start + size]
                 known[some] = self.reference_pass(model, feed, indices[some], progress)
-                parallel.from_rank0(partial(cache.add, digests[some] if self.rank == 0 else digests, known[some]))
+                parallel.from_rank0(partial(cache.add, digests[some] if rank() == 0 else digests, known[some]))
             progress.close()
             rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
                         + (f", {len(new):,} computed now" if len(new) else ""))  # fmt: skip
@@ -191,6 +199,8 @@ class BasicTrainer:
             progress.update(len(step.examples))
         model.train(was_training)
         logps.index_add_(0, torch.from_numpy(np.concatenate(places)).to(self.device), torch.cat(values))
+        if self.layout is not None and not self.layout.first_of_rows:
+            logps.zero_()  # the ranks that see the same rows count once
         return parallel.total(logps).cpu().numpy()
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -273,9 +283,9 @@ class BasicTrainer:
         torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)  # randomness is a function of seed and step
         n = n_scored_tokens(examples) if self.loss.average_over == "tokens" else len(examples)
         means = Means()
-        for batch, weight, _ in step.microbatches:
+        for i, (batch, weight, _) in enumerate(step.microbatches):
             scored = self.scorer(batch)
-            self.backward(weight * scored.output.losses.sum() / n)
+            self.backward(weight * scored.output.losses.sum() / n, last=i == len(step.microbatches) - 1)
             means.add(scored.metrics, weight, scored.counts)
         first = selfcheck.FirstStep(self, batch, scored, means) if self.n_updates == 0 else None
         grad_norm = self.clip()
@@ -313,7 +323,8 @@ class BasicTrainer:
             "peak_memory_gb": peak_memory_gb(), "data_wait_secs": waited_secs,
         }  # fmt: skip
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add to the gradients; `last`: of this step."""
         loss.backward()
 
     def clip(self) -> float:
@@ -323,10 +334,10 @@ class BasicTrainer:
         update is not made with what is not finite.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        total = nn.utils.get_total_norm(gradients)
-        norm = float(parallel.whole(total))
+        total = parallel.total_norm(gradients)
+        norm = float(total)
         if norm > self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.config.max_grad_norm, total)
+            parallel.scale(gradients, self.config.max_grad_norm / (total + 1e-6))
         return norm
 
     # ---------------------------------------------------------------------------------------- evaluating and saving
@@ -364,62 +375,40 @@ class BasicTrainer:
             rank0_print("debug=true: no checkpoint is written")
             return
         name = f"{'interim' if interim else 'step'}-{self.n_seen}"
-        self.saver.save(name, self.parts(), self.training_state(), self.manifest(record), self.checkpoint_bytes)
-        rundir.write_status(self.run_dir, "running") if self.rank == 0 else None
+        state = state_files.tensors_of(self.policy, self.optimizer)
+        self.saver.save(name, self.parts(), state, self.manifest(record), self.checkpoint_bytes)
+        rundir.write_status(self.run_dir, "running") if rank() == 0 else None
 
     def rehearse_save(self) -> None:
         """What a save takes, and that it works."""
         if not self.config.debug:
             n_saves = -(-(self.schedule.n_examples - self.n_seen) // self.config.eval_every)
-            self.checkpoint_bytes = self.saver.rehearse(self.parts(), self.training_state(), self.manifest({}), n_saves)
+            state = state_files.tensors_of(self.policy, self.optimizer)
+            self.checkpoint_bytes = self.saver.rehearse(self.parts(), state, self.manifest({}), n_saves)
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         """The files of the 2023 form, each to be made by all ranks, whole on rank 0."""
 
         def policy() -> dict[str, torch.Tensor]:
             state = self.policy_state()
-            old = self.config.policy_format == "repo2023" and self.rank == 0
+            old = self.config.policy_format == "repo2023" and rank() == 0
             return as_in_2023(self.policy, state) if old else state
 
         optimizer = {"optimizer": self.optimizer_state} if self.config.save_optimizer_pt else {}
         scheduler = {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}
         return {"policy": policy, **optimizer, "scheduler": lambda: scheduler}
 
-    def training_state(self) -> dict[str, torch.Tensor]:
-        """All tensors that training goes on from, by name; sharded ones as they are. Tied weights once."""
-        parallel.settle(self.policy)
-        state: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.policy.named_parameters()}
-        kept = self.policy.state_dict()
-        state |= {f"policy.{name}": b for name, b in self.policy.named_buffers() if name in kept}
-        for name, p in self.policy.named_parameters():
-            state |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
-        return state
-
     def manifest(self, record: Record) -> checkpoints.Manifest:
-        values = {
-            name: {k: v for k, v in self.optimizer.state[p].items() if v is not None and not torch.is_tensor(v)}
-            for name, p in self.policy.named_parameters() if p in self.optimizer.state
-        }  # fmt: skip
         return checkpoints.Manifest(
             self.n_updates, self.n_seen, self.finished and not self.evaluation_due, self.evaluation_due, record, self.recipe,
             self.found, self.logs if self.evaluation_due else self.log.mark(), self.order, self.log.wandb_id(),
-            {k: v for k, v in values.items() if v},
+            state_files.values_of(self.policy, self.optimizer),
         )  # fmt: skip
 
     def restore(self, checkpoint: checkpoints.Found) -> None:
-        """Go on from there: weights, optimizer and position. What the optimizer keeps is made by a step without gradients, so
-        that it is of the right kind and in the right place, and then overwritten, as the weights are."""
-        manifest, names = checkpoint.manifest, state_files.names(checkpoint.state_files())
-        parallel.settle(self.policy)
-        parameters = dict(self.policy.named_parameters())
-        for name, p in parameters.items():
-            if any(key.startswith(f"optimizer.{name}.") for key in names) or name in manifest.values:
-                p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        state_files.load_state(checkpoint.state_files(), self.training_state())
-        for name, values in manifest.values.items():
-            self.optimizer.state[parameters[name]].update(values)
+        """Go on from there: weights, optimizer and position."""
+        manifest = checkpoint.manifest
+        state_files.restore(self.policy, self.optimizer, checkpoint.state_files(), manifest.values)
         self.n_updates, self.n_seen = manifest.step, manifest.examples
         self.n_steps = self.n_updates + self.schedule.n_steps_after(self.n_seen)
         self.order, self.evaluation_due, self.begun = manifest.order, manifest.evaluation_due, manifest.step
@@ -430,19 +419,20 @@ class BasicTrainer:
 class FSDPTrainer(BasicTrainer):
     """One process per GPU; parameters, gradients and optimizer state are sharded over them, block by block."""
 
-    def __init__(self, *arguments):
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        super().__init__(*arguments)
+    layout: parallel.Layout
+
+    @staticmethod
+    def make_layout(config: DictConfig) -> parallel.Layout:
+        return _layout(config, 1)
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
-        name = self.config.model.fsdp_policy_mp
-        parallel.shard(model, block_class(model, self.config.model.block_name), name and getattr(torch, name))
-        return model
+        return model  # it was loaded there
 
     def precision(self, device: torch.device) -> Callable[[], Any]:
         return nullcontext  # the sharded modules cast by themselves
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        parallel.reduce_gradients(self.policy, now=last, each=self.config.fsdp_reduce == "each")
         (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and ours are parts of one sum
 
     def policy_state(self) -> dict[str, torch.Tensor]:
@@ -450,3 +440,8 @@ class FSDPTrainer(BasicTrainer):
 
     def optimizer_state(self) -> dict[str, Any]:
         return parallel.gathered_optimizer_state(self.policy, self.optimizer)
+
+
+def _layout(config: DictConfig, tp_size: int) -> parallel.Layout:
+    name = config.model.fsdp_policy_mp
+    return parallel.Layout(config.fsdp_shard_size, tp_size, name and getattr(torch, name), config.fsdp_cpu_offload)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from groups import from_all, run_in_group
+from groups import run_in_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -31,7 +31,7 @@ def tile(sizes):
 
 
 def check(module, expected):
-    parts = [part for part in from_all(parallel.local_part(module.weight)) if part is not None]
+    parts = [part for part in parallel.from_all(parallel.local_part(module.weight)) if part is not None]
     times, put_together = torch.zeros_like(expected), torch.full_like(expected, torch.nan)
     for start, values in parts:
         where = tuple(slice(a, a + n) for a, n in zip(start, values.shape, strict=True))
@@ -41,7 +41,7 @@ def check(module, expected):
     assert torch.equal(parallel.whole(module.weight), expected)
     ((name, full),) = parallel.gathered(module.state_dict(keep_vars=True).items())
     assert name == "weight" and (torch.equal(full, expected) if dist.get_rank() == 0 else full is None)
-    plain = from_all(parallel.local_part(expected))
+    plain = parallel.from_all(parallel.local_part(expected))
     assert plain[0][0] == (0, 0) and torch.equal(plain[0][1], expected) and not any(plain[1:])
 
 

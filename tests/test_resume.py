@@ -3,23 +3,16 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command
 from runs import DPO, FAST, OF_THE_MACHINE, records
 from safetensors import safe_open
 
 import checkpoints
-import processes
 import rundir
-from utils import NonFinite, ResumeMismatch, StorageError, UnsafeFile, UserError
+from utils import ResumeMismatch, UnsafeFile, UserError
 
 
 def state_of(run_dir):
@@ -146,7 +139,7 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
 @pytest.fixture
 def begun(train, halted_at, tmp_path):
-    """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each. -> its options, without resume"""
+    """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each. -> its options"""
 
     def begin(*options, name="run"):
         options = [name, *DPO, "save_every=4", "eval_every=8", *options]

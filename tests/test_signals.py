@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -63,15 +64,14 @@ def errors(text):
 
 
 def children(process):
-    return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def workers(process, n=2):
     """The ranks of a launcher, in their order; multiprocessing has a process of its own beside them."""
     found = []
     for pid in children(process):
-        environment = open(f"/proc/{pid}/cmdline", "rb").read()
-        if b"spawn_main" in environment:
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
             found.append(pid)
     return found if len(found) == n else []
 
@@ -144,7 +144,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(sta
     ranks = workers(process)
     process.kill()
     process.wait()
-    wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read() for pid in ranks), 5)
+    wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text() for pid in ranks), 5)
     process, _ = start(*TWO, "n_examples=24")
     assert process.wait(timeout=120) == 0
     assert rundir.status(run_dir)["step"] == 7 or rundir.status(run_dir)["step"] == 6
@@ -169,7 +169,7 @@ def test_ranks_meet_on_the_loopback_only(start):
             and os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")}  # fmt: skip
     listening = []
     for table in ("tcp", "tcp6"):
-        for row in open(f"/proc/net/{table}").read().splitlines()[1:]:
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             address, state, inode = row.split()[1], row.split()[3], row.split()[9]
             if state == "0A" and inode in mine:
                 listening.append(address.split(":")[0])

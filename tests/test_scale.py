@@ -1,0 +1,115 @@
+"""The same numbers, however a model lies over processes: FSDP, hybrid sharding, tensor parallelism and both, against one process.
+
+Groups of gloo processes are forked, and each runs many small trainings. `SCALE=all python -m pytest tests/test_scale.py` runs every
+combination; the suite runs each layout, family, loss and precision at least once.
+"""
+
+import itertools
+import json
+import os
+
+import pytest
+import torch
+from conftest import ROOT, compose_config
+from groups import run_in_group
+from omegaconf import OmegaConf
+from runs import FAST, OF_THE_MACHINE, ROWS, records
+from tiny import FAMILIES, SIZES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import train
+from validation import validate
+
+ALL = os.environ.get("SCALE") == "all"
+MATRIX = ["lr=1e-3", "warmup_steps=2", "batch_size=4", "n_epochs=2", "n_examples=37", "eval_every=20", "max_grad_norm=1"]
+LOSSES = {
+    "sft": ["loss=sft"],
+    "live": ["loss=dpo", "loss.beta=0.1", "reference=live"],
+    "cached": ["loss=dpo", "loss.beta=0.1", "reference=cached"],
+}
+LAYOUTS = {
+    2: {
+        "fsdp": ["trainer=FSDPTrainer"],
+        "fsdp, accumulated": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2"],
+        "fsdp, reduced each time": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2", "fsdp_reduce=each"],
+    },
+    4: {
+        "hsdp": ["trainer=FSDPTrainer", "fsdp_shard_size=2"],
+        "hsdp, accumulated": ["trainer=FSDPTrainer", "fsdp_shard_size=2", "gradient_accumulation_steps=2"],
+    },
+}
+TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
+
+
+def run_all(cases):
+    """In each process: one training after the other."""
+    os.chdir(ROOT)
+    for overrides in cases:
+        config = compose_config(*overrides)
+        validate(config)
+        OmegaConf.resolve(config)
+        train.train(config)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder per family, in float32, with the demo's tokenizer; tied weights where the family has them."""
+    tokenizer, folders = AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer"), {}
+    for family in ("llama", "gpt_neox", "qwen3", "gpt2"):
+        folders[family] = tmp_path_factory.mktemp("scale") / family
+        torch.manual_seed(0)
+        sizes = SIZES | FAMILIES[family] | {"vocab_size": len(tokenizer)}
+        config = AutoConfig.for_model(family, **sizes | ({"tie_word_embeddings": True} if family == "qwen3" else {}))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture
+def command(tmp_path, models):
+    """`command(name, family, *overrides)`: the overrides of a small run into tmp_path/name."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return lambda name, family, *overrides: [
+        f"exp_name={name}", f"local_run_dir={tmp_path}/{name}", f"local_dirs=[{tmp_path}/runs]", "wandb.enabled=false",
+        f"model.name_or_path={models[family]}", f"datasets=[{data}]", *FAST, *overrides,
+    ]  # fmt: skip
+
+
+def differences(expected, found):
+    """The largest relative difference of any number of two runs' records."""
+    assert len(expected) == len(found) > 0
+    worst = {}
+    for a, b in zip(expected, found, strict=True):
+        for key in a.keys() - OF_THE_MACHINE:
+            worst[key] = max(worst.get(key, 0), abs(a[key] - b[key]) / max(1, abs(a[key])))
+    return worst
+
+
+def chosen(layouts):
+    """Every combination, or each layout with each family, loss and precision in turn."""
+    whole = itertools.product(layouts, ("llama", "gpt_neox"), LOSSES, TOLERANCE)
+    if ALL:
+        return list(whole)
+    turns = itertools.cycle([("llama", "live", "float64"), ("gpt_neox", "cached", "float32"), ("gpt_neox", "sft", "float64"),
+                             ("llama", "cached", "float64"), ("gpt_neox", "live", "float64")])  # fmt: skip
+    return [(layout, *turn) for layout, turn in zip([x for x in layouts for _ in range(2)], turns, strict=False)]
+
+
+@pytest.mark.parametrize("n", LAYOUTS)
+def test_the_numbers_of_one_process(n, command, tmp_path):
+    """Ten steps and an evaluation between them and after: every number of metrics.jsonl that is not of the machine."""
+    cases = chosen(LAYOUTS[n])
+    options = {case: [*MATRIX, *LOSSES[case[2]], f"model.policy_dtype={case[3]}"] for case in cases}
+    run_all(command("-".join(x), x[0], *options[case]) for x, case in {case[1:]: case for case in cases}.items())
+    run_in_group(n, run_all, [
+        command(f"case{i}", case[1], *options[case], *LAYOUTS[n][case[0]]) for i, case in enumerate(cases)
+    ], timeout=60 + 20 * len(cases))  # fmt: skip
+    for i, (layout, *rest) in enumerate(cases):
+        expected = records(tmp_path / "-".join(rest))
+        worst = differences(expected, records(tmp_path / f"case{i}"))
+        assert len([r for r in expected if "loss/train" in r]) == 10
+        assert {"grad_norm", "loss/train", "loss/eval"} <= worst.keys()
+        print(f"{layout:24} {' '.join(rest):24}: {max(worst.values()):.1e}")
+        bound = TOLERANCE[rest[-1]]  # rewards are small differences of large log-probabilities
+        assert all(x <= (bound if key.startswith(("loss", "grad_norm")) else 4 * bound) for key, x in worst.items()), (layout, worst)
