@@ -22,22 +22,25 @@ import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 import parallel
 import processes
 import trainers
 from archives import resolve_archive
+from command_line import check_command_line, no_environment
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
-from models import describe, load_policy, load_reference, load_tokenizer
+from models import DTYPES, describe, load_policy, load_reference, load_tokenizer
 from preparation import load_examples
 from reference import weights_digest
 from report import draw_curves
 from sizing import memory_at_hand, trained_bytes, weights_bytes
-from utils import UserError, environment, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print
+from utils import UserError, environment, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, redacted, said
 from validation import import_plugins, validate
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -80,7 +83,7 @@ def train(config: DictConfig) -> None:
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     policy = load_policy(config, device_map="balanced" if several_gpus else None)
-    dtype = config.model.reference_dtype and getattr(torch, config.model.reference_dtype)
+    dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
     describe(policy, config)
     reference, weights = None, None
     if loss.needs_reference:
@@ -90,10 +93,10 @@ def train(config: DictConfig) -> None:
             reference = load_reference(policy, dtype)
 
     run_dir = make_run_dir(config)
-    log = TrainingLog(make_sinks(plain(config), run_dir), config.minimum_log_interval_secs)
+    log = TrainingLog(make_sinks(redacted(plain(config)), run_dir), config.minimum_log_interval_secs)
     failed, budget = True, config.tokens_per_microbatch
     try:
-        trainer = getattr(trainers, config.trainer)(
+        trainer = trainers.TRAINERS[config.trainer](
             config, policy, reference, weights, loss, tokenizer, train_examples, eval_examples, run_dir, log
         )
         del policy, reference  # the trainer's; one that was only run once is free
@@ -134,7 +137,7 @@ def make_run_dir(config: DictConfig) -> Path:
         return run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, run_dir / "config.yaml")
+        OmegaConf.save(redacted(config), run_dir / "config.yaml")
         (run_dir / "env.json").write_text(environment())
     except OSError as error:
         raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
@@ -142,21 +145,27 @@ def make_run_dir(config: DictConfig) -> Path:
 
 
 def main() -> None:
+    """The command. Whatever a user can cause ends in one line."""
     try:
+        check_command_line(sys.argv[1:], Path(__file__))
         run()
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
+        sys.exit(fail(error, error.exit_code))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         sys.exit(fail(in_one_line(error), 2))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted; the checkpoints written so far are whole", 130))
 
 
 def fail(error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {said(error)}", file=sys.stderr)
     return code
 
 
 def in_one_line(error: Exception) -> str:
     """What Hydra says of an override that does not compose, less its advice for programmers."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
     lines = [line.strip() for line in str(error).partition("Config search path")[0].splitlines() if line.strip()]
     if "To append to your config use +" in lines[-1]:  # Hydra's fix is not ours: validate refuses what + adds
         knob = lines[-1].partition("+")[2]
@@ -166,7 +175,7 @@ def in_one_line(error: Exception) -> str:
         return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
     said = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https"))]
     knob = next((line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), "")
-    return knob + "; ".join(said)
+    return knob + "; ".join(said).removeprefix("UserError raised while resolving interpolation: ")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from generation import sample
 from head import held_bytes
 from losses import Loss
 from metrics import Means, Record, TrainingLog
-from models import Way, as_in_2023, block_class, choose_way, compile_blocks
+from models import DTYPES, Way, as_in_2023, block_class, choose_way, compile_blocks
 from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens, n_tokens
 from utils import NonFinite, UserError, get_local_dir, peak_memory_gb, plain, quiet, rank0_print
@@ -60,7 +60,7 @@ class BasicTrainer:
         self.policy = self.place(policy)
         reference = self.place(reference) if reference is not None else None
         self.device = next(self.policy.parameters()).device
-        self.dtype = getattr(torch, config.model.fsdp_policy_mp or config.model.policy_dtype)  # of computation
+        self.dtype = DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]  # of computation
         self.peak_flops = self.world_size * sizing.peak_flops(self.device, self.dtype)
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
@@ -94,7 +94,7 @@ class BasicTrainer:
     def precision(self, device: torch.device) -> Callable[[], Any]:
         """Both models compute in `model.fsdp_policy_mp` where it is set; weights and optimizer keep their own precision."""
         name = self.config.model.fsdp_policy_mp
-        return (lambda: torch.autocast(device.type, getattr(torch, name))) if name else nullcontext
+        return (lambda: torch.autocast(device.type, DTYPES[name])) if name else nullcontext
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         """The whole policy's state dict, on every rank that writes."""
@@ -341,7 +341,7 @@ class FSDPTrainer(BasicTrainer):
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
         name = self.config.model.fsdp_policy_mp
-        parallel.shard(model, block_class(model, self.config.model.block_name), name and getattr(torch, name))
+        parallel.shard(model, block_class(model, self.config.model.block_name), name and DTYPES[name])
         return model
 
     def precision(self, device: torch.device) -> Callable[[], Any]:
@@ -357,6 +357,14 @@ class FSDPTrainer(BasicTrainer):
         return parallel.gathered_optimizer_state(self.policy, self.optimizer)
 
 
+TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name: kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+    and name not in ("Optimizer", "SparseAdam", "Muon")  # these two take sparse gradients only, and matrices only
+    and inspect.signature(kind.step).parameters["closure"].default is None
+}  # fmt: skip
+
+
 def pick_device(config: DictConfig) -> torch.device:
     return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -369,7 +377,7 @@ def make_schedule(config: DictConfig, n: int) -> Schedule:
 
 def make_optimizer(config: DictConfig, policy: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """torch.optim.<config.optimizer>, fused on a GPU where torch has such a kernel. UserError when its arguments are refused."""
-    factory = getattr(torch.optim, config.optimizer)
+    factory = OPTIMIZERS[config.optimizer]
     arguments = plain(config.optimizer_args)
     fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {"fused", "foreach", "differentiable"}
     if device.type == "cuda" and fusible:
