@@ -185,7 +185,8 @@ class Wandb:
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         arguments = {"entity": options["entity"], "project": options["project"], "name": config["exp_name"]}
         arguments |= {"config": dict(config), "dir": str(run_dir)}
-        quiet = wandb.Settings(silent=True, init_timeout=30)
+        # Its metadata would hold the command line as it was typed; env.json has it without secrets.
+        quiet = wandb.Settings(silent=True, init_timeout=30, x_disable_meta=True)
         for attempt in dict.fromkeys((mode, "offline", "disabled")):
             try:
                 self.run = wandb.init(**arguments, mode=attempt, settings=quiet)

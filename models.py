@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import transformers
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -315,10 +314,13 @@ def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
     except UnpicklingError:  # of torch.load with weights_only
         raise UnsafeFile(f"{knob}={value}: its weights are a pickle with more than tensors, which could run code; convert them "
                          "to safetensors where they come from") from None  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a file can make transformers, tokenizers, safetensors or the hub raise
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(str(value)).exists()
         off = " (the hub is switched off: HF_HUB_OFFLINE)" if offline else ""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         fix = "give a hub name or a local folder"
         raise UserError(f"{knob}={value}: the {what} cannot be loaded{off}: {first[:200]}; {fix}") from None
 

@@ -130,8 +130,11 @@ def quiet() -> bool | None:
 
 def get_local_dir(local_dirs: Sequence[str]) -> Path:
     """`<first of local_dirs that exists>/<user>`; the last of them stands in when none exists. Creates nothing."""
-    root = next((d for d in local_dirs if Path(d).is_dir()), local_dirs[-1])
-    return Path(root) / getpass.getuser()
+    return local_root(local_dirs) / getpass.getuser()
+
+
+def local_root(local_dirs: Sequence[str]) -> Path:
+    return Path(next((d for d in local_dirs if Path(d).is_dir()), local_dirs[-1]))
 
 
 def get_local_run_dir(exp_name: str, local_dirs: Sequence[str]) -> str:

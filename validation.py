@@ -20,7 +20,7 @@ from losses import Loss, build_loss
 from models import DTYPES
 from preference_datasets import dataset_names
 from trainers import OPTIMIZERS, TRAINERS, make_optimizer
-from utils import UserError, get_local_dir, plain, redact, under_torchrun
+from utils import UserError, local_root, plain, redact, under_torchrun
 
 Check = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and how to say it
 
@@ -182,7 +182,7 @@ def _across(config: DictConfig) -> None:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={config.device}: not usable here ({str(error).splitlines()[0]}); null picks one") from None
     make_optimizer(config, torch.nn.Linear(1, 1), torch.device("cpu"))  # refuses optimizer_args that torch refuses
-    run_dir, root = Path(config.local_run_dir), get_local_dir(config.local_dirs).parent
+    run_dir, root = Path(config.local_run_dir), local_root(config.local_dirs)
     if OmegaConf.is_interpolation(config, "local_run_dir") and not run_dir.resolve().is_relative_to(root.resolve()):
         raise UserError(f"local_run_dir={run_dir}: leads out of {root}, to {run_dir.resolve()}; give local_run_dir=, or mend it")
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(run_dir.glob("step-*")):
