@@ -13,12 +13,14 @@ from conftest import ROOT, run_command
 from hydra.errors import HydraException
 from payloads import BOMBS, CODE
 from test_bad_input import one_line
+from transformers import AutoConfig
 
 import train
+import trust
 import utils
 import validation
 from command_line import MAX_BYTES, check_command_line, check_config_file
-from utils import UserError, redact, redacted
+from utils import UnsafeFile, UserError, redact, redacted
 
 SCRIPT = ROOT / "train.py"
 
@@ -177,19 +179,19 @@ NAMES = [
 
 @pytest.fixture
 def validate_name(compose, tmp_path):
-    def run(name, *overrides):
-        config = compose("exp_name=x", "model.name_or_path=x", f"local_dirs=[{tmp_path}]", *overrides)
+    config = compose("exp_name=x", "model.name_or_path=x", f"local_dirs=[{tmp_path}]")
+
+    def run(name):
         config.exp_name = name
         validation.validate(config)
-        return config
 
     return run
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_a_name_that_could_lead_elsewhere(validate_name, tmp_path, name):
-    with pytest.raises(UserError, match="exp_name=(.|\n)*expected a text of 1 to 100 letters"):
-        validate_name(name)
+def test_names_that_could_lead_elsewhere(validate_name, tmp_path):
+    for name in NAMES:
+        with pytest.raises(UserError, match="exp_name=(.|\n)*expected a text of 1 to 100 letters"):
+            validate_name(name)
     assert not list(tmp_path.iterdir())
 
 
@@ -233,17 +235,20 @@ TOKENS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("token", TOKENS)
-def test_a_secret_is_not_written_down(train, monkeypatch, capfd, token, tmp_path):
-    """In the run directory, with wandb's files, and on the console: not from a knob, the command line or the environment."""
-    monkeypatch.setenv("MY_TOKEN", token)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"wandb.entity={token}", f"model.name_or_path=https://me:{token}@host/x"])
-    run = train("secret", f"wandb.entity={token}", "debug=true", "n_examples=2", "n_eval_examples=1")
-    (run / "config.yaml").read_text()
-    written = b"".join(f.read_bytes() for f in run.rglob("*") if f.is_file() and f.suffix != ".pt")
-    assert written and token.encode() not in written
+def test_no_secret_is_written_down(train, monkeypatch, capfd):
+    """In the run directory and on the console: not from a knob, the command line or the environment."""
+    for i, token in enumerate(TOKENS):
+        monkeypatch.setenv(f"MY_TOKEN_{i}", token)
+    paths = {name: token for name, token in zip(("hh", "helpful", "harmless", "shp", "se", "saferlhf"), TOKENS[3:], strict=True)}
+    knobs = [f"dataset_paths.{name}={token}" for name, token in paths.items()] + [f"wandb.project={','.join(TOKENS[:3])}"]
+    urls = [f"model.name_or_path=https://me:{token}@host/x" for token in TOKENS]
+    monkeypatch.setattr(sys, "argv", ["train.py", *knobs, *urls])
+    run = train("secret", *[knob.replace(",", "\\,") for knob in knobs], "debug=true", "n_examples=2", "n_eval_examples=1")
+    written = {f.name: f.read_text() for f in run.rglob("*") if f.is_file() and f.suffix in (".yaml", ".json", ".jsonl")}
+    assert {"config.yaml", "env.json", "metrics.jsonl"} <= written.keys() and "<secret>" in written["config.yaml"]
     said = capfd.readouterr()
-    assert token not in said.out + said.err
+    for token in TOKENS:
+        assert not [name for name, text in written.items() if token in text] and token not in said.out + said.err
 
 
 def test_wandb_gets_no_secret(train, monkeypatch):
@@ -325,18 +330,23 @@ def test_code_in_a_model_folder(refused_model, folder, where, key):
     assert not list(folder.rglob("ran"))
 
 
+KERNELS = ["evil/kernel", "evil/kernel@main:f", "kernels-community/flash-attn2", "flash_attention_2", {"": "evil/kernel"}]
+
+
 @pytest.mark.parametrize("key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation"])
-@pytest.mark.parametrize(
-    "value", ["evil/kernel", "evil/kernel@main:f", "kernels-community/flash-attn2", "flash_attention_2", {"": "evil/kernel"}]
-)
-def test_a_kernel_in_a_config(refused_model, folder, key, value):
-    """Never fetched: refused, or, where this transformers does not read the key, without effect."""
-    edit(folder / "config.json", **{key: value})
-    (folder / "model.safetensors").unlink()  # so that it ends here in any case
-    try:
-        assert "fetched and run" in refused_model(3, f"model.name_or_path={folder}")
-    except AssertionError:
-        assert "model.safetensors" in refused_model(2, f"model.name_or_path={folder}")
+def test_a_kernel_in_a_config(folder, key):
+    """Refused, or without effect, where this transformers does not read the key."""
+    for value in KERNELS:
+        edit(folder / "config.json", **{key: value})
+        loaded = AutoConfig.from_pretrained(folder)
+        if getattr(loaded, "_attn_implementation_internal", None) is not None:
+            with pytest.raises(UnsafeFile, match="fetched and run"):
+                trust.check_settings(loaded, "x")
+
+
+def test_a_kernel_is_refused_by_the_command(refused_model, folder):
+    edit(folder / "config.json", attn_implementation="evil/kernel")
+    assert "evil/kernel" in refused_model(3, f"model.name_or_path={folder}")
 
 
 def test_a_kernel_in_an_architecture(refused_model, tiny_model):
@@ -413,8 +423,6 @@ def test_revision(refused_model, folder, overrides, part):
 
 def test_a_revision_is_handed_on(compose):
     """Code is asked for at the same commit, also where it lies in another repository; another tokenizer's is not run."""
-    import trust
-
     spec = compose("exp_name=x", "model.name_or_path=a/b", f"model.revision={COMMIT}", "model.trust_remote_code=true").model
     assert trust.pinned(spec, "a/b") == {"revision": COMMIT, "code_revision": COMMIT, "trust_remote_code": True}
     assert trust.pinned(spec, "c/d") == {"trust_remote_code": False}
