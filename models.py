@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,17 +29,17 @@ from transformers import (
 import attention
 import loading
 import parallel
+import trust
 from archives import load_policy_state
 from batching import Batch, unfold
 from head import linear_logps, token_logps
 from losses import Logps
-from utils import UserError, plain, rank0_print
+from utils import UnsafeFile, UserError, plain, rank0_print
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# Buffers that the transformers of 2023 wrote into state dicts and today's recompute.
-STALE_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -47,7 +47,8 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     knob = "tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "name_or_path"
     name = config.model[knob]
     with _one_line_errors(f"model.{knob}", name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(**_source(name), **trust.pinned(config.model, name))
+    trust.check_templates(tokenizer, f"model.{knob}={name}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -62,29 +63,46 @@ def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Lay
     Raises UserError, in one line, for what cannot be found or does not fit.
     """
     spec, name = config.model, config.model.name_or_path
-    dtype = getattr(torch, spec.policy_dtype)
+    dtype = DTYPES[spec.policy_dtype]
     source = {} if spec.architecture else _source(name)
     knob, value = ("architecture", spec.architecture) if spec.architecture else ("name_or_path", name)
+    code = trust.pinned(spec, name)
+    if code["trust_remote_code"]:
+        rank0_print(f"running the code of {name} at {spec.revision}, as model.trust_remote_code=true says")
     with _one_line_errors(f"model.{knob}", value, "model"):
         hf_config = (
             AutoConfig.for_model(**plain(spec.architecture))
             if spec.architecture
-            else AutoConfig.from_pretrained(**source)
+            else AutoConfig.from_pretrained(**source, **code)
         )
+        trust.check_settings(hf_config, f"model.{knob}={value}")
         no_dropout(hf_config)
         if layout is not None:
-            return _load_sharded(config, hf_config, source, dtype, layout)
-        if spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
+            model = _load_sharded(config, hf_config, source | code, dtype, layout)
+        elif spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
             rank0_print(f"starting from {spec.archive}")
-            model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive)
+            model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive, code)
         elif spec.architecture:
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map)
+            trust.check_folder(name)
+            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map, **code)
             model = _plain(model) if "gguf_file" in source else model
-    allow_trees(model)
+    _check_finite(model, f"model.archive={spec.archive}" if spec.archive else f"model.{knob}={value}")
+    if layout is None:
+        allow_trees(model)
     return model
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, what: str) -> None:
+    """Raise UnsafeFile for weights that are NaN or infinite: a damaged file, or a run that had diverged."""
+    parts = ((name, parallel.region(p)[1]) for name, p in model.named_parameters())
+    mine = next((n for n, p in parts if p.numel() and not torch.linalg.vector_norm(p, ord=torch.inf).isfinite()), None)
+    bad = [name for name in parallel.from_all(mine) if name is not None]
+    if bad:
+        raise UnsafeFile(f"{what}: {bad[0]} holds NaN or infinity; is the file damaged, or had its training diverged?")
 
 
 def load_reference(
@@ -278,24 +296,24 @@ def _load_sharded(
 ) -> PreTrainedModel:
     """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
     spec, drawn = config.model, loading.Initialisation()
-    random = spec.architecture and not spec.archive
+    random, code = spec.architecture and not spec.archive, {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
     with loading.parameters_on_meta(drawn.registered), torch.random.fork_rng(devices=[]), drawn if random else nullcontext():
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **code)
     with ExitStack() as stack:
         try:
             if spec.archive:
                 rank0_print(f"starting from {spec.archive}")
-                state = {k: v for k, v in load_policy_state(spec.archive).items() if not k.endswith(STALE_BUFFERS)}
-                weights = loading.state_source(model, state)
+                weights = loading.state_source(model, load_policy_state(spec.archive))
             elif random:
                 weights = loading.seeded_source(model, drawn.of(model))
             elif "gguf_file" in source:
                 raise NotImplementedError("GGUF is dequantised as a whole")
             else:
-                weights = stack.enter_context(loading.safetensors_source(model, source["pretrained_model_name_or_path"]))
+                name = source["pretrained_model_name_or_path"]
+                weights = stack.enter_context(loading.safetensors_source(model, name, source.get("revision")))
                 with suppress(OSError):
-                    model.generation_config = GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"])
+                    model.generation_config = GenerationConfig.from_pretrained(name, revision=source.get("revision") or "main")
         except (NotImplementedError, FileNotFoundError) as error:
             rank0_print(f"every process reads the whole model before it keeps its part: {error}")
             whole = load_policy(config)
@@ -320,11 +338,12 @@ def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout,
     return model
 
 
-def _from_state(hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str) -> PreTrainedModel:
+def _from_state(
+    hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str, code: dict[str, Any]
+) -> PreTrainedModel:
     """A model with exactly these weights; transformers renames what it has renamed since 2023 (GPT-NeoX's embed_out)."""
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(hf_config)
-    state = {k: v for k, v in state.items() if not k.endswith(STALE_BUFFERS)}
+        blank = AutoModelForCausalLM.from_config(hf_config, **{k: v for k, v in code.items() if k != "revision"})
     shapes = {k: v.shape for k, v in blank.state_dict().items()}
     other = [k for k, v in state.items() if v.shape != shapes.get(k, v.shape)]
 
@@ -365,10 +384,16 @@ def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
     """Turn what transformers and the hub raise for a name that does not resolve into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except UnpicklingError:  # of torch.load with weights_only
+        raise UnsafeFile(f"{knob}={value}: its weights are a pickle with more than tensors, which could run code; convert them "
+                         "to safetensors where they come from") from None  # fmt: skip
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a file can make transformers, tokenizers, safetensors or the hub raise
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(str(value)).exists()
         off = " (the hub is switched off: HF_HUB_OFFLINE)" if offline else ""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         fix = "give a hub name or a local folder"
         raise UserError(f"{knob}={value}: the {what} cannot be loaded{off}: {first[:200]}; {fix}") from None
 

@@ -36,7 +36,7 @@ from generation import sample
 from head import held_bytes
 from losses import Loss
 from metrics import Means, Record, TrainingLog
-from models import Way, as_in_2023, block_class, choose_way, compile_blocks
+from models import DTYPES, Way, as_in_2023, block_class, choose_way, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, response_digests
@@ -65,7 +65,7 @@ class BasicTrainer:
         self.policy = self.place(policy)
         reference = self.place(reference) if reference is not None else None
         self.device = layout.device if layout is not None else next(self.policy.parameters()).device
-        self.dtype = getattr(torch, config.model.fsdp_policy_mp or config.model.policy_dtype)  # of computation
+        self.dtype = DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]  # of computation
         self.peak_flops = parallel.world_size() * sizing.peak_flops(self.device, self.dtype)
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
@@ -113,7 +113,7 @@ class BasicTrainer:
     def precision(self, device: torch.device) -> Callable[[], Any]:
         """Both models compute in `model.fsdp_policy_mp` where it is set; weights and optimizer keep their own precision."""
         name = self.config.model.fsdp_policy_mp
-        return (lambda: torch.autocast(device.type, getattr(torch, name))) if name else nullcontext
+        return (lambda: torch.autocast(device.type, DTYPES[name])) if name else nullcontext
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         """The whole policy's state dict, on every rank that writes."""
@@ -444,4 +444,7 @@ class FSDPTrainer(BasicTrainer):
 
 def _layout(config: DictConfig, tp_size: int) -> parallel.Layout:
     name = config.model.fsdp_policy_mp
-    return parallel.Layout(config.fsdp_shard_size, tp_size, name and getattr(torch, name), config.fsdp_cpu_offload)
+    return parallel.Layout(config.fsdp_shard_size, tp_size, name and DTYPES[name], config.fsdp_cpu_offload)
+
+
+TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
