@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,6 +45,18 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(config: DictConfig) -> Any:
+    """The transformers config of the model, by name or by `model.architecture`, with dropout off. UserError as for weights."""
+    spec = config.model
+    with _model_errors(config):
+        if spec.architecture:
+            hf_config = AutoConfig.for_model(**plain(spec.architecture))
+        else:
+            hf_config = AutoConfig.from_pretrained(**_source(spec.name_or_path))
+    no_dropout(hf_config)
+    return hf_config
+
+
 def load_policy(config: DictConfig, device_map: Any = None) -> PreTrainedModel:
     """The policy in float32 (or `model.policy_dtype`), with the weights of `model.archive` where one is given.
 
@@ -52,17 +64,9 @@ def load_policy(config: DictConfig, device_map: Any = None) -> PreTrainedModel:
     seeded random initialisation. Dropout is off: in the config, which functional dropout reads, before the modules are built.
     Raises UserError, in one line, for what cannot be found or does not fit.
     """
-    spec, name = config.model, config.model.name_or_path
-    dtype = getattr(torch, spec.policy_dtype)
-    source = {} if spec.architecture else _source(name)
-    knob, value = ("architecture", spec.architecture) if spec.architecture else ("name_or_path", name)
-    with _one_line_errors(f"model.{knob}", value, "model"):
-        hf_config = (
-            AutoConfig.for_model(**plain(spec.architecture))
-            if spec.architecture
-            else AutoConfig.from_pretrained(**source)
-        )
-        no_dropout(hf_config)
+    spec, dtype = config.model, getattr(torch, config.model.policy_dtype)
+    hf_config, source = load_config(config), {} if spec.architecture else _source(spec.name_or_path)
+    with _model_errors(config):
         if spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
             rank0_print(f"starting from {spec.archive}")
             model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive)
@@ -288,6 +292,11 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
         plain.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = model.generation_config
     return plain
+
+
+def _model_errors(config: DictConfig) -> AbstractContextManager[None]:
+    knob = "architecture" if config.model.architecture else "name_or_path"
+    return _one_line_errors(f"model.{knob}", config.model[knob], "model")
 
 
 @contextmanager

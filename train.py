@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 import parallel
+import plan
 import processes
 import trainers
 from archives import resolve_archive
@@ -33,7 +34,7 @@ from models import describe, load_policy, load_reference, load_tokenizer
 from preparation import load_examples
 from reference import weights_digest
 from report import draw_curves
-from sizing import memory_at_hand, trained_bytes, weights_bytes
+from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
 from utils import UserError, environment, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print
 from validation import import_plugins, validate
 
@@ -44,7 +45,10 @@ OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cach
 def run(config: DictConfig) -> None:
     """Validate, then train in this process or in several. A UserError ends in its line and exit code."""
     try:
-        validate(config)
+        loss = validate(config)
+        if config.plan:
+            rank0_print(plan.show(config, loss))
+            return
         OmegaConf.resolve(config)
         if config.model.archive:  # the run's record then says which policy.pt a pattern or LATEST meant
             config.model.archive = str(resolve_archive(config.model.archive).resolve())
@@ -119,8 +123,7 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int) -> bool
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = trainers.make_schedule(config, n).n_examples > n
     one, world = weights_bytes(policy), parallel.world_size()
-    room = memory_at_hand(trainers.pick_device(config)) - (one + trained_bytes(policy)) / world
-    tight = one / world > room / 4
+    tight = short_for_reference(one / world, trained_bytes(policy) / world, memory_at_hand(trainers.pick_device(config)))
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")

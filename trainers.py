@@ -116,18 +116,12 @@ class BasicTrainer:
         return way
 
     def token_budget(self, train: Sequence[Example], way: Way) -> int:
-        """Tokens of a microbatch: as configured, or from the memory at hand. Compiled blocks take rows of one length, whatever is
-        in them, so no longer ones than a step needs."""
-        config, recompute = self.config, self.config.activation_checkpointing  # all, none, or all but a share
-        kept = float(not recompute) if isinstance(recompute, bool) else recompute
+        """Tokens of a microbatch: as configured, or from the memory at hand."""
         free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.world_size - held_bytes(self.device)
-        found = sizing.default_budget(self.policy.config, self.device, self.dtype, free, kept, way.plain_head)
-        budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
-        if config.compile:
-            mean = np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))])
-            parts = self.world_size * config.gradient_accumulation_steps
-            budget = min(budget, max(2 * config.max_length, math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256))
-        return budget
+        mean = float(np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))]))
+        return sizing.token_budget(
+            self.config, self.policy.config, self.device, self.dtype, free, way.plain_head, mean, self.world_size
+        )
 
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:

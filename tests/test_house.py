@@ -21,12 +21,12 @@ LAYERS = [
     {"token_store"},
     {"examples"},
     {"batching", "metrics", "parallel", "processes", "archives", "storage", "head", "reference", "sizing"},
-    {"attention", "preparation", "checkpoints"},
+    {"attention", "activations", "preparation", "checkpoints"},
     {"models"},
     {"generation"},
     {"evaluation"},
     {"trainers"},
-    {"validation", "report"},
+    {"validation", "report", "plan"},
     {"train"},
 ]
 # What these may import from outside the standard library and the house; None: anything.
