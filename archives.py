@@ -13,6 +13,7 @@ import re
 import zipfile
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,3 +113,30 @@ def check_pickled_tensors(path: Path, what: str) -> None:
                                  "run code from the file; save tensors only")  # fmt: skip
     except (ValueError, UnicodeError) as error:
         raise UnsafeFile(damaged % f"its pickle: {str(error)[:80]}") from None
+
+
+def as_in_2023(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as transformers 4.29 has it: the names of the model's files on the hub, and the buffers it kept.
+
+    transformers 5 renamed parameters in memory (GPT-NeoX: embed_out became lm_head) and recomputes those buffers. For
+    the model classes that the 2023 repository names: GPT-NeoX, GPT-2, Llama; GPT-J kept no buffers.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = revert_weight_conversion(model, dict(state))
+    spec = model.config
+    n = spec.max_position_embeddings
+    causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]  # one tensor for all layers: stored once
+    frequencies = next((b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
+    kept: dict[str, tuple[str, dict[str, Any]]] = {
+        "gpt_neox": (
+            "gpt_neox.layers.{}.attention.",
+            {"bias": causal, "masked_bias": torch.tensor(-1e9), "rotary_emb.inv_freq": frequencies},
+        ),
+        "gpt2": ("transformer.h.{}.attn.", {"bias": causal, "masked_bias": torch.tensor(-1e4)}),
+        "llama": ("model.layers.{}.self_attn.", {"rotary_emb.inv_freq": frequencies}),
+    }
+    prefix, buffers = kept.get(spec.model_type, ("", {}))
+    for layer in range(spec.num_hidden_layers):
+        state |= {prefix.format(layer) + name: buffer for name, buffer in buffers.items()}
+    return state

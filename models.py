@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
@@ -54,6 +54,19 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(config: DictConfig) -> Any:
+    """The transformers config of the model, by name or by `model.architecture`, with dropout off. UserError as for weights."""
+    spec, name = config.model, config.model.name_or_path
+    with _model_errors(config):
+        if spec.architecture:
+            hf_config = AutoConfig.for_model(**plain(spec.architecture))
+        else:
+            hf_config = AutoConfig.from_pretrained(**_source(name), **trust.pinned(spec, name))
+        trust.check_settings(hf_config, _origin(config))
+    no_dropout(hf_config)
+    return hf_config
+
+
 def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Layout | None = None) -> PreTrainedModel:
     """The policy in float32 (or `model.policy_dtype`), with the weights of `model.archive` where one is given; with a `layout`,
     this rank's part of it, and no more than that was ever read.
@@ -62,21 +75,12 @@ def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Lay
     seeded random initialisation. Dropout is off: in the config, which functional dropout reads, before the modules are built.
     Raises UserError, in one line, for what cannot be found or does not fit.
     """
-    spec, name = config.model, config.model.name_or_path
-    dtype = DTYPES[spec.policy_dtype]
-    source = {} if spec.architecture else _source(name)
-    knob, value = ("architecture", spec.architecture) if spec.architecture else ("name_or_path", name)
-    code = trust.pinned(spec, name)
+    spec, name, dtype = config.model, config.model.name_or_path, DTYPES[config.model.policy_dtype]
+    source, code = {} if spec.architecture else _source(name), trust.pinned(spec, name)
     if code["trust_remote_code"]:
         rank0_print(f"running the code of {name} at {spec.revision}, as model.trust_remote_code=true says")
-    with _one_line_errors(f"model.{knob}", value, "model"):
-        hf_config = (
-            AutoConfig.for_model(**plain(spec.architecture))
-            if spec.architecture
-            else AutoConfig.from_pretrained(**source, **code)
-        )
-        trust.check_settings(hf_config, f"model.{knob}={value}")
-        no_dropout(hf_config)
+    hf_config = load_config(config)
+    with _model_errors(config):
         if layout is not None:
             model = _load_sharded(config, hf_config, source | code, dtype, layout)
         elif spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
@@ -89,7 +93,7 @@ def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Lay
             trust.check_folder(name)
             model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map, **code)
             model = _plain(model) if "gguf_file" in source else model
-    _check_finite(model, f"model.archive={spec.archive}" if spec.archive else f"model.{knob}={value}")
+    _check_finite(model, f"model.archive={spec.archive}" if spec.archive else _origin(config))
     if layout is None:
         allow_trees(model)
     return model
@@ -296,7 +300,8 @@ def _load_sharded(
 ) -> PreTrainedModel:
     """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
     spec, drawn = config.model, loading.Initialisation()
-    random, code = spec.architecture and not spec.archive, {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
+    random = spec.architecture and not spec.archive
+    code = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
     with loading.parameters_on_meta(drawn.registered), torch.random.fork_rng(devices=[]), drawn if random else nullcontext():
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **code)
@@ -379,6 +384,17 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+def _origin(config: DictConfig) -> str:
+    """The knob that says where the model comes from, and its value."""
+    knob = "architecture" if config.model.architecture else "name_or_path"
+    return f"model.{knob}={config.model[knob]}"
+
+
+def _model_errors(config: DictConfig) -> AbstractContextManager[None]:
+    knob, _, value = _origin(config).partition("=")
+    return _one_line_errors(knob, value, "model")
+
+
 @contextmanager
 def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
     """Turn what transformers and the hub raise for a name that does not resolve into one line."""
@@ -407,30 +423,3 @@ def describe(model: nn.Module, config: DictConfig) -> None:
     if first.dtype in (torch.bfloat16, torch.float16):
         rank0_print(f"note: {str(first.dtype)[6:]} weights round small updates away; model.policy_dtype=float32 with "
                     "model.fsdp_policy_mp=bfloat16 keeps them")  # fmt: skip
-
-
-def as_in_2023(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as transformers 4.29 has it: the names of the model's files on the hub, and the buffers it kept.
-
-    transformers 5 renamed parameters in memory (GPT-NeoX: embed_out became lm_head) and recomputes those buffers. For
-    the model classes that the 2023 repository names: GPT-NeoX, GPT-2, Llama; GPT-J kept no buffers.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state = revert_weight_conversion(model, dict(state))
-    spec = model.config
-    n = spec.max_position_embeddings
-    causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]  # one tensor for all layers: stored once
-    frequencies = next((b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
-    kept: dict[str, tuple[str, dict[str, Any]]] = {
-        "gpt_neox": (
-            "gpt_neox.layers.{}.attention.",
-            {"bias": causal, "masked_bias": torch.tensor(-1e9), "rotary_emb.inv_freq": frequencies},
-        ),
-        "gpt2": ("transformer.h.{}.attn.", {"bias": causal, "masked_bias": torch.tensor(-1e4)}),
-        "llama": ("model.layers.{}.self_attn.", {"rotary_emb.inv_freq": frequencies}),
-    }
-    prefix, buffers = kept.get(spec.model_type, ("", {}))
-    for layer in range(spec.num_hidden_layers):
-        state |= {prefix.format(layer) + name: buffer for name, buffer in buffers.items()}
-    return state

@@ -29,6 +29,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 import checkpoints
 import parallel
+import plan
 import processes
 import rundir
 import trainers
@@ -42,9 +43,9 @@ from preparation import load_examples
 from processes import report
 from reference import weights_digest
 from report import draw_curves
-from sizing import memory_at_hand, trained_bytes, weights_bytes
+from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
 from token_store import fingerprint
-from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, said, under_torchrun
+from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, redacted, said, under_torchrun
 from validation import import_plugins, validate
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
@@ -57,7 +58,10 @@ def run(config: DictConfig) -> None:
     status.json."""
     run_dir = None
     try:
-        validate(config)
+        loss = validate(config)
+        if config.plan:
+            rank0_print(plan.show(config, loss))
+            return
         config.local_run_dir = rundir.find(config)
         OmegaConf.resolve(config)
         run_dir = Path(config.local_run_dir)
@@ -173,20 +177,18 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
     elif config.resume != "never":
         rank0_print(f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning")
     parallel.from_rank0(prepare)
-    return TrainingLog(make_sinks(redacted(plain(config)), run_dir, found and found.manifest.wandb), config.minimum_log_interval_secs)
+    sinks = make_sinks(redacted(plain(config)), run_dir, found and found.manifest.wandb)
+    return TrainingLog(sinks, config.minimum_log_interval_secs)
 
 
 def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout: parallel.Layout | None) -> bool:
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = make_schedule(config, n).n_examples > n
-    # A sharded policy lies where it will be trained already.
-    one, trained, here = float(weights_bytes(policy)), float(trained_bytes(policy)), 0.0
-    if layout is None:
-        here = one
-    else:
-        one, trained = one / layout.n_shards, trained / layout.n_shards
-    tight = one > (memory_at_hand(pick_device(config)) - here - trained) / 4
+    one, trained, free = float(weights_bytes(policy)), float(trained_bytes(policy)), float(memory_at_hand(pick_device(config)))
+    if layout is not None:  # a sharded policy lies where it will be trained already
+        one, trained, free = one / layout.n_shards, trained / layout.n_shards, free + one / layout.n_shards
+    tight = short_for_reference(one, trained, free)
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")

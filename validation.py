@@ -21,6 +21,7 @@ from losses import Loss, build_loss
 from models import DTYPES
 from optimization import OPTIMIZERS, make_optimizer
 from preference_datasets import dataset_names
+from sizing import CARDS
 from trainers import TRAINERS
 from utils import UserError, local_root, plain, redact, under_torchrun
 
@@ -68,6 +69,8 @@ KEPT: Callable[[Any], bool] = lambda v: isinstance(v, bool) or (_number(v) and 0
 KNOBS: dict[str, Check] = {
     "exp_name": NAME, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
     "wandb.enabled": FLAG, "wandb.entity": maybe(TEXT), "wandb.project": TEXT, "plugins": names(0),
+    "plan": FLAG, "plan_gpus": maybe(whole(1)), "plan_nodes": maybe(whole(1)), "plan_gpu": one_of(*CARDS),
+    "plan_gpu_gb": maybe(POSITIVE), "plan_mfu": number(lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "datasets": names(1), "eval_datasets": maybe(names(1)), "field_map": maybe(MAPPING),
     "eval_share": number(lambda v: 0 <= v < 1, "a number in [0, 1)"), "chat_template": maybe(TEXT),
     "max_length": whole(2), "max_prompt_length": whole(1), "truncation_mode": maybe(one_of("keep_start", "keep_end")),
@@ -166,7 +169,12 @@ def _across(config: DictConfig) -> None:
         raise UserError("model.name_or_path=null: give a hub name, a folder or a .gguf file; or model.architecture and "
                         "model.tokenizer_name_or_path to start from random weights")  # fmt: skip
     trust.check_revision(config.model)
-    if config.model.archive:
+    if config.plan and config.device is not None:
+        raise UserError(f"device={config.device}: a plan is for GPUs; leave it out, and say which with plan_gpu")
+    for knob in ("plan_gpus", "plan_nodes", "plan_gpu_gb"):
+        if config[knob] is not None and not config.plan:
+            raise UserError(f"{knob}={config[knob]}: is for plan=true, which trains nothing; leave it out to train")
+    if config.model.archive and not config.plan:  # the run that makes it may be still to come
         resolve_archive(config.model.archive)
     if config.chat_template not in (None, "hh"):
         try:

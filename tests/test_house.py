@@ -22,14 +22,14 @@ LAYERS = [
     {"examples"},
     {"parallel"},
     {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing"},
-    {"attention", "preparation", "state_files", "processes", "loading", "trust"},
+    {"attention", "activations", "preparation", "state_files", "processes", "loading", "trust"},
     {"checkpoints"},
     {"models", "optimization", "rundir"},
     {"generation"},
     {"evaluation"},
     {"selfcheck"},
     {"trainers"},
-    {"validation", "report"},
+    {"validation", "report", "plan"},
     {"train"},
 ]
 # What these may import from outside the standard library and the house; None: anything.
