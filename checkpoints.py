@@ -229,16 +229,28 @@ def newest(run_dir: Path) -> Found | None:
 
 
 def set_aside(run_dir: Path, found: Found | None) -> None:
-    """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill left half written."""
+    """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill left half written; point LATEST
+    to `found`, if a kill came between."""
     for path in listed(run_dir):
         if found is not None and path == found.path:
             break
         storage.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     for path in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed"), run_dir / REHEARSAL):
         storage.remove(path)
+    if found is not None:
+        storage.point(run_dir / "LATEST", found.path.name)
 
 
 # ------------------------------------------------------------------------------------------------------------- pruning
+
+
+def settle(run_dir: Path, name: str, keep: int | None, best_by: str) -> None:
+    """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer needed is removed."""
+    try:
+        storage.point(run_dir / "LATEST", name)
+        prune(run_dir, keep, best_by)
+    except OSError as error:
+        raise StorageError(f"local_run_dir={run_dir}: {name} is written; {error.strerror or error}") from None
 
 
 def prune(run_dir: Path, keep: int | None, best_by: str) -> None:
@@ -308,14 +320,7 @@ class Saver:
         start = time.monotonic()
         path = save(self.run_dir, name, parts, state, manifest, self.talk, needed)
 
-        def settle() -> None:
-            try:
-                storage.point(self.run_dir / "LATEST", name)
-                prune(self.run_dir, self.keep, self.best_by)
-            except OSError as error:
-                raise StorageError(f"{self.run_dir}: {name} is written; {error.strerror or error}") from None
-
-        self.talk.from_rank0(settle)
+        self.talk.from_rank0(partial(settle, self.run_dir, name, self.keep, self.best_by))
         self.secs = time.monotonic() - start
         rank0_print(f"saved {path}")
 

@@ -103,6 +103,8 @@ def train(config: DictConfig) -> None:
             rundir.compare(run_dir, {"settings": found.manifest.recipe["settings"]}, {"settings": rundir.settings(config)},
                            config.resume_allow)  # fmt: skip
         if found is not None and found.manifest.finished:
+            settle = partial(checkpoints.settle, run_dir, found.path.name, config.keep_checkpoints, config.keep_best)
+            parallel.from_rank0(settle)  # which a kill may have prevented
             rank0_print(f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run: resume=never")
             report(found.manifest.step, found.manifest.examples)
         else:

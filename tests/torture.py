@@ -5,10 +5,10 @@ would be after its imports. So a start costs a fraction of a second, and hundred
 
     python tests/torture.py --seed 1 --kills 300 --report benchmarks/results/torture.md
 
-The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry of the k-th write, fsync, rename,
-... of a save; errors in their place; a file system that is full. After each the newest checkpoint that verifies (here by code of
-its own) is no older than before, and in the end the run must be what the undisturbed run is: weights, optimizer, metrics, samples,
-order of examples.
+The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry of the k-th write, fsync,
+rename, ... of a save; errors in their place; a file system that is full. After each the newest checkpoint that verifies (here by
+code of its own) is no older than before, and in the end the run must be what the undisturbed run is: weights, optimizer, metrics,
+samples, order of examples.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class Child:
             os.chdir(ROOT)
             import train
 
+            train.draw_curves = lambda run_dirs: None  # after the last save; it takes longer than all before it
             gauge.install()
             sys.argv = ["train.py", *overrides]
             train.main()
@@ -274,8 +275,8 @@ class Torture:
         link = run_dir / "LATEST"
         if max(found, default=0) < before:
             return f"the checkpoint of {before} examples was whole and is gone; there are {sorted(found)}"
-        if before and (not link.is_dir() or link.resolve() not in [p.resolve() for p in found.values()]):
-            return "LATEST is no whole checkpoint"
+        if link.is_symlink() and link.resolve() not in [p.resolve() for p in found.values()]:
+            return f"LATEST is {os.readlink(link)}, which is no whole checkpoint; there are {sorted(found)}"
         return None
 
     def finish(self, run_dir: Path) -> str | None:
@@ -505,8 +506,9 @@ def tiny_model(folder: Path) -> Path:
 
 def warm() -> None:
     """Import here what a run imports, also late; nothing is computed."""
-    import torch._dynamo  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.tokenization_llama  # noqa: F401
+    from transformers import GenerationConfig  # noqa: F401
 
     import train  # noqa: F401
 
@@ -563,13 +565,14 @@ def write_report(path: Path, at: argparse.Namespace, tallies: list[Tally], secs:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     kills = sum(t.counts["kills"] for t in tallies if "at random" in t.name)
     inside = sum(t.counts["kills in a save"] for t in tallies)
+    machine = f"{versions}, Python {platform.python_version()}, {os.cpu_count()} CPU cores"
     lines = [
-        "# Torture", "", f"Command: `make torture`, which is `python tests/torture.py --seed {at.seed} --report {path.name}`; commit "
-        f"{commit}, {versions}, Python {platform.python_version()}, {os.cpu_count()} CPU cores; {secs / 60:.1f} minutes.", "",
-        f"{kills} random SIGKILLs, {inside} of them ({inside / max(1, kills):.0%}) inside a save. After each the newest checkpoint that "
-        "verifies was no older than before; each run was started again until it was through, and then had the weights, the optimizer "
-        "state, the metrics, the samples and the order of examples of the undisturbed run, to the bit, but for what is listed as wrong.",
-        "", "| what | how often | wrong | seconds |", "|---|---|---|---|",
+        "# Torture", "", f"Command: `make torture`, which is `python tests/torture.py --seed {at.seed} --report ...`; commit",
+        f"{commit}, {machine}; {secs / 60:.1f} minutes.", "",
+        f"{kills} random SIGKILLs, {inside} of them ({inside / max(1, kills):.0%}) inside a save. After each the newest",
+        "checkpoint that verifies was no older than before; each run was started again until it was through, and then had the",
+        "weights, the optimizer state, the metrics, the samples and the order of examples of the undisturbed run, to the bit,",
+        "but for what is counted as wrong.", "", "| what | how often | wrong | seconds |", "|---|---|---|---|",
     ]  # fmt: skip
     for tally in tallies:
         counts = ", ".join(f"{n} {name}" for name, n in tally.counts.items())
