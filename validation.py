@@ -63,6 +63,11 @@ OPTIMIZERS = [
 KEPT: Callable[[Any], bool] = lambda v: isinstance(v, bool) or (_number(v) and 0 < v < 1)
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 
+# Knobs of some trainers only: where one would be ignored, another value than its default is refused.
+SEVERAL: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("fsdp_shard_size", None, TRAINERS[1:]), ("fsdp_cpu_offload", False, TRAINERS[1:]), ("fsdp_reduce", "last", TRAINERS[1:]),
+    ("tp_size", None, TRAINERS[2:]),
+]  # fmt: skip
 KNOBS: dict[str, Check] = {
     "exp_name": TEXT, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
     "wandb.enabled": FLAG, "wandb.entity": maybe(TEXT), "wandb.project": TEXT, "plugins": names(0),
@@ -78,6 +83,7 @@ KNOBS: dict[str, Check] = {
     "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
     "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
     "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG, "fsdp_reduce": one_of("last", "each"),
+    "tp_size": maybe(whole(1)), "model.tp_plan": maybe(MAPPING),
     "fsdp_port": maybe(whole(1)),
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
     "eval_every": whole(1), "do_first_eval": FLAG, "do_last_eval": FLAG,
@@ -153,8 +159,11 @@ def _across(config: DictConfig) -> None:
         raise UserError("n_epochs=null and n_examples=null: give one of them, or training would never end")
     if not isinstance(config.activation_checkpointing, bool) and not config.compile:
         raise UserError(f"activation_checkpointing={config.activation_checkpointing}: a share needs compile=true")
-    if config.trainer == "TensorParallelTrainer":
-        raise UserError("trainer=TensorParallelTrainer: not built yet; use trainer=FSDPTrainer, or trainer=BasicTrainer")
+    if config.trainer == "TensorParallelTrainer" and config.compile:
+        raise UserError("compile=true: not with trainer=TensorParallelTrainer, whose layers can't be compiled whole; set it to false")
+    for knob, default, trainers in SEVERAL:
+        if config[knob] != default and config.trainer not in trainers:
+            raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob}={default}")
     if config.model.name_or_path is None and not (config.model.architecture and config.model.tokenizer_name_or_path):
         raise UserError("model.name_or_path=null: give a hub name, a folder or a .gguf file; or model.architecture and "
                         "model.tokenizer_name_or_path to start from random weights")  # fmt: skip
