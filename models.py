@@ -29,6 +29,7 @@ from transformers import (
 import attention
 import loading
 import parallel
+import tensor_parallelism
 import trust
 from archives import load_policy_state
 from batching import Batch, unfold
@@ -336,6 +337,8 @@ def _load_sharded(
 
 def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout, weights: loading.Source) -> PreTrainedModel:
     """A model without values, cut over the ranks and filled."""
+    if layout.tp_size > 1:
+        tensor_parallelism.cut_over(model, layout.tp_mesh, config.model.tp_plan)
     layout.shard(model, block_class(model, config.model.block_name), next(model.parameters()).requires_grad)
     layout.materialise(model)
     with torch.random.fork_rng(devices=[]):

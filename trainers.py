@@ -437,9 +437,17 @@ class FSDPTrainer(BasicTrainer):
         return parallel.gathered_optimizer_state(self.policy, self.optimizer)
 
 
-def _layout(config: DictConfig, tp_size: int) -> parallel.Layout:
+class TensorParallelTrainer(FSDPTrainer):
+    """One process per GPU; tp_size of them see the same rows and hold a part of every matrix each; over the others, FSDP."""
+
+    @staticmethod
+    def make_layout(config: DictConfig) -> parallel.Layout:
+        return _layout(config, config.tp_size)
+
+
+def _layout(config: DictConfig, tp_size: int | None) -> parallel.Layout:
     name = config.model.fsdp_policy_mp
     return parallel.Layout(config.fsdp_shard_size, tp_size, name and DTYPES[name], config.fsdp_cpu_offload)
 
 
-TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
+TRAINERS = {kind.__name__: kind for kind in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}

@@ -66,6 +66,12 @@ RULE, DTYPE = one_of("keep", "drop", "stop"), one_of(*DTYPES)
 POSITIVE = number(lambda v: v > 0, "a number above 0")
 KEPT: Callable[[Any], bool] = lambda v: isinstance(v, bool) or (_number(v) and 0 < v < 1)
 
+SHARDED = ("FSDPTrainer", "TensorParallelTrainer")
+# Knobs of some trainers only: where one would be ignored, another value than its default is refused.
+SEVERAL: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("fsdp_shard_size", None, SHARDED), ("fsdp_cpu_offload", False, SHARDED), ("fsdp_reduce", "last", SHARDED),
+    ("tp_size", None, SHARDED[1:]),
+]  # fmt: skip
 KNOBS: dict[str, Check] = {
     "exp_name": NAME, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
     "wandb.enabled": FLAG, "wandb.entity": maybe(TEXT), "wandb.project": TEXT, "plugins": names(0),
@@ -77,13 +83,14 @@ KNOBS: dict[str, Check] = {
     "response_truncation": one_of("fixed", "fill"), "add_bos": FLAG,
     "eos_in_text": one_of("strip", "keep"), "shuffle": FLAG,
     "n_epochs": maybe(whole(1)), "n_examples": maybe(whole(1)), "n_eval_examples": maybe(whole(0)),
-    "trainer": one_of(*TRAINERS, "TensorParallelTrainer"),
+    "trainer": one_of(*TRAINERS),
     "batch_size": whole(1), "gradient_accumulation_steps": whole(1), "eval_batch_size": whole(1),
     "optimizer": one_of(*OPTIMIZERS), "optimizer_args": maybe(MAPPING), "lr": POSITIVE, "warmup_steps": whole(0),
     "lr_schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
     "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
     "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
     "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG, "fsdp_reduce": one_of("last", "each"),
+    "tp_size": maybe(whole(1)), "model.tp_plan": maybe(MAPPING),
     "fsdp_port": maybe(whole(1)),
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
     "resume": one_of("never", "auto", "must"), "resume_allow": names(0), "max_hours": maybe(POSITIVE),
@@ -163,8 +170,11 @@ def _across(config: DictConfig) -> None:
         raise UserError("n_epochs=null and n_examples=null: give one of them, or training would never end")
     if not isinstance(config.activation_checkpointing, bool) and not config.compile:
         raise UserError(f"activation_checkpointing={config.activation_checkpointing}: a share needs compile=true")
-    if config.trainer == "TensorParallelTrainer":
-        raise UserError("trainer=TensorParallelTrainer: not built yet; use trainer=FSDPTrainer, or trainer=BasicTrainer")
+    if config.trainer == "TensorParallelTrainer" and config.compile:
+        raise UserError("compile=true: not with trainer=TensorParallelTrainer, whose layers can't be compiled whole; set it to false")
+    for knob, default, trainers in SEVERAL:
+        if config[knob] != default and config.trainer not in trainers:
+            raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob}={default}")
     if config.model.name_or_path is None and not (config.model.architecture and config.model.tokenizer_name_or_path):
         raise UserError("model.name_or_path=null: give a hub name, a folder or a .gguf file; or model.architecture and "
                         "model.tokenizer_name_or_path to start from random weights")  # fmt: skip
