@@ -14,6 +14,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -30,6 +31,7 @@ MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet.gz")
 # The first of a split's prefixes that any file has wins, so that `validation*` counts as test only beside no `test*`.
 SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "validation", "valid", "eval", "dev")}
+LONGEST_LINE = 2**24  # bytes of a row
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
@@ -172,6 +174,8 @@ def open_source(path: str | Path, split: str, data_dir: str | None = None) -> So
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{path}: no such file or folder; check the path (relative paths start at {Path.cwd()})")
+    if not root.is_file() and not root.is_dir():
+        raise UserError(f"{path}: not a file or folder, but a pipe or device; write the rows to a file")
     if root.is_file():
         return Source(lambda: read_file(root), whole=True, version=files_version([root]))
     if data_dir and (root / data_dir).is_dir():
@@ -251,9 +255,11 @@ def _read_bytes(path: Path, reader: Callable[[BinaryIO, str], Iterator[RawRow]])
             raise UserError(f"{path}: the gzip file is damaged or cut short ({error}); copy it again") from None
 
 
-def _lines(stream: BinaryIO, file: str) -> Iterator[str]:
+def _lines(stream: BinaryIO, file: str, longest: int = -1) -> Iterator[str]:
     """The lines, decoded one at a time so that an error can say where; the byte-order mark is dropped."""
-    for n, line in enumerate(stream, 1):
+    for n, line in enumerate(iter(partial(stream.readline, longest), b""), 1):
+        if len(line) == longest:  # which a small gzip file can hold, and no memory
+            raise UserError(f"{file}, line {n}: longer than {longest:,} bytes, which no row is; end each row with a line break")
         try:
             yield line.decode("utf-8-sig" if n == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -262,7 +268,7 @@ def _lines(stream: BinaryIO, file: str) -> Iterator[str]:
 
 
 def _read_jsonl(stream: BinaryIO, file: str) -> Iterator[RawRow]:
-    lines = enumerate(_lines(stream, file), 1)
+    lines = enumerate(_lines(stream, file, LONGEST_LINE), 1)
     for n, line in lines:
         if not line.strip():
             continue
@@ -274,10 +280,21 @@ def _read_jsonl(stream: BinaryIO, file: str) -> Iterator[RawRow]:
         yield _object(value, file, n, "line")
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"field '{twice}' stands there twice")
+    return fields
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object_of)
+
+
 def _parse(text: str) -> tuple[Any, str]:
     """The JSON value, and what is wrong with the text ("" when nothing is)."""
     try:
-        return json.loads(text), ""
+        return JSON.decode(text), ""
     except json.JSONDecodeError as error:
         return None, f"{error.msg} at character {error.colno}"
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
@@ -298,9 +315,10 @@ def _read_json(stream: BinaryIO, file: str) -> Iterator[RawRow]:
         yield from _read_jsonl(io.BytesIO(text.encode()), file)
         return
     try:
-        rows = json.loads(text)
+        rows = JSON.decode(text)
     except (ValueError, RecursionError) as error:
-        line, problem = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
+        line = getattr(error, "lineno", 1)
+        problem = getattr(error, "msg", str(error).partition(";")[0]) if isinstance(error, ValueError) else "nested too deeply"
         raise UserError(f"{file}, line {line}: not valid JSON: {problem}; mend or complete the file") from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]

@@ -19,6 +19,19 @@ def held_bytes(device: torch.device) -> int:
     return (8 if device.type == "cuda" else 1) * (KEPT_BYTES + CHUNK_BYTES)
 
 
+def step_bytes(n: int, width: int, vocab: int, itemsize: int, device: torch.device) -> int:
+    """What linear_logps holds when its backward pass begins: [n] positions, the head's weight [vocab, width] of `itemsize` bytes.
+
+    Softmax of all positions if that may be kept, else two chunks (one is made while the one before still has its name); the
+    gradient of the weight in float32, and of hidden states; in 16 bits one chunk and that gradient a second time, rounded.
+    """
+    scale = 8 if device.type == "cuda" else 1
+    whole, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
+    held = whole if whole <= scale * KEPT_BYTES else 2 * 4 * rows * vocab
+    rounded = itemsize * (rows + width) * vocab if itemsize < 4 else 0
+    return held + max(4, itemsize) * vocab * width + rounded + 2 * n * width * itemsize
+
+
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """log softmax(logits)[target], in float32 at least.  [N, V], [N] -> [N], nats"""
     return -F.cross_entropy(_wide(logits), targets.to(logits.device), reduction="none")

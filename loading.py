@@ -94,13 +94,13 @@ def of_state(model: PreTrainedModel, state: Mapping[str, Any], read: Callable[[s
 
 
 @contextmanager
-def safetensors_source(model: PreTrainedModel, name: str) -> Iterator[Source]:
+def safetensors_source(model: PreTrainedModel, name: str, revision: str | None) -> Iterator[Source]:
     """Slices of a folder's or hub name's safetensors files, which stay open within.
 
     Raises FileNotFoundError where there are none, NotImplementedError where weights are stored in a form that has to be computed.
     """
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(path, "pt")) for path in _files(name)]
+        opened = [stack.enter_context(safe_open(path, "pt")) for path in _files(name, revision)]
         files = {key: file for file in opened for key in file.keys()}  # noqa: SIM118  a file is no mapping
         slices = {key: file.get_slice(key) for key, file in files.items()}
         shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
@@ -111,14 +111,14 @@ def safetensors_source(model: PreTrainedModel, name: str) -> Iterator[Source]:
         yield of_state(model, shapes, read, strict=False)
 
 
-def _files(name: str) -> list[str]:
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+def _files(name: str, revision: str | None) -> list[str]:
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:
-        single = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        single = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if single is None:
             raise FileNotFoundError("it has no safetensors")
         return [single]
-    found = {cached_file(name, file) for file in json.loads(Path(index).read_text())["weight_map"].values()}
+    found = {cached_file(name, file, revision=revision) for file in json.loads(Path(index).read_text())["weight_map"].values()}
     return sorted(str(file) for file in found)
 
 

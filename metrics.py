@@ -203,7 +203,8 @@ class Wandb:
         arguments |= {"config": dict(config), "dir": str(run_dir)}
         if resumed is not None:
             arguments |= {"id": resumed, "resume": "allow"}
-        quiet = wandb.Settings(silent=True, init_timeout=30)
+        # Its metadata would hold the command line as it was typed; env.json has it without secrets.
+        quiet = wandb.Settings(silent=True, init_timeout=30, x_disable_meta=True)
         for attempt in dict.fromkeys((mode, "offline", "disabled")):
             try:
                 self.run = wandb.init(**arguments, mode=attempt, settings=quiet)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,17 +29,18 @@ from transformers import (
 import attention
 import loading
 import parallel
+import tensor_parallelism
+import trust
 from archives import load_policy_state
 from batching import Batch, unfold
 from head import linear_logps, token_logps
 from losses import Logps
-from utils import UserError, plain, rank0_print
+from utils import UnsafeFile, UserError, plain, rank0_print
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# Buffers that the transformers of 2023 wrote into state dicts and today's recompute.
-STALE_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -47,10 +48,24 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     knob = "tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "name_or_path"
     name = config.model[knob]
     with _one_line_errors(f"model.{knob}", name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(**_source(name), **trust.pinned(config.model, name))
+    trust.check_templates(tokenizer, f"model.{knob}={name}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(config: DictConfig) -> Any:
+    """The transformers config of the model, by name or by `model.architecture`, with dropout off. UserError as for weights."""
+    spec, name = config.model, config.model.name_or_path
+    with _model_errors(config):
+        if spec.architecture:
+            hf_config = AutoConfig.for_model(**plain(spec.architecture))
+        else:
+            hf_config = AutoConfig.from_pretrained(**_source(name), **trust.pinned(spec, name))
+        trust.check_settings(hf_config, _origin(config))
+    no_dropout(hf_config)
+    return hf_config
 
 
 def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Layout | None = None) -> PreTrainedModel:
@@ -61,30 +76,38 @@ def load_policy(config: DictConfig, device_map: Any = None, layout: parallel.Lay
     seeded random initialisation. Dropout is off: in the config, which functional dropout reads, before the modules are built.
     Raises UserError, in one line, for what cannot be found or does not fit.
     """
-    spec, name = config.model, config.model.name_or_path
-    dtype = getattr(torch, spec.policy_dtype)
-    source = {} if spec.architecture else _source(name)
-    knob, value = ("architecture", spec.architecture) if spec.architecture else ("name_or_path", name)
-    with _one_line_errors(f"model.{knob}", value, "model"):
-        hf_config = (
-            AutoConfig.for_model(**plain(spec.architecture))
-            if spec.architecture
-            else AutoConfig.from_pretrained(**source)
-        )
-        no_dropout(hf_config)
+    spec, name, dtype = config.model, config.model.name_or_path, DTYPES[config.model.policy_dtype]
+    source, code = {} if spec.architecture else _source(name), trust.pinned(spec, name)
+    if code["trust_remote_code"]:
+        rank0_print(f"running the code of {name} at {spec.revision}, as model.trust_remote_code=true says")
+    hf_config = load_config(config)
+    with _model_errors(config):
         if layout is not None:
-            return _load_sharded(config, hf_config, source, dtype, layout)
-        if spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
+            model = _load_sharded(config, hf_config, source | code, dtype, layout)
+        elif spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
             rank0_print(f"starting from {spec.archive}")
-            model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive)
+            model = _from_state(hf_config, load_policy_state(spec.archive), dtype, device_map, spec.archive, code)
         elif spec.architecture:
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map)
+            trust.check_folder(name)
+            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map, **code)
             model = _plain(model) if "gguf_file" in source else model
-    allow_trees(model)
+    _check_finite(model, f"model.archive={spec.archive}" if spec.archive else _origin(config))
+    if layout is None:
+        allow_trees(model)
     return model
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, what: str) -> None:
+    """Raise UnsafeFile for weights that are NaN or infinite: a damaged file, or a run that had diverged."""
+    parts = ((name, parallel.region(p)[1]) for name, p in model.named_parameters())
+    mine = next((n for n, p in parts if p.numel() and not torch.linalg.vector_norm(p, ord=torch.inf).isfinite()), None)
+    bad = [name for name in parallel.from_all(mine) if name is not None]
+    if bad:
+        raise UnsafeFile(f"{what}: {bad[0]} holds NaN or infinity; is the file damaged, or had its training diverged?")
 
 
 def load_reference(
@@ -279,23 +302,24 @@ def _load_sharded(
     """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
     spec, drawn = config.model, loading.Initialisation()
     random = spec.architecture and not spec.archive
+    code = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
     with loading.parameters_on_meta(drawn.registered), torch.random.fork_rng(devices=[]), drawn if random else nullcontext():
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **code)
     with ExitStack() as stack:
         try:
             if spec.archive:
                 rank0_print(f"starting from {spec.archive}")
-                state = {k: v for k, v in load_policy_state(spec.archive).items() if not k.endswith(STALE_BUFFERS)}
-                weights = loading.state_source(model, state)
+                weights = loading.state_source(model, load_policy_state(spec.archive))
             elif random:
                 weights = loading.seeded_source(model, drawn.of(model))
             elif "gguf_file" in source:
                 raise NotImplementedError("GGUF is dequantised as a whole")
             else:
-                weights = stack.enter_context(loading.safetensors_source(model, source["pretrained_model_name_or_path"]))
+                name = source["pretrained_model_name_or_path"]
+                weights = stack.enter_context(loading.safetensors_source(model, name, source.get("revision")))
                 with suppress(OSError):
-                    model.generation_config = GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"])
+                    model.generation_config = GenerationConfig.from_pretrained(name, revision=source.get("revision") or "main")
         except (NotImplementedError, FileNotFoundError) as error:
             rank0_print(f"every process reads the whole model before it keeps its part: {error}")
             whole = load_policy(config)
@@ -313,6 +337,8 @@ def _load_sharded(
 
 def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout, weights: loading.Source) -> PreTrainedModel:
     """A model without values, cut over the ranks and filled."""
+    if layout.tp_size > 1:
+        tensor_parallelism.cut_over(model, layout.tp_mesh, config.model.tp_plan)
     layout.shard(model, block_class(model, config.model.block_name), next(model.parameters()).requires_grad)
     layout.materialise(model)
     with torch.random.fork_rng(devices=[]):
@@ -320,11 +346,12 @@ def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout,
     return model
 
 
-def _from_state(hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str) -> PreTrainedModel:
+def _from_state(
+    hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str, code: dict[str, Any]
+) -> PreTrainedModel:
     """A model with exactly these weights; transformers renames what it has renamed since 2023 (GPT-NeoX's embed_out)."""
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(hf_config)
-    state = {k: v for k, v in state.items() if not k.endswith(STALE_BUFFERS)}
+        blank = AutoModelForCausalLM.from_config(hf_config, **{k: v for k, v in code.items() if k != "revision"})
     shapes = {k: v.shape for k, v in blank.state_dict().items()}
     other = [k for k, v in state.items() if v.shape != shapes.get(k, v.shape)]
 
@@ -360,15 +387,32 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+def _origin(config: DictConfig) -> str:
+    """The knob that says where the model comes from, and its value."""
+    knob = "architecture" if config.model.architecture else "name_or_path"
+    return f"model.{knob}={config.model[knob]}"
+
+
+def _model_errors(config: DictConfig) -> AbstractContextManager[None]:
+    knob, _, value = _origin(config).partition("=")
+    return _one_line_errors(knob, value, "model")
+
+
 @contextmanager
 def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
     """Turn what transformers and the hub raise for a name that does not resolve into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except UnpicklingError:  # of torch.load with weights_only
+        raise UnsafeFile(f"{knob}={value}: its weights are a pickle with more than tensors, which could run code; convert them "
+                         "to safetensors where they come from") from None  # fmt: skip
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a file can make transformers, tokenizers, safetensors or the hub raise
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(str(value)).exists()
         off = " (the hub is switched off: HF_HUB_OFFLINE)" if offline else ""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         fix = "give a hub name or a local folder"
         raise UserError(f"{knob}={value}: the {what} cannot be loaded{off}: {first[:200]}; {fix}") from None
 
@@ -382,30 +426,3 @@ def describe(model: nn.Module, config: DictConfig) -> None:
     if first.dtype in (torch.bfloat16, torch.float16):
         rank0_print(f"note: {str(first.dtype)[6:]} weights round small updates away; model.policy_dtype=float32 with "
                     "model.fsdp_policy_mp=bfloat16 keeps them")  # fmt: skip
-
-
-def as_in_2023(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as transformers 4.29 has it: the names of the model's files on the hub, and the buffers it kept.
-
-    transformers 5 renamed parameters in memory (GPT-NeoX: embed_out became lm_head) and recomputes those buffers. For
-    the model classes that the 2023 repository names: GPT-NeoX, GPT-2, Llama; GPT-J kept no buffers.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state = revert_weight_conversion(model, dict(state))
-    spec = model.config
-    n = spec.max_position_embeddings
-    causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]  # one tensor for all layers: stored once
-    frequencies = next((b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
-    kept: dict[str, tuple[str, dict[str, Any]]] = {
-        "gpt_neox": (
-            "gpt_neox.layers.{}.attention.",
-            {"bias": causal, "masked_bias": torch.tensor(-1e9), "rotary_emb.inv_freq": frequencies},
-        ),
-        "gpt2": ("transformer.h.{}.attn.", {"bias": causal, "masked_bias": torch.tensor(-1e4)}),
-        "llama": ("model.layers.{}.self_attn.", {"rotary_emb.inv_freq": frequencies}),
-    }
-    prefix, buffers = kept.get(spec.model_type, ("", {}))
-    for layer in range(spec.num_hidden_layers):
-        state |= {prefix.format(layer) + name: buffer for name, buffer in buffers.items()}
-    return state

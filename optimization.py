@@ -14,6 +14,12 @@ from torch import nn
 from batching import Schedule
 from utils import UserError, plain
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name: kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+    and name not in ("Optimizer", "SparseAdam", "Muon")  # these two take sparse gradients only, and matrices only
+    and inspect.signature(kind.step).parameters["closure"].default is None
+}  # fmt: skip
+
 
 def pick_device(config: DictConfig) -> torch.device:
     return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -27,7 +33,7 @@ def make_schedule(config: DictConfig, n: int) -> Schedule:
 
 def make_optimizer(config: DictConfig, policy: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """torch.optim.<config.optimizer>, fused on a GPU where torch has such a kernel. UserError when its arguments are refused."""
-    factory = getattr(torch.optim, config.optimizer)
+    factory = OPTIMIZERS[config.optimizer]
     arguments = plain(config.optimizer_args)
     fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {"fused", "foreach", "differentiable"}
     if device.type == "cuda" and fusible:

@@ -1,7 +1,9 @@
-"""Several processes: what they agree on, sharding a model over them (FSDP2), gathering it. The only file that knows DTensor."""
+"""Several processes: what they agree on, sharding a model over them (FSDP2), gathering it. With tensor_parallelism.py, which cuts
+layers, the only file that knows DTensor."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -17,6 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from utils import UserError
+
+# It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which is how it lies.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 T = TypeVar("T")
 timeout: timedelta | None = None  # how long a rank waits for another; set where the group is made
@@ -113,8 +118,9 @@ class Layout:
     a machine, differ in `tp` first, then in `shard`.
     """
 
-    def __init__(self, shard_size: int | None, tp_size: int, compute_dtype: torch.dtype | None, offload: bool):
+    def __init__(self, shard_size: int | None, tp_size: int | None, compute_dtype: torch.dtype | None, offload: bool):
         world, rank = dist.get_world_size(), dist.get_rank()
+        tp_size = tp_size or world
         if world % tp_size:
             raise UserError(f"tp_size={tp_size}: does not divide the {world} processes; give a divisor, or null for all of them")
         self.tp_size, self.rank, self.n_rows = tp_size, rank // tp_size, world // tp_size

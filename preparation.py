@@ -33,11 +33,14 @@ class Part(NamedTuple):
     cases: Counter[str]  # case -> examples it applies to, before any rule
 
 
-def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> tuple[Examples, Examples]:
+def load_examples(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool, keep: bool = True
+) -> tuple[Examples, Examples]:
     """The training and the evaluation examples of `config.datasets` (and `eval_datasets`), after the data rules.
 
     Training examples stand in the order of the data sets; evaluation is the first n_eval_examples of a seeded permutation
     (of the data's own order with shuffle=false), each once. Prints one table per data set and the first example.
+    `keep` false: tokens that are not in the cache are made for this process only.
     """
     rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
     own_eval = config.eval_datasets is not None  # then a file is all training or all evaluation
@@ -46,7 +49,7 @@ def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs:
     wanted += [("test", name) for name in (config.eval_datasets if own_eval else config.datasets)]
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
-    for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares), strict=True):
+    for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares, keep), strict=True):
         if split == "train" or own_eval:
             rank0_print(store.form)
         examples = view(store, pairs, rules, config.truncation_mode or store.truncation, bos)
@@ -72,7 +75,7 @@ def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs:
 
 def token_stores(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, rules: TextRules, wanted: list[tuple[str, str]],
-    shares: dict[str, float],
+    shares: dict[str, float], keep: bool,
 ) -> list[TokenStore]:  # fmt: skip
     """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank maps the same files."""
     named = {None: None, "hh": HH_TEMPLATE}
@@ -88,7 +91,7 @@ def token_stores(
             inputs = made_of(name, split, str(local_dir), path)
             options = {"eval_share": share, "field_map": field_map, "path": path}
             recipe = Recipe(data, split, tokenizer, identity, rules, template, inputs, options)
-            folder, kept = find_or_make(recipe, local_dir / "token_cache")
+            folder, kept = find_or_make(recipe, local_dir / "token_cache", keep)
             made.append((str(folder), kept))
         return made
 

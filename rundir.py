@@ -22,7 +22,7 @@ import parallel
 import processes
 from checkpoints import listed
 from examples import Examples
-from utils import ResumeMismatch, UserError, environment, get_local_dir, plain, rank, rank0_print
+from utils import ResumeMismatch, UserError, environment, get_local_dir, plain, rank, rank0_print, redacted
 
 TIME_STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}")
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -32,7 +32,7 @@ LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, b
 BOOKKEEPING = {
     "exp_name", "local_dirs", "local_run_dir", "debug", "resume", "resume_allow", "keep_checkpoints", "keep_best", "save_every",
     "save_every_minutes", "async_save", "save_optimizer_pt", "max_hours", "timeout_minutes", "minimum_log_interval_secs",
-    "policy_format",
+    "policy_format", "plan", "plan_gpus", "plan_nodes", "plan_gpu", "plan_gpu_gb", "plan_mfu",
 }  # fmt: skip
 BY_CONTENTS = {"datasets", "eval_datasets", "plugins", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive"}
 # Where and in what pieces it is computed: the same numbers, to rounding.
@@ -133,7 +133,7 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
 
 def record(config: DictConfig, run_dir: Path, step: int | None, changed: Sequence[str]) -> None:
     """The resolved config, and the environment: env.json at the run's first start, a line of resumes.jsonl at a later one."""
-    OmegaConf.save(config, run_dir / "config.yaml")
+    OmegaConf.save(redacted(config), run_dir / "config.yaml")
     if step is None:
         (run_dir / "env.json").write_text(environment())
         (run_dir / "resumes.jsonl").unlink(missing_ok=True)

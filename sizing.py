@@ -1,12 +1,14 @@
-"""What a step costs, in operations and in bytes: for the MFU, and for the default token budget of a microbatch.
+"""What a step costs, in operations and in bytes: for the MFU, the default token budget of a microbatch, and plan=true.
 
 Symbols: N parameters of the body (neither embeddings nor head), V vocabulary, d hidden size, L layers, q = heads * head size.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import psutil
@@ -20,6 +22,21 @@ PEAK = {
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A10": 125e12, "NVIDIA GeForce RTX 4090": 165e12,
+}  # fmt: skip
+
+
+class Card(NamedTuple):
+    """A GPU that plan=true may reckon with, from its data sheet."""
+
+    gb: int  # 1e9 bytes; its real memory is up to 7% more, which its context and fragmentation take
+    flops16: float  # dense, per second
+    flops32: float  # without TF32, which PyTorch leaves off
+
+
+CARDS = {
+    "H100": Card(80, 989e12, 67e12), "H200": Card(141, 989e12, 67e12), "A100": Card(80, 312e12, 19.5e12),
+    "A100-40GB": Card(40, 312e12, 19.5e12), "L40S": Card(48, 362e12, 91.6e12), "A10": Card(24, 125e12, 31.2e12),
+    "RTX4090": Card(24, 165e12, 82.6e12),
 }  # fmt: skip
 
 
@@ -81,14 +98,164 @@ def trained_bytes(policy: nn.Module) -> int:
     return 3 * weights_bytes(policy)
 
 
-def default_budget(config: Any, device: torch.device, dtype: torch.dtype, free: float, kept: float, plain_head: bool) -> int:
-    """Tokens of a microbatch that use half of `free` bytes for activations, at most what makes a difference.
+def short_for_reference(weights: float, trained: float, memory: float) -> bool:
+    """Would a second model take a quarter of the memory that the policy's training leaves? In bytes of one process."""
+    return weights > (memory - weights - trained) / 4
 
-    Per token and layer: 48 d numbers (Llama 47.5, GPT-NeoX 32, counted with saved-tensor hooks), of which a share `kept` is kept
-    where activations are recomputed; and for a head that is not computed in chunks, logits and their gradient in float32 for
-    half of the tokens. Beyond 1,024 tokens a CPU gains a few percent only, and a GPU nothing beyond 16,384.
+
+def kept(config: Any) -> float:
+    """The share of activations that is kept for the backward pass; the others are recomputed."""
+    recompute = config.activation_checkpointing  # all, none, or all but a share
+    return float(not recompute) if isinstance(recompute, bool) else recompute
+
+
+def activation_bytes(model_config: Any, dtype: torch.dtype, kept: float) -> float:
+    """Per token: 48 d numbers per layer, of which a share is kept, and of one layer at work.
+
+    That is ample. Counted in 16 bits by activations.py: GPT-NeoX 16, Llama 23, Qwen3-0.6B 40; under autocast up to 7 more.
     """
-    spec = config.get_text_config()
-    per_token = (spec.num_hidden_layers * kept + 1) * 48 * spec.hidden_size * dtype.itemsize
-    per_token += 0 if plain_head else 2 * 4 * spec.vocab_size
-    return min(16384 if device.type == "cuda" else 1024, int(free / 2 / per_token) // 256 * 256)
+    spec = model_config.get_text_config()
+    return (spec.num_hidden_layers * kept + 1) * 48 * spec.hidden_size * dtype.itemsize
+
+
+def token_budget(
+    config: Any, model_config: Any, device: torch.device, dtype: torch.dtype, free: float, plain_head: bool, mean: float, ranks: int
+) -> int:
+    """Tokens of a microbatch: as configured, or what half of `free` bytes hold in activations, if that makes a difference.
+
+    For a head that is not computed in chunks, logits and their gradient are added, in float32 for half of the tokens. Beyond 1,024
+    tokens a CPU gains a few percent only, and a GPU nothing beyond 16,384. Compiled blocks take rows of one length, whatever is in
+    them, so no longer ones than a step needs: `mean` is an example's tokens.
+    """
+    per_token = activation_bytes(model_config, dtype, kept(config))
+    per_token += 0 if plain_head else 2 * 4 * model_config.get_text_config().vocab_size
+    found = min(16384 if device.type == "cuda" else 1024, int(free / 2 / per_token) // 256 * 256)
+    budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
+    if config.compile:
+        parts = ranks * config.gradient_accumulation_steps
+        budget = min(budget, max(2 * config.max_length, math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256))
+    return budget
+
+
+# ---- memory of one GPU, as plan=true adds it up ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over what a model is laid out: n_gpus = tp_size x shard_size x replicas."""
+
+    n_gpus: int = 1
+    n_nodes: int = 1
+    shard_size: int | None = None  # ranks that share one copy (FSDP); None: all; BasicTrainer has 1 rank
+    tp_size: int = 1  # GPUs that split each matrix of a block
+    offload: bool = False  # shards lie in the host's RAM
+
+    @property
+    def ranks(self) -> int:
+        """That have their own part of a batch."""
+        return self.n_gpus // self.tp_size
+
+    @property
+    def shards(self) -> int:
+        return self.shard_size or self.ranks
+
+
+class Weights(NamedTuple):
+    """Shapes of all parameters, a tied one once."""
+
+    root: list[torch.Size]  # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
+    blocks: list[list[torch.Size]]
+
+    @property
+    def n(self) -> int:
+        return sum(shape.numel() for part in (self.root, *self.blocks) for shape in part)
+
+    def on_one(self, layout: Layout) -> int:
+        """Numbers that a rank keeps. Sharding cuts along the first dimension, the last part padded to the others' length; tensor
+        parallelism splits the matrices of blocks, whatever its plan does to the head."""
+        def part(shape: torch.Size, split: int) -> int:
+            if not shape:
+                return 1
+            return -(-shape[0] // (split * layout.shards)) * (shape.numel() // shape[0])
+
+        blocks = sum(part(s, layout.tp_size if len(s) > 1 else 1) for block in self.blocks for s in block)
+        return blocks + sum(part(s, 1) for s in self.root)
+
+    def gathered(self, layout: Layout) -> tuple[int, int]:
+        """(of the root, of the largest block) what sharding alone would put together on one rank."""
+        size = lambda s: s.numel() // (layout.tp_size if len(s) > 1 else 1)
+        return sum(s.numel() for s in self.root), max((sum(map(size, block)) for block in self.blocks), default=0)
+
+
+class Precision(NamedTuple):
+    """Bytes per number."""
+
+    weights: int  # of gradients, too
+    compute: int  # of gathered weights, and of gradients before they are summed
+    reference: int
+    state: float  # of the optimizer's state per weight
+
+
+class Memory(NamedTuple):
+    """Bytes of one GPU, by kind, at the two moments when most is held: early in a backward pass, and in the optimizer's step."""
+
+    kinds: dict[str, tuple[float, float]]
+    host: float  # of one node's RAM, for what is offloaded
+
+    @property
+    def moments(self) -> tuple[float, float]:
+        backward, update = (sum(kind) for kind in zip(*self.kinds.values(), strict=True))
+        return backward, update
+
+    @property
+    def peak(self) -> float:
+        return max(self.moments)
+
+
+def memory(
+    weights: Weights, layout: Layout, precision: Precision, *, sharded: bool, live: bool, activations: float, head: float,
+    foreach: bool,
+) -> Memory:  # fmt: skip
+    """What a step of training holds, with w, c, r, s the bytes of `precision` in its order:
+
+    weights n w, gradients n w, optimizer n s, live reference n r, for the n numbers of a rank (all of them in BasicTrainer).
+    `foreach` optimizers hold one temporary of the weights' size while they step (PyTorch's documentation), n w.
+    Where FSDP shards, with N0 numbers of the root and Nb of the largest block:
+    gathered (N0 + 2 Nb) c: the root through the whole step, the block at work and the next, fetched ahead; and of a live
+    reference its root, which nothing after its forward pass frees, N0 r (c where that is another precision).
+    on their way: gradients of the root, complete only with the embedding's, at the end, N0 c; of the block at work Nb c, and
+    their copy of Nb sums in float32 or wider, from which each rank gets its part. The root's own turn comes when no activation
+    is left.
+    """
+    n = weights.on_one(layout) if sharded else weights.n
+    w, c = precision.weights, precision.compute
+    root, block = weights.gathered(layout) if sharded else (0, 0)
+    sums = max(4, w) if c != w else w
+    on_host = layout.offload and sharded
+    at = 0 if on_host else n
+    kinds = {
+        "weights": (at * w, at * w),
+        "gradients": (at * w, at * w),
+        "optimizer state": (at * precision.state, at * precision.state),
+        "reference": (at * precision.reference * live,) * 2,
+        "activations": (activations, 0.0),
+        "head and loss": (head, 0.0),
+        "gathered weights": ((root + 2 * block) * c + root * c * live, root * c * live),
+        "gradients on their way": (root * c + block * (c + sums), 0.0),
+        "optimizer's temporaries": (0.0, at * w * foreach),
+    }
+    per_node = layout.n_gpus // layout.n_nodes
+    host = n * (2 * w + precision.state + precision.reference * live) * per_node if on_host else 0.0
+    return Memory({kind: bytes_ for kind, bytes_ in kinds.items() if any(bytes_)}, host)
+
+
+def traffic(weights: Weights, layout: Layout, precision: Precision, *, n_micro: float, live: bool) -> float:
+    """Bytes that a GPU sends in one step, by rings: of s ranks that share a copy each sends (s - 1) / s of what is gathered or
+    scattered. Each microbatch gathers all blocks twice (forward, backward) and scatters gradients once; a live reference
+    gathers once; replicas of a copy then sum their shards, 2 (r - 1) / r of one."""
+    s, w, c = layout.shards, precision.weights, precision.compute
+    n = weights.n / layout.tp_size
+    replicas = layout.ranks // s
+    sums = max(4, w) if c != w else w
+    sent = n * (s - 1) / s * (2 * c + sums + c * live)
+    return n_micro * (sent + 2 * (replicas - 1) / replicas * n / s * sums)

@@ -96,10 +96,11 @@ class Recipe(NamedTuple):
     options: dict[str, Any]  # what else the data set was asked for
 
 
-def find_or_make(recipe: Recipe, root: Path) -> tuple[Path, bool]:
+def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, bool]:
     """The folder of the store: found under `root`, or made now. -> (folder, is it kept for later starts)
 
-    It is made beside its place and renamed when it is whole, so two runs may make the same one at once. Prints one line.
+    It is made beside its place and renamed when it is whole, so two runs may make the same one at once. `keep` false: what is
+    not found is made among the system's temporary files, for this run only. Prints one line.
     """
     made_of = ingredients(recipe)
     what = f"tokens of {recipe.data.name} ({recipe.split})"
@@ -112,9 +113,11 @@ def find_or_make(recipe: Recipe, root: Path) -> tuple[Path, bool]:
         except ValueError as problem:
             rank0_print(f"{what}: {place} is damaged ({problem}); they are made again")
     start = time.monotonic()
+    place, root = (place, root) if keep else (None, Path(tempfile.gettempdir()))
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        _remove_what_was_left(root)
+        if keep:
+            _remove_what_was_left(root)
         folder = Path(tempfile.mkdtemp(prefix="tmp-", dir=root))
     try:
         meta = _write(folder, recipe, made_of)

@@ -25,27 +25,31 @@ import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 import checkpoints
 import parallel
+import plan
 import processes
 import rundir
 import trainers
 from archives import resolve_archive
+from command_line import check_command_line, no_environment
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
-from models import describe, load_policy, load_reference, load_tokenizer
+from models import DTYPES, describe, load_policy, load_reference, load_tokenizer
 from optimization import make_schedule, pick_device
 from preparation import load_examples
 from processes import report
 from reference import weights_digest
 from report import draw_curves
-from sizing import memory_at_hand, trained_bytes, weights_bytes
+from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
 from token_store import fingerprint
-from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, under_torchrun
+from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, redacted, said, under_torchrun
 from validation import import_plugins, validate
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -54,7 +58,10 @@ def run(config: DictConfig) -> None:
     status.json."""
     run_dir = None
     try:
-        validate(config)
+        loss = validate(config)
+        if config.plan:
+            rank0_print(plan.show(config, loss))
+            return
         config.local_run_dir = rundir.find(config)
         OmegaConf.resolve(config)
         run_dir = Path(config.local_run_dir)
@@ -73,13 +80,14 @@ def run(config: DictConfig) -> None:
         sys.exit(fail(in_one_line(error), 2))
 
 
-def end(run_dir: Path | None, state: str, code: int, said: str) -> int:
+def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     """Say how the run ended, on the console and in status.json. -> its exit code"""
+    text = said(text)
     if under_torchrun() and rank() != 0:  # every rank met the same mistake; but a rank that ends takes the others with it
         time.sleep(5)
     if run_dir is not None and rank() == 0:
-        rundir.write_status(run_dir, state, code, said.removeprefix("error: "))
-    print(said, file=sys.stderr)
+        rundir.write_status(run_dir, state, code, text.removeprefix("error: "))
+    print(text, file=sys.stderr)
     return code
 
 
@@ -109,10 +117,10 @@ def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | Non
     start, loss = time.monotonic(), build_loss(plain(config.loss))
     tokenizer = load_tokenizer(config)
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
-    layout = getattr(trainers, config.trainer).make_layout(config)
+    layout = trainers.TRAINERS[config.trainer].make_layout(config)
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     policy = load_policy(config, device_map="balanced" if several_gpus else None, layout=layout)
-    dtype = config.model.reference_dtype and getattr(torch, config.model.reference_dtype)
+    dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
     describe(policy, config)
     weights = weights_digest(policy)
     recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
@@ -131,7 +139,7 @@ def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | Non
     log = open_log(config, run_dir, found, changed)
     failed, budget = True, config.tokens_per_microbatch
     try:
-        trainer = getattr(trainers, config.trainer)(
+        trainer = trainers.TRAINERS[config.trainer](
             config, policy, reference, weights if cached else None, loss, tokenizer, train_examples, eval_examples, run_dir, log,
             layout,
         )
@@ -171,20 +179,18 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
     elif config.resume != "never":
         rank0_print(f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning")
     parallel.from_rank0(prepare)
-    return TrainingLog(make_sinks(plain(config), run_dir, found and found.manifest.wandb), config.minimum_log_interval_secs)
+    sinks = make_sinks(redacted(plain(config)), run_dir, found and found.manifest.wandb)
+    return TrainingLog(sinks, config.minimum_log_interval_secs)
 
 
 def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout: parallel.Layout | None) -> bool:
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = make_schedule(config, n).n_examples > n
-    # A sharded policy lies where it will be trained already.
-    one, trained, here = float(weights_bytes(policy)), float(trained_bytes(policy)), 0.0
-    if layout is None:
-        here = one
-    else:
-        one, trained = one / layout.n_shards, trained / layout.n_shards
-    tight = one > (memory_at_hand(pick_device(config)) - here - trained) / 4
+    one, trained, free = float(weights_bytes(policy)), float(trained_bytes(policy)), float(memory_at_hand(pick_device(config)))
+    if layout is not None:  # a sharded policy lies where it will be trained already
+        one, trained, free = one / layout.n_shards, trained / layout.n_shards, free + one / layout.n_shards
+    tight = short_for_reference(one, trained, free)
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")
@@ -192,23 +198,29 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout:
 
 
 def main() -> None:
+    """The command. Whatever a user can cause ends in one line."""
     processes.listen()
     os.environ["PLUMB_LAUNCH"] = uuid.uuid4().hex  # which start of which run wrote status.json
     try:
+        check_command_line(sys.argv[1:], Path(__file__))
         run()
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
+        sys.exit(fail(error, error.exit_code))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         sys.exit(fail(in_one_line(error), 2))
     except processes.Stopped as stopped:
         sys.exit(fail(stopped, stopped.code))
 
 
 def fail(error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {said(error)}", file=sys.stderr)
     return code
 
 
 def in_one_line(error: Exception) -> str:
     """What Hydra says of an override that does not compose, less its advice for programmers."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
     lines = [line.strip() for line in str(error).partition("Config search path")[0].splitlines() if line.strip()]
     if "To append to your config use +" in lines[-1]:  # Hydra's fix is not ours: validate refuses what + adds
         knob = lines[-1].partition("+")[2]
@@ -218,7 +230,7 @@ def in_one_line(error: Exception) -> str:
         return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
     said = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https"))]
     knob = next((line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), "")
-    return knob + "; ".join(said)
+    return knob + "; ".join(said).removeprefix("UserError raised while resolving interpolation: ")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ import rundir
 import selfcheck
 import sizing
 import state_files
+from archives import as_in_2023
 from batching import Feed, Packing, Step, pack
 from evaluation import Scorer, evaluate
 from generation import sample
 from head import held_bytes
 from losses import Loss
 from metrics import Means, Record, TrainingLog
-from models import Way, as_in_2023, block_class, choose_way, compile_blocks
+from models import DTYPES, Way, block_class, choose_way, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, response_digests
@@ -65,7 +66,7 @@ class BasicTrainer:
         self.policy = self.place(policy)
         reference = self.place(reference) if reference is not None else None
         self.device = layout.device if layout is not None else next(self.policy.parameters()).device
-        self.dtype = getattr(torch, config.model.fsdp_policy_mp or config.model.policy_dtype)  # of computation
+        self.dtype = DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]  # of computation
         self.peak_flops = parallel.world_size() * sizing.peak_flops(self.device, self.dtype)
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
@@ -113,7 +114,7 @@ class BasicTrainer:
     def precision(self, device: torch.device) -> Callable[[], Any]:
         """Both models compute in `model.fsdp_policy_mp` where it is set; weights and optimizer keep their own precision."""
         name = self.config.model.fsdp_policy_mp
-        return (lambda: torch.autocast(device.type, getattr(torch, name))) if name else nullcontext
+        return (lambda: torch.autocast(device.type, DTYPES[name])) if name else nullcontext
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         """The whole policy's state dict, on every rank that writes."""
@@ -139,18 +140,12 @@ class BasicTrainer:
         return self.layout.n_shards if self.layout is not None else 1
 
     def token_budget(self, train: Sequence[Example], way: Way) -> int:
-        """Tokens of a microbatch: as configured, or from the memory at hand. Compiled blocks take rows of one length, whatever is
-        in them, so no longer ones than a step needs."""
-        config, recompute = self.config, self.config.activation_checkpointing  # all, none, or all but a share
-        kept = float(not recompute) if isinstance(recompute, bool) else recompute
+        """Tokens of a microbatch: as configured, or from the memory at hand."""
         free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.n_shards - held_bytes(self.device)
-        found = sizing.default_budget(self.policy.config, self.device, self.dtype, free, kept, way.plain_head)
-        budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
-        if config.compile:
-            mean = np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))])
-            parts = self.world_size * config.gradient_accumulation_steps
-            budget = min(budget, max(2 * config.max_length, math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256))
-        return budget
+        mean = float(np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))]))
+        return sizing.token_budget(
+            self.config, self.policy.config, self.device, self.dtype, free, way.plain_head, mean, self.world_size
+        )
 
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:
@@ -442,6 +437,17 @@ class FSDPTrainer(BasicTrainer):
         return parallel.gathered_optimizer_state(self.policy, self.optimizer)
 
 
-def _layout(config: DictConfig, tp_size: int) -> parallel.Layout:
+class TensorParallelTrainer(FSDPTrainer):
+    """One process per GPU; tp_size of them see the same rows and hold a part of every matrix each; over the others, FSDP."""
+
+    @staticmethod
+    def make_layout(config: DictConfig) -> parallel.Layout:
+        return _layout(config, config.tp_size)
+
+
+def _layout(config: DictConfig, tp_size: int | None) -> parallel.Layout:
     name = config.model.fsdp_policy_mp
-    return parallel.Layout(config.fsdp_shard_size, tp_size, name and getattr(torch, name), config.fsdp_cpu_offload)
+    return parallel.Layout(config.fsdp_shard_size, tp_size, name and DTYPES[name], config.fsdp_cpu_offload)
+
+
+TRAINERS = {kind.__name__: kind for kind in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,43 @@ class ResumeMismatch(UserError):
     exit_code = 7
 
 
+# What passes for a key or a password: of the hub, of OpenAI and its like, GitHub, GitLab, Slack, AWS; of wandb (40 hexadecimal
+# digits, but not a commit, which stands after "revision=" or a slash); and in a URL.
+SECRET = re.compile(
+    r"""\b(?:hf_[A-Za-z0-9]{16,} | sk-[\w-]{16,} | gh[opsru]_\w{20,} | github_pat_\w{20,} | glpat-[\w-]{16,}
+        | xox[abprs]-[\w-]{10,} | AKIA[0-9A-Z]{16} | wandb_v\d_\w{20,})
+    | (?<![\w/])(?<!revision=)[0-9a-f]{40}(?!\w) | (?<=://)[^/\s@]+(?=@)""",
+    re.X,
+)
+
+
+def redact(text: str) -> str:
+    """The text without what looks like a secret.
+
+    >>> redact("wandb.entity=hf_0123456789abcdefghij model.revision=" + 40 * "a")
+    'wandb.entity=<secret> model.revision=aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'
+    """
+    return SECRET.sub("<secret>", text)
+
+
+def redacted(value: Any) -> Any:
+    """A config, or what it is made of, fit to be logged."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, list | tuple):
+        return [redacted(inner) for inner in value]
+    if isinstance(value, dict):
+        return {redacted(key): inner if key == "revision" else redacted(inner) for key, inner in value.items()}
+    return redacted(plain(value)) if hasattr(value, "_metadata") else value
+
+
+def said(error: object) -> str:
+    """An error as one line that a terminal shows as it is, whatever the file or knob that it quotes holds."""
+    line = redact(" ".join(str(error).split("\n")))
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= 1000 else f"{line[:800]} ... {line[-190:]}"
+
+
 def rank() -> int:
     """This process's rank in its group; before the group exists, the one torchrun gave it; 0 when there is one process.
 
@@ -92,8 +130,11 @@ def quiet() -> bool | None:
 
 def get_local_dir(local_dirs: Sequence[str]) -> Path:
     """`<first of local_dirs that exists>/<user>`; the last of them stands in when none exists. Creates nothing."""
-    root = next((d for d in local_dirs if Path(d).is_dir()), local_dirs[-1])
-    return Path(root) / getpass.getuser()
+    return local_root(local_dirs) / getpass.getuser()
+
+
+def local_root(local_dirs: Sequence[str]) -> Path:
+    return Path(next((d for d in local_dirs if Path(d).is_dir()), local_dirs[-1]))
 
 
 def get_local_run_dir(exp_name: str, local_dirs: Sequence[str]) -> str:
@@ -108,7 +149,7 @@ def environment() -> str:
 
     packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "hydra-core", "wandb")
     record = {
-        "command": [Path(sys.executable).name, *sys.argv],
+        "command": [Path(sys.executable).name, *map(redact, sys.argv)],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,11 +15,15 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import rundir
+import trust
 from archives import resolve_archive
 from losses import Loss, build_loss
-from optimization import make_optimizer
+from models import DTYPES
+from optimization import OPTIMIZERS, make_optimizer
 from preference_datasets import dataset_names
-from utils import UserError, plain, under_torchrun
+from sizing import CARDS
+from trainers import TRAINERS
+from utils import UserError, local_root, plain, redact, under_torchrun
 
 Check = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and how to say it
 
@@ -46,39 +50,47 @@ def maybe(check: Check) -> Check:
 
 def names(at_least: int) -> Check:
     def fits(v: Any) -> bool:
-        return isinstance(v, ListConfig) and len(v) >= at_least and all(isinstance(x, str) for x in v) and len({*v}) == len(v)
+        return isinstance(v, ListConfig) and len(v) >= at_least and all(TEXT[0](x) for x in v) and len({*v}) == len(v)
 
     return fits, "a list such as [hh] or [hh,my.jsonl], nothing twice"
 
 
-TEXT: Check = lambda v: isinstance(v, str) and v != "", "a text"
+TEXT: Check = lambda v: isinstance(v, str) and v != "" and min(v) >= " ", "a text, in one line"
 FLAG: Check = lambda v: isinstance(v, bool), "true or false"
+NAME: Check = (  # of a directory, of which the command line may choose the last part only
+    lambda v: isinstance(v, str) and bool(re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}", v)) and redact(v) == v,
+    "a text of 1 to 100 letters, digits, '.', '_' and '-', and no key or password",
+)
 MAPPING: Check = lambda v: isinstance(v, DictConfig), "a mapping such as '{a: b}'"
-RULE, DTYPE = one_of("keep", "drop", "stop"), one_of("float32", "bfloat16", "float16", "float64")
+RULE, DTYPE = one_of("keep", "drop", "stop"), one_of(*DTYPES)
 POSITIVE = number(lambda v: v > 0, "a number above 0")
-OPTIMIZERS = [
-    n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)
-    and n not in ("Optimizer", "SparseAdam", "Muon")  # these two take sparse gradients only, and matrices only
-    and inspect.signature(c.step).parameters["closure"].default is None
-]  # fmt: skip
 KEPT: Callable[[Any], bool] = lambda v: isinstance(v, bool) or (_number(v) and 0 < v < 1)
-TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 
+SHARDED = ("FSDPTrainer", "TensorParallelTrainer")
+# Knobs of some trainers only: where one would be ignored, another value than its default is refused.
+SEVERAL: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("fsdp_shard_size", None, SHARDED), ("fsdp_cpu_offload", False, SHARDED), ("fsdp_reduce", "last", SHARDED),
+    ("tp_size", None, SHARDED[1:]),
+]  # fmt: skip
 KNOBS: dict[str, Check] = {
-    "exp_name": TEXT, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
+    "exp_name": NAME, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
     "wandb.enabled": FLAG, "wandb.entity": maybe(TEXT), "wandb.project": TEXT, "plugins": names(0),
+    "plan": FLAG, "plan_gpus": maybe(whole(1)), "plan_nodes": maybe(whole(1)), "plan_gpu": one_of(*CARDS),
+    "plan_gpu_gb": maybe(POSITIVE), "plan_mfu": number(lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "datasets": names(1), "eval_datasets": maybe(names(1)), "field_map": maybe(MAPPING),
     "eval_share": number(lambda v: 0 <= v < 1, "a number in [0, 1)"), "chat_template": maybe(TEXT),
     "max_length": whole(2), "max_prompt_length": whole(1), "truncation_mode": maybe(one_of("keep_start", "keep_end")),
     "response_truncation": one_of("fixed", "fill"), "add_bos": FLAG,
     "eos_in_text": one_of("strip", "keep"), "shuffle": FLAG,
     "n_epochs": maybe(whole(1)), "n_examples": maybe(whole(1)), "n_eval_examples": maybe(whole(0)),
-    "trainer": one_of(*TRAINERS), "batch_size": whole(1), "gradient_accumulation_steps": whole(1), "eval_batch_size": whole(1),
+    "trainer": one_of(*TRAINERS),
+    "batch_size": whole(1), "gradient_accumulation_steps": whole(1), "eval_batch_size": whole(1),
     "optimizer": one_of(*OPTIMIZERS), "optimizer_args": maybe(MAPPING), "lr": POSITIVE, "warmup_steps": whole(0),
     "lr_schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
     "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
     "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
     "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG, "fsdp_reduce": one_of("last", "each"),
+    "tp_size": maybe(whole(1)), "model.tp_plan": maybe(MAPPING),
     "fsdp_port": maybe(whole(1)),
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
     "resume": one_of("never", "auto", "must"), "resume_allow": names(0), "max_hours": maybe(POSITIVE),
@@ -89,6 +101,7 @@ KNOBS: dict[str, Check] = {
     "sample_temperature": maybe(number(lambda v: v >= 0, "a number of at least 0")),
     "minimum_log_interval_secs": number(lambda v: True, "a number of seconds"),
     "model.name_or_path": maybe(TEXT), "model.tokenizer_name_or_path": maybe(TEXT), "model.archive": maybe(TEXT),
+    "model.revision": maybe(TEXT), "model.trust_remote_code": FLAG,
     "model.block_name": maybe(TEXT), "model.policy_dtype": DTYPE, "model.reference_dtype": maybe(DTYPE),
     "model.fsdp_policy_mp": maybe(one_of("bfloat16", "float16")), "model.architecture": maybe(MAPPING),
 }  # fmt: skip
@@ -157,12 +170,21 @@ def _across(config: DictConfig) -> None:
         raise UserError("n_epochs=null and n_examples=null: give one of them, or training would never end")
     if not isinstance(config.activation_checkpointing, bool) and not config.compile:
         raise UserError(f"activation_checkpointing={config.activation_checkpointing}: a share needs compile=true")
-    if config.trainer == "TensorParallelTrainer":
-        raise UserError("trainer=TensorParallelTrainer: not built yet; use trainer=FSDPTrainer, or trainer=BasicTrainer")
+    if config.trainer == "TensorParallelTrainer" and config.compile:
+        raise UserError("compile=true: not with trainer=TensorParallelTrainer, whose layers can't be compiled whole; set it to false")
+    for knob, default, trainers in SEVERAL:
+        if config[knob] != default and config.trainer not in trainers:
+            raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob}={default}")
     if config.model.name_or_path is None and not (config.model.architecture and config.model.tokenizer_name_or_path):
         raise UserError("model.name_or_path=null: give a hub name, a folder or a .gguf file; or model.architecture and "
                         "model.tokenizer_name_or_path to start from random weights")  # fmt: skip
-    if config.model.archive:
+    trust.check_revision(config.model)
+    if config.plan and config.device is not None:
+        raise UserError(f"device={config.device}: a plan is for GPUs; leave it out, and say which with plan_gpu")
+    for knob in ("plan_gpus", "plan_nodes", "plan_gpu_gb"):
+        if config[knob] is not None and not config.plan:
+            raise UserError(f"{knob}={config[knob]}: is for plan=true, which trains nothing; leave it out to train")
+    if config.model.archive and not config.plan:  # the run that makes it may be still to come
         resolve_archive(config.model.archive)
     if config.chat_template not in (None, "hh"):
         try:
@@ -184,7 +206,9 @@ def _across(config: DictConfig) -> None:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={config.device}: not usable here ({str(error).splitlines()[0]}); null picks one") from None
     make_optimizer(config, torch.nn.Linear(1, 1), torch.device("cpu"))  # refuses optimizer_args that torch refuses
-    run_dir = Path(config.local_run_dir)
+    run_dir, root = Path(config.local_run_dir), local_root(config.local_dirs)
+    if OmegaConf.is_interpolation(config, "local_run_dir") and not run_dir.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"local_run_dir={run_dir}: leads out of {root}, to {run_dir.resolve()}; give local_run_dir=, or mend it")
     held = any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(run_dir.glob("step-*"))
     if held and config.resume == "never":
         raise UserError(f"local_run_dir={config.local_run_dir}: holds a run already; give another directory, or resume=auto")

@@ -204,7 +204,8 @@ class Plumb(Contender):
         else:
             spec, dtype = self.policy.config, getattr(torch, setting.dtype)
             free = sizing.memory_at_hand(self.device)
-            budget = setting.budget or max(1024, sizing.default_budget(spec, self.device, dtype, free, 1.0, plain_head=True))
+            found = int(free / 2 / sizing.activation_bytes(spec, dtype, 1.0)) // 256 * 256
+            budget = setting.budget or max(1024, min(16384 if self.device.type == "cuda" else 1024, found))
             self.feed = Feed(examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0)
         self.where = {id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)}
         setting.budget = self.feed.packing.budget

@@ -1,4 +1,5 @@
-"""What a user can get wrong: exit code 2 and one line that names the knob, file, row or field, its value and the fix.
+"""What a user can get wrong: exit code 2 (3 for a policy.pt that is refused) and one line that names the knob, file, row or
+field, its value and the fix.
 
 No traceback, and no run directory. Most cases go through train.main() in this process, which is what `python train.py`
 does; those of `test_the_real_command` run in a process of their own.
@@ -7,29 +8,25 @@ does; those of `test_the_real_command` run in a process of their own.
 import gzip
 import json
 import os
-import pickle
 import shutil
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run_command
+from payloads import Payload
 
 import train
-from archives import load_policy_state
-from utils import UserError
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 OTHER = {"prompt": "Name a hill:", "chosen": " the Brocken", "rejected": " the Po"}
 
 
-def one_line(returned, stderr, runs):
+def one_line(returned, stderr, runs, code=2):
     """The checks that hold for every case. -> what the line says, without "error: " """
     assert "Traceback" not in stderr
-    assert returned == 2, stderr
+    assert returned == code, stderr
     assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
     assert stderr.startswith("error: ")
     assert not list(runs.glob("*/[!t]*")), "a run directory was made for a run that never began"
@@ -43,12 +40,12 @@ def refused(here, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # Hydra then finds config/ beside train.py, as for a script
 
-    def run(*overrides):
+    def run(*overrides, code=2):
         monkeypatch.setattr(sys, "argv", ["train.py", *here, *map(str, overrides)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit:
             train.main()
-        return one_line(exit.value.code, capfd.readouterr().err, tmp_path / "runs")
+        return one_line(exit.value.code, capfd.readouterr().err, tmp_path / "runs", code)
 
     return run
 
@@ -122,7 +119,7 @@ def commands(tmp_path_factory, good):
 def test_the_real_command(commands, case):
     """The whole way through the interpreter's exit, and what only a process without a GPU shows."""
     done, runs = commands[case]
-    says(one_line(done.returncode, done.stderr, runs), *COMMANDS[case])
+    says(one_line(done.returncode, done.stderr, runs, 3 if case == "code in policy.pt" else 2), *COMMANDS[case])
 
 
 # ---- knobs ----
@@ -226,8 +223,7 @@ def test_another_loss_than_the_experiments(refused, good, monkeypatch, tmp_path)
     experiment = tmp_path / "exp" / "mine.yaml"
     experiment.parent.mkdir()
     experiment.write_text("# @package _global_\ndefaults:\n- override /loss: dpo\n\nloss:\n  beta: 0.1\n")
-    path = f"hydra.searchpath=[file://{tmp_path}]"
-    says(refused(*good, path, "exp=mine", "loss=sft"), "loss.beta=0.1", "sft")
+    says(refused(*good, f"--config-dir={tmp_path}", "exp=mine", "loss=sft"), "loss.beta=0.1", "sft")
 
 
 # ---- data ----
@@ -434,16 +430,6 @@ def test_model_architecture(refused, good, tiny_model):
 # ---- policy.pt ----
 
 
-class Payload:
-    """A pickle of this calls `function(*arguments)` when it is loaded."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
 def saved(path, state, **options):
     torch.save({"step_idx": 64, "state": state, "metrics": {}}, path, **options)
     return path
@@ -496,61 +482,8 @@ POLICIES = {
 @pytest.mark.parametrize("case", POLICIES)
 def test_policy(refused, good, weights, tmp_path, case):
     path = bad_policy(tmp_path / "policy.pt", weights, case)
-    says(refused(*good, f"model.archive={path}"), f"model.archive={path}", *POLICIES[case])
-
-
-def payloads(mark):
-    """Ways for a pickle to leave a file `mark` behind when it is loaded."""
-    return {
-        "os.system": Payload(os.system, f"touch {mark}"),
-        "builtins.eval": Payload(eval, f"open({str(mark)!r}, 'w')"),
-        "builtins.exec": Payload(exec, f"open({str(mark)!r}, 'w')"),
-        "Path.touch": Payload(Path.touch, mark),
-    }
-
-
-def hide(path, payload, weights, how):
-    """`payload` in a file that torch.load would take for a checkpoint."""
-    if how == "zip":
-        saved(path, dict(weights) | {"extra": payload})
-    elif how == "zip metrics":
-        torch.save({"step_idx": 1, "state": dict(weights), "metrics": {"x": payload}}, path)
-    elif how == "legacy":
-        saved(path, dict(weights) | {"extra": payload}, _use_new_zipfile_serialization=False)
-    elif how == "pickle":
-        path.write_bytes(pickle.dumps({"state": payload}))
-    elif how == "zip by hand":  # a data.pkl that torch.save would not write
-        with zipfile.ZipFile(saved(path, {})) as whole:
-            parts = {name: whole.read(name) for name in whole.namelist()}
-        with zipfile.ZipFile(path, "w") as forged:
-            for name, content in parts.items():
-                forged.writestr(name, pickle.dumps(payload, 4) if name.endswith("data.pkl") else content)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("how", ["zip", "zip metrics", "legacy", "pickle", "zip by hand"])
-def test_policy_that_would_run_code(weights, tmp_path, monkeypatch, how):
-    """Refused for each payload, although the environment asks torch to trust pickles, and nothing has been run."""
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    mark, path = tmp_path / "ran", tmp_path / "policy.pt"
-    for name, payload in payloads(mark).items():
-        path.unlink(missing_ok=True)
-        hide(path, payload, weights, how)
-        with pytest.raises(UserError, match=f"model.archive={path}: "):
-            load_policy_state(str(path))
-        assert not mark.exists(), name
-
-
-def test_the_payloads_are_loaded_guns(tmp_path, weights):
-    """Each of them does run when a pickle is trusted: the test above can fail."""
-    mark, path = tmp_path / "ran", tmp_path / "policy.pt"
-    for how in ("zip", "zip metrics", "legacy", "zip by hand"):
-        for name, payload in payloads(mark).items():
-            path.unlink(missing_ok=True)
-            hide(path, payload, weights, how)
-            torch.load(path, weights_only=False)
-            assert mark.exists(), (how, name)
-            mark.unlink()
+    code = 3 if "policy.pt" in POLICIES[case][0] or "readable" in POLICIES[case][0] else 2  # else a whole file, of another model
+    says(refused(*good, f"model.archive={path}", code=code), f"model.archive={path}", *POLICIES[case])
 
 
 def test_a_good_policy_is_taken(train_here, good, weights, tmp_path):

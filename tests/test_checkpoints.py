@@ -124,7 +124,7 @@ def test_policy_pt_goes_round(family, old, tmp_path, compose):
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.01)
-    state = models.as_in_2023(policy, policy.state_dict()) if old else policy.state_dict()
+    state = archives.as_in_2023(policy, policy.state_dict()) if old else policy.state_dict()
     checkpoints.save(tmp_path / "run", 8, {"policy": state}, None)
     again = models.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/run"))
     ids = torch.arange(3, 40)[None]
@@ -146,7 +146,7 @@ KEPT = {
 @pytest.mark.parametrize("family", KEPT)
 def test_the_2023_format_has_the_names_and_buffers_of_transformers_4_29(family):
     model = tiny_model(family)
-    state = models.as_in_2023(model, model.state_dict())
+    state = archives.as_in_2023(model, model.state_dict())
     extra = {k: tuple(v.shape) for k, v in state.items() if k not in model.state_dict() and ".1." not in k}
     assert extra == KEPT[family]
     assert ("lm_head.weight" in state) == (family != "gpt_neox")
@@ -156,7 +156,7 @@ def test_a_policy_pt_of_2023(tmp_path, compose):
     """Pythia as transformers 4.29 named it: embed_out, and buffers that are computed today; an OrderedDict, plain torch.save."""
     path = folder("gpt_neox", tmp_path / "m")
     model = models.load_policy(compose(f"model.name_or_path={path}"))
-    state = OrderedDict((k, v + 1) for k, v in models.as_in_2023(model, model.state_dict()).items())
+    state = OrderedDict((k, v + 1) for k, v in archives.as_in_2023(model, model.state_dict()).items())
     torch.save({"step_idx": 19968, "state": state, "metrics": {"loss/eval": 1.5}}, tmp_path / "policy.pt")
     policy = models.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt"))
     for name, parameter in model.named_parameters():
