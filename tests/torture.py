@@ -14,6 +14,7 @@ samples, order of examples.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -113,19 +114,21 @@ class Gauge:
 
 
 class Child:
-    """One start of `python train.py <overrides>`, in a session of its own."""
+    """One start of `python train.py <overrides>`, in a process group of its own."""
 
     def __init__(self, overrides: list[str], log: Path, gauge: Gauge, spoil: Callable[[], None] | None):
         self.log = log
         self.pid = os.fork()
         if self.pid == 0:
             self._be(overrides, gauge, spoil)
+        with contextlib.suppress(OSError):  # both do it, for either may be first; OSError: it is done, or the child is gone
+            os.setpgid(self.pid, self.pid)
         os.close(gauge.tell)  # so that its end is seen when the child is gone
 
     def _be(self, overrides: list[str], gauge: Gauge, spoil: Callable[[], None] | None) -> None:
         code: Any = 70
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for handle in (1, 2):
                 os.dup2(out, handle)
