@@ -90,7 +90,7 @@ def plumb_command(run: Run) -> list[str]:
 CONTENDERS = {
     "trl": Contender("TRL", trl_command, "checkpoint-{}", "model.safetensors", "optimizer.pt", "trainer_state.json",
                      "model.safetensors", jit=True),
-    "plumb": Contender("Plumb", plumb_command, "step-{}", "policy.pt", "state-0-of-1.safetensors", "state.json", "policy.pt"),
+    "plumb": Contender("Plumb", plumb_command, "step-{}", "policy.pt", "state-0-of-1.safetensors", "manifest.json", "policy.pt"),
 }  # fmt: skip
 
 
@@ -434,20 +434,24 @@ def main() -> None:
         bench.undisturbed()
         for group in at.groups.split(","):
             bench.kills(at.kills) if group == "kills" else getattr(bench, group)()
-        libraries = ("torch", "transformers", "safetensors", *["trl"] * (at.contender == "trl"))
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        path = at.folder / f"{at.contender}.json"
-        old = json.loads(path.read_text()) if path.exists() else {"cases": []}
-        mine = {case.group for case in bench.cases}
-        record = old | bench.record | {
-            "cases": [case for case in old["cases"] if case[0] not in mine] + bench.cases,
-            "versions": {name: version(name) for name in libraries}, "commit": commit.stdout.strip(),
-            "date": time.strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - began),
-        }  # fmt: skip
-        path.write_text(json.dumps(record, indent=1))
+            keep(bench, at.folder / f"{at.contender}.json", round(time.monotonic() - began))
         shutil.rmtree(at.folder / at.contender)
     if at.report:
         write_report({name: json.loads(path.read_text()) for name in CONTENDERS if (path := at.folder / f"{name}.json").exists()})
+
+
+def keep(bench: Bench, path: Path, secs: int) -> None:
+    """The groups that were run now replace those of the same name."""
+    libraries = ("torch", "transformers", "safetensors", *["trl"] * (bench.contender.name == "TRL"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    old = json.loads(path.read_text()) if path.exists() else {"cases": []}
+    mine = {case.group for case in bench.cases}
+    record = old | bench.record | {
+        "cases": [case for case in old["cases"] if case[0] not in mine] + bench.cases,
+        "versions": {name: version(name) for name in libraries}, "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"), "seconds": secs,
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1))
 
 
 GROUPS = {
