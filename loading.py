@@ -44,7 +44,7 @@ def parameters_on_meta(seen: Callable[[Tensor, Tensor], None] = lambda real, met
             module._parameters[name] = meta
             seen(p.detach(), meta.detach())
 
-    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -99,9 +99,8 @@ def _on_the_cpu(world: dist.ProcessGroup) -> dist.ProcessGroup | None:
 
 def settle(model: nn.Module) -> None:
     """Let every parameter be this rank's part of it again; FSDP leaves some gathered after a forward pass."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def meet() -> None:
@@ -179,7 +178,7 @@ def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
     """(name, this rank's part, to be written into; where it lies in the whole) of each parameter and persistent buffer."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         start = _offset(tensor)[0] if isinstance(tensor, DTensor) else (0,) * tensor.ndim
-        part = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        part = _local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
         yield name, part, tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))
 
 
@@ -223,7 +222,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()  # offloaded: NCCL moves no CPU memory
+    here = tensor if tensor.device.type == kind else cast(DTensor, tensor.to(kind))  # offloaded: NCCL moves no CPU memory
+    return here.full_tensor()
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
@@ -235,7 +235,7 @@ def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
     if not isinstance(tensor, DTensor):
         return ((0,) * tensor.ndim, tensor.detach()) if not dist.is_initialized() or dist.get_rank() == 0 else None
     start, replica = _offset(tensor)
-    local = tensor.detach().to_local()
+    local = _local(tensor)
     return None if replica or not local.numel() else (start, local)
 
 
@@ -243,7 +243,11 @@ def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
     """The block of a tensor that this rank holds, be it its to write or not: where it begins in the whole, and its values."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim, tensor.detach()
-    return _offset(tensor)[0], tensor.detach().to_local()
+    return _offset(tensor)[0], _local(tensor)
+
+
+def _local(tensor: DTensor) -> Tensor:
+    return cast(DTensor, tensor.detach()).to_local()
 
 
 def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
@@ -303,9 +307,8 @@ def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank must call it."""
-    for module in sharded_modules(model):
-        module.reshard()  # what stands outside of blocks may still be gathered from a forward pass
-    names = {p: name for name, p in model.named_parameters()}
+    settle(model)
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     state: dict[str, dict[str, Any]] = {names[p]: dict(of_p) for p, of_p in optimizer.state.items()}
     tensors = ((f"{name} {key}", x) for name, of_p in state.items() for key, x in of_p.items() if isinstance(x, Tensor))
     for both, full in gathered(tensors):

@@ -23,7 +23,7 @@ from activations import Held
 from batching import Packing
 from head import held_bytes, step_bytes
 from losses import Loss
-from models import block_class, load_config, load_tokenizer
+from models import DTYPES, block_class, load_config, load_tokenizer
 from optimization import make_optimizer, make_schedule
 from preference_datasets import dataset_names
 from preparation import load_examples
@@ -44,7 +44,7 @@ class Model(NamedTuple):
     config: Any  # transformers'
     weights: Weights
     cost: sizing.Cost
-    count: Callable[..., Held | None]  # activations.count of this model, each once; None where it fails
+    held: Callable[..., Held | None]  # activations.count of this model, each once; None where it fails
     packed: bool  # takes trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
 
@@ -101,7 +101,7 @@ def show(config: DictConfig, loss: Loss) -> str:
 def read_model(config: DictConfig) -> Model:
     """From the model's config alone."""
     hf_config = load_config(config)
-    model = activations.blank_model(hf_config, getattr(torch, config.model.policy_dtype))
+    model = activations.blank_model(hf_config, DTYPES[config.model.policy_dtype])
     kind = block_class(model, config.model.block_name)
     blocks = [list(m.parameters()) for m in model.modules() if isinstance(m, kind)]
     within = {id(p) for block in blocks for p in block}
@@ -175,7 +175,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     """What the trainer would decide on these GPUs, and what they would hold then."""
     layout, spec, sharded = layout_of(config), config.model, config.trainer != "BasicTrainer"
     weights, compute, reference = (
-        getattr(torch, name) for name in
+        DTYPES[name] for name in
         (spec.policy_dtype, spec.fsdp_policy_mp or spec.policy_dtype, spec.reference_dtype or spec.policy_dtype)
     )  # fmt: skip
     state, foreach = optimizer_state(config, weights)
@@ -219,7 +219,7 @@ def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool
 def count_body(model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float) -> Held | None:
     """What the body's passes hold; with a share of activations kept, so much of the way from none to all. None: unknown."""
     least, most = (
-        model.count(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
+        model.held(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
         for recompute, share in ((True, 1 - kept), (False, kept))
     )
     if least is None or most is None:

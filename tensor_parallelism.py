@@ -94,7 +94,7 @@ def _cut(module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: d
             shared[id(p)] = nn.Parameter(distribute_tensor(p.detach(), mesh, [where]), requires_grad=p.requires_grad)
         module._parameters[leaf] = shared[id(p)]
     if transposed and style.cut == "out":
-        module.nf //= n  # type: ignore[operator]  # Conv1D shapes its output by it
+        module.nf //= n  # type: ignore[operator, assignment]  # Conv1D shapes its output by it
     module.register_forward_pre_hook(_Enter(style, mesh))
     module.register_forward_hook(_Leave(style, mesh), always_call=True)
 

@@ -138,6 +138,8 @@ ALLOWED = {
     ("archives", "torch.load"): "the one loader; weights_only=True is tested below",
     ("models", "import pickle"): "the exception that torch raises, to say it in one line",
     ("validation", "exec_module"): "plugins=[my.py] are the user's own code, run by design",
+    ("processes", "import ctypes"): "prctl: a rank ends with its launcher; Python has no other way to ask for that",
+    ("processes", "ctypes.CDLL"): "the C library itself, by no name that could be given",
     ("trust", "trust_remote_code"): "handed on from model.trust_remote_code, which needs a commit",
     ("utils", "subprocess"): "git, without a shell, for the record of a run",
 }
