@@ -417,6 +417,15 @@ def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
         raise UserError(f"{knob}={value}: the {what} cannot be loaded{off}: {first[:200]}; {fix}") from None
 
 
+def check_vocabulary(policy: Any, tokenizer: PreTrainedTokenizerBase, highest: int, name: str) -> None:
+    """Raise UserError when the data's highest token id, or PAD, has no embedding: a GPU would say so much less plainly."""
+    n, highest = policy.get_input_embeddings().weight.shape[0], max(highest, tokenizer.pad_token_id)
+    if highest >= n:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(f"model.name_or_path={name}: the model knows {n:,} tokens, but the tokenizer made number {highest:,} "
+                        f"({token!r}) of the data; give the model's own tokenizer")  # fmt: skip
+
+
 def describe(model: nn.Module, config: DictConfig) -> None:
     """Print what is trained, and a word on weights that are too coarse for small learning rates."""
     n = sum(p.numel() for p in model.parameters())

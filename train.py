@@ -37,7 +37,7 @@ from archives import resolve_archive
 from command_line import check_command_line, no_environment
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
-from models import DTYPES, describe, load_policy, load_reference, load_tokenizer
+from models import DTYPES, check_vocabulary, describe, load_policy, load_reference, load_tokenizer
 from optimization import make_schedule, pick_device
 from preparation import load_examples
 from processes import report
@@ -123,6 +123,8 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     policy = load_policy(config, device_map="balanced" if several_gpus else None, layout=layout)
     dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
+    highest = max(train_examples.highest_id(), eval_examples.highest_id())
+    check_vocabulary(policy, tokenizer, highest, config.model.name_or_path)
     describe(policy, config)
     weights = weights_digest(policy)
     recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)

@@ -107,7 +107,7 @@ KNOBS: dict[str, Check] = {
 }  # fmt: skip
 CASES = (
     "prompt_truncated", "response_truncated", "eos_in_text", "empty_prompt", "empty_response", "identical_pair",
-    "identical_after_truncation", "duplicate", "prompt_in_eval",
+    "identical_after_truncation", "duplicate", "contradictory", "prompt_in_eval",
 )  # fmt: skip
 KNOBS |= {f"data_rules.{case}": RULE for case in CASES}
 GROUPS = {"dataset_paths": maybe(TEXT)}  # its keys are names of data sets, a plugin's too: see _data_sets
