@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean
 
 demo: $(VENV)/run
 	$(BIN)/python demo/run.py
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest
+
+# Some minutes of kills, faults and full disks; what came of it is in benchmarks/results/torture.md.
+torture: $(VENV)/dev
+	$(BIN)/python tests/torture.py --report benchmarks/results/torture.md
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ samples, order of examples.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -34,14 +35,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
-               "HYDRA_MAIN_MODULE": "__main__"}  # fmt: skip
+from runs import DPO, FAST, OF_THE_MACHINE, ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from runs import DPO, FAST, OF_THE_MACHINE, ROWS  # noqa: E402
-
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",  # no thread before a fork
+    "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HYDRA_MAIN_MODULE": "__main__",  # config/ is beside train.py
+}  # fmt: skip
 SFT = ["loss=sft", "lr=1e-3", "warmup_steps=2", "batch_size=4", "optimizer=AdamW", "lr_schedule=cosine"]
 EACH = ["n_epochs=2", "save_every=4", "eval_every=12"]  # save after every step, evaluate after every third
 KINDS = {
@@ -114,19 +114,21 @@ class Gauge:
 
 
 class Child:
-    """One start of `python train.py <overrides>`, in a session of its own."""
+    """One start of `python train.py <overrides>`, in a process group of its own."""
 
-    def __init__(self, overrides: list[str], log: Path, gauge: Gauge):
+    def __init__(self, overrides: list[str], log: Path, gauge: Gauge, spoil: Callable[[], None] | None):
         self.log = log
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(overrides, gauge)
+            self._be(overrides, gauge, spoil)
+        with contextlib.suppress(OSError):  # both do it, for either may be first; OSError: it is done, or the child is gone
+            os.setpgid(self.pid, self.pid)
         os.close(gauge.tell)  # so that its end is seen when the child is gone
 
-    def _be(self, overrides: list[str], gauge: Gauge) -> None:
+    def _be(self, overrides: list[str], gauge: Gauge, spoil: Callable[[], None] | None) -> None:
         code: Any = 70
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for handle in (1, 2):
                 os.dup2(out, handle)
@@ -136,6 +138,8 @@ class Child:
 
             train.draw_curves = lambda run_dirs: None  # after the last save; it takes longer than all before it
             gauge.install()
+            if spoil is not None:
+                spoil()
             sys.argv = ["train.py", *overrides]
             train.main()
             code = 0
@@ -246,6 +250,7 @@ class Torture:
 
     def __init__(self, kind: str, folder: Path, seed: int):
         self.kind, self.folder, self.rng = kind, folder, random.Random(f"{kind} {seed}")
+        self.spoil: Callable[[], None] | None = None  # a control: what is patched out in each child
         folder.mkdir(parents=True)
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -267,7 +272,7 @@ class Torture:
         return self.folder / "log"
 
     def start(self, run_dir: Path, gauge: Gauge) -> Child:
-        return Child([*self.common, f"local_run_dir={run_dir}"], self.log, gauge)
+        return Child([*self.common, f"local_run_dir={run_dir}"], self.log, gauge, self.spoil)
 
     def problem_after(self, run_dir: Path, before: int) -> str | None:
         """Of a run that is not running: its newest whole checkpoint must be no older than it was, and LATEST must be one."""
@@ -331,6 +336,14 @@ class Torture:
                 return problem
         return "it did not finish in 200 starts"
 
+    def control(self) -> Tally:
+        """Where a resumed run forgets its position in the data, random kills must show it: else they show nothing."""
+        self.spoil = forget_position
+        tally = self.kills(4)
+        self.spoil = None
+        problems = [] if tally.wrong else ["nobody noticed"]
+        return Tally(f"{self.kind}: control, the position forgotten (must fail)", tally.counts, problems, tally.secs)
+
     # --------------------------------------------------------------------------------------------- each system call of a save
 
     def base(self) -> Path:
@@ -390,7 +403,9 @@ class Torture:
         tally.counts["system calls of a save"] = len(calls)
         for name, k, line in calls if sample is None else self.rng.sample(calls, min(sample, len(calls))):
             tally.counts["kills"] += 1
-            self.injected(tally, f"{name} {k} ({line[:80]})", f"inject={name}:signal=KILL:when={k}", {-signal.SIGKILL})
+            through = sample is not None or name != "write" or k % 8 == 0  # a save makes hundreds of writes
+            inject = f"inject={name}:signal=KILL:when={k}"
+            self.injected(tally, f"{name} {k} ({line[:80]})", inject, {-signal.SIGKILL}, through)
         tally.secs.append(time.monotonic() - start)
         return tally
 
@@ -405,7 +420,8 @@ class Torture:
         tally.secs.append(time.monotonic() - start)
         return tally
 
-    def injected(self, tally: Tally, what: str, inject: str, codes: set[int]) -> None:
+    def injected(self, tally: Tally, what: str, inject: str, codes: set[int], through: bool = True) -> None:
+        """`through`: go on to the run's end, and compare."""
         run_dir = self.folder / "traced"
         code, _ = self.traced(run_dir, "-e", inject)
         said = self.log.read_text()
@@ -415,7 +431,10 @@ class Torture:
             if "Traceback" in said or len(told) != 1 or str(run_dir) not in told[0]:
                 problem = f"it does not say in one line what went wrong: {said[-500:]}"
             tally.counts["exit 5"] += 1
-        problem = problem or self.problem_after(run_dir, 8) or self.finish(run_dir)
+        problem = problem or self.problem_after(run_dir, 8)
+        if through and not problem:
+            tally.counts["run on to the end"] += 1
+            problem = self.finish(run_dir)
         if problem:
             tally.wrong.append(f"{what}: {problem}")
         shutil.rmtree(run_dir)
@@ -474,6 +493,18 @@ class Torture:
         return said or None
 
 
+def forget_position() -> None:
+    import trainers
+
+    restore = trainers.BasicTrainer.restore
+
+    def forgetting(self: Any, *arguments: Any) -> None:
+        restore(self, *arguments)
+        self.n_seen = 0
+
+    trainers.BasicTrainer.restore = forgetting  # type: ignore[method-assign]
+
+
 def mount_memory(folder: Path, size: str) -> None:
     """A file system in memory that this process and its children see. Raises OSError where a user may not."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -505,12 +536,16 @@ def tiny_model(folder: Path) -> Path:
 
 
 def warm() -> None:
-    """Import here what a run imports, also late; nothing is computed."""
-    import transformers.models.llama.modeling_llama
-    import transformers.models.llama.tokenization_llama  # noqa: F401
-    from transformers import GenerationConfig  # noqa: F401
+    """Import what a run imports, also late, and fill the caches of parsers; no tensor is made here."""
+    import hydra
+    import transformers.conversion_mapping as mapping
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import train  # noqa: F401
+
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        hydra.compose("config", ["exp_name=x", *DPO])
+    getattr(mapping, "get_checkpoint_conversion_mapping", str)("llama")
 
 
 # --------------------------------------------------------------------------------------------------------------------- report
@@ -527,6 +562,8 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     at = parser.parse_args()
     start = time.monotonic()
+    os.environ |= ENVIRONMENT
+    sys.path.insert(0, str(ROOT))
     warm()
     print(f"seed {at.seed}; imported in {time.monotonic() - start:.1f} s", flush=True)
     tallies = []
@@ -536,6 +573,7 @@ def main() -> None:
             torture = Torture(kind, Path(folder) / str(i), at.seed)
             print(f"{kind}: undisturbed {torture.secs:.2f} s, {torture.n_saves} saves of {torture.save_secs:.3f} s", flush=True)
             parts: list[Callable[[], Tally]] = [lambda t=torture: t.kills(-(-at.kills // len(KINDS)))]
+            parts += [torture.control] if i == 0 else []
             if "kept" in kind and shutil.which("strace"):
                 parts += [lambda t=torture: t.each_call(at.calls), lambda t=torture: t.errors(at.errors)]
             if "kept" in kind and may_mount():
