@@ -96,14 +96,17 @@ def load_reference(
     """
     if layout is None:
         reference: Any = copy.deepcopy(policy)
-        if dtype is not None:
-            reference = reference.to(dtype)
+        for p in reference.parameters():  # not buffers: rotary frequencies stay in float32, as transformers loads them
+            p.data = p.data.to(dtype or p.dtype)
         return reference.eval().requires_grad_(False)
     with loading.parameters_on_meta():
         reference = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype or policy.dtype)
     reference.generation_config = policy.generation_config
     reference.eval().requires_grad_(False)
     allow_trees(reference)
+    buffers = dict(policy.named_buffers())
+    for name, buffer in reference.named_buffers():
+        buffer.data = buffers[name].clone()
     return _placed(reference, config, layout, loading.shards_source(policy))
 
 
