@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -283,7 +283,7 @@ def _load_sharded(
     """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
     spec, drawn = config.model, loading.Initialisation()
     random = spec.architecture and not spec.archive
-    with loading.parameters_on_meta(drawn.registered), torch.random.fork_rng(devices=[]), drawn if random else nullcontext():
+    with torch.random.fork_rng(devices=[]), drawn if random else loading.parameters_on_meta():
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
     with ExitStack() as stack:
