@@ -83,12 +83,12 @@ def _cut(module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: d
             continue
         where: Placement = Replicate()
         if style is GATHERED:
-            where = Shard(0) if p.shape[0] % n == 0 else where
+            where = Shard(0)
         elif style.cut == "out":
             where = Shard(p.ndim - 1 if transposed else 0)
         elif style.cut == "in" and p.ndim == 2:
             where = Shard(0 if transposed else 1)
-        if isinstance(where, Shard) and p.shape[where.dim] % n:
+        if style is not GATHERED and isinstance(where, Shard) and p.shape[where.dim] % n:
             raise UserError(f"tp_size={n}: does not divide the {p.shape[where.dim]} of {name}.{leaf}; give a divisor")
         if id(p) not in shared:
             shared[id(p)] = nn.Parameter(distribute_tensor(p.detach(), mesh, [where]), requires_grad=p.requires_grad)
