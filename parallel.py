@@ -134,7 +134,7 @@ def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
     """(name, this rank's part, to be written into; where it lies in the whole) of each parameter and persistent buffer."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         start = _offset(tensor)[0] if isinstance(tensor, DTensor) else (0,) * tensor.ndim
-        part = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        part = local(tensor.detach())
         yield name, part, tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))
 
 
@@ -178,7 +178,13 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()  # offloaded: NCCL moves no CPU memory
+    there = tensor if tensor.device.type == kind else tensor.to(kind)  # offloaded: NCCL moves no CPU memory
+    return cast(DTensor, there).full_tensor()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, not copied."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
@@ -190,8 +196,8 @@ def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
     if not isinstance(tensor, DTensor):
         return ((0,) * tensor.ndim, tensor.detach()) if not dist.is_initialized() or dist.get_rank() == 0 else None
     start, replica = _offset(tensor)
-    local = tensor.detach().to_local()
-    return None if replica or not local.numel() else (start, local)
+    part = local(tensor.detach())
+    return None if replica or not part.numel() else (start, part)
 
 
 def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
@@ -209,8 +215,8 @@ def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
             length[placement.dim] = min(size, length[placement.dim] - skipped)
         else:
             replica = replica or at[i] > 0
-    local = tensor.to_local()
-    assert tuple(length) == tuple(local.shape) or 0 == local.numel() == math.prod(length), tensor.placements
+    part = local(tensor)
+    assert tuple(length) == tuple(part.shape) or 0 == part.numel() == math.prod(length), tensor.placements
     return tuple(start), replica
 
 
@@ -240,7 +246,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """In place."""
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    parts = [local(t) for t in tensors]
     torch._foreach_mul_(parts, factor.to(parts[0].device, parts[0].dtype))
 
 
@@ -254,7 +260,7 @@ def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer)
     for module in sharded_modules(model):
         module.reshard()  # what stands outside of blocks may still be gathered from a forward pass
     names = {p: name for name, p in model.named_parameters()}
-    state: dict[str, dict[str, Any]] = {names[p]: dict(of_p) for p, of_p in optimizer.state.items()}
+    state: dict[str, dict[str, Any]] = {names[cast(nn.Parameter, p)]: dict(x) for p, x in optimizer.state.items()}
     tensors = ((f"{name} {key}", x) for name, of_p in state.items() for key, x in of_p.items() if isinstance(x, Tensor))
     for both, full in gathered(tensors):
         name, _, key = both.rpartition(" ")

@@ -119,12 +119,9 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout:
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = trainers.make_schedule(config, n).n_examples > n
     # A sharded policy lies where it will be trained already.
-    one, trained, here = weights_bytes(policy), trained_bytes(policy), 0.0
-    if layout is None:
-        here = one
-    else:
-        one, trained = one / layout.n_shards, trained / layout.n_shards
-    tight = one > (memory_at_hand(trainers.pick_device(config)) - here - trained) / 4
+    n_shards, here = (1, weights_bytes(policy)) if layout is None else (layout.n_shards, 0)
+    room = memory_at_hand(trainers.pick_device(config)) - here - trained_bytes(policy) / n_shards
+    tight = weights_bytes(policy) / n_shards > room / 4
     cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")

@@ -1,7 +1,6 @@
 """A sharded model holds, part by part, exactly what a model loaded in one piece holds; and no rank holds more than its part."""
 
 import hashlib
-import resource
 import shutil
 
 import pytest
@@ -11,13 +10,11 @@ from conftest import ROOT, compose_config
 from groups import run_in_group
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, SIZES, tiny_model
-from transformers import AutoTokenizer
 
 import models
 import parallel
 from reference import weights_digest
-from trainers import BasicTrainer, FSDPTrainer, TensorParallelTrainer
-from utils import UserError
+from trainers import FSDPTrainer, TensorParallelTrainer
 
 
 def same(cases, trainer, options):
