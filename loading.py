@@ -37,14 +37,14 @@ def parameters_on_meta(seen: Callable[[Tensor, Tensor], None] = lambda real, met
     """Within, parameters of new modules have no values. Buffers do: what a model computes from its config is as it should be."""
     register = nn.Module.register_parameter
 
-    def register_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
-        register(module, name, p)
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, p := param)
         if p is not None and not p.is_meta:
             meta = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
             module._parameters[name] = meta
             seen(p.detach(), meta.detach())
 
-    nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -428,7 +428,7 @@ class FSDPTrainer(BasicTrainer):
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         parallel.reduce_gradients(self.policy, now=last, each=self.config.fsdp_reduce == "each")
-        (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and ours are parts of one sum
+        super().backward(loss, last)
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return parallel.gathered_model_state(self.policy)

@@ -171,7 +171,7 @@ def _across(config: DictConfig) -> None:
     if not isinstance(config.activation_checkpointing, bool) and not config.compile:
         raise UserError(f"activation_checkpointing={config.activation_checkpointing}: a share needs compile=true")
     if config.trainer == "TensorParallelTrainer" and config.compile:
-        raise UserError("compile=true: not with trainer=TensorParallelTrainer, whose layers can't be compiled whole; set it to false")
+        raise UserError("compile=true: trainer=TensorParallelTrainer does not compile; set it to false")
     for knob, default, trainers in SEVERAL:
         if config[knob] != default and config.trainer not in trainers:
             raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob}={default}")
