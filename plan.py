@@ -71,6 +71,8 @@ class Steps(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """What the trainer would decide, and what it would hold."""
+
     layout: Layout
     precision: Precision
     live: bool  # a second model runs beside the policy
@@ -323,7 +325,7 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
     largest = f"{width:,} tokens" if rows == 1 else f"{rows} padded rows of {width:,} tokens"
     n_micro = f"{steps.n_micro:.1f}".removesuffix(".0")
     lines = [f"{'step':<8}{config.batch_size:,} examples, {config.batch_size * steps.n_tokens:,.0f} tokens; on each GPU "
-             f"{n_micro} microbatches, the largest of {largest}"]  # fmt: skip
+             f"{n_micro} microbatch{'es' if n_micro != '1' else ''}, the largest of {largest}"]  # fmt: skip
     lines += [] if plan.counted else [f"{'':<8}activations are an ample guess: this model's could not be counted"]
     schedule = make_schedule(config, data.n or config.n_examples or 0)
     n = schedule.n_examples or 1000
