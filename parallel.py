@@ -156,9 +156,9 @@ class Layout:
             fully_shard(module, **how)
         # What is outside of blocks (embedding, head) stays gathered from forward to backward pass, where there is one.
         fully_shard(model, reshard_after_forward=None if trained else True, **how)
-        for module in sharded_modules(model):  # ranks' losses are parts of one sum: gradients are summed, not averaged
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+        for unit in sharded_modules(model):  # ranks' losses are parts of one sum: gradients are summed, not averaged
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.set_gradient_divide_factor(1.0)
 
     def materialise(self, model: nn.Module) -> None:
         """Give a sharded model on the meta device its memory: this rank's part. What it holds then is undefined."""

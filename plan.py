@@ -71,10 +71,13 @@ class Steps(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """What the trainer would decide, and what it would hold."""
+
     layout: Layout
     precision: Precision
     live: bool  # a second model runs beside the policy
     cached: bool  # or once, before the first step
+    summed: bool  # over processes, after each microbatch
     counted: bool  # activations were counted, not assumed
     steps: Steps
     memory: Memory
@@ -165,7 +168,12 @@ def layout_of(config: DictConfig) -> Layout:
         raise UserError(f"plan_gpus={n}: BasicTrainer is planned on one GPU; trainer=FSDPTrainer trains on several")
     if n % nodes:
         raise UserError(f"plan_gpus={n}: the GPUs of all {nodes} nodes (plan_nodes), so a multiple of {nodes}")
-    return Layout(n, nodes)
+    tp = (config.tp_size or n) if config.trainer == "TensorParallelTrainer" else 1
+    if n % tp or (config.fsdp_shard_size and n // tp % config.fsdp_shard_size):
+        knob = "tp_size" if n % tp else "fsdp_shard_size"
+        among = n if n % tp else n // tp
+        raise UserError(f"{knob}={config[knob]}: does not divide the {among} processes; give a divisor, or null")
+    return Layout(n, nodes, config.fsdp_shard_size if sharded else None, tp, config.fsdp_cpu_offload)
 
 
 def gb(config: DictConfig) -> float:
@@ -193,17 +201,19 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     budget = sizing.token_budget(config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks)
     steps = lay_out(config, model, data, layout.ranks, budget)
 
+    summed = sizing.sums_each(config, model.weights.n / layout.tp_size, room)
     dtype, autocast = (compute, None) if sharded or compute == weights else (weights, compute)
     held = count_body(model, steps.fullest, dtype, autocast, sizing.kept(config))
     text, n = model.config.get_text_config(), steps.fullest.n_scored
     assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(model.config, compute, sizing.kept(config))
     total = sizing.memory(
         model.weights, layout, precision, sharded=sharded, live=live, foreach=foreach,
+        kept_whole=steps.n_micro > 1 and not summed,
         activations=held.wide + held.within / layout.tp_size if held else assumed,
         head=step_bytes(n, text.hidden_size, text.vocab_size, compute.itemsize, GPU) if model.plain_head
         else n * text.vocab_size * (2 * compute.itemsize + 2 * 4),  # logits in two precisions, and their gradients
     )  # fmt: skip
-    return Plan(layout, precision, live, loss.needs_reference and cached, held is not None, steps, total)
+    return Plan(layout, precision, live, loss.needs_reference and cached, summed, held is not None, steps, total)
 
 
 def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool]:
@@ -270,6 +280,8 @@ def alternatives(config: DictConfig, loss: Loss, model: Model, data: Data) -> li
         changes.append({"reference": "cached"})
     if config.tokens_per_microbatch is not None and config.tokens_per_microbatch > 2 * config.max_length:
         changes.append({"tokens_per_microbatch": 2 * config.max_length})
+    if config.fsdp_reduce == "last" and config.trainer != "BasicTrainer":
+        changes.append({"fsdp_reduce": "each"})
     if config.model.fsdp_policy_mp is None and config.model.policy_dtype == "float32":
         changes.append({"model.fsdp_policy_mp": "bfloat16"})
 
@@ -323,7 +335,7 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
     largest = f"{width:,} tokens" if rows == 1 else f"{rows} padded rows of {width:,} tokens"
     n_micro = f"{steps.n_micro:.1f}".removesuffix(".0")
     lines = [f"{'step':<8}{config.batch_size:,} examples, {config.batch_size * steps.n_tokens:,.0f} tokens; on each GPU "
-             f"{n_micro} microbatches, the largest of {largest}"]  # fmt: skip
+             f"{n_micro} microbatch{'es' if n_micro != '1' else ''}, the largest of {largest}"]  # fmt: skip
     lines += [] if plan.counted else [f"{'':<8}activations are an ample guess: this model's could not be counted"]
     schedule = make_schedule(config, data.n or config.n_examples or 0)
     n = schedule.n_examples or 1000
@@ -338,7 +350,7 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
     unknown = "" if schedule.n_examples else " per 1,000 examples (n_examples=... says how many)"
     at = f"plan_mfu={config.plan_mfu:g} of {layout.n_gpus} x {peak / 1e12:g} TFLOP/s"
     lines.append(f"{'time':<8}{_duration(secs)}{unknown} at {at}, without evaluation, sampling and saving")
-    sent = sizing.traffic(model.weights, layout, plan.precision, n_micro=steps.n_micro, live=plan.live)
+    sent = sizing.traffic(model.weights, layout, plan.precision, n_micro=steps.n_micro, live=plan.live, each=plan.summed)
     if sent:
         rate = sent / (secs * config.batch_size / n) / 1e9
         lines.append(f"{'network':<8}{sent / 1e9:,.1f} GB sent by each GPU per step; links below {rate:,.0f} GB/s make it longer")

@@ -103,6 +103,12 @@ def short_for_reference(weights: float, trained: float, memory: float) -> bool:
     return weights > (memory - weights - trained) / 4
 
 
+def sums_each(config: Any, n_weights: float, memory: float) -> bool:
+    """Are gradients to be summed over processes after each microbatch? With fsdp_reduce=auto: if all of them, in float32, would
+    take more than an eighth of `memory`, bytes of one process."""
+    return {"auto": 4 * n_weights > memory / 8, "last": False, "each": True}[config.fsdp_reduce]
+
+
 def kept(config: Any) -> float:
     """The share of activations that is kept for the backward pass; the others are recomputed."""
     recompute = config.activation_checkpointing  # all, none, or all but a share
@@ -222,7 +228,7 @@ class Memory(NamedTuple):
 
 def memory(
     weights: Weights, layout: Layout, precision: Precision, *, sharded: bool, live: bool, activations: float, head: float,
-    foreach: bool,
+    foreach: bool, kept_whole: bool = False,
 ) -> Memory:  # fmt: skip
     """What a step of training holds, with w, c, r, s the bytes of `precision` in its order:
 
@@ -233,6 +239,7 @@ def memory(
     reference's root, which nothing frees after its forward pass, N0 c.
     on their way: a block's gradients Nb c and their copy to be summed, in float32 or wider, of which each rank gets its part; the
     root's last, when the embedding's are there, N0 alike (the head's gradient counts with the head until then).
+    `kept_whole`: all gradients, in float32 or wider, from one microbatch to the next.
     """
     n = weights.on_one(layout) if sharded else weights.n
     w, c = precision.weights, precision.compute
@@ -249,6 +256,7 @@ def memory(
         "head and loss": (head, 0, 0),
         "gathered weights": ((root * (1 + live) + 2 * block) * c, root * (1 + live) * c, root * live * c),
         "gradients on their way": (block * each, root * each, 0),
+        "gradients not yet summed": (weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,),
         "optimizer's temporaries": (0, 0, at * w * foreach),
     }
     per_node = layout.n_gpus // layout.n_nodes
@@ -256,13 +264,13 @@ def memory(
     return Memory({kind: moments for kind, moments in kinds.items() if any(moments)}, host)
 
 
-def traffic(weights: Weights, layout: Layout, precision: Precision, *, n_micro: float, live: bool) -> float:
+def traffic(weights: Weights, layout: Layout, precision: Precision, *, n_micro: float, live: bool, each: bool) -> float:
     """Bytes that a GPU sends in one step, by rings: of s ranks that share a copy each sends (s - 1) / s of what is gathered or
-    scattered. Each microbatch gathers all blocks twice (forward, backward) and scatters gradients once; a live reference
-    gathers once; replicas of a copy then sum their shards, 2 (r - 1) / r of one."""
+    scattered. Each microbatch gathers all blocks twice (forward, backward), and a live reference once; gradients are scattered
+    once, or after `each`; replicas of a copy then sum their shards once, 2 (r - 1) / r of one."""
     s, w, c = layout.shards, precision.weights, precision.compute
     n = weights.n / layout.tp_size
     replicas = layout.ranks // s
     sums = max(4, w) if c != w else w
-    sent = n * (s - 1) / s * (2 * c + sums + c * live)
-    return n_micro * (sent + 2 * (replicas - 1) / replicas * n / s * sums)
+    gathered, scattered = n_micro * (2 * c + c * live), (n_micro if each else 1) * sums
+    return n * (s - 1) / s * (gathered + scattered) + 2 * (replicas - 1) / replicas * n / s * sums

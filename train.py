@@ -132,7 +132,7 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     if found is not None:
         changed = rundir.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
         for knob, value in found.manifest.found.items():  # what was decided by the memory of that moment stays
-            if config[knob] in (None, "auto") and value is not None:
+            if config[knob] in (None, "auto") and value is not None and (knob != "fsdp_reduce" or layout is not None):
                 config[knob] = value
     reference, cached = None, False
     if loss.needs_reference:

@@ -426,8 +426,15 @@ class FSDPTrainer(BasicTrainer):
     def precision(self, device: torch.device) -> Callable[[], Any]:
         return nullcontext  # the sharded modules cast by themselves
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        n = sum(p.numel() for p in self.policy.parameters()) / self.layout.tp_size
+        each = sizing.sums_each(self.config, n, sizing.memory_at_hand(self.device))
+        self.each = bool(parallel.agree([each])[0])
+        self.found["fsdp_reduce"] = "each" if self.each else "last"
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        parallel.reduce_gradients(self.policy, now=last, each=self.config.fsdp_reduce == "each")
+        parallel.reduce_gradients(self.policy, now=last, each=self.each)
         super().backward(loss, last)
 
     def policy_state(self) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,7 @@ def work(config, out: str) -> None:
 
     trainers.BasicTrainer.train = from_here  # type: ignore[method-assign]
     train.train(config)
-    peak = parallel.highest(status("VmHWM") - before)
+    peak = max(parallel.from_all(status("VmHWM") - before))
     if rank() == 0:
         Path(out).write_text(json.dumps(peak))
 
@@ -109,7 +110,7 @@ def measure(arguments: list[str], out: str) -> None:
     if config.trainer == "BasicTrainer":
         work(config, out)
     else:
-        processes.launch(work, (config, out), 2, None)
+        processes.launch(work, (config, out), n_cpu_processes=2, port=None, timeout=timedelta(minutes=10))
 
 
 def foretell(arguments: list[str]) -> dict[str, float]:
