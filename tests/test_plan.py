@@ -77,9 +77,12 @@ def test_tensor_parallel_splits_the_matrices_of_blocks():
 
 
 def test_traffic_by_hand():
-    """Two copies over 2 ranks each: half of 104 numbers is gathered twice and scattered once, then shards of 52 are summed."""
-    got = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False)
-    assert got == 3 * (52 * (2 + 2 + 4) + 2 * (1 / 2) * 52 * 4)
+    """Two copies over 2 ranks each: half of 104 numbers is gathered twice per microbatch, and scattered after each or once; then
+    shards of 52 are summed, once."""
+    got = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True)
+    assert got == 3 * 52 * (2 + 2 + 4) + 2 * (1 / 2) * 52 * 4
+    once = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False)
+    assert got - once == 2 * 52 * 4
 
 
 @pytest.mark.parametrize(
