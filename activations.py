@@ -9,6 +9,7 @@ Shapes: T tokens in a row, H heads (Hkv of keys and values), D head size, d hidd
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -68,8 +69,8 @@ def count(
 
 def blank_model(hf_config: Any, dtype: torch.dtype) -> Any:
     """The model with weights that have a shape and nothing else."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    with torch.device("meta"):  # a copy of the config, for a model writes into it which attention it uses
+        return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
 
 
 class _Counter(TorchDispatchMode):

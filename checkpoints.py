@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,16 +118,22 @@ def save(
         except OSError as error:
             return [error.strerror or str(error)]
         except Damaged as error:
-            storage.remove(final)
+            _clear(final)
             return [f"what was written reads back otherwise: {error}"]
         return []
 
     problems = [p for _, problems in everything for p in problems] or talk.from_rank0(commit)
     if problems:
         if talk.rank == 0:
-            storage.remove(temporary)
+            _clear(temporary)
         raise _cannot_write(run_dir, name, [problems], needed)
     return final
+
+
+def _clear(directory: Path) -> None:
+    """Of what failed; a disk that fails here too must not hide why. The next start removes what is left."""
+    with suppress(OSError):
+        storage.remove(directory)
 
 
 def _cannot_write(run_dir: Path, name: str, problems: Iterable[list[str]], needed: int) -> StorageError:

@@ -30,7 +30,7 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
     parser = get_args_parser()  # Hydra's own: it takes --config-d for --config-dir, too
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; train.py takes knob=value, and -m for a sweep")
+        raise UserError(f"{message}; train.py takes knob=value, and flags such as -m before or behind them all")
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage
     given = parser.parse_args(list(arguments))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import parallel
 from batching import Batch, Feed
 from losses import Logps, Loss, LossOutput, Pairs
 from metrics import Means, Record
@@ -109,3 +110,23 @@ def evaluate(scorer: Scorer, feed: Feed, batch_size: int, between: Callable[[], 
             means.add(scored.metrics, weight, scored.counts)
     scorer.policy.train(was_training)
     return {name.format("eval"): value for name, value in means.reduce().items()}
+
+
+@torch.no_grad()
+def all_logps(scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> np.ndarray:
+    """Log-probabilities of these examples' responses under `model`, [n, k] float64. Every rank computes its part, and gets all;
+    `counts` is true on one of the ranks that see the same rows."""
+    was_training, k = model.training, len(feed.examples[0].responses)
+    model.eval()
+    logps = torch.zeros(len(indices), k, dtype=torch.float64, device=scorer.device)
+    places, values = [np.empty(0, np.int64)], [logps[:0]]
+    starts = range(0, len(indices), 256)
+    steps = feed.ahead((indices[start : start + 256] for start in starts), scorer.device)
+    for start, step in zip(starts, steps, strict=True):
+        for batch, weight, where in step.microbatches:
+            places.append(start + where)
+            values.append(weight * scorer.logps(model, batch.to(scorer.device)).sum.view(k, -1).T.double())
+        progress.update(len(step.examples))
+    model.train(was_training)
+    logps.index_add_(0, torch.from_numpy(np.concatenate(places)).to(scorer.device), torch.cat(values))
+    return parallel.total(logps * counts).cpu().numpy()

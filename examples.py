@@ -70,6 +70,10 @@ class Examples(Sequence[Example]):
         """The examples at these indices, or where this mask is true, in that order."""
         return Examples(self.tables, self.bos, self.items[indices], self.lengths[indices])
 
+    def highest_id(self) -> int:
+        """The highest token id in the stores, which a model must have an embedding for."""
+        return max([self.bos or 0, *(int(table.store.ids.max(initial=0)) for table in self.tables)])
+
     # What the data rules look at, of examples from one store: slices of it, where there are many.
 
     def text(self, i: int) -> np.ndarray:
@@ -151,11 +155,24 @@ def _same_ids(examples: Examples) -> np.ndarray:
     return same
 
 
+def _keys(examples: Examples, columns: Sequence[int]) -> np.ndarray:
+    """64 bits that stand for these texts in this order.  [n]"""
+    keys = np.zeros(len(examples), np.uint64)
+    for i in columns:
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + examples.digest(i)
+    return keys
+
+
+def contradicted(examples: Examples) -> np.ndarray:
+    """Pairs of two different responses that also stand there the other way round.  [n] bool"""
+    if examples.k != 2:
+        return np.zeros(len(examples), bool)
+    return np.isin(_keys(examples, (0, 2, 1)), _keys(examples, (0, 1, 2))) & (examples.digest(1) != examples.digest(2))
+
+
 def seen_before(examples: Examples) -> np.ndarray:
     """Examples of which an earlier one has the same prompt and responses.  [n] bool"""
-    keys = np.zeros(len(examples), np.uint64)
-    for i in range(1 + examples.k):
-        keys = keys * np.uint64(0x9E3779B97F4A7C15) + examples.digest(i)
+    keys = _keys(examples, range(1 + examples.k))
     order = np.argsort(keys, kind="stable")  # equal ones side by side, the first of them first
     keys = keys[order]
     again = np.zeros(len(keys), bool)

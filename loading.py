@@ -25,7 +25,7 @@ import parallel
 
 Where = tuple[slice, ...]
 Source = Callable[[str, Where], Tensor]
-LARGE = 1 << 20  # numbers; a smaller parameter may be kept as it is
+LARGE = 1 << 16  # numbers; a smaller parameter may be kept as it is
 
 
 class Misfit(Exception):
@@ -37,14 +37,14 @@ def parameters_on_meta(seen: Callable[[Tensor, Tensor], None] = lambda real, met
     """Within, parameters of new modules have no values. Buffers do: what a model computes from its config is as it should be."""
     register = nn.Module.register_parameter
 
-    def register_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
-        register(module, name, p)
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, p := param)
         if p is not None and not p.is_meta:
             meta = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
             module._parameters[name] = meta
             seen(p.detach(), meta.detach())
 
-    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -137,6 +137,19 @@ def shards_source(model: nn.Module) -> Source:
 # -------------------------------------------------------------------------------------------------------- random weights
 
 
+class Room:
+    """Memory for one tensor at a time: taken anew for each, the pieces that small things leave would never fit the next."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def of(self, like: Tensor) -> Tensor:
+        """Of this shape and type; what was asked for before is gone."""
+        if self.held.numel() < like.numel() or self.held.dtype != like.dtype:
+            self.held = torch.empty(like.numel(), dtype=like.dtype, device="cpu")
+        return self.held[: like.numel()].view(like.shape)
+
+
 class Initialisation(TorchDispatchMode):
     """Notes what a model's construction does to parameters on the meta device, and draws what it would draw, one at a time.
 
@@ -146,7 +159,17 @@ class Initialisation(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.notes: dict[int, list[tuple[Any, ...]]] = {}  # storage -> (what, view, arguments, random state before)
+        self.room = Room()
         self.alive: list[Tensor] = []  # or a storage's number might come again
+
+    def __enter__(self):
+        self.on_meta = parameters_on_meta(self.registered)
+        self.on_meta.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.on_meta.__exit__(*error)
 
     def registered(self, real: Tensor, meta: Tensor) -> None:
         self.alive.append(meta)
@@ -161,7 +184,7 @@ class Initialisation(TorchDispatchMode):
         arguments, state, notes = args[1:], None, self.notes[_storage(target)]
         if torch.Tag.nondeterministic_seeded in what.tags:  # drawn for nothing, but for the draws after it
             state = torch.get_rng_state()
-            what(torch.empty(target.shape, dtype=target.dtype), *arguments, **(kwargs or {}))
+            what(self.room.of(target), *arguments, **(kwargs or {}))
         if what.overloadpacket.__name__ in ("normal_", "uniform_", "zero_", "fill_") and target.is_contiguous() and (
             target.numel() * target.element_size() == target.untyped_storage().nbytes()
         ):  # fmt: skip
@@ -187,12 +210,12 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...]]]) -> Source:
     """What construction would have put there: drawn again for one parameter at a time, of which a part is kept."""
-    wholes = dict(model.state_dict(keep_vars=True))
+    wholes, room = dict(model.state_dict(keep_vars=True)), Room()
 
     def source(name: str, where: Where) -> Tensor:
         if name not in notes:
             return wholes[name].detach()[where]  # a buffer, which has its values
-        made = torch.empty(wholes[name].shape, dtype=wholes[name].dtype)
+        made = room.of(wholes[name])
         for what, view, arguments, state in notes[name]:
             target = made.as_strided(*view)
             if what == "copy":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
@@ -118,14 +118,17 @@ def load_reference(
     """
     if layout is None:
         reference: Any = copy.deepcopy(policy)
-        if dtype is not None:
-            reference = reference.to(dtype)
+        for p in reference.parameters():  # not buffers: rotary frequencies stay in float32, as transformers loads them
+            p.data = p.data.to(dtype or p.dtype)
         return reference.eval().requires_grad_(False)
     with loading.parameters_on_meta():
         reference = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype or policy.dtype)
     reference.generation_config = policy.generation_config
     reference.eval().requires_grad_(False)
     allow_trees(reference)
+    buffers = dict(policy.named_buffers())
+    for name, buffer in reference.named_buffers():
+        buffer.data = buffers[name].clone()
     return _placed(reference, config, layout, loading.shards_source(policy))
 
 
@@ -303,7 +306,7 @@ def _load_sharded(
     spec, drawn = config.model, loading.Initialisation()
     random = spec.architecture and not spec.archive
     code = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
-    with loading.parameters_on_meta(drawn.registered), torch.random.fork_rng(devices=[]), drawn if random else nullcontext():
+    with torch.random.fork_rng(devices=[]), drawn if random else loading.parameters_on_meta():
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **code)
     with ExitStack() as stack:
@@ -415,6 +418,15 @@ def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
         first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         fix = "give a hub name or a local folder"
         raise UserError(f"{knob}={value}: the {what} cannot be loaded{off}: {first[:200]}; {fix}") from None
+
+
+def check_vocabulary(policy: Any, tokenizer: PreTrainedTokenizerBase, highest: int, name: str) -> None:
+    """Raise UserError when the data's highest token id, or PAD, has no embedding: a GPU would say so much less plainly."""
+    n, highest = policy.get_input_embeddings().weight.shape[0], max(highest, tokenizer.pad_token_id)
+    if highest >= n:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(f"model.name_or_path={name}: the model knows {n:,} tokens, but the tokenizer made number {highest:,} "
+                        f"({token!r}) of the data; give the model's own tokenizer")  # fmt: skip
 
 
 def describe(model: nn.Module, config: DictConfig) -> None:

@@ -99,9 +99,8 @@ def _on_the_cpu(world: dist.ProcessGroup) -> dist.ProcessGroup | None:
 
 def settle(model: nn.Module) -> None:
     """Let every parameter be this rank's part of it again; FSDP leaves some gathered after a forward pass."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def meet() -> None:
@@ -157,6 +156,9 @@ class Layout:
             fully_shard(module, **how)
         # What is outside of blocks (embedding, head) stays gathered from forward to backward pass, where there is one.
         fully_shard(model, reshard_after_forward=None if trained else True, **how)
+        for unit in sharded_modules(model):  # ranks' losses are parts of one sum: gradients are summed, not averaged
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.set_gradient_divide_factor(1.0)
 
     def materialise(self, model: nn.Module) -> None:
         """Give a sharded model on the meta device its memory: this rank's part. What it holds then is undefined."""
@@ -179,7 +181,7 @@ def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
     """(name, this rank's part, to be written into; where it lies in the whole) of each parameter and persistent buffer."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         start = _offset(tensor)[0] if isinstance(tensor, DTensor) else (0,) * tensor.ndim
-        part = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        part = local(tensor.detach())
         yield name, part, tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))
 
 
@@ -223,7 +225,13 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()  # offloaded: NCCL moves no CPU memory
+    there = tensor if tensor.device.type == kind else tensor.to(kind)  # offloaded: NCCL moves no CPU memory
+    return cast(DTensor, there).full_tensor()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, not copied."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
@@ -235,15 +243,15 @@ def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
     if not isinstance(tensor, DTensor):
         return ((0,) * tensor.ndim, tensor.detach()) if not dist.is_initialized() or dist.get_rank() == 0 else None
     start, replica = _offset(tensor)
-    local = tensor.detach().to_local()
-    return None if replica or not local.numel() else (start, local)
+    part = local(tensor.detach())
+    return None if replica or not part.numel() else (start, part)
 
 
 def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
     """The block of a tensor that this rank holds, be it its to write or not: where it begins in the whole, and its values."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim, tensor.detach()
-    return _offset(tensor)[0], tensor.detach().to_local()
+    return _offset(tensor)[0], local(tensor.detach())
 
 
 def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
@@ -261,8 +269,8 @@ def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
             length[placement.dim] = min(size, length[placement.dim] - skipped)
         else:
             replica = replica or at[i] > 0
-    local = tensor.to_local()
-    assert tuple(length) == tuple(local.shape) or 0 == local.numel() == math.prod(length), tensor.placements
+    part = local(tensor)
+    assert tuple(length) == tuple(part.shape) or 0 == part.numel() == math.prod(length), tensor.placements
     return tuple(start), replica
 
 
@@ -292,7 +300,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """In place."""
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    parts = [local(t) for t in tensors]
     torch._foreach_mul_(parts, factor.to(parts[0].device, parts[0].dtype))
 
 
@@ -303,10 +311,9 @@ def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank must call it."""
-    for module in sharded_modules(model):
-        module.reshard()  # what stands outside of blocks may still be gathered from a forward pass
+    settle(model)
     names = {p: name for name, p in model.named_parameters()}
-    state: dict[str, dict[str, Any]] = {names[p]: dict(of_p) for p, of_p in optimizer.state.items()}
+    state: dict[str, dict[str, Any]] = {names[cast(nn.Parameter, p)]: dict(x) for p, x in optimizer.state.items()}
     tensors = ((f"{name} {key}", x) for name, of_p in state.items() for key, x in of_p.items() if isinstance(x, Tensor))
     for both, full in gathered(tensors):
         name, _, key = both.rpartition(" ")

@@ -23,7 +23,7 @@ from activations import Held
 from batching import Packing
 from head import held_bytes, step_bytes
 from losses import Loss
-from models import block_class, load_config, load_tokenizer
+from models import DTYPES, block_class, load_config, load_tokenizer
 from optimization import make_optimizer, make_schedule
 from preference_datasets import dataset_names
 from preparation import load_examples
@@ -44,7 +44,7 @@ class Model(NamedTuple):
     config: Any  # transformers'
     weights: Weights
     cost: sizing.Cost
-    count: Callable[..., Held | None]  # activations.count of this model, each once; None where it fails
+    held: Callable[..., Held | None]  # activations.count of this model, each once; None where it fails
     packed: bool  # takes trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
 
@@ -71,10 +71,13 @@ class Steps(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """What the trainer would decide, and what it would hold."""
+
     layout: Layout
     precision: Precision
     live: bool  # a second model runs beside the policy
     cached: bool  # or once, before the first step
+    summed: bool  # over processes, after each microbatch
     counted: bool  # activations were counted, not assumed
     steps: Steps
     memory: Memory
@@ -88,8 +91,9 @@ def show(config: DictConfig, loss: Loss) -> str:
     peak = found.memory.peak / 1e9
     if peak <= limit:
         return "\n".join([*lines, f"fits: {peak:.1f} of {limit:g} GB"])
-    lines.append(f"does not fit: needs {peak:.1f} of {limit:g} GB; "
-                 f"on up to {MOST_GPUS} GPUs {'these fit' if (fixes := alternatives(config, loss, model, data)) else 'nothing does'}")
+    fixes = alternatives(config, loss, model, data)
+    what = "these would fit:" if fixes else f"nor does anything here make it, on up to {MOST_GPUS} GPUs"
+    lines.append(f"does not fit: needs {peak:.1f} of {limit:g} GB; {what}")
     rows = [(" ".join(f"{k}={_value(v)}" for k, v in change.items()), fix.memory.peak / 1e9) for change, fix in fixes]
     width = max((len(text) for text, _ in rows), default=0)
     return "\n".join(lines + [f"  {text:<{width}}  {needs:5.1f} GB ({needs - peak:+.1f})" for text, needs in rows])
@@ -101,7 +105,7 @@ def show(config: DictConfig, loss: Loss) -> str:
 def read_model(config: DictConfig) -> Model:
     """From the model's config alone."""
     hf_config = load_config(config)
-    model = activations.blank_model(hf_config, getattr(torch, config.model.policy_dtype))
+    model = activations.blank_model(hf_config, DTYPES[config.model.policy_dtype])
     kind = block_class(model, config.model.block_name)
     blocks = [list(m.parameters()) for m in model.modules() if isinstance(m, kind)]
     within = {id(p) for block in blocks for p in block}
@@ -164,7 +168,12 @@ def layout_of(config: DictConfig) -> Layout:
         raise UserError(f"plan_gpus={n}: BasicTrainer is planned on one GPU; trainer=FSDPTrainer trains on several")
     if n % nodes:
         raise UserError(f"plan_gpus={n}: the GPUs of all {nodes} nodes (plan_nodes), so a multiple of {nodes}")
-    return Layout(n, nodes)
+    tp = (config.tp_size or n) if config.trainer == "TensorParallelTrainer" else 1
+    if n % tp or (config.fsdp_shard_size and n // tp % config.fsdp_shard_size):
+        knob = "tp_size" if n % tp else "fsdp_shard_size"
+        among = n if n % tp else n // tp
+        raise UserError(f"{knob}={config[knob]}: does not divide the {among} processes; give a divisor, or null")
+    return Layout(n, nodes, config.fsdp_shard_size if sharded else None, tp, config.fsdp_cpu_offload)
 
 
 def gb(config: DictConfig) -> float:
@@ -175,7 +184,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     """What the trainer would decide on these GPUs, and what they would hold then."""
     layout, spec, sharded = layout_of(config), config.model, config.trainer != "BasicTrainer"
     weights, compute, reference = (
-        getattr(torch, name) for name in
+        DTYPES[name] for name in
         (spec.policy_dtype, spec.fsdp_policy_mp or spec.policy_dtype, spec.reference_dtype or spec.policy_dtype)
     )  # fmt: skip
     state, foreach = optimizer_state(config, weights)
@@ -183,7 +192,8 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
 
     room, each = gb(config) * 1e9, model.weights.n * weights.itemsize / layout.shards / layout.tp_size
     several = (config.n_epochs or 1) > 1 if data.n is None else make_schedule(config, data.n).n_examples > data.n
-    cached = {"auto": several or sizing.short_for_reference(each, 3 * each, room), "live": False, "cached": True}[config.reference]
+    tight = sizing.short_for_reference(each, 3 * each, room)
+    cached = {"auto": several or tight, "live": False, "cached": True}[config.reference]
     live = loss.needs_reference and not cached
 
     free = room - (4 + live) * each - held_bytes(GPU)
@@ -191,17 +201,19 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     budget = sizing.token_budget(config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks)
     steps = lay_out(config, model, data, layout.ranks, budget)
 
+    summed = sizing.sums_each(config, model.weights.n / layout.tp_size, room)
     dtype, autocast = (compute, None) if sharded or compute == weights else (weights, compute)
     held = count_body(model, steps.fullest, dtype, autocast, sizing.kept(config))
     text, n = model.config.get_text_config(), steps.fullest.n_scored
     assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(model.config, compute, sizing.kept(config))
     total = sizing.memory(
         model.weights, layout, precision, sharded=sharded, live=live, foreach=foreach,
+        kept_whole=steps.n_micro > 1 and not summed,
         activations=held.wide + held.within / layout.tp_size if held else assumed,
         head=step_bytes(n, text.hidden_size, text.vocab_size, compute.itemsize, GPU) if model.plain_head
         else n * text.vocab_size * (2 * compute.itemsize + 2 * 4),  # logits in two precisions, and their gradients
     )  # fmt: skip
-    return Plan(layout, precision, live, loss.needs_reference and cached, held is not None, steps, total)
+    return Plan(layout, precision, live, loss.needs_reference and cached, summed, held is not None, steps, total)
 
 
 def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool]:
@@ -219,7 +231,7 @@ def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool
 def count_body(model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float) -> Held | None:
     """What the body's passes hold; with a share of activations kept, so much of the way from none to all. None: unknown."""
     least, most = (
-        model.count(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
+        model.held(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
         for recompute, share in ((True, 1 - kept), (False, kept))
     )
     if least is None or most is None:
@@ -268,6 +280,8 @@ def alternatives(config: DictConfig, loss: Loss, model: Model, data: Data) -> li
         changes.append({"reference": "cached"})
     if config.tokens_per_microbatch is not None and config.tokens_per_microbatch > 2 * config.max_length:
         changes.append({"tokens_per_microbatch": 2 * config.max_length})
+    if config.fsdp_reduce == "last" and config.trainer != "BasicTrainer":
+        changes.append({"fsdp_reduce": "each"})
     if config.model.fsdp_policy_mp is None and config.model.policy_dtype == "float32":
         changes.append({"model.fsdp_policy_mp": "bfloat16"})
 
@@ -278,9 +292,10 @@ def alternatives(config: DictConfig, loss: Loss, model: Model, data: Data) -> li
     together = [*accumulate(changes, lambda a, b: a | b)]
     found = fitting(changes) or fitting(together)[:1]
     n, trainer = layout_of(config).n_gpus, {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
+    nodes = {"plan_nodes": None} if config.plan_nodes else {}
     sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
     for base in ({}, *together[-1:]):  # as it is, or with all of these
-        more = next(iter(fitting({**base, **trainer, "plan_gpus": size, "plan_nodes": None} for size in sizes)), None)
+        more = next(iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None)
         if more:
             return [*found, more]
     return found
@@ -300,13 +315,17 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
     n = model.weights.n
     kind = {True: ", live reference", False: ", cached reference"}[plan.live] if loss.needs_reference else ""
     layout = plan.layout
-    lines = [f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{kind}",
-             f"{'on':<8}{_many(layout.n_gpus, config.plan_gpu)} in {_many(layout.n_nodes, 'node')}, {config.trainer}"]  # fmt: skip
+    on = f"{layout.n_gpus} x {config.plan_gpu}, nodes: {layout.n_nodes}, {config.trainer}"
     if layout.n_gpus > 1:
-        lines[-1] += f": a copy of the model over {layout.shards * layout.tp_size}"
-        lines[-1] += f", {layout.tp_size} of them by tensor parallelism" if layout.tp_size > 1 else ""
-    examples = "examples" if data.n is None else f"{data.n:,} {'pairs' if loss.data == 'pairs' else 'examples'}"
-    return [*lines, f"{'data':<8}{examples} of {plan.steps.n_tokens:,.0f} tokens on average, {data.said}"]
+        on += f", a copy of the model over {layout.shards * layout.tp_size}"
+        on += f", {layout.tp_size} of them by tensor parallelism" if layout.tp_size > 1 else ""
+    examples = "pairs" if loss.data == "pairs" else "examples"
+    each = f"{plan.steps.n_tokens:,.0f} tokens on average"
+    return [
+        f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{kind}",
+        f"{'on':<8}{on}",
+        f"{'data':<8}{'' if data.n is None else f'{data.n:,} '}{examples} of {each}, {data.said}",
+    ]
 
 
 def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
@@ -314,9 +333,10 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
     layout, steps = plan.layout, plan.steps
     rows, width = steps.fullest.shape
     largest = f"{width:,} tokens" if rows == 1 else f"{rows} padded rows of {width:,} tokens"
-    n_micro = f"{steps.n_micro:.1f}".removesuffix(".0") + " microbatches"
-    lines = [f"{'step':<8}{config.batch_size:,} examples, {config.batch_size * steps.n_tokens:,.0f} tokens; on each GPU {n_micro}, "
-             f"the largest of {largest}{'' if plan.counted else ' (activations assumed: they could not be counted)'}"]  # fmt: skip
+    n_micro = f"{steps.n_micro:.1f}".removesuffix(".0")
+    lines = [f"{'step':<8}{config.batch_size:,} examples, {config.batch_size * steps.n_tokens:,.0f} tokens; on each GPU "
+             f"{n_micro} microbatch{'es' if n_micro != '1' else ''}, the largest of {largest}"]  # fmt: skip
+    lines += [] if plan.counted else [f"{'':<8}activations are an ample guess: this model's could not be counted"]
     schedule = make_schedule(config, data.n or config.n_examples or 0)
     n = schedule.n_examples or 1000
     if schedule.n_examples:
@@ -325,29 +345,25 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
     card = CARDS[config.plan_gpu]
     peak = {2: card.flops16, 4: card.flops32}.get(plan.precision.compute)
     if peak is None:
-        return [*lines, f"{'time':<8}unknown: no data sheet says what the {config.plan_gpu} does in this precision"]
+        return [*lines, f"{'time':<8}unknown: no data sheet says what a {config.plan_gpu} does in this precision"]
     secs = passes * steps.forward / (layout.n_gpus * peak * config.plan_mfu)
     unknown = "" if schedule.n_examples else " per 1,000 examples (n_examples=... says how many)"
-    lines.append(f"{'time':<8}{_duration(secs)}{unknown} at plan_mfu={config.plan_mfu:g} of {layout.n_gpus} x {peak / 1e12:g} TFLOP/s, "
-                 "less evaluation, sampling and saving")  # fmt: skip
-    sent = sizing.traffic(model.weights, layout, plan.precision, n_micro=steps.n_micro, live=plan.live)
-    if sent and config.trainer != "BasicTrainer":
+    at = f"plan_mfu={config.plan_mfu:g} of {layout.n_gpus} x {peak / 1e12:g} TFLOP/s"
+    lines.append(f"{'time':<8}{_duration(secs)}{unknown} at {at}, without evaluation, sampling and saving")
+    sent = sizing.traffic(model.weights, layout, plan.precision, n_micro=steps.n_micro, live=plan.live, each=plan.summed)
+    if sent:
         rate = sent / (secs * config.batch_size / n) / 1e9
-        lines.append(f"{'network':<8}{sent / 1e9:,.1f} GB sent by each GPU in a step: links slower than {rate:,.1f} GB/s make it longer")
+        lines.append(f"{'network':<8}{sent / 1e9:,.1f} GB sent by each GPU per step; links below {rate:,.0f} GB/s make it longer")
     return lines
 
 
 def _table(memory: Memory) -> list[str]:
-    backward, update = memory.moments
-    rows = [*memory.kinds.items(), ("in all", (backward, update))]
-    width = max(len(kind) for kind, _ in rows)
-    lines = [f"{'GB per GPU':<{width}}  backward pass  optimizer's step"]
-    lines += [f"{kind:<{width}}  {a / 1e9:13.1f}  {b / 1e9:16.1f}" for kind, (a, b) in rows]
+    rows = [*memory.kinds.items(), ("in all", memory.moments)]
+    width, titles = max(len(kind) for kind, _ in rows), ("backward starts", "backward ends", "optimizer steps")
+    lines = [f"{'GB per GPU':<{width}}  {'  '.join(titles)}"]
+    lines += ["  ".join([f"{kind:<{width}}", *(f"{x / 1e9:{len(t)}.1f}" for x, t in zip(values, titles, strict=True))])
+              for kind, values in rows]  # fmt: skip
     return lines + ([f"and {memory.host / 1e9:,.1f} GB of each node's RAM"] if memory.host else [])
-
-
-def _many(n: int, what: str) -> str:
-    return f"{n} {what}" + ("s" if n > 1 and what == "node" else "")
 
 
 def _value(value: Any) -> str:

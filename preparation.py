@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import parallel
 from batching import Schedule
-from examples import Examples, cases, concatenate, seen_before, slices, view
+from examples import Examples, cases, concatenate, contradicted, seen_before, slices, view
 from preference_datasets import dataset_names, get_dataset, made_of
 from token_store import Recipe, TokenStore, find_or_make, fingerprint
 from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos
@@ -124,12 +124,13 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
     `held_out`: digests of the eval split's prompts, in order. Raises UserError with the first example for which a rule says stop.
     """
     examples = part.examples
-    duplicate = seen_before(examples)
+    whole = {"duplicate": seen_before(examples), "contradictory": contradicted(examples)}
     keep = np.ones(len(examples), bool)
     counts: Counter[str] = Counter()
     for here in slices(len(examples)):
         some = examples[here]
-        found = cases(some) | {"duplicate": duplicate[here], "prompt_in_eval": _is_in(some.digest(0), held_out)}
+        found = cases(some) | {case: is_case[here] for case, is_case in whole.items()}
+        found["prompt_in_eval"] = _is_in(some.digest(0), held_out)
         counts += Counter({case: int(is_case.sum()) for case, is_case in found.items()})
         stops = [(int(is_case.argmax()), case) for case, is_case in found.items() if rules[case] == "stop" and is_case.any()]
         if stops:

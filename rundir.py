@@ -12,7 +12,6 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +70,28 @@ def find(config: DictConfig) -> str:
     return str(runs[-1]) if runs else str(config.local_run_dir)
 
 
-@contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
-    """Make the directory, and be its one owner for as long as this lasts. Rank 0 does; the others wait for it.
+class Owner:
+    """The one process group that is at a run directory. Nothing is made before `claim` is called: at once where the directory is
+    there already, else when all else is known to be in order. The lock goes with the process, however it ends."""
 
-    Raises UserError when another process is at it, or when it can't be made.
-    """
-    handle = -1
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.handle = run_dir, -1
+        if parallel.from_rank0(run_dir.is_dir):
+            self.claim()
 
-    def lock() -> int:
+    def claim(self) -> None:
+        """Make the directory and lock it; rank 0 does. Raises UserError when another process is at it, or has been since, or when
+        it can't be made."""
+        if self.handle < 0:
+            self.handle = parallel.from_rank0(self._lock)
+
+    def _lock(self) -> int:
+        new = not self.run_dir.is_dir()
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
+            raise UserError(f"local_run_dir={self.run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
         for attempt in range(LOCK_SECS * 10 + 1):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,18 +99,17 @@ def owned(run_dir: Path) -> Iterator[None]:
             except OSError:
                 if attempt == LOCK_SECS * 10:
                     owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
-                    raise UserError(f"local_run_dir={run_dir}: in use by process {owner}; wait for it, or stop it") from None
+                    raise UserError(f"local_run_dir={self.run_dir}: in use by process {owner}; wait for it, or stop it") from None
                 time.sleep(0.1)
+        if new and listed(self.run_dir):
+            raise UserError(f"local_run_dir={self.run_dir}: another process has used it meanwhile; start again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         return handle
 
-    handle = parallel.from_rank0(lock)
-    try:
-        yield
-    finally:
-        if rank() == 0:
-            os.close(handle)
+    def release(self) -> None:
+        if self.handle >= 0 and rank() == 0:
+            os.close(self.handle)
 
 
 def status(run_dir: Path) -> dict[str, Any]:

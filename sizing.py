@@ -103,6 +103,12 @@ def short_for_reference(weights: float, trained: float, memory: float) -> bool:
     return weights > (memory - weights - trained) / 4
 
 
+def sums_each(config: Any, n_weights: float, memory: float) -> bool:
+    """Are gradients to be summed over processes after each microbatch? With fsdp_reduce=auto: if all of them, in float32, would
+    take more than an eighth of `memory`, bytes of one process."""
+    return {"auto": 4 * n_weights > memory / 8, "last": False, "each": True}[config.fsdp_reduce]
+
+
 def kept(config: Any) -> float:
     """The share of activations that is kept for the backward pass; the others are recomputed."""
     recompute = config.activation_checkpointing  # all, none, or all but a share
@@ -118,18 +124,25 @@ def activation_bytes(model_config: Any, dtype: torch.dtype, kept: float) -> floa
     return (spec.num_hidden_layers * kept + 1) * 48 * spec.hidden_size * dtype.itemsize
 
 
-def token_budget(
-    config: Any, model_config: Any, device: torch.device, dtype: torch.dtype, free: float, plain_head: bool, mean: float, ranks: int
-) -> int:
-    """Tokens of a microbatch: as configured, or what half of `free` bytes hold in activations, if that makes a difference.
+def default_budget(config: Any, device: torch.device, dtype: torch.dtype, free: float, kept: float, plain_head: bool) -> int:
+    """Tokens of a microbatch whose activations take half of `free` bytes, at most what makes a difference.
 
-    For a head that is not computed in chunks, logits and their gradient are added, in float32 for half of the tokens. Beyond 1,024
-    tokens a CPU gains a few percent only, and a GPU nothing beyond 16,384. Compiled blocks take rows of one length, whatever is in
-    them, so no longer ones than a step needs: `mean` is an example's tokens.
+    For a head that is not computed in chunks, logits and their gradient are added, in float32 for half of the tokens. Beyond
+    1,024 tokens a CPU gains a few percent only, and a GPU nothing beyond 16,384.
     """
-    per_token = activation_bytes(model_config, dtype, kept(config))
-    per_token += 0 if plain_head else 2 * 4 * model_config.get_text_config().vocab_size
-    found = min(16384 if device.type == "cuda" else 1024, int(free / 2 / per_token) // 256 * 256)
+    per_token = activation_bytes(config, dtype, kept) + (0 if plain_head else 2 * 4 * config.get_text_config().vocab_size)
+    return min(16384 if device.type == "cuda" else 1024, int(free / 2 / per_token) // 256 * 256)
+
+
+def token_budget(
+    config: Any, model_config: Any, device: torch.device, dtype: torch.dtype, free: float, plain_head: bool, mean: float,
+    ranks: int,
+) -> int:  # fmt: skip
+    """Tokens of a microbatch: as configured, or by `free` bytes, but room for two examples.
+
+    Compiled blocks take rows of one length, whatever is in them, so no longer ones than a step needs: `mean` is of an example.
+    """
+    found = default_budget(model_config, device, dtype, free, kept(config), plain_head)
     budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
     if config.compile:
         parts = ranks * config.gradient_accumulation_steps
@@ -173,6 +186,7 @@ class Weights(NamedTuple):
     def on_one(self, layout: Layout) -> int:
         """Numbers that a rank keeps. Sharding cuts along the first dimension, the last part padded to the others' length; tensor
         parallelism splits the matrices of blocks, whatever its plan does to the head."""
+
         def part(shape: torch.Size, split: int) -> int:
             if not shape:
                 return 1
@@ -197,15 +211,15 @@ class Precision(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU, by kind, at the two moments when most is held: early in a backward pass, and in the optimizer's step."""
+    """Bytes of one GPU, by kind, at the moments when most is held: as a backward pass starts, as it ends, and as the optimizer
+    steps."""
 
-    kinds: dict[str, tuple[float, float]]
+    kinds: dict[str, tuple[float, float, float]]
     host: float  # of one node's RAM, for what is offloaded
 
     @property
-    def moments(self) -> tuple[float, float]:
-        backward, update = (sum(kind) for kind in zip(*self.kinds.values(), strict=True))
-        return backward, update
+    def moments(self) -> tuple[float, ...]:
+        return tuple(map(sum, zip(*self.kinds.values(), strict=True)))
 
     @property
     def peak(self) -> float:
@@ -214,48 +228,49 @@ class Memory(NamedTuple):
 
 def memory(
     weights: Weights, layout: Layout, precision: Precision, *, sharded: bool, live: bool, activations: float, head: float,
-    foreach: bool,
+    foreach: bool, kept_whole: bool = False,
 ) -> Memory:  # fmt: skip
     """What a step of training holds, with w, c, r, s the bytes of `precision` in its order:
 
     weights n w, gradients n w, optimizer n s, live reference n r, for the n numbers of a rank (all of them in BasicTrainer).
-    `foreach` optimizers hold one temporary of the weights' size while they step (PyTorch's documentation), n w.
+    `foreach` optimizers hold one temporary of the weights' size while they step (PyTorch's documentation): n w.
     Where FSDP shards, with N0 numbers of the root and Nb of the largest block:
-    gathered (N0 + 2 Nb) c: the root through the whole step, the block at work and the next, fetched ahead; and of a live
-    reference its root, which nothing after its forward pass frees, N0 r (c where that is another precision).
-    on their way: gradients of the root, complete only with the embedding's, at the end, N0 c; of the block at work Nb c, and
-    their copy of Nb sums in float32 or wider, from which each rank gets its part. The root's own turn comes when no activation
-    is left.
+    gathered (N0 + 2 Nb) c: the root through the whole pass, the block at work and the next, fetched ahead; and a live
+    reference's root, which nothing frees after its forward pass, N0 c.
+    on their way: a block's gradients Nb c and their copy to be summed, in float32 or wider, of which each rank gets its part; the
+    root's last, when the embedding's are there, N0 alike (the head's gradient counts with the head until then).
+    `kept_whole`: all gradients, in float32 or wider, from one microbatch to the next.
     """
     n = weights.on_one(layout) if sharded else weights.n
     w, c = precision.weights, precision.compute
     root, block = weights.gathered(layout) if sharded else (0, 0)
-    sums = max(4, w) if c != w else w
+    each = c + (max(4, w) if c != w else w)
     on_host = layout.offload and sharded
     at = 0 if on_host else n
-    kinds = {
-        "weights": (at * w, at * w),
-        "gradients": (at * w, at * w),
-        "optimizer state": (at * precision.state, at * precision.state),
-        "reference": (at * precision.reference * live,) * 2,
-        "activations": (activations, 0.0),
-        "head and loss": (head, 0.0),
-        "gathered weights": ((root + 2 * block) * c + root * c * live, root * c * live),
-        "gradients on their way": (root * c + block * (c + sums), 0.0),
-        "optimizer's temporaries": (0.0, at * w * foreach),
+    kinds: dict[str, tuple[float, float, float]] = {
+        "weights": (at * w,) * 3,
+        "gradients": (at * w,) * 3,
+        "optimizer state": (at * precision.state,) * 3,
+        "reference": (at * precision.reference * live,) * 3,
+        "activations": (activations, 0, 0),
+        "head and loss": (head, 0, 0),
+        "gathered weights": ((root * (1 + live) + 2 * block) * c, root * (1 + live) * c, root * live * c),
+        "gradients on their way": (block * each, root * each, 0),
+        "gradients not yet summed": (weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,),
+        "optimizer's temporaries": (0, 0, at * w * foreach),
     }
     per_node = layout.n_gpus // layout.n_nodes
     host = n * (2 * w + precision.state + precision.reference * live) * per_node if on_host else 0.0
-    return Memory({kind: bytes_ for kind, bytes_ in kinds.items() if any(bytes_)}, host)
+    return Memory({kind: moments for kind, moments in kinds.items() if any(moments)}, host)
 
 
-def traffic(weights: Weights, layout: Layout, precision: Precision, *, n_micro: float, live: bool) -> float:
+def traffic(weights: Weights, layout: Layout, precision: Precision, *, n_micro: float, live: bool, each: bool) -> float:
     """Bytes that a GPU sends in one step, by rings: of s ranks that share a copy each sends (s - 1) / s of what is gathered or
-    scattered. Each microbatch gathers all blocks twice (forward, backward) and scatters gradients once; a live reference
-    gathers once; replicas of a copy then sum their shards, 2 (r - 1) / r of one."""
+    scattered. Each microbatch gathers all blocks twice (forward, backward), and a live reference once; gradients are scattered
+    once, or after `each`; replicas of a copy then sum their shards once, 2 (r - 1) / r of one."""
     s, w, c = layout.shards, precision.weights, precision.compute
     n = weights.n / layout.tp_size
     replicas = layout.ranks // s
     sums = max(4, w) if c != w else w
-    sent = n * (s - 1) / s * (2 * c + sums + c * live)
-    return n_micro * (sent + 2 * (replicas - 1) / replicas * n / s * sums)
+    gathered, scattered = n_micro * (2 * c + c * live), (n_micro if each else 1) * sums
+    return n * (s - 1) / s * (gathered + scattered) + 2 * (replicas - 1) / replicas * n / s * sums

@@ -1,8 +1,9 @@
 """Tensor parallelism: the matrices of a layer cut over ranks that see the same rows (Shoeybi et al. 2019, arXiv:1909.08053).
 
-Parameters lie as DTensors, so that FSDP, optimizer, gradient norm and checkpoints take them like any other; a module computes on this
-rank's plain part of them. Between modules all ranks hold the same activations. Which module is cut how is the model's plan, as
-transformers ships it (`base_model_tp_plan`), or as `model.tp_plan` says.
+Parameters lie as DTensors, so that FSDP, optimizer, gradient norm and checkpoints take them like any other; a module computes on
+this rank's plain part of them. Between modules all ranks hold the same activations. Which module is cut how is the model's plan,
+as transformers ships it (`base_model_tp_plan`), or as `model.tp_plan` says. Embedding and head are cut in memory, and put
+together where they are used: the log-probabilities are then computed as in one process.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ class Style(NamedTuple):
     sums_gradients: bool = False  # of parameters that are whole, but see a part of the activations
 
 
+GATHERED = Style("vocabulary")  # embedding and head, whatever the plan says
 STYLES = {
     "colwise": Style("out"),
     "rowwise": Style("in"),
     "colwise_gather_output": Style("out", gathers_output=True), "colwise_rep": Style("out", gathers_output=True),
     "rowwise_split_input": Style("in", splits_input=True), "rowwise_rep": Style("in", splits_input=True),
     "replicated_with_grad_allreduce": Style(None, sums_gradients=True),
-    "replicate": Style(None),
+    "replicate": Style(None), "embedding_rowwise": GATHERED,
 }  # fmt: skip
-GATHERED = Style("vocabulary")  # embedding and head: cut in memory, computed whole on every rank
 
 
 def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
@@ -83,18 +84,18 @@ def _cut(module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: d
             continue
         where: Placement = Replicate()
         if style is GATHERED:
-            where = Shard(0) if p.shape[0] % n == 0 else where
+            where = Shard(0)
         elif style.cut == "out":
             where = Shard(p.ndim - 1 if transposed else 0)
         elif style.cut == "in" and p.ndim == 2:
             where = Shard(0 if transposed else 1)
-        if isinstance(where, Shard) and p.shape[where.dim] % n:
+        if style is not GATHERED and isinstance(where, Shard) and p.shape[where.dim] % n:
             raise UserError(f"tp_size={n}: does not divide the {p.shape[where.dim]} of {name}.{leaf}; give a divisor")
         if id(p) not in shared:
             shared[id(p)] = nn.Parameter(distribute_tensor(p.detach(), mesh, [where]), requires_grad=p.requires_grad)
         module._parameters[leaf] = shared[id(p)]
     if transposed and style.cut == "out":
-        module.nf //= n  # type: ignore[operator]  # Conv1D shapes its output by it
+        vars(module)["nf"] //= n  # Conv1D shapes its output by it
     module.register_forward_pre_hook(_Enter(style, mesh))
     module.register_forward_hook(_Leave(style, mesh), always_call=True)
 

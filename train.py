@@ -37,7 +37,7 @@ from archives import resolve_archive
 from command_line import check_command_line, no_environment
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
-from models import DTYPES, describe, load_policy, load_reference, load_tokenizer
+from models import DTYPES, check_vocabulary, describe, load_policy, load_reference, load_tokenizer
 from optimization import make_schedule, pick_device
 from preparation import load_examples
 from processes import report
@@ -96,8 +96,8 @@ def train(config: DictConfig) -> None:
     import_plugins(config.plugins)
     config.local_run_dir = parallel.same_everywhere(config.local_run_dir)
     run_dir = Path(config.local_run_dir)
-    with rundir.owned(run_dir):
-        rundir.write_status(run_dir, "running") if rank() == 0 else None
+    owner = rundir.Owner(run_dir)
+    try:
         found = parallel.from_rank0(partial(checkpoints.newest, run_dir))
         if found is not None:
             rundir.compare(run_dir, {"settings": found.manifest.recipe["settings"]}, {"settings": rundir.settings(config)},
@@ -108,19 +108,23 @@ def train(config: DictConfig) -> None:
             rank0_print(f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run: resume=never")
             report(found.manifest.step, found.manifest.examples)
         else:
-            train_from(config, run_dir, found)
+            train_from(config, owner, found)
         rundir.write_status(run_dir, "finished", 0) if rank() == 0 else None
+    finally:
+        owner.release()
 
 
-def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | None) -> None:
+def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found | None) -> None:
     """From a checkpoint of this run, or from its beginning."""
-    start, loss = time.monotonic(), build_loss(plain(config.loss))
+    start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
     tokenizer = load_tokenizer(config)
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
     layout = trainers.TRAINERS[config.trainer].make_layout(config)
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     policy = load_policy(config, device_map="balanced" if several_gpus else None, layout=layout)
     dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
+    highest = max(train_examples.highest_id(), eval_examples.highest_id())
+    check_vocabulary(policy, tokenizer, highest, config.model.name_or_path)
     describe(policy, config)
     weights = weights_digest(policy)
     recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
@@ -128,7 +132,7 @@ def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | Non
     if found is not None:
         changed = rundir.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
         for knob, value in found.manifest.found.items():  # what was decided by the memory of that moment stays
-            if config[knob] in (None, "auto") and value is not None:
+            if config[knob] in (None, "auto") and value is not None and (knob != "fsdp_reduce" or layout is not None):
                 config[knob] = value
     reference, cached = None, False
     if loss.needs_reference:
@@ -136,6 +140,7 @@ def train_from(config: DictConfig, run_dir: Path, found: checkpoints.Found | Non
         if not cached or dtype not in (None, policy.dtype):  # otherwise the policy, before its first step, is the reference
             reference = load_reference(policy, dtype, config, layout)
 
+    owner.claim()
     log = open_log(config, run_dir, found, changed)
     failed, budget = True, config.tokens_per_microbatch
     try:
@@ -171,6 +176,7 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
             checkpoints.set_aside(run_dir, found)
             rundir.cut_logs(run_dir, found.manifest.logs if found else {})
             rundir.record(config, run_dir, found and found.manifest.step, changed)
+            rundir.write_status(run_dir, "running")
         except OSError as error:
             raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
 

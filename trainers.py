@@ -32,7 +32,7 @@ import sizing
 import state_files
 from archives import as_in_2023
 from batching import Feed, Packing, Step, pack
-from evaluation import Scorer, evaluate
+from evaluation import Scorer, all_logps, evaluate
 from generation import sample
 from head import held_bytes
 from losses import Loss
@@ -147,6 +147,11 @@ class BasicTrainer:
             self.config, self.policy.config, self.device, self.dtype, free, way.plain_head, mean, self.world_size
         )
 
+    @property
+    def counts(self) -> bool:
+        """Is this the one of the ranks that see the same rows whose sums count?"""
+        return self.layout is None or self.layout.first_of_rows
+
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:
         """Give both feeds the reference's log-probabilities: from the cache, and by one pass over what is not in it."""
@@ -171,32 +176,13 @@ class BasicTrainer:
             size = max(4096, len(new) // 64)  # what is kept when the pass is interrupted; the file is written anew each time
             for start in range(0, len(new), size):
                 some = new[start : start + size]
-                known[some] = self.reference_pass(model, feed, indices[some], progress)
+                known[some] = all_logps(self.scorer, model, feed, indices[some], self.counts, progress)
                 parallel.from_rank0(partial(cache.add, digests[some] if rank() == 0 else digests, known[some]))
             progress.close()
             rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
                         + (f", {len(new):,} computed now" if len(new) else ""))  # fmt: skip
             feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
             feed.reference[indices] = known
-
-    def reference_pass(self, model: PreTrainedModel, feed: Feed, indices: np.ndarray, progress: tqdm) -> np.ndarray:
-        """Log-probabilities of these examples' responses, [n, k] float64. Every rank computes its part, and gets all."""
-        was_training, k = model.training, len(feed.examples[0].responses)
-        model.eval()
-        logps = torch.zeros(len(indices), k, dtype=torch.float64, device=self.device)
-        places, values = [np.empty(0, np.int64)], [logps[:0]]
-        starts = range(0, len(indices), 256)
-        steps = feed.ahead((indices[start : start + 256] for start in starts), self.device)
-        for start, step in zip(starts, steps, strict=True):
-            for batch, weight, where in step.microbatches:
-                places.append(start + where)
-                values.append(weight * self.scorer.logps(model, batch.to(self.device)).sum.view(k, -1).T.double())
-            progress.update(len(step.examples))
-        model.train(was_training)
-        logps.index_add_(0, torch.from_numpy(np.concatenate(places)).to(self.device), torch.cat(values))
-        if self.layout is not None and not self.layout.first_of_rows:
-            logps.zero_()  # the ranks that see the same rows count once
-        return parallel.total(logps).cpu().numpy()
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -426,9 +412,16 @@ class FSDPTrainer(BasicTrainer):
     def precision(self, device: torch.device) -> Callable[[], Any]:
         return nullcontext  # the sharded modules cast by themselves
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        n = sum(p.numel() for p in self.policy.parameters()) / self.layout.tp_size
+        each = sizing.sums_each(self.config, n, sizing.memory_at_hand(self.device))
+        self.each = bool(parallel.agree([each])[0])
+        self.found["fsdp_reduce"] = "each" if self.each else "last"
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        parallel.reduce_gradients(self.policy, now=last, each=self.config.fsdp_reduce == "each")
-        (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and ours are parts of one sum
+        parallel.reduce_gradients(self.policy, now=last, each=self.each)
+        super().backward(loss, last)
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return parallel.gathered_model_state(self.policy)

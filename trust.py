@@ -51,13 +51,18 @@ def check_folder(name: str) -> None:
 
 
 def check_settings(hf_config: Any, what: str) -> None:
-    """Raise UnsafeFile for a config.json that names attention or experts whose code would be fetched and run."""
+    """Raise UnsafeFile for a config.json that names attention or experts whose code would be fetched and run; and UserError for
+    sizes with which transformers builds an empty model."""
     for key, allowed in (("_attn_implementation_internal", ATTENTIONS), ("_experts_implementation_internal", None)):
         value = getattr(hf_config, key, None)
         for said in value.values() if isinstance(value, dict) else [value]:
             if said is not None and (not isinstance(said, str) or (allowed and said not in allowed) or "/" in said):
                 raise UnsafeFile(f"{what}: its config asks for {key[1:].removesuffix('_internal')}={said!r}, whose code would be "
                                  "fetched and run; remove the line from config.json")  # fmt: skip
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        size = getattr(hf_config.get_text_config(), key, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"{what}: its config has {key}={size}; write at least 1")
     for value in vars(hf_config).values():
         if hasattr(value, "_attn_implementation_internal"):  # a config within the config
             check_settings(value, what)

@@ -69,7 +69,7 @@ KEPT: Callable[[Any], bool] = lambda v: isinstance(v, bool) or (_number(v) and 0
 SHARDED = ("FSDPTrainer", "TensorParallelTrainer")
 # Knobs of some trainers only: where one would be ignored, another value than its default is refused.
 SEVERAL: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("fsdp_shard_size", None, SHARDED), ("fsdp_cpu_offload", False, SHARDED), ("fsdp_reduce", "last", SHARDED),
+    ("fsdp_shard_size", None, SHARDED), ("fsdp_cpu_offload", False, SHARDED), ("fsdp_reduce", "auto", SHARDED),
     ("tp_size", None, SHARDED[1:]),
 ]  # fmt: skip
 KNOBS: dict[str, Check] = {
@@ -89,8 +89,8 @@ KNOBS: dict[str, Check] = {
     "lr_schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
     "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
     "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
-    "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG, "fsdp_reduce": one_of("last", "each"),
-    "tp_size": maybe(whole(1)), "model.tp_plan": maybe(MAPPING),
+    "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG,
+    "fsdp_reduce": one_of("auto", "last", "each"), "tp_size": maybe(whole(1)), "model.tp_plan": maybe(MAPPING),
     "fsdp_port": maybe(whole(1)),
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
     "resume": one_of("never", "auto", "must"), "resume_allow": names(0), "max_hours": maybe(POSITIVE),
@@ -107,7 +107,7 @@ KNOBS: dict[str, Check] = {
 }  # fmt: skip
 CASES = (
     "prompt_truncated", "response_truncated", "eos_in_text", "empty_prompt", "empty_response", "identical_pair",
-    "identical_after_truncation", "duplicate", "prompt_in_eval",
+    "identical_after_truncation", "duplicate", "contradictory", "prompt_in_eval",
 )  # fmt: skip
 KNOBS |= {f"data_rules.{case}": RULE for case in CASES}
 GROUPS = {"dataset_paths": maybe(TEXT)}  # its keys are names of data sets, a plugin's too: see _data_sets
@@ -171,7 +171,7 @@ def _across(config: DictConfig) -> None:
     if not isinstance(config.activation_checkpointing, bool) and not config.compile:
         raise UserError(f"activation_checkpointing={config.activation_checkpointing}: a share needs compile=true")
     if config.trainer == "TensorParallelTrainer" and config.compile:
-        raise UserError("compile=true: not with trainer=TensorParallelTrainer, whose layers can't be compiled whole; set it to false")
+        raise UserError("compile=true: trainer=TensorParallelTrainer does not compile; set it to false")
     for knob, default, trainers in SEVERAL:
         if config[knob] != default and config.trainer not in trainers:
             raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob}={default}")

@@ -226,7 +226,7 @@ class Plumb(Contender):
             "device": setting.device, "batch_size": setting.n_pairs, "tokens_per_microbatch": setting.budget or None,
             "optimizer": "AdamW", "optimizer_args": {"weight_decay": 0.0, "fused": True}, "lr": setting.lr, "warmup_steps": 0,
             "max_grad_norm": setting.max_grad_norm, "max_length": 512, "compile": setting.compile, "shuffle": False,
-            "n_epochs": 1, "n_examples": None, "activation_checkpointing": setting.checkpointing,
+            "n_epochs": 1, "n_examples": None, "debug": True, "activation_checkpointing": setting.checkpointing,
         })  # fmt: skip
         knobs: dict[str, Any] = {"name": "sft", "average_over": "examples"}
         if setting.objective == "dpo":
@@ -276,8 +276,10 @@ class Plumb(Contender):
         if "budget" in changes:
             trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
         if changes.get("reference") == "cached" and self.reference is not None:
+            from evaluation import all_logps
+
             everything, silent = np.arange(len(self.feed.examples)), tqdm(disable=True)
-            self.feed.reference = trainer.reference_pass(self.reference, self.feed, everything, silent)
+            self.feed.reference = all_logps(trainer.scorer, self.reference, self.feed, everything, True, silent)
             self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
             gc.collect()
 

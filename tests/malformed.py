@@ -249,6 +249,8 @@ row("legal: a long prompt", PAIR | {"prompt": "sea " * 2000}, "prompt truncated"
 row("legal: a long response", PAIR | {"chosen": " sea" * 2000}, "response truncated", to=LEGAL)
 LONG = " sea" * 2000
 row("legal: the same after truncation", PAIR | {"chosen": LONG, "rejected": LONG + "s"}, "identical after truncation", to=LEGAL)
+SWAPPED = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+row("legal: the pair the other way round", SWAPPED, "contradictory", to=LEGAL)
 row("legal: equal scores", SCORED[0] | {"scores": [1, 1]}, "equal scores", good=SCORED, to=LEGAL)
 row(
     "legal: prompts differ",

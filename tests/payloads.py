@@ -142,6 +142,7 @@ BOMBS = {
     "bytearray": lambda path, mark: save(path, {"w": Payload(bytearray, 10**10)}),
     "torch.Tensor": lambda path, mark: save(path, {"w": Payload(torch.Tensor, 10**5, 10**6)}),
     "compressed": lambda path, mark: forge(path, lambda _: pickle.dumps("x" * 10**8, 2), compress=zipfile.ZIP_DEFLATED),
+    "compressed weights": lambda path, mark: forge(path, lambda content: content, compress=zipfile.ZIP_DEFLATED),
     "millions of dicts": lambda path, mark: forge(path, lambda _: b"\x80\x02(" + b"}" * 8_000_000 + b"l."),
     "deep": lambda path, mark: forge(path, lambda _: b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."),
     "deep, as small as weights": lambda path, mark: forge(path, lambda _: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."),

@@ -223,7 +223,7 @@ def test_another_loss_than_the_experiments(refused, good, monkeypatch, tmp_path)
     experiment = tmp_path / "exp" / "mine.yaml"
     experiment.parent.mkdir()
     experiment.write_text("# @package _global_\ndefaults:\n- override /loss: dpo\n\nloss:\n  beta: 0.1\n")
-    says(refused(*good, f"--config-dir={tmp_path}", "exp=mine", "loss=sft"), "loss.beta=0.1", "sft")
+    says(refused(*good, "exp=mine", "loss=sft", f"--config-dir={tmp_path}"), "loss.beta=0.1", "sft")
 
 
 # ---- data ----
@@ -301,6 +301,7 @@ CASES = {
     "identical_pair": [{**PAIR, "rejected": PAIR["chosen"]}],
     "identical_after_truncation": [{**PAIR, "chosen": " sea" * 700, "rejected": " sea" * 800}],
     "duplicate": [PAIR, PAIR],
+    "contradictory": [PAIR, PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}],
     "prompt_in_eval": [PAIR],
 }
 
@@ -311,12 +312,13 @@ def test_every_data_rule_has_a_case(compose):
 
 @pytest.mark.parametrize("case", CASES)
 def test_data_rule_that_says_stop(refused, good, tmp_path, case):
-    """The error names the first such row, which stands after a good one, and the way out."""
+    """The error names the first such row, which stands after a good one, and the way out. Of two that contradict, both count."""
     path = write(tmp_path / "own.jsonl", OTHER, *CASES[case])
     held_out = write(tmp_path / "eval.jsonl", PAIR)
     files = [f"datasets=[{path}]", f"eval_datasets=[{held_out}]"]
+    line = 2 if case == "contradictory" else 1 + len(CASES[case])
     says(refused(*good, *DPO, *files, f"data_rules.{case}=stop"),
-         f"own.jsonl:{1 + len(CASES[case])}", f"data_rules.{case}=stop", f"data_rules.{case}=drop")  # fmt: skip
+         f"own.jsonl:{line}", f"data_rules.{case}=stop", f"data_rules.{case}=drop")  # fmt: skip
 
 
 def test_data_rules_that_leave_nothing(refused, good, tmp_path):
@@ -377,6 +379,14 @@ def test_model_path_that_is_not_there(refused, good):
     says(refused(*good, "model.name_or_path=/no/such/folder"), "model.name_or_path=/no/such/folder", "no such folder")
 
 
+def shrink(folder):
+    """To a model of 50 tokens, while its tokenizer knows more."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = AutoConfig.from_pretrained(folder, vocab_size=50)
+    AutoModelForCausalLM.from_config(small).save_pretrained(folder)
+
+
 def damage(folder, case):
     config = folder / "config.json"
     if case in ("no config", "nothing"):
@@ -397,6 +407,26 @@ def damage(folder, case):
     elif case == "tokenizer cut":
         whole = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    elif case == "an index without its shard":
+        (folder / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif case == "a text for a size":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": "large"'))
+    elif case == "sizes that do not fit":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 33'))
+    elif case == "a negative size":
+        config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": -2'))
+    elif case == "a list for a config":
+        config.write_text("[]")
+    elif case == "a vocabulary that is too small":
+        shrink(folder)
+    elif case == "weights empty":
+        (folder / "model.safetensors").write_bytes(b"")
+    elif case == "weights with a header of 2**60 bytes":
+        (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    elif case == "weights of text":
+        (folder / "model.safetensors").write_text("weights")
     elif case == "no eos":
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
 
@@ -410,6 +440,15 @@ MODELS = {
     "weights cut": ("model.name_or_path",),
     "weights of another size": ("model.name_or_path",),
     "tokenizer cut": ("model.name_or_path", "tokenizer"),
+    "an index without its shard": ("model.name_or_path",),
+    "a text for a size": ("model.name_or_path", "hidden_size"),
+    "sizes that do not fit": ("model.name_or_path", "33"),
+    "a negative size": ("model.name_or_path", "num_hidden_layers=-2"),
+    "a list for a config": ("model.name_or_path",),
+    "a vocabulary that is too small": ("model.name_or_path", "50 tokens", "tokenizer"),
+    "weights empty": ("model.name_or_path",),
+    "weights with a header of 2**60 bytes": ("model.name_or_path",),
+    "weights of text": ("model.name_or_path",),
     "no eos": ("model.tokenizer_name_or_path", "EOS"),
 }
 

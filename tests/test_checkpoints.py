@@ -1,10 +1,10 @@
 """Checkpoints: whole after a kill, readable by the 2023 code and from it, refused when they are something else."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,68 +14,60 @@ from tiny import tiny_model, tiny_tokenizer
 import archives
 import checkpoints
 import models
-from utils import UserError
+import storage
+from utils import StorageError, UserError
 
 ROOT = Path(__file__).parents[1]
+
+
+def save(run_dir, examples, parts, metrics, keep=None, best_by="loss/eval", interim=False):
+    """A checkpoint of these states, as a run would save it."""
+    saver = checkpoints.Saver(run_dir, in_background=False, keep=keep, best_by=best_by)
+    manifest = checkpoints.Manifest(examples, examples, False, False, dict(metrics or {}), {}, {}, {}, "")
+    run_dir.mkdir(exist_ok=True)
+    name = f"{'interim' if interim else 'step'}-{examples}"
+    saver.save(name, {part: partial(dict, state) for part, state in parts.items()}, {"policy.w": torch.ones(2)}, manifest, 0)
+
+
 PARTS = {"policy": {"w": torch.arange(6.0)}, "optimizer": {"state": {}, "param_groups": []}, "scheduler": {"last_epoch": 3}}
 
 
 def test_the_2023_form(tmp_path):
-    checkpoints.save(tmp_path, 64, PARTS, {"loss/eval": 0.5})
+    save(tmp_path, 64, PARTS, {"loss/eval": 0.5})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-64"]
     for name in PARTS:
         content = torch.load(tmp_path / "LATEST" / f"{name}.pt", weights_only=True)
         assert set(content) == {"step_idx", "state", "metrics"} and content["step_idx"] == 64
         assert content["metrics"] == {"loss/eval": 0.5}
-    checkpoints.save(tmp_path, 128, PARTS, None)
+    save(tmp_path, 128, PARTS, None)
     assert os.readlink(tmp_path / "LATEST") == "step-128"
     assert torch.load(tmp_path / "LATEST" / "policy.pt", weights_only=True)["metrics"] == {}
 
 
-SAVER = """
-import sys, torch, checkpoints
-from pathlib import Path
-state = {"w": torch.full((1 << 20,), float(sys.argv[2]))}
-print("saving", flush=True)
-checkpoints.save(Path(sys.argv[1]), int(sys.argv[2]), {"policy": state, "optimizer": state, "scheduler": {}}, None)
-"""
-KILLED = """
-import os, checkpoints
-calls = 0
-def dying(real):
-    def call(*arguments):
-        global calls
-        calls += 1
-        if calls == {n}:
-            os.kill(os.getpid(), 9)
-        return real(*arguments)
-    return call
-os.fsync = dying(os.fsync); os.replace = dying(os.replace); os.rename = dying(os.rename); os.symlink = dying(os.symlink)
-"""
+def test_what_is_pruned(tmp_path):
+    """Interim ones when a newer one is whole; evaluated ones beyond `keep`, but not the best; never what is not ours."""
+    losses = {10: 0.5, 20: 0.2, 30: 0.3, 40: 0.4, 50: 0.6}
 
+    def kept(keep, metric="loss/eval"):
+        run = tmp_path / f"{keep}{metric[:4]}"
+        (run / "step-5").mkdir(parents=True)  # without a manifest
+        for n, loss in losses.items():
+            save(run, n, PARTS, {"loss/eval": loss, "rewards_eval/accuracies": loss}, keep, metric)
+            save(run, n + 5, PARTS, {}, keep, metric, interim=True)
+            assert checkpoints.newest(run).path.name == f"interim-{n + 5}"
+        return {p.name for p in run.iterdir()} - {"step-5", "LATEST"}
 
-@pytest.mark.parametrize("n", range(1, 12))
-def test_a_kill_leaves_the_older_checkpoint_whole(tmp_path, n):
-    """SIGKILL at the n-th fsync, rename or link of a save: LATEST is the old or the new checkpoint, and either is whole."""
-    run = lambda code, step: subprocess.run([sys.executable, "-c", code, str(tmp_path), step], cwd=ROOT, capture_output=True)
-    checkpoints.save(tmp_path, 1, {"policy": {"w": torch.full((1 << 20,), 1.0)}}, None)
-    done = run(KILLED.format(n=n) + SAVER, "2")
-    if done.returncode != -signal.SIGKILL:
-        assert done.returncode == 0 and n > 6, done.stderr  # a save makes fewer calls than this one waits for
-    assert (tmp_path / "LATEST" / "policy.pt").is_file()  # the pointer itself never dangles
-    value = models.load_policy_state(str(tmp_path))["w"]
-    assert value.unique().tolist() in ([1.0], [2.0]) and len(value) == 1 << 20
-    for step in tmp_path.glob("step-*"):
-        torch.load(step / "policy.pt", weights_only=True)
-    assert run(SAVER, "3").returncode == 0  # and the next save works on what the kill left
-    assert models.load_policy_state(str(tmp_path))["w"].unique().tolist() == [3.0]
+    assert kept(None) == {"step-10", "step-20", "step-30", "step-40", "step-50", "interim-55"}
+    assert kept(1) == {"step-20", "step-50", "interim-55"}
+    assert kept(2) == {"step-20", "step-40", "step-50", "interim-55"}
+    assert kept(1, "rewards_eval/accuracies") == {"step-50", "interim-55"}
 
 
 def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
     old, new = tmp_path / "sft_2026-01-01", tmp_path / "sft_2026-01-02"
     for i, run in enumerate((old, new)):
-        checkpoints.save(run, 10, PARTS, None)
-        checkpoints.save(run, 20, PARTS, None)
+        save(run, 10, PARTS, None)
+        save(run, 20, PARTS, None)
         os.utime(run / "step-20" / "policy.pt", (1000 + i, 1000 + i))
     resolve = lambda text: archives.resolve_archive(str(text)).resolve()
     newest = (new / "step-20/policy.pt").resolve()
@@ -88,25 +80,34 @@ def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
         resolve(tmp_path / "nothing")
 
 
+SAVER = """
+import resource, sys, torch
+sys.path.insert(0, "tests")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+from pathlib import Path
+from test_checkpoints import save
+save(Path(sys.argv[1]), 2, {"policy": {"w": torch.zeros(1 << 20)}}, None)
+"""
+
+
 def test_a_file_size_limit_in_the_middle_of_torch_save(tmp_path):
-    """torch's own zip writer fails there, with a RuntimeError; a real limit, in a real process."""
-    checkpoints.save(tmp_path, 1, PARTS, None)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-    done = subprocess.run([sys.executable, "-c", limit + SAVER, str(tmp_path), "2"], cwd=ROOT, capture_output=True, text=True)
-    assert "UserError" in done.stderr and "step-2 could not be written" in done.stderr
+    """A real limit, in a real process; torch's own zip writer might abort it."""
+    save(tmp_path, 1, PARTS, None)
+    done = subprocess.run([sys.executable, "-c", SAVER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert "StorageError" in done.stderr and "step-2 could not be written (File too large)" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
 
 
 def test_a_full_disk_leaves_one_line_and_the_older_checkpoint(tmp_path, monkeypatch):
-    checkpoints.save(tmp_path, 1, PARTS, None)
+    save(tmp_path, 1, PARTS, None)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(UserError, match="step-2 could not be written .No space left on device.; free some space"):
-        checkpoints.save(tmp_path, 2, PARTS, None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(StorageError, match="step-2 could not be written .No space left on device.; it takes .* free some space"):
+        save(tmp_path, 2, PARTS, None)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["LATEST", "step-1"]
 
 
 def folder(family: str, path: Path) -> Path:
@@ -125,7 +126,7 @@ def test_policy_pt_goes_round(family, old, tmp_path, compose):
         for parameter in policy.parameters():
             parameter.add_(0.01)
     state = archives.as_in_2023(policy, policy.state_dict()) if old else policy.state_dict()
-    checkpoints.save(tmp_path / "run", 8, {"policy": state}, None)
+    save(tmp_path / "run", 8, {"policy": state}, None)
     again = models.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/run"))
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, again.eval()(ids).logits)

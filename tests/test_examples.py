@@ -19,7 +19,7 @@ from utils import UserError
 RULES = TextRules(max_length=12, max_prompt_length=5, response_truncation="fixed", add_bos=True, eos_in_text="strip")
 CASES = (
     "prompt_truncated", "response_truncated", "eos_in_text", "empty_prompt", "empty_response", "identical_pair",
-    "identical_after_truncation", "duplicate", "prompt_in_eval",
+    "identical_after_truncation", "duplicate", "contradictory", "prompt_in_eval",
 )  # fmt: skip
 
 
@@ -69,8 +69,8 @@ def test_an_example_is_a_copy_that_may_be_written_to(look):
 def cases_in_plain_python(rows, whole, cut, held_out):
     """Of each example, as it was before the columns: by its texts, and its tokens before and after truncation."""
     seen, found = set(), []
-    for row, before, after in zip(rows, whole, cut, strict=True):
-        prompt, *responses = (text.replace("</s>", "") if i else text for i, text in enumerate(row))
+    texts = [tuple(text.replace("</s>", "") if i else text for i, text in enumerate(row)) for row in rows]
+    for row, (prompt, *responses), before, after in zip(rows, texts, whole, cut, strict=True):
         here = {
             "prompt_truncated": len(after[0]) < len(before[0]),
             "response_truncated": after[1] != before[1],
@@ -80,6 +80,7 @@ def cases_in_plain_python(rows, whole, cut, held_out):
             "identical_pair": responses[0] == responses[1],
             "identical_after_truncation": responses[0] != responses[1] and after[1][0] == after[1][1],
             "duplicate": (prompt, *responses) in seen,
+            "contradictory": (prompt, responses[1], responses[0]) in texts and responses[0] != responses[1],
             "prompt_in_eval": prompt in held_out,
         }
         seen.add((prompt, *responses))
@@ -94,7 +95,7 @@ some_texts = st.sampled_from(["", " ", "a", "ab", "a" * 8, "a" * 9, "a" * 8 + "b
 @given(
     rows=st.lists(st.tuples(some_texts, some_texts, some_texts), min_size=1, max_size=12),
     evaluation=st.lists(st.tuples(some_texts, some_texts, some_texts), max_size=2),
-    rules=st.lists(st.sampled_from(["keep", "keep", "keep", "drop", "stop"]), min_size=9, max_size=9), bos=st.booleans(),
+    rules=st.lists(st.sampled_from(["keep", "keep", "keep", "drop", "stop"]), min_size=10, max_size=10), bos=st.booleans(),
 )  # fmt: skip
 def test_the_data_rules_agree_with_a_plain_loop(look, monkeypatch_chunk, rows, evaluation, rules, bos):
     some, rules = look(rows, bos=bos), dict(zip(CASES, rules, strict=True))

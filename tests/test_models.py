@@ -230,14 +230,14 @@ def test_dropout_is_off_even_where_it_is_functional(family, tmp_path, compose):
 
 def test_reference_is_the_policy_before_training():
     policy = tiny_model()
-    reference = models.load_reference(policy, None)
+    reference = models.load_reference(policy, None, None, None)
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, reference(ids).logits)
     with torch.no_grad():
         policy.lm_head.weight.add_(1)
     assert not torch.equal(policy(ids).logits, reference(ids).logits)
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
-    assert next(models.load_reference(policy, torch.bfloat16).parameters()).dtype == torch.bfloat16
+    assert next(models.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family, block", [("llama", "LlamaDecoderLayer"), ("gpt_neox", "GPTNeoXLayer"), ("gpt2", "GPT2Block")])

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import pytest
 import torch
+from groups import run_in_group
 from runs import DPO, FAST, OF_THE_MACHINE, records
 from safetensors import safe_open
 
@@ -227,6 +229,45 @@ def test_which_run_is_gone_on_with(train_here, data, tiny_model, tmp_path, capsy
     assert train_here(*options) != first  # resume=never is the default
     with pytest.raises(UserError, match="holds a run already; give another directory, or resume=auto"):
         train_here(*options, f"local_run_dir={first}")
+
+
+# ----------------------------------------------------------------------------------------------- another number of processes
+
+
+def in_group(config_of, halt):
+    """In each process of a group: train until it is halted, if it is."""
+    import train
+    import trainers
+
+    step = trainers.BasicTrainer.step
+
+    def failing(self, *arguments):
+        step(self, *arguments)
+        if self.n_updates == halt:
+            raise Halt
+
+    trainers.BasicTrainer.step = failing
+    with suppress(Halt):
+        train.train(config_of())
+    trainers.BasicTrainer.step = step
+
+
+SHARDED = ["trainer=FSDPTrainer", "n_cpu_processes=4"]
+
+
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1), (2, 4), (4, 1)])
+def test_on_another_number_of_processes(first, then, train, compose, here, data, tiny_model, tmp_path):
+    """The same examples in the same order, and weights within 1e-12 in float64."""
+    options = [*DPO, "n_epochs=2", "save_every=4", "model.policy_dtype=float64", "reference=cached"]
+    whole = outcome(train("whole", *options))
+    run = tmp_path / "run"
+    for n, halt in ((first, 5), (then, None)):
+        overrides = [*here, "exp_name=run", f"local_run_dir={run}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
+                     *FAST, *options, "resume=auto", *(SHARDED if n > 1 else [])]  # fmt: skip
+        run_in_group(n, in_group, partial(compose, *overrides), halt)
+    assert len(list((run / "LATEST").glob("state-*"))) == then
+    assert checkpoints.newest(run).manifest.step == 10 and len(records(run, "train")) == 10
+    assert same(outcome(run), whole, tolerance=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ damage on the disk

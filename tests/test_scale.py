@@ -1,7 +1,7 @@
-"""The same numbers, however a model lies over processes: FSDP, hybrid sharding, tensor parallelism and both, against one process.
+"""The same numbers, however a model lies over processes: FSDP, hybrid sharding, tensor parallelism and both.
 
-Groups of gloo processes are forked, and each runs many small trainings. `SCALE=all python -m pytest tests/test_scale.py` runs every
-combination; the suite runs each layout, family, loss and precision at least once.
+Groups of gloo processes are forked, and each runs many small trainings. `SCALE=all python -m pytest tests/test_scale.py` runs
+every combination; the suite runs each layout, family, loss and precision at least once.
 """
 
 import itertools
@@ -96,7 +96,7 @@ def chosen(layouts):
         return list(whole)
     turns = itertools.cycle([("llama", "live", "float64"), ("gpt_neox", "cached", "float32"), ("gpt_neox", "sft", "float64"),
                              ("llama", "cached", "float64"), ("gpt_neox", "live", "float64")])  # fmt: skip
-    return [(layout, *turn) for layout, turn in zip([x for x in layouts for _ in range(2)], turns, strict=False)]
+    return [(layout, *turn) for layout, turn in zip(layouts, turns, strict=False)]
 
 
 @pytest.mark.parametrize("n", LAYOUTS)
@@ -104,7 +104,7 @@ def test_the_numbers_of_one_process(n, command, tmp_path):
     """Ten steps and an evaluation between them and after: every number of metrics.jsonl that is not of the machine."""
     cases = chosen(LAYOUTS[n])
     # RMSprop divides a gradient by its size, rounding with it: float32 is compared at a rate that doesn't blow that up.
-    lr = {"float64": "lr=1e-3", "float32": "lr=1e-4"}
+    lr = {"float64": "lr=1e-3", "float32": "lr=2e-5"}
     options = {case: [*MATRIX, *LOSSES[case[2]], f"model.policy_dtype={case[3]}", lr[case[3]]] for case in cases}
     run_all(command("-".join(x), x[0], *options[case]) for x, case in {case[1:]: case for case in cases}.items())
     run_in_group(n, run_all, [
@@ -117,7 +117,8 @@ def test_the_numbers_of_one_process(n, command, tmp_path):
         assert {"grad_norm", "loss/train", "loss/eval"} <= worst.keys()
         print(f"{layout:24} {' '.join(rest):24}: {max(worst.values()):.1e}")
         bound = TOLERANCE[rest[-1]]  # rewards are small differences of large log-probabilities
-        assert all(x <= (bound if key.startswith(("loss", "grad_norm")) else 4 * bound) for key, x in worst.items()), (layout, worst)
+        beyond = {k: x for k, x in worst.items() if x > (bound if k.startswith(("loss", "grad_norm")) else 4 * bound)}
+        assert not beyond, (layout, rest, beyond)
 
 
 GPT2_PLAN = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/gpt2-large.yaml").tp_plan)
@@ -137,3 +138,25 @@ def test_other_families(layout, command, tmp_path):
         assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
         a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, two))
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 1e-12 for k in a), family
+
+
+@pytest.mark.parametrize("n, trainer", [
+    *([(2, ["trainer=FSDPTrainer"]), (4, ["trainer=FSDPTrainer", "fsdp_shard_size=2"])] if ALL else []),
+    (3, ["trainer=FSDPTrainer"]), (4, ["trainer=TensorParallelTrainer", "tp_size=2"]),
+])  # fmt: skip
+def test_uneven_rows(n, trainer, command, tmp_path):
+    """Rows to train and to evaluate on that don't divide by anything: no hang, every row once, the numbers of one process."""
+    sizes = range(1, 18) if ALL else (1, 5, 17)
+    runs = {}
+    for rows in sizes:
+        path = tmp_path / f"{rows}.jsonl"
+        path.write_text("".join(json.dumps(row | {"prompt": f"{row['prompt']} {i}"}) + "\n" for i, row in enumerate(ROWS[:rows])))
+        runs[rows] = [*LOSSES["live"], f"datasets=[{path}]", f"eval_datasets=[{path}]", "batch_size=6", "eval_batch_size=7",
+                      "data_rules.prompt_in_eval=keep", "eval_every=6", "lr=1e-3", "model.policy_dtype=float64",
+                      "gradient_accumulation_steps=2"]  # fmt: skip
+    run_all(command(f"one{rows}", "llama", *options) for rows, options in runs.items())
+    run_in_group(n, run_all, [command(f"many{rows}", "llama", *options, *trainer) for rows, options in runs.items()], timeout=300)
+    for rows in sizes:
+        one, many = records(tmp_path / f"one{rows}"), records(tmp_path / f"many{rows}")
+        assert max(differences(one, many).values()) <= 1e-12, rows
+        assert [r for r in many if "loss/train" in r][-1]["counters/examples"] == rows

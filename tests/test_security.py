@@ -316,18 +316,18 @@ def edit(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass C: pass\n"
+EVIL = "import pathlib\npathlib.Path({!r}).touch()\nclass C: pass\n"
 
 
 @pytest.mark.parametrize(("where", "key"), [("config.json", "AutoConfig"), ("config.json", "AutoModelForCausalLM"),
                                            ("tokenizer_config.json", "AutoTokenizer")])  # fmt: skip
-def test_code_in_a_model_folder(refused_model, folder, where, key):
+def test_code_in_a_model_folder(refused_model, folder, tmp_path, where, key):
     """auto_map names a class of a file in the folder: not imported. A type that transformers lacks is refused."""
-    (folder / "evil.py").write_text(EVIL)
+    (folder / "evil.py").write_text(EVIL.format(str(tmp_path / "ran")))  # transformers would import a copy of it
     edit(folder / where, auto_map={key: ["evil.C", "evil.C"] if key == "AutoTokenizer" else "evil.C"})
     edit(folder / "config.json", model_type="nosuch")
     refused_model(2, f"model.name_or_path={folder}")
-    assert not list(folder.rglob("ran"))
+    assert not (tmp_path / "ran").exists()
 
 
 KERNELS = ["evil/kernel", "evil/kernel@main:f", "kernels-community/flash-attn2", "flash_attention_2", {"": "evil/kernel"}]

@@ -175,3 +175,48 @@ def test_ranks_meet_on_the_loopback_only(start):
                 listening.append(address.split(":")[0])
     loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
     assert listening and set(listening) <= loopback, listening
+
+
+# Where a rank may be when it is killed: (what is patched, whether before the first checkpoint).
+PHASES = {
+    "data": "train.load_examples", "building": "trainers.choose_way", "forward": "trainers.Scorer.__call__",
+    "backward": "trainers.FSDPTrainer.backward", "clip": "trainers.BasicTrainer.clip", "update": "torch.optim.RMSprop.step",
+    "agreement": "parallel.agree", "gathering": "parallel.gathered_model_state", "writing": "storage.write",
+    "renaming": "storage.rename", "evaluation": "trainers.evaluate",
+}  # fmt: skip
+DYING = """
+import os, torch, torch.distributed as dist
+import parallel, storage, train, trainers
+calls = 0
+def dying(real):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if dist.get_rank() == {rank} and calls == {nth}:
+            os.kill(os.getpid(), 9)
+        return real(*arguments, **options)
+    return call
+{what} = dying({what})
+"""
+ALL = os.environ.get("PHASES") == "all"
+
+
+@pytest.mark.parametrize("phase", PHASES if ALL else ["backward", "writing"])
+@pytest.mark.parametrize("rank", [0, 1] if ALL else [1])
+def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
+    """One line that names it, everything is gone, and what was saved before is whole. PHASES=all: every phase, both ranks."""
+    early = phase in ("data", "building") or (phase == "renaming" and rank == 1)
+    if phase == "renaming" and rank == 1:
+        pytest.skip("rank 0 alone renames")
+    nth = 1 if early else 3 if phase == "evaluation" else 12
+    (tmp_path / "dying.py").write_text(DYING.format(rank=rank, nth=nth, what=PHASES[phase]))
+    process, run_dir = start(*TWO, f"plugins=[{tmp_path}/dying.py]", "eval_every=8", "n_epochs=6")
+    ranks = []
+    wait_for(lambda: ranks or ranks.extend(workers(process)) or process.poll() is not None)
+    _, stderr = process.communicate(timeout=120)
+    (line,) = errors(stderr)
+    assert process.returncode == 6 and line.startswith(f"error: rank {rank} at step ") and "was killed by SIGKILL" in line, stderr
+    assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
+    if not early:
+        assert checkpoints.newest(run_dir).manifest.step >= 2
+        assert rundir.status(run_dir)["code"] == 6

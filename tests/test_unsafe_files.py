@@ -10,7 +10,7 @@ import pytest
 import torch
 from payloads import BOMBS, CODE, LOADED
 
-from archives import load_policy_state
+from archives import check_pickled_tensors, load_policy_state
 from utils import UnsafeFile
 
 # Each way in for a file that somebody else wrote: name -> read(path).
@@ -37,6 +37,8 @@ def test_code(tmp_path, monkeypatch, entry, case):
     path, mark = tmp_path / "policy.pt", tmp_path / "ran"
     CODE[case](path, mark)
     refused(entry, path)
+    with pytest.raises(UnsafeFile):  # before torch is asked, too
+        check_pickled_tensors(path, "x")
     assert not mark.exists()
 
 

@@ -1,0 +1,231 @@
+"""plan=true: exact numbers where they can be worked out by hand, and the same counts as real models."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny import FAMILIES, SIZES, tiny_model
+from transformers import AutoConfig
+
+import activations
+import plan
+import sizing
+from models import block_class, no_dropout
+from sizing import Layout, Precision, Weights
+from utils import UserError
+from validation import validate
+
+ARCHITECTURE = "model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 2, vocab_size: 32000"
+RANDOM = [
+    f"model.architecture={{{ARCHITECTURE}, num_attention_heads: 32}}", "model.name_or_path=null",
+    "model.tokenizer_name_or_path=demo/tokenizer",
+]  # fmt: skip
+
+
+@pytest.fixture
+def planned(compose, tmp_path):
+    """`planned(*overrides)` -> (config, loss) of a plan for a wide model of two layers."""
+
+    def run(*overrides):
+        config = compose("exp_name=x", f"local_dirs=[{tmp_path}]", "wandb.enabled=false", "plan=true", *RANDOM, *overrides)
+        return config, validate(config)
+
+    return run
+
+
+# ---- by hand ----
+
+TWO = Weights([torch.Size([10, 4]), torch.Size([4])], [[torch.Size([4, 4]), torch.Size([4])]] * 3)
+
+
+def test_memory_by_hand():
+    """104 numbers: 40 + 4 of the root, 3 blocks of 16 + 4. float32, Adam, a live reference in 16 bits."""
+    assert TWO.n == 104
+    got = sizing.memory(
+        TWO, Layout(), Precision(4, 4, 2, 8.0), sharded=False, live=True, activations=1000, head=100, foreach=True
+    )
+    assert got.kinds == {
+        "weights": (416, 416, 416), "gradients": (416, 416, 416), "optimizer state": (832, 832, 832),
+        "reference": (208, 208, 208), "activations": (1000, 0, 0), "head and loss": (100, 0, 0),
+        "optimizer's temporaries": (0, 0, 416),
+    }  # fmt: skip
+    assert got.moments == (2972, 1872, 2288) and got.peak == 2972
+
+
+def test_memory_of_shards_by_hand():
+    """Over 4 ranks, computing in 16 bits: 10 rows are cut into 3 each, so a rank keeps 3 * 4 + 1 + 3 * (4 + 1) = 28 numbers."""
+    layout = Layout(n_gpus=4)
+    assert TWO.on_one(layout) == 28
+    got = sizing.memory(TWO, layout, Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=False)
+    assert got.kinds == {
+        "weights": (112, 112, 112), "gradients": (112, 112, 112), "optimizer state": (112, 112, 112),
+        "gathered weights": ((44 + 40) * 2, 44 * 2, 0), "gradients on their way": (20 * 6, 44 * 6, 0),
+    }  # fmt: skip
+    offloaded = sizing.memory(
+        TWO, Layout(4, 2, offload=True), Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=True
+    )
+    assert offloaded.kinds.keys() == {"gathered weights", "gradients on their way"} and offloaded.host == 2 * 28 * 12
+
+
+def test_tensor_parallel_splits_the_matrices_of_blocks():
+    """2-D on 4 GPUs: the root 22 on each of 2 ranks, a block's matrix a quarter, its bias a half."""
+    layout = Layout(n_gpus=4, tp_size=2)
+    assert (layout.ranks, layout.shards) == (2, 2)
+    assert TWO.on_one(layout) == 20 + 2 + 3 * (4 + 2)
+    assert TWO.gathered(layout) == (44, 8 + 4)
+
+
+def test_traffic_by_hand():
+    """Two copies over 2 ranks each: half of 104 numbers is gathered twice per microbatch, and scattered after each or once; then
+    shards of 52 are summed, once."""
+    got = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True)
+    assert got == 3 * 52 * (2 + 2 + 4) + 2 * (1 / 2) * 52 * 4
+    once = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False)
+    assert got - once == 2 * 52 * 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "expected"),
+    [("AdamW", "null", (8, False)), ("AdamW", "{amsgrad: true}", (12, False)), ("RMSprop", "null", (4, True)),
+     ("SGD", "null", (0, False)), ("SGD", "{momentum: 0.9}", (4, False)), ("AdamW", "{foreach: true}", (8, True))],
+)  # fmt: skip
+def test_optimizer_state(planned, optimizer, arguments, expected):
+    config, _ = planned(f"optimizer={optimizer}", f"optimizer_args={arguments}")
+    assert plan.optimizer_state(config, torch.float32) == expected
+
+
+# ---- as real models have it ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_of_a_family(family, compose):
+    """The blank model's shapes are the real one's, and its activations can be counted, unless its attention says otherwise."""
+    spec = {"model_type": family} | SIZES | FAMILIES[family]
+    config = compose("exp_name=x", "model.name_or_path=null", *RANDOM)
+    config.model.architecture = spec
+    got, real = plan.read_model(config), tiny_model(family)
+    assert got.weights.n == sum(p.numel() for p in real.parameters())
+    assert len(got.weights.blocks) == sum(isinstance(m, block_class(real, None)) for m in real.modules())
+    assert got.cost == sizing.cost_of(real)
+    assert got.packed == (family not in ("gptj", "gemma2"))
+    part = plan.Part((1, 64), 80, 40) if got.packed else plan.Part((4, 16), None, 40)
+    most, least = (plan.count_body(got, part, torch.float32, None, kept) for kept in (1.0, 0.0))
+    assert most and least and 0 < sum(least) < sum(most)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_fake_tensors_hold_what_real_ones_do(family, autocast):
+    """The same pass with data, counted in the same way; and autograd's own count of what it saves is below, but not far."""
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    no_dropout(config)
+    got = activations.count(config, (1, 64), 80, torch.float32, autocast, False)
+
+    model = tiny_model(family).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    no_dropout(model.config)
+    model.set_attn_implementation(activations.NAME)
+    body, row, saved = model.base_model, torch.zeros(1, 64, dtype=torch.int64), {}
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    for p in body.parameters():
+        p.grad = torch.zeros_like(p)
+    known = [*body.parameters(), *body.buffers(), *(p.grad for p in body.parameters()), row]
+    ours = {x.untyped_storage().data_ptr() for x in known}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in ours:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with activations._Counter(known, 32) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            hidden = body(input_ids=row, position_ids=row, attention_mask=mask, n_keys=80, use_cache=False)[0]
+        hidden.backward(torch.ones_like(hidden))
+    assert sum(counter.most) == sum(got)
+    assert 0.7 * sum(got) < sum(saved.values()) <= sum(got)
+
+
+# ---- whole plans ----
+
+PAIRS = ["loss=dpo", "loss.beta=0.1", "n_examples=1000", "batch_size=32"]
+
+
+def test_a_plan_of_assumed_lengths(planned):
+    text = plan.show(*planned(*PAIRS, "max_length=400", "max_prompt_length=200"))
+    assert "dpo of LlamaForCausalLM, 666.9 M parameters, live reference" in text
+    assert "assumed: prompt and response of 100 tokens each, a quarter of max_length (hh not on this machine)" in text
+    assert "1,000 examples in 32 steps, 0.3 M tokens" in text
+    assert re.search(r"^weights +2\.7 +2\.7 +2\.7$", text, re.M), text
+    assert text.splitlines()[-1].startswith("fits: ")
+
+
+def test_a_plan_of_real_lengths(planned, data, tmp_path):
+    """18 pairs of the file are for training; what was tokenized for the plan is gone."""
+    config, loss = planned("loss=dpo", "loss.beta=0.1", f"datasets=[{data}]")
+    found = plan.read_data(config, loss)
+    assert found.n == len(found.examples) and 0 < found.n < 20
+    assert f"{found.n} pairs of" in plan.show(config, loss)
+    assert [f.name for f in tmp_path.iterdir()] == [data.name], "a plan writes nothing"
+
+
+def test_alternatives_fit(planned):
+    """Each is a command of its own; planned by itself, it fits, and says the same number."""
+    limited = [*PAIRS, "plan_gpu_gb=12", "reference=live", "tokens_per_microbatch=8192"]
+    text = plan.show(*planned(*limited))
+    assert "does not fit: needs " in text
+    fixes = re.findall(r"^  (\S.*?)  +([\d.]+) GB \(-[\d.]+\)$", text, re.M)
+    assert fixes, text
+    for change, needs in fixes:
+        assert plan.show(*planned(*limited, *change.split())).splitlines()[-1] == f"fits: {needs} of 12 GB", change
+
+
+def test_a_fitting_size_is_the_edge(planned):
+    same = [*PAIRS, "reference=live", "tokens_per_microbatch=2048", "activation_checkpointing=true"]
+    needs = float(re.search(r"fits: ([\d.]+) of", plan.show(*planned(*same)))[1])
+    assert "\nfits: " in plan.show(*planned(*same, f"plan_gpu_gb={needs + 0.1}"))
+    assert "does not fit: " in plan.show(*planned(*same, f"plan_gpu_gb={needs - 0.1}"))
+
+
+def test_sharding_and_precision_make_it_smaller(planned):
+    def peak(*more):
+        config, loss = planned(*PAIRS, "optimizer=AdamW", "tokens_per_microbatch=1024", "reference=live", *more)
+        return plan.make_plan(config, loss, plan.read_model(config), plan.read_data(config, loss)).memory.peak
+
+    one, eight = peak(), peak("trainer=FSDPTrainer", "plan_gpus=8")
+    assert one > eight > peak("trainer=FSDPTrainer", "plan_gpus=8", "model.fsdp_policy_mp=bfloat16")
+    assert one > peak("activation_checkpointing=true") and one > peak("reference=cached")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["plan_gpus=4"], "plan_gpus=4: BasicTrainer is planned on one GPU"),
+        (["trainer=FSDPTrainer", "plan_gpus=9", "plan_nodes=2"], "plan_gpus=9: the GPUs of all 2 nodes"),
+        (["plan_gpu=B52"], "plan_gpu=B52: expected one of H100"),
+        (["plan_mfu=1.1"], "plan_mfu=1.1: expected a number in"),
+        (["device=cpu"], "device=cpu: a plan is for GPUs"),
+        (["plan=false", "plan_gpus=8"], "plan_gpus=8: is for plan=true"),
+        (["datasets=[./nosuch.jsonl]"], "nosuch.jsonl"),
+        (["model.architecture={model_type: nosuch}"], "model.architecture="),
+    ],
+)
+def test_wrong_input_is_one_line(planned, overrides, said):
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        plan.show(*planned(*overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command(run_train, tmp_path, tiny_model):
+    """Exit code 0, nothing left behind, from a folder's config.json alone, and before there is an archive."""
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_model / "config.json").read_text())
+    done = run_train("exp_name=x", "plan=true", f"model.name_or_path={folder}", "loss=dpo", "loss.beta=0.1", "n_examples=64",
+                     "model.archive='.cache/nosuch/*'", "trainer=FSDPTrainer", "plan_gpus=16")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("fits: 0.")
+    assert "16 x H100, nodes: 2, FSDPTrainer, a copy of the model over 16" in done.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ["config-only"] and json.loads((folder / "config.json").read_text())
