@@ -117,8 +117,8 @@ def test_the_numbers_of_one_process(n, command, tmp_path):
         assert {"grad_norm", "loss/train", "loss/eval"} <= worst.keys()
         print(f"{layout:24} {' '.join(rest):24}: {max(worst.values()):.1e}")
         bound = TOLERANCE[rest[-1]]  # rewards are small differences of large log-probabilities
-        beyond = {k: x for k, x in worst.items() if x > (bound if k.startswith(("loss", "grad_norm")) else 4 * bound)}
-        assert not beyond, (layout, rest, beyond)
+        bounds = {key: bound if key.startswith(("loss", "grad_norm")) else 4 * bound for key in worst}
+        assert not (over := {key: x for key, x in worst.items() if x > bounds[key]}), (layout, rest, over)
 
 
 GPT2_PLAN = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/gpt2-large.yaml").tp_plan)
