@@ -195,8 +195,8 @@ class JsonLines:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror}; checkpoints are whole; "
-                               "free some space and go on with resume=auto") from None  # fmt: skip
+            raise StorageError(f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror}; checkpoints are "
+                               "whole; free some space and go on with resume=auto") from None  # fmt: skip
 
 
 class Wandb:

@@ -169,7 +169,8 @@ def _git(*arguments: str) -> str | None:
     try:
         here = Path(__file__).parent
         # Without optional locks: a run that is killed here would leave one in the checkout.
-        done = subprocess.run(["git", "--no-optional-locks", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        command = ["git", "--no-optional-locks", *arguments]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
