@@ -56,7 +56,8 @@ def find(config: DictConfig) -> str:
     runs = []
     if default:
         here = get_local_dir(config.local_dirs)
-        runs = sorted(p for p in here.glob(f"{config.exp_name}_*") if TIME_STAMP.fullmatch(p.name[len(config.exp_name) :]))
+        named = (p for p in here.glob(f"{config.exp_name}_*") if TIME_STAMP.fullmatch(p.name[len(config.exp_name) :]))
+        runs = sorted(p for p in named if p.is_dir() and not p.is_symlink())
     elif Path(config.local_run_dir).is_dir():
         runs = [Path(config.local_run_dir)]
     if config.resume == "never":
@@ -168,7 +169,7 @@ def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
 def settings(config: DictConfig) -> dict[str, Any]:
     """{knob: value} of all that decides the result, apart from what is compared by its contents."""
     free = BOOKKEEPING | BY_CONTENTS | PLACEMENT
-    flat = dict(_flatten(plain(config), ""))
+    flat = dict(_flatten(redacted(plain(config)), ""))
     return {k: v for k, v in sorted(flat.items()) if k not in free and not k.startswith(FREE_GROUPS)}
 
 

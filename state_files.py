@@ -103,7 +103,14 @@ def restore(
 
 def names(files: Sequence[Path]) -> set[str]:
     """Of all tensors in them."""
-    return {name for file in files for name in safe_open(file, "pt").metadata() or {}}
+    return {name for file in _opened(files) for name in file.metadata() or {}}
+
+
+def _opened(files: Sequence[Path]) -> list[Any]:
+    try:
+        return [safe_open(file, "pt") for file in files]
+    except (SafetensorError, OSError) as error:
+        raise UnsafeFile(f"{files[0].parent}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
@@ -114,7 +121,7 @@ def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
     directory = files[0].parent
     try:
         places: dict[str, list[tuple[Any, list[int], list[int]]]] = {}  # name -> (file, whole shape, offset) of its parts
-        for file in [safe_open(f, "pt") for f in files]:
+        for file in _opened(files):
             for name, place in file.metadata().items():
                 places.setdefault(name, []).append((file, *json.loads(place)))
         missing = sorted(targets.keys() - places.keys()) or sorted(places.keys() - targets.keys())

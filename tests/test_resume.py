@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import checkpoints
 import rundir
+import storage
 from utils import ResumeMismatch, UnsafeFile, UserError
 
 
@@ -312,6 +313,29 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_used(train, capsys, t
         shutil.copy(good / name, newest / name)
         assert checkpoints.newest(run).path == good, name
         shutil.copy(tmp_path / name, newest / name)
+
+
+def test_a_state_file_that_is_a_pickle_is_not_loaded(train, tmp_path):
+    """Even with a manifest that fits it: there is no code that would read it as one."""
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    options = ["run", *DPO, "save_every=4", "eval_every=8"]
+    run = train(*options)
+    for path in checkpoints.listed(run)[:-1]:
+        shutil.rmtree(path)
+    (path,) = checkpoints.listed(run)
+    manifest = checkpoints.read_manifest(path)
+    (path / "state-0-of-1.safetensors").write_bytes(pickle.dumps(Payload()))
+    manifest.files["state-0-of-1.safetensors"] = storage.read_back(path / "state-0-of-1.safetensors")
+    manifest.finished = False
+    (path / "manifest.json").write_bytes(checkpoints._dump(manifest))
+    with pytest.raises(UnsafeFile, match="cannot be read") as error:
+        train(*options, "resume=auto")
+    assert error.value.exit_code == 3 and not (tmp_path / "executed").exists()
 
 
 def test_after_damage_the_run_goes_on_from_the_one_before_and_never_afresh(train, halted_at, capsys, tmp_path):
