@@ -9,7 +9,8 @@ import json
 import netrc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import rank, rank0_print
+from utils import StorageError, rank, rank0_print
 
 Record = dict[str, float]
 
@@ -166,11 +167,12 @@ class JsonLines:
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write(self, record: Record, examples: int) -> None:
-        self.file.write(json.dumps({"step": examples, **record}) + "\n")
-        self.file.flush()
+        with self.writing():
+            self.file.write(json.dumps({"step": examples, **record}) + "\n")
+            self.file.flush()
 
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        with open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
+        with self.writing(), open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
             for step, prompt, sample in rows:
                 file.write(json.dumps({"table": name, "step": step, "prompt": prompt, "sample": sample}) + "\n")
 
@@ -179,13 +181,22 @@ class JsonLines:
         lengths = {}
         for path in (self.run_dir / name for name in ("metrics.jsonl", "samples.jsonl")):
             if path.exists():
-                with open(path, "rb") as file:
+                with self.writing(), open(path, "rb") as file:
                     os.fsync(file.fileno())
                     lengths[path.name] = file.seek(0, os.SEEK_END)
         return lengths
 
     def close(self, failed: bool) -> None:
-        self.file.close()
+        with suppress(OSError):  # a line that could not be written has been reported
+            self.file.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror}; checkpoints are "
+                               "whole; free some space and go on with resume=auto") from None  # fmt: skip
 
 
 class Wandb:

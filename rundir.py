@@ -123,9 +123,10 @@ def status(run_dir: Path) -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, state: str, code: int | None = None, reason: str = "") -> None:
-    """Replace status.json, if this is the launch that owns the directory: a run that was refused leaves it alone."""
+    """Replace status.json. That a run stopped or failed says only the launch that wrote "running": one that was refused leaves it
+    alone. That it is finished says also one that found it so: a kill may have come before that was written."""
     launch = os.environ.get("PLUMB_LAUNCH", "")
-    if not run_dir.is_dir() or (state != "running" and status(run_dir).get("launch") != launch):
+    if not run_dir.is_dir() or (state in ("stopped", "failed") and status(run_dir).get("launch") != launch):
         return
     step, examples = processes.reported()
     content = {"state": state, "code": code, "step": step, "examples": examples, "reason": reason,

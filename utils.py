@@ -168,7 +168,9 @@ def environment() -> str:
 def _git(*arguments: str) -> str | None:
     try:
         here = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        # Without optional locks: a run that is killed here would leave one in the checkout.
+        command = ["git", "--no-optional-locks", *arguments]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
