@@ -123,7 +123,8 @@ def launch(
         return
     n = torch.cuda.device_count() or n_cpu_processes
     if not n:
-        raise UserError("trainer: no GPU here; use trainer=BasicTrainer, or n_cpu_processes=2 to run this one on the CPU")
+        raise UserError("trainer=FSDPTrainer or TensorParallelTrainer: there is no GPU here; use trainer=BasicTrainer, or "
+                        "n_cpu_processes=2 to try it on the CPU")  # fmt: skip
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ |= {"WORLD_SIZE": str(n), "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     if not torch.cuda.is_available():
