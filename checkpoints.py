@@ -55,6 +55,7 @@ class Manifest:
     order: str  # a digest of the indices of all examples seen, in their order
     wandb: str | None = None
     values: dict[str, Any] = field(default_factory=dict)  # of the optimizer's state, what is no tensor
+    save_secs: float = 0.0  # that a save took
     ranks: int = 1
     files: dict[str, Written] = field(default_factory=dict)
     saved: str = ""
@@ -105,6 +106,7 @@ def save(
         if talk.rank == 0:
             written[f"{part}.pt"] = trying(partial(write_part, part, content))
         del content
+        talk.gather(None)  # the next part is made with all ranks in groups that do not wait for so long
     written[file] = trying(lambda: write_tensors(temporary / file, state))
     everything = talk.gather((written, problems))
 
@@ -244,6 +246,8 @@ def set_aside(run_dir: Path, found: Found | None) -> None:
         storage.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     for path in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed"), run_dir / REHEARSAL):
         storage.remove(path)
+    for path in (*run_dir.glob(".LATEST.*"), *run_dir.glob(".status.*")):
+        path.unlink()
     if found is not None:
         storage.point(run_dir / "LATEST", found.path.name)
 
@@ -251,7 +255,7 @@ def set_aside(run_dir: Path, found: Found | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- pruning
 
 
-def settle(run_dir: Path, name: str, keep: int | None, best_by: str) -> None:
+def settle(run_dir: Path, name: str, keep: int | None, best_by: str | None) -> None:
     """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer needed is removed."""
     try:
         storage.point(run_dir / "LATEST", name)
@@ -260,7 +264,7 @@ def settle(run_dir: Path, name: str, keep: int | None, best_by: str) -> None:
         raise StorageError(f"local_run_dir={run_dir}: {name} is written; {error.strerror or error}") from None
 
 
-def prune(run_dir: Path, keep: int | None, best_by: str) -> None:
+def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
     """Remove what is not needed: interim checkpoints that a newer one has replaced, and all evaluated ones but the newest `keep`
     (None: all stay) and the best. Two are always left, or one with keep = 1. Called when the newest one has been verified.
     """
@@ -272,7 +276,7 @@ def prune(run_dir: Path, keep: int | None, best_by: str) -> None:
             continue
     evaluated = [f for f in found if f.path.name.startswith("step-")]
     kept = {f.path for f in [*found[: min(2, keep or 2)], *evaluated[:keep]]}
-    scores = [(_score(best_by, f.manifest.metrics), f.path) for f in evaluated if best_by in f.manifest.metrics]
+    scores = [(_score(best_by, f.manifest.metrics), f.path) for f in evaluated if best_by and best_by in f.manifest.metrics]
     if scores:
         kept.add(max(scores, key=lambda s: (not math.isnan(s[0]), s[0]))[1])
     for f in found:
@@ -294,7 +298,7 @@ class Saver:
     After each, LATEST points to it and what is no longer needed is removed. An error in the thread is raised by the next call.
     """
 
-    def __init__(self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str):
+    def __init__(self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str | None):
         self.run_dir, self.keep, self.best_by, self.in_background = run_dir, keep, best_by, in_background
         self.talk = parallel.Talk()  # its own, for the thread
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None

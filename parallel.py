@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from utils import UserError
+from utils import UserError, under_torchrun
 
 # It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which is how it lies.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -45,8 +45,10 @@ class Talk:
     def __init__(self):
         self.several = dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.several else (0, 1)
-        # The default group gives up after timeout_minutes; here a rank may write a large file, or wait for one.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if self.several else None
+        # The default group gives up after timeout_minutes; here a rank may write a large file, or wait for one. Our own launcher
+        # sees by itself that a process hangs; torchrun does not.
+        patience = timedelta(hours=3) if under_torchrun() else timedelta(days=30)
+        self.group = dist.new_group(backend="gloo", timeout=patience) if self.several else None
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import parallel
+import utils
 from utils import PeerLost, UserError, under_torchrun
 
 GRACE_SECS = 10  # after one process has failed: how long the others may take to say why, or to finish what they write
@@ -61,10 +62,21 @@ def listen() -> None:
 def _handle(number: int, _frame: Any) -> None:
     again, _Signals.requested = _Signals.requested, _Signals.requested or number
     if not _Signals.gentle:
+        if again:  # a terminal and a launcher may both pass one on, while the first is being handled
+            if time.monotonic() - _Signals.at > 1:
+                os._exit(exit_code(again))
+            return
+        _Signals.at = time.monotonic()
         raise Stopped(exit_code(number), f"stopped by {signal.Signals(number).name} before the first step")
     if again and time.monotonic() - _Signals.at > (REPEAT_SECS if under_torchrun() else 0) and not _watched:
         os._exit(exit_code(again))
     _Signals.at = time.monotonic()
+
+
+def begin() -> None:
+    """Another run in the same process (a sweep): no signal is waiting, and no step was made."""
+    _Signals.requested, _Signals.gentle = 0, False
+    report(0, 0)
 
 
 def exit_code(number: int) -> int:
@@ -163,7 +175,8 @@ def _watch(group: Sequence[BaseProcess], timeout: float) -> list[int]:
                 killed.append(i)
                 group[i].kill()
         if any(p.exitcode for p in group):
-            deadline = min(deadline, now + GRACE_SECS)
+            asked = all(p.exitcode in (None, 0, 130, 143) for p in group)  # the others still close their logs
+            deadline = min(deadline, now + (12 if asked else 1) * GRACE_SECS)
         if time.monotonic() > deadline:
             killed += alive
             for i in alive:
@@ -174,6 +187,8 @@ def _watch(group: Sequence[BaseProcess], timeout: float) -> list[int]:
 
 def _judge(codes: list[int], ended_by_us: list[int], errors: list[tuple[int, UserError | Stopped]]) -> None:
     """Raise what the group's end was, if not success."""
+    if not any(codes):
+        return
     steps = lambda ranks: ", ".join(f"rank {r} at step {_progress[3 * r]}" for r in ranks)
     ours = {0, -signal.SIGABRT, -_Signals.requested}  # NCCL aborts a process that has waited too long
     died = [r for r, code in enumerate(codes) if code < 0 and code not in ours and r not in ended_by_us]
@@ -212,7 +227,8 @@ def _spawned(
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         _work(index, worker, arguments, timeout, store=store, rank=index, world_size=n)
     except (UserError, Stopped) as error:
-        said.put((index, error))
+        text = utils.said(error)  # short: a pipe takes 64 KiB before somebody reads
+        said.put((index, Stopped(error.code, text) if isinstance(error, Stopped) else type(error)(text)))
         _leave(error.code if isinstance(error, Stopped) else error.exit_code)
     _leave(0)
 

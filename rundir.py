@@ -21,7 +21,7 @@ import parallel
 import processes
 from checkpoints import listed
 from examples import Examples
-from utils import ResumeMismatch, UserError, environment, get_local_dir, plain, rank, rank0_print, redacted
+from utils import PeerLost, ResumeMismatch, UserError, environment, get_local_dir, plain, rank, rank0_print, redacted
 
 TIME_STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}")
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -65,6 +65,7 @@ def find(config: DictConfig) -> str:
         if unfinished and default:
             rank0_print(f"note: {unfinished[-1]} is not finished; resume=auto goes on with it. This is a new run")
         return str(config.local_run_dir)
+    runs = [p for p in runs if listed(p)] or runs
     if config.resume == "must" and not any(listed(p) for p in runs[-1:]):
         where = f"exp_name={config.exp_name}" if default else f"local_run_dir={config.local_run_dir}"
         raise ResumeMismatch(f"resume=must: there is no checkpoint of {where}; resume=auto starts one")
@@ -126,8 +127,11 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
     """Replace status.json. That a run stopped or failed says only the launch that wrote "running": one that was refused leaves it
     alone. That it is finished says also one that found it so: a kill may have come before that was written."""
     launch = os.environ.get("PLUMB_LAUNCH", "")
-    if not run_dir.is_dir() or (state in ("stopped", "failed") and status(run_dir).get("launch") != launch):
+    before = status(run_dir)
+    if not run_dir.is_dir() or (state in ("stopped", "failed") and before.get("launch") != launch):
         return
+    if code == PeerLost.exit_code and before.get("state") == "failed":
+        return  # the one that was lost has said why
     step, examples = processes.reported()
     content = {"state": state, "code": code, "step": step, "examples": examples, "reason": reason,
                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "launch": launch}  # fmt: skip

@@ -57,6 +57,7 @@ def run(config: DictConfig) -> None:
     """Validate, then train in this process or in several. What ends a run early is said in one line, by its exit code, and in
     status.json."""
     run_dir = None
+    processes.begin()
     try:
         loss = validate(config)
         if config.plan:
@@ -78,15 +79,19 @@ def run(config: DictConfig) -> None:
         sys.exit(end(run_dir, "stopped", stopped.code, str(stopped)))
     except InterpolationResolutionError as error:
         sys.exit(fail(in_one_line(error), 2))
+    except (Exception, SystemExit):
+        if run_dir is not None:
+            rundir.write_status(run_dir, "failed", 1, "a mistake of ours; its traceback is on the console")
+        raise
 
 
 def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     """Say how the run ended, on the console and in status.json. -> its exit code"""
     text = said(text)
+    if run_dir is not None:
+        rundir.write_status(run_dir, state, code, text.removeprefix("error: "))
     if under_torchrun() and rank() != 0:  # every rank met the same mistake; but a rank that ends takes the others with it
         time.sleep(5)
-    if run_dir is not None and rank() == 0:
-        rundir.write_status(run_dir, state, code, text.removeprefix("error: "))
     print(text, file=sys.stderr)
     return code
 
@@ -99,10 +104,11 @@ def train(config: DictConfig) -> None:
     owner = rundir.Owner(run_dir)
     try:
         found = parallel.from_rank0(partial(checkpoints.newest, run_dir))
+        changed: list[str] = []
         if found is not None:
-            rundir.compare(run_dir, {"settings": found.manifest.recipe["settings"]}, {"settings": rundir.settings(config)},
-                           config.resume_allow)  # fmt: skip
-        if found is not None and found.manifest.finished:
+            before, now = ({"settings": x} for x in (found.manifest.recipe["settings"], rundir.settings(config)))
+            changed = rundir.compare(run_dir, before, now, config.resume_allow)
+        if found is not None and found.manifest.finished and not changed:
             settle = partial(checkpoints.settle, run_dir, found.path.name, config.keep_checkpoints, config.keep_best)
             parallel.from_rank0(settle)  # which a kill may have prevented
             rank0_print(f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run: resume=never")
@@ -132,7 +138,7 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     if found is not None:
         changed = rundir.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
         for knob, value in found.manifest.found.items():  # what was decided by the memory of that moment stays
-            if config[knob] in (None, "auto") and value is not None and (knob != "fsdp_reduce" or layout is not None):
+            if config.get(knob, "") in (None, "auto") and value is not None and (knob != "fsdp_reduce" or layout is not None):
                 config[knob] = value
     reference, cached = None, False
     if loss.needs_reference:
@@ -206,7 +212,8 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout:
 def main() -> None:
     """The command. Whatever a user can cause ends in one line."""
     processes.listen()
-    os.environ["PLUMB_LAUNCH"] = uuid.uuid4().hex  # which start of which run wrote status.json
+    together = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+    os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex  # which start wrote status.json
     try:
         check_command_line(sys.argv[1:], Path(__file__))
         run()

@@ -42,7 +42,7 @@ from optimization import make_optimizer, make_schedule, make_scheduler, pick_dev
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens, n_tokens
-from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
+from utils import UserError, get_local_dir, peak_memory_gb, quiet, rank, rank0_print
 
 
 class BasicTrainer:
@@ -90,12 +90,13 @@ class BasicTrainer:
         self.n_seen = self.n_updates = self.begun = 0  # begun: updates that were made before this start
         self.n_steps = self.schedule.n_steps
         self.order = ""  # a digest of the indices of all examples seen, chained
-        self.evaluation_due = self.finished = False
+        self.evaluation_due, self.finished, self.saved = False, False, ""
         self.saver = checkpoints.Saver(
             run_dir, in_background=config.async_save, keep=config.keep_checkpoints, best_by=config.keep_best
         )
         self.recipe: dict[str, Any] = {}
-        self.found = {"tokens_per_microbatch": budget, "reference": "live" if reference is not None else "cached"}
+        self.found: dict[str, Any] = {"tokens_per_microbatch": budget}
+        self.found |= {"reference": "live" if weights is None else "cached"} if loss.needs_reference else {}
         self.checkpoint_bytes, self.longest_step_secs, self.last_save = 0, 0.0, time.monotonic()
 
     # ------------------------------------------------------------------------------------- what other trainers change
@@ -204,17 +205,20 @@ class BasicTrainer:
             progress.update()
             n, last = len(step.examples), self.n_updates == self.n_steps
             self.evaluation_due = last or self.n_seen // config.eval_every > (self.n_seen - n) // config.eval_every
+            if self.evaluation_due:
+                self.logs = self.log.mark()  # a stop from here on, until it is saved, takes the evaluation back
             self.between_steps(n)
             if self.evaluation_due:
                 self.milestone()
         progress.close()
         if not self.finished:  # nothing was left to train, since the settings were changed
+            self.logs = self.log.mark()
             self.milestone()
         self.saver.wait()
 
     def milestone(self) -> None:
         """Evaluate, and save with what came out."""
-        self.logs, self.evaluation_due = self.log.mark(), True  # a stop during the evaluation takes it back
+        self.evaluation_due = True
         self.finished = self.n_updates >= self.n_steps
         record = self.evaluate() if not self.finished or self.config.do_last_eval else {}
         self.evaluation_due = False
@@ -222,12 +226,11 @@ class BasicTrainer:
 
     def between_steps(self, n: int) -> None:
         """What all ranks agree on after a step: to log, to save between evaluations, to stop. `n`: examples of the step."""
-        config, margin = self.config, 2 * (self.longest_step_secs + self.saver.secs) + 10
+        config = self.config
         by_number = config.save_every and self.n_seen // config.save_every > (self.n_seen - n) // config.save_every
         by_time = config.save_every_minutes and time.monotonic() - self.last_save > 60 * config.save_every_minutes
-        out_of_time = config.max_hours is not None and uptime_secs() + margin > 3600 * config.max_hours
         due, failed, save, late, number = parallel.agree(
-            [self.log.due(), self.saver.failed(), bool(by_number or by_time), out_of_time, stop_requested()]
+            [self.log.due(), self.saver.failed(), bool(by_number or by_time), self.out_of_time(), stop_requested()]
         )
         if due:
             self.log.flush()
@@ -240,10 +243,15 @@ class BasicTrainer:
 
     def check_stop(self) -> None:
         """Within an evaluation, between batches."""
-        number = parallel.agree([stop_requested()])[0]
-        if number:
+        late, number = parallel.agree([self.out_of_time(), stop_requested()])
+        if late or number:
             self.finished = False
             self.stop(int(number))
+
+    def out_of_time(self) -> bool:
+        """Would another step and a save, each twice as long as so far, end after max_hours?"""
+        margin = 2 * (self.longest_step_secs + self.saver.secs) + 10
+        return self.config.max_hours is not None and uptime_secs() + margin > 3600 * self.config.max_hours
 
     def stop(self, number: int) -> None:
         """Save, unless nothing was trained, and raise Stopped. `number`: the signal, or 0 when the time is up."""
@@ -251,8 +259,9 @@ class BasicTrainer:
         if self.n_updates:
             self.save({}, interim=True)
             self.saver.wait()
+        then = "nothing is saved" if self.config.debug or not self.n_updates else "go on with resume=auto"
         raise Stopped(exit_code(number), f"stopped by {why} after step {self.n_updates:,} of {self.n_steps:,}, {self.n_seen:,} "
-                      "examples; go on with resume=auto")  # fmt: skip
+                      f"examples; {then}")  # fmt: skip
 
     def step(self, step: Step, waited_secs: float) -> None:
         """One optimizer step on a batch.
@@ -330,6 +339,8 @@ class BasicTrainer:
             return {}
         rank0_print(f"evaluating {len(examples)} examples after {self.n_seen:,} training examples")
         record = evaluate(self.scorer, self.eval_feed, config.eval_batch_size, self.check_stop)
+        if config.keep_checkpoints and config.keep_best and config.keep_best not in record:
+            raise UserError(f"keep_best={config.keep_best}: none of the metrics: {', '.join(record)}; null keeps none for being best")
         self.log.evaluation(record, self.n_seen)
         if config.sample_during_eval:
             prompts = [examples[i].prompt for i in range(min(config.n_eval_model_samples, len(examples)))]
@@ -351,11 +362,13 @@ class BasicTrainer:
 
     def save(self, record: Record, interim: bool = False) -> None:
         """A checkpoint of this moment, step-<examples>, or interim-<examples> between evaluations; LATEST points to it."""
-        self.last_save = time.monotonic()
+        self.last_save, name = time.monotonic(), f"{'interim' if interim else 'step'}-{self.n_seen}"
         if self.config.debug:
             rank0_print("debug=true: no checkpoint is written")
             return
-        name = f"{'interim' if interim else 'step'}-{self.n_seen}"
+        if name == self.saved:  # this very moment: the run was stopped again before its next step
+            return
+        self.saved = name
         state = state_files.tensors_of(self.policy, self.optimizer)
         self.saver.save(name, self.parts(), state, self.manifest(record), self.checkpoint_bytes)
         rundir.write_status(self.run_dir, "running") if rank() == 0 else None
@@ -383,7 +396,7 @@ class BasicTrainer:
         return checkpoints.Manifest(
             self.n_updates, self.n_seen, self.finished and not self.evaluation_due, self.evaluation_due, record, self.recipe,
             self.found, self.logs if self.evaluation_due else self.log.mark(), self.order, self.log.wandb_id(),
-            state_files.values_of(self.policy, self.optimizer),
+            state_files.values_of(self.policy, self.optimizer), save_secs=self.saver.secs,
         )  # fmt: skip
 
     def restore(self, checkpoint: checkpoints.Found) -> None:
@@ -394,6 +407,8 @@ class BasicTrainer:
         self.n_steps = self.n_updates + self.schedule.n_steps_after(self.n_seen)
         self.order, self.evaluation_due, self.begun = manifest.order, manifest.evaluation_due, manifest.step
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
+        self.saved, self.saver.secs = checkpoint.path.name, manifest.save_secs
+        self.checkpoint_bytes = sum(file.bytes for file in manifest.files.values())
         report(self.n_updates, self.n_seen)
 
 

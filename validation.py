@@ -95,7 +95,8 @@ KNOBS: dict[str, Check] = {
     "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
     "resume": one_of("never", "auto", "must"), "resume_allow": names(0), "max_hours": maybe(POSITIVE),
     "timeout_minutes": POSITIVE,
-    "keep_checkpoints": maybe(whole(1)), "keep_best": TEXT, "save_every": maybe(whole(1)), "save_every_minutes": maybe(POSITIVE),
+    "keep_checkpoints": maybe(whole(1)), "keep_best": maybe(TEXT), "save_every": maybe(whole(1)),
+    "save_every_minutes": maybe(POSITIVE),
     "async_save": FLAG, "save_optimizer_pt": FLAG, "eval_every": whole(1), "do_first_eval": FLAG, "do_last_eval": FLAG,
     "sample_during_eval": FLAG, "n_eval_model_samples": whole(0), "sample_max_new_tokens": maybe(whole(1)),
     "sample_temperature": maybe(number(lambda v: v >= 0, "a number of at least 0")),
@@ -212,6 +213,8 @@ def _across(config: DictConfig) -> None:
     held = any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(run_dir.glob("step-*"))
     if held and config.resume == "never":
         raise UserError(f"local_run_dir={config.local_run_dir}: holds a run already; give another directory, or resume=auto")
+    if config.debug and config.resume != "never":
+        raise UserError(f"debug=true: writes no checkpoint, so resume={config.resume} would go on with a run and not save it")
     if config.resume_allow and config.resume == "never":
         raise UserError(f"resume_allow={list(config.resume_allow)}: nothing is resumed with resume=never; add resume=auto")
     for name in config.resume_allow:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -13,6 +14,7 @@ from runs import DPO, FAST, OF_THE_MACHINE, records
 from safetensors import safe_open
 
 import checkpoints
+import processes
 import rundir
 import storage
 from utils import ResumeMismatch, UnsafeFile, UserError
@@ -125,16 +127,73 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
     def forgetting(self, checkpoint):
         restore(self, checkpoint)
+        for path in checkpoints.listed(self.run_dir):  # or their names would be in the way
+            shutil.rmtree(path)
         if forgotten == "optimizer":
             self.optimizer.state.clear()
         else:
             setattr(self, forgotten, 0)
+            self.begun = 0
             self.scheduler = trainers.make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
 
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     monkeypatch.setattr(trainers.BasicTrainer, "restore", forgetting)
-    with pytest.raises((AssertionError, UserError)):  # the latter: a checkpoint of that name is there, or rewards are not 0
+    monkeypatch.setattr(trainers.selfcheck, "FirstStep", lambda *_: None)  # which would see it, too
+    with pytest.raises(AssertionError):
         same(outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"])), whole)
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """`stopped_at(place, n)`: within, a SIGTERM comes as `trainers.<place>` is called for the n-th time, or after update n."""
+    import trainers
+
+    @contextmanager
+    def install(place, n):
+        real, calls = getattr(trainers.BasicTrainer, place), []
+
+        def signalled(self, *arguments, **options):
+            calls.append(place)
+            if place == "step":
+                real(self, *arguments, **options)
+            if len(calls) == n:
+                processes._Signals.requested = signal.SIGTERM
+            return None if place == "step" else real(self, *arguments, **options)
+
+        processes.begin()
+        with monkeypatch.context() as patch:
+            patch.setattr(trainers.BasicTrainer, place, signalled)
+            yield
+        processes.begin()
+
+    return install
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_stopped_by_a_signal_at_any_step_it_ends_the_same(kind, train, stopped_at):
+    """Also at a step that an evaluation follows."""
+    whole = outcome(train("whole", *OPTIONS[kind]))
+    for n in range(1, whole[3][0] + 1):
+        with stopped_at("step", n), pytest.raises(processes.Stopped, match=f"SIGTERM after step {n} of") as stopped:
+            train(f"stopped{n}", *OPTIONS[kind], "resume=auto")
+        assert stopped.value.code == 143
+        assert same(outcome(train(f"stopped{n}", *OPTIONS[kind], "resume=auto")), whole)
+
+
+def test_stopped_in_an_evaluation_again_and_again(train, stopped_at):
+    """The second of three evaluations is begun three times, and stands in the metrics once."""
+    whole = outcome(train("whole", *OPTIONS["dpo"]))
+    for n in (2, 1, 1):
+        with stopped_at("evaluate", n), pytest.raises(processes.Stopped):
+            train("stopped", *OPTIONS["dpo"], "resume=auto")
+    assert same(outcome(train("stopped", *OPTIONS["dpo"], "resume=auto")), whole)
+
+
+def test_a_limit_that_is_reached_already(train):
+    run = train("run", *DPO, "eval_every=8", "n_examples=16")
+    train("run", *DPO, "eval_every=8", "n_examples=8", "resume=auto", "resume_allow=[n_examples]")  # nothing is left to train
+    longer = train("run", *DPO, "eval_every=8", "n_examples=18", "resume=auto", "resume_allow=[n_examples]")
+    assert longer == run and checkpoints.newest(run).manifest.examples == 18  # a finished run goes on, if told to
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and what is not

@@ -49,7 +49,7 @@ KINDS = {
     "sft, saved in a thread, samples": [*SFT, *EACH, "async_save=true", "sample_during_eval=true", "n_eval_model_samples=2",
                                         "sample_max_new_tokens=4"],
     "dpo, live reference": [*DPO, *EACH, "reference=live"],
-    "dpo, cached reference, one checkpoint kept": [*DPO, *EACH, "reference=cached", "keep_checkpoints=1", "keep_best=none/eval"],
+    "dpo, cached reference, one checkpoint kept": [*DPO, *EACH, "reference=cached", "keep_checkpoints=1", "keep_best=null"],
 }  # fmt: skip
 CALLS = ("write", "fsync", "rename", "renameat", "renameat2", "symlink", "symlinkat", "mkdir", "unlink", "unlinkat", "rmdir")
 ERRORS = [("write", "ENOSPC"), ("write", "EDQUOT"), ("write", "EIO"), ("fsync", "EIO"), ("fsync", "ENOSPC"), ("rename", "EIO"),
