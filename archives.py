@@ -127,7 +127,8 @@ def as_in_2023(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     spec = model.config
     n = spec.max_position_embeddings
     causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]  # one tensor for all layers: stored once
-    frequencies = next((b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
+    # detached, for transformers leaves marks on a buffer that torch.save would write
+    frequencies = next((b.detach() for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
     kept: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox": (
             "gpt_neox.layers.{}.attention.",

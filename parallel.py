@@ -289,13 +289,16 @@ def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor 
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them as one vector, on whatever mesh they lie: each rank's own parts, then one sum over ranks."""
-    if not any(isinstance(t, DTensor) for t in tensors):
-        return nn.utils.get_total_norm(tensors)
+    """The norm of all of them as one vector, on whatever mesh they lie: each rank's own parts, then one sum over ranks.
+
+    Summed in float64: over a million numbers float32 is off by 1e-5, and by another amount on another number of ranks.
+    """
+    device = tensors[0].device
     mine = [part[1] for part in map(local_part, tensors) if part is not None]
-    norm = nn.utils.get_total_norm(mine) if mine else torch.zeros(())
-    kind = next(t.device_mesh.device_type for t in tensors if isinstance(t, DTensor))
-    return total(norm.double().square().to(kind)).sqrt()
+    norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros((), dtype=torch.float64, device=device)]
+    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+    kind = next((t.device_mesh.device_type for t in tensors if isinstance(t, DTensor)), None)
+    return (squares if kind is None else total(squares.to(kind))).sqrt()
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:

@@ -123,7 +123,8 @@ def launch(
         return
     n = torch.cuda.device_count() or n_cpu_processes
     if not n:
-        raise UserError("trainer=FSDPTrainer: no GPU here; use trainer=BasicTrainer, or n_cpu_processes=2 to run it on the CPU")
+        raise UserError("trainer=FSDPTrainer or TensorParallelTrainer: there is no GPU here; use trainer=BasicTrainer, or "
+                        "n_cpu_processes=2 to try it on the CPU")  # fmt: skip
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ |= {"WORLD_SIZE": str(n), "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     if not torch.cuda.is_available():
@@ -228,7 +229,8 @@ def _work(local_rank: int, worker: Callable[..., None], arguments: tuple, timeou
     if gpu:
         torch.cuda.set_device(local_rank)
     parallel.timeout = timeout
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, **meeting)
+    # Weights that wait in RAM (fsdp_cpu_offload) are talked about on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout, **meeting)
     try:
         worker(*arguments)
         dist.barrier()  # no rank leaves while another still talks to it

@@ -174,7 +174,7 @@ def _across(config: DictConfig) -> None:
         raise UserError("compile=true: trainer=TensorParallelTrainer does not compile; set it to false")
     for knob, default, trainers in SEVERAL:
         if config[knob] != default and config.trainer not in trainers:
-            raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob}={default}")
+            raise UserError(f"{knob}={config[knob]}: is for trainer={' and trainer='.join(trainers)}; leave {knob} as it is")
     if config.model.name_or_path is None and not (config.model.architecture and config.model.tokenizer_name_or_path):
         raise UserError("model.name_or_path=null: give a hub name, a folder or a .gguf file; or model.architecture and "
                         "model.tokenizer_name_or_path to start from random weights")  # fmt: skip

@@ -163,7 +163,7 @@ def test_ranks_share_a_step_and_a_rank_without_a_part_has_weight_0():
 def test_the_thread_ahead_keeps_order_and_passes_errors_on():
     def steps():
         for i in range(5):
-            yield Step([example([i], [i])], [])
+            yield Step([example([i], [i])], [], np.array([i]))
         raise OSError("the disk is gone")
 
     ahead = Ahead(steps(), pin=False)
@@ -171,7 +171,7 @@ def test_the_thread_ahead_keeps_order_and_passes_errors_on():
     for _ in range(2):  # again and again, as of an iterator
         with pytest.raises(OSError, match="the disk is gone"):
             next(ahead)
-    slow = Ahead((time.sleep(0.2) or Step([], []) for _ in range(1)), pin=False)
+    slow = Ahead((time.sleep(0.2) or Step([], [], np.arange(0)) for _ in range(1)), pin=False)
     next(slow)
     assert slow.waited_secs > 0.1 and next(slow, None) is next(slow, None) is None
 

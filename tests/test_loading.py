@@ -13,6 +13,7 @@ from tiny import FAMILIES, SIZES, tiny_model
 
 import models
 import parallel
+from archives import as_in_2023
 from reference import weights_digest
 from trainers import FSDPTrainer, TensorParallelTrainer
 
@@ -79,7 +80,7 @@ def sources(tmp_path_factory):
     policy = tiny_model("gpt_neox")
     torch.save({"step_idx": 1, "state": policy.state_dict(), "metrics": {}}, folder / "policy.pt")
     found["archive"] = [*found["gpt_neox"], f"model.archive={folder / 'policy.pt'}"]
-    torch.save({"step_idx": 1, "state": models.as_in_2023(policy, policy.state_dict()), "metrics": {}}, folder / "2023.pt")
+    torch.save({"step_idx": 1, "state": as_in_2023(policy, policy.state_dict()), "metrics": {}}, folder / "2023.pt")
     found["archive of 2023"] = [*found["gpt_neox"], f"model.archive={folder / '2023.pt'}"]
     tiny_model("llama").save_pretrained(folder / "pickled")
     state = load_file(folder / "pickled/model.safetensors")

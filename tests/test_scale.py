@@ -117,8 +117,8 @@ def test_the_numbers_of_one_process(n, command, tmp_path):
         assert {"grad_norm", "loss/train", "loss/eval"} <= worst.keys()
         print(f"{layout:24} {' '.join(rest):24}: {max(worst.values()):.1e}")
         bound = TOLERANCE[rest[-1]]  # rewards are small differences of large log-probabilities
-        beyond = {k: x for k, x in worst.items() if x > (bound if k.startswith(("loss", "grad_norm")) else 4 * bound)}
-        assert not beyond, (layout, rest, beyond)
+        bounds = {key: bound if key.startswith(("loss", "grad_norm")) else 4 * bound for key in worst}
+        assert not (over := {key: x for key, x in worst.items() if x > bounds[key]}), (layout, rest, over)
 
 
 GPT2_PLAN = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/gpt2-large.yaml").tp_plan)
@@ -130,10 +130,10 @@ def test_other_families(layout, command, tmp_path):
     families = {"qwen3": [], "gpt2": [f"model.tp_plan={json.dumps(GPT2_PLAN).replace(chr(34), '')}"]}
     options = [*MATRIX, *LOSSES["live"], "lr=1e-3", "model.policy_dtype=float64", "optimizer=AdamW", "sample_during_eval=true",
                "n_eval_model_samples=2", "sample_max_new_tokens=4", "sample_temperature=0"]  # fmt: skip
-    run_all(command(f"one {family}", family, *options) for family in families)
-    run_in_group(2, run_all, [command(f"two {family}", family, *options, *more, layout) for family, more in families.items()])
+    run_all(command(f"one-{family}", family, *options) for family in families)
+    run_in_group(2, run_all, [command(f"two-{family}", family, *options, *more, layout) for family, more in families.items()])
     for family in families:
-        one, two = tmp_path / f"one {family}", tmp_path / f"two {family}"
+        one, two = tmp_path / f"one-{family}", tmp_path / f"two-{family}"
         assert max(differences(records(one), records(two)).values()) <= 1e-12, family
         assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
         a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, two))

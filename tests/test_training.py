@@ -20,8 +20,10 @@ import preference_datasets
 @pytest.mark.parametrize("stage, model, overrides", [
     ("sft", "tiny-llama", ["loss=sft"]), ("dpo", "tiny-llama-sft40", ["loss=dpo", "loss.beta=0.1"]),
 ])  # fmt: skip
-def test_the_2023_trajectory_step_by_step(stage, model, overrides, tmp_path, train_here):
+def test_the_2023_trajectory_step_by_step(stage, model, overrides, tmp_path, train_here, monkeypatch):
     """40 steps of the 2023 code: every logged value, and the final weights. Bounds: ten times the golden file's own spread."""
+    # 2023 summed the norm in float32, which is off by up to 2e-4 here; ours is compared with itself summed in that way.
+    monkeypatch.setattr("parallel.total_norm", torch.nn.utils.get_total_norm)
     golden, name = load(f"trajectory_{stage}40_rmsprop.json.gz"), f"trajectory_{stage}40_rmsprop"
     train_here(
         "exp_name=golden", f"local_run_dir={tmp_path}/run", f"model.name_or_path={GOLDEN}/{model}", *overrides,
