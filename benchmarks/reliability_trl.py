@@ -363,8 +363,9 @@ class Bench:
             self.add("disk", name, *judge(end, weights, self.expected, self.usual, again))
 
     def malformed(self) -> None:
-        good = "".join(json.dumps(row) + "\n" for row in self.rows[:12]).encode()
-        files = {"(the file without a mistake)": good} | malformed(self.rows[:12])
+        rows = self.rows[20:40]
+        good = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        files = {"(the file without a mistake)": good} | malformed(rows)
         usual: set[str] = set()
         counts: Counter[str] = Counter()
         for i, (name, contents) in enumerate(files.items()):
@@ -448,8 +449,8 @@ def keep(bench: Bench, path: Path, secs: int) -> None:
     mine = {case.group for case in bench.cases}
     record = old | bench.record | {
         "cases": [case for case in old["cases"] if case[0] not in mine] + bench.cases,
-        "versions": {name: version(name) for name in libraries}, "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"), "seconds": secs,
+        "versions": {name: version(name) for name in libraries}, "date": time.strftime("%Y-%m-%d"), "seconds": secs,
+        "commits": old.get("commits", {}) | dict.fromkeys(mine, commit.stdout.strip()),
     }  # fmt: skip
     path.write_text(json.dumps(record, indent=1))
 
@@ -471,8 +472,9 @@ def write_report(records: dict[str, Any]) -> None:
     lines = ["# What breaks a run, beside TRL", "", REPORT.strip(), ""]
     for name, record in records.items():
         versions = ", ".join(f"{library} {number}" for library, number in record["versions"].items())
+        commits = ", ".join(f"{commit} ({group})" for group, commit in record["commits"].items() if group != "control")
         seed = record["kills"]["seed"]
-        lines.append(f"- {CONTENDERS[name].name}: commit {record['commit']}, {record['date']}; {versions}; seed {seed}")
+        lines.append(f"- {CONTENDERS[name].name}: {versions}; seed {seed}; {record['date']}; commits {commits}")
     lines += ["", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for group, title in GROUPS.items():
         cells = []
@@ -483,14 +485,17 @@ def write_report(records: dict[str, Any]) -> None:
     said = []
     for name, record in records.items():
         n, broken, older = (record["kills"][k] for k in ("n", "broken", "older_checkpoint_beside"))
-        beside = f" ({older} of them with an older, whole checkpoint)" * bool(broken)
-        said.append(f"{CONTENDERS[name].name} {broken} of {n}{beside}")
-    lines += ["", f"Runs that could not go on after a kill: {'; '.join(said)}."]
+        beside = f" ({older} of them with an older checkpoint beside it)" * bool(broken)
+        late = sum(group == "kills" and f"newest checkpoint: step {N_STEPS};" in told for group, *_, told in record["cases"])
+        said.append(f"{CONTENDERS[name].name} {broken} of {n}{beside}; {late} of the {n} kills came after the last save")
+    lines += ["", f"Runs that could not go on after a kill: {'. '.join(said)}.", "Both read the gzip as what it is."]
     for group, title in GROUPS.items():
         lines += ["", f"## {title}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         tables = [{name: f"{verdict}: {told}" for g, name, verdict, told in r["cases"] if g == group} for r in records.values()]
         if group == "kills":  # moments differ, so numbers stand side by side
             tables = [{f"{i}": f"{k.partition(', ')[2]}: {told}" for i, (k, told) in enumerate(t.items(), 1)} for t in tables]
+            tables = [{i: told for i, told in table.items() if ": right: " not in told} for table in tables]
+            lines.insert(-2, "Those that were not right:\n")
         for row in dict.fromkeys(name for table in tables for name in table):
             lines.append(f"| {row} | {' | '.join(table.get(row, '-') for table in tables)} |")
     RESULTS.write_text("\n".join(lines) + "\n")
@@ -506,6 +511,8 @@ CPU, each run a command of its own. TRL runs as its documentation shows (`trl_dp
 was changed: only the latter); a signal: an exit code that says so. *Traceback*: it ended in one. *Wrong*: it ended with other
 weights, or the change had no effect, or the exit code says finished. A malformed file: refused in *one line*, with a *traceback*,
 trained and *said* something of it, or trained in *silence*. Not every malformed file must be refused; it should not pass unseen.
+The weights, optimizer and state files are TRL's model.safetensors, optimizer.pt and trainer_state.json, and Plumb's policy.pt,
+state-0-of-1.safetensors (what it goes on from: weights and optimizer) and manifest.json.
 """
 
 
