@@ -33,7 +33,7 @@ import parallel
 import storage
 from state_files import Part, parts_of, write_tensors
 from storage import Written
-from utils import StorageError, UnsafeFile, rank0_print
+from utils import StorageError, UnsafeFile, UserError, rank0_print
 
 FORMAT = 1
 NAME = re.compile(r"(step|interim)-(\d{1,15})")
@@ -79,9 +79,8 @@ def save(
     will take, for the error. Raises StorageError, on all ranks, when the disk is full or cannot be written; what was there before
     is whole in any case.
     """
-    final, temporary = run_dir / name, run_dir / f".{name}.partial"
+    final, temporary, problems = run_dir / name, run_dir / f".{name}.partial", list[str]()
     file = f"state-{talk.rank}-of-{talk.ranks}.safetensors"
-    problems: list[str] = []
 
     def trying(write: Callable[[], Written | None]) -> Written | None:
         try:
@@ -315,6 +314,12 @@ class Saver:
         made = {part: copied(make()) for part, make in parts.items()}
         later = {part: (lambda content=content: content) for part, content in made.items()}
         self.going = self.thread.submit(self._save, name, later, parts_of(state, copied=True), manifest, needed)
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raise UserError where the best checkpoint is to be kept by a metric that is none of these."""
+        if self.keep and self.best_by and self.best_by not in metrics:
+            known = ", ".join(metrics)
+            raise UserError(f"keep_best={self.best_by}: none of the metrics ({known}); null keeps none for being best")
 
     def wait(self) -> None:
         """Until the save that is going on is done. Raises what went wrong."""

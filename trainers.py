@@ -42,7 +42,7 @@ from optimization import make_optimizer, make_schedule, make_scheduler, pick_dev
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, response_digests
 from tokenization import Example, n_scored_tokens, n_tokens
-from utils import UserError, get_local_dir, peak_memory_gb, quiet, rank, rank0_print
+from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
 
 
 class BasicTrainer:
@@ -136,22 +136,14 @@ class BasicTrainer:
         rank0_print(said)
         return way
 
-    @property
-    def n_shards(self) -> int:
-        return self.layout.n_shards if self.layout is not None else 1
-
     def token_budget(self, train: Sequence[Example], way: Way) -> int:
         """Tokens of a microbatch: as configured, or from the memory at hand."""
-        free = sizing.memory_at_hand(self.device) - sizing.trained_bytes(self.policy) / self.n_shards - held_bytes(self.device)
+        trained = sizing.trained_bytes(self.policy) / (1 if self.layout is None else self.layout.n_shards)
+        free = sizing.memory_at_hand(self.device) - trained - held_bytes(self.device)
         mean = float(np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))]))
         return sizing.token_budget(
             self.config, self.policy.config, self.device, self.dtype, free, way.plain_head, mean, self.world_size
         )
-
-    @property
-    def counts(self) -> bool:
-        """Is this the one of the ranks that see the same rows whose sums count?"""
-        return self.layout is None or self.layout.first_of_rows
 
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:
@@ -165,6 +157,7 @@ class BasicTrainer:
             "compile": self.config.compile, "device": self.device.type,
             "libraries": [torch.__version__, transformers.__version__],
         }  # fmt: skip
+        counts = self.layout is None or self.layout.first_of_rows  # one of the ranks that see the same rows
         cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
         if cache.problem:
             rank0_print(cache.problem)
@@ -177,7 +170,7 @@ class BasicTrainer:
             size = max(4096, len(new) // 64)  # what is kept when the pass is interrupted; the file is written anew each time
             for start in range(0, len(new), size):
                 some = new[start : start + size]
-                known[some] = all_logps(self.scorer, model, feed, indices[some], self.counts, progress)
+                known[some] = all_logps(self.scorer, model, feed, indices[some], counts, progress)
                 parallel.from_rank0(partial(cache.add, digests[some] if rank() == 0 else digests, known[some]))
             progress.close()
             rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
@@ -218,8 +211,7 @@ class BasicTrainer:
 
     def milestone(self) -> None:
         """Evaluate, and save with what came out."""
-        self.evaluation_due = True
-        self.finished = self.n_updates >= self.n_steps
+        self.evaluation_due, self.finished = True, self.n_updates >= self.n_steps
         record = self.evaluate() if not self.finished or self.config.do_last_eval else {}
         self.evaluation_due = False
         self.save(record)
@@ -339,8 +331,7 @@ class BasicTrainer:
             return {}
         rank0_print(f"evaluating {len(examples)} examples after {self.n_seen:,} training examples")
         record = evaluate(self.scorer, self.eval_feed, config.eval_batch_size, self.check_stop)
-        if config.keep_checkpoints and config.keep_best and config.keep_best not in record:
-            raise UserError(f"keep_best={config.keep_best}: none of the metrics: {', '.join(record)}; null keeps none for being best")
+        self.saver.check(record)
         self.log.evaluation(record, self.n_seen)
         if config.sample_during_eval:
             prompts = [examples[i].prompt for i in range(min(config.n_eval_model_samples, len(examples)))]
@@ -366,11 +357,9 @@ class BasicTrainer:
         if self.config.debug:
             rank0_print("debug=true: no checkpoint is written")
             return
-        if name == self.saved:  # this very moment: the run was stopped again before its next step
-            return
-        self.saved = name
-        state = state_files.tensors_of(self.policy, self.optimizer)
-        self.saver.save(name, self.parts(), state, self.manifest(record), self.checkpoint_bytes)
+        if name != self.saved:  # or it was stopped again before its next step
+            self.saved, state = name, state_files.tensors_of(self.policy, self.optimizer)
+            self.saver.save(name, self.parts(), state, self.manifest(record), self.checkpoint_bytes)
         rundir.write_status(self.run_dir, "running") if rank() == 0 else None
 
     def rehearse_save(self) -> None:

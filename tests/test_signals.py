@@ -220,3 +220,23 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
     if not early:
         assert checkpoints.newest(run_dir).manifest.step >= 2
         assert rundir.status(run_dir)["code"] == 6
+
+
+SLOW_DISK = """
+import time, storage
+write = storage.write
+def slow(path, fill):
+    if path.name == "policy.pt":
+        time.sleep(9)
+    return write(path, fill)
+storage.write = slow
+"""
+
+
+def test_a_slow_disk_on_rank_0_is_waited_for(start, tmp_path):
+    """Longer than timeout_minutes: that is for ranks that do not answer, not for one that writes."""
+    (tmp_path / "disk.py").write_text(SLOW_DISK)
+    process, run_dir = start(*TWO, f"plugins=[{tmp_path}/disk.py]", "timeout_minutes=0.1", "n_examples=4", "do_first_eval=false")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert checkpoints.newest(run_dir).manifest.finished
