@@ -73,6 +73,12 @@ def _handle(number: int, _frame: Any) -> None:
     _Signals.at = time.monotonic()
 
 
+def end_quietly() -> None:
+    """From here on a signal ends this process without a word: another one has said what there is to say."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def begin() -> None:
     """Another run in the same process (a sweep): no signal is waiting, and no step was made."""
     _Signals.requested, _Signals.gentle = 0, False

@@ -91,6 +91,7 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     if run_dir is not None:
         rundir.write_status(run_dir, state, code, text.removeprefix("error: "))
     if under_torchrun() and rank() != 0:  # every rank met the same mistake; but a rank that ends takes the others with it
+        processes.end_quietly()
         time.sleep(5)
     print(text, file=sys.stderr)
     return code
@@ -222,7 +223,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         sys.exit(fail(in_one_line(error), 2))
     except processes.Stopped as stopped:
-        sys.exit(fail(stopped, stopped.code))
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
 
 
 def fail(error: object, code: int) -> int:
