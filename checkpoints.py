@@ -298,7 +298,7 @@ class Saver:
     """
 
     def __init__(self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str | None):
-        self.run_dir, self.keep, self.best_by, self.in_background = run_dir, keep, best_by, in_background
+        self.run_dir, self.keep, self.best_by = run_dir, keep, best_by
         self.talk = parallel.Talk()  # its own, for the thread
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None
         self.going: Future[None] | None = None
@@ -335,7 +335,6 @@ class Saver:
     ) -> None:  # fmt: skip
         start = time.monotonic()
         path = save(self.run_dir, name, parts, state, manifest, self.talk, needed)
-
         self.talk.from_rank0(partial(settle, self.run_dir, name, self.keep, self.best_by))
         self.secs = time.monotonic() - start
         rank0_print(f"saved {path}")

@@ -77,8 +77,8 @@ class Owner:
     there already, else when all else is known to be in order. The lock goes with the process, however it ends."""
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.handle = run_dir, -1
-        if parallel.from_rank0(run_dir.is_dir):
+        self.run_dir, self.handle, self.new = run_dir, -1, not parallel.from_rank0(run_dir.is_dir)
+        if not self.new:
             self.claim()
 
     def claim(self) -> None:
@@ -88,7 +88,6 @@ class Owner:
             self.handle = parallel.from_rank0(self._lock)
 
     def _lock(self) -> int:
-        new = not self.run_dir.is_dir()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -103,7 +102,7 @@ class Owner:
                     owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
                     raise UserError(f"local_run_dir={self.run_dir}: in use by process {owner}; wait for it, or stop it") from None
                 time.sleep(0.1)
-        if new and listed(self.run_dir):
+        if self.new and (self.run_dir / "status.json").exists():
             raise UserError(f"local_run_dir={self.run_dir}: another process has used it meanwhile; start again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)

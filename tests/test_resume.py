@@ -330,6 +330,17 @@ def test_on_another_number_of_processes(first, then, train, compose, here, data,
     assert same(outcome(run), whole, tolerance=1e-12)
 
 
+def test_a_directory_that_another_process_took_meanwhile_is_left_alone(tmp_path):
+    """Both found it absent; the other made it, ran and ended while this one loaded its data."""
+    owner = rundir.Owner(tmp_path / "run")
+    other = rundir.Owner(tmp_path / "run")
+    other.claim()
+    rundir.write_status(tmp_path / "run", "running")
+    other.release()
+    with pytest.raises(UserError, match="another process has used it meanwhile; start again"):
+        owner.claim()
+
+
 # ------------------------------------------------------------------------------------------------------ damage on the disk
 
 
