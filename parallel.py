@@ -150,12 +150,16 @@ class Layout:
     def tp_mesh(self) -> DeviceMesh:
         return self.mesh["tp"]
 
-    def shard(self, model: nn.Module, block: type[nn.Module], trained: bool) -> None:
-        """Cut the parameters over the ranks, block by block, and what is outside of blocks as one more. In place."""
+    def shard(self, model: nn.Module, block: type[nn.Module], trained: bool, apart: Sequence[nn.Module] = ()) -> None:
+        """Cut the parameters over the ranks, block by block, and what is outside of blocks as one more. In place.
+
+        Modules that are `apart` compute in their own precision."""
         offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         how: dict[str, Any] = {"mesh": self.fsdp_mesh, "mp_policy": self.precision, "offload_policy": offload}
         for module in [m for m in model.modules() if isinstance(m, block)]:
             fully_shard(module, **how)
+        for module in apart:
+            fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy()})
         # What is outside of blocks (embedding, head) stays gathered from forward to backward pass, where there is one.
         fully_shard(model, reshard_after_forward=None if trained else True, **how)
         for unit in sharded_modules(model):  # ranks' losses are parts of one sum: gradients are summed, not averaged

@@ -23,10 +23,11 @@ from activations import Held
 from batching import Packing
 from head import held_bytes, step_bytes
 from losses import Loss
-from models import DTYPES, block_class, load_config, load_tokenizer
+from models import DTYPES, block_class
 from optimization import make_optimizer, make_schedule
 from preference_datasets import dataset_names
 from preparation import load_examples
+from pretrained import load_config, load_tokenizer
 from sizing import CARDS, Layout, Memory, Precision, Weights
 from tokenization import Example, n_tokens, trees_of
 from utils import UserError

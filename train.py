@@ -37,9 +37,10 @@ from archives import resolve_archive
 from command_line import check_command_line, no_environment
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
-from models import DTYPES, check_vocabulary, describe, load_policy, load_reference, load_tokenizer
+from models import DTYPES
 from optimization import make_schedule, pick_device
 from preparation import load_examples
+from pretrained import check_vocabulary, describe, load_policy, load_reference, load_tokenizer
 from processes import report
 from reference import weights_digest
 from report import draw_curves

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import archives
 import checkpoints
-import models
+import pretrained
 import storage
 from utils import StorageError, UserError
 
@@ -121,17 +121,17 @@ def folder(family: str, path: Path) -> Path:
 def test_policy_pt_goes_round(family, old, tmp_path, compose):
     """Saved in either format and read back to the same logits."""
     path = folder(family, tmp_path / "m")
-    policy = models.load_policy(compose(f"model.name_or_path={path}"))
+    policy = pretrained.load_policy(compose(f"model.name_or_path={path}"))
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.01)
     state = archives.as_in_2023(policy, policy.state_dict()) if old else policy.state_dict()
     save(tmp_path / "run", 8, {"policy": state}, None)
-    again = models.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/run"))
+    again = pretrained.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/run"))
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, again.eval()(ids).logits)
     if not old:
-        policy.load_state_dict(models.load_policy_state(str(tmp_path / "run")), strict=True)
+        policy.load_state_dict(pretrained.load_policy_state(str(tmp_path / "run")), strict=True)
 
 
 # What transformers 4.29.2, the 2023 repository's, has in the state dict of each model's first layer beside its parameters,
@@ -156,9 +156,9 @@ def test_the_2023_format_has_the_names_and_buffers_of_transformers_4_29(family):
 def test_a_policy_pt_of_2023(tmp_path, compose):
     """Pythia as transformers 4.29 named it: embed_out, and buffers that are computed today; an OrderedDict, plain torch.save."""
     path = folder("gpt_neox", tmp_path / "m")
-    model = models.load_policy(compose(f"model.name_or_path={path}"))
+    model = pretrained.load_policy(compose(f"model.name_or_path={path}"))
     state = OrderedDict((k, v + 1) for k, v in archives.as_in_2023(model, model.state_dict()).items())
     torch.save({"step_idx": 19968, "state": state, "metrics": {"loss/eval": 1.5}}, tmp_path / "policy.pt")
-    policy = models.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt"))
+    policy = pretrained.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt"))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(policy.get_parameter(name).data, parameter.data + 1)

@@ -21,10 +21,12 @@ LAYERS = [
     {"token_store"},
     {"examples"},
     {"parallel"},
-    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing"},
+    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head"},
     {"attention", "activations", "preparation", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints"},
     {"models", "optimization", "rundir"},
+    {"pretrained"},
+    {"opening"},
     {"generation"},
     {"evaluation"},
     {"selfcheck"},
@@ -137,7 +139,7 @@ def test_no_list_of_loss_names(module):
 # What could run code that a file, a config or the command line brings. (module, what) -> why it may stand there.
 ALLOWED = {
     ("archives", "torch.load"): "the one loader; weights_only=True is tested below",
-    ("models", "import pickle"): "the exception that torch raises, to say it in one line",
+    ("pretrained", "import pickle"): "the exception that torch raises, to say it in one line",
     ("validation", "exec_module"): "plugins=[my.py] are the user's own code, run by design",
     ("processes", "import ctypes"): "prctl: a rank ends with its launcher; Python has no other way to ask for that",
     ("processes", "ctypes.CDLL"): "the C library itself, by no name that could be given",
@@ -212,7 +214,7 @@ def test_nothing_runs_from_a_file():
 def test_the_one_loader_trusts_nothing():
     calls = [n for n in ast.walk(TREES["archives"]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
     assert [{k.arg: ast.unparse(k.value) for k in call.keywords}["weights_only"] for call in calls] == ["True"]
-    imports = [n for n in ast.walk(TREES["models"]) if isinstance(n, ast.ImportFrom) and n.module == "pickle"]
+    imports = [n for n in ast.walk(TREES["pretrained"]) if isinstance(n, ast.ImportFrom) and n.module == "pickle"]
     assert [a.name for n in imports for a in n.names] == ["UnpicklingError"]
 
 

@@ -11,8 +11,8 @@ from groups import run_in_group
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, SIZES, tiny_model
 
-import models
 import parallel
+import pretrained
 from archives import as_in_2023
 from reference import weights_digest
 from trainers import FSDPTrainer, TensorParallelTrainer
@@ -23,13 +23,14 @@ def same(cases, trainer, options):
     for overrides in cases:
         config = compose_config("exp_name=x", *overrides, *options)
         layout = trainer.make_layout(config)
-        expected, policy = models.load_policy(config), models.load_policy(config, layout=layout)
+        expected, policy = pretrained.load_policy(config), pretrained.load_policy(config, layout=layout)
         compare(expected, policy)
         for a, b in ((policy.generation_config, expected.generation_config), (policy.config, expected.config)):
             a, b = a.to_dict() | {"_name_or_path": ""}, b.to_dict() | {"_name_or_path": ""}
             assert a == b, {key: (a.get(key), b.get(key)) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
         for dtype in (None, torch.bfloat16):
-            compare(models.load_reference(expected, dtype, config, None), models.load_reference(policy, dtype, config, layout))
+            of_whole = pretrained.load_reference(expected, dtype, config, None)
+            compare(of_whole, pretrained.load_reference(policy, dtype, config, layout))
         dist.barrier()
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from malformed import CASES, LEGAL
 
-from models import load_tokenizer
 from preparation import load_examples
+from pretrained import load_tokenizer
 from utils import UserError, said
 
 

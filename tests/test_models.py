@@ -10,6 +10,7 @@ from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 import head
 import models
+import pretrained
 from batching import Batch, pack
 from models import ORACLE, Way
 from tokenization import Example, n_tokens
@@ -221,7 +222,7 @@ def test_dropout_is_off_even_where_it_is_functional(family, tmp_path, compose):
     """The 2023 code left Llama's attention dropout on: two train-mode forwards differed by 0.96."""
     tiny_model(family).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    policy = models.load_policy(compose(f"model.name_or_path={tmp_path}/m")).train()
+    policy = pretrained.load_policy(compose(f"model.name_or_path={tmp_path}/m")).train()
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy(ids).logits, policy(ids).logits)
     noisy = tiny_model(family).train()  # the check can fail: as configured, dropout is 0.5
@@ -230,14 +231,14 @@ def test_dropout_is_off_even_where_it_is_functional(family, tmp_path, compose):
 
 def test_reference_is_the_policy_before_training():
     policy = tiny_model()
-    reference = models.load_reference(policy, None, None, None)
+    reference = pretrained.load_reference(policy, None, None, None)
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, reference(ids).logits)
     with torch.no_grad():
         policy.lm_head.weight.add_(1)
     assert not torch.equal(policy(ids).logits, reference(ids).logits)
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
-    assert next(models.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype == torch.bfloat16
+    assert next(pretrained.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family, block", [("llama", "LlamaDecoderLayer"), ("gpt_neox", "GPTNeoXLayer"), ("gpt2", "GPT2Block")])
@@ -255,7 +256,7 @@ def test_a_gguf_file_is_a_model(tmp_path, compose):
     source = tiny_model().eval()
     write_gguf(source, tmp_path / "tiny.gguf")
     for name in (tmp_path / "tiny.gguf", tmp_path):  # the file, or a folder with just that
-        policy = models.load_policy(compose(f"model.name_or_path={name}"))
+        policy = pretrained.load_policy(compose(f"model.name_or_path={name}"))
         ids = torch.arange(3, 40)[None]
         torch.testing.assert_close(policy.eval()(ids).logits, source(ids).logits, atol=1e-4, rtol=1e-4)
         policy.save_pretrained(tmp_path / "plain")  # no trace of quantisation is left

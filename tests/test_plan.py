@@ -11,7 +11,8 @@ from transformers import AutoConfig
 import activations
 import plan
 import sizing
-from models import block_class, no_dropout
+from models import block_class
+from pretrained import no_dropout
 from sizing import Layout, Precision, Weights
 from utils import UserError
 from validation import validate

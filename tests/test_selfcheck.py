@@ -7,7 +7,7 @@ import torch
 from runs import DPO, records
 
 import checkpoints
-import models
+import pretrained
 import rundir
 import storage
 import trainers
@@ -19,7 +19,7 @@ def changed_model(monkeypatch):
     """`changed_model(f)`: what load_policy gives is given to f first."""
 
     def install(f):
-        load = models.load_policy
+        load = pretrained.load_policy
         monkeypatch.setattr("train.load_policy", lambda *a, **k: (m := load(*a, **k), f(m))[0])
 
     return install
@@ -35,7 +35,7 @@ def test_dropout_that_no_config_names_is_found(train, changed_model):
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run(train, monkeypatch):
-    load = models.load_reference
+    load = pretrained.load_reference
 
     def other(*arguments):
         reference = load(*arguments)

@@ -1,0 +1,73 @@
+"""What the small commands beside train.py share: options and errors in one line, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from utils import UserError, said
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line like all others; abbreviated options are refused."""
+
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> NoReturn:
+    """The command: parse, call, and say what the user can cause in one line. Exits with 0, the error's code, or 130."""
+    code = 0
+    try:
+        main(parser.parse_args())
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {said(error)}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+@contextmanager
+def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
+    """A file that has its name once all of it is written, and replaces an older one then. UserError where it can't be."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{option}={path}: cannot be written ({error.strerror}); give another file") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], option: str = "--out") -> int:
+    """One object per line. -> how many"""
+    n = 0
+    with new_file(path, option) as file:
+        n = sum(_line(file, row) for row in rows)
+    return n
+
+
+def _line(file: TextIO, row: dict[str, Any]) -> int:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return 1

@@ -1,0 +1,95 @@
+"""A model by whatever name its user has for it: on the hub, a folder, a .gguf file, a run, a checkpoint of it, a policy.pt.
+
+The commands beside train.py open models with this. What a policy.pt does not say (architecture, tokenizer) stands in the
+config.yaml of its run, ours or the 2023 repository's, or is the `base` that the user gives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from archives import load_policy_state, resolve_archive
+from optimization import pick_device
+from pretrained import is_classifier, load_config, load_policy, load_tokenizer
+from scalar_head import holds_scores
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Found(NamedTuple):
+    """Where a model is, before it is loaded."""
+
+    name: str  # as the user gave it
+    config: DictConfig  # model.*, seed and device, as load_policy takes them; of a run: all that its config.yaml holds
+    archive: Path | None  # its policy.pt
+    run_dir: Path | None  # the run that wrote it
+    scalar: bool  # a reward model
+
+
+class Opened(NamedTuple):
+    """A frozen model on its device, in eval mode."""
+
+    found: Found
+    model: PreTrainedModel  # a causal LM; with a scalar head (see scalar_head.py) if `found.scalar`
+    tokenizer: PreTrainedTokenizerBase
+
+
+def find_model(name: str, base: str | None = None, tokenizer: str | None = None, dtype: str | None = None) -> Found:
+    """Find out what `name` is. `base`: the model that a policy.pt without a config.yaml was trained from; it and `tokenizer` go
+    before what the run says. `dtype`: of the weights; None: float32.
+
+    Raises UserError for what is not there, and for a policy.pt of which nobody says what it is.
+    """
+    config = OmegaConf.create({"seed": 0, "device": None, "trainer": "BasicTrainer"})
+    config.model = OmegaConf.load(ROOT / "config/model/blank_model.yaml")
+    path, archive, run_dir = Path(name).expanduser(), None, None
+    is_model = (path / "config.json").is_file() or path.suffix == ".gguf" or list(path.glob("*.gguf"))
+    if not is_model and (path.exists() or any(c in name for c in "*?[") or path.suffix == ".pt"):
+        try:
+            archive = resolve_archive(name)
+        except UserError:
+            raise UserError(f"{name}: neither a model's folder, nor a run, checkpoint or policy.pt; give one, or a name on the hub"
+                            ) from None  # fmt: skip
+        file = archive.resolve()
+        run_dir = next((folder for folder in (file.parent.parent, file.parent) if (folder / "config.yaml").is_file()), None)
+        if run_dir is not None:
+            config = cast(DictConfig, OmegaConf.merge(config, _config_of(run_dir)))
+        elif base is None:
+            raise UserError(f"{archive}: no config.yaml beside it says which model this is; give the model that it was trained "
+                            "from: --base NAME_OR_PATH")  # fmt: skip
+    if base is not None or archive is None:
+        config.model = OmegaConf.merge(config.model, {"name_or_path": base or name, "architecture": None})
+    config.model.archive = str(archive) if archive else None
+    config.model.policy_dtype = dtype or "float32"
+    if tokenizer is not None:
+        config.model.tokenizer_name_or_path = tokenizer
+    scalar = holds_scores(load_policy_state(str(archive))) if archive else is_classifier(load_config(config))
+    return Found(name, config, archive, run_dir, scalar)
+
+
+def _config_of(run_dir: Path) -> DictConfig:
+    """A run's config.yaml. One of 2023 has fewer knobs, and paths of its own machine, which are left out."""
+    try:
+        config: Any = OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")))
+        if not (config.model.get("name_or_path") or config.model.get("architecture")):
+            raise ValueError("it names no model")
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base NAME_OR_PATH") from None
+    config.device, config.trainer = None, "BasicTrainer"
+    return config
+
+
+def open_model(found: Found, device: str | None = None) -> Opened:
+    """Load what was found, on `device` (None: the GPU if there is one, else the CPU)."""
+    found.config.device = device
+    tokenizer = load_tokenizer(found.config)
+    model: Any = load_policy(found.config, scalar=found.scalar)
+    return Opened(found, model.to(pick_device(found.config)).eval().requires_grad_(False), tokenizer)

@@ -1,0 +1,367 @@
+"""Loading policy, reference and tokenizer: from the hub, folders, GGUF files, a policy.pt, or a seed; sharded or not."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import loading
+import parallel
+import tensor_parallelism
+import trust
+from archives import load_policy_state
+from models import DTYPES, allow_trees, block_class
+from scalar_head import ScalarHead, holds_scores, initial_weight, put_scalar_head, scores
+from utils import UnsafeFile, UserError, plain, rank0_print
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.tokenizer_name_or_path`, else of `model.name_or_path`; PAD is EOS where it has none."""
+    knob = "tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "name_or_path"
+    name = config.model[knob]
+    with _one_line_errors(f"model.{knob}", name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**_source(name), **trust.pinned(config.model, name))
+    trust.check_templates(tokenizer, f"model.{knob}={name}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(config: DictConfig) -> Any:
+    """The transformers config of the model, by name or by `model.architecture`, with dropout off. UserError as for weights."""
+    spec, name = config.model, config.model.name_or_path
+    with _model_errors(config):
+        if spec.architecture:
+            hf_config = AutoConfig.for_model(**plain(spec.architecture))
+        else:
+            hf_config = AutoConfig.from_pretrained(**_source(name), **trust.pinned(spec, name))
+        trust.check_settings(hf_config, _origin(config))
+    no_dropout(hf_config)
+    return hf_config
+
+
+def load_policy(
+    config: DictConfig, device_map: Any = None, layout: parallel.Layout | None = None, scalar: bool = False
+) -> PreTrainedModel:
+    """The policy in float32 (or `model.policy_dtype`), with the weights of `model.archive` where one is given; with a `layout`,
+    this rank's part of it, and no more than that was ever read. `scalar`: a reward model, with the scalar head that the archive
+    or a sequence-classification folder has, or else a new one.
+
+    Weights come from a hub name, a folder, a GGUF file or folder (dequantised), or, with `model.architecture`, from a
+    seeded random initialisation. Dropout is off: in the config, which functional dropout reads, before the modules are built.
+    Raises UserError, in one line, for what cannot be found or does not fit.
+    """
+    spec, name, dtype = config.model, config.model.name_or_path, DTYPES[config.model.policy_dtype]
+    source, code = {} if spec.architecture else _source(name), trust.pinned(spec, name)
+    if code["trust_remote_code"]:
+        rank0_print(f"running the code of {name} at {spec.revision}, as model.trust_remote_code=true says")
+    hf_config = load_config(config)
+    with _model_errors(config):
+        if layout is not None:
+            model = _load_sharded(config, hf_config, source | code, dtype, layout, scalar)
+        elif spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
+            rank0_print(f"starting from {spec.archive}")
+            state = load_policy_state(spec.archive)
+            if holds_scores(state) and not scalar:
+                raise UserError(f"model.archive={spec.archive}: a reward model's, which has no vocabulary head; give a policy's, "
+                                "or loss=reward")  # fmt: skip
+            if holds_scores(state):
+                model = _scorer_of_state(hf_config, state, dtype, f"model.archive={spec.archive}", code)
+            else:
+                model = _from_state(hf_config, state, dtype, device_map, spec.archive, code)
+        elif scalar and is_classifier(hf_config):
+            trust.check_folder(name)
+            model = _scorer_of_classifier(hf_config, source | code, dtype, name)
+        elif spec.architecture:
+            torch.manual_seed(config.seed)
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        else:
+            trust.check_folder(name)
+            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map, **code)
+            model = _plain(model) if "gguf_file" in source else model
+    if scalar and not scores(model):
+        put_scalar_head(model, config.seed)
+    _check_finite(model, f"model.archive={spec.archive}" if spec.archive else _origin(config))
+    if layout is None:
+        allow_trees(model)
+    return model
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, what: str) -> None:
+    """Raise UnsafeFile for weights that are NaN or infinite: a damaged file, or a run that had diverged."""
+    parts = ((name, parallel.region(p)[1]) for name, p in model.named_parameters())
+    mine = next((n for n, p in parts if p.numel() and not torch.linalg.vector_norm(p, ord=torch.inf).isfinite()), None)
+    bad = [name for name in parallel.from_all(mine) if name is not None]
+    if bad:
+        raise UnsafeFile(f"{what}: {bad[0]} holds NaN or infinity; is the file damaged, or had its training diverged?")
+
+
+def load_reference(
+    policy: PreTrainedModel, dtype: torch.dtype | None, config: DictConfig, layout: parallel.Layout | None
+) -> PreTrainedModel:
+    """A frozen copy of the policy as it is before the first step, in its dtype unless `model.reference_dtype` says otherwise.
+    Of a sharded policy each rank copies its part.
+    """
+    if layout is None:
+        reference: Any = copy.deepcopy(policy)
+        for p in reference.parameters():  # not buffers: rotary frequencies stay in float32, as transformers loads them
+            p.data = p.data.to(dtype or p.dtype)
+        return reference.eval().requires_grad_(False)
+    with loading.parameters_on_meta():
+        reference = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config), dtype=dtype or policy.dtype)
+    reference.generation_config = policy.generation_config
+    reference.eval().requires_grad_(False)
+    allow_trees(reference)
+    buffers = dict(policy.named_buffers())
+    for name, buffer in reference.named_buffers():
+        buffer.data = buffers[name].clone()
+    return _placed(reference, config, layout, loading.shards_source(policy))
+
+
+def no_dropout(hf_config: Any) -> None:
+    """Set every dropout probability of a transformers config to 0 (nested configs too).
+
+    The 2023 code only switched off nn.Dropout modules; attention dropout in Llama and others is functional and stayed on.
+    """
+    for key, value in list(vars(hf_config).items()):
+        if isinstance(value, transformers.PreTrainedConfig):
+            no_dropout(value)
+        elif isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+            setattr(hf_config, key, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def _source(name: str) -> dict[str, Any]:
+    """The arguments that make transformers read `name`: a hub name, a folder, or a GGUF file (or a folder with just that)."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name_or_path={name}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(f"model.name_or_path={name}: a folder with neither config.json nor exactly one .gguf file")
+        return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"model.name_or_path={name}: no such folder")
+    return {"pretrained_model_name_or_path": str(path) if path.exists() else name}
+
+
+def _load_sharded(
+    config: DictConfig, hf_config: Any, source: dict, dtype: torch.dtype, layout: parallel.Layout, scalar: bool
+) -> PreTrainedModel:
+    """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
+    spec, drawn = config.model, loading.Initialisation()
+    random = spec.architecture and not spec.archive
+    code = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
+    with torch.random.fork_rng(devices=[]), drawn if random else loading.parameters_on_meta():
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **code)
+    with ExitStack() as stack:
+        try:
+            if spec.archive:
+                rank0_print(f"starting from {spec.archive}")
+                state = load_policy_state(spec.archive)
+                if holds_scores(state) and scalar:
+                    put_scalar_head(model)
+                weights = loading.state_source(model, state)
+            elif scalar and is_classifier(hf_config):
+                raise NotImplementedError("its score is renamed as a whole")
+            elif random:
+                weights = loading.seeded_source(model, drawn.of(model))
+            elif "gguf_file" in source:
+                raise NotImplementedError("GGUF is dequantised as a whole")
+            else:
+                name = source["pretrained_model_name_or_path"]
+                weights = stack.enter_context(loading.safetensors_source(model, name, source.get("revision")))
+                with suppress(OSError):
+                    model.generation_config = GenerationConfig.from_pretrained(name, revision=source.get("revision") or "main")
+        except (NotImplementedError, FileNotFoundError) as error:
+            rank0_print(f"every process reads the whole model before it keeps its part: {error}")
+            whole = load_policy(config, scalar=scalar)
+            with loading.parameters_on_meta():
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(whole.config), dtype=dtype)
+            if scalar:
+                put_scalar_head(model)
+            model.generation_config = whole.generation_config
+            weights = loading.state_source(model, whole.state_dict())
+        except loading.Misfit as error:
+            knob, value = ("archive", spec.archive) if spec.archive else ("name_or_path", spec.name_or_path)
+            raise UserError(f"model.{knob}={value}: not the weights of this {type(model).__name__} ({error}); "
+                            "give the model that it was trained from") from None  # fmt: skip
+        if scalar and not scores(model):
+            weights = _with_new_head(model, weights, config.seed)
+        allow_trees(model)
+        return _placed(model, config, layout, weights)
+
+
+def _with_new_head(model: PreTrainedModel, weights: loading.Source, seed: int) -> loading.Source:
+    """Give a model without values a scalar head, and a source that knows the head's first values."""
+    head = put_scalar_head(model)
+    first = initial_weight(model.get_output_embeddings().in_features, seed)
+    return lambda name, where: first[where] if name == head else weights(name, where)
+
+
+def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout, weights: loading.Source) -> PreTrainedModel:
+    """A model without values, cut over the ranks and filled."""
+    if layout.tp_size > 1:
+        tensor_parallelism.cut_over(model, layout.tp_mesh, config.model.tp_plan)
+    apart = [module for module in model.modules() if isinstance(module, ScalarHead)]
+    layout.shard(model, block_class(model, config.model.block_name), next(model.parameters()).requires_grad, apart)
+    layout.materialise(model)
+    with torch.random.fork_rng(devices=[]):
+        loading.fill(model, weights)
+    return model
+
+
+def _from_state(
+    hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str, code: dict[str, Any]
+) -> PreTrainedModel:
+    """A model with exactly these weights; transformers renames what it has renamed since 2023 (GPT-NeoX's embed_out)."""
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(hf_config, **{k: v for k, v in code.items() if k != "revision"})
+    shapes = {k: v.shape for k, v in blank.state_dict().items()}
+    other = [k for k, v in state.items() if v.shape != shapes.get(k, v.shape)]
+
+    def refuse(what: str, keys: Iterable[str]) -> NoReturn:
+        found = sorted(map(str, keys))
+        raise UserError(f"model.archive={archive}: not the weights of this {type(blank).__name__} ({len(found)} {what}, e.g. "
+                        f"{found[0]}); give the model that it was trained from")  # fmt: skip
+
+    if other:
+        refuse("tensors of another shape", other)
+    model, info = type(blank).from_pretrained(
+        None, config=hf_config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            refuse(kind.replace("_", " "), info[kind])
+    return model
+
+
+def is_classifier(hf_config: Any) -> bool:
+    """Is it the config of a sequence-classification model: of an exported reward model, or anybody's?"""
+    return any(str(name).endswith("ForSequenceClassification") for name in getattr(hf_config, "architectures", None) or ())
+
+
+def _scorer_of_state(
+    hf_config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, origin: str, code: dict[str, Any]
+) -> PreTrainedModel:
+    """A reward model with exactly these weights, its head in float32."""
+    with loading.parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **{k: v for k, v in code.items() if k != "revision"})
+    head = put_scalar_head(model)
+    try:
+        kind = torch.promote_types(dtype, torch.float32)
+        model.load_state_dict({k: v.to(kind if k == head else dtype, copy=True) for k, v in state.items()}, assign=True)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(f"{origin}: not the weights of this {type(model).__name__} as a reward model "
+                        f"({problem[0].strip()[:150]}); give the model that it was trained from") from None  # fmt: skip
+    return model
+
+
+def _scorer_of_classifier(hf_config: Any, source: dict[str, Any], dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """A Hugging Face sequence-classification model with one score, as a causal LM with a scalar head: `score` is the head."""
+    donor = AutoModelForSequenceClassification.from_pretrained(**source, dtype=dtype)
+    state = donor.state_dict()
+    score = state.pop("score.weight", None)
+    if score is None or score.shape[0] != 1 or "score.bias" in state:
+        raise UserError(f"model.name_or_path={name}: a {type(donor).__name__} without exactly one score of its last token; "
+                        "give a causal LM, or a reward model with num_labels=1")  # fmt: skip
+    with torch.device("meta"):
+        head = put_scalar_head(AutoModelForCausalLM.from_config(copy.deepcopy(hf_config)))
+    code: dict[str, Any] = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
+    return _scorer_of_state(hf_config, state | {head: score}, dtype, f"model.name_or_path={name}", code)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights without the GGUF quantisation record, with which transformers refuses to save or copy a model."""
+    hf_config = copy.deepcopy(model.config)
+    if hasattr(hf_config, "quantization_config"):
+        del hf_config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(hf_config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    for name, buffer in model.named_buffers():  # non-persistent ones (rotary frequencies) are not in the state dict
+        parent, _, leaf = name.rpartition(".")
+        plain.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _origin(config: DictConfig) -> str:
+    """The knob that says where the model comes from, and its value."""
+    knob = "architecture" if config.model.architecture else "name_or_path"
+    return f"model.{knob}={config.model[knob]}"
+
+
+def _model_errors(config: DictConfig) -> AbstractContextManager[None]:
+    knob, _, value = _origin(config).partition("=")
+    return _one_line_errors(knob, value, "model")
+
+
+@contextmanager
+def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise for a name that does not resolve into one line."""
+    try:
+        yield
+    except UnpicklingError:  # of torch.load with weights_only
+        raise UnsafeFile(f"{knob}={value}: its weights are a pickle with more than tensors, which could run code; convert them "
+                         "to safetensors where they come from") from None  # fmt: skip
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a file can make transformers, tokenizers, safetensors or the hub raise
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(str(value)).exists()
+        off = " (the hub is switched off: HF_HUB_OFFLINE)" if offline else ""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        fix = "give a hub name or a local folder"
+        raise UserError(f"{knob}={value}: the {what} cannot be loaded{off}: {first[:200]}; {fix}") from None
+
+
+def check_vocabulary(policy: Any, tokenizer: PreTrainedTokenizerBase, highest: int, name: str) -> None:
+    """Raise UserError when the data's highest token id, or PAD, has no embedding: a GPU would say so much less plainly."""
+    n, highest = policy.get_input_embeddings().weight.shape[0], max(highest, tokenizer.pad_token_id)
+    if highest >= n:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(f"model.name_or_path={name}: the model knows {n:,} tokens, but the tokenizer made number {highest:,} "
+                        f"({token!r}) of the data; give the model's own tokenizer")  # fmt: skip
+
+
+def describe(model: nn.Module, config: DictConfig) -> None:
+    """Print what is trained, and a word on weights that are too coarse for small learning rates."""
+    n = sum(p.numel() for p in model.parameters())
+    first = next(model.parameters())
+    kind = type(model).__name__.removeprefix("FSDP")
+    rank0_print(f"policy: {kind}, {n / 1e6:,.1f} M parameters, {str(first.dtype)[6:]}, {config.trainer}")
+    if first.dtype in (torch.bfloat16, torch.float16):
+        rank0_print(f"note: {str(first.dtype)[6:]} weights round small updates away; model.policy_dtype=float32 with "
+                    "model.fsdp_policy_mp=bfloat16 keeps them")  # fmt: skip

@@ -1,0 +1,81 @@
+"""Models by the names that users have for them, and reward models among them."""
+
+import pytest
+import torch
+from tiny import save_tiny_llama, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import pretrained
+import scalar_head
+from opening import find_model, open_model
+from utils import UserError
+
+
+def run_of(tmp_path, base, state, name="run"):
+    """What a run leaves: config.yaml and step-8/policy.pt."""
+    step = tmp_path / name / "step-8"
+    step.mkdir(parents=True)
+    (step.parent / "config.yaml").write_text(f"exp_name: x\nseed: 3\nloss: {{name: sft}}\nmodel: {{name_or_path: {base}}}\n")
+    torch.save({"step_idx": 8, "state": state, "metrics": {}}, step / "policy.pt")
+    return step.parent
+
+
+def test_a_policy_by_each_of_its_names(tmp_path):
+    base = save_tiny_llama(tmp_path / "base")
+    state = {k: v + 1 for k, v in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}
+    run_dir = run_of(tmp_path, base, state)
+    for name in (run_dir, run_dir / "step-8", run_dir / "step-8/policy.pt", tmp_path / "r*n"):
+        opened = open_model(find_model(str(name)), "cpu")
+        assert opened.found.run_dir == run_dir
+        assert not opened.found.scalar and opened.model.state_dict()["lm_head.weight"].equal(state["lm_head.weight"])
+    assert open_model(find_model(str(base)), "cpu").found.archive is None
+    loose = tmp_path / "loose.pt"
+    loose.write_bytes((run_dir / "step-8/policy.pt").read_bytes())
+    assert open_model(find_model(str(loose), base=str(base)), "cpu").model.config.hidden_size == 32
+    with pytest.raises(UserError, match=r"loose.pt: no config.yaml .* --base"):
+        find_model(str(loose))
+    with pytest.raises(UserError, match="neither a model's folder, nor a run"):
+        find_model(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        find_model("no-such-model-anywhere")
+
+
+def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
+    """A new head on a causal LM and on its policy.pt; the head that a reward model's policy.pt or a classifier's folder has."""
+    base = save_tiny_llama(tmp_path / "base")
+    body = AutoModelForCausalLM.from_pretrained(base).model.state_dict()
+    new = pretrained.load_policy(compose(f"model.name_or_path={base}"), scalar=True)
+    assert scalar_head.scores(new) and new.get_output_embeddings().weight.equal(scalar_head.initial_weight(32, seed=0))
+    assert all(new.model.state_dict()[k].equal(v) for k, v in body.items())
+
+    reward_run = run_of(tmp_path, base, {k: v * 2 for k, v in new.state_dict().items()}, "reward")
+    found = find_model(str(reward_run))
+    assert found.scalar
+    opened = open_model(found, "cpu").model
+    assert all(opened.state_dict()[k].equal(v * 2) for k, v in new.state_dict().items())
+    with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
+        pretrained.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"))
+    going_on = pretrained.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"), scalar=True)
+    assert going_on.get_output_embeddings().weight.equal(opened.get_output_embeddings().weight)
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    classifier.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classifier/tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    (tmp_path / "classifier/tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
+    opened = open_model(find_model(str(tmp_path / "classifier")), "cpu").model
+    assert opened.get_output_embeddings().weight.equal(classifier.score.weight)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(UserError, match="without exactly one score"):
+        pretrained.load_policy(compose(f"model.name_or_path={tmp_path}/two"), scalar=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3", "gemma2"])
+def test_a_scalar_head_scores_in_float32(family):
+    model = tiny_model(family).bfloat16().eval()
+    name = scalar_head.put_scalar_head(model, seed=1)
+    assert model.state_dict()[name].shape == (1, 32) and model.state_dict()[name].dtype == torch.float32
+    ids = torch.arange(3, 9)[None]
+    out = model(ids).logits
+    assert out.shape == (1, 6, 1) and out.dtype == torch.float32
+    hidden = model.base_model(ids).last_hidden_state
+    assert torch.allclose(out, hidden.float() @ scalar_head.initial_weight(32, 1).T, atol=1e-5)
