@@ -55,7 +55,7 @@ def find_model(name: str, base: str | None = None, tokenizer: str | None = None,
         try:
             archive = resolve_archive(name)
         except UserError:
-            raise UserError(f"{name}: neither a model's folder, nor a run, checkpoint or policy.pt; give one, or a name on the hub"
+            raise UserError(f"{name}: no model's folder, run, checkpoint or policy.pt; give one, or a name on the hub"
                             ) from None  # fmt: skip
         file = archive.resolve()
         run_dir = next((folder for folder in (file.parent.parent, file.parent) if (folder / "config.yaml").is_file()), None)

@@ -34,7 +34,7 @@ def test_a_policy_by_each_of_its_names(tmp_path):
     assert open_model(find_model(str(loose), base=str(base)), "cpu").model.config.hidden_size == 32
     with pytest.raises(UserError, match=r"loose.pt: no config.yaml .* --base"):
         find_model(str(loose))
-    with pytest.raises(UserError, match="neither a model's folder, nor a run"):
+    with pytest.raises(UserError, match="no model.s folder, run, checkpoint"):
         find_model(str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded"):
         find_model("no-such-model-anywhere")
