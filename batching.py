@@ -136,12 +136,12 @@ def pack(
 
     offset = np.zeros_like(lengths)  # positions run on from the prompt's end in every response
     offset[leaves] = spans[:, 1]
-    positions = _ranges(offset, lengths)
+    positions = ranges(offset, lengths)
 
     # A response's first token is predicted by the prompt's last, if there is one, and every other by the one before it.
     skipped = (spans[:, 1] == 0).astype(np.int64)
     n_scored = np.maximum(spans[:, 3] - skipped, 0)
-    targets = _ranges(spans[:, 2] + skipped, n_scored)  # where in the row they stand
+    targets = ranges(spans[:, 2] + skipped, n_scored)  # where in the row they stand
     scored = targets - 1
     firsts = (n_scored.cumsum() - n_scored)[(n_scored > 0) & (skipped == 0)]
     scored[firsts] = (spans[:, 0] + spans[:, 1] - 1)[(n_scored > 0) & (skipped == 0)]
@@ -167,16 +167,16 @@ def _segments(spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: in
     padding = np.diff(np.append(np.arange(0, n_padding, longest), n_padding))  # cut, so that `longest` holds
     queries = np.concatenate([pieces[:, 3], padding])
     keys = np.concatenate([pieces[:, 1] + pieces[:, 3], padding])
-    gather = _ranges(pieces[:, [0, 2]].ravel(), pieces[:, [1, 3]].ravel())
+    gather = ranges(pieces[:, [0, 2]].ravel(), pieces[:, [1, 3]].ravel())
     gather = np.concatenate([gather, np.arange(n_tokens, n_tokens + n_padding)])
     ends = lambda lengths: torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     return Segments(queries.tolist(), keys.tolist(), torch.from_numpy(gather), ends(queries), ends(keys), longest)
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers of all ranges one after the other.
 
-    >>> _ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
     """
     shift = starts - (lengths.cumsum() - lengths)
@@ -202,8 +202,8 @@ def unfold(batch: Batch, pad_token_id: int) -> Padded:
     """
     device, n = batch.input_ids.device, batch.spans[:, 1] + batch.spans[:, 3]  # [R] lengths of the rows
     width = int(n.max())
-    source = _ranges(batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel())  # each token's place in the packed row
-    where = torch.from_numpy(_ranges(np.arange(len(n)) * width, n)).to(device)  # and in the padded ones
+    source = ranges(batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel())  # each token's place in the packed row
+    where = torch.from_numpy(ranges(np.arange(len(n)) * width, n)).to(device)  # and in the padded ones
     input_ids = torch.full((len(n) * width,), pad_token_id, device=device)
     input_ids[where] = batch.input_ids[0, torch.from_numpy(source).to(device)]
     mask = torch.zeros_like(input_ids).index_fill(0, where, 1)

@@ -5,9 +5,9 @@ Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 import parallel
 from batching import Batch, Feed
-from losses import Logps, Loss, LossOutput, Pairs
-from metrics import Means, Record
-from models import Way, response_logps
+from intervals import length_buckets
+from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
+from metrics import SQUARES, Record, with_spread
+from models import Way, response_logps, response_scores
+from tokenization import Example
 from utils import quiet
 
 
@@ -27,6 +29,8 @@ class Scored(NamedTuple):
     output: LossOutput
     metrics: dict[str, Tensor]  # the 2023 names, `{}` standing for train or eval, each [B]
     counts: dict[str, float]  # what a metric is averaged over, where that is not the B examples
+    given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
+    tokens: Tensor  # [B] the first response's, which have a prediction
 
 
 class Scorer(NamedTuple):
@@ -47,42 +51,75 @@ class Scorer(NamedTuple):
         with self.precision():
             return response_logps(model, batch, self.way)
 
+    def policys(self, batch: Batch) -> Logps | Scores:
+        """What the loss reads of the policy, of a batch on the device, [R]."""
+        if self.loss.reads == "logps":
+            return self.logps(self.policy, batch)
+        with self.precision():
+            return response_scores(self.policy, batch, self.way)
+
     def __call__(self, batch: Batch) -> Scored:
         batch = batch.to(self.device)
-        logps = self.logps(self.policy, batch)
-        reference = None
+        of_policy, of_reference = self.policys(batch), None
         if self.loss.needs_reference:
             if batch.reference is not None:
-                reference = Logps(batch.reference.to(logps.sum), logps.tokens)
+                logps = batch.reference.to(of_policy[0])
+                of_reference = Logps(logps, of_policy.tokens)
             elif self.reference is not None:
                 with torch.no_grad():
-                    reference = self.logps(self.reference, batch)
-        policy = as_data(logps, batch.k)
-        output = self.loss.compute(policy, None if reference is None else as_data(reference, batch.k))
+                    of_reference = self.logps(self.reference, batch)
+        policy = as_data(of_policy, batch)
+        output = self.loss.compute(policy, None if of_reference is None else as_data(of_reference, batch))
         counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
-        return Scored(output, _metrics(output, policy), counts)
+        tokens = of_policy.tokens[: len(output.losses)]
+        return Scored(output, _metrics(output, policy), counts, given(of_policy), tokens)
 
 
-def as_data(logps: Logps, k: int) -> Logps | Pairs:
+def given(of_policy: Logps | Scores) -> Tensor:
+    """What it gave each response: nats per token, or a score.  -> [R], detached"""
+    if isinstance(of_policy, Scores):
+        return of_policy.last.detach()
+    return of_policy.sum.detach() / of_policy.tokens.clamp(min=1)
+
+
+def as_data(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPairs:
     """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k = 2)."""
-    if k == 1:
-        return logps
-    n = len(logps.sum) // 2
-    return Pairs(*(Logps(logps.sum[part], logps.tokens[part]) for part in (slice(n), slice(n, None))))
+    if batch.k == 1:
+        return cast(Logps, of_model)
+    n = len(of_model.tokens) // 2
+    chosen, rejected = (type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None)))
+    if isinstance(chosen, Scores):
+        return ScoredPairs(chosen, rejected, shared_tokens(batch), batch.margins)
+    return Pairs(chosen, rejected)
 
 
-def _metrics(output: LossOutput, policy: Logps | Pairs) -> dict[str, Tensor]:
+def shared_tokens(batch: Batch) -> Tensor:
+    """How many tokens the two responses of each pair begin with in common.  [B]"""
+    n = len(batch.spans) // 2
+    (a, a_length), (b, b_length) = batch.spans[:n, 2:].T, batch.spans[n:, 2:].T
+    length = np.minimum(a_length, b_length)  # [B]
+    at = np.minimum(np.arange(max(length.max(), 1)), np.maximum(length - 1, 0)[:, None])  # [B, L]
+    ids, last = batch.input_ids[0], batch.input_ids.shape[1] - 1  # a response without a token may stand behind the end
+    device = ids.device
+    first, second = (ids[torch.from_numpy(np.minimum(start[:, None] + at, last)).to(device)] for start in (a, b))
+    within = torch.from_numpy(np.arange(at.shape[1]) < length[:, None]).to(device)
+    return ((first == second) & within).long().cumprod(1).sum(1)
+
+
+def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[str, Tensor]:
     """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties do not count."""
     metrics = {"loss/{}": output.losses}
-    if isinstance(policy, Pairs):
-        chosen, rejected = output.chosen_rewards, output.rejected_rewards
-        if chosen is not None and rejected is not None:
-            metrics |= {
-                "rewards_{}/chosen": chosen,
-                "rewards_{}/rejected": rejected,
-                "rewards_{}/accuracies": (chosen > rejected).float(),
-                "rewards_{}/margins": chosen - rejected,
-            }
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    if chosen is not None and rejected is not None:
+        metrics |= {
+            "rewards_{}/chosen": chosen,
+            "rewards_{}/rejected": rejected,
+            "rewards_{}/accuracies": (chosen > rejected).float(),
+            "rewards_{}/margins": chosen - rejected,
+        }
+    if isinstance(policy, ScoredPairs):
+        metrics[SQUARES] = (output.chosen_rewards**2 + output.rejected_rewards**2) / 2
+    elif isinstance(policy, Pairs):
         metrics |= {
             "logps_{}/chosen": policy.chosen.sum,
             "logps_{}/rejected": policy.rejected.sum,
@@ -93,23 +130,73 @@ def _metrics(output: LossOutput, policy: Logps | Pairs) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in metrics.items()}
 
 
-@torch.no_grad()
-def evaluate(scorer: Scorer, feed: Feed, batch_size: int, between: Callable[[], None] = lambda: None) -> Record:
-    """Means of the 2023 metrics over every example, each counted once, whatever the batch size and the number of ranks.
+class Evaluation(NamedTuple):
+    """What came out for each of n examples, in their order, the same on every rank."""
 
-    loss/eval is per token if the loss averages over tokens. `between` is called before each batch, and may raise.
+    metrics: dict[str, np.ndarray]  # as in Scored, each [n]
+    tokens: np.ndarray  # [n] of the first response
+
+    def record(self, loss: Loss, groups: Mapping[str, np.ndarray]) -> Record:
+        """Means of the 2023 metrics, each example counted once; the loss per token if it averages over tokens.
+
+        Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens; and for each group (name ->
+        mask [n]) accuracy and margin, or else the loss: `rewards_eval/accuracies/<group>`. {} without examples.
+        """
+        if not len(self.tokens):
+            return {}
+        means = {name: float(values.mean()) for name, values in self.metrics.items()}
+        if loss.average_over == "tokens":
+            means["loss/{}"] = float(self.metrics["loss/{}"].sum() / max(self.tokens.sum(), 1))
+        if "logps_{}/chosen" in means:
+            nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
+            means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
+        split = {name.format("eval"): value for name, value in means.items()}
+        shown = [name for name in ("rewards_{}/accuracies", "rewards_{}/margins") if name in means] or ["loss/{}"]
+        for group, mask in groups.items():
+            part = Evaluation({name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]).record(loss, {})
+            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in shown if part}
+        return with_spread(split, "eval")
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer, feed: Feed, batch_size: int, counts: bool = True, between: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Score every example once, whatever the batch size and the number of ranks.
+
+    `counts` is true on one of the ranks that see the same rows. `between` is called before each batch, and may raise.
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
-    means, n = Means(), len(feed.examples)
+    n, names = len(feed.examples), list[str]()
+    table = torch.zeros(0)
     steps = feed.ahead((np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)), scorer.device)
-    for step in tqdm(steps, total=-(-n // batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet()):
+    shown = tqdm(steps, total=-(-n // batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet())
+    for i, step in enumerate(shown):
         between()
-        for batch, weight, _ in step.microbatches:
+        for batch, weight, where in step.microbatches:
             scored = scorer(batch)
-            means.add(scored.metrics, weight, scored.counts)
+            values = torch.stack([*scored.metrics.values(), scored.tokens]).double().T  # [B, M]
+            if not names:
+                names, table = list(scored.metrics), values.new_zeros(n, values.shape[1])
+            table.index_add_(0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values)
     scorer.policy.train(was_training)
-    return {name.format("eval"): value for name, value in means.reduce().items()}
+    if not n:
+        return Evaluation({}, np.empty(0))
+    *columns, tokens = parallel.total(table * counts).T.cpu().numpy()
+    return Evaluation(dict(zip(names, columns, strict=True)), tokens)
+
+
+def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
+    -> name -> mask [n]"""
+    names = np.array([e.source.rpartition(":")[0].rpartition("/")[2] for e in examples])
+    groups = {str(name): names == name for name in np.unique(names)} if len(np.unique(names)) > 1 else {}
+    if len(examples) and len(examples[0].responses) > 1:
+        longer = np.array([max(map(len, e.responses)) for e in examples])
+        labels = np.array(length_buckets(longer))
+        groups |= {str(labels[i]): labels == labels[i] for i in np.argsort(longer)}
+    return groups
 
 
 @torch.no_grad()

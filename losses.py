@@ -1,4 +1,4 @@
-"""Losses as pure functions: log-probabilities in, one loss per example out.
+"""Losses as pure functions: log-probabilities or scores in, one loss per example out.
 
 Shapes: B examples (pairs, or single responses for SFT). Units: nats. Every loss is a *sum* over what it scores; the trainer
 divides by a global count known before the forward pass, so microbatches, ranks and padding cannot change the objective.
@@ -29,9 +29,24 @@ class Pairs(NamedTuple):
     rejected: Logps
 
 
+class Scores(NamedTuple):
+    """What a reward model gives B responses."""
+
+    last: Tensor  # [B] the score at each response's last token: the response's score
+    each: Tensor  # [B, L] the scores at all of its tokens; behind its end, its last one again
+    tokens: Tensor  # [B] how many tokens it has
+
+
+class ScoredPairs(NamedTuple):
+    chosen: Scores
+    rejected: Scores
+    shared: Tensor  # [B] tokens that both responses begin with
+    margins: Tensor | None  # [B] by how much the data's own scores prefer chosen; None where there are none
+
+
 class LossOutput(NamedTuple):
     losses: Tensor  # [B]
-    chosen_rewards: Tensor | None = None  # [B] detached implicit rewards beta * log(pi / pi_ref); None where a loss has none
+    chosen_rewards: Tensor | None = None  # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: it has none
     rejected_rewards: Tensor | None = None  # [B]
 
 
@@ -42,6 +57,8 @@ class Loss(NamedTuple):
     data: Literal["responses", "pairs"]  # what one example holds: an SFT target, or a chosen and a rejected response
     needs_reference: bool
     average_over: Literal["examples", "tokens"]  # the global count that the summed losses are divided by
+    reads: Literal["logps", "scores"]  # log-probabilities of a policy, or the scores of a model with a scalar head
+    needs_margins: bool  # of data whose responses have scores
     compute: Callable[..., LossOutput]  # (policy, reference) -> LossOutput; reference is None unless needs_reference
 
 
@@ -50,16 +67,21 @@ class _Entry(NamedTuple):
     data: Literal["responses", "pairs"]
     needs_reference: Callable[[Mapping[str, Any]], bool]
     average_over: Callable[[Mapping[str, Any]], Literal["examples", "tokens"]]
+    reads: Literal["logps", "scores"]
+    needs_margins: Callable[[Mapping[str, Any]], bool]
 
 
 LOSSES: dict[str, _Entry] = {}
 
 
-def loss(data, needs_reference=lambda knobs: False, average_over=lambda knobs: "examples"):
-    """Register a function under its name. `needs_reference` and `average_over` may depend on the loss's knobs."""
+def loss(
+    data, needs_reference=lambda knobs: False, average_over=lambda knobs: "examples", reads="logps",
+    needs_margins=lambda knobs: False,
+):  # fmt: skip
+    """Register a function under its name. What is given as a function may depend on the loss's knobs."""
 
     def register(function):
-        LOSSES[function.__name__] = _Entry(function, data, needs_reference, average_over)
+        LOSSES[function.__name__] = _Entry(function, data, needs_reference, average_over, reads, needs_margins)
         return function
 
     return register
@@ -93,6 +115,8 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         entry.data,
         entry.needs_reference(knobs),
         entry.average_over(knobs),
+        entry.reads,
+        entry.needs_margins(knobs),
         lambda policy, reference=None: entry.function(policy, reference, **knobs),
     )
     _try_on_zeros(bound)
@@ -115,8 +139,11 @@ def _say(hint: Any) -> str:
 
 def _try_on_zeros(bound: Loss) -> None:
     """Run the loss on one all-zero example, so that a value out of range is refused before any model is loaded."""
-    zero = Logps(torch.zeros(1), torch.ones(1))
-    example = zero if bound.data == "responses" else Pairs(zero, zero)
+    zero: Any = Logps(torch.zeros(1), torch.ones(1))
+    example: Any = zero if bound.data == "responses" else Pairs(zero, zero)
+    if bound.reads == "scores":
+        zero = Scores(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
+        example = ScoredPairs(zero, zero, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
     try:
         bound.compute(example, example if bound.needs_reference else None)
     except ValueError as error:
@@ -190,3 +217,39 @@ def ipo(
     target = 1 / (2 * beta)
     losses = (1 - label_smoothing) * (h - target) ** 2 + label_smoothing * (h + target) ** 2
     return _with_rewards(losses, policy, reference, beta)
+
+
+@loss(data="pairs", reads="scores", needs_margins=lambda knobs: knobs["margin"] > 0)
+def reward(
+    policy: ScoredPairs, reference: None = None, *, read: Literal["last", "tokens"], margin: float, label_smoothing: float,
+    centering: float,
+) -> LossOutput:  # fmt: skip
+    """-(1-e) log sigmoid(z) - e log sigmoid(-z) + c (r_w + r_l)^2, with z = r_w - r_l - m times the data's own margin.
+
+    e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens. m: Eq. 2 of arXiv:2307.09288
+    (Llama 2). c pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no origin.
+
+    `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the first token in which the
+    responses differ to the end of the longer one. Behind the end of the shorter one, where DeepSpeed-Chat compares with the
+    scores of padding, its last score stands (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)")
+    for knob, value in (("margin", margin), ("centering", centering)):
+        if not value >= 0:
+            raise ValueError(f"{knob}={value}: must not be negative; 0 leaves it out")
+    chosen, rejected = policy.chosen, policy.rejected
+    z = (chosen.last - rejected.last)[:, None] if read == "last" else chosen.each - rejected.each  # [B, 1 or L]
+    if margin and policy.margins is not None:
+        z = z - margin * policy.margins[:, None]
+    losses = -F.logsigmoid(z) * (1 - label_smoothing) - F.logsigmoid(-z) * label_smoothing
+    if read == "tokens":
+        longest = torch.maximum(chosen.tokens, rejected.tokens).clamp(min=1)
+        first = torch.minimum(policy.shared, longest - 1)  # of two equal responses, the last token
+        at = torch.arange(z.shape[1], device=z.device)
+        compared = (at >= first[:, None]) & (at < longest[:, None])
+        losses = torch.where(compared, losses, 0).sum(1) / compared.sum(1)
+    else:
+        losses = losses[:, 0]
+    losses = losses + centering * (chosen.last + rejected.last) ** 2
+    return LossOutput(losses, chosen.last.detach(), rejected.last.detach())

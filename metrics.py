@@ -23,6 +23,7 @@ from tqdm import tqdm
 from utils import StorageError, rank, rank0_print
 
 Record = dict[str, float]
+SQUARES = "rewards_{}/squares"  # of both scores of a pair; becomes their spread where means are taken
 
 
 class Means:
@@ -61,6 +62,15 @@ def _means(names: list[str], packs: list[Tensor]) -> list[Record]:
     return [dict(zip(names, row, strict=True)) for row in values]
 
 
+def with_spread(record: Record, split: str) -> Record:
+    """`rewards_<split>/spread`, the standard deviation of all scores, in place of the mean of their squares, if that is there."""
+    squares = record.pop(SQUARES.format(split), None)
+    if squares is not None:
+        mean = (record[f"rewards_{split}/chosen"] + record[f"rewards_{split}/rejected"]) / 2
+        record[f"rewards_{split}/spread"] = max(0.0, squares - mean**2) ** 0.5
+    return record
+
+
 class TrainingLog:
     """One record per optimizer step. Steps wait on the device until `flush`, at most every minimum_log_interval_secs.
 
@@ -83,7 +93,8 @@ class TrainingLog:
         if not self.waiting:
             return
         records = _means(self.waiting[0][0], [pack for _, pack, _ in self.waiting])
-        for i, (record, (_, _, counters)) in enumerate(zip(records, self.waiting, strict=True)):
+        for i, (means, (_, _, counters)) in enumerate(zip(records, self.waiting, strict=True)):
+            record = with_spread(means, "train")
             for sink in self.sinks:
                 if i == len(records) - 1 or sink.every_step:
                     sink.write({**record, **counters}, int(counters["counters/examples"]))

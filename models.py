@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import attention
 import parallel
-from batching import Batch, unfold
+from batching import Batch, Padded, ranges, unfold
 from head import linear_logps, token_logps
-from losses import Logps
+from losses import Logps, Scores
+from scalar_head import scores
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -54,21 +56,43 @@ def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
 
     The head runs on the N scored positions only, so that no [T, V] tensor exists.
     """
-    if way.packed:
-        inputs = {
-            "input_ids": batch.input_ids, "position_ids": batch.position_ids, "segments": batch.segments,
-            "attention_mask": attention.no_mask(batch.input_ids.device),
-        }  # fmt: skip
-        scored = batch.scored
-    else:
-        input_ids, mask, scored = unfold(batch, 0)
-        inputs = {"input_ids": input_ids, "attention_mask": mask}
-    with head_on(model, scored, batch.targets if way.plain_head else None):
+    inputs, padded = _inputs(batch, way)
+    with head_on(model, batch.scored if padded is None else padded.scored, batch.targets if way.plain_head else None):
         output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
     logps = output[0, :, 0] if way.plain_head else token_logps(output[0], batch.targets)  # [N]
     response = batch.response.to(logps.device)
     total, count = (torch.zeros(len(batch.spans), device=logps.device, dtype=x) for x in (logps.dtype, torch.int64))
     return Logps(total.index_add(0, response, logps), count.index_add(0, response, torch.ones_like(response)))
+
+
+def response_scores(model: Any, batch: Batch, way: Way) -> Scores:
+    """Scores of a model with a scalar head (scalar_head.py) at all response tokens.  -> Scores of [R]
+
+    Where a response ends is known from its length: no token id is searched for, and PAD may be EOS. One without a token has the
+    score of its prompt.
+    """
+    inputs, padded = _inputs(batch, way)
+    device, (start, n_prompt, own, n) = batch.input_ids.device, batch.spans.T  # [R] each
+    if padded is not None:
+        start = np.arange(len(n)) * padded.input_ids.shape[1]
+        own = start + n_prompt
+    own, count = np.where(n > 0, own, start + n_prompt - 1), np.maximum(n, 1)
+    with head_on(model, torch.from_numpy(ranges(own, count)).to(device), None):
+        values = model(**inputs, use_cache=False).logits[0, :, 0]  # [sum of counts]
+    first = count.cumsum() - count
+    at = first[:, None] + np.minimum(np.arange(count.max()), count[:, None] - 1)  # [R, L]
+    each = values[torch.from_numpy(at).to(values.device)]
+    return Scores(each[:, -1], each, torch.from_numpy(n).to(values.device))
+
+
+def _inputs(batch: Batch, way: Way) -> tuple[dict[str, Any], Padded | None]:
+    """What the model is given, and the padded rows, where it is these."""
+    if way.packed:
+        mask = attention.no_mask(batch.input_ids.device)
+        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "segments": batch.segments,
+                "attention_mask": mask}, None  # fmt: skip
+    padded = unfold(batch, 0)
+    return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}, padded
 
 
 @contextmanager
@@ -130,14 +154,25 @@ def choose_way(model: Any, batch: Batch, exact: bool) -> tuple[Way, str]:
     Every rank must call it with the same batch; all choose the same.
     """
     why, tolerance = "", 1e-3
+    ways = [Way(True, True), Way(True, False), Way(False, True)]
+    if scores(model):  # whose head has nothing to be computed in chunks
+        ways = [Way(True, False)]
+
+    def values(way: Way, batch: Batch) -> Tensor:  # [R] nats per token, or scores
+        if scores(model):
+            return response_scores(model, batch, way).last
+        logps = response_logps(model, batch, way)
+        return logps.sum / logps.tokens.clamp(min=1)
+
+    unit = "" if scores(model) else " nats per token"
     with torch.no_grad():
-        expected = response_logps(model, batch, ORACLE)
+        expected = values(ORACLE, batch)
 
         def off_by(way: Way, batch: Batch) -> float:
-            difference = (response_logps(model, batch, way).sum - expected.sum).abs() / expected.tokens.clamp(min=1)
+            difference = (values(way, batch) - expected).abs()
             return max(parallel.from_all(float(difference.max().nan_to_num(nan=torch.inf))))
 
-        for way in (Way(True, True), Way(True, False), Way(False, True)):
+        for way in ways:
             try:
                 if way.packed and model.config._attn_implementation != attention.NAME:
                     raise NotImplementedError("its attention cannot be exchanged")
@@ -149,9 +184,9 @@ def choose_way(model: Any, batch: Batch, exact: bool) -> tuple[Way, str]:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a model of transformers does with an argument that it does not know
-                why = why or f" (not {Way(True, True)}: {str(error).splitlines()[0][:100]})"
+                why = why or f" (not {ways[0]}: {str(error).splitlines()[0][:100]})"
                 continue
             if worst <= tolerance:
-                return way, f"batches: {way}; equal to the padded computation to {worst:.0e} nats per token{why}"
-            why = why or f" ({Way(True, True)} would be off by {worst:.1g})"
+                return way, f"batches: {way}; equal to the padded computation to {worst:.0e}{unit}{why}"
+            why = why or f" ({ways[0]} would be off by {worst:.1g})"
     return ORACLE, f"batches: {ORACLE}{why}"

@@ -9,8 +9,7 @@ import torch
 
 import parallel
 from batching import Batch, Step
-from evaluation import Scored, as_data
-from losses import Pairs
+from evaluation import Scored, as_data, given
 from metrics import Means
 from utils import NonFinite, rank, rank0_print
 
@@ -51,17 +50,18 @@ class FirstStep:
 
     @torch.no_grad()
     def _nothing_is_random(self, batch: Batch, scored: Scored) -> None:
-        """The same microbatch a second time, in training mode: the same log-probabilities; and the loss of a policy that is its
-        own reference (log 2 for DPO)."""
+        """The same microbatch a second time, in training mode: the same log-probabilities (or scores); and the loss of a policy
+        that is its own reference (log 2 for DPO)."""
         t = self.trainer
-        again = t.scorer.logps(t.policy, batch.to(t.device))
+        batch = batch.to(t.device)
+        again = t.scorer.policys(batch)
         parallel.settle(t.policy)  # or the gradients of what FSDP has left gathered would not be found
-        policy, tolerance = as_data(again, batch.k), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
-        first, second = scored.metrics["logps_{}/chosen"], policy.chosen if isinstance(policy, Pairs) else policy
-        off = max(parallel.from_all(float(((first - second.sum).abs() / second.tokens.clamp(min=1)).max())))
-        if off > tolerance:
-            raise NonFinite(f"step 0: the same batch twice gives log-probabilities that differ by {off:.2g} nats per token: is "
-                            "there dropout in the model that its config does not name?")  # fmt: skip
+        policy, tolerance = as_data(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
+        off = max(parallel.from_all(float((scored.given - given(again)).abs().max())))
+        if off > tolerance * (1 if t.loss.reads == "logps" else 1 + float(scored.given.abs().max())):
+            what = "log-probabilities that differ by {:.2g} nats per token" if t.loss.reads == "logps" else "scores {:.2g} apart"
+            raise NonFinite(f"step 0: the same batch twice gives {what.format(off)}: is there dropout in the model that its config "
+                            "does not name?")  # fmt: skip
         if t.loss.needs_reference and batch.reference is None and t.config.model.reference_dtype is None:
             expected = t.loss.compute(policy, policy).losses
             off = max(parallel.from_all(float((scored.output.losses.detach() - expected).abs().max())))

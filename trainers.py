@@ -32,7 +32,7 @@ import sizing
 import state_files
 from archives import as_in_2023
 from batching import Feed, Packing, Step, pack
-from evaluation import Scorer, all_logps, evaluate
+from evaluation import Scorer, all_logps, eval_groups, evaluate
 from generation import sample
 from head import held_bytes
 from losses import Loss
@@ -59,6 +59,7 @@ class BasicTrainer:
         self.config, self.run_dir, self.log, self.loss, self.tokenizer = config, run_dir, log, loss, tokenizer
         self.layout = layout
         self.rank, self.world_size = (layout.rank, layout.n_rows) if layout is not None else (0, 1)  # of those who see other rows
+        self.counts = layout is None or layout.first_of_rows  # one of the ranks that see the same rows
         self.schedule = make_schedule(config, len(train))
         self.cost, block = sizing.cost_of(policy), block_class(policy, config.model.block_name) if config.compile else None
         if config.activation_checkpointing is True:
@@ -87,6 +88,7 @@ class BasicTrainer:
         if weights is not None:
             self.find_reference_logps(weights)
             self.scorer = self.scorer._replace(reference=None)
+        self.eval_groups = eval_groups(evaluation)
         self.n_seen = self.n_updates = self.begun = 0  # begun: updates that were made before this start
         self.n_steps = self.schedule.n_steps
         self.order = ""  # a digest of the indices of all examples seen, chained
@@ -157,7 +159,6 @@ class BasicTrainer:
             "compile": self.config.compile, "device": self.device.type,
             "libraries": [torch.__version__, transformers.__version__],
         }  # fmt: skip
-        counts = self.layout is None or self.layout.first_of_rows  # one of the ranks that see the same rows
         cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
         if cache.problem:
             rank0_print(cache.problem)
@@ -170,7 +171,7 @@ class BasicTrainer:
             size = max(4096, len(new) // 64)  # what is kept when the pass is interrupted; the file is written anew each time
             for start in range(0, len(new), size):
                 some = new[start : start + size]
-                known[some] = all_logps(self.scorer, model, feed, indices[some], counts, progress)
+                known[some] = all_logps(self.scorer, model, feed, indices[some], self.counts, progress)
                 parallel.from_rank0(partial(cache.add, digests[some] if rank() == 0 else digests, known[some]))
             progress.close()
             rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
@@ -330,7 +331,8 @@ class BasicTrainer:
         if not examples:
             return {}
         rank0_print(f"evaluating {len(examples)} examples after {self.n_seen:,} training examples")
-        record = evaluate(self.scorer, self.eval_feed, config.eval_batch_size, self.check_stop)
+        evaluation = evaluate(self.scorer, self.eval_feed, config.eval_batch_size, self.counts, self.check_stop)
+        record = evaluation.record(self.loss, self.eval_groups)
         self.saver.check(record)
         self.log.evaluation(record, self.n_seen)
         if config.sample_during_eval:
