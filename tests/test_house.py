@@ -13,7 +13,7 @@ from losses import LOSSES
 
 # Imports point up this list: a module may import from the lines above its own, and from no other.
 LAYERS = [
-    {"utils", "losses"},
+    {"utils", "losses", "intervals"},
     {"data_files"},
     {"data_forms"},
     {"preference_datasets"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"token_store"},
     {"examples"},
     {"parallel"},
-    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head"},
+    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head", "score_plots"},
     {"attention", "activations", "preparation", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints"},
     {"models", "optimization", "rundir"},
@@ -37,6 +37,7 @@ LAYERS = [
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {
     "losses": {"torch"},
+    "intervals": {"numpy"},
     "data_files": {"datasets", "numpy", "pyarrow", "tqdm"},
     "data_forms": {"selectolax"},
     "preference_datasets": {"datasets"},
