@@ -75,6 +75,7 @@ class Batch(NamedTuple):
     k: int
     n_tokens: int  # T less the padding at the end of the row
     reference: Tensor | None = None  # [R] float64 log-probabilities of the reference, where they were computed before
+    margins: Tensor | None = None  # [B] float64 score of chosen less that of rejected, NaN where unknown; None: all are
 
     @property
     def n_scored(self) -> int:
@@ -146,6 +147,7 @@ def pack(
     firsts = (n_scored.cumsum() - n_scored)[(n_scored > 0) & (skipped == 0)]
     scored[firsts] = (spans[:, 0] + spans[:, 1] - 1)[(n_scored > 0) & (skipped == 0)]
 
+    margins = np.array([e.margin for e in examples])
     n_padding = max(0, (row_length or 0) - len(ids))
     tensor = torch.from_numpy
     return Batch(
@@ -155,6 +157,7 @@ def pack(
         tensor(scored), tensor(ids[targets].astype(np.int64)), tensor(numbers.repeat(n_scored)),
         spans[numbers.argsort()], k, len(ids),
         None if reference is None else tensor(np.ascontiguousarray(reference.T).ravel()),
+        None if np.isnan(margins).all() else tensor(margins),
     )  # fmt: skip
 
 

@@ -7,9 +7,9 @@ A new form is one function with `@form`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     pairs: list[tuple[int, int]]  # (preferred, dispreferred) indices into responses
     sft_target: Text | None
     source: str  # "my.jsonl:17": a line (jsonl, csv) or a row, from 1; "hh:123": the 123rd prompt of the split
+    scores: list[float] | None = None  # of the responses, one each, where they're known
 
 
 counted: ContextVar[Counter[str] | None] = ContextVar("counted", default=None)  # get_dataset's; None: nobody counts
@@ -73,7 +74,7 @@ def form(name: str, *needs: str) -> Callable[[Callable[[RawRow], Row | None]], C
 
 
 # Fields that a form reads when they are there; with every form's `needs`, what `field_map` may name.
-OPTIONAL = ("system", "input", "output", "sft_target")
+OPTIONAL = ("system", "input", "output", "sft_target", "score_chosen", "score_rejected")
 
 
 @form("prompt / chosen / rejected", "prompt", "chosen", "rejected")
@@ -101,7 +102,7 @@ def _transcript_pair(row: RawRow) -> Row | None:
     if prompt != other:
         skipped(PROMPTS_DIFFER)
         return None
-    return Row(prompt, [chosen, rejected], [(0, 1)], chosen, row.source)
+    return Row(prompt, [chosen, rejected], [(0, 1)], chosen, row.source, _pair_scores(row))
 
 
 @form("prompt / responses / scores", "prompt", "responses", "scores")
@@ -113,7 +114,7 @@ def _scored(row: RawRow) -> Row:
     if isinstance(prompt, list) or "system" in row.fields:
         prompt, texts = _as_messages(row, prompt, "user"), [_as_messages(row, text, "assistant") for text in texts]
     scores = check_scores(row, row.value("scores"), "scores", len(texts))
-    return Row(prompt, texts, score_pairs(scores), texts[scores.index(max(scores))], row.source)
+    return Row(prompt, texts, score_pairs(scores), texts[scores.index(max(scores))], row.source, scores)
 
 
 @form("question / response_j / response_k", "question", "response_j", "response_k")
@@ -205,13 +206,13 @@ def strip_html(html: str) -> str:
 
 
 def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
-    """The n scores of a row's responses, as numbers. Raises UserError for anything else, NaN included."""
+    """The n scores of a row's responses, as numbers. Raises UserError for anything else: NaN, and what float32 can't hold."""
     if not isinstance(scores, list) or len(scores) != n:
         raise row.error(
             f"field '{field}' is {describe(scores)}, not a list of {n} numbers", "write one for each response"
         )
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
             raise row.error(
                 f"field '{field}[{i}]' is {describe(score)}, not a finite number", f"mend or remove the {row.unit}"
             )
@@ -268,7 +269,20 @@ def _pair(row: RawRow, prompt: Text, target: str = "sft_target") -> Row | None:
         skipped(PROMPTS_DIFFER)
         return None
     responses = [texts["chosen"], texts["rejected"]]
-    return Row(prompts["chosen"], responses, [(0, 1)], texts[target if target in texts else "chosen"], row.source)
+    sft_target = texts[target if target in texts else "chosen"]
+    return Row(prompts["chosen"], responses, [(0, 1)], sft_target, row.source, _pair_scores(row))
+
+
+def _pair_scores(row: RawRow) -> list[float] | None:
+    """The scores of chosen and rejected, where the row has both, or its `metadata` does (UltraFeedback)."""
+    for fields in (row.fields, row.fields.get("metadata")):
+        for names in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
+            values = [fields.get(name) for name in names] if isinstance(fields, Mapping) else [None]
+            if all(value not in (None, "") for value in values):
+                with suppress(ValueError):  # a CSV's cells are strings
+                    values = [float(value) if isinstance(value, str) else value for value in values]
+                return check_scores(row, values, ", ".join(names), 2)
+    return None
 
 
 def _sft(row: RawRow, prompt: Text, field: str) -> Row:
@@ -416,8 +430,9 @@ def check_loaded(name: str, loaded: Any) -> Iterator[Row]:
             row.check_text(response, f"responses[{i}]")
         target = row.value("sft_target")
         target = None if target is None else row.check_text(target, "sft_target")
-        pairs = _checked_pairs(row, len(responses))
-        yield Row(prompt, responses, pairs, target, f"{name}:{n}")
+        scores = entry.get("scores")
+        scores = None if scores is None else check_scores(row, scores, "scores", len(responses))
+        yield Row(prompt, responses, _checked_pairs(row, len(responses)), target, f"{name}:{n}", scores)
 
 
 def _checked_pairs(row: RawRow, n_responses: int) -> list[tuple[int, int]]:

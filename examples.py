@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from math import nan
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -64,11 +65,18 @@ class Examples(Sequence[Example]):
         for text, n in zip(texts, n_tokens, strict=True):
             start = starts.item(text)
             responses.append(ids[start : start + n].astype(np.int32))
-        return Example(prompt, tuple(responses), f"{store.files[file]}:{number}")
+        margin = store.margins.item(item - self.offsets[t]) if self.k == 2 else nan
+        return Example(prompt, tuple(responses), f"{store.files[file]}:{number}", margin)
 
     def select(self, indices: np.ndarray | slice) -> Examples:
         """The examples at these indices, or where this mask is true, in that order."""
         return Examples(self.tables, self.bos, self.items[indices], self.lengths[indices])
+
+    def margins(self) -> np.ndarray:
+        """The score of chosen less that of rejected, of each pair; NaN where unknown, or without pairs.  [n] float32"""
+        if self.k != 2:
+            return np.full(len(self), nan, np.float32)
+        return np.concatenate([table.store.margins for table in self.tables])[self.items]
 
     def highest_id(self) -> int:
         """The highest token id in the stores, which a model must have an embedding for."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from data_files import SUFFIXES, Messages, RawRow, Source, Text, describe, files_version, number, open_source
 from data_forms import (
@@ -43,11 +43,12 @@ __all__ = ["DataSet", "Hub", "Messages", "Prompt", "Row", "Text", "dataset", "da
 
 
 class Prompt(TypedDict):
-    """What a loader returns for each prompt text: the 2023 contract."""
+    """What a loader returns for each prompt text: the 2023 contract, and the scores where there are any."""
 
     responses: list[str]  # each starting with its own leading space
     pairs: list[tuple[int, int]]  # (preferred, dispreferred) indices into responses
     sft_target: str  # what SFT imitates
+    scores: NotRequired[list[float]]  # one for each response
 
 
 class Hub(NamedTuple):
@@ -184,6 +185,7 @@ def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]
             skipped("score ratio below 2")
         else:
             entry = _add(data, prompt, responses, [(0, 1) if label == 1 else (1, 0)])
+            entry.setdefault("scores", []).extend(scores)
             _keep_best(entry, best, prompt, responses, scores)
     return data
 
@@ -213,7 +215,8 @@ def get_se(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str,
         responses = [" " + strip_html(text) for text in texts]
         scores = check_scores(row, [a["pm_score"] for a in answers], "answers.pm_score", len(answers))
         best = responses[scores.index(max(scores))]
-        yield {"prompt": prompt, "responses": responses, "pairs": score_pairs(scores), "sft_target": best}
+        pairs = score_pairs(scores)
+        yield {"prompt": prompt, "responses": responses, "pairs": pairs, "sft_target": best, "scores": scores}
 
 
 def _question(row: RawRow) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 import parallel
@@ -193,12 +194,14 @@ def recipe(config: DictConfig, tokenizer: str, train: Examples, evaluation: Exam
 
 
 def digest_of(examples: Examples) -> str:
-    """Of the token ids of all examples, and their order; from the stores' own checksums, not from the texts."""
+    """Of the token ids and margins of all examples, and their order; from the stores' own checksums, not from the texts."""
     whole = hashlib.sha256(repr(examples.bos).encode())
     for table in examples.tables:
         whole.update(f"{table.store.checksums['ids']} {table.store.checksums['starts']} {table.keep_end}".encode())
         whole.update(table.items.tobytes())
     whole.update(examples.items.tobytes() + examples.lengths.tobytes())
+    if not np.isnan(margins := examples.margins()).all():  # what has no scores keeps the digest that it always had
+        whole.update(margins.tobytes())
     return whole.hexdigest()
 
 

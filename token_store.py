@@ -29,7 +29,7 @@ from preference_datasets import DataSet
 from tokenization import HH_TEMPLATE, Chunk, TextRules, automatic_bos, encode
 from utils import UserError, rank0_print, sync_directory
 
-LAYOUT = 2  # of the files below; another number makes every store anew
+LAYOUT = 3  # of the files below; another number makes every store anew
 COLUMNS = {
     "ids": (),  # [tokens] of all texts, uint16 if the vocabulary allows, else int32
     "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
@@ -37,9 +37,10 @@ COLUMNS = {
     "marks": (),  # [texts] see tokenization
     "rows": (3,),  # [rows, 3] (text of the prompt, number of the file in meta.json, number within that file)
     "pairs": (3,),  # [pairs, 3] (row, text of chosen, text of rejected)
+    "margins": (),  # [pairs] score of chosen less that of rejected; NaN where they aren't known
     "targets": (2,),  # [targets, 2] (row, text of the SFT target)
 }
-DTYPES = {"starts": "<i8", "digests": "<u8", "marks": "|u1", "rows": "<i4", "pairs": "<i4", "targets": "<i4"}
+DTYPES = {"starts": "<i8", "digests": "<u8", "marks": "|u1", "rows": "<i4", "pairs": "<i4", "margins": "<f4", "targets": "<i4"}
 
 
 class TokenStore:
@@ -55,6 +56,7 @@ class TokenStore:
     marks: np.ndarray
     rows: np.ndarray
     pairs: np.ndarray
+    margins: np.ndarray
     targets: np.ndarray
 
     def __init__(self, folder: Path, recipe: dict[str, Any] | None = None):
@@ -230,6 +232,7 @@ def _numbered(chunks: Iterable[Chunk], files: dict[str, int]) -> Iterator[tuple[
             "marks": chunk.marks,
             "rows": [(n_texts + text, files.setdefault(file, len(files)), int(number)) for text, file, number in places],
             "pairs": np.array(chunk.pairs, np.int64).reshape(-1, 3) + (n_rows, n_texts, n_texts),
+            "margins": chunk.margins,
             "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
         }, chunk.n_rows
         n_tokens, n_texts, n_rows = n_tokens + len(chunk.ids), n_texts + len(chunk.lengths), n_rows + len(chunk.rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
+from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ class Example(NamedTuple):
     prompt: Any  # [P] int32, BOS included where there is one; a tuple of k such arrays where each response has its own
     responses: tuple[np.ndarray, ...]  # k arrays [C_i] int32, each ending in EOS unless it was cut
     source: str  # "my.jsonl:17"
+    margin: float = nan  # the chosen response's score less the rejected one's; NaN where they aren't known
 
 
 class Chunk(NamedTuple):
@@ -50,6 +52,7 @@ class Chunk(NamedTuple):
     marks: list[int]  # [texts] BLANK | HAS_EOS
     rows: list[tuple[int, str]]  # (its prompt's text, its source)
     pairs: list[tuple[int, int, int]]  # (row, chosen text, rejected text)
+    margins: list[float]  # [pairs] score of chosen less that of rejected, or NaN
     targets: list[tuple[int, int]]  # (row, text)
 
 
@@ -72,7 +75,7 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
 
 
 def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None) -> Chunk:
-    chunk = Chunk(len(rows), [], [], [], [], [], [], [])
+    chunk = Chunk(len(rows), [], [], [], [], [], [], [], [])
     texts: list[str] = []
     for row in rows:
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
@@ -84,6 +87,7 @@ def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRule
         numbers, n, end = [place[_hashable(text)] for text in wanted], len(chunk.rows), 2 * len(row.pairs)
         chunk.rows.append((len(texts), row.source))
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
+        chunk.margins.extend(nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs)
         chunk.targets.extend((n, number) for number in numbers[end:])
         rendered, marks = _as_texts(row.prompt, list(unique.values()), tokenizer, template, rules, row.source)
         texts += rendered

@@ -78,7 +78,8 @@ def test_contract(name, tmp_path):
     assert data
     for prompt, entry in data.items():
         assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:")
-        assert set(entry) == {"responses", "pairs", "sft_target"}
+        assert set(entry) - {"scores"} == {"responses", "pairs", "sft_target"}
+        assert len(entry.get("scores", entry["responses"])) == len(entry["responses"])
         assert all(response == "" or response.startswith(" ") for response in entry["responses"])
         assert all(
             0 <= i < len(entry["responses"]) and i != j for pair in entry["pairs"] for i, j in (pair, pair[::-1])
@@ -112,6 +113,7 @@ def test_shp(tmp_path):
     assert row.prompt == "\n\nHuman: When to plant garlic?\n\nAssistant:"
     assert row.responses == [" In autumn.", " In spring.", " At full moon.", " In October."]
     assert row.pairs == [(0, 1), (3, 2)] and row.sft_target == " In October."
+    assert [row.scores[i] - row.scores[j] for i, j in row.pairs] == [20, 80]
     assert counts == {"score ratio below 2": 1, "score below 1": 2}
 
 
@@ -183,7 +185,7 @@ def test_2023_loader_drops_in(register):
         return data
 
     loaded = get_dataset("own", "train")
-    assert loaded.rows == [("q", [" yes", " no"], [(0, 1)], " yes", "own:1")]
+    assert loaded.rows == [("q", [" yes", " no"], [(0, 1)], " yes", "own:1", None)]
     assert loaded.truncation == "keep_start" and loaded.skipped == {}
     with pytest.raises(UserError, match=r"dataset_paths\.own=/x: get_own takes no 'path'"):
         get_dataset("own", "train", path="/x")
@@ -195,7 +197,7 @@ def test_loader_may_return_rows(register, arrow):
     if arrow:
         rows = pytest.importorskip("datasets").Dataset.from_list(rows)
     register()(named("get_rows", rows))
-    assert get_dataset("rows", "test").rows == [("q", [" yes", " no"], [(1, 0)], " no", "rows:1")]
+    assert get_dataset("rows", "test").rows == [("q", [" yes", " no"], [(1, 0)], " no", "rows:1", None)]
 
 
 def test_loader_counts_what_it_skips(register):
@@ -229,6 +231,8 @@ def named(name, returned):
     ({"q": ENTRY | {"responses": " a"}}, "'responses' is a string (' a'), not a list"),
     ({"q": ENTRY | {"responses": [" a", 3]}}, "'responses[1]' is a number (3)"),
     ({"q": ENTRY | {"sft_target": []}}, "'sft_target' is a list ([])"),
+    ({"q": ENTRY | {"scores": [1.0]}}, "'scores' is a list ([1.0]), not a list of 2 numbers"),
+    ({"q": ENTRY | {"scores": [1.0, float("inf")]}}, "'scores[1]' is a number (inf), not a finite number"),
     ({7: ENTRY}, "'prompt' is a number (7)"),
     ([{"responses": []}], "'prompt' is null"),
 ])  # fmt: skip

@@ -1,0 +1,107 @@
+"""Scores of a pair's responses: read where a row has them, kept with its tokens, and carried to the batch as their difference."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+from tiny import tiny_tokenizer
+
+import examples
+import rundir
+from batching import pack
+from preference_datasets import get_dataset
+from token_store import Recipe, TokenStore, find_or_make
+from tokenization import TextRules
+from utils import UserError
+
+RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
+PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
+CHAT = [{"role": "user", "content": "Name a sea."}]
+DIALOGUES = {x: f"\n\nHuman: Name a sea.\n\nAssistant: {x}" for x in ("chosen", "rejected")}
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(path, **options):
+    return list(get_dataset(str(path), "train", eval_share=0, **options).rows)
+
+
+def view_of(path, folder, pairs=True):
+    data = get_dataset(str(path), "train", eval_share=0)
+    place, _ = find_or_make(Recipe(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder)
+    return examples.view(TokenStore(place), pairs, RULES, "keep_start", None)
+
+
+ROWS = {
+    "none": (PAIR, None),
+    "one alone": (PAIR | {"score_chosen": 3}, None),
+    "null": (PAIR | {"score_chosen": 3, "score_rejected": None}, None),
+    "score_chosen": (PAIR | {"score_chosen": 3, "score_rejected": 1.5}, [3, 1.5]),
+    "chosen_score": (PAIR | {"chosen_score": 1, "rejected_score": 1}, [1, 1]),
+    "in metadata": (PAIR | {"metadata": {"score_chosen": 1, "score_rejected": 8}}, [1, 8]),
+    "other metadata": (PAIR | {"metadata": "score_chosen"}, None),
+    "transcripts": (DIALOGUES | {"score_chosen": 2, "score_rejected": 1}, [2, 1]),
+    "messages": (PAIR | {"prompt": CHAT, "score_chosen": 2, "score_rejected": 1}, [2, 1]),
+    "instruction": ({"instruction": "a", "chosen": "b", "rejected": "c", "score_chosen": 2, "score_rejected": 1}, [2, 1]),
+    "responses": ({"prompt": "a", "responses": ["b", "c", "d"], "scores": [2, 1, 4]}, [2, 1, 4]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_s_scores(tmp_path, case):
+    fields, scores = ROWS[case]
+    (row,) = rows_of(write(tmp_path, fields))
+    assert row.scores == scores
+
+
+def test_scores_of_a_csv_and_under_other_names(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("prompt,chosen,rejected,up,down\na,b,c,2.5,1\na,b,c,,\n")
+    field_map = {"score_chosen": "up", "score_rejected": "down"}
+    assert [row.scores for row in rows_of(path, field_map=field_map)] == [[2.5, 1.0], None]
+
+
+@pytest.mark.parametrize("bad", ["much", math.nan, 10**400, True, [1]])
+def test_a_score_that_is_none_is_named(tmp_path, bad):
+    with pytest.raises(UserError, match=r"line 2: field 'score_chosen, score_rejected\[1\]' is .*, not a finite number; mend"):
+        rows_of(write(tmp_path, PAIR, PAIR | {"score_chosen": 1, "score_rejected": bad}))
+
+
+def test_the_real_ultrafeedback(shared):
+    for name in ("processed/train_clean", "noisy/label_flip_30"):
+        path = shared(f"data/ultrafeedback/{name}.jsonl.gz")
+        raw = [json.loads(line)["metadata"] for line in gzip.decompress(path.read_bytes()).splitlines()]
+        scores = [row.scores for row in rows_of(path)]
+        assert scores == [[row["score_chosen"], row["score_rejected"]] for row in raw]
+        gaps = [row["noise"] for row in raw if row.get("noise", {}).get("selected")]  # the labels flipped on purpose
+        assert sum(chosen < rejected for chosen, rejected in scores) == sum(noise["original_score_gap"] > 0 for noise in gaps)
+
+
+def test_margins_reach_the_batch(tmp_path):
+    """Pair by pair, through the store, a view of several stores in another order, and packing."""
+    scored = write(tmp_path, {"prompt": "a", "responses": ["b", "c", "d"], "scores": [2, 1, 4.25]},
+                   {"prompt": "e", "responses": ["f", "f"], "scores": [1, 0]})  # fmt: skip
+    some = view_of(scored, tmp_path / "a")
+    assert [e.margin for e in some] == some.margins().tolist() == [1.0, 2.25, 3.25, 1.0] and some.margins().dtype == np.float32
+    unscored = view_of(write(tmp_path, PAIR), tmp_path / "b")
+    both = examples.concatenate([unscored, some]).select(np.array([3, 0, 1]))
+    np.testing.assert_array_equal(both.margins(), [3.25, np.nan, 1.0])
+    batch = pack([both[i] for i in range(3)], pad_token_id=0, longest=64).to("cpu")
+    np.testing.assert_array_equal(batch.margins, [3.25, np.nan, 1.0])
+    assert pack([unscored[0]], pad_token_id=0, longest=64).margins is None
+    targets = view_of(scored, tmp_path / "c", pairs=False)
+    assert np.isnan(targets.margins()).all() and pack([targets[0]], pad_token_id=0, longest=64).margins is None
+
+
+def test_resume_sees_that_scores_changed(tmp_path):
+    digests = []
+    for i, score in enumerate([1, 2, None, 1]):
+        some = view_of(write(tmp_path, PAIR | {"score_chosen": 3, "score_rejected": score}, PAIR), tmp_path / str(i))
+        digests.append(rundir.digest_of(some))
+    assert len(set(digests)) == 3 and digests[0] == digests[3]
