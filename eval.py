@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Print the table of the metrics, and write them if asked to."""
     found = find_model(args.model, args.base)
     config = config_of(found, args.overrides)
     with tempfile.TemporaryDirectory() as folder:
