@@ -25,7 +25,7 @@ from head import held_bytes, step_bytes
 from losses import Loss
 from models import DTYPES, block_class, load_config, load_tokenizer
 from optimization import make_optimizer, make_schedule
-from preference_datasets import dataset_names
+from preference_datasets import LOADERS, resolve
 from preparation import load_examples
 from sizing import CARDS, Layout, Memory, Precision, Weights
 from tokenization import Example, n_tokens, trees_of
@@ -128,7 +128,7 @@ def read_model(config: DictConfig) -> Model:
 def read_data(config: DictConfig, loss: Loss) -> Data:
     """The run's own examples where they are at hand, else an assumption. Nothing is fetched from the hub, and nothing kept."""
     pairs = loss.data == "pairs"
-    afar = [name for name in config.datasets if name in dataset_names() and not config.dataset_paths.get(name)]
+    afar = [name for name in map(resolve, config.datasets) if name in LOADERS and not config.dataset_paths.get(name)]
     try:
         with _offline(bool(afar)), redirect_stdout(io.StringIO()):
             train, _ = load_examples(config, load_tokenizer(config), pairs, keep=False)
