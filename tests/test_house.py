@@ -21,18 +21,19 @@ LAYERS = [
     {"token_store"},
     {"examples"},
     {"parallel"},
-    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head", "score_plots"},
+    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head"},
+    {"score_plots", "judges", "sample_files"},
     {"attention", "activations", "preparation", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints"},
     {"models", "optimization", "rundir"},
     {"pretrained"},
     {"opening"},
     {"generation"},
-    {"evaluation"},
+    {"evaluation", "scorers", "winrates"},
     {"selfcheck"},
     {"trainers"},
     {"validation", "report", "plan"},
-    {"train"},
+    {"train", "score"},
 ]
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {
