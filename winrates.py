@@ -35,6 +35,8 @@ class Judged(NamedTuple):
 
 
 class WinRate(NamedTuple):
+    """How a policy did against the baseline."""
+
     policy: str
     n: int  # duels with a verdict
     n_prompts: int
