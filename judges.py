@@ -24,8 +24,8 @@ from utils import UserError, quiet
 
 ROOT = Path(__file__).resolve().parent
 TEMPLATES = ("hh", "tldr", "tldr_concise")  # config/judge: the prompts of arXiv:2305.18290, appendix C.2
-SAID = re.compile(r"^(?:[\w ]+:)?[^\w\n]*(A|B|tie)[^\w\n]*$", re.MULTILINE | re.IGNORECASE)
-LONGEST_WAIT = 60.0  # seconds before a question is asked again
+SAID = re.compile(r"""^\W*(?:[\w ]+:)?[ "'*.()]*(A|B|tie)[ "'*.()]*$""", re.MULTILINE | re.IGNORECASE)
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is asked again; each wait is twice the one before
 
 Verdict = Literal["a", "b", "tie"]
 
@@ -98,7 +98,8 @@ class Verdicts:
         for line in content.splitlines():
             try:
                 row = json.loads(line)
-                self.known[row["key"]] = row["verdict"]
+                if row["verdict"] in ("a", "b", "tie"):
+                    self.known[row["key"]] = row["verdict"]
             except (ValueError, KeyError, TypeError):
                 continue
 
@@ -157,7 +158,7 @@ class Endpoint(NamedTuple):
         question = [{"role": "user", "content": fill(self.template, comparison)}]
         body = {"model": self.model, "messages": question, "temperature": 0, "max_tokens": self.max_tokens}
         for attempt in range(1, self.tries + 1):
-            wait = random.uniform(0.5, 1) * 2 ** (attempt - 1)
+            wait = FIRST_WAIT * random.uniform(0.5, 1) * 2 ** (attempt - 1)
             try:
                 response = client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
                 if response.is_success:
@@ -169,15 +170,15 @@ class Endpoint(NamedTuple):
                 if response.status_code not in (408, 409, 429) and response.status_code < 500:
                     break
                 wait = _seconds(response.headers.get("retry-after"), wait)
-            except httpx.TransportError as error:  # refused, reset, too slow
+            except httpx.HTTPError as error:  # refused, reset, too slow
                 problem = f"{type(error).__name__}: {error}".removesuffix(": ")
                 if attempt >= tries:
                     break
-            except (ValueError, KeyError, IndexError, TypeError):
-                problem = f"not a chat completion: {response.text[:100]!r}"
             except httpx.InvalidURL as error:
                 problem = str(error)
                 break
+            except (ValueError, KeyError, IndexError, TypeError):
+                problem = f"not a chat completion: {response.text[:100]!r}"
             if attempt < self.tries:
                 time.sleep(min(wait, LONGEST_WAIT))
         problem = problem.replace(self.key, "<secret>") if self.key else problem
@@ -195,6 +196,9 @@ def key_from(variable: str | None) -> str | None:
     """The endpoint's key, from the environment variable of that name."""
     if variable is None:
         return None
-    if not os.environ.get(variable):
+    key = os.environ.get(variable, "").strip()
+    if not key:
         raise UserError(f"--key-env={variable}: no such environment variable is set; export it, or leave the option out")
-    return os.environ[variable]
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"--key-env={variable}: what it holds is no key; export one line of plain characters")
+    return key

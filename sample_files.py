@@ -80,10 +80,10 @@ def _answered(raw: RawRow) -> Answered:
 
 
 def _prompt(raw: RawRow) -> Text:
-    """An instruction, with a blank line and its input, is a user's turn."""
+    """An instruction, with a blank line and its input, is a user's turn, unless it was rendered already."""
     field = "instruction" if "instruction" in raw.fields and "prompt" not in raw.fields else "prompt"
     text = raw.text_or_messages(field)
-    if field == "prompt" or isinstance(text, list):
+    if field == "prompt" or isinstance(text, list) or text.endswith("Assistant:"):
         return text
     more = "\n\n" + raw.text("input") if raw.fields.get("input") else ""
     return [{"role": "user", "content": text + more}]

@@ -210,7 +210,8 @@ class Classifier:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.alone = pad is None or pad == eos or pad != self.model.config.pad_token_id
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
-        self.longest, self.budget = min(config.max_length, self.tokenizer.model_max_length), budget
+        positions = getattr(self.model.config, "max_position_embeddings", None) or config.max_length
+        self.longest, self.budget = min(config.max_length, self.tokenizer.model_max_length, positions), budget
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
