@@ -5,7 +5,6 @@ Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -17,15 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from archives import resolve_archive
 from batching import Batch, Feed, Packing, pack
 from models import Way, choose_way, response_logps, response_scores
-from opening import ROOT, Found, Opened, find_model, open_model
+from opening import ROOT, Found, Opened, find_model, open_model, start_of
 from optimization import pick_device
 from preference_datasets import DataSet, Row
 from pretrained import check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
 from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos, encode, truncate
-from utils import UserError, plain, quiet, rank0_print
+from utils import UserError, quiet, rank0_print
 
 
 class Scored(NamedTuple):
@@ -70,7 +68,7 @@ def open_scorer(name: str, reference: str | None = None, beta: float | None = No
     elif (found.config.get("loss") or {}).get("reference_free"):
         origin = None
     else:
-        origin = reference_of(found)
+        origin = found._replace(config=start_of(found))
     if origin and origin.scalar:
         raise UserError(f"--reference={reference}: a reward model has no log-probabilities; give a policy")
     return Causal(config, tokens, open_model(found, device), origin and open_model(origin, device), beta)
@@ -86,20 +84,6 @@ def knobs_of(found: Found, given: dict[str, Any]) -> DictConfig:
         raise UserError(f"--max-prompt-length={config.max_prompt_length}: must be at least 1 and below max_length "
                         f"({config.max_length}); give both")  # fmt: skip
     return config
-
-
-def reference_of(found: Found) -> Found:
-    """What a run's policy started from: its model.archive, or else its model as it was loaded."""
-    if found.run_dir is None:
-        raise UserError(f"{found.name}: its run is not known, and so not what it started from; give --reference MODEL")
-    config = copy.deepcopy(found.config)
-    archive = plain(OmegaConf.load(found.run_dir / "config.yaml"))["model"].get("archive")
-    try:
-        config.model.archive = str(resolve_archive(archive)) if archive else None
-    except UserError:
-        raise UserError(f"{found.run_dir}/config.yaml: it started from model.archive={archive}, which is not there; "
-                        "give --reference MODEL") from None  # fmt: skip
-    return Found(archive or "", config, Path(config.model.archive) if archive else None, None, False)
 
 
 class Causal:

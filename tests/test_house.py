@@ -33,7 +33,8 @@ LAYERS = [
     {"selfcheck"},
     {"trainers"},
     {"validation", "report", "plan"},
-    {"train", "score"},
+    {"train"},
+    {"eval", "score"},
 ]
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {

@@ -14,7 +14,7 @@ from utils import UserError
 
 
 class Server:
-    """Chat completions on a free port. `say(prompt)` gives the reply: a text, or (status, body), or what it raises ends the talk."""
+    """Chat completions on a free port. `say(prompt)` is the reply: a text, or (status, body); a ConnectionError ends the talk."""
 
     def __init__(self, say):
         self.asked, lock = [], threading.Lock()
@@ -95,7 +95,8 @@ def test_verdicts_are_kept_and_not_asked_for_again(tmp_path):
         assert endpoint(server.url, tmp_path, key="sk-very-secret-key-123").judge(TWO) == ["a", "b"]
         path, headers, body = server.asked[0]
         assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-very-secret-key-123"
-        assert body["model"] == "m" and body["temperature"] == 0 and body["messages"][0]["content"] == fill(read_template("hh"), TWO[0])
+        assert body["model"] == "m" and body["temperature"] == 0
+        assert body["messages"] == [{"role": "user", "content": fill(read_template("hh"), TWO[0])}]
     kept = (tmp_path / "verdicts.jsonl").read_text()
     assert kept.count("\n") == 2 and "secret" not in kept
     assert endpoint(server.url, tmp_path).judge(TWO) == ["a", "b"]  # the server is gone
@@ -156,9 +157,9 @@ def test_an_endpoint_that_will_not_do_is_one_line(tmp_path, say, n, said):
 def test_an_endpoint_that_dies_on_the_way_leaves_what_it_said(tmp_path):
     n = iter(range(100))
     many = [Comparison("Why?", "please", str(i)) for i in range(9)]
-    with Server(lambda prompt: politer(prompt) if next(n) < 4 else (500, "gone")) as server:
-        with pytest.raises(UserError, match=r"HTTP 500: gone.*verdicts.jsonl: 4"):
-            endpoint(server.url, tmp_path, parallel=1).judge(many)
+    dying = Server(lambda prompt: politer(prompt) if next(n) < 4 else (500, "gone"))
+    with dying, pytest.raises(UserError, match=r"HTTP 500: gone.*verdicts.jsonl: 4"):
+        endpoint(dying.url, tmp_path, parallel=1).judge(many)
     with Server(politer) as server:
         assert endpoint(server.url, tmp_path).judge(many) == ["a"] * 9 and len(server.asked) == 5
 
@@ -215,15 +216,18 @@ def test_win_rates_by_a_rule(files, tmp_path, rule, counts):
     assert (found["wins"], found["ties"], found["losses"]) == counts
 
 
+BEHIND_A_URL = ["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judge-model", "m"]
+
+
 @pytest.mark.parametrize("options, said", [
     (["--baseline", "base", "--judge", "rule:longer"], r"--baseline=base: none of the models \(sft, dpo\) fit"),
     (["--baseline", "sft", "--judge", "rule:nicer"], "--judge=rule:nicer: no such rule"),
     (["--baseline", "sft", "--judge", "rule:longer", "--beta", "1"], "--beta: --judge=rule:longer has no use for it"),
     (["--baseline", "sft", "--judge", "some-model", "--parallel", "2"], "--parallel: --judge=some-model has no use for it"),
-    (["--baseline", "sft", "--judge", "http://localhost:1/v1"], "give --judge-model NAME"),
-    (["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judge-model", "m", "--key-env", "NO_SUCH_KEY"], "--key-env=NO_SUCH"),
-    (["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judge-model", "m", "--judge-template", "x"], "template=x: cannot"),
-    (["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judge-model", "m"], "no answer from m .ConnectError"),
+    (BEHIND_A_URL[:4], "give --judge-model NAME"),
+    ([*BEHIND_A_URL, "--key-env", "NO_SUCH_KEY"], "--key-env=NO_SUCH"),
+    ([*BEHIND_A_URL, "--judge-template", "x"], "template=x: cannot"),
+    (BEHIND_A_URL, "no answer from m .ConnectError"),
     (["--baseline", "sft", "--judge", "http://[::1/v1", "--judge-model", "m"], "no answer from m"),
     (["--baseline", "sft"], "--judge"),
 ])  # fmt: skip

@@ -44,7 +44,8 @@ def models(tmp_path_factory):
     state = {k: v + 0.05 * torch.randn_like(v) for k, v in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}
     knobs = "max_length: 64\nmax_prompt_length: 32\nadd_bos: true\n"
     dpo = run_of(folder, base, state, "dpo")
-    (dpo / "config.yaml").write_text(f"seed: 0\nloss: {{name: dpo, beta: 0.3}}\nmodel: {{name_or_path: {base}, archive: null}}\n" + knobs)
+    model = f"model: {{name_or_path: {base}, archive: null}}\n"
+    (dpo / "config.yaml").write_text("seed: 0\nloss: {name: dpo, beta: 0.3}\n" + model + knobs)
     reward = run_of(folder, base, state | {"lm_head.weight": torch.randn(1, 32)}, "reward")
     (reward / "config.yaml").write_text((reward / "config.yaml").read_text() + knobs)
     return folder
@@ -88,7 +89,8 @@ def test_a_reward_is_read_at_the_last_token(models, pairs, tmp_path, capsys):
     assert [r["chosen"] for r in got] == [row[1] for row in ROWS] and got[0]["source"].endswith("pairs.jsonl:1")
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert figures["all"]["accuracy"] == np.mean(expected[:, 0] > expected[:, 1])
-    assert figures["all"]["longer_accuracy"] == 1 and figures["all"]["margin"] == pytest.approx(np.mean(expected @ [1, -1]), abs=1e-4)
+    assert figures["all"]["longer_accuracy"] == 1
+    assert figures["all"]["margin"] == pytest.approx(np.mean(expected @ [1, -1]), abs=1e-4)
     assert sum(f["pairs"] for name, f in figures.items() if name.startswith("length ")) == 3
     assert {f.name for f in (tmp_path / "plots").iterdir()} == {"scores.png", "calibration.png"}
     assert "1 cut" in capsys.readouterr().out
@@ -100,7 +102,8 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(models, pairs, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
 
     def logps(model):
-        return by_hand(tokenizer, lambda ids, n: model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None]).sum().item())
+        given = lambda ids, n: model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None])
+        return by_hand(tokenizer, lambda ids, n: given(ids, n).sum().item())
 
     base = AutoModelForCausalLM.from_pretrained(models / "base").eval()
     policy = AutoModelForCausalLM.from_pretrained(models / "base").eval()
@@ -109,14 +112,15 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(models, pairs, tmp_path)
     run("pairs", models / "dpo", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl")
     scores = [[r["chosen_score"], r["rejected_score"]] for r in lines(tmp_path / "out.jsonl")]
     np.testing.assert_allclose(scores, 0.3 * ratio, atol=1e-3)
-    run("pairs", models / "base", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl", "--reference", models / "dpo", "--beta", 2,
-        "--max-length", 64, "--max-prompt-length", 32, "--tokens-per-microbatch", 1)  # fmt: skip
+    run("pairs", models / "base", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl", "--reference", models / "dpo",
+        "--beta", 2, "--max-length", 64, "--max-prompt-length", 32, "--tokens-per-microbatch", 1)  # fmt: skip
     scores = [[r["chosen_score"], r["rejected_score"]] for r in lines(tmp_path / "out.jsonl")]
     np.testing.assert_allclose(scores, -2 * ratio, atol=5e-3)
 
 
 def test_a_policy_against_itself_ties_and_a_tie_is_no_hit(models, pairs, tmp_path):
-    run("pairs", models / "base", pairs, "--eval-share", 1, "--json", tmp_path / "out.json", "--reference", models / "base", "--beta", 1)
+    run("pairs", models / "base", pairs, "--eval-share", 1, "--json", tmp_path / "out.json", "--reference", models / "base",
+        "--beta", 1)  # fmt: skip
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]["all"]
     assert (figures["accuracy"], figures["ties"], figures["calibration_error"]) == (0, 3, 0)
 
@@ -141,8 +145,10 @@ def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                        max_position_embeddings=96, num_labels=1, pad_token_id=0, initializer_range=0.5)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=96, num_labels=1, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
     Bert(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -227,7 +233,8 @@ def test_win_rates_by_a_reward_model(models, tmp_path):
     scores = [r["scores"] for r in lines(tmp_path / "scored.jsonl")]
     out = lines(tmp_path / "out.jsonl")
     np.testing.assert_allclose([r["score"] for r in out], np.ravel(scores), atol=1e-5)
-    assert [r["points"] for r in out] == [(r["score"] > r["baseline_score"]) + (r["score"] == r["baseline_score"]) / 2 for r in out]
+    wins = [(r["score"] > r["baseline_score"]) + (r["score"] == r["baseline_score"]) / 2 for r in out]
+    assert [r["points"] for r in out] == wins
     found = json.loads((tmp_path / "out.json").read_text())["win_rates"]["b"]
     assert found["n"] == 6 and found["n_prompts"] == 3 and found["ties"] >= 3 and found["swayed"] is None
 
