@@ -22,19 +22,19 @@ LAYERS = [
     {"examples"},
     {"parallel"},
     {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head",
-     "score_plots"},
+     "score_plots", "sample_files", "judges"},
     {"attention", "activations", "splits", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints", "preparation"},
     {"models", "optimization", "rundir"},
     {"pretrained"},
     {"opening"},
     {"generation"},
-    {"evaluation"},
+    {"evaluation", "scorers", "winrates"},
     {"selfcheck"},
     {"trainers"},
     {"validation", "report", "plan"},
     {"train"},
-    {"eval"},
+    {"eval", "score"},
 ]
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {
