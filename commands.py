@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -57,7 +57,8 @@ def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
     except OSError as error:
         raise UserError(f"{option}={path}: cannot be written ({error.strerror}); give another file") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be none
+            temporary.unlink()
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], option: str = "--out") -> int:

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from report import draw_curves, read_metrics  # noqa: E402
+from curves import draw_curves  # noqa: E402
+from history import read_metrics  # noqa: E402
 from utils import get_local_dir  # noqa: E402
 
 BY_LIKELIHOOD, BY_REWARD, MARGIN = "logps_eval/accuracies", "rewards_eval/accuracies", "rewards_eval/margins"
