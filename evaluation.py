@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import parallel
+import score_plots
 from batching import Batch, Feed
 from intervals import length_buckets
 from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
@@ -89,8 +91,8 @@ def as_data(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPai
     n = len(of_model.tokens) // 2
     chosen, rejected = (type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None)))
     if isinstance(chosen, Scores):
-        return ScoredPairs(chosen, rejected, shared_tokens(batch), batch.margins)
-    return Pairs(chosen, rejected)
+        return ScoredPairs(chosen, cast(Scores, rejected), shared_tokens(batch), batch.margins)
+    return Pairs(cast(Logps, chosen), cast(Logps, rejected))
 
 
 def shared_tokens(batch: Batch) -> Tensor:
@@ -118,7 +120,7 @@ def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[st
             "rewards_{}/margins": chosen - rejected,
         }
     if isinstance(policy, ScoredPairs):
-        metrics[SQUARES] = (output.chosen_rewards**2 + output.rejected_rewards**2) / 2
+        metrics[SQUARES] = (policy.chosen.last**2 + policy.rejected.last**2) / 2
     elif isinstance(policy, Pairs):
         metrics |= {
             "logps_{}/chosen": policy.chosen.sum,
@@ -151,11 +153,17 @@ class Evaluation(NamedTuple):
             nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
             means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
         split = {name.format("eval"): value for name, value in means.items()}
-        shown = [name for name in ("rewards_{}/accuracies", "rewards_{}/margins") if name in means] or ["loss/{}"]
+        shown = [name for name in means if name in ("rewards_{}/accuracies", "rewards_{}/margins")] or ["loss/{}"]
         for group, mask in groups.items():
             part = Evaluation({name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]).record(loss, {})
             split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in shown if part}
         return with_spread(split, "eval")
+
+    def draw_scores(self, folder: Path, n_seen: int) -> None:
+        """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png."""
+        chosen, rejected = (self.metrics[f"rewards_{{}}/{which}"] for which in ("chosen", "rejected"))
+        for name, draw in (("scores", score_plots.draw_scores), ("calibration", score_plots.draw_calibration)):
+            draw(chosen, rejected, folder / f"{name}-{n_seen}.png", f"after {n_seen:,} training pairs")
 
 
 @torch.no_grad()

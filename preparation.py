@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 import parallel
 from batching import Schedule
 from examples import Examples, cases, concatenate, contradicted, seen_before, slices, view
+from losses import Loss
 from preference_datasets import dataset_names, get_dataset, made_of
 from token_store import Recipe, TokenStore, find_or_make, fingerprint
 from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos
@@ -116,6 +117,15 @@ def _first(examples: Examples, config: DictConfig) -> Examples:
         rank0_print(f"n_eval_examples={n}: {what} (see eval_share and eval_datasets)")
     schedule = Schedule(len(examples), batch_size=1, n_epochs=1, n_examples=n, shuffle=config.shuffle, seed=config.seed)
     return examples.select(schedule.order(0)[: schedule.n_examples])
+
+
+def check_margins(loss: Loss, *splits: Examples) -> None:
+    """Raise UserError when the loss compares with the data's own scores, and an example has none."""
+    for examples in splits if loss.needs_margins else ():
+        unknown = np.flatnonzero(np.isnan(examples.margins()))
+        if len(unknown):
+            raise UserError(f"{examples[int(unknown[0])].source}: no scores of its two responses, and loss.margin above 0 wants "
+                            "them; add score_chosen and score_rejected, or set loss.margin=0")  # fmt: skip
 
 
 def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name: str) -> Part:

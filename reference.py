@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
@@ -53,6 +54,15 @@ def weights_digest(model: nn.Module) -> str:
     found += [waiting.result() for waiting in hashing]
     of_all = sorted(digest for part in parallel.from_all(found) for digest in part)
     return hashlib.blake2b(b"".join(digest for _, digest in of_all)).hexdigest()[:32]
+
+
+def described(model: Any, weights: str) -> dict[str, Any]:
+    """The model, `weights` being the digest of its own, and the libraries that compute with it."""
+    hf_config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    return {
+        "weights": weights, "model": json.dumps(hf_config, sort_keys=True, default=str),
+        "libraries": [torch.__version__, transformers.__version__],
+    }  # fmt: skip
 
 
 def response_digests(examples: Iterable[Example]) -> np.ndarray:

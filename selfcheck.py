@@ -59,9 +59,9 @@ class FirstStep:
         policy, tolerance = as_data(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
         off = max(parallel.from_all(float((scored.given - given(again)).abs().max())))
         if off > tolerance * (1 if t.loss.reads == "logps" else 1 + float(scored.given.abs().max())):
-            what = "log-probabilities that differ by {:.2g} nats per token" if t.loss.reads == "logps" else "scores {:.2g} apart"
-            raise NonFinite(f"step 0: the same batch twice gives {what.format(off)}: is there dropout in the model that its config "
-                            "does not name?")  # fmt: skip
+            what, unit = ("log-probabilities", " nats per token") if t.loss.reads == "logps" else ("scores", "")
+            raise NonFinite(f"step 0: the same batch twice gives {what} that differ by {off:.2g}{unit}: is there dropout in the "
+                            "model that its config does not name?")  # fmt: skip
         if t.loss.needs_reference and batch.reference is None and t.config.model.reference_dtype is None:
             expected = t.loss.compute(policy, policy).losses
             off = max(parallel.from_all(float((scored.output.losses.detach() - expected).abs().max())))

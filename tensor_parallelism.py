@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from scalar_head import ScalarHead
 from utils import UserError
 
 
@@ -63,12 +64,13 @@ def cut_over(model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None) -> N
         if heads % n and any(style == "colwise" for style in plan.values()):
             raise UserError(f"tp_size={n}: does not divide the model's {knob}={heads}; give a divisor")
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    one_row = {module for module in ends if isinstance(module, ScalarHead)}  # nothing to cut
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     used = set()
     for name, module in model.named_modules():
         found = [(pattern, style) for pattern, style in patterns if pattern.match(name)]
         used |= {pattern for pattern, _ in found}
-        style = GATHERED if module in ends else STYLES[found[0][1]] if found else Style(None)
+        style = Style(None) if module in one_row else GATHERED if module in ends else STYLES[found[0][1]] if found else Style(None)
         if any(p is not None for p in module._parameters.values()):
             _cut(module, name, style, mesh, shared)
         elif style.cut:

@@ -40,7 +40,7 @@ from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import DTYPES
 from optimization import make_schedule, pick_device
-from preparation import load_examples
+from preparation import check_margins, load_examples
 from pretrained import check_vocabulary, describe, load_policy, load_reference, load_tokenizer
 from processes import report
 from reference import weights_digest
@@ -127,9 +127,11 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
     tokenizer = load_tokenizer(config)
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
+    check_margins(loss, train_examples, eval_examples)
     layout = trainers.TRAINERS[config.trainer].make_layout(config)
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
-    policy = load_policy(config, device_map="balanced" if several_gpus else None, layout=layout)
+    device_map = "balanced" if several_gpus else None
+    policy = load_policy(config, device_map, layout, scalar=loss.reads == "scores")
     dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
     highest = max(train_examples.highest_id(), eval_examples.highest_id())
     check_vocabulary(policy, tokenizer, highest, config.model.name_or_path)

@@ -6,7 +6,6 @@ Shapes: B pairs (or SFT examples) in a microbatch; see evaluation.py and losses.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import signal
 import time
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
@@ -40,7 +38,8 @@ from metrics import Means, Record, TrainingLog
 from models import DTYPES, Way, block_class, choose_way, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
-from reference import ReferenceCache, response_digests
+from reference import ReferenceCache, described, response_digests
+from scalar_head import scores
 from tokenization import Example, n_scored_tokens, n_tokens
 from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
 
@@ -143,21 +142,17 @@ class BasicTrainer:
         trained = sizing.trained_bytes(self.policy) / (1 if self.layout is None else self.layout.n_shards)
         free = sizing.memory_at_hand(self.device) - trained - held_bytes(self.device)
         mean = float(np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))]))
-        return sizing.token_budget(
-            self.config, self.policy.config, self.device, self.dtype, free, way.plain_head, mean, self.world_size
-        )
+        small = way.plain_head or scores(self.policy)  # no logits
+        return sizing.token_budget(self.config, self.policy.config, self.device, self.dtype, free, small, mean, self.world_size)
 
     @torch.no_grad()
     def find_reference_logps(self, weights: str) -> None:
         """Give both feeds the reference's log-probabilities: from the cache, and by one pass over what is not in it."""
         model, spec = self.scorer.reference or self.policy, self.config.model
-        hf_config = {k: v for k, v in self.policy.config.to_dict().items() if k != "_name_or_path"}
-        made_of = {
-            "weights": weights, "model": json.dumps(hf_config, sort_keys=True, default=str),
+        made_of = described(self.policy, weights) | {
             "weights_dtype": spec.reference_dtype or spec.policy_dtype, "dtype": str(self.dtype), "layout": str(self.scorer.way),
             "cast_by": type(self).__name__ if spec.fsdp_policy_mp else None,  # autocast and FSDP round in other places
             "compile": self.config.compile, "device": self.device.type,
-            "libraries": [torch.__version__, transformers.__version__],
         }  # fmt: skip
         cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
         if cache.problem:
@@ -335,7 +330,9 @@ class BasicTrainer:
         record = evaluation.record(self.loss, self.eval_groups)
         self.saver.check(record)
         self.log.evaluation(record, self.n_seen)
-        if config.sample_during_eval:
+        if self.loss.reads == "scores" and rank() == 0:
+            evaluation.draw_scores(self.run_dir, self.n_seen)
+        elif config.sample_during_eval and self.loss.reads == "logps":
             prompts = [examples[i].prompt for i in range(min(config.n_eval_model_samples, len(examples)))]
             self.log.samples("policy_samples", policy := self.sample(self.policy, prompts), self.n_seen)
             if self.scorer.reference is not None:

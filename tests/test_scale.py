@@ -121,6 +121,25 @@ def test_the_numbers_of_one_process(n, command, tmp_path):
         assert not (over := {key: x for key, x in worst.items() if x > bounds[key]}), (layout, rest, over)
 
 
+def test_a_reward_model_over_processes(command, tmp_path):
+    """Its head, one row, lies on one process of several; it stays in float32 where the model computes in bfloat16."""
+    options = [*MATRIX, "loss=reward", "loss.read=tokens", "lr=1e-3"]
+    kinds = {"fsdp": ["trainer=FSDPTrainer"], "tp": ["trainer=TensorParallelTrainer"]}
+    exact, mixed = [*options, "model.policy_dtype=float64"], [*options, "model.fsdp_policy_mp=bfloat16", "n_examples=8"]
+    run_all([command("one", "gpt_neox", *exact)])
+    run_in_group(2, run_all, [
+        *(command(kind, "gpt_neox", *exact, *more) for kind, more in kinds.items()),
+        *(command(f"{kind}-mixed", "llama", *mixed, *more) for kind, more in kinds.items()),
+    ])  # fmt: skip
+    a = torch.load(tmp_path / "one/LATEST/policy.pt", weights_only=True)["state"]
+    assert a["lm_head.weight"].shape == (1, 32)
+    for kind in kinds:
+        assert max(differences(records(tmp_path / "one"), records(tmp_path / kind)).values()) <= 1e-12, kind
+        b = torch.load(tmp_path / kind / "LATEST/policy.pt", weights_only=True)["state"]
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 1e-12 for k in a), kind
+        assert all(r["loss/eval"] > 0 for r in records(tmp_path / f"{kind}-mixed", "eval"))
+
+
 GPT2_PLAN = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/gpt2-large.yaml").tp_plan)
 
 

@@ -1,0 +1,154 @@
+"""Reward models: the loss by hand, the score at the last token whatever the padding, and a run that learns a preference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from runs import records
+from tiny import SIZES, tiny_model
+
+import models
+from attention import NAME as TREES
+from batching import pack
+from evaluation import shared_tokens
+from losses import ScoredPairs, Scores, build_loss
+from models import ORACLE, Way, response_scores
+from scalar_head import put_scalar_head
+from tokenization import Example
+from utils import UserError
+
+REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
+
+
+def scored(*rows, width=4):
+    """Scores of responses given as lists: the last one's score is the response's, and stands behind its end."""
+    each = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], dtype=torch.float64)
+    return Scores(each[:, -1], each, torch.tensor([len(row) for row in rows]))
+
+
+def pair(chosen, rejected, shared=0, margin=None):
+    margins = None if margin is None else torch.tensor([margin], dtype=torch.float64)
+    return ScoredPairs(scored(chosen), scored(rejected), torch.tensor([shared]), margins)
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def test_the_loss_by_hand():
+    """z = 3 - 1 = 2: log(1 + e^-2). Smoothed by 1/4; less half of the data's 4; plus 0.1 (3 + 1)^2."""
+    both = pair([0, 3], [1], margin=4.0)
+    loss = lambda **knobs: build_loss(REWARD | knobs).compute(both).losses.item()
+    assert loss() == pytest.approx(softplus(-2))
+    assert loss(label_smoothing=0.25) == pytest.approx(0.75 * softplus(-2) + 0.25 * softplus(2))
+    assert loss(margin=0.5) == pytest.approx(softplus(0))
+    assert loss(centering=0.1) == pytest.approx(softplus(-2) + 0.1 * 16)
+    out = build_loss(REWARD).compute(both)
+    assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (3, 1)
+
+
+def test_the_gradient_is_the_papers():
+    """d loss / d r_w = -sigmoid(r_l - r_w), minus that for r_l (Eq. 2 of arXiv:2305.18290)."""
+    chosen, rejected = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([0.5, -2.0], [1.5, -2.5]))
+    one = torch.ones(2, dtype=torch.int64)
+    both = ScoredPairs(Scores(chosen, chosen[:, None], one), Scores(rejected, rejected[:, None], one), 0 * one, None)
+    build_loss(REWARD).compute(both).losses.sum().backward()
+    torch.testing.assert_close(chosen.grad, -torch.sigmoid(rejected - chosen).detach())
+    torch.testing.assert_close(rejected.grad, -chosen.grad)
+
+
+def test_the_token_wise_loss_by_hand():
+    """They differ from token 1 on. Positions 1, 2, 3: 2 - 1, 3 - 4, and 5 - 4, for rejected has ended with 4. Three terms."""
+    out = build_loss(REWARD | {"read": "tokens"}).compute(pair([9, 2, 3, 5], [7, 1, 4], shared=1))
+    assert out.losses.item() == pytest.approx((softplus(-1) + softplus(1) + softplus(-1)) / 3)
+    assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (5, 4)
+    same = build_loss(REWARD | {"read": "tokens"}).compute(pair([1, 2], [3, 5], shared=2))  # equal: their last tokens
+    assert same.losses.item() == pytest.approx(softplus(3))
+    rows = ScoredPairs(scored([1], [2, 4, 6]), scored([0, 0], [1]), torch.tensor([0, 0]), None)  # rows of other lengths beside
+    by_hand = [(softplus(-1) * 2) / 2, (softplus(-1) + softplus(-3) + softplus(-5)) / 3]
+    assert build_loss(REWARD | {"read": "tokens"}).compute(rows).losses.tolist() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("knob, value", [("label_smoothing", 0.5), ("margin", -1), ("centering", -0.1), ("read", "first")])
+def test_a_value_out_of_range_is_refused(knob, value):
+    with pytest.raises(ValueError, match=f"loss.{knob}={value}"):
+        build_loss(REWARD | {knob: value})
+
+
+EOS = SIZES["eos_token_id"]
+PAIRS = [  # the second answer cut, so without EOS; an answer of EOS alone; answers that begin alike; EOS within an answer
+    ([5, 6, 7], [8, 9, EOS], [8, 4]),
+    ([5, 6], [EOS], [7, 7, 7, 7, 7, EOS]),
+    ([9], [3, 4, 5, EOS], [3, 4, EOS]),
+    ([EOS, 8, EOS], [EOS, EOS], [5, EOS, 6, EOS]),
+]
+EXAMPLES = [Example(np.array(p), (np.array(c), np.array(r)), "x:1") for p, c, r in PAIRS]
+
+
+def rewarding(family):
+    model = tiny_model(family).double().eval()
+    put_scalar_head(model, seed=3)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.data = model.get_output_embeddings().weight.data.double()
+    models.allow_trees(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3", "mistral"])
+def test_the_score_is_that_of_the_last_token_alone(family):
+    """Each answer after its prompt in a row of its own, nothing else: the oracle. PAD is EOS, and EOS stands in texts too."""
+    model, batch = rewarding(family), pack(EXAMPLES, pad_token_id=EOS, longest=32)
+    rows = [[*p, *r] for i in (1, 2) for p, r in ((x[0], x[i]) for x in PAIRS)]
+    expected = [model(torch.tensor([row])).logits[0, -1, 0].item() for row in rows]
+    way, said = models.choose_way(model, batch, exact=True)
+    assert way == Way(packed=model.config._attn_implementation == TREES, plain_head=False) and "nats" not in said
+    for candidate in {way, ORACLE}:
+        found = response_scores(model, batch, candidate)
+        assert found.last.tolist() == pytest.approx(expected, abs=1e-9)
+        assert found.tokens.tolist() == [len(x[i]) for i in (1, 2) for x in PAIRS]
+        whole = model(torch.tensor([rows[0]])).logits[0, 3:, 0].tolist()
+        assert found.each[0].tolist() == pytest.approx(whole + [whole[-1]] * 3, abs=1e-9)
+    assert shared_tokens(batch).tolist() == [1, 0, 2, 0]
+
+
+def test_left_padding_and_right_padding_give_the_same_score():
+    """What a user's own code may do with such a model: with a mask, read where the mask ends."""
+    model = rewarding("llama")
+    row, pad = [5, 6, 7, 8, 9, EOS], [EOS] * 3
+    alone = model(torch.tensor([row])).logits[0, -1, 0].item()
+    for ids, mask, at in (([*pad, *row], [0] * 3 + [1] * 6, -1), ([*row, *pad], [1] * 6 + [0] * 3, 5)):
+        mask = torch.tensor([mask])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            model.set_attn_implementation("sdpa")
+            out = model(torch.tensor([ids]), attention_mask=mask, position_ids=positions).logits[0, at, 0].item()
+        assert out == pytest.approx(alone, abs=1e-9)
+
+
+LEARN = ["loss=reward", "model=demo", "datasets=[demo/train.jsonl]", "eval_datasets=[demo/test.jsonl]", "optimizer=AdamW",
+         "lr=1e-3", "warmup_steps=5", "batch_size=16", "n_epochs=null", "n_examples=240", "max_length=128",
+         "max_prompt_length=64", "do_first_eval=false"]  # fmt: skip
+
+
+def test_it_learns_the_demos_preference(train_here):
+    run_dir = train_here(*LEARN)
+    (record,) = records(run_dir, "eval")
+    assert record["rewards_eval/accuracies"] > 0.95 and record["rewards_eval/spread"] > 1
+    assert record["rewards_eval/margins"] == pytest.approx(record["rewards_eval/chosen"] - record["rewards_eval/rejected"])
+    by_length = {k: v for k, v in record.items() if k.startswith("rewards_eval/accuracies/length ")}
+    assert len(by_length) > 1 and min(by_length.values()) > 0.8
+    assert all(r["rewards_train/spread"] >= 0 for r in records(run_dir, "train"))
+    for name in ("scores-240.png", "calibration-240.png"):
+        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
+    again = train_here(*LEARN, f"model.archive={run_dir}", "n_examples=16", "do_first_eval=true", "exp_name=more")
+    assert records(again, "eval")[0]["loss/eval"] == pytest.approx(record["loss/eval"], rel=1e-5)  # its head was kept
+    with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
+        train_here("exp=demo_dpo", f"model.archive={run_dir}")
+
+
+def test_a_margin_needs_scores(train_here, tmp_path):
+    with pytest.raises(UserError, match=r"demo/train.jsonl:1: no scores .* loss.margin=0"):
+        train_here(*LEARN, "loss.margin=1")
+    assert not list(ROOT.glob("scores-*.png"))
