@@ -171,10 +171,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """{knob: its value in each run}, for the knobs in which they differ; None where a run has no such knob."""
+    """{knob: its value in each run}, for the knobs in which they differ; "" where a run has no such knob."""
     flat = [{k: v for k, v in flatten(run.config) if not k.startswith(OWN)} for run in runs]
     knobs = dict.fromkeys(knob for settings in flat for knob in settings)
-    rows = {knob: [settings.get(knob) for settings in flat] for knob in knobs}
+    rows = {knob: [settings.get(knob, "") for settings in flat] for knob in knobs}
     return {knob: values for knob, values in rows.items() if any(value != values[0] for value in values)}
 
 

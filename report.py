@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +21,8 @@ from diagnosis import Finding, diagnose, first_and_last, healthy, verdict
 from history import Record, Run, Sample, differences, lineage, read_runs
 from utils import UserError, redact, said
 
-# What is better, by the end of a metric's name; of others (a margin, a reward) more is not better.
-BETTER = {"accuracies": max, "loss": min, "perplexity": min}
+# What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not better.
+BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
 # Evaluations can be compared where these agree, and losses where the loss's knobs do, too.
 SAME_DATA = ("eval_datasets", "n_eval_examples", "eval_share", "max_length", "max_prompt_length", "chat_template", "field_map")
 MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
@@ -70,7 +69,8 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         made=datetime.now().astimezone().isoformat(timespec="seconds"),
         runs=[_of_run(i, run, findings[i]) for i, run in enumerate(runs)],
-        panels=[{"title": panel.title, "image": image, "alt": alt} for panel, image, alt in draw_each(renamed)],
+        panels=[{"image": image, "alt": alt} for _, image, alt in draw_each(renamed)],
+        ratio=any(key.startswith("ratio_") for run in renamed for record in run.evaluations + run.steps for key in record),
         differences=differences(runs) if len(runs) > 1 else {},
         columns=table,
         evaluations=evaluations(table),
@@ -149,7 +149,7 @@ def _best(key: str, table: Sequence[Column]) -> float | None:
     """The best value of a metric, where values of several runs can be compared and differ."""
     runs = [c.run for c in table if key in c.record]
     values = [c.record[key] for c in table if key in c.record and math.isfinite(c.record[key])]
-    better = next((better for name, better in BETTER.items() if re.search(rf"(^|/){name}\b", key)), None)
+    better = next((better for name, better in BETTER.items() if key.startswith(name)), None)
     same_loss = not key.startswith("loss") or all(run.config.get("loss") == runs[0].config.get("loss") for run in runs)
     several = len({run.path for run in runs}) > 1 and len(set(values)) > 1
     return better(values) if better and same_loss and several and same_data(runs) else None

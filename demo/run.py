@@ -65,6 +65,7 @@ def summary(sft: Path, dpo: Path, curves: Path) -> None:
         print(f"prompt  {question}\nbefore  {first['sample'].strip()}\nafter   {last['sample'].strip()}\n")
     print("=== Files\n")
     print(f"curves    {curves}\nSFT run   {sft}\nDPO run   {dpo}\npolicy    {dpo / 'LATEST' / 'policy.pt'}")
+    print(f"report    make one with: python report.py {sft} {dpo}")
 
 
 if __name__ == "__main__":
