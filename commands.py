@@ -20,6 +20,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **options: Any):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **options)
 
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Options may stand between positional arguments."""
+        parse = super().parse_args if self._subparsers else self.parse_intermixed_args
+        return parse(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see python {self.prog} --help")
 

@@ -32,6 +32,8 @@ class Sample(NamedTuple):
 
 
 class Run(NamedTuple):
+    """A run directory, read."""
+
     path: Path
     name: str
     config: dict[str, Any]  # resolved, nested; {} where there is none

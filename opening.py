@@ -6,6 +6,7 @@ config.yaml of its run, ours or the 2023 repository's, or is the `base` that the
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -84,6 +85,15 @@ def _config_of(run_dir: Path) -> DictConfig:
         problem = str(error).splitlines()[0]
         raise UserError(f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base NAME_OR_PATH") from None
     config.device, config.trainer = None, "BasicTrainer"
+    return config
+
+
+def start_of(found: Found) -> DictConfig:
+    """What the run of a policy started from, as load_policy takes it: its reference. UserError for a model that is of no run."""
+    if found.run_dir is None:
+        raise UserError(f"{found.name}: no run of it is known, so neither is its reference; give --reference MODEL")
+    config = copy.deepcopy(found.config)
+    config.model.archive = _config_of(found.run_dir).model.get("archive")
     return config
 
 

@@ -70,7 +70,7 @@ def cut_over(model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None) -> N
     for name, module in model.named_modules():
         found = [(pattern, style) for pattern, style in patterns if pattern.match(name)]
         used |= {pattern for pattern, _ in found}
-        style = Style(None) if module in one_row else GATHERED if module in ends else STYLES[found[0][1]] if found else Style(None)
+        style = GATHERED if module in ends - one_row else STYLES[found[0][1]] if found and module not in one_row else Style(None)
         if any(p is not None for p in module._parameters.values()):
             _cut(module, name, style, mesh, shared)
         elif style.cut:

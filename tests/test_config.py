@@ -237,7 +237,7 @@ def test_no_experiment_leaks_into_another_loss(compose, any_archive, monkeypatch
         own = set(yaml.safe_load((ROOT / f"config/loss/{loss}.yaml").read_text()))
         for knob in set(knobs) - own:
             with pytest.raises((UserError, HydraException), match=rf"loss\.{knob}"):
-                validation.validate(compose(f"exp={exp}", f"loss={loss}"))
+                validation.validate(compose(f"exp={exp}", *loss_overrides(loss)))
 
 
 def test_a_model_is_a_few_lines_on_the_blank_one():

@@ -35,6 +35,7 @@ LAYERS = [
     {"trainers"},
     {"validation", "report", "plan"},
     {"train"},
+    {"eval"},
 ]
 # What these may import from outside the standard library and the house; None: anything.
 LIGHT = {

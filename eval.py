@@ -1,0 +1,134 @@
+"""Evaluate any checkpoint without training: what its training would say of it, on all held-out data.
+
+MODEL: a run, a checkpoint or policy.pt of it, a folder, a name on the hub. Data, loss and lengths are those of its run; knobs
+change them. A model that is not of a run needs them said: `python eval.py gpt2 loss=sft datasets=[hh]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import train  # registers what config.yaml is resolved with
+from command_line import check_command_line
+from commands import Parser, new_file, run
+from losses import Loss
+from metrics import Record, TrainingLog
+from opening import Found, find_model, start_of
+from preparation import check_margins, load_examples
+from pretrained import check_vocabulary, load_policy, load_tokenizer
+from trainers import BasicTrainer
+from utils import UserError, plain
+from validation import validate
+
+ROOT = Path(__file__).resolve().parent
+# What an evaluation does not do, whatever the run did.
+ALWAYS = {
+    "exp_name": "eval", "trainer": "BasicTrainer", "debug": True, "resume": "never", "resume_allow": [], "plan": False,
+    "keep_best": None, "sample_during_eval": False, "tokens_per_microbatch": None, "fsdp_shard_size": None, "tp_size": None,
+    "fsdp_cpu_offload": False, "fsdp_reduce": "auto", "reference": "auto", "n_eval_examples": None, "compile": False,
+    "activation_checkpointing": False, "wandb.enabled": False,
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(__doc__ or "", prog="eval.py")
+    p.add_argument("model", help="a run, checkpoint, policy.pt, folder or name on the hub")
+    p.add_argument("overrides", nargs="*", metavar="knob=value", help="as for train.py, e.g. datasets=[hh] n_eval_examples=500")
+    p.add_argument("--reference", help="the reference of a DPO loss; else what the policy's run started from")
+    p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
+    p.add_argument("--out", type=Path, help="write the numbers as JSON")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table of the metrics, and write them if asked to."""
+    found = find_model(args.model, args.base)
+    config = config_of(found, args.overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        config.local_run_dir = f"{folder}/eval"
+        loss = validate(config)
+        record, n = evaluate(found, config, loss, args.reference, args.out.parent if args.out else Path(folder))
+    print(f"\n{args.model}: {n:,} examples of {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n")
+    print(table(record))
+    if args.out:
+        content = {"model": args.model, "policy": str(found.archive or ""), "loss": plain(config.loss), "examples": n,
+                   "datasets": list(config.eval_datasets or config.datasets), "metrics": record}  # fmt: skip
+        with new_file(args.out, "--out") as file:
+            json.dump(content, file, indent=1)
+        print(f"\nwritten to {args.out}")
+
+
+def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
+    """The whole tree: config/, under the run's own knobs, under the overrides. Raises UserError for what does not compose."""
+    check_command_line(list(overrides), ROOT / "eval.py")
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        groups = [o.input_line or "" for o in parsed if o.key_or_group in ("loss", "model", "exp")]
+        other_loss = any(line.startswith("loss=") for line in groups)
+        own = [] if found.run_dir is None or other_loss else [f"loss={found.config.loss.name}"]
+        with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+            config = compose("config", ["exp_name=eval", *groups, *own])
+        OmegaConf.set_struct(config, False)
+        if found.run_dir is not None:
+            known = {k: v for k, v in found.config.items() if k in config and k not in ("model", "loss", "local_run_dir")}
+            config = cast(DictConfig, OmegaConf.merge(config, known, {"loss": found.config.loss} if own else {}))
+        config.model = found.config.model
+        for knob, value in ALWAYS.items():
+            OmegaConf.update(config, knob, value)
+        for override in parsed:
+            if override.input_line not in groups:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(train.in_one_line(error)) from None
+    return config
+
+
+def evaluate(found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path) -> tuple[Record, int]:
+    """The record that training would log, and of how many examples. Pictures of a reward model's scores go to `folder`."""
+    if found.scalar != (loss.reads == "scores"):
+        kind, other = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
+        raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {other}; give another loss=")
+    tokenizer = load_tokenizer(config)
+    _, examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
+    if not examples:
+        raise UserError(f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give eval_datasets")
+    check_margins(loss, examples)
+    policy, other = load_policy(config, scalar=found.scalar), None
+    check_vocabulary(policy, tokenizer, examples.highest_id(), found.name)
+    if loss.needs_reference:
+        spec = find_model(reference).config if reference else start_of(found)
+        other = load_policy(spec).eval().requires_grad_(False)
+    log = TrainingLog([], 0)
+    trainer = BasicTrainer(config, policy, other, None, loss, tokenizer, examples, examples, folder, log)
+    if found.archive is not None and (step := re.fullmatch(r"(?:step|interim)-(\d+)", found.archive.resolve().parent.name)):
+        trainer.n_seen = int(step[1])
+    return trainer.evaluate(), len(examples)
+
+
+def table(record: Record) -> str:
+    """Metrics by row, groups (data sets, lengths) by column."""
+    cells: dict[str, dict[str, float]] = {}
+    for name, value in record.items():
+        metric, group = re.fullmatch(r"([^/]+/[^/]+)(?:/(.*))?", name).groups()  # type: ignore[union-attr]
+        cells.setdefault(metric, {})[group or "all"] = value
+    columns = list(dict.fromkeys(group for row in cells.values() for group in row))
+    rows = [["", *columns], *([m, *(f"{row[c]:.4g}" if c in row else "" for c in columns)] for m, row in cells.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+    lines = ([x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    run(parser(), main)

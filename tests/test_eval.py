@@ -1,0 +1,67 @@
+"""eval.py says of a checkpoint what its training said, and refuses in one line what it can't evaluate."""
+
+import json
+import shutil
+
+import pytest
+from runs import DPO, FAST, records
+
+import eval as command
+from utils import UserError
+
+LOSSES = {"sft": ["loss=sft", "loss.average_over=tokens"], "dpo": DPO, "reward": ["loss=reward", "lr=1e-3"]}
+
+
+@pytest.fixture
+def trained(train_here, data, tiny_model):
+    """`trained(name, *overrides)`: a short run of this loss, with two data sets. -> its directory"""
+    other = shutil.copy(data, data.with_name("other.jsonl"))
+    base = [f"model.name_or_path={tiny_model}", f"datasets=[{data},{other}]", "eval_share=0.4", *FAST, "warmup_steps=0"]
+    return lambda name, *overrides: train_here(*base, *LOSSES[name], *overrides)
+
+
+def evaluate(*words):
+    command.main(command.parser().parse_args(list(map(str, words))))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_training_said(name, trained, tmp_path, capsys):
+    run_dir, out = trained(name), tmp_path / "numbers.json"
+    evaluate(run_dir, "--out", out)
+    found = json.loads(out.read_text())
+    said = records(run_dir, "eval")[-1]
+    assert found["examples"] == 16 and found["policy"].endswith("policy.pt")
+    assert found["metrics"] == pytest.approx({k: v for k, v in said.items() if k != "step"}, rel=1e-4, abs=1e-6)
+    grouped = "loss/eval" if name == "sft" else "rewards_eval/accuracies"
+    assert f"{grouped}/pairs.jsonl" in said and f"{grouped}/other.jsonl" in said
+    assert ("perplexity/eval" in said) == (name != "reward")
+    printed = capsys.readouterr().out
+    assert "pairs.jsonl" in printed.splitlines()[-12:][0] or "other.jsonl" in printed
+
+
+def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
+    sft = trained("sft", "eval_every=8")
+    first = sorted(sft.glob("step-*"))[0]
+    out = tmp_path / "a.json"
+    evaluate(first, *DPO[:2], f"datasets=[{data}]", "n_eval_examples=3", "--reference", tiny_model, "--out", out)
+    found = json.loads(out.read_text())
+    assert found["examples"] == 3 and found["loss"]["beta"] == 0.1 and found["metrics"]["rewards_eval/chosen"] != 0
+    evaluate(tiny_model, "loss=sft", f"datasets=[{data}]", "eval_share=0.4", *FAST[:2], "--out", out)
+    metrics = json.loads(out.read_text())["metrics"]
+    assert metrics["perplexity/eval"] > 100  # random weights, 2,000 tokens
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["{tiny}", *DPO[:2], "datasets=[{data}]", "eval_share=0.4"], "neither is its reference; give --reference"),
+        (["{tiny}", "loss=reward", "datasets=[{data}]", "eval_share=0.4"], "a policy, and loss=reward is for a reward model"),
+        (["{tiny}", "datasets=[{data}]", "eval_share=0"], "nothing is held out"),
+        (["{tiny}", "datasets=[{data}]", "lrr=1"], "lrr=1: no such knob"),
+        (["{tiny}", "hydra.launcher=x"], "Hydra's own settings are not taken"),
+        (["nowhere/at/all"], "no such folder"),
+    ],
+)
+def test_refused_in_one_line(words, said, tiny_model, data):
+    with pytest.raises(UserError, match=said):
+        evaluate(*(word.format(tiny=tiny_model, data=data) for word in words))
