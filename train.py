@@ -35,6 +35,7 @@ import rundir
 import trainers
 from archives import resolve_archive
 from command_line import check_command_line, no_environment, spelled_out
+from curves import draw_curves
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import DTYPES
@@ -43,7 +44,6 @@ from preparation import check_margins, load_examples
 from pretrained import check_vocabulary, describe, load_policy, load_reference, load_tokenizer
 from processes import report
 from reference import weights_digest
-from report import draw_curves
 from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
 from token_store import fingerprint
 from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, redacted, said, under_torchrun

@@ -13,6 +13,8 @@ import pytest
 import transformers
 import yaml
 from conftest import ROOT
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -108,9 +110,18 @@ def test_the_documented_commands(compose, any_archive, monkeypatch, file, overri
     """Every `python train.py ...` in a shell block of README.md and docs/. Archives and plugins need not exist."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(validation, "import_plugins", lambda files: None)
-    config = compose(*overrides)
-    config.device = None  # this machine may not have it
-    validation.validate(config)
+    for job in jobs(overrides):
+        config = compose(*job)
+        config.device = None  # this machine may not have it
+        validation.validate(config)
+
+
+def jobs(overrides):
+    """The commands that a sweep (-m) consists of."""
+    if "-m" not in overrides:
+        return [overrides]
+    parsed = OverridesParser.create().parse_overrides([word for word in overrides if word != "-m"])
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
 @pytest.mark.skipif(not documents() or not (ROOT / "README.md").is_file(), reason="there is no README.md yet")
