@@ -25,7 +25,7 @@ from head import held_bytes, step_bytes
 from losses import Loss
 from models import DTYPES, block_class
 from optimization import make_optimizer, make_schedule
-from preference_datasets import dataset_names
+from preference_datasets import LOADERS, resolve
 from preparation import load_examples
 from pretrained import load_config, load_tokenizer
 from scalar_head import put_scalar_head
@@ -134,7 +134,7 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
 def read_data(config: DictConfig, loss: Loss) -> Data:
     """The run's own examples where they are at hand, else an assumption. Nothing is fetched from the hub, and nothing kept."""
     pairs = loss.data == "pairs"
-    afar = [name for name in config.datasets if name in dataset_names() and not config.dataset_paths.get(name)]
+    afar = [name for name in map(resolve, config.datasets) if name in LOADERS and not config.dataset_paths.get(name)]
     try:
         with _offline(bool(afar)), redirect_stdout(io.StringIO()):
             train, _ = load_examples(config, load_tokenizer(config), pairs, keep=False)

@@ -1,95 +1,202 @@
-"""Curves of one or more runs as a PNG: `python report.py RUN_DIR [RUN_DIR ...]`. Numbers come from metrics.jsonl."""
+"""The report on runs: `python report.py RUN [RUN ...]` writes a page that stands by itself, and its curves as a PNG.
+
+What it says is in diagnosis.py and history.py, what it draws in curves.py, how it looks in templates/report.html.
+"""
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
+import math
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-PANELS = {
-    "reward accuracy": "rewards_{}/accuracies",
-    "reward margin": "rewards_{}/margins",
-    "chosen reward": "rewards_{}/chosen",
-    "rejected reward": "rewards_{}/rejected",
-    "log-probability of chosen (nats)": "logps_{}/chosen",
-}
+import commands
+from curves import colour, data_address, draw_all, draw_each, named
+from diagnosis import Finding, diagnose, first_and_last, healthy, verdict
+from history import Record, Run, Sample, differences, lineage, read_runs
+from utils import UserError, redact, said
 
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The records of metrics.jsonl, in the order they were written; `step` counts training examples."""
-    with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def rename_loss(records: list[dict[str, float]], run_dir: Path) -> list[dict[str, float]]:
-    """`loss/train` -> `loss dpo/train`: losses of different kinds have different scales, so each gets a panel of its own."""
-    name = OmegaConf.load(run_dir / "config.yaml").loss.name
-    return [{key.replace("loss/", f"loss {name}/"): value for key, value in record.items()} for record in records]
+# What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not better.
+BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
+# Evaluations can be compared where these agree, and losses where the loss's knobs do, too.
+SAME_DATA = ("eval_datasets", "n_eval_examples", "eval_share", "max_length", "max_prompt_length", "chat_template", "field_map")
+MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 
 
-def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """One panel per metric that any run has: thin lines are training steps, their running mean thick, dots evaluations.
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    options = commands.Parser("Curves, diagnosis, samples and lineage of one run or several, on one page.")
+    options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    options.add_argument("--out", type=Path, help="the page, a PNG of its name beside it; None: report.html in the first RUN")
+    return options
 
-    `out`: by default curves.png in the first run directory.
+
+def main(options: argparse.Namespace) -> None:
+    """Read, say on the console what is to be said, write the page."""
+    runs = read_runs(options.runs)
+    out = options.out or options.runs[0] / "report.html"
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out={out}: expected a name that ends in .html")
+    findings = [diagnose(run) for run in runs]
+    for run, found in zip(runs, findings, strict=True):
+        print(said(f"{run.name}: {verdict(run)}"))
+        for line in (*run.notes, healthy(found)):
+            print(said(f"  {line}")) if line else None
+        for f in found:
+            print(said(f"  {f.level}: {f.title}: {f.evidence}"), said(f"      try: {f.remedy}"), sep="\n")
+    page = render(runs, findings)
+    with commands.new_file(out, "--out", "wb") as file:
+        file.write(page.encode("utf-8", errors="replace"))  # half a surrogate pair in a sample is no reason to fail
+    picture = out.with_suffix(".png")
+    with commands.new_file(picture, "--out", "wb") as file:
+        file.write(draw_all([*map(named, runs)]))
+    print(said(f"report: {out}"), said(f"curves: {picture}"), sep="\n")
+
+
+def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
+    """The page. All text is escaped where it enters; samples may hold anything."""
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates.filters |= {"brief": brief}
+    renamed = [named(run) for run in runs]
+    table = columns(renamed)
+    return templates.get_template("report.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        made=datetime.now().astimezone().isoformat(timespec="seconds"),
+        runs=[_of_run(i, run, findings[i]) for i, run in enumerate(runs)],
+        panels=[{"image": image, "alt": alt} for _, image, alt in draw_each(renamed)],
+        ratio=any(key.startswith("ratio_") for run in renamed for record in run.evaluations + run.steps for key in record),
+        differences=differences(runs) if len(runs) > 1 else {},
+        columns=table,
+        evaluations=evaluations(table),
+        parts=parts(table),
+        samples=side_by_side(at_the_end(runs)),
+        comparable=len(runs) > 1 and same_data(runs),
+        several=len(runs) > 1,
+    )
+
+
+def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
+    """What the page shows of one run."""
+    command = run.environment.get("command")
+    return {
+        "name": run.name, "path": str(run.path.resolve()), "colour": colour(i), "verdict": verdict(run), "notes": run.notes,
+        "state": run.status.get("state") or "unknown", "findings": found, "healthy": healthy(found), "lineage": lineage(run),
+        "samples": side_by_side(before_and_after(run)), "pictures": pictures(run),
+        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
+        "command": redact(" ".join(map(str, command))) if isinstance(command, list) else "",
+        "environment": {k: v for k, v in run.environment.items() if k in ("started", "commit", "python", "platform", "gpus")},
+    }  # fmt: skip
+
+
+def brief(value: Any) -> str:
+    """A number as a reader wants it; other values as they are, in YAML's words.
+
+    >>> brief(0.99333), brief(-1236.4), brief(123456), brief(None), brief(5e-07)
+    ('0.9933', '-1,236', '123,456', 'null', '5e-07')
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [d.name for d in run_dirs]
-    runs = {d.name if names.count(d.name) == 1 else str(d): rename_loss(read_metrics(d), d) for d in run_dirs}
-    present = {key: None for records in runs.values() for record in records for key in record}  # in the order of the runs
-    losses = dict.fromkeys(key.split("/")[0] for key in present if key.startswith("loss "))
-    panels = {f"{name[5:]} loss": f"{name}/{{}}" for name in losses} | PANELS
-    shown = {title: key for title, key in panels.items() if key.format("train") in present or key.format("eval") in present}
-    n_columns = min(4 if len(shown) > 6 else 3, max(1, len(shown)))
-    n_rows = -(-len(shown) // n_columns) or 1
-    size = (4.6 * n_columns, 3.4 * n_rows + 0.4)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, (title, key) in zip(axes.flat, shown.items(), strict=False):
-        for i, (name, records) in enumerate(runs.items()):
-            colour = f"C{i}"
-            points = [(r["step"], r[key.format("train")]) for r in records if key.format("train") in r]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                axis.plot(steps, _running_mean(values), color=colour, linewidth=1.8, label=f"{name}: train")
-            points = [(r["step"], r[key.format("eval")]) for r in records if key.format("eval") in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o--", color=colour, markerfacecolor="white", label=f"{name}: eval")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("training examples", fontsize=8)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(shown) :]:
-        axis.axis("off")
-    entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside lower center", ncols=4)
-    out = out or run_dirs[0] / "curves.png"
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
-    return out
+    if isinstance(value, list):
+        return f"[{', '.join(map(brief, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """The mean over the last 5% of the steps, so that the trend shows through the noise of single batches."""
-    width = max(1, round(len(values) * share))
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
+# --------------------------------------------------------------------------------------------------------- evaluations
 
 
-def main() -> None:
-    """The command: draw the runs named as arguments, or say in one line what is missing (exit code 2)."""
-    run_dirs = [Path(d) for d in sys.argv[1:]]
-    missing = [d for d in run_dirs if not (d / "metrics.jsonl").is_file()]
-    if missing or not run_dirs:
-        problem = f"{missing[0]}: no metrics.jsonl in it" if missing else "give the run directories: report.py RUN_DIR ..."
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    print(draw_curves(run_dirs))
+class Column(NamedTuple):
+    """One column of the tables of evaluations."""
+
+    title: str
+    colour: str
+    run: Run
+    record: Record
+
+
+def columns(runs: Sequence[Run]) -> list[Column]:
+    """The last evaluation of each of several runs; the first and the last of a single one."""
+    if len(runs) > 1:
+        return [Column(run.name, colour(i), run, run.evaluations[-1] if run.evaluations else {}) for i, run in enumerate(runs)]
+    ends = [record for i, record in enumerate(runs[0].evaluations) if i in (0, len(runs[0].evaluations) - 1)]
+    return [Column("first" if len(ends) > i + 1 else "last", colour(0), runs[0], record) for i, record in enumerate(ends)]
+
+
+def evaluations(table: Sequence[Column]) -> dict[str, list[tuple[float | None, bool]]]:
+    """{metric: (value, is it the best) per column}, for what is over all held-out examples."""
+    keys = dict.fromkeys(k for c in table for k in c.record if k.count("/") == 1 and not k.startswith("ratio_"))
+    best = {key: _best(key, table) for key in keys}
+    return {key: [(c.record.get(key), best[key] is not None and c.record.get(key) == best[key]) for c in table] for key in keys}
+
+
+def parts(table: Sequence[Column]) -> dict[str, dict[str, list[float | None]]]:
+    """By data set and length, of each metric that was split (`rewards_eval/accuracies/length 32-63`): {part: value per column}"""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for key in dict.fromkeys(k for c in table for k in c.record if k.count("/") > 1):
+        metric, part = "/".join(key.split("/")[:2]), "/".join(key.split("/")[2:])
+        found.setdefault(metric, {})[part] = [c.record.get(key) for c in table]
+    return found
+
+
+def _best(key: str, table: Sequence[Column]) -> float | None:
+    """The best value of a metric, where values of several runs can be compared and differ."""
+    runs = [c.run for c in table if key in c.record]
+    values = [c.record[key] for c in table if key in c.record and math.isfinite(c.record[key])]
+    better = next((better for name, better in BETTER.items() if key.startswith(name)), None)
+    same_loss = not key.startswith("loss") or all(run.config.get("loss") == runs[0].config.get("loss") for run in runs)
+    several = len({run.path for run in runs}) > 1 and len(set(values)) > 1
+    return better(values) if better and same_loss and several and same_data(runs) else None
+
+
+def same_data(runs: Sequence[Run]) -> bool:
+    """Were they evaluated on the same held-out examples, as far as their configs say?"""
+    data = [[run.config.get("eval_datasets") or run.config.get("datasets"), *map(run.config.get, SAME_DATA[1:])] for run in runs]
+    return all(one == data[0] for one in data)
+
+
+# ------------------------------------------------------------------------------------------------- samples and pictures
+
+
+def before_and_after(run: Run) -> list[tuple[str, list[Sample]]]:
+    """(title, samples): the policy's first and last, and the reference's last."""
+    own, reference = first_and_last(run), first_and_last(run, "reference_samples")
+    titled = [(f"policy, after {rows[0].step:,} examples", rows) for rows in own if rows]
+    return titled + [("reference", rows) for rows in [reference[1] or reference[0]] if rows]
+
+
+def at_the_end(runs: Sequence[Run]) -> list[tuple[str, list[Sample]]]:
+    """(run, the policy's last samples) of each run that has some, where there are several."""
+    last = [(run.name, rows[1] or rows[0]) for run in runs if any(rows := first_and_last(run))]
+    return last if len(last) > 1 else []
+
+
+def side_by_side(titled: Sequence[tuple[str, list[Sample]]]) -> dict[str, Any]:
+    """Samples of the same prompts in one row: {titles, rows, left_out}, a row (prompt, text or None, ...)."""
+    texts = [{s.prompt: s.text for s in samples} for _, samples in titled]
+    prompts = list(dict.fromkeys(prompt for by_prompt in texts for prompt in by_prompt))
+    rows = [(prompt, *(by_prompt.get(prompt) for by_prompt in texts)) for prompt in prompts[:MAX_SAMPLES]]
+    return {"titles": [title for title, _ in titled], "rows": rows, "left_out": len(prompts) - len(rows)}
+
+
+def pictures(run: Run) -> list[tuple[str, str, str]]:
+    """(title, data: address, alternative text) of the newest of each kind of picture that the run drew: `scores-800.png`."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for file in run.path.glob("*-*.png"):
+        kind, _, number = file.stem.rpartition("-")
+        if number.isdigit():
+            newest[kind] = max(newest.get(kind, (-1, file)), (int(number), file))
+    return [
+        (kind, data_address(file.read_bytes()), f"{kind} after {step:,} training examples of {run.name}; {file.name} in the run")
+        for kind, (step, file) in sorted(newest.items())
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(parser(), main)

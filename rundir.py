@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import parallel
 import processes
 from checkpoints import listed
 from examples import Examples
+from history import flatten, status
 from utils import PeerLost, ResumeMismatch, UserError, environment, get_local_dir, plain, rank, rank0_print, redacted
 
 TIME_STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}")
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "samples.md")
 LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, but not at once
 
 # Knobs that may change when a run goes on. What is read from paths is compared by its contents instead (see `recipe`).
@@ -114,15 +115,6 @@ class Owner:
             os.close(self.handle)
 
 
-def status(run_dir: Path) -> dict[str, Any]:
-    """status.json; {} where there is none that can be read."""
-    try:
-        content = json.loads((run_dir / "status.json").read_text("utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
 def write_status(run_dir: Path, state: str, code: int | None = None, reason: str = "") -> None:
     """Replace status.json. That a run stopped or failed says only the launch that wrote "running": one that was refused leaves it
     alone. That it is finished says also one that found it so: a kill may have come before that was written."""
@@ -173,16 +165,8 @@ def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
 def settings(config: DictConfig) -> dict[str, Any]:
     """{knob: value} of all that decides the result, apart from what is compared by its contents."""
     free = BOOKKEEPING | BY_CONTENTS | PLACEMENT
-    flat = dict(_flatten(redacted(plain(config)), ""))
+    flat = dict(flatten(redacted(plain(config))))
     return {k: v for k, v in sorted(flat.items()) if k not in free and not k.startswith(FREE_GROUPS)}
-
-
-def _flatten(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def recipe(config: DictConfig, tokenizer: str, train: Examples, evaluation: Examples, weights: str) -> dict[str, Any]:

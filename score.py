@@ -19,12 +19,13 @@ from omegaconf import DictConfig
 
 import commands
 import judges
+import pipeline_datasets  # noqa: F401  registers its sets
 from batching import Schedule
 from commands import Parser, new_file, write_jsonl
 from intervals import Interval, calibration, length_buckets, wilson
 from judges import Endpoint, Verdicts
 from opening import Found, find_model
-from preference_datasets import Row, get_dataset
+from preference_datasets import Row, get_dataset, resolve
 from sample_files import read_answers, read_ranked
 from score_plots import draw_calibration, draw_scores
 from scorers import Scored, Scorer, knobs_of, load_scorer
@@ -145,7 +146,7 @@ def loaded(options: argparse.Namespace, found: Found, config: DictConfig) -> Sco
 def pairs(options: argparse.Namespace) -> None:
     """The command `pairs`."""
     found, config = found_by(options, options.scorer)
-    data = [(name, *read_pairs(config, name, options)) for name in options.data]
+    data = [(name, *read_pairs(config, name, options)) for name in dict.fromkeys(map(resolve, options.data))]
     scorer = loaded(options, found, config)
     names, rows, parts = list[str](), list[Row](), list[Scored]()
     for name, some, keep in data:

@@ -34,7 +34,8 @@ import processes
 import rundir
 import trainers
 from archives import resolve_archive
-from command_line import check_command_line, no_environment
+from command_line import check_command_line, no_environment, spelled_out
+from curves import draw_curves
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import DTYPES
@@ -43,7 +44,6 @@ from preparation import check_margins, load_examples
 from pretrained import check_vocabulary, describe, load_policy, load_reference, load_tokenizer
 from processes import report
 from reference import weights_digest
-from report import draw_curves
 from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
 from token_store import fingerprint
 from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, redacted, said, under_torchrun
@@ -219,6 +219,7 @@ def main() -> None:
     together = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
     os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex  # which start wrote status.json
     try:
+        sys.argv[1:] = spelled_out(sys.argv[1:])
         check_command_line(sys.argv[1:], Path(__file__))
         run()
     except UserError as error:

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from report import draw_curves, read_metrics  # noqa: E402
+from curves import draw_curves  # noqa: E402
+from history import read_metrics  # noqa: E402
 from utils import get_local_dir  # noqa: E402
 
 BY_LIKELIHOOD, BY_REWARD, MARGIN = "logps_eval/accuracies", "rewards_eval/accuracies", "rewards_eval/margins"
@@ -64,6 +65,7 @@ def summary(sft: Path, dpo: Path, curves: Path) -> None:
         print(f"prompt  {question}\nbefore  {first['sample'].strip()}\nafter   {last['sample'].strip()}\n")
     print("=== Files\n")
     print(f"curves    {curves}\nSFT run   {sft}\nDPO run   {dpo}\npolicy    {dpo / 'LATEST' / 'policy.pt'}")
+    print(f"report    make one with: python report.py {sft} {dpo}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import curves
+import history
+import report
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"
 SPLITS = {name: [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test")}
@@ -52,6 +56,13 @@ def test_both_stages_and_the_summary(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "on 150 held-out pairs" in out and "reward accuracy" in out and out.count("before  ") == 6
     assert (tmp_path / "dpo/LATEST/policy.pt").is_file()
+
+    report.main(report.parser().parse_args([str(tmp_path / "dpo")]))  # it knows the names and files that training writes
+    page = (tmp_path / "dpo/report.html").read_text()
+    missing = [p.title for p in (*curves.LEARNING, *curves.FURTHER) if f'alt="{p.title} over' not in page]
+    assert not missing and "policy, after 32 examples" in page and "no metrics" not in page
+    chain = history.lineage(history.read_run(tmp_path / "dpo"))
+    assert [stage.name for stage in chain] == ["demo_dpo", "demo_sft", "a new model"] and "step-32" in chain[1].what
     with pytest.raises(SystemExit) as error:
         run.stage("again", "exp=demo_sft", tmp_path / "sft")  # a stage that fails stops the demo with its exit code
     assert error.value.code == 2

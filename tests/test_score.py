@@ -273,6 +273,7 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
     (["pairs", "{reward}", "{pairs}", "--beta", "1"], "--beta=1.0: .* is a reward model, which needs none"),
     (["pairs", "{reward}", "{pairs}", "--max-length", "16"], "--max-prompt-length=32: must be at least 1 and below max_length"),
     (["pairs", "{reward}", "nothing"], "unknown data set 'nothing'"),
+    (["pairs", "{reward}", "Dahoas/rm-static", "--dataset-path", "rm_static={tmp}/none"], "none: no such file or folder"),
     (["pairs", "{reward}", "{answers}"], "no pairs .chosen and rejected. in its test split"),
     (["pairs", "{reward}", "{pairs}", "--eval-share", "2"], "eval_share=2.0"),
     (["pairs", "{reward}", "{pairs}", "--chat-template", "none.jinja"], "--chat-template=none.jinja: cannot be read"),

@@ -108,6 +108,6 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_batch_is_dumped(train,
 def test_every_knob_is_compared_or_free_by_name(compose):
     """What rundir leaves out of the comparison exists: a renamed knob would otherwise be compared, or not, by accident."""
     config = compose("exp_name=x", "model=demo", "loss=sft")
-    flat = dict(rundir._flatten(rundir.plain(config), ""))
+    flat = dict(rundir.flatten(rundir.plain(config)))
     assert flat.keys() >= rundir.BOOKKEEPING | rundir.BY_CONTENTS | rundir.PLACEMENT
     assert {"lr", "seed", "batch_size", "loss.average_over", "model.policy_dtype", "max_length"} <= rundir.settings(config).keys()
