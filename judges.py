@@ -104,10 +104,14 @@ class Verdicts:
                 continue
 
     def add(self, key: str, verdict: Verdict, **what: Any) -> None:
+        """Keep a verdict, and what stands beside it. Raises UserError."""
         line = json.dumps({"key": key, "verdict": verdict, **what}, ensure_ascii=False) + "\n"
-        with self.lock, open(self.path, "a", encoding="utf-8") as file:
-            file.write(line)
-            self.known[key] = verdict
+        try:
+            with self.lock, open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+                self.known[key] = verdict
+        except OSError as error:
+            raise UserError(f"--verdicts={self.path}: cannot be written ({error.strerror}); give another file") from None
 
 
 class Endpoint(NamedTuple):

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 import commands
 import judges
+import pipeline_datasets  # noqa: F401  registers its sets
 from batching import Schedule
 from commands import Parser, new_file, write_jsonl
 from intervals import Interval, calibration, length_buckets, wilson
 from judges import Endpoint, Verdicts
-from preference_datasets import Row, get_dataset
+from opening import Found, find_model
+from preference_datasets import Row, get_dataset, resolve
 from sample_files import read_answers, read_ranked
 from score_plots import draw_calibration, draw_scores
-from scorers import Scored, Scorer, open_scorer
+from scorers import Scored, Scorer, knobs_of, load_scorer
 from utils import UserError, get_local_dir, plain
 from winrates import Duel, Judged, WinRate, by_endpoint, by_points, duels, read_policies, win_rate
 
@@ -125,11 +129,15 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def scorer_of(options: argparse.Namespace, name: str) -> Scorer:
-    """Load it, as the options say."""
-    knobs = {knob: getattr(options, knob, None) for knob in KNOBS}
-    return open_scorer(name, options.reference, options.beta, options.device, options.tokens_per_microbatch or 8192, knobs,
-                       base=options.base, tokenizer=options.tokenizer, dtype=options.dtype)  # fmt: skip
+def found_by(options: argparse.Namespace, name: str) -> tuple[Found, DictConfig]:
+    """A scorer as the options say, not loaded yet, so that data can be read first; and its knobs."""
+    found = find_model(name, options.base, options.tokenizer, options.dtype)
+    return found, knobs_of(found, {knob: getattr(options, knob, None) for knob in KNOBS})
+
+
+def loaded(options: argparse.Namespace, found: Found, config: DictConfig) -> Scorer:
+    budget = options.tokens_per_microbatch or 8192
+    return load_scorer(found, config, options.reference, options.beta, device=options.device, budget=budget)
 
 
 # ---- pairs ----
@@ -137,12 +145,13 @@ def scorer_of(options: argparse.Namespace, name: str) -> Scorer:
 
 def pairs(options: argparse.Namespace) -> None:
     """The command `pairs`."""
-    scorer = scorer_of(options, options.scorer)
+    found, config = found_by(options, options.scorer)
+    data = [(name, *read_pairs(config, name, options)) for name in dict.fromkeys(map(resolve, options.data))]
+    scorer = loaded(options, found, config)
     names, rows, parts = list[str](), list[Row](), list[Scored]()
-    for name in options.data:
-        some, keep = read_pairs(scorer, name, options)
+    for name, some, keep in data:
         scored = scorer.score(some, keep)
-        kept = ~scored.same if scorer.config.data_rules.identical_after_truncation == "drop" else np.ones(len(some), bool)
+        kept = ~scored.same if config.data_rules.identical_after_truncation == "drop" else np.ones(len(some), bool)
         print(f"{name}: {int(kept.sum()):,} pairs, {int((~kept).sum()):,} left out as identical, {int(scored.cut.sum()):,} cut")
         names += [name] * int(kept.sum())
         rows += [row for row, k in zip(some, kept, strict=True) if k]
@@ -160,9 +169,8 @@ def pairs(options: argparse.Namespace) -> None:
         draw(scored, options.plots, options.scorer)
 
 
-def read_pairs(scorer: Scorer, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
+def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
     """The pairs of a data set, a row each, and which end of its long prompts survives."""
-    config = scorer.config
     paths = plain(config.dataset_paths) | dict(options.dataset_path)
     fields = dict(options.field) or (plain(config.field_map) if name in (config.get("datasets") or []) else None)
     cache_dir = str(get_local_dir(config.local_dirs))
@@ -233,13 +241,12 @@ def _scored_pair(name: str, row: Row, scores: np.ndarray) -> dict[str, Any]:
 
 def draw(scored: Scored, folder: Path, title: str) -> None:
     """scores.png and calibration.png."""
+    chosen, rejected = scored.scores.T
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen, rejected = scored.scores.T
         draw_scores(chosen, rejected, folder / "scores.png", title)
         draw_calibration(chosen, rejected, folder / "calibration.png", title)
-    except OSError as error:
-        raise UserError(f"--plots={folder}: cannot be written ({error.strerror}); give another folder") from None
+    except OSError as error:  # a full disk
+        raise UserError(f"--plots={folder}: cannot be written ({error.strerror}); give another place") from None
     print(f"scores.png and calibration.png in {folder}")
 
 
@@ -259,9 +266,9 @@ def keep_end(rows: Iterable[Row]) -> str:
 def answers(options: argparse.Namespace) -> None:
     """The command `answers`."""
     lines = list(read_answers(options.file))
-    scorer = scorer_of(options, options.scorer)
     rows = [row for line in lines for row in line.rows()]
-    scores = scorer.score(rows, scorer.config.truncation_mode or keep_end(rows)).scores[:, 0]
+    found, config = found_by(options, options.scorer)
+    scores = loaded(options, found, config).score(rows, config.truncation_mode or keep_end(rows)).scores[:, 0]
     ends = np.cumsum([len(line.answers) for line in lines])
     parts = np.split(scores, ends[:-1])
     write_jsonl(options.out, (line.with_scores(part.tolist()) for line, part in zip(lines, parts, strict=True)))
@@ -326,12 +333,13 @@ def judge_of(options: argparse.Namespace):
             options.parallel or 4, options.timeout or 60.0,
         )  # fmt: skip
         return lambda some: by_endpoint(some, endpoint)
-    scorer = scorer_of(options, spec)
+    found, config = found_by(options, spec)
+    scorer = loaded(options, found, config)
 
     def judged(some: Sequence[Duel]) -> Judged:
         def points_of(asked):
             rows = [row for a in asked for row in a.rows()]
-            return scorer.score(rows, scorer.config.truncation_mode or keep_end(rows)).scores[:, 0].tolist()
+            return scorer.score(rows, config.truncation_mode or keep_end(rows)).scores[:, 0].tolist()
 
         return by_points(some, points_of)
 
@@ -358,7 +366,21 @@ def split(options: argparse.Namespace) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """The command that was named."""
+    for name in ("out", "json", "easy", "hard", "plots"):
+        if (path := getattr(options, name, None)) is not None:
+            check_place(path, f"--{name}", folder=name == "plots")
     options.main(options)
+
+
+def check_place(path: Path, option: str, folder: bool) -> None:
+    """Raise UserError for what could not be written after hours of work."""
+    try:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        problem = "" if folder or not path.is_dir() else "it is a folder"
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem or not os.access(path if folder else path.parent, os.W_OK):
+        raise UserError(f"{option}={path}: cannot be written ({problem or 'no permission'}); give another place")
 
 
 if __name__ == "__main__":

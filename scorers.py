@@ -36,42 +36,39 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    config: DictConfig  # the knobs of config.yaml, as the model's run has them
-
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
         """Rows with one pair each, or one SFT target each. `keep`: which end of a long prompt survives."""
         ...
 
 
-def open_scorer(name: str, reference: str | None = None, beta: float | None = None, device: str | None = None,
-                tokens: int = 8192, knobs: dict[str, Any] | None = None, **how: str | None) -> Scorer:  # fmt: skip
-    """Load a scorer by its name. `reference` and `beta`: of an implicit reward, in place of what its run says; `tokens`: of a
-    microbatch; `knobs`: of config.yaml, in place of the run's (None: the run's); `how`: base, tokenizer and dtype, as find_model
-    takes them. Raises UserError for what is no scorer, and for options that it has no use for.
+def load_scorer(
+    found: Found, config: DictConfig, reference: str | None = None, beta: float | None = None, *, device: str | None = None,
+    budget: int = 8192,
+) -> Scorer:  # fmt: skip
+    """`config`: see knobs_of; `reference` and `beta`: of an implicit reward, in place of what its run says; `budget`: tokens of a
+    microbatch. Raises UserError for what is no scorer, and for options that it has no use for, before weights are read.
     """
-    found = find_model(name, **how)
-    config = knobs_of(found, knobs or {})
     if found.scalar:
         for option, value in (("reference", reference), ("beta", beta)):
             if value is not None:
-                raise UserError(f"--{option}={value}: {name} is a reward model, which needs none; leave it out")
+                raise UserError(f"--{option}={value}: {found.name} is a reward model, which needs none; leave it out")
         if found.archive is None and not has_scalar_head(found.config):
-            return Classifier(found, config, device, tokens)
-        return Causal(config, tokens, open_model(found, device))
+            return Classifier(found, config, device, budget)
+        return Causal(config, budget, open_model(found, device))
+    loss = found.config.get("loss") or {}
+    beta = loss.get("beta") if beta is None else beta
     if beta is None:
-        beta = (found.config.get("loss") or {}).get("beta")
-    if beta is None:
-        raise UserError(f"{name}: neither a reward model nor a run whose loss has a beta; give a reward model, or --beta and "
-                        "--reference MODEL for the implicit reward beta * log(policy / reference)")  # fmt: skip
+        raise UserError(f"{found.name}: neither a reward model nor a run whose loss has a beta; give a reward model, or --beta "
+                        "and --reference MODEL for the implicit reward beta * log(policy / reference)")  # fmt: skip
+    origin: Found | None = None
     if reference is not None:
-        origin: Found | None = find_model(reference, **(how | {"base": how.get("base") if reference.endswith(".pt") else None}))
-    elif (found.config.get("loss") or {}).get("reference_free"):
-        origin = None
-    else:
+        base = found.config.model.name_or_path if reference.endswith(".pt") else None
+        origin = find_model(reference, base, dtype=found.config.model.policy_dtype)
+        if origin.scalar:
+            raise UserError(f"--reference={reference}: a reward model has no log-probabilities; give a policy")
+    elif not loss.get("reference_free"):
         origin = found._replace(config=start_of(found))
-    if origin and origin.scalar:
-        raise UserError(f"--reference={reference}: a reward model has no log-probabilities; give a policy")
-    return Causal(config, tokens, open_model(found, device), origin and open_model(origin, device), beta)
+    return Causal(config, budget, open_model(found, device), origin and open_model(origin, device), beta)
 
 
 def knobs_of(found: Found, given: dict[str, Any]) -> DictConfig:

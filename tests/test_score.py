@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import BertForSequenceClassification as Bert
 
 import score
+from opening import find_model
 from preference_datasets import Row, get_dataset
-from scorers import Causal, Classifier, open_scorer
+from scorers import Causal, Classifier, knobs_of, load_scorer
 from utils import UserError
 
 ROWS = [
@@ -33,6 +34,11 @@ def lines(path):
 
 def run(*arguments):
     score.main(score.parser().parse_args(list(map(str, arguments))))
+
+
+def opened(name):
+    found = find_model(name)
+    return load_scorer(found, knobs_of(found, {}), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ def test_a_reward_is_read_at_the_last_token(models, pairs, tmp_path, capsys):
     """Also of an answer that was cut, and of one that is empty."""
     run("pairs", models / "reward", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl", "--json", tmp_path / "out.json",
         "--plots", tmp_path / "plots")  # fmt: skip
-    model = open_scorer(str(models / "reward"), device="cpu").model
+    model = opened(str(models / "reward")).model
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
     model.set_attn_implementation("sdpa")
     expected = by_hand(tokenizer, lambda ids, n: model(ids).logits[0, -1, 0].item())
@@ -158,7 +164,7 @@ def bert(tmp_path_factory):
 def test_an_encoder_scores_in_batches_as_alone(bert, tmp_path):
     model, tokenizer = Bert.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
     rows = [Row(prompt, [a, b], [(0, 1)], None, "x:1") for prompt, a, b in ROWS[:2]]
-    scorer = open_scorer(str(bert), device="cpu")
+    scorer = opened(str(bert))
     assert isinstance(scorer, Classifier) and not scorer.alone
     scored = scorer.score(rows, "keep_end")
     alone = [[model(**tokenizer(p + r, return_tensors="pt")).logits.item() for r in (a, b)] for p, a, b in ROWS[:2]]
@@ -179,7 +185,7 @@ def test_where_pad_could_be_text_each_text_is_a_batch(bert, tmp_path):
     Bert.from_pretrained(bert).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [Row(prompt, [a], [], a, "x:1") for prompt, a, _ in ROWS[:2]]
-    scorer, other = (open_scorer(str(path), device="cpu") for path in (tmp_path / "model", bert))
+    scorer, other = (opened(str(path)) for path in (tmp_path / "model", bert))
     assert scorer.alone and max(map(len, scorer._batches(np.array([3, 3])))) == 1
     np.testing.assert_allclose(scorer.score(rows, "keep_end").scores, other.score(rows, "keep_end").scores, atol=1e-4)
 
@@ -192,7 +198,7 @@ def test_a_decoder_with_a_score_is_read_in_packed_rows(models, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "model")
-    scorer = open_scorer(str(tmp_path / "model"), device="cpu")
+    scorer = opened(str(tmp_path / "model"))
     assert isinstance(scorer, Causal) and scorer.way is None
     scored = scorer.score([Row(p, [a, b], [(0, 1)], None, "x:1") for p, a, b in ROWS], "keep_end")
     assert scorer.way.packed
@@ -267,6 +273,7 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
     (["pairs", "{reward}", "{pairs}", "--beta", "1"], "--beta=1.0: .* is a reward model, which needs none"),
     (["pairs", "{reward}", "{pairs}", "--max-length", "16"], "--max-prompt-length=32: must be at least 1 and below max_length"),
     (["pairs", "{reward}", "nothing"], "unknown data set 'nothing'"),
+    (["pairs", "{reward}", "Dahoas/rm-static", "--dataset-path", "rm_static={tmp}/none"], "none: no such file or folder"),
     (["pairs", "{reward}", "{answers}"], "no pairs .chosen and rejected. in its test split"),
     (["pairs", "{reward}", "{pairs}", "--eval-share", "2"], "eval_share=2.0"),
     (["pairs", "{reward}", "{pairs}", "--chat-template", "none.jinja"], "--chat-template=none.jinja: cannot be read"),
@@ -280,6 +287,7 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
     (["split", "{answers}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"], "answers.jsonl, line 1: no field 'score'"),
     (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"], "pairs.jsonl, line 1: no field 'chosen_score'"),
     (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h", "--threshold", "0"], "--threshold=0.0: must be above 0"),
+    (["pairs", "{reward}", "{pairs}", "--json", "{tmp}"], "--json=.*: cannot be written .it is a folder"),
     ([], "are required"),
 ])  # fmt: skip
 def test_what_is_refused(models, pairs, tmp_path, arguments, said):
@@ -295,10 +303,10 @@ def test_models_that_score_nothing(models, bert, tmp_path):
     Bert(BertConfig.from_pretrained(bert, num_labels=2)).save_pretrained(tmp_path / "two")
     tiny_tokenizer().save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="has num_labels=2"):
-        open_scorer(str(tmp_path / "two"))
+        opened(str(tmp_path / "two"))
     bad = Bert.from_pretrained(bert)
     bad.classifier.weight.data.fill_(float("inf"))
     bad.save_pretrained(tmp_path / "inf")
     tiny_tokenizer().save_pretrained(tmp_path / "inf")
     with pytest.raises(UserError, match="holds NaN or infinity"):
-        open_scorer(str(tmp_path / "inf"))
+        opened(str(tmp_path / "inf"))
