@@ -13,9 +13,10 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-.cache/align}               # all stages' runs, samples, numbers, and report.html
 MODEL=${MODEL:-}                       # a file of config/model; empty: the demo, with its data
 DATASETS=${DATASETS:-}                 # one or several, with commas between them
-DATA_SPLIT=${DATA_SPLIT:-2,1,1}        # shares of the prompts for SFT, reward model and DPO
+DATA_SPLIT=${DATA_SPLIT:-4,1,1}        # shares of the prompts for SFT, reward model and DPO
 BETA=${BETA:-0.1}                      # strength of DPO's KL constraint
 N_PROMPTS=${N_PROMPTS:-100}            # held-out prompts that SFT and DPO policies answer, for the win rate
+PROMPTS=${PROMPTS:-}                   # of this data set; empty: the first of DATASETS
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}   # of an answer
 SFT_ARGS=${SFT_ARGS:-}                 # further knobs of one stage, apart by spaces, such as "lr=1e-5 n_epochs=3"
 REWARD_ARGS=${REWARD_ARGS:-}
@@ -23,7 +24,8 @@ DPO_ARGS=${DPO_ARGS:-}
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ -z $MODEL ]]; then
-    sft="exp=demo_sft n_epochs=8" reward="exp=demo_reward" dpo="exp=demo_dpo" prompts=${PROMPTS:-demo/test.jsonl}
+    sft="exp=demo_sft n_epochs=10" reward="exp=demo_reward n_epochs=2" dpo="exp=demo_dpo n_examples=null n_epochs=3 lr=1e-4"
+    prompts="demo/test.jsonl --eval-share 1"  # a file of held-out prompts
 else
     data="model=$MODEL datasets=[${DATASETS:?give DATASETS=..., such as hh, beside MODEL}]"
     sft="exp_name=align_sft $data loss=sft" reward="exp_name=align_reward $data loss=reward"
@@ -54,8 +56,9 @@ echo "=== evaluation"
 for name in sft reward dpo; do
     newer "$OUT/$name.json" "$OUT/$name" || "$PYTHON" eval.py "$OUT/$name" --out "$OUT/$name.json"
 done
+# shellcheck disable=SC2086  # a data set, and what else is said of it
 newer "$OUT/samples.jsonl" "$OUT/sft" "$OUT/dpo" ||
-    "$PYTHON" sample.py "$OUT/sft" "$OUT/dpo" --dataset "$prompts" --n-prompts "$N_PROMPTS" --max-new-tokens "$MAX_NEW_TOKENS" \
+    "$PYTHON" sample.py "$OUT/sft" "$OUT/dpo" --dataset $prompts --n-prompts "$N_PROMPTS" --max-new-tokens "$MAX_NEW_TOKENS" \
         --temperature 0.7 --seed 0 --show 3 --out "$OUT/samples.jsonl"
 "$PYTHON" score.py winrate "$OUT/samples.jsonl" --judge "$OUT/reward" --baseline "$OUT/sft" --json "$OUT/winrate.json"
 

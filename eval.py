@@ -103,7 +103,8 @@ def evaluate(found: Found, config: DictConfig, loss: Loss, reference: str | None
         kind, wanted = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
         raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss=")
     tokenizer = load_tokenizer(config)
-    _, examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
+    data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))  # it is evaluated, not started from
+    _, examples = load_examples(data, tokenizer, pairs=loss.data == "pairs")
     if not examples:
         raise UserError(f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give eval_datasets")
     check_margins(loss, examples)
