@@ -51,6 +51,15 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
             raise UserError(f"{line}: expected the name of a file in the config folder")
 
 
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra wants them: it takes 5,0,5 for three runs, unless it is quoted.
+
+    >>> spelled_out(["data_split=5,0,5", "stage=sft"])
+    ["data_split='5,0,5'", 'stage=sft']
+    """
+    return [re.sub(r"^data_split=([\d.]+(?:,[\d.]+)+)$", r"data_split='\1'", argument) for argument in arguments]
+
+
 def no_environment(*names: str) -> NoReturn:
     """In place of OmegaConf's ${oc.env:NAME}: configs are logged, and the environment holds keys and passwords."""
     raise UserError(f"${{oc.env:{','.join(map(str, names))}}}: configs are logged, so nothing is read from the environment; "

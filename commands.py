@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> NoReturn:
@@ -62,7 +63,7 @@ def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
     except OSError as error:
         raise UserError(f"{option}={path}: cannot be written ({error.strerror}); give another file") from None
     finally:
-        with suppress(OSError):  # its folder may be none
+        with suppress(OSError):  # not there, or its folder is none
             temporary.unlink()
 
 

@@ -102,7 +102,7 @@ def _transcript_pair(row: RawRow) -> Row | None:
     if prompt != other:
         skipped(PROMPTS_DIFFER)
         return None
-    return Row(prompt, [chosen, rejected], [(0, 1)], chosen, row.source, _pair_scores(row))
+    return Row(prompt, [chosen, rejected], [(0, 1)], chosen, row.source, pair_scores(row))
 
 
 @form("prompt / responses / scores", "prompt", "responses", "scores")
@@ -208,14 +208,10 @@ def strip_html(html: str) -> str:
 def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
     """The n scores of a row's responses, as numbers. Raises UserError for anything else: NaN, and what float32 can't hold."""
     if not isinstance(scores, list) or len(scores) != n:
-        raise row.error(
-            f"field '{field}' is {describe(scores)}, not a list of {n} numbers", "write one for each response"
-        )
+        raise row.error(f"field '{field}' is {describe(scores)}, not a list of {n} numbers", "write one for each response")
     for i, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
-            raise row.error(
-                f"field '{field}[{i}]' is {describe(score)}, not a finite number", f"mend or remove the {row.unit}"
-            )
+            raise row.error(f"field '{field}[{i}]' is {describe(score)}, not a finite number", f"mend or remove the {row.unit}")
     return scores
 
 
@@ -270,10 +266,10 @@ def _pair(row: RawRow, prompt: Text, target: str = "sft_target") -> Row | None:
         return None
     responses = [texts["chosen"], texts["rejected"]]
     sft_target = texts[target if target in texts else "chosen"]
-    return Row(prompts["chosen"], responses, [(0, 1)], sft_target, row.source, _pair_scores(row))
+    return Row(prompts["chosen"], responses, [(0, 1)], sft_target, row.source, pair_scores(row))
 
 
-def _pair_scores(row: RawRow) -> list[float] | None:
+def pair_scores(row: RawRow) -> list[float] | None:
     """The scores of chosen and rejected, where the row has both, or its `metadata` does (UltraFeedback)."""
     for fields in (row.fields, row.fields.get("metadata")):
         for names in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedModel
 
 import train  # registers what config.yaml is resolved with
 from command_line import check_command_line
@@ -43,6 +44,7 @@ ALWAYS = {
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = Parser(__doc__ or "", prog="eval.py")
     p.add_argument("model", help="a run, checkpoint, policy.pt, folder or name on the hub")
     p.add_argument("overrides", nargs="*", metavar="knob=value", help="as for train.py, e.g. datasets=[hh] n_eval_examples=500")
@@ -98,14 +100,14 @@ def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
 def evaluate(found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path) -> tuple[Record, int]:
     """The record that training would log, and of how many examples. Pictures of a reward model's scores go to `folder`."""
     if found.scalar != (loss.reads == "scores"):
-        kind, other = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
-        raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {other}; give another loss=")
+        kind, wanted = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
+        raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss=")
     tokenizer = load_tokenizer(config)
     _, examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
     if not examples:
         raise UserError(f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give eval_datasets")
     check_margins(loss, examples)
-    policy, other = load_policy(config, scalar=found.scalar), None
+    policy, other = load_policy(config, scalar=found.scalar), cast(PreTrainedModel | None, None)
     check_vocabulary(policy, tokenizer, examples.highest_id(), found.name)
     if loss.needs_reference:
         spec = find_model(reference).config if reference else start_of(found)

@@ -72,16 +72,16 @@ def length_buckets(lengths: np.ndarray) -> np.ndarray:
 
 
 class Calibration(NamedTuple):
-    """Pairs in bins of like margins, as many in each: how sure a Bradley-Terry model was, and how often it was right.  [b] each"""
+    """Pairs in bins of like margins, as many in each: how sure a Bradley-Terry model was, and how often it was right."""
 
-    predicted: np.ndarray  # mean of sigmoid(|margin|)
-    observed: np.ndarray  # share whose chosen response scored higher; a tie, where the model says 1/2, is half
-    count: np.ndarray
+    predicted: np.ndarray  # [b] mean of sigmoid(|margin|)
+    observed: np.ndarray  # [b] share whose chosen response scored higher; a tie, where the model says 1/2, is half
+    pairs: np.ndarray  # [b] how many
 
     @property
     def error(self) -> float:
         """Expected calibration error: mean |observed - predicted| over pairs, 0 to 0.5."""
-        return float(np.average(np.abs(self.observed - self.predicted), weights=self.count)) if self.count.sum() else float("nan")
+        return float(np.average(np.abs(self.observed - self.predicted), weights=self.pairs)) if len(self.pairs) else float("nan")
 
 
 def calibration(margins: np.ndarray, n_bins: int = 10) -> Calibration:

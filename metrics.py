@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -169,7 +170,10 @@ def _brief(value: float) -> str:
 
 
 class JsonLines:
-    """metrics.jsonl (one object per step and evaluation, `step` = examples seen) and samples.jsonl in the run directory."""
+    """In the run directory: metrics.jsonl (one object per step and evaluation, `step` = examples seen), and samples.jsonl, with
+    samples.md for reading."""
+
+    FILES = ("metrics.jsonl", "samples.jsonl", "samples.md")
 
     every_step = True
 
@@ -186,11 +190,14 @@ class JsonLines:
         with self.writing(), open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
             for step, prompt, sample in rows:
                 file.write(json.dumps({"table": name, "step": step, "prompt": prompt, "sample": sample}) + "\n")
+        with self.writing(), open(self.run_dir / "samples.md", "a", encoding="utf-8") as file:
+            file.write(f"## {name.replace('_', ' ')} after {examples:,} examples\n\n")
+            file.writelines(f"{_quoted(prompt)}\n\n{_quoted(sample, 2)}\n\n" for _, prompt, sample in rows)
 
     def mark(self) -> dict[str, int]:
         """{file: bytes}, all of them on the disk."""
         lengths = {}
-        for path in (self.run_dir / name for name in ("metrics.jsonl", "samples.jsonl")):
+        for path in (self.run_dir / name for name in self.FILES):
             if path.exists():
                 with self.writing(), open(path, "rb") as file:
                     os.fsync(file.fileno())
@@ -208,6 +215,19 @@ class JsonLines:
         except OSError as error:
             raise StorageError(f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror}; checkpoints are "
                                "whole; free some space and go on with resume=auto") from None  # fmt: skip
+
+
+def _quoted(text: str, depth: int = 1) -> str:
+    """As a Markdown quotation of preformatted text, whatever it holds.
+
+    >>> print(_quoted("Hi <b>\\n``` there"))
+    > ````
+    > Hi <b>
+    > ``` there
+    > ````
+    """
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return "\n".join("> " * depth + line for line in (fence, *text.strip("\n").split("\n"), fence))
 
 
 class Wandb:

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -98,7 +99,11 @@ def start_of(found: Found) -> DictConfig:
 
 
 def open_model(found: Found, device: str | None = None) -> Opened:
-    """Load what was found, on `device` (None: the GPU if there is one, else the CPU)."""
+    """Load what was found, on `device` (None: the GPU if there is one, else the CPU). UserError for one that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out to pick one") from None
     found.config.device = device
     tokenizer = load_tokenizer(found.config)
     model: Any = load_policy(found.config, scalar=found.scalar)

@@ -25,9 +25,10 @@ from head import held_bytes, step_bytes
 from losses import Loss
 from models import DTYPES, block_class
 from optimization import make_optimizer, make_schedule
-from preference_datasets import dataset_names
+from preference_datasets import LOADERS, resolve
 from preparation import load_examples
 from pretrained import load_config, load_tokenizer
+from scalar_head import put_scalar_head
 from sizing import CARDS, Layout, Memory, Precision, Weights
 from tokenization import Example, n_tokens, trees_of
 from utils import UserError
@@ -48,6 +49,7 @@ class Model(NamedTuple):
     held: Callable[..., Held | None]  # activations.count of this model, each once; None where it fails
     packed: bool  # takes trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
+    n_out: int  # rows of that matrix: the vocabulary, or one score
 
 
 class Data(NamedTuple):
@@ -86,7 +88,7 @@ class Plan(NamedTuple):
 
 def show(config: DictConfig, loss: Loss) -> str:
     """The plan of this run, as one screen of text. UserError for what cannot be planned."""
-    model, data = read_model(config), read_data(config, loss)
+    model, data = read_model(config, loss), read_data(config, loss)
     found, limit = make_plan(config, loss, model, data), gb(config)
     lines = [*_what(config, loss, model, data, found), *_run(config, model, data, found), "", *_table(found.memory), ""]
     peak = found.memory.peak / 1e9
@@ -103,10 +105,12 @@ def show(config: DictConfig, loss: Loss) -> str:
 # ---- the model and the data ----
 
 
-def read_model(config: DictConfig) -> Model:
+def read_model(config: DictConfig, loss: Loss) -> Model:
     """From the model's config alone."""
     hf_config = load_config(config)
     model = activations.blank_model(hf_config, DTYPES[config.model.policy_dtype])
+    if loss.reads == "scores":
+        put_scalar_head(model)
     kind = block_class(model, config.model.block_name)
     blocks = [list(m.parameters()) for m in model.modules() if isinstance(m, kind)]
     within = {id(p) for block in blocks for p in block}
@@ -123,13 +127,14 @@ def read_model(config: DictConfig) -> Model:
     packed = count((1, 16), 16, torch.float32, None, False) is not None
     capped = getattr(hf_config.get_text_config(), "final_logit_softcapping", None)
     plain_head = isinstance(model.get_output_embeddings(), nn.Linear) and not capped
-    return Model(type(model).__name__, hf_config, weights, sizing.cost_of(model), count, packed, plain_head)
+    n_out = 1 if loss.reads == "scores" else hf_config.get_text_config().vocab_size
+    return Model(type(model).__name__, hf_config, weights, sizing.cost_of(model), count, packed, plain_head, n_out)
 
 
 def read_data(config: DictConfig, loss: Loss) -> Data:
     """The run's own examples where they are at hand, else an assumption. Nothing is fetched from the hub, and nothing kept."""
     pairs = loss.data == "pairs"
-    afar = [name for name in config.datasets if name in dataset_names() and not config.dataset_paths.get(name)]
+    afar = [name for name in map(resolve, config.datasets) if name in LOADERS and not config.dataset_paths.get(name)]
     try:
         with _offline(bool(afar)), redirect_stdout(io.StringIO()):
             train, _ = load_examples(config, load_tokenizer(config), pairs, keep=False)
@@ -211,8 +216,8 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         model.weights, layout, precision, sharded=sharded, live=live, foreach=foreach,
         kept_whole=steps.n_micro > 1 and not summed,
         activations=held.wide + held.within / layout.tp_size if held else assumed,
-        head=step_bytes(n, text.hidden_size, text.vocab_size, compute.itemsize, GPU) if model.plain_head
-        else n * text.vocab_size * (2 * compute.itemsize + 2 * 4),  # logits in two precisions, and their gradients
+        head=step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU) if model.plain_head
+        else n * model.n_out * (2 * compute.itemsize + 2 * 4),  # logits in two precisions, and their gradients
     )  # fmt: skip
     return Plan(layout, precision, live, loss.needs_reference and cached, summed, held is not None, steps, total)
 

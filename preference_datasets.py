@@ -52,11 +52,13 @@ class Prompt(TypedDict):
 
 
 class Hub(NamedTuple):
-    """A set on the Hugging Face hub."""
+    """A set on the Hugging Face hub, or a local one."""
 
-    name: str
+    name: str | None  # None: it isn't on the hub, and `dataset_paths` must say where it is
     data_dir: str | None = None  # the part of it that is read
     test_share: float | None = None  # its own rule, for a set that is published with a train split only
+    test_split: str = "test"  # how the hub calls what is held out
+    config: str | None = None
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Loader(NamedTuple):
     truncation: str
     hub: Hub | None
     fields: frozenset[str]  # raw fields by which a file given by its path is known to be of this schema
+    pairs: bool  # False: it has SFT targets only
 
 
 LOADERS: dict[str, Loader] = {}
@@ -88,7 +91,9 @@ LOADERS: dict[str, Loader] = {}
 _drawn: ContextVar[DataSet] = ContextVar("drawn", default=DataSet("<name>", 0.0, iter(())))  # noqa: B039  nobody reads its counts
 
 
-def dataset(truncation: str = "keep_start", hub: str | Hub | None = None, fields: Iterable[str] = ()) -> Callable:
+def dataset(
+    truncation: str = "keep_start", hub: str | Hub | None = None, fields: Iterable[str] = (), pairs: bool = True
+) -> Callable:
     """Register `get_xyz(split, silent=False, cache_dir=None[, path=None])` as "xyz".
 
     It returns `{prompt: Prompt}`, or the rows (prompt, responses, pairs, sft_target) as a list, a `datasets.Dataset` or a
@@ -103,7 +108,7 @@ def dataset(truncation: str = "keep_start", hub: str | Hub | None = None, fields
         if not load.__name__.startswith("get_"):
             raise UserError(f"@dataset: the function {load.__name__} must be called get_<name of the data set>")
         name = load.__name__.removeprefix("get_")
-        LOADERS[name] = Loader(name, load, truncation, Hub(hub) if isinstance(hub, str) else hub, frozenset(fields))
+        LOADERS[name] = Loader(name, load, truncation, Hub(hub) if isinstance(hub, str) else hub, frozenset(fields), pairs)
         return load
 
     return register
@@ -111,6 +116,16 @@ def dataset(truncation: str = "keep_start", hub: str | Hub | None = None, fields
 
 def dataset_names() -> list[str]:
     return sorted(LOADERS)
+
+
+def resolve(name: str) -> str:
+    """The registered name of a set that is given by its name on the hub, unless there is such a path; else `name` itself."""
+    if name in LOADERS or "/" not in name or Path(name).expanduser().exists():
+        return name
+    same = sorted(loader.name for loader in LOADERS.values() if loader.hub and loader.hub.name == name)
+    if len(same) > 1:
+        raise UserError(f"{name}: {' and '.join(same)} read it, each in its own way; give one of these names")
+    return same[0] if same else name
 
 
 # ---- the loaders ----
@@ -172,22 +187,26 @@ def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]
     best: dict[str, float] = {}
     for row in load_rows(SHP, split, _history, path=path, cache_dir=cache_dir, silent=silent):
         prompt = hh_prompt(_history(row))
-        responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
-        scores = check_scores(row, [row.value("score_A"), row.value("score_B")], "score_A, score_B", 2)
-        label = row.value("labels")
-        if label not in (0, 1):
-            raise row.error(
-                f"field 'labels' is {describe(label)}, not 1 (A preferred) or 0 (B preferred)", "mend the row"
-            )
+        responses, scores, pair = shp_pair(row)
         if min(scores) < 1:
             skipped("score below 1")
         elif max(scores) / min(scores) < 2:
             skipped("score ratio below 2")
         else:
-            entry = _add(data, prompt, responses, [(0, 1) if label == 1 else (1, 0)])
+            entry = _add(data, prompt, responses, [pair])
             entry.setdefault("scores", []).extend(scores)
             _keep_best(entry, best, prompt, responses, scores)
     return data
+
+
+def shp_pair(row: RawRow) -> tuple[list[str], list[float], tuple[int, int]]:
+    """A row of SHP. -> (responses A and B, their scores, (preferred, dispreferred) by `labels`)"""
+    responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
+    scores = check_scores(row, [row.value("score_A"), row.value("score_B")], "score_A, score_B", 2)
+    label = row.value("labels")
+    if label not in (0, 1):
+        raise row.error(f"field 'labels' is {describe(label)}, not 1 (A preferred) or 0 (B preferred)", "mend the row")
+    return responses, scores, (0, 1) if label == 1 else (1, 0)
 
 
 def _history(row: RawRow) -> str:
@@ -204,9 +223,7 @@ def get_se(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str,
     """
     for row in load_rows(SE, split, _question, path=path, cache_dir=cache_dir, silent=silent):
         prompt, answers = hh_prompt(_question(row)), row.value("answers")
-        if not isinstance(answers, list) or not all(
-            isinstance(a, dict) and {"text", "pm_score"} <= a.keys() for a in answers
-        ):
+        if not isinstance(answers, list) or not all(isinstance(a, dict) and {"text", "pm_score"} <= a.keys() for a in answers):
             raise row.error(f"field 'answers' is {describe(answers)}", "write a list of {text, pm_score}")
         if not answers:
             skipped("question without answers")
@@ -223,10 +240,7 @@ def _question(row: RawRow) -> str:
     return strip_html(row.text("question"))
 
 
-SAFERLHF_FIELDS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
-
-
-@dataset(hub=SAFERLHF, fields=SAFERLHF_FIELDS)
+@dataset(hub=SAFERLHF, fields=("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"))
 def get_saferlhf(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """PKU-SafeRLHF, the rows of which one response is labelled safe and the other not: the safe one is preferred.
 
@@ -301,36 +315,34 @@ _hub_sets: dict[tuple, Any] = {}  # loaded once per process
 def _source(hub: Hub, split: str, path: str | None, cache_dir: str | None, silent: bool) -> Source:
     if path is not None:
         return open_source(path, split, hub.data_dir)
+    name = _drawn.get().name
+    if hub.name is None:
+        raise UserError(f"{name}: it isn't on the hub; set dataset_paths.{name}=/path/to/its/files")
     import datasets
 
     if silent:
         datasets.disable_progress_bars()
     train_only = hub.test_share is not None
-    options = {"split": "train" if train_only else split, "cache_dir": cache_dir, "data_dir": hub.data_dir}
+    there = "train" if train_only else hub.test_split if split == "test" else split
+    options = {"split": there, "cache_dir": cache_dir, "data_dir": hub.data_dir} | ({"name": hub.config} if hub.config else {})
     key = (hub.name, *options.values())
     try:
         rows = _hub_sets[key] = _hub_sets[key] if key in _hub_sets else datasets.load_dataset(hub.name, **options)
     except Exception as error:  # no network, a gated set, a full disk: each library below has its own kinds
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        fix = f"set dataset_paths.{_drawn.get().name}=/path/to/local/copy, or check network and `hf auth login`"
+        fix = f"set dataset_paths.{name}=/path/to/local/copy, or check network and `hf auth login`"
         raise UserError(f"can't load {hub.name} (split {split}) from the hub ({problem}); {fix}") from error
     fingerprint = getattr(rows, "_fingerprint", None)
-    return Source(lambda: number(rows, hub.name), train_only, fingerprint and (hub.name, fingerprint))
+    return Source(lambda: number(rows, str(hub.name)), train_only, fingerprint and (hub.name, fingerprint))
 
 
 # ---- what the rest of the code calls ----
 
 
 def get_dataset(
-    name: str,
-    split: str,
-    *,
-    silent: bool = False,
-    cache_dir: str | None = None,
-    path: str | None = None,
-    field_map: Mapping[str, str] | None = None,
-    eval_share: float,
-) -> DataSet:
+    name: str, split: str, *, silent: bool = False, cache_dir: str | None = None, path: str | None = None,
+    field_map: Mapping[str, str] | None = None, eval_share: float,
+) -> DataSet:  # fmt: skip
     """The split of a registered data set (`path`: its local copy), or of the user's own file or folder `name`.
 
     `field_map` is for own files: our name of a field -> the file's. `eval_share` is the test split's share of the prompts,
@@ -338,12 +350,13 @@ def get_dataset(
     """
     if not 0 <= eval_share <= 1:
         raise UserError(f"eval_share={eval_share}: the share of prompts held out for evaluation lies in [0, 1]")
+    name = resolve(name)
     data = DataSet(name, eval_share, iter(()))
     if name in LOADERS:
         if field_map:
             raise UserError(f"field_map={dict(field_map)}: {name} has its own schema; use it with own files")
         rows = _registered(data, LOADERS[name], split, silent, cache_dir, path)
-    elif _is_path(name):
+    elif "/" in name or name.lower().endswith(SUFFIXES):
         rows = _own_files(data, split, silent, field_map)
     else:
         raise _unknown(name)
@@ -361,6 +374,7 @@ def made_of(name: str, split: str, cache_dir: str | None, path: str | None) -> t
     None where that can't be known: a user's loader that declares no hub and is given no path may read anything.
     """
     version: tuple | None = None
+    name = resolve(name)
     if name not in LOADERS:
         version = open_source(name, split).version
         functions = [form_.convert for form_ in FORMS] + [loader.load for loader in LOADERS.values() if loader.fields]
@@ -376,17 +390,10 @@ def made_of(name: str, split: str, cache_dir: str | None, path: str | None) -> t
     return (version, sorted(map(Path, code))) if version and all(Path(file).is_file() for file in code) else None
 
 
-def _is_path(name: str) -> bool:
-    return "/" in name or name.lower().endswith(SUFFIXES)
-
-
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, LOADERS, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    known = f"known are {', '.join(dataset_names())}"
-    return UserError(
-        f"unknown data set '{name}'; {hint}{known}; a file or folder is given by its path, such as ./{name}.jsonl"
-    )
+    known = "".join(f"did you mean '{one}'? " for one in near) + f"known are {', '.join(dataset_names())}"
+    return UserError(f"unknown data set '{name}'; {known}; a file or folder is given by its path, such as ./{name}.jsonl")
 
 
 def _registered(data: DataSet, loader: Loader, split: str, silent, cache_dir, path) -> Iterator[Row]:
@@ -395,9 +402,7 @@ def _registered(data: DataSet, loader: Loader, split: str, silent, cache_dir, pa
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         options = {option: value for option, value in options.items() if option in takes}
     if path is not None and "path" not in options:
-        raise UserError(
-            f"dataset_paths.{loader.name}={path}: get_{loader.name} takes no 'path'; add the parameter, or unset it"
-        )
+        raise UserError(f"dataset_paths.{loader.name}={path}: get_{loader.name} takes no 'path'; add the parameter, or unset it")
     loaded = loader.load(split, **options)
     if hasattr(loaded, "__len__"):
         data.n_rows = len(loaded)

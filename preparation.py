@@ -17,10 +17,12 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 import parallel
+import pipeline_datasets  # noqa: F401  registers its sets
+import splits
 from batching import Schedule
 from examples import Examples, cases, concatenate, contradicted, seen_before, slices, view
 from losses import Loss
-from preference_datasets import dataset_names, get_dataset, made_of
+from preference_datasets import LOADERS, get_dataset, made_of, resolve
 from token_store import Recipe, TokenStore, find_or_make, fingerprint
 from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos
 from utils import UserError, get_local_dir, plain, rank, rank0_print
@@ -32,6 +34,7 @@ class Part(NamedTuple):
     examples: Examples
     skipped: Mapping[str, int]  # reason -> rows that the loader left out
     cases: Counter[str]  # case -> examples it applies to, before any rule
+    n_prompts: int | None = None  # of all stages together, where data_split gives each its own
 
 
 def load_examples(
@@ -46,8 +49,8 @@ def load_examples(
     rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
     own_eval = config.eval_datasets is not None  # then a file is all training or all evaluation
     shares = {"train": 0.0, "test": 1.0} if own_eval else dict.fromkeys(("train", "test"), config.eval_share)
-    wanted = [("train", name) for name in config.datasets]
-    wanted += [("test", name) for name in (config.eval_datasets if own_eval else config.datasets)]
+    wanted = [("train", name) for name in dict.fromkeys(map(resolve, config.datasets))]
+    wanted += [("test", name) for name in dict.fromkeys(map(resolve, config.eval_datasets if own_eval else config.datasets))]
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
     for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares, keep), strict=True):
@@ -57,7 +60,8 @@ def load_examples(
         if store.n_rows and not examples and (split == "train" or own_eval):
             missing = "preference pairs (chosen and rejected), which this loss needs" if pairs else "SFT targets"
             raise UserError(f"datasets: {name} holds no {missing}; its form: {store.form}")
-        parts[split][name] = Part(examples, store.skipped, Counter())
+        examples, n_prompts = _of_stage(examples, name, split, config)
+        parts[split][name] = Part(examples, store.skipped, Counter(), n_prompts)
 
     train, test = parts["train"], parts["test"]
     none = np.empty(0, np.uint64)
@@ -66,12 +70,27 @@ def load_examples(
         for some, leaks in ((train, held_out), (test, none)):
             if name in some:
                 some[name] = apply_rules(some[name], leaks, config.data_rules, name)
-        rank0_print(describe(name, train.get(name), test.get(name), config.data_rules, config.eos_in_text))
+        stage = f"data_split={config.data_split} stage={config.stage}"
+        rank0_print(describe(name, train.get(name), test.get(name), config.data_rules, config.eos_in_text, stage))
     examples = concatenate([part.examples for part in train.values()])
     if not examples:
         raise UserError(f"datasets={list(config.datasets)}: no training example is left; see eval_share and data_rules")
     rank0_print(show_example(examples[0], tokenizer))
+    if said := splits.lineage(config):
+        rank0_print(said)
     return examples, _first(concatenate([part.examples for part in test.values()]), config)
+
+
+def _of_stage(examples: Examples, name: str, split: str, config: DictConfig) -> tuple[Examples, int | None]:
+    """The stage's share, and the prompts of all stages; all, and None, where data_split doesn't speak of this set."""
+    shares = splits.weights_of(config.data_split, name)
+    if shares is None:
+        return examples, None
+    try:
+        return splits.cut(examples, shares, config.stage, config.split_seed)
+    except ValueError as n:
+        raise UserError(f"data_split={config.data_split}: {name} ({split}) has fewer prompts ({n}) than there are stages; give "
+                        "it more (see eval_share and eval_datasets), or data_split=null") from None  # fmt: skip
 
 
 def token_stores(
@@ -87,7 +106,7 @@ def token_stores(
         made, identity = [], fingerprint(tokenizer)
         for split, name in wanted:
             path, share = config.dataset_paths.get(name), shares[split]
-            field_map = plain(config.field_map) if name not in dataset_names() else {}
+            field_map = plain(config.field_map) if name not in LOADERS else {}
             data = get_dataset(name, split, cache_dir=str(local_dir), path=path, field_map=field_map, eval_share=share)
             inputs = made_of(name, split, str(local_dir), path)
             options = {"eval_share": share, "field_map": field_map, "path": path}
@@ -152,7 +171,7 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
                 keep[here] &= ~is_case
     if len(examples) and not keep.any():
         raise UserError(f"datasets: data_rules leave no example of {name}: {dict(counts)} of {len(examples)}")
-    return Part(examples if keep.all() else examples.select(keep), part.skipped, counts)
+    return part._replace(examples=examples if keep.all() else examples.select(keep), cases=counts)
 
 
 def _is_in(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -162,7 +181,7 @@ def _is_in(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
 
 
-def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[str, str], eos: str) -> str:
+def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[str, str], eos: str, stage: str = "") -> str:
     """The table that is printed once per data set before training: what is used, and how many are of each case."""
     columns = [(title, part) for title, part in (("train", train), ("eval", test)) if part]
     parts = [part for _, part in columns]
@@ -177,6 +196,8 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
 
     add(f"{unit} used", (len(some) for some in examples))
     add("prompts", (len(np.unique(some.digest(0))) for some in examples))
+    if any(part.n_prompts is not None for part in parts):
+        add("  of all stages'", (part.n_prompts or 0 for part in parts), stage)
     add("prompt tokens", (int(some.lengths[:, 0].sum()) for some in examples))
     add("response tokens", (int(some.lengths[:, 1:].sum()) for some in examples))
     for case, rule in rules.items():

@@ -270,6 +270,29 @@ def is_classifier(hf_config: Any) -> bool:
     return any(str(name).endswith("ForSequenceClassification") for name in getattr(hf_config, "architectures", None) or ())
 
 
+def has_scalar_head(config: DictConfig) -> bool:
+    """Of a sequence-classification model: is it a causal LM whose one score per token is a plain matrix, so that load_policy's
+    `scalar` can read it? Nothing but its config is read."""
+    hf_config = load_config(config)
+    with _model_errors(config), torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(hf_config)
+    head = getattr(model, "score", None)
+    plain_head = isinstance(head, nn.Linear) and head.bias is None and head.out_features == 1
+    return plain_head and type(hf_config) in AutoModelForCausalLM._model_mapping
+
+
+def load_classifier(config: DictConfig) -> PreTrainedModel:
+    """A sequence-classification model of any class, as it is. Raises UserError, in one line, for what cannot be loaded."""
+    spec, name = config.model, config.model.name_or_path
+    hf_config = load_config(config)
+    with _model_errors(config):
+        trust.check_folder(name)
+        source = _source(name) | trust.pinned(spec, name)
+        model = AutoModelForSequenceClassification.from_pretrained(config=hf_config, dtype=DTYPES[spec.policy_dtype], **source)
+    _check_finite(model, _origin(config))
+    return model
+
+
 def _scorer_of_state(
     hf_config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, origin: str, code: dict[str, Any]
 ) -> PreTrainedModel:

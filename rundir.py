@@ -26,7 +26,7 @@ from history import flatten, status
 from utils import PeerLost, ResumeMismatch, UserError, environment, get_local_dir, plain, rank, rank0_print, redacted
 
 TIME_STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}")
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "samples.md")
 LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, but not at once
 
 # Knobs that may change when a run goes on. What is read from paths is compared by its contents instead (see `recipe`).

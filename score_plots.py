@@ -31,7 +31,7 @@ def draw_calibration(chosen: np.ndarray, rejected: np.ndarray, path: Path, title
     """What a Bradley-Terry model with these scores [n] says of its winner, against how often it was the chosen one. A PNG."""
     bins = calibration(chosen - rejected)
     figure, axis = _figure(f"{title}\ncalibration error {bins.error:.3f}")
-    intervals = [wilson(observed * n, n) for observed, n in zip(bins.observed, bins.count, strict=True)]
+    intervals = [wilson(observed * n, n) for observed, n in zip(bins.observed, bins.pairs, strict=True)]
     bars = [[i.value - i.low for i in intervals], [i.high - i.value for i in intervals]]
     axis.plot([0.5, 1], [0.5, 1], "--", color="grey", linewidth=1, label="calibrated")
     axis.errorbar(bins.predicted, bins.observed, bars, fmt="o-", capsize=3, label="observed, 95 %")

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 import data_files
 import data_forms
+import pipeline_datasets
 import preference_datasets
 import tokenization
 from preference_datasets import DataSet
@@ -145,7 +146,8 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
         return None
     read, code = recipe.inputs
     tokenizer, rules = recipe.tokenizer, recipe.rules
-    ours = [Path(str(module.__file__)) for module in (data_files, data_forms, preference_datasets, tokenization)]
+    modules = (data_files, data_forms, preference_datasets, pipeline_datasets, tokenization)
+    ours = [Path(str(module.__file__)) for module in modules]
     made_of = {
         "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,
         "bos": automatic_bos(tokenizer) if rules.add_bos else None, "eos_in_text": rules.eos_in_text,

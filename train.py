@@ -34,7 +34,7 @@ import processes
 import rundir
 import trainers
 from archives import resolve_archive
-from command_line import check_command_line, no_environment
+from command_line import check_command_line, no_environment, spelled_out
 from curves import draw_curves
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
@@ -219,6 +219,7 @@ def main() -> None:
     together = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
     os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex  # which start wrote status.json
     try:
+        sys.argv[1:] = spelled_out(sys.argv[1:])
         check_command_line(sys.argv[1:], Path(__file__))
         run()
     except UserError as error:

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+import pipeline_datasets  # noqa: F401  registers its sets
 import rundir
+import splits
 import trust
 from archives import resolve_archive
 from losses import Loss, build_loss
 from models import DTYPES
 from optimization import OPTIMIZERS, make_optimizer
-from preference_datasets import dataset_names
+from preference_datasets import LOADERS, dataset_names, resolve
 from sizing import CARDS
 from trainers import TRAINERS
 from utils import UserError, local_root, plain, redact, under_torchrun
@@ -78,6 +80,8 @@ KNOBS: dict[str, Check] = {
     "plan": FLAG, "plan_gpus": maybe(whole(1)), "plan_nodes": maybe(whole(1)), "plan_gpu": one_of(*CARDS),
     "plan_gpu_gb": maybe(POSITIVE), "plan_mfu": number(lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "datasets": names(1), "eval_datasets": maybe(names(1)), "field_map": maybe(MAPPING),
+    "data_split": maybe((splits.is_data_split, "three numbers, of which one is above 0, such as 5,0,5; or '{hh: [5,0,5]}'")),
+    "stage": maybe(one_of(*splits.STAGES)), "split_seed": whole(0),
     "eval_share": number(lambda v: 0 <= v < 1, "a number in [0, 1)"), "chat_template": maybe(TEXT),
     "max_length": whole(2), "max_prompt_length": whole(1), "truncation_mode": maybe(one_of("keep_start", "keep_end")),
     "response_truncation": one_of("fixed", "fill"), "add_bos": FLAG,
@@ -132,10 +136,15 @@ def validate(config: DictConfig) -> Loss:
     _across(config)
     import_plugins(config.plugins)
     _data_sets(config)
+    splits.check(config)
     try:
         loss = build_loss(plain(config.loss))
     except ValueError as error:
         raise UserError(str(error)) from None
+    for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
+        if loss.data == "pairs" and name in LOADERS and not LOADERS[name].pairs:
+            raise UserError(f"datasets={list(config.datasets)}: {name} has SFT targets only, and this loss ({loss.name}) needs "
+                            "pairs; train on it with loss=sft")  # fmt: skip
     if config.reference != "auto" and not loss.needs_reference:
         raise UserError(f"reference={config.reference}: this loss ({loss.name}) needs no reference; leave reference=auto")
     return loss
@@ -158,7 +167,8 @@ def _data_sets(config: DictConfig) -> None:
     for name, path in config.dataset_paths.items():
         if path is not None and name not in dataset_names():
             raise UserError(f"dataset_paths.{name}={path}: no such data set; known: {', '.join(dataset_names())}")
-    if config.field_map and all(name in dataset_names() for name in (*config.datasets, *(config.eval_datasets or ()))):
+    names = [resolve(name) for name in (*config.datasets, *(config.eval_datasets or ()))]
+    if config.field_map and all(name in LOADERS for name in names):
         raise UserError(f"field_map={dict(config.field_map)}: named data sets have their own fields; it is for files by path")
 
 

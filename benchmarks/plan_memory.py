@@ -127,7 +127,7 @@ def foretell(arguments: list[str]) -> dict[str, float]:
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = hydra.compose("config", [*arguments, "plan=true", f"plan_gpus={2 if several else 1}"])
     loss = validate(config)
-    found = plan.make_plan(config, loss, plan.read_model(config), plan.read_data(config, loss))
+    found = plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss))
     kinds = {kind: values[0] / 1e9 for kind, values in found.memory.kinds.items()}
     return kinds | {"all": found.memory.peak / 1e9}
 

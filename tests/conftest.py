@@ -73,8 +73,10 @@ def compose():
 def compose_config(*overrides):
     import hydra
 
+    from command_line import spelled_out
+
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        return hydra.compose("config", list(map(str, overrides)))
+        return hydra.compose("config", spelled_out(map(str, overrides)))
 
 
 @pytest.fixture

@@ -155,6 +155,8 @@ KNOBS = {
     "lr=fast": ("lr=fast", "above 0"),
     "debug=1": ("debug=1", "true or false"),
     "eval_share=1": ("eval_share=1", "[0, 1)"),
+    "data_split=5,0,5": ("data_split=5,0,5", "which part?", "stage="),  # not three runs to Hydra
+    "data_split=5,0": ("data_split=5,0", "three numbers", "5,0,5"),
     "min_lr_ratio=2": ("min_lr_ratio=2", "[0, 1]"),
     "lr_schedule=step": ("lr_schedule=step", "constant, linear, cosine"),
     "local_dirs=[]": ("local_dirs=[]", "a list"),

@@ -1,6 +1,7 @@
 """The config tree: every documented command composes and validates, every knob is checked and read, the 2023 names stand."""
 
 import copy
+import importlib
 import inspect
 import itertools
 import re
@@ -86,8 +87,8 @@ def documents():
     return [f for f in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "demo/README.md"] if f.is_file()]
 
 
-def shell_commands(text):
-    """The `train.py` commands in a Markdown text's shell blocks, as lists of overrides.
+def shell_commands(text, script="train"):
+    """The commands of a script in a Markdown text's shell blocks, as lists of arguments.
 
     >>> shell_commands('x\\n```bash\\n$ A=1 python -u train.py a=1 \\\\\\n  b=[c]  # why\\nls\\n```\\n`python train.py z=1`')
     [['a=1', 'b=[c]']]
@@ -96,7 +97,7 @@ def shell_commands(text):
     for block in re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
-            scripts = [i for i, word in enumerate(words) if word.endswith("train.py")]
+            scripts = [i for i, word in enumerate(words) if word.split("/")[-1] == f"{script}.py"]
             if scripts and scripts[0] > 0:
                 found.append(list(itertools.takewhile(lambda w: w not in ("&&", "|", ";", ">", "&"), words[scripts[0] + 1 :])))
     return found
@@ -122,6 +123,19 @@ def jobs(overrides):
         return [overrides]
     parsed = OverridesParser.create().parse_overrides([word for word in overrides if word != "-m"])
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+SMALL = sorted(f.stem for f in ROOT.glob("*.py") if "\ndef parser(" in f.read_text())  # the commands beside train.py
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_the_documented_small_commands(script):
+    """Each is shown in README.md or docs/, and its own parser takes what is shown. Files and models need not exist."""
+    shown = [arguments for file in documents() for arguments in shell_commands(file.read_text(), script)]
+    assert shown, f"show python {script}.py in docs/"
+    parser = importlib.import_module(script).parser()
+    for arguments in shown:
+        parser.parse_args(arguments)
 
 
 @pytest.mark.skipif(not documents() or not (ROOT / "README.md").is_file(), reason="there is no README.md yet")
@@ -376,7 +390,7 @@ def test_every_key_of_a_group_means_something(knobs):
     rules = {knob.partition(".")[2] for knob in knobs if knob.startswith("data_rules.")}
     assert all(f'"{rule}"' in CODE["examples.py"] + CODE["preparation.py"] for rule in rules)
     paths = {knob.partition(".")[2] for knob in knobs if knob.startswith("dataset_paths.")}
-    shipped = {name for name, loader in LOADERS.items() if loader.load.__module__ == "preference_datasets"}
+    shipped = {name for name, loader in LOADERS.items() if loader.load.__module__.endswith("_datasets")}
     assert paths == shipped and all("path" in inspect.signature(LOADERS[name].load).parameters for name in shipped)
 
 

@@ -11,12 +11,15 @@ from transformers import AutoConfig
 import activations
 import plan
 import sizing
+from losses import build_loss
 from models import block_class
 from pretrained import no_dropout
 from sizing import Layout, Precision, Weights
 from utils import UserError
 from validation import validate
 
+SFT = {"name": "sft", "average_over": "examples"}
+REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 ARCHITECTURE = "model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 2, vocab_size: 32000"
 RANDOM = [
     f"model.architecture={{{ARCHITECTURE}, num_attention_heads: 32}}", "model.name_or_path=null",
@@ -105,7 +108,11 @@ def test_parameters_of_a_family(family, compose):
     spec = {"model_type": family} | SIZES | FAMILIES[family]
     config = compose("exp_name=x", "model.name_or_path=null", *RANDOM)
     config.model.architecture = spec
-    got, real = plan.read_model(config), tiny_model(family)
+    got, real = plan.read_model(config, build_loss(SFT)), tiny_model(family)
+    scorer, n_head = plan.read_model(config, build_loss(REWARD)), real.get_output_embeddings().weight.numel()
+    tied = real.config.get_text_config().tie_word_embeddings
+    bias = real.get_output_embeddings().bias is not None and SIZES["vocab_size"]
+    assert scorer.n_out == 1 and scorer.weights.n == got.weights.n + 32 - (0 if tied else n_head + bias)
     assert got.weights.n == sum(p.numel() for p in real.parameters())
     assert len(got.weights.blocks) == sum(isinstance(m, block_class(real, None)) for m in real.modules())
     assert got.cost == sizing.cost_of(real)
@@ -193,7 +200,7 @@ def test_a_fitting_size_is_the_edge(planned):
 def test_sharding_and_precision_make_it_smaller(planned):
     def peak(*more):
         config, loss = planned(*PAIRS, "optimizer=AdamW", "tokens_per_microbatch=1024", "reference=live", *more)
-        return plan.make_plan(config, loss, plan.read_model(config), plan.read_data(config, loss)).memory.peak
+        return plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss)).memory.peak
 
     one, eight = peak(), peak("trainer=FSDPTrainer", "plan_gpus=8")
     assert one > eight > peak("trainer=FSDPTrainer", "plan_gpus=8", "model.fsdp_policy_mp=bfloat16")

@@ -130,7 +130,8 @@ def test_activation_checkpointing_changes_no_number(train):
 def test_what_a_run_leaves_behind(train):
     run = train("left", *DPO, "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=2", "sample_max_new_tokens=5")
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "curves.png", "step-8", "LATEST", "status.json", ".lock"
+        "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "samples.md", "curves.png", "step-8", "LATEST", "status.json",
+        ".lock"
     }
     files = {"policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors", "manifest.json"}
     assert {p.name for p in (run / "LATEST").iterdir()} == files
@@ -141,6 +142,7 @@ def test_what_a_run_leaves_behind(train):
                  "counters/updates"):  # fmt: skip
         assert name in row
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert (run / "samples.md").read_text().count("## policy samples after") == 2
     assert [s["table"] for s in samples] == (["policy_samples"] * 2 + ["reference_samples"] * 2) * 2
     assert samples[0]["sample"] == samples[2]["sample"]  # the same model and the same draw, before the first step
     environment = json.loads((run / "env.json").read_text())

@@ -1,0 +1,276 @@
+"""Answers of one model or of several side by side: `python sample.py MODEL [MODEL ...]`. See docs/sampling.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+import prompts
+from commands import Parser, new_file, run
+from generation import MODES, Answer, Decoding, answers, flag
+from opening import Found, Opened, find_model, open_model
+from reference import weights_digest
+from tokenization import HH_TEMPLATE
+from utils import UserError, get_local_dir
+
+FIELDS = sorted({name for takes in MODES.values() for name in takes})
+TYPES = {"top_k": int, "num_beams": int, "num_beam_groups": int}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options. Those of a mode are there only if they were given."""
+    p = Parser("Answers of one model or of several, side by side.")
+    p.add_argument("models", nargs="+", metavar="MODEL", help="name on the hub, folder, .gguf file, run, checkpoint or policy.pt")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="a .jsonl, .json, .csv or .parquet file with a prompt a row")
+    source.add_argument("--dataset", metavar="NAME_OR_PATH", help="the prompts of a data set's test split")
+    source.add_argument("--language", choices=prompts.BUILT_IN, default="english", help="built-in prompts")
+    source.add_argument("--chat", action="store_true", help="talk to one model at the terminal")
+    p.add_argument("--field", default="prompt", help="the field of --prompts: a string, or messages")
+    p.add_argument("--raw", action="store_true", help="strings of --prompts are read as they stand, not as a user's turn")
+    p.add_argument("--split", choices=("train", "test"), default="test", help="of --dataset")
+    p.add_argument("--dataset-path", metavar="PATH", help="a local copy of a named --dataset")
+    p.add_argument("--eval-share", type=share, default=0.1, help="test share of a --dataset without a test split")
+    p.add_argument("--n-prompts", type=positive, help="so many prompts, drawn with --seed; all if not given")
+    how = p.add_argument_group("decoding")
+    how.add_argument("--mode", choices=MODES, default="sample", help="how answers are found")
+    for name in FIELDS:
+        defaults = ", ".join(f"{mode} {takes[name]}" for mode, takes in MODES.items() if name in takes)
+        how.add_argument(flag(name), type=TYPES.get(name, float), default=argparse.SUPPRESS, metavar="N", help=f"of {defaults}")
+    how.add_argument("--n", type=positive, default=1, help="answers to each prompt")
+    how.add_argument("--max-new-tokens", type=positive, default=128)
+    how.add_argument("--stop", action="append", default=[], metavar="STRING", help="end an answer here; may be given again")
+    how.add_argument("--seed", type=int, default=0, help="of drawing answers, and prompts")
+    p.add_argument("--batch-size", type=positive, default=8, help="prompts at once")
+    p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
+    p.add_argument("--tokenizer", help="another tokenizer than the model's own")
+    p.add_argument("--chat-template", metavar="hh|FILE", help="in place of the run's, or the tokenizer's")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    p.add_argument("--device", help="cpu, cuda, cuda:1; the GPU if there is one")
+    p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write all answers, with what it takes to repeat them")
+    p.add_argument("--format", choices=("answers", "pairs"), default="answers",
+                   help="of --out: a line per prompt and model; or {instruction, output_1, output_2}, with --n 2")  # fmt: skip
+    p.add_argument("--show", type=int, default=20, help="prompts to print, at most")
+    return p
+
+
+def positive(text: str) -> int:
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{n} is below 1")
+    return n
+
+
+def share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1]")
+    return value
+
+
+def decoding_of(options: argparse.Namespace) -> Decoding:
+    """Raises UserError for numbers out of their range, and what `Decoding.checked` refuses."""
+    given = {name: value for name, value in vars(options).items() if name in FIELDS}
+    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
+        "temperature": (lambda v: v > 0, "above 0; --mode greedy for the most probable"),
+        "top_k": (lambda v: v >= 0, "0 (all) or more"), "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
+        "num_beams": (lambda v: v >= 2, "at least 2"), "num_beam_groups": (lambda v: v >= 2, "at least 2"),
+        "diversity_penalty": (lambda v: v > 0, "above 0"), "penalty_alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    }  # fmt: skip
+    for name, value in given.items():
+        fits, said = ranges[name]
+        if not fits(value):
+            raise UserError(f"{flag(name)} {value:g}: must be {said}")
+    if options.mode == "contrastive" and given.get("top_k", 1) < 1:
+        raise UserError("--top-k 0: contrastive search needs candidates; give 2 or more")
+    if "" in options.stop:
+        raise UserError("--stop '': an empty string is everywhere; give one that ends an answer")
+    return Decoding(options.mode, options.n, options.max_new_tokens, tuple(options.stop), **given).checked()
+
+
+def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
+    """From where the options say; see prompts.py for the errors."""
+    if options.prompts:
+        found: Any = prompts.of_file(options.prompts, options.field, options.raw)
+    elif options.dataset:
+        cache = str(get_local_dir([".cache"]))
+        found = prompts.of_dataset(options.dataset, options.split, options.dataset_path, options.eval_share, cache)
+    else:
+        found = prompts.built_in(options.language)
+    return prompts.some_of(found, options.n_prompts, options.seed)
+
+
+def template_of(found: Found, given: str | None) -> str | None:
+    """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
+    named = given or found.config.get("chat_template")
+    if named in (None, "hh"):
+        return HH_TEMPLATE if named else None
+    try:
+        return Path(named).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{found.name}: its chat template {named} cannot be read; give --chat-template hh or FILE") from None
+
+
+def opened(found: Found, device: str | None) -> Opened:
+    """Its generation config emptied, but for the tokens that end: hidden settings would make models answer in different ways."""
+    model = open_model(found, device)
+    model.model.generation_config = GenerationConfig(eos_token_id=model.model.generation_config.eos_token_id)
+    return model
+
+
+def longest_prompt(model: Opened, decoding: Decoding) -> int:
+    """Tokens that a prompt may have. UserError if that is none."""
+    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    if (room := context - int(decoding.max_new_tokens or 0)) < 2:
+        raise UserError(f"--max-new-tokens {decoding.max_new_tokens}: {model.found.name} reads {context} tokens with its prompt; "
+                        "take fewer")  # fmt: skip
+    return room
+
+
+def answered(
+    found: Found, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], list[Answer]]]:  # fmt: skip
+    """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded now."""
+    model, template = opened(found, options.device), template_of(found, options.chat_template)
+    add_bos = bool(found.config.get("add_bos", found.run_dir is None))  # a run of 2023 has no such knob, and had none
+    texts = [prompts.rendered(prompt, model.tokenizer, template) for prompt in asked]
+    room = longest_prompt(model, decoding)
+    tokens = [prompts.token_ids(text, model.tokenizer, add_bos, room) for text in texts]
+    if n_cut := sum(cut for _, cut in tokens):
+        print(f"{found.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are read", file=sys.stderr)
+    if empty := [prompt.source for prompt, (ids, _) in zip(asked, tokens, strict=True) if not len(ids)]:
+        raise UserError(f"{empty[0]}: the prompt has no token, and {found.name} no BOS to begin with; write a prompt")
+    settings = decoding._asdict() | {
+        "seed": options.seed, "batch_size": options.batch_size, "dtype": options.dtype, "device": model.model.device.type,
+        "add_bos": add_bos, "chat_template": template or model.tokenizer.chat_template or HH_TEMPLATE,
+        "eos_token_id": model.model.generation_config.eos_token_id,
+    } | {name: version(name) for name in ("torch", "transformers", "tokenizers")}  # fmt: skip
+    archive = found.archive and str(found.archive)
+    about = {"model": found.name, "archive": archive, "weights": weights_digest(model.model), "settings": settings}
+    drawn = answers(model.model, model.tokenizer, [ids for ids, _ in tokens], decoding,
+                    batch_size=options.batch_size, seed=options.seed)  # fmt: skip
+    for prompt, text, (_, cut), some in zip(asked, texts, tokens, drawn, strict=True):
+        yield {"prompt": prompt.text, "source": prompt.source, "rendered": text, "prompt_cut": cut} | about, some
+
+
+def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]:
+    """What --out has of a prompt and a model."""
+    if form == "pairs":
+        asked = about["prompt"]
+        plain = asked[0]["content"] if isinstance(asked, list) and len(asked) == 1 else asked
+        kept = {name: about[name] for name in ("source", "model", "archive", "weights", "settings")}
+        return {"instruction": plain, "output_1": some[0].text, "output_2": some[1].text} | kept
+    found = {"answers": [a.text for a in some], "n_tokens": [a.n_tokens for a in some], "ended": [a.ended for a in some]}
+    return {name: value for name, value in about.items() if name != "settings"} | found | {"settings": about["settings"]}
+
+
+def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str:
+    """A block for each prompt: what was asked, then each model's answers."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    blocks = []
+    for i, of_prompt in enumerate(zip(*shown, strict=True), 1):
+        asked = of_prompt[0][0]["prompt"]
+        text = asked if isinstance(asked, str) else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
+        lines = [f"==== {i} of {n}  {of_prompt[0][0]['source']} ".ljust(width, "="), *wrapped(text, width)]
+        for about, some in of_prompt:
+            for j, answer in enumerate(some, 1):
+                number = f" {j}/{len(some)}" if len(some) > 1 else ""
+                lines.append(f"---- {about['model']}{number} ({answer.n_tokens} tokens, {answer.ended})")
+                lines += wrapped(answer.text, width)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of a terminal, without what would steer it."""
+    clean = ["".join(c if c.isprintable() else " " for c in part) for part in text.strip().splitlines()]
+    pieces = [textwrap.wrap(part, width - 2, initial_indent="  ", subsequent_indent="  ") or [""] for part in clean]
+    return [piece for some in pieces for piece in some]
+
+
+def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
+    """Turn after turn, until `quit` or the end of the input; `clear` forgets what was said."""
+    model, template = opened(found, options.device), template_of(found, options.chat_template)
+    tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
+    add_bos = bool(found.config.get("add_bos", found.run_dir is None))
+    if (template or tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE:
+        decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))  # or a model goes on and speaks for both
+    said: list[dict[str, str]] = []
+    print(f"{found.name}; quit ends, clear forgets", flush=True)
+    for turn in range(2**31):
+        print("> ", end="", flush=True)
+        text = sys.stdin.readline()
+        if not text or text.strip() == "quit":
+            print(end="" if text else "\n")
+            return
+        if text.strip() in ("", "clear"):
+            said = [] if text.strip() else said
+            continue
+        said += prompts.user_turn(text.strip())
+        for dropped in range(0, len(said), 2):
+            text = prompts.rendered(prompts.Prompt(said[dropped:], "chat"), tokenizer, template)
+            ids, cut = prompts.token_ids(text, tokenizer, add_bos, room)
+            if not cut:
+                break
+        said = said[dropped:]
+        if dropped:
+            print(f"(forgotten, for {room} tokens fit: {dropped // 2} of the oldest turns)")
+        if cut:
+            print(f"(too long: {room} tokens fit; the end of it is read)")
+        ((answer,),) = answers(model.model, tokenizer, [ids], decoding, batch_size=1, seed=options.seed + turn)
+        said.append({"role": "assistant", "content": answer.text.strip()})
+        print("\n".join(wrapped(answer.text, min(shutil.get_terminal_size().columns, 120))), flush=True)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for options that would be ignored, or do not go together."""
+    ignored = [("field", "prompt", options.prompts, "--prompts"), ("raw", False, options.prompts, "--prompts"),
+               ("split", "test", options.dataset, "--dataset"), ("dataset_path", None, options.dataset, "--dataset"),
+               ("eval_share", 0.1, options.dataset, "--dataset"), ("format", "answers", options.out, "--out"),
+               ("out", None, not options.chat, "all but --chat"), ("n_prompts", None, not options.chat, "all but --chat"),
+               ("n", 1, not options.chat, "all but --chat")]  # fmt: skip
+    for name, default, used, where in ignored:
+        if getattr(options, name) != default and not used:
+            raise UserError(f"{flag(name)} {getattr(options, name)}: is for {where}; leave it out")
+    if options.chat and len(options.models) > 1:
+        raise UserError(f"--chat: talks to one model, and {len(options.models)} are given; give one")
+    if options.format == "pairs" and (options.n != 2 or len(options.models) > 1):
+        raise UserError("--format pairs: needs --n 2 and one model, whose two answers make a line; give these")
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command."""
+    check(options)
+    decoding = decoding_of(options)
+    asked = [] if options.chat else prompts_of(options)
+    models = [find_model(name, options.base, options.tokenizer, options.dtype) for name in options.models]
+    for found in models:
+        if found.scalar:
+            raise UserError(f"{found.name}: a reward model, which scores and does not answer; give a policy")
+    if options.chat:
+        return chat(models[0], decoding, options)
+    shown: list[list[tuple[dict[str, Any], list[Answer]]]] = [[] for _ in models]
+    with new_file(options.out, "--out") if options.out else nullcontext() as file:
+        for found, kept in zip(models, shown, strict=True):
+            for about, some in answered(found, asked, decoding, options):
+                if len(kept) < options.show:
+                    kept.append((about, some))
+                if file:
+                    file.write(json.dumps(line(about, some, options.format), ensure_ascii=False) + "\n")
+    print(table(shown, len(asked)))
+    if (more := len(asked) - options.show) > 0:
+        print(f"\n{more} more prompts are not shown (--show {options.show})")
+    if options.out:
+        print(f"\n{options.out}: {len(asked) * len(models)} lines")
+
+
+if __name__ == "__main__":
+    run(parser(), main)
