@@ -111,7 +111,7 @@ def _ends(values: np.ndarray) -> str:
 def stopped(run: Run) -> str:
     """status.json says failed or stopped."""
     state = run.status.get("state")
-    return f"it {state}: {run.status.get('reason') or 'no reason given'}" if state in ("failed", "stopped") else ""
+    return str(run.status.get("reason") or f"it {state}, for no reason given") if state in ("failed", "stopped") else ""
 
 
 def silent(run: Run) -> str:

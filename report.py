@@ -24,7 +24,8 @@ from utils import UserError, redact, said
 # What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not better.
 BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
 # Evaluations can be compared where these agree, and losses where the loss's knobs do, too.
-SAME_DATA = ("eval_datasets", "n_eval_examples", "eval_share", "max_length", "max_prompt_length", "chat_template", "field_map")
+SAME_DATA = ("eval_datasets", "n_eval_examples", "eval_share", "max_length", "max_prompt_length", "chat_template", "field_map",
+             "data_split", "split_seed", "stage")  # fmt: skip
 MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 
 

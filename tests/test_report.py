@@ -131,6 +131,12 @@ def test_best_only_where_it_can_be_compared(tmp_path, runs):
     assert {"dpo loss", "ipo loss"} <= {i["alt"].split(" over")[0] for i in page.images}
 
 
+def test_a_stage_has_held_out_data_of_its_own(runs):
+    low, high = history.read_runs(runs)
+    assert report.same_data([low, high])
+    assert not report.same_data([low, high._replace(config=high.config | {"data_split": "5,0,5", "stage": "policy"})])
+
+
 def test_the_chain_back_to_the_base_model(tmp_path, runs):
     sft = write_run(tmp_path / "sft", loss="sft")
     archive = sft / "step-320" / "policy.pt"
