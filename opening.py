@@ -20,6 +20,7 @@ from archives import load_policy_state, resolve_archive
 from optimization import pick_device
 from pretrained import is_classifier, load_config, load_policy, load_tokenizer
 from scalar_head import holds_scores
+from tokenization import HH_TEMPLATE
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -108,3 +109,14 @@ def open_model(found: Found, device: str | None = None) -> Opened:
     tokenizer = load_tokenizer(found.config)
     model: Any = load_policy(found.config, scalar=found.scalar)
     return Opened(found, model.to(pick_device(found.config)).eval().requires_grad_(False), tokenizer)
+
+
+def template_of(found: Found, given: str | None) -> str | None:
+    """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
+    named = given or found.config.get("chat_template")
+    if named in (None, "hh"):
+        return HH_TEMPLATE if named else None
+    try:
+        return Path(named).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{found.name}: its chat template {named} cannot be read; give --chat-template hh or FILE") from None

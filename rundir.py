@@ -33,7 +33,7 @@ LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, b
 BOOKKEEPING = {
     "exp_name", "local_dirs", "local_run_dir", "debug", "resume", "resume_allow", "keep_checkpoints", "keep_best", "save_every",
     "save_every_minutes", "async_save", "save_optimizer_pt", "max_hours", "timeout_minutes", "minimum_log_interval_secs",
-    "policy_format", "plan", "plan_gpus", "plan_nodes", "plan_gpu", "plan_gpu_gb", "plan_mfu",
+    "policy_format", "export", "plan", "plan_gpus", "plan_nodes", "plan_gpu", "plan_gpu_gb", "plan_mfu",
 }  # fmt: skip
 BY_CONTENTS = {"datasets", "eval_datasets", "plugins", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive"}
 # Where and in what pieces it is computed: the same numbers, to rounding.

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 import prompts
 from commands import Parser, new_file, run
 from generation import MODES, Answer, Decoding, answers, flag
-from opening import Found, Opened, find_model, open_model
+from opening import Found, Opened, find_model, open_model, template_of
 from reference import weights_digest
 from tokenization import HH_TEMPLATE
 from utils import UserError, get_local_dir
@@ -106,17 +106,6 @@ def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
     else:
         found = prompts.built_in(options.language)
     return prompts.some_of(found, options.n_prompts, options.seed)
-
-
-def template_of(found: Found, given: str | None) -> str | None:
-    """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
-    named = given or found.config.get("chat_template")
-    if named in (None, "hh"):
-        return HH_TEMPLATE if named else None
-    try:
-        return Path(named).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{found.name}: its chat template {named} cannot be read; give --chat-template hh or FILE") from None
 
 
 def opened(found: Found, device: str | None) -> Opened:

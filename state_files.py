@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,23 +43,32 @@ def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
 
 
 def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
-    """As safetensors; the metadata say where in the whole each part stands.
+    """As safetensors; the metadata say where in the whole each part stands."""
+    metadata = {name: json.dumps([part.shape, part.offset]) for name, part in parts.items()}
+    contents = {name: (part.local.dtype, list(part.local.shape)) for name, part in parts.items()}
+    return write_safetensors(path, contents, (part.local for part in parts.values()), metadata)
 
-    The library's own writer takes a path; this one writes through a file that is hashed, one tensor at a time on the CPU.
+
+def write_safetensors(
+    path: Path, contents: Mapping[str, tuple[torch.dtype, list[int]]], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> Written:
+    """`contents`: name -> type and shape of each of the `tensors`, which are asked for one after another.
+
+    The library's own writer takes a path and all tensors; this one writes through a file that is hashed, one tensor at a time on
+    the CPU.
     """
-    header: dict[str, Any] = {"__metadata__": {}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, (shape, offset, local) in parts.items():
-        begin, end = end, end + local.numel() * local.element_size()
-        header["__metadata__"][name] = json.dumps([shape, offset])
-        header[name] = {"dtype": DTYPES[local.dtype], "shape": list(local.shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape) in contents.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
     def fill(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in parts.values():
-            file.write(part.local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for tensor in tensors:
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return storage.write(path, fill)
 

@@ -36,6 +36,7 @@ import trainers
 from archives import resolve_archive
 from command_line import check_command_line, no_environment, spelled_out
 from curves import draw_curves
+from exporting import export_run
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import DTYPES
@@ -117,6 +118,8 @@ def train(config: DictConfig) -> None:
             report(found.manifest.step, found.manifest.examples)
         else:
             train_from(config, owner, found)
+        if config.export and rank() == 0:
+            export_run(run_dir)
         rundir.write_status(run_dir, "finished", 0) if rank() == 0 else None
     finally:
         owner.release()

@@ -96,7 +96,7 @@ KNOBS: dict[str, Check] = {
     "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG,
     "fsdp_reduce": one_of("auto", "last", "each"), "tp_size": maybe(whole(1)), "model.tp_plan": maybe(MAPPING),
     "fsdp_port": maybe(whole(1)),
-    "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"),
+    "n_cpu_processes": maybe(whole(1)), "policy_format": one_of("current", "repo2023"), "export": maybe(one_of("hf")),
     "resume": one_of("never", "auto", "must"), "resume_allow": names(0), "max_hours": maybe(POSITIVE),
     "timeout_minutes": POSITIVE,
     "keep_checkpoints": maybe(whole(1)), "keep_best": maybe(TEXT), "save_every": maybe(whole(1)),
@@ -223,8 +223,9 @@ def _across(config: DictConfig) -> None:
     held = any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(run_dir.glob("step-*"))
     if held and config.resume == "never":
         raise UserError(f"local_run_dir={config.local_run_dir}: holds a run already; give another directory, or resume=auto")
-    if config.debug and config.resume != "never":
-        raise UserError(f"debug=true: writes no checkpoint, so resume={config.resume} would go on with a run and not save it")
+    for knob, off, why in (("resume", "never", "would go on with a run and not save it"), ("export", None, "has none to write")):
+        if config.debug and config[knob] != off:
+            raise UserError(f"debug=true: writes no checkpoint, so {knob}={config[knob]} {why}")
     if config.resume_allow and config.resume == "never":
         raise UserError(f"resume_allow={list(config.resume_allow)}: nothing is resumed with resume=never; add resume=auto")
     for name in config.resume_allow:
