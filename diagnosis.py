@@ -351,7 +351,7 @@ RULES = [
     Rule("problem", "Different prompts get the same answer", alike, f"the policy has collapsed: {NEARER}"),
     Rule(
         "warning", "The chosen answers become less likely", chosen_falls,
-        f"only if samples get worse, too: {NEARER}; an NLL term on the chosen answers (as a loss of your own) works against it",
+        f"only if samples get worse, too: {NEARER}; loss.nll=1, an NLL term on the chosen answers, works against it",
     ),
     Rule("warning", "Margins explode", huge_margin, f"{SLOWER}; label_smoothing"),
     Rule(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import parallel
@@ -196,6 +197,7 @@ def compare(run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow
     """
     flat = lambda r: r.get("settings", {}) | {name: r[name] for name in CONTENTS if name in r}
     a, b = flat(old), flat(new)
+    a = _defaults(b) | a  # of knobs that were not there when the run began
     differing = [name for name in sorted(a.keys() | b.keys()) if name in b and a.get(name, "unset") != b[name]]
     said = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
     refused = [line for name, line in zip(differing, said, strict=True) if name not in allow]
@@ -204,6 +206,14 @@ def compare(run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow
         raise ResumeMismatch(f"{run_dir}: made of something else: {'; '.join(refused)}; give what it was made of, or "
                              f"resume_allow=[{names}] to go on with the change, or resume=never for a new run")  # fmt: skip
     return said
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{knob: default} of the config tree, for a run with these settings."""
+    tree = Path(__file__).resolve().parent / "config"
+    files = [tree / "config.yaml", tree / f"loss/{settings.get('loss.name')}.yaml"]
+    known = [yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {} for file in files]
+    return dict(flatten(known[0] | {"loss": known[1]}))
 
 
 def _short(name: str, value: Any) -> str:

@@ -230,7 +230,7 @@ class Plumb(Contender):
         })  # fmt: skip
         knobs: dict[str, Any] = {"name": "sft", "average_over": "examples"}
         if setting.objective == "dpo":
-            knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False}
+            knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False, "nll": 0.0}
         self.log = TrainingLog([], float("inf"))
         tokenizer: Any = SimpleNamespace(pad_token_id=0)
         return BasicTrainer(

@@ -17,7 +17,7 @@ def pairs(chosen, rejected) -> Pairs:
     return Pairs(logps(*chosen), logps(*rejected))
 
 
-DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0, "reference_free": False}
+DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0, "reference_free": False, "nll": 0.0}
 IPO = DPO | {"name": "ipo"}
 
 
@@ -32,6 +32,17 @@ def test_conservative_dpo_by_hand():
     """(1 - e) log(1 + e^-2) + e log(1 + e^2), e = 0.25."""
     out = build_loss(DPO | {"label_smoothing": 0.25}).compute(pairs([-10], [-30]), pairs([-20], [-20]))
     assert out.losses.item() == pytest.approx(0.75 * math.log1p(math.exp(-2)) + 0.25 * math.log1p(math.exp(2)))
+
+
+def test_nll_keeps_the_chosen_likely():
+    """log(1 + e^-2) as above, + 0.5 * 10 nats over 4 tokens; its gradient pulls the chosen log-probability up by 0.5 / 4."""
+    chosen, rejected = Logps(torch.tensor([-10.0], requires_grad=True), torch.tensor([4])), logps(-30)
+    losses = build_loss(DPO | {"nll": 0.5}).compute(Pairs(chosen, rejected), pairs([-20], [-20])).losses
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-2)) + 0.5 * 10 / 4)
+    losses.backward()
+    assert chosen.sum.grad.item() == pytest.approx(-0.1 / (1 + math.exp(2)) - 0.5 / 4)
+    with pytest.raises(ValueError, match="loss.nll=-1"):
+        build_loss(DPO | {"nll": -1})
 
 
 def test_ipo_by_hand():

@@ -232,6 +232,15 @@ def test_a_changed_setting_is_refused_with_the_difference(begun, train):
     train(*options, "resume=auto", "save_every=null", "max_hours=99", "gradient_accumulation_steps=2")  # these change no number
 
 
+def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_path):
+    now = rundir.settings(compose("exp_name=x", "model.name_or_path=y", *DPO))
+    before = {knob: value for knob, value in now.items() if knob not in ("loss.nll", "split_seed", "stage")}
+    assert len(now) - len(before) == 3
+    assert rundir.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
+    with pytest.raises(ResumeMismatch, match="loss.nll: 0.0 -> 1"):
+        rundir.compare(tmp_path, {"settings": before}, {"settings": now | {"loss.nll": 1}}, [])
+
+
 def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, tiny_model, tmp_path):
     options = begun()
     text = data.read_text()
