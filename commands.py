@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -54,8 +55,10 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
 @contextmanager
 def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
     """A file that has its name once all of it is written, and replaces an older one then. UserError where it can't be."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
+        if path.is_dir():  # said now, not when all is written
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -49,10 +49,10 @@ def main(options: argparse.Namespace) -> None:
     if options.dtype is None:
         stored = stored_dtype(load_policy_state(str(found.archive))) if found.archive else load_config(found.config).dtype
         found.config.model.policy_dtype = str(stored or torch.float32).removeprefix("torch.")
-    state = open_model(found, "cpu").model.state_dict()
+    model = open_model(found, "cpu").model
     with new_file(options.policy, "--policy", "wb") as file:
-        torch.save({"step_idx": 0, "state": state, "metrics": {}}, file)
-    print(f"wrote {options.policy}: {sum(t.numel() for t in state.values()) / 1e6:,.1f} M numbers")
+        torch.save({"step_idx": 0, "state": model.state_dict(), "metrics": {}}, file)
+    print(f"wrote {options.policy}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters")
 
 
 if __name__ == "__main__":

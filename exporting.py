@@ -67,8 +67,9 @@ def export(
     """
     if found.archive is None:
         raise UserError(f"{found.name}: a model's folder or name already; give a policy.pt, a checkpoint or a run")
-    if out.exists() and not overwrite:
-        raise UserError(f"--out {out}: is there already; give another name, or --overwrite")
+    if out.exists() and not (overwrite and _replaceable(out, found.config.model.name_or_path)):
+        fix = "; --overwrite replaces an exported folder only" if overwrite else ", or --overwrite"
+        raise UserError(f"--out {out}: is there already; give another name{fix}")
     state = load_policy_state(str(found.archive))
     hf_config, tokenizer = load_config(found.config), load_tokenizer(found.config)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
@@ -95,6 +96,11 @@ def export(
         with suppress(OSError):
             storage.remove(partial_out)
     rank0_print(f"exported {found.archive} to {out}: {hf_config.architectures[0]}, {sum(w.bytes for w in weights) / GB:.2f} GB")
+
+
+def _replaceable(folder: Path, base: str | None) -> bool:
+    """A model's folder, and not the one that this was trained from."""
+    return (folder / "config.json").is_file() and folder.resolve() != Path(base or "").expanduser().resolve()
 
 
 def export_run(run_dir: Path) -> None:

@@ -75,7 +75,7 @@ def card(found: Found, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> st
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
         f"A {hf_config.architectures[0]}, trained with {first.loss} from {base}.",
-        f"Licence: see the base model ({base}); the data sets have their own.",
+        f"Licence: see {f'the base model ({base})' if spec.name_or_path else 'who trained it'}; the data sets have their own.",
         "## Use\n\n" + (_scoring(tokenizer) if found.scalar else _answering(tokenizer)),
     ]
     if data := {key: public(first.config[key]) for key in ("datasets", "eval_datasets", "eval_share") if first.config.get(key)}:

@@ -65,6 +65,8 @@ def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file; give a .jsonl, .json, .csv or .parquet file")
     for row in read_file(path):
+        if field not in row.fields:
+            raise row.error(f"no field '{field}' (the row has: {row.names})", "name the one with the prompts by --field")
         text = row.text_or_messages(field)
         if not (text.strip() if isinstance(text, str) else text[-1]["content"].strip()):
             raise row.error(f"field '{field}' is empty", "write a prompt")

@@ -109,8 +109,11 @@ def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
 
 
 def opened(found: Found, device: str | None) -> Opened:
-    """Its generation config emptied, but for the tokens that end: hidden settings would make models answer in different ways."""
+    """Its generation config emptied, but for the tokens that end: hidden settings would make models answer in different ways.
+    UserError for a tokenizer without EOS."""
     model = open_model(found, device)
+    if model.tokenizer.eos_token_id is None:
+        raise UserError(f"{found.name}: its tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     model.model.generation_config = GenerationConfig(eos_token_id=model.model.generation_config.eos_token_id)
     return model
 
@@ -142,7 +145,7 @@ def answered(
         "add_bos": add_bos, "chat_template": template or model.tokenizer.chat_template or HH_TEMPLATE,
         "eos_token_id": model.model.generation_config.eos_token_id,
     } | {name: version(name) for name in ("torch", "transformers", "tokenizers")}  # fmt: skip
-    archive = found.archive and str(found.archive)
+    archive = found.archive and str(found.archive.resolve())
     about = {"model": found.name, "archive": archive, "weights": weights_digest(model.model), "settings": settings}
     drawn = answers(model.model, model.tokenizer, [ids for ids, _ in tokens], decoding,
                     batch_size=options.batch_size, seed=options.seed)  # fmt: skip

@@ -163,6 +163,8 @@ def test_what_is_refused(tmp_path, base_of):
     for options, said in (
         ([base, "--out", out], "a model's folder or name already"),
         ([run_dir, "--out", base], "is there already; give another name, or --overwrite"),
+        ([run_dir, "--out", base, "--overwrite"], "--overwrite replaces an exported folder only"),
+        ([run_dir, "--out", tmp_path, "--overwrite"], "--overwrite replaces an exported folder only"),
         ([run_dir, "--policy", run_dir / "step-8/policy.pt"], "is there already"),
         ([run_dir, "--policy", tmp_path / "x"], "ends in .pt"),
         ([run_dir, "--out", out, "--max-shard-gb", 0], "must be above 0"),

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_opening import run_of
 from tiny import CHAT, save_tiny_llama, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -198,12 +199,15 @@ REFUSED = [
     (["--max-new-tokens", "512"], "--max-new-tokens 512: .* reads 512 tokens"),
     (["--n", "0"], "--n: 0 is below 1"),
     (["--chat-template", "nosuch"], "chat template nosuch cannot be read"),
+    (["--out", "."], "--out=.: cannot be written .it is a folder."),
+    (["--field", "question", "--prompts", "demo/test.jsonl"], "no field 'question' .* by --field"),
     (["--device", "cuda:99"], "--device cuda:99: not usable here"),
 ]
 
 
 @pytest.mark.parametrize(("options", "said"), REFUSED, ids=[" ".join(o) for o, _ in REFUSED])
-def test_what_is_refused(tiny_model, options, said):
+def test_what_is_refused(tiny_model, options, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=said):
         run(tiny_model, "--n-prompts", "1", *options) if options[0] != "--chat" else run(tiny_model, *options)
 
