@@ -200,7 +200,7 @@ def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
     Raises UserError where transformers has none for this architecture, or one that is built otherwise.
     """
     hf_config.num_labels, hf_config.problem_type = 1, "regression"  # so that a pipeline gives the score itself, not its sigmoid
-    hf_config.id2label, hf_config.label2id = {0: "reward"}, {"reward": 0}
+    hf_config.id2label, hf_config.label2id = {0: "score"}, {"score": 0}
     hf_config.tie_word_embeddings = False
     text = hf_config.get_text_config()
     text.pad_token_id = hf_config.pad_token_id = pad

@@ -207,26 +207,48 @@ class Stage(NamedTuple):
     where: str  # the run directory, the file or the hub's name
 
 
+class Link(NamedTuple):
+    """A run, and its checkpoint that the one after it started from (None: nobody did)."""
+
+    config: dict[str, Any]  # {} where no record of the run stands beside the checkpoint
+    run_dir: Path
+    archive: Path | None
+
+
+def chain(config: Mapping[str, Any], run_dir: Path, archive: Path | None = None) -> Iterator[Link]:
+    """This run, the run whose policy.pt it started from (model.archive), and so on, as far as they are still there."""
+    seen: set[Path] = set()
+    while config and run_dir.resolve() not in seen:
+        seen.add(run_dir.resolve())
+        yield Link(dict(config), run_dir, archive)
+        named = _group(config, "model").get("archive")  # a file, absolute: the run's record says which one a pattern meant
+        if not named:
+            return
+        archive = Path(str(named))
+        step = archive.parent if archive.parent.name.startswith(("step-", "interim-")) else archive
+        candidates = (step.parent, run_dir.resolve().parent / step.parent.name)  # the second: moved together
+        run_dir = next((p for p in candidates if (p / "config.yaml").is_file()), step.parent)
+        config = read_config(run_dir)
+    if not config and archive is not None:
+        yield Link({}, run_dir, archive)
+
+
 def lineage(run: Run) -> list[Stage]:
-    """The run, the run whose policy.pt it started from (model.archive), and so on, to the base model."""
-    chain, config, path, seen, made = [], run.config, run.path, set[Path](), ""
-    while config and path.resolve() not in seen:
-        seen.add(path.resolve())
-        chain.append(Stage(str(config.get("exp_name") or path.name), _what(config, path) + made, str(path)))
-        model = _group(config, "model")
-        archive = model.get("archive")  # a file, absolute: the run's record says which one a pattern meant
-        if not archive:
-            base = model.get("name_or_path")
-            kind = f"pretrained weights, in {model.get('policy_dtype')}" if base else "random weights of model.architecture"
-            return [*chain, Stage(str(base or "a new model"), kind, str(model.get("revision") or ""))]
-        file = Path(str(archive))
-        step = file.parent if file.parent.name.startswith(("step-", "interim-")) else file
-        candidates = (step.parent, path.resolve().parent / step.parent.name)  # the second: moved together
-        path = next((p for p in candidates if (p / "config.yaml").is_file()), step.parent)
-        config, made = read_config(path), f"; taken at {step.name}" if step is not file else ""
+    """The run, those before it, and the base model: each in words."""
+    stages, model = list[Stage](), dict[str, Any]()
+    for config, run_dir, archive in chain(run.config, run.path):
         if not config:
-            return [*chain, Stage(file.name, "a checkpoint without a run's record beside it", str(file))]
-    return chain
+            name = archive.name if archive else ""
+            return [*stages, Stage(name, "a checkpoint without a run's record beside it", str(archive))]
+        step = archive.parent.name if archive and archive.parent != run_dir else ""
+        made = f"; taken at {step}" if step.startswith(("step-", "interim-")) else ""
+        stages.append(Stage(str(config.get("exp_name") or run_dir.name), _what(config, run_dir) + made, str(run_dir)))
+        model = _group(config, "model")
+    if model and not model.get("archive"):
+        base = model.get("name_or_path")
+        kind = f"pretrained weights, in {model.get('policy_dtype')}" if base else "random weights of model.architecture"
+        stages.append(Stage(str(base or "a new model"), kind, str(model.get("revision") or "")))
+    return stages
 
 
 def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints import Damaged, Manifest, read_manifest
+from history import Link, chain, read_config
 from opening import Found
 from utils import redacted
 
@@ -35,16 +36,14 @@ class Stage(NamedTuple):
 
 def stages(archive: Path) -> list[Stage]:
     """This checkpoint, the one that its run started from, and so on; as far as they are still there."""
-    found: list[Stage] = []
-    while archive.is_file() and archive not in [stage.archive for stage in found]:
-        file, config, manifest = archive.resolve(), dict[str, Any](), None
-        for folder in (file.parent.parent, file.parent):
-            with suppress(OSError, ValueError, yaml.YAMLError):
-                config = config or dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+    file, found = archive.resolve(), []
+    folder = next((f for f in (file.parent.parent, file.parent) if (f / "config.yaml").is_file()), file.parent)
+    links = list(chain(read_config(folder), folder, archive)) or [Link({}, folder, archive)]
+    for config, _, made in links:
+        manifest = None
         with suppress(Damaged):
-            manifest = read_manifest(file.parent)
-        found.append(Stage(archive, config, manifest))
-        archive = Path(str((config.get("model") or {}).get("archive") or ""))
+            manifest = read_manifest(made.resolve().parent) if made else None
+        found.append(Stage(made or archive, config, manifest))
     return found
 
 
