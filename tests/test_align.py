@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +81,7 @@ def test_the_whole_chain(tmp_path):
     small = {"SFT_ARGS": "n_epochs=null n_examples=64", "REWARD_ARGS": "n_epochs=null n_examples=32",
              "DPO_ARGS": "n_epochs=null n_examples=32"}  # fmt: skip
     env = os.environ | small | {"PYTHON": sys.executable, "OUT": f"{tmp_path}/a b", "N_PROMPTS": "6", "MAX_NEW_TOKENS": "6"}
-    words = ["sample_during_eval=false", "do_first_eval=false", "n_eval_examples=10", f"local_dirs=[{shlex.quote(str(tmp_path))}]"]
+    words = ["sample_during_eval=false", "do_first_eval=false", "n_eval_examples=10", f"local_dirs=['{tmp_path}']"]
     done = subprocess.run([BASH, "align.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     out = tmp_path / "a b"
     assert done.returncode == 0, done.stderr[-2000:]
