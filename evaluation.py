@@ -198,13 +198,25 @@ def evaluate(
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
     -> name -> mask [n]"""
-    names = np.array([e.source.rpartition(":")[0].rpartition("/")[2] for e in examples])
-    groups = {str(name): names == name for name in np.unique(names)} if len(np.unique(names)) > 1 else {}
+    sources = np.array([e.source.rpartition(":")[0] for e in examples])
+    found = [str(source) for source in np.unique(sources)]
+    groups = {short(source, found): sources == source for source in found} if len(found) > 1 else {}
     if len(examples) and len(examples[0].responses) > 1:
         longer = np.array([max(map(len, e.responses)) for e in examples])
         labels = np.array(length_buckets(longer))
         groups |= {str(labels[i]): labels == labels[i] for i in np.argsort(longer)}
     return groups
+
+
+def short(path: str, paths: Sequence[str]) -> str:
+    """As many of the path's last parts as tell it from the other paths.
+
+    >>> short("hh/harmless/test.jsonl", ["hh/harmless/test.jsonl", "hh/helpful/test.jsonl"]), short("a/b", ["a/b", "a/c"])
+    ('harmless/test.jsonl', 'b')
+    """
+    parts = path.split("/")
+    ends = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    return next(end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1)
 
 
 @torch.no_grad()
