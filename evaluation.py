@@ -216,7 +216,7 @@ def short(path: str, paths: Sequence[str]) -> str:
     """
     parts = path.split("/")
     ends = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-    return next(end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1)
+    return next((end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1), path)
 
 
 @torch.no_grad()
