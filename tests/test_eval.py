@@ -39,6 +39,20 @@ def test_what_training_said(name, trained, tmp_path, capsys):
     assert "pairs.jsonl" in printed.splitlines()[-12:][0] or "other.jsonl" in printed
 
 
+def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
+    """Not those of its training: it has ended; and other data sets go without the eval_datasets of its own."""
+    run_dir = trained("reward", f"eval_datasets=[{data}]", "eval_share=0")
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("max_hours: null", "max_hours: 0.0001").replace("export: null", "export: hf"))
+    other, out = str(data.with_name("other.jsonl")), tmp_path / "new" / "numbers.json"
+    evaluate(run_dir, f"datasets=[{other}]", "eval_share=0.4", "data_split=1,0,1", "stage=sft", "--out", out)
+    found = json.loads(out.read_text())
+    assert found["datasets"] == [other] and found["examples"] == 4  # half of 8
+    assert len(list(out.parent.glob("*.png"))) == 2
+    with pytest.raises(UserError, match="exp=demo_dpo: the settings are those of the run"):
+        evaluate(run_dir, "exp=demo_dpo")
+
+
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
     sft = trained("sft", "eval_every=8")
     first = sorted(sft.glob("step-*"))[0]
@@ -59,6 +73,14 @@ def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
         (["{tiny}", "datasets=[{data}]", "eval_share=0"], "nothing is held out"),
         (["{tiny}", "datasets=[{data}]", "lrr=1"], "lrr=1: no such knob"),
         (["{tiny}", "hydra.launcher=x"], "Hydra's own settings are not taken"),
+        (["{tiny}", "datasets"], "missing EQUAL"),
+        (["{tiny}", "datasets=['${{oc.env:HOME}}']", "loss=sft"], "nothing is read from the environment"),
+        (["{tiny}", "model=gpt2-xl"], "model=gpt2-xl: the model is"),
+        (["{tiny}", "model.archive=x"], "model.archive=x: the model is"),
+        (["{tiny}", "lr=1,2"], "one evaluation has one value"),
+        (["{tiny}", "trainer=FSDPTrainer"], "leave it out"),
+        (["{tiny}", "loss=sft", "datasets=[{data}]", "--reference", "gpt2"], "needs no reference; leave it out"),
+        (["{tiny}", "loss=sft", "datasets=[{data}]", "--out", "."], "it is a folder"),
         (["nowhere/at/all"], "no such folder"),
     ],
 )
