@@ -5,7 +5,7 @@ Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 import parallel
 import score_plots
 from batching import Batch, Feed
+from examples import Examples
 from intervals import length_buckets
 from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
 from metrics import SQUARES, Record, with_spread
 from models import Way, response_logps, response_scores
-from tokenization import Example
 from utils import quiet
 
 
@@ -195,13 +195,17 @@ def evaluate(
     return Evaluation(dict(zip(names, columns, strict=True)), tokens)
 
 
-def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+def eval_groups(examples: Examples) -> dict[str, np.ndarray]:
     """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
-    -> name -> mask [n]"""
-    names = np.array([e.source.rpartition(":")[0].rpartition("/")[2] for e in examples])
-    groups = {str(name): names == name for name in np.unique(names)} if len(np.unique(names)) > 1 else {}
-    if len(examples) and len(examples[0].responses) > 1:
-        longer = np.array([max(map(len, e.responses)) for e in examples])
+    -> name -> mask [n]; of a path the last part, where that tells it from the others"""
+    if not examples:
+        return {}
+    data_sets, groups = examples.data_sets(), dict[str, np.ndarray]()
+    last = [Path(name).name for name in np.unique(data_sets)]
+    for name, short in zip(np.unique(data_sets), last, strict=True) if len(last) > 1 else ():
+        groups[short if last.count(short) == 1 else str(name)] = data_sets == name
+    if examples.k > 1:
+        longer = examples.lengths[:, 1:].max(1)
         labels = np.array(length_buckets(longer))
         groups |= {str(labels[i]): labels == labels[i] for i in np.argsort(longer)}
     return groups

@@ -5,11 +5,16 @@ import shutil
 
 import pytest
 from runs import DPO, FAST, records
+from tiny import tiny_tokenizer
 
 import eval as command
+from evaluation import eval_groups
+from preparation import load_examples
 from utils import UserError
 
 LOSSES = {"sft": ["loss=sft", "loss.average_over=tokens"], "dpo": DPO, "reward": ["loss=reward", "lr=1e-3"]}
+
+TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture
@@ -63,6 +68,21 @@ def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
     evaluate(tiny_model, "loss=sft", f"datasets=[{data}]", "eval_share=0.4", *FAST[:2], "--out", out)
     metrics = json.loads(out.read_text())["metrics"]
     assert metrics["perplexity/eval"] > 100  # random weights, 2,000 tokens
+
+
+def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
+    for i, folder in enumerate(("a/one", "b/one", "c")):
+        (tmp_path / folder).mkdir(parents=True)
+        for part in (1, 2) if folder == "c" else (1,):  # "c" has two files
+            rows = [{"prompt": f"{i}{part}{j}", "chosen": "yes " * 4 ** part, "rejected": "no"} for j in range(3)]
+            (tmp_path / folder / f"test-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [str(tmp_path / name) for name in ("a/one", "b/one", "c")]
+    config = compose("exp_name=x", f"datasets=[{sets[2]}]", f"eval_datasets=[{','.join(sets)}]", f"local_dirs=[{tmp_path}]")
+    shutil.copy(tmp_path / "c/test-1.jsonl", tmp_path / "c/train.jsonl")
+    groups = eval_groups(load_examples(config, TOKENIZER, pairs=True)[1])
+    found = {name: int(mask.sum()) for name, mask in groups.items() if not name.startswith("length")}
+    assert found == {sets[0]: 3, sets[1]: 3, "c": 6}
+    assert sum(int(mask.sum()) for name, mask in groups.items() if name.startswith("length")) == 12
 
 
 @pytest.mark.parametrize(
