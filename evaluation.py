@@ -142,7 +142,7 @@ class Evaluation(NamedTuple):
         """Means of the 2023 metrics, each example counted once; the loss per token if it averages over tokens.
 
         Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens; and for each group (name ->
-        mask [n]) accuracy and margin, or else the loss: `rewards_eval/accuracies/<group>`. {} without examples.
+        mask [n]) loss, accuracy, margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
         """
         if not len(self.tokens):
             return {}
@@ -153,10 +153,10 @@ class Evaluation(NamedTuple):
             nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
             means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
         split = {name.format("eval"): value for name, value in means.items()}
-        shown = [name for name in means if name in ("rewards_{}/accuracies", "rewards_{}/margins")] or ["loss/{}"]
+        shown = means.keys() & {"loss/{}", "rewards_{}/accuracies", "rewards_{}/margins", "perplexity/{}"}
         for group, mask in groups.items():
             part = Evaluation({name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]).record(loss, {})
-            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in shown if part}
+            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in means if name in shown and part}
         return with_spread(split, "eval")
 
     def draw_scores(self, folder: Path, n_seen: int) -> None:

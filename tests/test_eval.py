@@ -37,8 +37,9 @@ def test_what_training_said(name, trained, tmp_path, capsys):
     said = records(run_dir, "eval")[-1]
     assert found["examples"] == 16 and found["policy"].endswith("policy.pt")
     assert found["metrics"] == pytest.approx({k: v for k, v in said.items() if k != "step"}, rel=1e-4, abs=1e-6)
-    grouped = "loss/eval" if name == "sft" else "rewards_eval/accuracies"
-    assert f"{grouped}/pairs.jsonl" in said and f"{grouped}/other.jsonl" in said
+    grouped = {"loss/eval", "perplexity/eval", "rewards_eval/accuracies", "rewards_eval/margins"} & said.keys()
+    assert len(grouped) == {"sft": 2, "dpo": 4, "reward": 3}[name]
+    assert all(f"{metric}/pairs.jsonl" in said and f"{metric}/other.jsonl" in said for metric in grouped)
     assert ("perplexity/eval" in said) == (name != "reward")
     printed = capsys.readouterr().out
     assert "pairs.jsonl" in printed.splitlines()[-12:][0] or "other.jsonl" in printed
