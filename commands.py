@@ -49,6 +49,9 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         code = 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of a name or a disk that no command foresaw
+        print(f"error: {said(error.filename or 'a file')}: {error.strerror or said(error)}", file=sys.stderr)
+        code = UserError.exit_code
     sys.exit(code)
 
 

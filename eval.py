@@ -11,18 +11,20 @@ import json
 import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
 import train  # registers what config.yaml is resolved with
-from command_line import check_command_line
+from command_line import check_command_line, spelled_out
 from commands import Parser, new_file, run
 from losses import Loss
 from metrics import Record, TrainingLog
@@ -37,10 +39,12 @@ ROOT = Path(__file__).resolve().parent
 # What an evaluation does not do, whatever the run did.
 ALWAYS = {
     "exp_name": "eval", "trainer": "BasicTrainer", "debug": True, "resume": "never", "resume_allow": [], "plan": False,
-    "keep_best": None, "sample_during_eval": False, "tokens_per_microbatch": None, "fsdp_shard_size": None, "tp_size": None,
-    "fsdp_cpu_offload": False, "fsdp_reduce": "auto", "reference": "auto", "n_eval_examples": None, "compile": False,
-    "activation_checkpointing": False, "wandb.enabled": False,
+    "keep_best": None, "sample_during_eval": False, "fsdp_shard_size": None, "tp_size": None, "fsdp_cpu_offload": False,
+    "fsdp_reduce": "auto", "reference": "auto", "compile": False, "activation_checkpointing": False, "wandb.enabled": False,
+    "export": None, "max_hours": None,
 }  # fmt: skip
+# What was said of the run's own evaluations, or machine.
+AFRESH = {"n_eval_examples": None, "tokens_per_microbatch": None}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,28 +62,34 @@ def main(args: argparse.Namespace) -> None:
     """Print the table of the metrics, and write them if asked to."""
     found = find_model(args.model, args.base)
     config = config_of(found, args.overrides)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, new_file(args.out, "--out") if args.out else nullcontext() as file:
         config.local_run_dir = f"{folder}/eval"
         loss = validate(config)
+        if args.reference and not loss.needs_reference:
+            raise UserError(f"--reference {args.reference}: this loss ({loss.name}) needs no reference; leave it out")
         record, n = evaluate(found, config, loss, args.reference, args.out.parent if args.out else Path(folder))
-    print(f"\n{args.model}: {n:,} examples of {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n")
-    print(table(record))
-    if args.out:
-        content = {"model": args.model, "policy": str(found.archive or ""), "loss": plain(config.loss), "examples": n,
-                   "datasets": list(config.eval_datasets or config.datasets), "metrics": record}  # fmt: skip
-        with new_file(args.out, "--out") as file:
+        print(f"\n{args.model}: {n:,} examples of {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n")
+        print(table(record))
+        if file:
+            content = {"model": args.model, "policy": str(found.archive or ""), "loss": plain(config.loss), "examples": n,
+                       "datasets": list(config.eval_datasets or config.datasets), "metrics": record}  # fmt: skip
             json.dump(content, file, indent=1)
+    if args.out:
         print(f"\nwritten to {args.out}")
 
 
 def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
     """The whole tree: config/, under the run's own knobs, under the overrides. Raises UserError for what does not compose."""
-    check_command_line(list(overrides), ROOT / "eval.py")
+    overrides = spelled_out(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        check_command_line(overrides, ROOT / "eval.py")
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        for override in parsed:
+            check_override(override, found)
         groups = [o.input_line or "" for o in parsed if o.key_or_group in ("loss", "model", "exp")]
         other_loss = any(line.startswith("loss=") for line in groups)
-        own = [] if found.run_dir is None or other_loss else [f"loss={found.config.loss.name}"]
+        name = OmegaConf.select(found.config, "loss.name")
+        own = [f"loss={name}"] if name and not other_loss else []
         with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
             config = compose("config", ["exp_name=eval", *groups, *own])
         OmegaConf.set_struct(config, False)
@@ -87,14 +97,31 @@ def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
             known = {k: v for k, v in found.config.items() if k in config and k not in ("model", "loss", "local_run_dir")}
             config = cast(DictConfig, OmegaConf.merge(config, known, {"loss": found.config.loss} if own else {}))
         config.model = found.config.model
-        for knob, value in ALWAYS.items():
+        for knob, value in (ALWAYS | AFRESH).items():
             OmegaConf.update(config, knob, value)
+        if any(override.key_or_group == "datasets" for override in parsed):
+            config.eval_datasets = None  # which went with the run's data sets
         for override in parsed:
             if override.input_line not in groups:
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+        config.local_run_dir = "eval"
+        OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(train.in_one_line(error)) from None
     return config
+
+
+def check_override(override: Override, found: Found) -> None:
+    """Raise UserError for one that an evaluation would not heed."""
+    key, said = override.key_or_group, override.input_line
+    if override.is_sweep_override():
+        raise UserError(f"{said}: one evaluation has one value; put one with commas into quotes")
+    if key == "model" or key in ("model.name_or_path", "model.archive", "model.architecture"):
+        raise UserError(f"{said}: the model is {found.name}; leave it out, or give another MODEL (or --base)")
+    if key == "exp" and found.run_dir is not None:
+        raise UserError(f"{said}: the settings are those of the run {found.run_dir}; give knobs to change them")
+    if key in ALWAYS:
+        raise UserError(f"{said}: is nothing that an evaluation does, or it has no choice; leave it out")
 
 
 def evaluate(found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path) -> tuple[Record, int]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import parallel
 import score_plots
 from batching import Batch, Feed
+from examples import Examples
 from intervals import length_buckets
 from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
 from metrics import SQUARES, Record, with_spread
@@ -142,7 +143,7 @@ class Evaluation(NamedTuple):
         """Means of the 2023 metrics, each example counted once; the loss per token if it averages over tokens.
 
         Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens; and for each group (name ->
-        mask [n]) accuracy and margin, or else the loss: `rewards_eval/accuracies/<group>`. {} without examples.
+        mask [n]) loss, accuracy, margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
         """
         if not len(self.tokens):
             return {}
@@ -153,10 +154,10 @@ class Evaluation(NamedTuple):
             nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
             means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
         split = {name.format("eval"): value for name, value in means.items()}
-        shown = [name for name in means if name in ("rewards_{}/accuracies", "rewards_{}/margins")] or ["loss/{}"]
+        shown = means.keys() & {"loss/{}", "rewards_{}/accuracies", "rewards_{}/margins", "perplexity/{}"}
         for group, mask in groups.items():
             part = Evaluation({name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]).record(loss, {})
-            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in shown if part}
+            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in means if name in shown and part}
         return with_spread(split, "eval")
 
     def draw_scores(self, folder: Path, n_seen: int) -> None:
@@ -198,11 +199,14 @@ def evaluate(
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
     -> name -> mask [n]"""
-    sources = np.array([e.source.rpartition(":")[0] for e in examples])
-    found = [str(source) for source in np.unique(sources)]
-    groups = {short(source, found): sources == source for source in found} if len(found) > 1 else {}
-    if len(examples) and len(examples[0].responses) > 1:
-        longer = np.array([max(map(len, e.responses)) for e in examples])
+    if not isinstance(examples, Examples) or not examples:  # others have lost where they come from
+        return {}
+    data_sets, groups = examples.data_sets(), dict[str, np.ndarray]()
+    names = [str(name) for name in np.unique(data_sets)]
+    for name in names if len(names) > 1 else ():
+        groups[short(name, names)] = data_sets == name
+    if examples.k > 1:
+        longer = examples.lengths[:, 1:].max(1)
         labels = np.array(length_buckets(longer))
         groups |= {str(labels[i]): labels == labels[i] for i in np.argsort(longer)}
     return groups

@@ -78,6 +78,11 @@ class Examples(Sequence[Example]):
             return np.full(len(self), nan, np.float32)
         return np.concatenate([table.store.margins for table in self.tables])[self.items]
 
+    def data_sets(self) -> np.ndarray:
+        """The name of each example's data set.  [n] str"""
+        names = np.array([table.store.name for table in self.tables])
+        return names[np.searchsorted(self.offsets, self.items, side="right") - 1]
+
     def highest_id(self) -> int:
         """The highest token id in the stores, which a model must have an embedding for."""
         return max([self.bos or 0, *(int(table.store.ids.max(initial=0)) for table in self.tables)])

@@ -24,10 +24,10 @@ def parser() -> argparse.ArgumentParser:
     to.add_argument("--out", type=Path, metavar="FOLDER", help="write a Hugging Face folder")
     to.add_argument("--policy", type=Path, metavar="FILE.pt", help="write a policy.pt: {step_idx, state, metrics}")
     p.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; as they are stored if not given")
-    p.add_argument("--max-shard-gb", type=float, default=5.0, help="of --out: 1e9 bytes of a safetensors file, at most")
+    p.add_argument("--max-shard-gb", type=float, help="of --out: 1e9 bytes of a safetensors file, at most; 5 if not given")
     p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
-    p.add_argument("--tokenizer", help="another tokenizer than the model's own")
-    p.add_argument("--chat-template", metavar="hh|FILE", help="to write; the run's if not given, else the tokenizer's")
+    p.add_argument("--tokenizer", help="of --out: another tokenizer than the model's own")
+    p.add_argument("--chat-template", metavar="hh|FILE", help="of --out: to write; the run's if not given, else the tokenizer's")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--no-check", action="store_true", help="of --out: don't load it and compare, which holds a model in float32")
     return p
@@ -35,11 +35,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace) -> None:
     """The command."""
-    if options.max_shard_gb <= 0:
+    if options.max_shard_gb is not None and not options.max_shard_gb > 0:
         raise UserError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
+    for name in ("max_shard_gb", "chat_template", "tokenizer", "no_check") if options.policy else ():
+        if getattr(options, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')}: is for --out; a policy.pt holds weights only")
     found = find_model(options.model, options.base, options.tokenizer, options.dtype)
     if options.out:
-        export(found, options.out, dtype=options.dtype, max_shard_gb=options.max_shard_gb, overwrite=options.overwrite,
+        export(found, options.out, dtype=options.dtype, max_shard_gb=options.max_shard_gb or 5.0, overwrite=options.overwrite,
                chat_template=template_of(found, options.chat_template), check=not options.no_check)  # fmt: skip
         return
     if options.policy.exists() and not options.overwrite:

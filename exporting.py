@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError, TemplateSyntaxError
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -67,12 +68,15 @@ def export(
     """
     if found.archive is None:
         raise UserError(f"{found.name}: a model's folder or name already; give a policy.pt, a checkpoint or a run")
-    if out.exists() and not (overwrite and _replaceable(out, found.config.model.name_or_path)):
+    out = out.resolve()  # "." has no name beside which to write
+    if out.exists() and not (overwrite and _replaceable(out, found)):
         fix = "; --overwrite replaces an exported folder only" if overwrite else ", or --overwrite"
         raise UserError(f"--out {out}: is there already; give another name{fix}")
     state = load_policy_state(str(found.archive))
     hf_config, tokenizer = load_config(found.config), load_tokenizer(found.config)
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    if chat_template:
+        tokenizer.chat_template = chat_template
+        check_syntax(tokenizer)
     pad = use_pad_of_its_own(tokenizer) if found.scalar else 0
     weights = [*weights_of(found, hf_config, state, DTYPES[dtype] if dtype else None, pad)]
     partial_out = out.with_name(f".{out.name}.partial")
@@ -98,9 +102,22 @@ def export(
     rank0_print(f"exported {found.archive} to {out}: {hf_config.architectures[0]}, {sum(w.bytes for w in weights) / GB:.2f} GB")
 
 
-def _replaceable(folder: Path, base: str | None) -> bool:
-    """A model's folder, and not the one that this was trained from."""
-    return (folder / "config.json").is_file() and folder.resolve() != Path(base or "").expanduser().resolve()
+def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a chat template that is no jinja template."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not jinja: line {error.lineno}: {error}; mend it") from None
+    except TemplateError:  # its own raise_exception: it wants other turns
+        pass
+
+
+def _replaceable(folder: Path, found: Found) -> bool:
+    """A model's folder, with neither what this was trained from in it, nor the policy.pt."""
+    assert found.archive is not None
+    base = found.config.model.name_or_path
+    sources = [found.archive, *([Path(base).expanduser()] if base else [])]
+    return (folder / "config.json").is_file() and not any(s.resolve().is_relative_to(folder.resolve()) for s in sources)
 
 
 def export_run(run_dir: Path) -> None:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from archives import load_policy_state, resolve_archive
+from command_line import check_config_file
 from optimization import pick_device
 from pretrained import is_classifier, load_config, load_policy, load_tokenizer
 from scalar_head import holds_scores
@@ -62,8 +63,14 @@ def find_model(name: str, base: str | None = None, tokenizer: str | None = None,
                             ) from None  # fmt: skip
         file = archive.resolve()
         run_dir = next((folder for folder in (file.parent.parent, file.parent) if (folder / "config.yaml").is_file()), None)
-        if run_dir is not None:
-            config = cast(DictConfig, OmegaConf.merge(config, _config_of(run_dir)))
+        try:
+            own = _config_of(run_dir) if run_dir else None
+        except UserError:  # of something else, perhaps
+            if base is None:
+                raise
+            run_dir = own = None
+        if own is not None:
+            config = cast(DictConfig, OmegaConf.merge(config, own))
         elif base is None:
             raise UserError(f"{archive}: no config.yaml beside it says which model this is; give the model that it was trained "
                             "from: --base NAME_OR_PATH")  # fmt: skip
@@ -80,6 +87,7 @@ def find_model(name: str, base: str | None = None, tokenizer: str | None = None,
 def _config_of(run_dir: Path) -> DictConfig:
     """A run's config.yaml. One of 2023 has fewer knobs, and paths of its own machine, which are left out."""
     try:
+        check_config_file(run_dir / "config.yaml")  # it comes with the weights, from anywhere
         config: Any = OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")))
         if not (config.model.get("name_or_path") or config.model.get("architecture")):
             raise ValueError("it names no model")
@@ -116,7 +124,12 @@ def template_of(found: Found, given: str | None) -> str | None:
     named = given or found.config.get("chat_template")
     if named in (None, "hh"):
         return HH_TEMPLATE if named else None
+    whose = f"--chat-template {given}" if given else f"{found.name}: its chat template {named}"
     try:
-        return Path(named).read_text("utf-8")
+        template = Path(named).read_text("utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"{found.name}: its chat template {named} cannot be read; give --chat-template hh or FILE") from None
+        template = None
+    if not (template and template.strip()):
+        problem = "cannot be read" if template is None else "is empty"
+        raise UserError(f"{whose}: {problem}; give --chat-template hh, or a file with a jinja template")
+    return template

@@ -5,11 +5,16 @@ import shutil
 
 import pytest
 from runs import DPO, FAST, records
+from tiny import tiny_tokenizer
 
 import eval as command
+from evaluation import eval_groups
+from preparation import load_examples
 from utils import UserError
 
 LOSSES = {"sft": ["loss=sft", "loss.average_over=tokens"], "dpo": DPO, "reward": ["loss=reward", "lr=1e-3"]}
+
+TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture
@@ -32,11 +37,26 @@ def test_what_training_said(name, trained, tmp_path, capsys):
     said = records(run_dir, "eval")[-1]
     assert found["examples"] == 16 and found["policy"].endswith("policy.pt")
     assert found["metrics"] == pytest.approx({k: v for k, v in said.items() if k != "step"}, rel=1e-4, abs=1e-6)
-    grouped = "loss/eval" if name == "sft" else "rewards_eval/accuracies"
-    assert f"{grouped}/pairs.jsonl" in said and f"{grouped}/other.jsonl" in said
+    grouped = {"loss/eval", "perplexity/eval", "rewards_eval/accuracies", "rewards_eval/margins"} & said.keys()
+    assert len(grouped) == {"sft": 2, "dpo": 4, "reward": 3}[name]
+    assert all(f"{metric}/pairs.jsonl" in said and f"{metric}/other.jsonl" in said for metric in grouped)
     assert ("perplexity/eval" in said) == (name != "reward")
     printed = capsys.readouterr().out
     assert "pairs.jsonl" in printed.splitlines()[-12:][0] or "other.jsonl" in printed
+
+
+def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
+    """Not those of its training: it has ended; and other data sets go without the eval_datasets of its own."""
+    run_dir = trained("reward", f"eval_datasets=[{data}]", "eval_share=0")
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("max_hours: null", "max_hours: 0.0001").replace("export: null", "export: hf"))
+    other, out = str(data.with_name("other.jsonl")), tmp_path / "new" / "numbers.json"
+    evaluate(run_dir, f"datasets=[{other}]", "eval_share=0.4", "data_split=1,0,1", "stage=sft", "--out", out)
+    found = json.loads(out.read_text())
+    assert found["datasets"] == [other] and found["examples"] == 4  # half of 8
+    assert len(list(out.parent.glob("*.png"))) == 2
+    with pytest.raises(UserError, match="exp=demo_dpo: the settings are those of the run"):
+        evaluate(run_dir, "exp=demo_dpo")
 
 
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
@@ -51,6 +71,21 @@ def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
     assert metrics["perplexity/eval"] > 100  # random weights, 2,000 tokens
 
 
+def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
+    for i, folder in enumerate(("a/one", "b/one", "c")):
+        (tmp_path / folder).mkdir(parents=True)
+        for part in (1, 2) if folder == "c" else (1,):  # "c" has two files
+            rows = [{"prompt": f"{i}{part}{j}", "chosen": "yes " * 4 ** part, "rejected": "no"} for j in range(3)]
+            (tmp_path / folder / f"test-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [str(tmp_path / name) for name in ("a/one", "b/one", "c")]
+    config = compose("exp_name=x", f"datasets=[{sets[2]}]", f"eval_datasets=[{','.join(sets)}]", f"local_dirs=[{tmp_path}]")
+    shutil.copy(tmp_path / "c/test-1.jsonl", tmp_path / "c/train.jsonl")
+    groups = eval_groups(load_examples(config, TOKENIZER, pairs=True)[1])
+    found = {name: int(mask.sum()) for name, mask in groups.items() if not name.startswith("length")}
+    assert found == {"a/one": 3, "b/one": 3, "c": 6}
+    assert sum(int(mask.sum()) for name, mask in groups.items() if name.startswith("length")) == 12
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -59,6 +94,14 @@ def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
         (["{tiny}", "datasets=[{data}]", "eval_share=0"], "nothing is held out"),
         (["{tiny}", "datasets=[{data}]", "lrr=1"], "lrr=1: no such knob"),
         (["{tiny}", "hydra.launcher=x"], "Hydra's own settings are not taken"),
+        (["{tiny}", "datasets"], "missing EQUAL"),
+        (["{tiny}", "datasets=['${{oc.env:HOME}}']", "loss=sft"], "nothing is read from the environment"),
+        (["{tiny}", "model=gpt2-xl"], "model=gpt2-xl: the model is"),
+        (["{tiny}", "model.archive=x"], "model.archive=x: the model is"),
+        (["{tiny}", "lr=1,2"], "one evaluation has one value"),
+        (["{tiny}", "trainer=FSDPTrainer"], "leave it out"),
+        (["{tiny}", "loss=sft", "datasets=[{data}]", "--reference", "gpt2"], "needs no reference; leave it out"),
+        (["{tiny}", "loss=sft", "datasets=[{data}]", "--out", "."], "it is a folder"),
         (["nowhere/at/all"], "no such folder"),
     ],
 )

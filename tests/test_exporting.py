@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,7 +160,11 @@ def test_what_stands_beside_the_weights(tmp_path, base_of):
 def test_what_is_refused(tmp_path, base_of):
     base = base_of("llama")
     run_dir = run_of(tmp_path, base, trained(base).state_dict())
-    out = tmp_path / "out"
+    out, empty, bad = tmp_path / "out", tmp_path / "empty.jinja", tmp_path / "bad.jinja"
+    empty.write_text("")
+    bad.write_text("{% for")
+    inside = Path(shutil.copytree(base, tmp_path / "folder")) / "policy.pt"  # which --overwrite would remove
+    shutil.copy(run_dir / "step-8/policy.pt", inside)
     for options, said in (
         ([base, "--out", out], "a model's folder or name already"),
         ([run_dir, "--out", base], "is there already; give another name, or --overwrite"),
@@ -168,6 +173,11 @@ def test_what_is_refused(tmp_path, base_of):
         ([run_dir, "--policy", run_dir / "step-8/policy.pt"], "is there already"),
         ([run_dir, "--policy", tmp_path / "x"], "ends in .pt"),
         ([run_dir, "--out", out, "--max-shard-gb", 0], "must be above 0"),
+        ([run_dir, "--out", out, "--max-shard-gb", "nan"], "must be above 0"),
+        ([run_dir, "--policy", tmp_path / "x.pt", "--no-check"], "--no-check: is for --out"),
+        ([run_dir, "--out", out, "--chat-template", empty], "empty.jinja: is empty"),
+        ([run_dir, "--out", out, "--chat-template", bad], "not jinja: line 1"),
+        ([inside, "--base", base, "--out", inside.parent, "--overwrite"], "--overwrite replaces an exported folder only"),
         ([run_dir, "--out", out, "--base", base_of("gpt2")], "not the weights of this GPT2LMHeadModel"),
     ):
         with pytest.raises(UserError, match=said):

@@ -34,6 +34,10 @@ def test_a_policy_by_each_of_its_names(tmp_path):
     assert open_model(find_model(str(loose), base=str(base)), "cpu").model.config.hidden_size == 32
     with pytest.raises(UserError, match=r"loose.pt: no config.yaml .* --base"):
         find_model(str(loose))
+    (tmp_path / "config.yaml").write_text("lives: here by chance")
+    assert find_model(str(loose), base=str(base)).run_dir is None
+    with pytest.raises(UserError, match="config.yaml: cannot be read .* --base"):
+        find_model(str(loose))
     with pytest.raises(UserError, match="no model.s folder, run, checkpoint"):
         find_model(str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded"):
