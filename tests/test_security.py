@@ -97,7 +97,7 @@ FILES = {
 @pytest.mark.parametrize("where", ["mine.yaml", "exp/mine.yaml", "deep/er/mine.yml"])
 @pytest.mark.parametrize("case", FILES)
 def test_config_file(tmp_path, case, where):
-    """In a folder that the command line names, whether or not it asks for the file; and in seconds, not minutes, on a busy machine too."""
+    """In a folder that the command line names, whether or not it asks for the file; and in seconds, not minutes."""
     file = tmp_path / where
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(FILES[case] if isinstance(FILES[case], bytes) else FILES[case].encode())
