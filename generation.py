@@ -116,6 +116,10 @@ def answers(
                     new = model.generate(ids, **options)[:, ids.shape[1] :]  # [B * n, up to n_new]
             found = [_answer(row, tokenizer, ends, decoding.stop) for row in new.tolist()]
             yield from (found[i : i + decoding.n] for i in range(0, len(found), decoding.n))
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError("the model gives tokens no finite probabilities; is it damaged, or its precision too coarse?") from None
     finally:
         model.train(was_training)
 
@@ -216,7 +220,8 @@ def _contrastive(
     """Contrastive search (Su et al. 2022, arXiv:2202.06417): of the k most probable tokens v the one with the greatest
     (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), h the last hidden states of v and of all before.  -> new tokens [B, up to n_new]
     """
-    k, alpha, n = int(decoding.top_k or 1), float(decoding.penalty_alpha or 0), len(ids)
+    alpha, n = float(decoding.penalty_alpha or 0), len(ids)
+    k = min(int(decoding.top_k or 1), model.config.get_text_config().vocab_size)
     cache, rows = DynamicCache(config=model.config), torch.arange(n, device=ids.device)
     options = {"past_key_values": cache, "use_cache": True, "output_hidden_states": True}
     done = torch.zeros(n, dtype=torch.bool, device=ids.device)

@@ -80,7 +80,7 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Expected calibration error: mean |observed - predicted| over pairs, 0 to 0.5."""
+        """Expected calibration error: mean |observed - predicted| over pairs, 0 to 1."""
         return float(np.average(np.abs(self.observed - self.predicted), weights=self.pairs)) if len(self.pairs) else float("nan")
 
 

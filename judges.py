@@ -24,7 +24,8 @@ from utils import UserError, quiet
 
 ROOT = Path(__file__).resolve().parent
 TEMPLATES = ("hh", "tldr", "tldr_concise")  # config/judge: the prompts of arXiv:2305.18290, appendix C.2
-SAID = re.compile(r"""^\W*(?:[\w ]+:)?[ "'*.()]*(A|B|tie)[ "'*.()]*$""", re.MULTILINE | re.IGNORECASE)
+MARKS = r"""[ "'*.()<>\[\]“”`]*"""
+SAID = re.compile(rf"^\W*(?:[\w ]+:{MARKS}(?:(?:response|summary) {MARKS})?)?(A|B|tie){MARKS}\r?$", re.MULTILINE | re.IGNORECASE)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is asked again; each wait is twice the one before
 
 Verdict = Literal["a", "b", "tie"]
@@ -49,7 +50,7 @@ def rule(spec: str) -> Callable[[str], float]:
         return lambda answer: float(text.casefold() in answer.casefold())
     if name in ("longer", "shorter") and not text:
         sign = 1.0 if name == "longer" else -1.0
-        return lambda answer: sign * len(answer)
+        return lambda answer: sign * len(answer.strip())  # how an answer begins is the template's matter
     raise UserError(f"--judge={spec}: no such rule; give rule:longer, rule:shorter or rule:contains=TEXT")
 
 

@@ -94,6 +94,9 @@ def _config_of(run_dir: Path) -> DictConfig:
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base NAME_OR_PATH") from None
+    for knob in ("name_or_path", "tokenizer_name_or_path", "archive"):  # relative to where it was started: here, most often
+        if (given := config.model.get(knob)) and not Path(given).exists() and (ROOT / given).exists():
+            config.model[knob] = str(ROOT / given)
     config.device, config.trainer = None, "BasicTrainer"
     return config
 
@@ -109,14 +112,19 @@ def start_of(found: Found) -> DictConfig:
 
 def open_model(found: Found, device: str | None = None) -> Opened:
     """Load what was found, on `device` (None: the GPU if there is one, else the CPU). UserError for one that is not there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out to pick one") from None
+    check_device(device)
     found.config.device = device
     tokenizer = load_tokenizer(found.config)
     model: Any = load_policy(found.config, scalar=found.scalar)
     return Opened(found, model.to(pick_device(found.config)).eval().requires_grad_(False), tokenizer)
+
+
+def check_device(device: str | None) -> None:
+    """Raise UserError for one that is not there, or that can hold no numbers."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out to pick one") from None
 
 
 def template_of(found: Found, given: str | None) -> str | None:

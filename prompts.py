@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+import pipeline_datasets  # noqa: F401  registers its sets
 from data_files import Text, read_file
 from preference_datasets import get_dataset
 from tokenization import automatic_bos, render

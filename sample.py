@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--n", type=positive, default=1, help="answers to each prompt")
     how.add_argument("--max-new-tokens", type=positive, default=128)
     how.add_argument("--stop", action="append", default=[], metavar="STRING", help="end an answer here; may be given again")
-    how.add_argument("--seed", type=int, default=0, help="of drawing answers, and prompts")
+    how.add_argument("--seed", type=seed, default=0, help="of drawing answers, and prompts")
     p.add_argument("--batch-size", type=positive, default=8, help="prompts at once")
     p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
     p.add_argument("--tokenizer", help="another tokenizer than the model's own")
@@ -60,13 +60,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write all answers, with what it takes to repeat them")
     p.add_argument("--format", choices=("answers", "pairs"), default="answers",
                    help="of --out: a line per prompt and model; or {instruction, output_1, output_2}, with --n 2")  # fmt: skip
-    p.add_argument("--show", type=int, default=20, help="prompts to print, at most")
+    p.add_argument("--show", type=not_negative, default=20, help="prompts to print, at most")
     return p
 
 
 def positive(text: str) -> int:
     if (n := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{n} is below 1")
+    return n
+
+
+def not_negative(text: str) -> int:
+    if (n := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{n} is below 0")
+    return n
+
+
+def seed(text: str) -> int:
+    if (n := not_negative(text)) >= 2**62:  # what torch takes, after some batches and turns, too
+        raise argparse.ArgumentTypeError(f"{n} is not below 2**62")
     return n
 
 
@@ -80,10 +92,11 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     """Raises UserError for numbers out of their range, and what `Decoding.checked` refuses."""
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-        "temperature": (lambda v: v > 0, "above 0; --mode greedy for the most probable"),
+        "temperature": (lambda v: 1e-4 <= v < 1e4, "from 0.0001 to 10000; --mode greedy for the most probable"),
         "top_k": (lambda v: v >= 0, "0 (all) or more"), "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
         "num_beams": (lambda v: v >= 2, "at least 2"), "num_beam_groups": (lambda v: v >= 2, "at least 2"),
-        "diversity_penalty": (lambda v: v > 0, "above 0"), "penalty_alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+        "diversity_penalty": (lambda v: 0 < v < 1e4, "above 0, and below 10000"),
+        "penalty_alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     }  # fmt: skip
     for name, value in given.items():
         fits, said = ranges[name]
@@ -143,7 +156,7 @@ def answered(
     settings = decoding._asdict() | {
         "seed": options.seed, "batch_size": options.batch_size, "dtype": options.dtype, "device": model.model.device.type,
         "add_bos": add_bos, "chat_template": template or model.tokenizer.chat_template or HH_TEMPLATE,
-        "eos_token_id": model.model.generation_config.eos_token_id,
+        "tokenizer": model.tokenizer.name_or_path, "eos_token_id": model.model.generation_config.eos_token_id,
     } | {name: version(name) for name in ("torch", "transformers", "tokenizers")}  # fmt: skip
     archive = found.archive and str(found.archive.resolve())
     about = {"model": found.name, "archive": archive, "weights": weights_digest(model.model), "settings": settings}
@@ -158,7 +171,7 @@ def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]
     if form == "pairs":
         asked = about["prompt"]
         plain = asked[0]["content"] if isinstance(asked, list) and len(asked) == 1 else asked
-        kept = {name: about[name] for name in ("source", "model", "archive", "weights", "settings")}
+        kept = {name: about[name] for name in ("prompt", "source", "model", "archive", "weights", "settings")}
         return {"instruction": plain, "output_1": some[0].text, "output_2": some[1].text} | kept
     found = {"answers": [a.text for a in some], "n_tokens": [a.n_tokens for a in some], "ended": [a.ended for a in some]}
     return {name: value for name, value in about.items() if name != "settings"} | found | {"settings": about["settings"]}
@@ -232,6 +245,11 @@ def check(options: argparse.Namespace) -> None:
     for name, default, used, where in ignored:
         if getattr(options, name) != default and not used:
             raise UserError(f"{flag(name)} {getattr(options, name)}: is for {where}; leave it out")
+    if options.dataset_path and Path(options.dataset).expanduser().exists():
+        raise UserError(f"--dataset-path {options.dataset_path}: is for named sets, and --dataset {options.dataset} is a path; "
+                        "leave it out")  # fmt: skip
+    if twice := [name for i, name in enumerate(options.models) if name in options.models[:i]]:
+        raise UserError(f"{twice[0]}: is given twice, and its answers could not be told apart; give it once, and --n for more")
     if options.chat and len(options.models) > 1:
         raise UserError(f"--chat: talks to one model, and {len(options.models)} are given; give one")
     if options.format == "pairs" and (options.n != 2 or len(options.models) > 1):

@@ -113,10 +113,12 @@ def read_ranked(path: Path) -> Iterator[Ranked]:
             given = raw.value("scores") if "answers" in raw.fields else [raw.value(name) for name in score_fields(raw)]
             if not isinstance(given, list) or len(given) != len(answered.answers):
                 raise raw.error(f"field 'scores' is {describe(given)}", f"write {len(answered.answers)} numbers, one an answer")
-            scores, texts = [_score(raw, f"scores[{i}]", score) for i, score in enumerate(given)], list(answered.answers)
-            if len(texts) < 2:
+            scores = [_score(raw, f"scores[{i}]", score) for i, score in enumerate(given)]
+            if len(scores) < 2:
                 raise raw.error("one answer, and a pair takes two", "sample two or more")
             prompt = {"prompt": answered.prompt}
+            as_it_stands = isinstance(answered.prompt, str)  # else as it was scored: what is around it is the template's
+            texts = [text if as_it_stands else text.strip() for text in answered.answers]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         margin = scores[best] - scores[worst]
         row = prompt | {"chosen": texts[best], "rejected": texts[worst], "chosen_score": scores[best],

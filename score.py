@@ -25,7 +25,7 @@ from commands import Parser, new_file, write_jsonl
 from intervals import Interval, calibration, length_buckets, wilson
 from judges import Endpoint, Verdicts
 from opening import Found, find_model
-from preference_datasets import Row, get_dataset, resolve
+from preference_datasets import LOADERS, Row, get_dataset, resolve
 from sample_files import read_answers, read_ranked
 from score_plots import draw_calibration, draw_scores
 from scorers import Scored, Scorer, knobs_of, load_scorer
@@ -107,7 +107,7 @@ def _endpoint_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--key-env", metavar="VARIABLE", help="the environment variable that holds its key")
     g.add_argument("--verdicts", type=Path, metavar="FILE", help="what it said, to be read again; else .cache/verdicts.jsonl")
     g.add_argument("--parallel", type=_count, metavar="N", help="questions at a time; else 4")
-    g.add_argument("--timeout", type=float, metavar="SECS", help="for one reply; else 60")
+    g.add_argument("--timeout", type=_seconds, metavar="SECS", help="for one reply; else 60")
 
 
 def _whole(text: str) -> int:
@@ -120,6 +120,12 @@ def _count(text: str) -> int:
     if (n := _whole(text)) == 0:
         raise argparse.ArgumentTypeError("0: give at least 1")
     return n
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (seconds := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: give more than 0")
+    return seconds
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -145,8 +151,12 @@ def loaded(options: argparse.Namespace, found: Found, config: DictConfig) -> Sco
 
 def pairs(options: argparse.Namespace) -> None:
     """The command `pairs`."""
+    wanted = list(dict.fromkeys(map(resolve, options.data)))
+    for name, path in options.dataset_path:
+        if resolve(name) not in wanted or resolve(name) not in LOADERS:
+            raise UserError(f"--dataset-path={name}={path}: is for a named set among DATA; leave it out")
     found, config = found_by(options, options.scorer)
-    data = [(name, *read_pairs(config, name, options)) for name in dict.fromkeys(map(resolve, options.data))]
+    data = [(name, *read_pairs(config, name, options)) for name in wanted]
     scorer = loaded(options, found, config)
     names, rows, parts = list[str](), list[Row](), list[Scored]()
     for name, some, keep in data:
@@ -171,7 +181,7 @@ def pairs(options: argparse.Namespace) -> None:
 
 def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
     """The pairs of a data set, a row each, and which end of its long prompts survives."""
-    paths = plain(config.dataset_paths) | dict(options.dataset_path)
+    paths = plain(config.dataset_paths) | {resolve(given): path for given, path in options.dataset_path}
     fields = dict(options.field) or (plain(config.field_map) if name in (config.get("datasets") or []) else None)
     cache_dir = str(get_local_dir(config.local_dirs))
     share = config.eval_share
@@ -252,7 +262,8 @@ def draw(scored: Scored, folder: Path, title: str) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with new_file(path, "--json") as file:
-        file.write(json.dumps(content, indent=2, default=str) + "\n")
+        known = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)  # JSON has no NaN
+        file.write(json.dumps(known, indent=2) + "\n")
 
 
 # ---- answers, win rates, easy and hard ----
@@ -366,9 +377,14 @@ def split(options: argparse.Namespace) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """The command that was named."""
+    read = [] if options.main in (pairs, answers) else [options.file] if options.main is split else options.file
+    taken = [path.resolve() for path in read]  # scores may be added in place; anything else would lose what was read
     for name in ("out", "json", "easy", "hard", "plots"):
         if (path := getattr(options, name, None)) is not None:
             check_place(path, f"--{name}", folder=name == "plots")
+            if path.resolve() in taken:
+                raise UserError(f"--{name}={path}: is read, or written by another option, too; give another place")
+            taken.append(path.resolve())
     options.main(options)
 
 

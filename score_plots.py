@@ -48,7 +48,7 @@ def _figure(title: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=10, parse_math=False)  # a path may hold dollars
     axis.grid(alpha=0.3)
     return figure, axis
 

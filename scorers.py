@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from batching import Batch, Feed, Packing, pack
 from models import Way, choose_way, response_logps, response_scores
-from opening import ROOT, Found, Opened, find_model, open_model, start_of
+from opening import ROOT, Found, Opened, check_device, find_model, open_model, start_of
 from optimization import pick_device
 from preference_datasets import DataSet, Row
 from pretrained import check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
@@ -60,6 +60,8 @@ def load_scorer(
     if beta is None:
         raise UserError(f"{found.name}: neither a reward model nor a run whose loss has a beta; give a reward model, or --beta "
                         "and --reference MODEL for the implicit reward beta * log(policy / reference)")  # fmt: skip
+    if not 0 < beta < float("inf"):
+        raise UserError(f"--beta={beta}: must be above 0, and finite; a reward is beta * log(policy / reference)")
     origin: Found | None = None
     if reference is not None:
         base = found.config.model.name_or_path if reference.endswith(".pt") else None
@@ -182,6 +184,7 @@ class Classifier:
     """
 
     def __init__(self, found: Found, config: DictConfig, device: str | None, budget: int):
+        check_device(device)
         found.config.device = device
         labels = load_config(found.config).num_labels
         if labels != 1:

@@ -54,13 +54,14 @@ def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answe
     `baseline` is one of the models, or a file. Raises UserError where it is neither, or nobody is left to compare with it.
     """
     path = Path(baseline)
+    is_file = path.is_file() and path.suffix != ".pt"  # a policy.pt is a model's name
     found: dict[tuple[str, Path], Answers] = {}
-    for file in dict.fromkeys([*files, path] if path.is_file() else files):
+    for file in dict.fromkeys([*files, path] if is_file else files):
         for line in read_answers(file):
             found.setdefault((line.model, file), defaultdict(list))[line.key].append(line)
     models = [model for model, _ in found]
     names = {key: key[0] if models.count(key[0]) == 1 else f"{key[0]} ({key[1]})" for key in found}
-    chosen = [name for key, name in names.items() if (key[1] == path if path.is_file() else baseline in (key[0], name))]
+    chosen = [name for key, name in names.items() if (key[1] == path if is_file else baseline in (key[0], name))]
     if len(chosen) != 1:
         known = ", ".join(names.values())
         raise UserError(f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) fit; give one of them, or a "
@@ -80,11 +81,13 @@ def duels(policy: Answers, baseline: Answers) -> list[Duel]:
 
 
 def by_points(some: Sequence[Duel], points_of: Callable[[Sequence[Answered]], Sequence[float]]) -> Judged:
-    """A judge that sees one answer at a time: more points win. Each different answer to a prompt is asked about once."""
-    texts = ((duel, text) for duel in some for text in (duel.answer, duel.baseline))
+    """A judge that sees one answer at a time: more points win. Each different answer to a prompt is asked about once;
+    after messages, what is around it is the template's."""
+    read = lambda duel, text: text if isinstance(duel.asked.prompt, str) else text.strip()
+    texts = ((duel, read(duel, text)) for duel in some for text in (duel.answer, duel.baseline))
     answers = {(duel.asked.key, text): duel.asked._replace(answers=[text]) for duel, text in texts}
     points = dict(zip(answers, points_of(list(answers.values())), strict=True))
-    pairs = [(points[duel.asked.key, duel.answer], points[duel.asked.key, duel.baseline]) for duel in some]
+    pairs = [[points[duel.asked.key, read(duel, text)] for text in (duel.answer, duel.baseline)] for duel in some]
     details = [{"score": float(mine), "baseline_score": float(theirs)} for mine, theirs in pairs]
     return Judged(np.array([(mine > theirs) + (mine == theirs) / 2 for mine, theirs in pairs]), details)
 

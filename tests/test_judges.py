@@ -9,6 +9,7 @@ import pytest
 
 import judges
 import score
+import winrates
 from judges import Comparison, Endpoint, Verdicts, fill, read_template, verdict_of
 from utils import UserError
 
@@ -85,6 +86,8 @@ def test_the_shipped_prompts_ask_for_what_is_read():
     ("Comparison: x.\nMore helpful: A", "a"), ("Comparison: B.\nPreferred: \"B\".", "b"), ("B", "b"), ("**B**", "b"),
     ("Preferred: A\n", "a"), ("Comparison: A is short.\nMore helpful: tie", "tie"), ("A is better.", None), ("", None),
     ("**More helpful:** A", "a"), ("More helpful: A or B", None), ("Comparison: A\nMore helpful: B", "b"),
+    ('More helpful: <"A">', "a"), ("**Preferred:** Summary B", "b"), ("More helpful: [B]\r\n", "b"), ("Response A:\nfine", None),
+    ("* " * 3000 + "x", None),
 ])  # fmt: skip
 def test_what_a_reply_says(reply, verdict):
     assert verdict_of(reply) == verdict
@@ -228,6 +231,7 @@ BEHIND_A_URL = ["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judg
     ([*BEHIND_A_URL, "--key-env", "NO_SUCH_KEY"], "--key-env=NO_SUCH"),
     ([*BEHIND_A_URL, "--judge-template", "x"], "template=x: cannot"),
     (BEHIND_A_URL, "no answer from m .ConnectError"),
+    ([*BEHIND_A_URL, "--timeout", "0"], "--timeout: 0: give more"),
     (["--baseline", "sft", "--judge", "http://[::1/v1", "--judge-model", "m"], "no answer from m"),
     (["--baseline", "sft"], "--judge"),
 ])  # fmt: skip
@@ -235,6 +239,30 @@ def test_what_is_refused(files, tmp_path, options, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         winrate(files, *options)
+
+
+def test_a_policy_pt_is_a_models_name(tmp_path, monkeypatch):
+    """And what is around an answer gives it no points, nor, after messages, another score."""
+    monkeypatch.chdir(tmp_path)
+    Path("policy.pt").write_bytes(b"weights")
+    prompt = [{"role": "user", "content": "q"}]
+    both = [{"prompt": prompt, "model": "policy.pt", "response": "Yes"}, {"prompt": prompt, "model": "b", "response": "  Yes\n"}]
+    Path("both.jsonl").write_text("".join(json.dumps(line) + "\n" for line in both))
+    winrate(["both.jsonl"], "--baseline", "policy.pt", "--judge", "rule:longer", "--json", "out.json")
+    assert json.loads(Path("out.json").read_text())["win_rates"]["b"]["ties"] == 1
+    lines = winrates.read_policies([Path("both.jsonl")], "b")[0].values()
+    some = winrates.duels(*lines)
+    assert winrates.by_points(some, lambda asked: range(len(asked))).points.tolist() == [0.5]
+    with pytest.raises(UserError, match="--out=both.jsonl: is read"):
+        winrate(["both.jsonl"], "--baseline", "b", "--judge", "rule:longer", "--out", "both.jsonl")
+
+
+def test_no_verdict_at_all_is_json(files, tmp_path):
+    with Server(lambda _: "Both.") as server:
+        winrate([files[0], str(samples(tmp_path / "x.jsonl", "x", [[" please"]]))], "--baseline", "sft", "--judge", server.url,
+                "--judge-model", "m", "--verdicts", tmp_path / "v.jsonl", "--json", tmp_path / "out.json")  # fmt: skip
+    assert "NaN" not in (said := (tmp_path / "out.json").read_text())
+    assert json.loads(said)["win_rates"]["x"]["value"] is None
 
 
 def test_files_that_do_not_fit_together(files, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny import save_tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -42,6 +43,15 @@ def test_a_policy_by_each_of_its_names(tmp_path):
         find_model(str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded"):
         find_model("no-such-model-anywhere")
+
+
+def test_a_relative_path_of_a_run_starts_at_the_repository(tmp_path, monkeypatch):
+    """Where train.py is started; the model may be looked at from anywhere."""
+    run_dir = run_of(tmp_path, save_tiny_llama(tmp_path / "base"), {"lm_head.weight": torch.zeros(2, 2)})
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("model: {", "model: {tokenizer_name_or_path: demo/tokenizer, "))
+    monkeypatch.chdir(tmp_path)
+    assert find_model(str(run_dir)).config.model.tokenizer_name_or_path == str(ROOT / "demo/tokenizer")
 
 
 def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):

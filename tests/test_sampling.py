@@ -89,6 +89,8 @@ def test_contrastive_search_by_its_definition(model):
             ids.append(candidates[int(torch.stack(scores).argmax())].item())
         (((text, _, ended),),) = answered(model, Decoding("contrastive", max_new_tokens=6), [np.array(ids[:start])])
         assert text == tiny_tokenizer().decode(ids[start:], skip_special_tokens=True) and ended == "length"
+    every = [answered(model, Decoding("contrastive", max_new_tokens=3, top_k=k)) for k in (259, 999)]
+    assert every[0] == every[1]
     greedy = answered(model, Decoding("greedy", max_new_tokens=9))
     assert answered(model, Decoding("contrastive", max_new_tokens=9, penalty_alpha=0.0)) == greedy
 
@@ -183,6 +185,9 @@ def test_models_side_by_side(tmp_path, capsys):
     pairs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [[p["output_1"], p["output_2"]] for p in pairs] == [r["answers"] for r in rows[2:]]
     assert pairs[0]["instruction"] == rows[0]["prompt"][0]["content"]
+    assert pairs[0]["prompt"] == rows[0]["prompt"]  # which score.py goes by: a string was read as it stands
+    with pytest.raises(UserError, match="is given twice"):
+        run(base, trained, base)
 
 
 REFUSED = [
@@ -190,7 +195,15 @@ REFUSED = [
     (["--mode", "greedy", "--n", "2"], "--n 2: this mode gives 1 at most"),
     (["--mode", "beam", "--n", "5"], "--n 5: 4 beams give 4 at most"),
     (["--mode", "diverse-beam", "--num-beams", "5"], "--num-beam-groups 4: must divide --num-beams 5"),
-    (["--temperature", "0"], "--temperature 0: must be above 0; --mode greedy"),
+    (["--temperature", "0"], "--temperature 0: must be from 0.0001 .*; --mode greedy"),
+    (["--temperature", "1e-45"], "--temperature 1e-45: must be"),
+    (["--seed", "-1"], "--seed: -1 is below 0"),
+    (["--seed", 30 * "9"], "is not below 2"),
+    (["--show", "-1"], "--show: -1 is below 0"),
+    (["--device", "meta"], "--device meta: not usable here"),
+    (["--dataset", "demo", "--dataset-path", "x"], "--dataset-path x: is for named sets"),
+    (["--dataset", "rm_static", "--dataset-path", "nosuch"], "nosuch: no such file or folder"),
+    (["demo"], "demo: no model's folder"),
     (["--stop", ""], "--stop '': an empty string"),
     (["--raw"], "--raw True: is for --prompts"),
     (["--format", "pairs", "--out", "x"], "--format pairs: needs --n 2"),

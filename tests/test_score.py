@@ -251,7 +251,7 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
         {"prompt": "p2", "answers": [" low", " high"], "scores": [1, 2]},
         {"prompt": "p3", "answers": [" x", " y", " z"], "scores": [0.5, 4.5, -1]},
         {"instruction": "p4", "output_1": "same", "output_2": "same", "output_1_score": 2, "output_2_score": 2},
-        {"instruction": "p5", "output_1": "bad", "output_2": "good", "output_1_score": -2, "output_2_score": 0.2},
+        {"instruction": "p5", "output_1": "bad", "output_2": " good\n", "output_1_score": -2, "output_2_score": 0.2},
     ])  # fmt: skip
     run("split", file, "--threshold", 1.0, "--easy", tmp_path / "easy.jsonl", "--hard", tmp_path / "hard.jsonl", "--sort")
     assert [r["margin"] for r in lines(tmp_path / "easy.jsonl")] == [5.5, 2.2, 1]
@@ -288,11 +288,16 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
     (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"], "pairs.jsonl, line 1: no field 'chosen_score'"),
     (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h", "--threshold", "0"], "--threshold=0.0: must be above 0"),
     (["pairs", "{reward}", "{pairs}", "--json", "{tmp}"], "--json=.*: cannot be written .it is a folder"),
+    (["pairs", "{dpo}", "{pairs}", "--beta", "0"], "--beta=0.0: must be above 0"),
+    (["pairs", "{dpo}", "{pairs}", "--beta", "nan"], "--beta=nan: must be above 0"),
+    (["pairs", "{reward}", "{pairs}", "--dataset-path", "hh=x"], "--dataset-path=hh=x: is for a named set among DATA"),
+    (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/e"], "--hard=.*/e: is read, or written by another option"),
+    (["split", "{pairs}", "--easy", "{pairs}", "--hard", "{tmp}/h"], "--easy=.*: is read"),
     ([], "are required"),
 ])  # fmt: skip
 def test_what_is_refused(models, pairs, tmp_path, arguments, said):
     answers = write(tmp_path / "answers.jsonl", [{"prompt": "p", "response": "r"}] * 12)
-    names = {"base": models / "base", "reward": models / "reward", "pairs": pairs, "answers": answers, "tmp": tmp_path}
+    names = {name: models / name for name in ("base", "reward", "dpo")} | {"pairs": pairs, "answers": answers, "tmp": tmp_path}
     with pytest.raises(UserError, match=said) as error:
         run(*(a.format(**names) for a in arguments))
     assert "\n" not in str(error.value)
@@ -304,6 +309,9 @@ def test_models_that_score_nothing(models, bert, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="has num_labels=2"):
         opened(str(tmp_path / "two"))
+    found = find_model(bert)
+    with pytest.raises(UserError, match="--device nowhere: not usable here"):
+        load_scorer(found, knobs_of(found, {}), device="nowhere")
     bad = Bert.from_pretrained(bert)
     bad.classifier.weight.data.fill_(float("inf"))
     bad.save_pretrained(tmp_path / "inf")
