@@ -30,7 +30,7 @@ import tensor_parallelism
 import trust
 from archives import load_policy_state
 from models import DTYPES, allow_trees, block_class
-from scalar_head import ScalarHead, holds_scores, initial_weight, put_scalar_head, scores
+from scalar_head import HEADS, ScalarHead, holds_scores, initial_weight, put_scalar_head, scores
 from utils import UnsafeFile, UserError, plain, rank0_print
 
 transformers.logging.set_verbosity_error()
@@ -99,7 +99,14 @@ def load_policy(
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
         else:
             trust.check_folder(name)
-            model = AutoModelForCausalLM.from_pretrained(**source, config=hf_config, dtype=dtype, device_map=device_map, **code)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source, config=hf_config, dtype=dtype, device_map=device_map, output_loading_info=True, **code
+            )
+            model, info = loaded
+            # transformers draws what is missing at random; a head that is about to be replaced may be.
+            if absent := sorted({*info["missing_keys"]} - {f"{head}.weight" for head in HEADS if scalar}):
+                raise UserError(f"model.name_or_path={name}: its files hold no {absent[0]} ({len(absent)} are missing), so "
+                                f"it is no whole {type(model).__name__}; give a causal LM")  # fmt: skip
             model = _plain(model) if "gguf_file" in source else model
     if scalar and not scores(model):
         put_scalar_head(model, config.seed)

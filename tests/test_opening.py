@@ -76,6 +76,8 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     classifier.save_pretrained(tmp_path / "classifier")
     (tmp_path / "classifier/tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
     (tmp_path / "classifier/tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
+    with pytest.raises(UserError, match="hold no lm_head.weight .* no whole LlamaForCausalLM"):
+        pretrained.load_policy(compose(f"model.name_or_path={tmp_path}/classifier"))
     opened = open_model(find_model(str(tmp_path / "classifier")), "cpu").model
     assert opened.get_output_embeddings().weight.equal(classifier.score.weight)
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(tmp_path / "two")
