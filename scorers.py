@@ -70,7 +70,13 @@ def load_scorer(
             raise UserError(f"--reference={reference}: a reward model has no log-probabilities; give a policy")
     elif not loss.get("reference_free"):
         origin = found._replace(config=start_of(found))
-    return Causal(config, budget, open_model(found, device), origin and open_model(origin, device), beta)
+    policy, start = open_model(found, device), origin and open_model(origin, device)
+    if start is not None:
+        probe = [o.tokenizer("Where is the 3rd house?", add_special_tokens=False)["input_ids"] for o in (policy, start)]
+        if probe[0] != probe[1]:
+            raise UserError(f"--reference={reference}: its tokenizer makes other tokens of a text than that of {found.name}; "
+                            "give the model that it was trained from")  # fmt: skip
+    return Causal(config, budget, policy, start, beta)
 
 
 def knobs_of(found: Found, given: dict[str, Any]) -> DictConfig:

@@ -304,6 +304,13 @@ def test_what_is_refused(models, pairs, tmp_path, arguments, said):
     assert not (tmp_path / "o").exists() and not (tmp_path / "e").exists()
 
 
+def test_a_reference_with_another_tokenizer_is_refused(models, pairs, tmp_path):
+    save_tiny_llama(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="--reference=.*other: its tokenizer makes other tokens"):
+        run("pairs", models / "dpo", pairs, "--eval-share", "1", "--reference", tmp_path / "other")
+
+
 def test_models_that_score_nothing(models, bert, tmp_path):
     Bert(BertConfig.from_pretrained(bert, num_labels=2)).save_pretrained(tmp_path / "two")
     tiny_tokenizer().save_pretrained(tmp_path / "two")
