@@ -5,7 +5,7 @@ Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,6 +24,7 @@ from intervals import length_buckets
 from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
 from metrics import SQUARES, Record, with_spread
 from models import Way, response_logps, response_scores
+from tokenization import Example
 from utils import quiet
 
 
@@ -160,8 +161,12 @@ class Evaluation(NamedTuple):
         return with_spread(split, "eval")
 
     def draw_scores(self, folder: Path, n_seen: int) -> None:
-        """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png."""
+        """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png; of the pairs whose scores are numbers."""
         chosen, rejected = (self.metrics[f"rewards_{{}}/{which}"] for which in ("chosen", "rejected"))
+        finite = np.isfinite(chosen) & np.isfinite(rejected)
+        if not finite.any():
+            return
+        chosen, rejected = chosen[finite], rejected[finite]
         for name, draw in (("scores", score_plots.draw_scores), ("calibration", score_plots.draw_calibration)):
             draw(chosen, rejected, folder / f"{name}-{n_seen}.png", f"after {n_seen:,} training pairs")
 
@@ -195,10 +200,10 @@ def evaluate(
     return Evaluation(dict(zip(names, columns, strict=True)), tokens)
 
 
-def eval_groups(examples: Examples) -> dict[str, np.ndarray]:
+def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
     -> name -> mask [n]; of a path the last part, where that tells it from the others"""
-    if not examples:
+    if not isinstance(examples, Examples) or not examples:
         return {}
     data_sets, groups = examples.data_sets(), dict[str, np.ndarray]()
     last = [Path(name).name for name in np.unique(data_sets)]

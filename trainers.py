@@ -31,7 +31,6 @@ import state_files
 from archives import as_in_2023
 from batching import Feed, Packing, Step, pack
 from evaluation import Scorer, all_logps, eval_groups, evaluate
-from examples import Examples
 from generation import sample
 from head import held_bytes
 from losses import Loss
@@ -50,7 +49,7 @@ class BasicTrainer:
 
     def __init__(
         self, config: DictConfig, policy: PreTrainedModel, reference: PreTrainedModel | None, weights: str | None, loss: Loss,
-        tokenizer: PreTrainedTokenizerBase, train: Sequence[Example], evaluation: Examples, run_dir: Path,
+        tokenizer: PreTrainedTokenizerBase, train: Sequence[Example], evaluation: Sequence[Example], run_dir: Path,
         log: TrainingLog, layout: parallel.Layout | None = None,
     ):  # fmt: skip
         """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest of the reference's, whose
