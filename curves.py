@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,8 +143,8 @@ def in_words(panel: Panel, runs: Sequence[Run]) -> str:
 
 
 def points(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of a metric, where it is a number."""
-    found = [(r["step"], r[key]) for r in records if key in r and math.isfinite(r[key])]
+    """(steps, values) of a metric, where it is a number that can be drawn."""
+    found = [(r["step"], r[key]) for r in records if key in r and abs(r[key]) < 1e300]
     steps, values = np.array(found, float).reshape(-1, 2).T
     return steps, values
 

@@ -97,6 +97,12 @@ def _values(records: Sequence[Record], key: str) -> np.ndarray:
     return np.array([r[key] for r in records if key in r and math.isfinite(r[key])])
 
 
+def _number(run: Run, knob: str) -> float | None:
+    """The value of a knob, if it is a number: a config may hold anything."""
+    value = run.setting(knob)
+    return value if isinstance(value, int | float) else None
+
+
 def _fifths(values: np.ndarray) -> list[np.ndarray]:
     return np.array_split(values, 5)
 
@@ -232,7 +238,7 @@ def diverges(run: Run) -> str:
 
 def in_warmup(run: Run) -> str:
     """The run ended before warmup_steps were over."""
-    warmup, done = run.setting("warmup_steps", 0), len(run.steps)
+    warmup, done = _number(run, "warmup_steps") or 0, len(run.steps)
     if run.status.get("state") != "finished" or not done or done > warmup:
         return ""
     return f"{done} steps were made, warmup_steps={warmup}: lr={run.setting('lr')} was never reached"
@@ -240,7 +246,7 @@ def in_warmup(run: Run) -> str:
 
 def clipped(run: Run) -> str:
     """The gradient norm was above max_grad_norm in nine of ten steps."""
-    norms, limit = _values(run.steps, "grad_norm"), run.setting("max_grad_norm")
+    norms, limit = _values(run.steps, "grad_norm"), _number(run, "max_grad_norm")
     if len(norms) < MIN_STEPS or limit is None or (share := (norms > limit).mean()) < CLIPPED:
         return ""
     return f"{share:.0%} of the steps; the norm's median is {np.median(norms):.3g}, max_grad_norm={limit}"

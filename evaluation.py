@@ -161,8 +161,12 @@ class Evaluation(NamedTuple):
         return with_spread(split, "eval")
 
     def draw_scores(self, folder: Path, n_seen: int) -> None:
-        """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png."""
+        """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png; of the pairs whose scores are numbers."""
         chosen, rejected = (self.metrics[f"rewards_{{}}/{which}"] for which in ("chosen", "rejected"))
+        finite = np.isfinite(chosen) & np.isfinite(rejected)
+        if not finite.any():
+            return
+        chosen, rejected = chosen[finite], rejected[finite]
         for name, draw in (("scores", score_plots.draw_scores), ("calibration", score_plots.draw_calibration)):
             draw(chosen, rejected, folder / f"{name}-{n_seen}.png", f"after {n_seen:,} training pairs")
 

@@ -145,7 +145,8 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
                     row = json.loads(line)
                 except ValueError:
                     row = None
-                if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+                step = row.get("step") if isinstance(row, dict) else None
+                if isinstance(step, int | float) and abs(step) < 1e15:  # not NaN either
                     rows.append(row)
                 elif cut := not line.endswith("\n"):
                     break
@@ -259,7 +260,8 @@ def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _what(config: Mapping[str, Any], path: Path) -> str:
     loss = _group(config, "loss")
     knobs = ", ".join(f"{key}={value}" for key, value in loss.items() if key != "name" and value)
-    data = config.get("datasets")
+    data = config.get("datasets") or "?"
+    data = data if isinstance(data, list) else [data]
     examples, steps = (status(path).get(key) for key in ("examples", "step"))
     length = f"; {examples:,} examples in {steps:,} steps" if isinstance(examples, int) and isinstance(steps, int) else ""
-    return f"{loss.get('name', 'unknown loss')}{f' ({knobs})' if knobs else ''} on {', '.join(map(str, data or ['?']))}{length}"
+    return f"{loss.get('name', 'unknown loss')}{f' ({knobs})' if knobs else ''} on {', '.join(map(str, data))}{length}"

@@ -191,7 +191,7 @@ def pictures(run: Run) -> list[tuple[str, str, str]]:
     newest: dict[str, tuple[int, Path]] = {}
     for file in run.path.glob("*-*.png"):
         kind, _, number = file.stem.rpartition("-")
-        if number.isdigit():
+        if number.isdigit() and file.is_file():
             newest[kind] = max(newest.get(kind, (-1, file)), (int(number), file))
     return [
         (kind, data_address(file.read_bytes()), f"{kind} after {step:,} training examples of {run.name}; {file.name} in the run")

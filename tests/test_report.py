@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import curves
+import diagnosis
 import history
 import report
 
@@ -169,6 +170,19 @@ def test_a_run_as_it_stands(tmp_path, runs):
     assert "(an anchor, alias or tag) is not taken" in write(runs[1])
     (runs[1] / "config.yaml").unlink()
     assert "config.yaml: left out (No such file or directory)" in write(runs[1])
+
+
+def test_numbers_that_no_run_writes(runs):
+    """A step that is none, a value that no axis holds, a setting of another kind, a folder called like a picture."""
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1e400, "loss/train": 1}\n{"step": NaN, "loss/train": 1}\n{"step": 321, "loss/train": 1e308}\n')
+    with open(runs[0] / "config.yaml", "a") as file:
+        file.write("warmup_steps: many\nmax_grad_norm: x\n")
+    (runs[0] / "scores-999.png").mkdir()
+    run = history.read_run(runs[0])
+    assert run.steps[-1]["step"] == 321 and "2 of" in run.notes[0]
+    assert curves.points(run.steps, "loss/train")[0][-1] < 321
+    assert diagnosis.diagnose(run) is not None and report.pictures(run) == []
 
 
 def test_names_tell_runs_apart(tmp_path):

@@ -12,7 +12,7 @@ from tiny import SIZES, tiny_model
 import models
 from attention import NAME as TREES
 from batching import pack
-from evaluation import shared_tokens
+from evaluation import Evaluation, shared_tokens
 from losses import ScoredPairs, Scores, build_loss
 from models import ORACLE, Way, response_scores
 from scalar_head import put_scalar_head
@@ -146,6 +146,14 @@ def test_it_learns_the_demos_preference(train_here):
     assert records(again, "eval")[0]["loss/eval"] == pytest.approx(record["loss/eval"], rel=1e-5)  # its head was kept
     with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
         train_here("exp=demo_dpo", f"model.archive={run_dir}")
+
+
+def test_scores_that_are_no_numbers_are_not_drawn(tmp_path):
+    """In 16 bits they may overflow; a run must not end over its picture."""
+    for chosen, drawn in (([np.nan, np.inf], 0), ([np.nan, 1.0], 2)):
+        values = {"rewards_{}/chosen": np.array(chosen), "rewards_{}/rejected": np.zeros(2)}
+        Evaluation(values, np.ones(2)).draw_scores(tmp_path, 8)
+        assert len(list(tmp_path.glob("*-8.png"))) == drawn
 
 
 def test_a_margin_needs_scores(train_here, tmp_path):
