@@ -67,11 +67,11 @@ def main(args: argparse.Namespace) -> None:
         loss = validate(config)
         if args.reference and not loss.needs_reference:
             raise UserError(f"--reference {args.reference}: this loss ({loss.name}) needs no reference; leave it out")
-        record, n = evaluate(found, config, loss, args.reference, args.out.parent if args.out else Path(folder))
-        print(f"\n{args.model}: {n:,} examples of {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n")
-        print(table(record))
+        record, counts = evaluate(found, config, loss, args.reference, args.out.parent if args.out else Path(folder))
+        print(f"\n{args.model}: held-out data of {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n")
+        print(table(record, counts))
         if file:
-            content = {"model": args.model, "policy": str(found.archive or ""), "loss": plain(config.loss), "examples": n,
+            content = {"model": args.model, "policy": str(found.archive or ""), "loss": plain(config.loss), "examples": counts,
                        "datasets": list(config.eval_datasets or config.datasets), "metrics": record}  # fmt: skip
             json.dump(content, file, indent=1)
     if args.out:
@@ -124,8 +124,11 @@ def check_override(override: Override, found: Found) -> None:
         raise UserError(f"{said}: is nothing that an evaluation does, or it has no choice; leave it out")
 
 
-def evaluate(found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path) -> tuple[Record, int]:
-    """The record that training would log, and of how many examples. Pictures of a reward model's scores go to `folder`."""
+def evaluate(
+    found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path
+) -> tuple[Record, dict[str, int]]:
+    """The record that training would log, and of how many examples it is: all, and those of each group. Pictures of a reward
+    model's scores go to `folder`."""
     if found.scalar != (loss.reads == "scores"):
         kind, wanted = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
         raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss=")
@@ -144,17 +147,18 @@ def evaluate(found: Found, config: DictConfig, loss: Loss, reference: str | None
     trainer = BasicTrainer(config, policy, other, None, loss, tokenizer, examples, examples, folder, log)
     if found.archive is not None and (step := re.fullmatch(r"(?:step|interim)-(\d+)", found.archive.resolve().parent.name)):
         trainer.n_seen = int(step[1])
-    return trainer.evaluate(), len(examples)
+    return trainer.evaluate(), {"all": len(examples)} | {name: int(mask.sum()) for name, mask in trainer.eval_groups.items()}
 
 
-def table(record: Record) -> str:
-    """Metrics by row, groups (data sets, lengths) by column."""
-    cells: dict[str, dict[str, float]] = {}
+def table(record: Record, counts: dict[str, int]) -> str:
+    """Metrics by row, groups (data sets, lengths) by column; above them how many examples a group has."""
+    cells: dict[str, dict[str, float]] = {"examples": dict(counts)}
     for name, value in record.items():
         metric, group = re.fullmatch(r"([^/]+/[^/]+)(?:/(.*))?", name).groups()  # type: ignore[union-attr]
         cells.setdefault(metric, {})[group or "all"] = value
     columns = list(dict.fromkeys(group for row in cells.values() for group in row))
-    rows = [["", *columns], *([m, *(f"{row[c]:.4g}" if c in row else "" for c in columns)] for m, row in cells.items())]
+    shown = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    rows = [["", *columns], *([m, *(shown(row[c]) if c in row else "" for c in columns)] for m, row in cells.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
     lines = ([x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -35,7 +35,8 @@ def test_what_training_said(name, trained, tmp_path, capsys):
     evaluate(run_dir, "--out", out)
     found = json.loads(out.read_text())
     said = records(run_dir, "eval")[-1]
-    assert found["examples"] == 16 and found["policy"].endswith("policy.pt")
+    counts = found["examples"]
+    assert counts["all"] == 16 == counts["pairs.jsonl"] + counts["other.jsonl"] and found["policy"].endswith("policy.pt")
     assert found["metrics"] == pytest.approx({k: v for k, v in said.items() if k != "step"}, rel=1e-4, abs=1e-6)
     grouped = {"loss/eval", "perplexity/eval", "rewards_eval/accuracies", "rewards_eval/margins"} & said.keys()
     assert len(grouped) == {"sft": 2, "dpo": 4, "reward": 3}[name]
@@ -53,7 +54,7 @@ def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
     other, out = str(data.with_name("other.jsonl")), tmp_path / "new" / "numbers.json"
     evaluate(run_dir, f"datasets=[{other}]", "eval_share=0.4", "data_split=1,0,1", "stage=sft", "--out", out)
     found = json.loads(out.read_text())
-    assert found["datasets"] == [other] and found["examples"] == 4  # half of 8
+    assert found["datasets"] == [other] and found["examples"]["all"] == 4  # half of 8
     assert len(list(out.parent.glob("*.png"))) == 2
     with pytest.raises(UserError, match="exp=demo_dpo: the settings are those of the run"):
         evaluate(run_dir, "exp=demo_dpo")
@@ -65,7 +66,7 @@ def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
     out = tmp_path / "a.json"
     evaluate(first, *DPO[:2], f"datasets=[{data}]", "n_eval_examples=3", "--reference", tiny_model, "--out", out)
     found = json.loads(out.read_text())
-    assert found["examples"] == 3 and found["loss"]["beta"] == 0.1 and found["metrics"]["rewards_eval/chosen"] != 0
+    assert found["examples"]["all"] == 3 and found["loss"]["beta"] == 0.1 and found["metrics"]["rewards_eval/chosen"] != 0
     evaluate(tiny_model, "loss=sft", f"datasets=[{data}]", "eval_share=0.4", *FAST[:2], "--out", out)
     metrics = json.loads(out.read_text())["metrics"]
     assert metrics["perplexity/eval"] > 100  # random weights, 2,000 tokens

@@ -112,9 +112,9 @@ def test_a_second_signal_quits_at_once(start):
 
 
 def test_max_hours_stops_before_the_limit(start):
-    process, run_dir = start("max_hours=0.0045", "n_epochs=400")  # 16 s, of which 10 are kept for the save
+    process, run_dir = start("max_hours=0.006", "n_epochs=1000")  # 21.6 s, of which 10 are kept for the save
     stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == 143 and "stopped by max_hours=0.0045 after step" in stderr
+    assert process.returncode == 143 and "stopped by max_hours=0.006 after step" in stderr
     assert checkpoints.newest(run_dir).manifest.step > 0
 
 

@@ -183,7 +183,7 @@ def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
         "    return LossOutput(torch.relu(1 - (chosen - rejected)), chosen.detach(), rejected.detach())\n"
     )
     run = train("own", f"plugins=[{tmp_path}/mine.py]", "datasets=[sums]", "loss=dpo", "loss.name=hinge", "~loss.label_smoothing",
-                "~loss.reference_free", "loss.beta=0.1", "n_examples=8")  # fmt: skip
+                "~loss.reference_free", "~loss.nll", "loss.beta=0.1", "n_examples=8")  # fmt: skip
     assert records(run, "train")[0]["loss/train"] == 1.0 and len(records(run, "train")) == 2
 
 
