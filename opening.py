@@ -21,7 +21,7 @@ from command_line import check_config_file
 from optimization import pick_device
 from pretrained import is_classifier, load_config, load_policy, load_tokenizer
 from scalar_head import holds_scores
-from tokenization import HH_TEMPLATE
+from tokenization import template_text
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -98,6 +98,7 @@ def _config_of(run_dir: Path) -> DictConfig:
         if (given := config.model.get(knob)) and not Path(given).exists() and (ROOT / given).exists():
             config.model[knob] = str(ROOT / given)
     config.device, config.trainer = None, "BasicTrainer"
+    config.setdefault("add_bos", False)  # runs of 2023, which do not say it, had none
     return config
 
 
@@ -130,14 +131,4 @@ def check_device(device: str | None) -> None:
 def template_of(found: Found, given: str | None) -> str | None:
     """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
     named = given or found.config.get("chat_template")
-    if named in (None, "hh"):
-        return HH_TEMPLATE if named else None
-    whose = f"--chat-template {given}" if given else f"{found.name}: its chat template {named}"
-    try:
-        template = Path(named).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        template = None
-    if not (template and template.strip()):
-        problem = "cannot be read" if template is None else "is empty"
-        raise UserError(f"{whose}: {problem}; give --chat-template hh, or a file with a jinja template")
-    return template
+    return template_text(named, f"--chat-template {given}" if given else f"{found.name}: its chat template {named}")

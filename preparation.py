@@ -24,7 +24,7 @@ from examples import Examples, cases, concatenate, contradicted, seen_before, sl
 from losses import Loss
 from preference_datasets import LOADERS, get_dataset, made_of, resolve
 from token_store import Recipe, TokenStore, find_or_make, fingerprint
-from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos
+from tokenization import Example, TextRules, automatic_bos, template_text
 from utils import UserError, get_local_dir, plain, rank, rank0_print
 
 
@@ -98,8 +98,7 @@ def token_stores(
     shares: dict[str, float], keep: bool,
 ) -> list[TokenStore]:  # fmt: skip
     """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank maps the same files."""
-    named = {None: None, "hh": HH_TEMPLATE}
-    template = named[config.chat_template] if config.chat_template in named else Path(config.chat_template).read_text("utf-8")
+    template = template_text(config.chat_template, f"chat_template={config.chat_template}")
     local_dir = get_local_dir(config.local_dirs)
 
     def make() -> list[tuple[str, bool]]:

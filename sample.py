@@ -145,7 +145,7 @@ def answered(
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:  # fmt: skip
     """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded now."""
     model, template = opened(found, options.device), template_of(found, options.chat_template)
-    add_bos = bool(found.config.get("add_bos", found.run_dir is None))  # a run of 2023 has no such knob, and had none
+    add_bos = bool(found.config.get("add_bos", True))
     texts = [prompts.rendered(prompt, model.tokenizer, template) for prompt in asked]
     room = longest_prompt(model, decoding)
     tokens = [prompts.token_ids(text, model.tokenizer, add_bos, room) for text in texts]
@@ -205,7 +205,7 @@ def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
     """Turn after turn, until `quit` or the end of the input; `clear` forgets what was said."""
     model, template = opened(found, options.device), template_of(found, options.chat_template)
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
-    add_bos = bool(found.config.get("add_bos", found.run_dir is None))
+    add_bos = bool(found.config.get("add_bos", True))
     if (template or tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE:
         decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))  # or a model goes on and speaks for both
     said: list[dict[str, str]] = []

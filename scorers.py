@@ -6,7 +6,6 @@ Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -22,7 +21,7 @@ from opening import ROOT, Found, Opened, check_device, find_model, open_model, s
 from optimization import pick_device
 from preference_datasets import DataSet, Row
 from pretrained import check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
-from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos, encode, truncate
+from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos, encode, template_text, truncate
 from utils import UserError, quiet, rank0_print
 
 
@@ -82,8 +81,6 @@ def load_scorer(
 def knobs_of(found: Found, given: dict[str, Any]) -> DictConfig:
     """config.yaml's defaults, under what the model's run says, under what is given and not None."""
     config = cast(DictConfig, OmegaConf.load(ROOT / "config/config.yaml"))
-    if found.run_dir is not None:
-        config.add_bos = False  # what runs of 2023, which do not say it, did
     config = cast(DictConfig, OmegaConf.merge(config, found.config, {k: v for k, v in given.items() if v is not None}))
     if not 0 < config.max_prompt_length < config.max_length:
         raise UserError(f"--max-prompt-length={config.max_prompt_length}: must be at least 1 and below max_length "
@@ -157,7 +154,8 @@ def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Dic
     rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
     bos = [b for b in [automatic_bos(tokenizer) if config.add_bos else None] if b is not None]
     examples, cuts = list[Example](), [np.empty(0, bool)]
-    for chunk in encode(DataSet("rows", 0.0, iter(rows), len(rows)), tokenizer, rules, template_of(config)):
+    template = template_text(config.chat_template, f"--chat-template={config.chat_template}")
+    for chunk in encode(DataSet("rows", 0.0, iter(rows), len(rows)), tokenizer, rules, template):
         texts = np.split(np.array(chunk.ids, np.int32), np.cumsum(chunk.lengths)[:-1])
         items = np.array(chunk.pairs or chunk.targets)  # [rows, 1 + k]
         items[:, 0] = [chunk.rows[row][0] for row in items[:, 0]]
@@ -171,16 +169,6 @@ def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Dic
             cut = tuple(texts[r][:length] for r, length in zip(responses, n, strict=True))
             examples.append(Example(np.concatenate([np.array(bos, np.int32), ids]), cut, rows[len(examples)].source))
     return Encoded(examples, np.concatenate(cuts))
-
-
-def template_of(config: DictConfig) -> str | None:
-    """`chat_template` as text; None: the tokenizer's own."""
-    if config.chat_template in (None, "hh"):
-        return HH_TEMPLATE if config.chat_template else None
-    try:
-        return Path(config.chat_template).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template={config.chat_template}: cannot be read ({error}); give hh, or a jinja file") from None
 
 
 class Classifier:
@@ -240,7 +228,8 @@ class Classifier:
         """Prompt and response as one text; BOS, which the tokenizer is about to add, is taken from what a chat template wrote."""
         if isinstance(row.prompt, str):
             return row.prompt + as_text(response)
-        template = template_of(self.config) or self.tokenizer.chat_template or HH_TEMPLATE
+        named = self.config.chat_template
+        template = template_text(named, f"--chat-template={named}") or self.tokenizer.chat_template or HH_TEMPLATE
         turns = [*row.prompt, *response]
         try:
             text = str(self.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))

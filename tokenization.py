@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from math import nan
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,6 +144,20 @@ HH_TEMPLATE = (
     "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system': ''}[m['role']] + m['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
+
+
+def template_text(named: str | None, whose: str) -> str | None:
+    """The knob chat_template as text: None (the tokenizer's own, or HH's), "hh", or a file. UserError, which begins with `whose`,
+    for a file that cannot be read or is empty."""
+    if named in (None, "hh"):
+        return HH_TEMPLATE if named else None
+    problem = "is empty"
+    try:
+        if (text := Path(str(named)).read_text("utf-8")).strip():
+            return text
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8 text'})"
+    raise UserError(f"{whose}: {problem}; give hh, or a file with a jinja template")
 
 
 def _as_texts(

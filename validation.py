@@ -24,6 +24,7 @@ from models import DTYPES
 from optimization import OPTIMIZERS, make_optimizer
 from preference_datasets import LOADERS, dataset_names, resolve
 from sizing import CARDS
+from tokenization import template_text
 from trainers import TRAINERS
 from utils import UserError, local_root, plain, redact, under_torchrun
 
@@ -197,14 +198,7 @@ def _across(config: DictConfig) -> None:
             raise UserError(f"{knob}={config[knob]}: is for plan=true, which trains nothing; leave it out to train")
     if config.model.archive and not config.plan:  # the run that makes it may be still to come
         resolve_archive(config.model.archive)
-    if config.chat_template not in (None, "hh"):
-        try:
-            if not Path(config.chat_template).read_text(encoding="utf-8").strip():
-                raise UserError(f"chat_template={config.chat_template}: the file is empty; give null, hh, or a jinja template")
-        except (OSError, UnicodeDecodeError) as error:
-            problem = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(f"chat_template={config.chat_template}: {problem}; "
-                            "give null, hh, or a file with a jinja template") from None  # fmt: skip
+    template_text(config.chat_template, f"chat_template={config.chat_template}")
     if under_torchrun() and config.trainer == "BasicTrainer" and os.environ.get("WORLD_SIZE") != "1":
         raise UserError("trainer=BasicTrainer: torchrun started several processes, each of which would train on its own; "
                         "use trainer=FSDPTrainer")  # fmt: skip
