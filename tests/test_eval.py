@@ -1,14 +1,18 @@
 """eval.py says of a checkpoint what its training said, and refuses in one line what it can't evaluate."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 from runs import DPO, FAST, records
 from tiny import tiny_tokenizer
 
 import eval as command
-from evaluation import eval_groups
+from evaluation import Evaluation, eval_groups
+from losses import build_loss
+from metrics import SQUARES
 from preparation import load_examples
 from utils import UserError
 
@@ -58,6 +62,19 @@ def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
     assert len(list(out.parent.glob("*.png"))) == 2
     with pytest.raises(UserError, match="exp=demo_dpo: the settings are those of the run"):
         evaluate(run_dir, "exp=demo_dpo")
+
+
+def test_the_record_by_hand():
+    """16 nats over 8 tokens: e^2, not the mean of the examples' own. Scores 3, 1, -1, 1: their standard deviation is sqrt 2."""
+    tokens = np.array([2.0, 6])
+    of_policy = Evaluation({"loss/{}": np.array([4.0, 12]), "logps_{}/chosen": np.array([-4.0, -12])}, tokens)
+    by_example, by_token = (build_loss({"name": "sft", "average_over": over}) for over in ("examples", "tokens"))
+    found = of_policy.record(by_token, {"short": np.array([True, False])})
+    assert found["perplexity/eval"] == pytest.approx(math.exp(2)) and found["loss/eval"] == 2 and found["loss/eval/short"] == 2
+    assert of_policy.record(by_example, {})["loss/eval"] == 8
+    scores = {"rewards_{}/chosen": np.array([3.0, 1]), "rewards_{}/rejected": np.array([-1.0, 1])}
+    squares = {SQUARES: (scores["rewards_{}/chosen"] ** 2 + scores["rewards_{}/rejected"] ** 2) / 2, "loss/{}": tokens}
+    assert Evaluation(scores | squares, tokens).record(by_example, {})["rewards_eval/spread"] == pytest.approx(math.sqrt(2))
 
 
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
