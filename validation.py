@@ -173,7 +173,7 @@ def _data_sets(config: DictConfig) -> None:
         raise UserError(f"field_map={dict(config.field_map)}: named data sets have their own fields; it is for files by path")
 
 
-def _across(config: DictConfig) -> None:
+def _across(config: DictConfig) -> None:  # noqa: C901  one check after the other, in one place
     """What no knob shows by itself."""
     if config.max_prompt_length >= config.max_length:
         raise UserError(f"max_prompt_length={config.max_prompt_length}: must be below max_length={config.max_length}, "
