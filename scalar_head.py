@@ -21,12 +21,22 @@ class ScalarHead(nn.Linear):
     Weight, product and score are float32 (or float64), whatever the model computes in.
     """
 
+    computed: Tensor | None = None  # the scores of the forward pass that is running
+
     def __init__(self, d: int, dtype: torch.dtype = torch.float32, device: Any = None):
         super().__init__(d, 1, bias=False, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight)
+            self.computed = F.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight)
+        return self.computed
+
+
+def _scores_as_logits(model: Any, inputs: Any, output: Any) -> Any:
+    """After the model's forward pass: its logits are what the scalar head gave, whatever was done to them after the head."""
+    head = model.get_output_embeddings()
+    output.logits, head.computed = head.computed, None
+    return output
 
 
 def initial_weight(d: int, seed: int) -> Tensor:
@@ -38,7 +48,8 @@ def initial_weight(d: int, seed: int) -> Tensor:
 def put_scalar_head(model: Any, seed: int | None = None) -> str:
     """Replace the model's vocabulary head, in place; with a seed the new one has its first values. -> its weight's name
 
-    What some models do to logits afterwards (soft-capping) is switched off; the embedding is no longer tied to the head.
+    What the model does to logits afterwards (soft-capping, scaling) no longer matters: its output's `logits` are the head's
+    scores. The embedding is no longer tied to the head.
     """
     old = model.get_output_embeddings().weight
     head = ScalarHead(old.shape[1], old.dtype, old.device)
@@ -48,8 +59,7 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
     model.set_output_embeddings(head)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-    if getattr(model.config, "final_logit_softcapping", None) is not None:
-        model.config.final_logit_softcapping = None
+    model.register_forward_hook(_scores_as_logits)  # before FSDP's own, which has to see what the loss is computed from
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 

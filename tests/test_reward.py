@@ -1,13 +1,15 @@
 """Reward models: the loss by hand, the score at the last token whatever the padding, and a run that learns a preference."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from runs import records
-from tiny import SIZES, tiny_model
+from tiny import LLAMA, SIZES, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import models
 from attention import NAME as TREES
@@ -111,6 +113,41 @@ def test_the_score_is_that_of_the_last_token_alone(family):
         whole = model(torch.tensor([rows[0]])).logits[0, 3:, 0].tolist()
         assert found.each[0].tolist() == pytest.approx(whole + [whole[-1]] * 3, abs=1e-9)
     assert shared_tokens(batch).tolist() == [1, 0, 2, 0]
+
+
+AFTER_THE_HEAD = {  # what models do to logits after the head
+    "cohere": LLAMA | {"logit_scale": 0.25},
+    "cohere2": LLAMA | {"logit_scale": 0.25, "head_dim": 8},
+    "granite": LLAMA | {"logits_scaling": 4.0},
+    "gemma2": LLAMA | {"head_dim": 8, "final_logit_softcapping": 0.5},
+    "gemma3_text": LLAMA | {"head_dim": 8, "final_logit_softcapping": 0.5},
+    "falcon_h1": LLAMA | {"lm_head_multiplier": 0.1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+                          "mamba_n_groups": 1, "mamba_expand": 1},
+    "recurrent_gemma": LLAMA | {"block_types": ["recurrent", "attention"], "attention_window_size": 16, "lru_width": 32,
+                                "logits_soft_cap": 0.5, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", AFTER_THE_HEAD)
+def test_nothing_is_done_to_scores_after_the_head(family):
+    """The score is the head's product with the hidden state, exactly; and so is its gradient for the head."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SIZES | AFTER_THE_HEAD[family]))
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    put_scalar_head(model, seed=3)
+    models.allow_trees(model)
+    head, seen = model.get_output_embeddings(), []
+    batch = pack(EXAMPLES, pad_token_id=EOS, longest=32)
+    way, _ = models.choose_way(model, batch, exact=True)
+    for candidate in {way, ORACLE}:
+        seen.clear()
+        handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        found = response_scores(model, batch, candidate)
+        handle.remove()
+        each = found.each[0, : len(PAIRS[0][1])]  # the first response's tokens are the first that the head sees
+        assert each.equal((seen[0].float() @ head.weight.T)[0, : len(each), 0])
+        (gradient,) = torch.autograd.grad(found.each[0, 0], head.weight)
+        assert torch.allclose(gradient, seen[0][0, 0], rtol=1e-6, atol=1e-7)
 
 
 def test_left_padding_and_right_padding_give_the_same_score():
