@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenization import Example, n_tokens, trees_of
+from examples import Lengths, lengths_of, ranges
+from tokenization import Example, trees_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,16 +177,6 @@ def _segments(spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: in
     return Segments(queries.tolist(), keys.tolist(), torch.from_numpy(gather), ends(queries), ends(keys), longest)
 
 
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers of all ranges one after the other.
-
-    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
-    [5, 6, 0, 1, 2]
-    """
-    shift = starts - (lengths.cumsum() - lengths)
-    return np.arange(lengths.sum()) + shift.repeat(lengths)
-
-
 class Padded(NamedTuple):
     """The same responses one to a row, each after its prompt, padded on the right."""
 
@@ -229,49 +220,84 @@ class Packing(NamedTuple):
     row_length: int | None = None  # a fixed length of every row, or what its trees have
 
 
-def plan(examples: Sequence[Example], packing: Packing, at_least: int) -> list[list[np.ndarray]]:
-    """Cut a batch into microbatches, and each into one part per rank: indices into `examples`, each index once.
+class Parts:
+    """n examples in P parts: as a sequence, the indices of each part's examples."""
 
-    As few microbatches as keep every part within the budget, but `at_least` so many; all ranks have the same number. A pure
-    function of the batch, so every rank makes the same plan; a part may be empty only in a plan of one example to a part.
+    def __init__(self, order: np.ndarray, counts: np.ndarray):
+        """`order` [n]: the examples' indices, part by part; `counts` [P]: how many each part has."""
+        self.order, self.counts, self.ends = order, counts, counts.cumsum()
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.order[self.ends[i] - self.counts[i] : self.ends[i]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def reduce(self, reduction: np.ufunc, values: np.ndarray) -> np.ndarray:
+        """The sum (np.add) or maximum of the values [n] of each part's examples; 0 for an empty part.  [P]"""
+        reduced, filled = np.zeros(len(self), np.int64), self.counts > 0
+        reduced[filled] = reduction.reduceat(values[self.order], (self.ends - self.counts)[filled])
+        return reduced
+
+
+def plan(lengths: Lengths, packing: Packing, at_least: int) -> Parts:
+    """Cut a batch into microbatches, and each into one part per rank: indices into the batch, each index once.
+
+    With W ranks, rank r's part of microbatch m is part m * W + r. As few microbatches as keep every part within the budget, but
+    at least `at_least`. A pure function of the batch's lengths, so every rank makes the same plan; a part may be empty only in a
+    plan of one example to a part.
     """
-    n, world = len(examples), packing.world_size
-    if packing.packed:
-        sizes = np.array([n_tokens(e) for e in examples])
-        cost, split = (lambda part: sizes[part].sum()), by_tokens
-    else:
-        sizes = np.array([max(len(p) + len(r) for p, rs in trees_of(e) for r in rs) for e in examples])
-        k = len(examples[0].responses)
-        cost, split = (lambda part: k * len(part) * sizes[part].max(initial=0)), by_length
+    n, world = len(lengths), packing.world_size
+    sizes = lengths.tokens() if packing.packed else lengths.longest()
+    longest_first = np.argsort(-sizes, kind="stable")
+    sizes = sizes[longest_first]
     most = -(-n // world)  # more would leave nothing to most parts
     n_micro = min(most, max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world))))
     while True:
-        parts = split(sizes, n_micro * world)
-        if n_micro == most or all(cost(part) <= packing.budget or len(part) == 1 for part in parts):
-            return [parts[i : i + world] for i in range(0, len(parts), world)]
+        if packing.packed:
+            parts = by_tokens(sizes, n_micro * world)
+            costs = parts.reduce(np.add, sizes)
+        else:
+            parts = by_count(n, n_micro * world)
+            costs = lengths.k * parts.counts * parts.reduce(np.maximum, sizes)
+        if n_micro == most or ((costs <= packing.budget) | (parts.counts == 1)).all():
+            return Parts(longest_first[parts.order], parts.counts)
         n_micro += 1
 
 
-def by_tokens(sizes: np.ndarray, n_parts: int) -> list[np.ndarray]:
-    """Parts of like sums: the longest example first, each into the part with the fewest tokens so far (LPT; Graham 1969).
+def by_tokens(sizes: np.ndarray, n_parts: int) -> Parts:
+    """Parts of like sums: one size after the other, the largest first as they come, goes into the part with the fewest tokens
+    so far, and into the first of equally full ones (LPT; Graham 1969).
 
     Fullest part first, so that the parts that run at the same time are the most alike.
 
-    >>> [p.tolist() for p in by_tokens(np.array([4, 7, 2, 5]), 2)]
-    [[1, 2], [3, 0]]
+    >>> [part.tolist() for part in by_tokens(np.array([7, 5, 4, 3]), 2)]
+    [[0, 3], [1, 2]]
     """
-    parts: list[list[int]] = [[] for _ in range(n_parts)]
-    loads = [(0, i) for i in range(n_parts)]
-    for index in np.argsort(-sizes, kind="stable").tolist():
-        load, i = loads[0]
-        parts[i].append(index)
-        heapq.heapreplace(loads, (load + int(sizes[index]), i))
-    return [np.array(parts[i], np.int64) for _, i in sorted(loads, key=lambda x: (-x[0], x[1]))]
+    heap = list(range(n_parts))  # load * n_parts + part: one number, which orders by load and then by part
+    chosen = []
+    for more in (sizes.astype(np.int64) * n_parts).tolist():
+        emptiest = heap[0]
+        chosen.append(emptiest % n_parts)
+        heapq.heapreplace(heap, emptiest + more)
+    loads, part = np.divmod(np.array(heap), n_parts)
+    place = np.empty(n_parts, np.int64)  # of each part, when the fullest stands first
+    place[part[np.lexsort((part, -loads))]] = np.arange(n_parts)
+    place_of = place[chosen]
+    return Parts(np.argsort(place_of, kind="stable"), np.bincount(place_of, minlength=n_parts))
 
 
-def by_length(sizes: np.ndarray, n_parts: int) -> list[np.ndarray]:
-    """Parts of neighbours in length, the longest first, sizes differing by at most one example: little padding."""
-    return np.array_split(np.argsort(-sizes, kind="stable"), n_parts)
+def by_count(n: int, n_parts: int) -> Parts:
+    """Neighbours go together, in parts that differ by at most one example, the larger ones first; by length: little padding.
+
+    >>> [part.tolist() for part in by_count(5, 3)]
+    [[0, 1], [2, 3], [4]]
+    """
+    each, rest = divmod(n, n_parts)
+    return Parts(np.arange(n), each + (np.arange(n_parts) < rest))
 
 
 class Microbatch(NamedTuple):
@@ -281,34 +307,37 @@ class Microbatch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A batch, ready: its examples on all ranks, and this rank's part of each microbatch."""
+    """A batch, ready: which examples all ranks together see, and this rank's part of each microbatch."""
 
-    examples: list[Example]
+    indices: np.ndarray  # [n] of the examples among all
+    lengths: Lengths  # of these n
     microbatches: list[Microbatch]
-    indices: np.ndarray  # of the examples among all
 
 
 class Feed:
-    """Turns indices into steps for one rank."""
+    """Turns indices into steps for one rank. Only the examples of its own parts are made; of the others it knows the lengths."""
 
     def __init__(self, examples: Sequence[Example], packing: Packing, rank: int, reference: np.ndarray | None = None):
         self.examples, self.packing, self.rank, self.reference = examples, packing, rank, reference
+        self.lengths = lengths_of(examples)
 
     def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
         """The batch of these examples in `at_least` microbatches, or as many more as the token budget takes."""
-        examples = [self.examples[i] for i in indices.tolist()]
-        microbatches = []
-        for parts in plan(examples, self.packing, at_least):
-            mine = parts[self.rank]
+        lengths, p = self.lengths[indices], self.packing
+        parts, microbatches = plan(lengths, p, at_least), []
+        for i in range(self.rank, len(parts), p.world_size):
+            mine = parts[i]
             weight = float(len(mine) > 0)
             mine = mine if len(mine) else np.array([0])
-            p = self.packing
             batch = pack(
-                [examples[i] for i in mine], pad_token_id=p.pad_token_id, longest=p.longest, row_length=p.row_length,
+                [self.examples[i] for i in indices[mine].tolist()],
+                pad_token_id=p.pad_token_id,
+                longest=p.longest,
+                row_length=p.row_length,
                 reference=None if self.reference is None else self.reference[indices[mine]],
-            )  # fmt: skip
+            )
             microbatches.append(Microbatch(batch, weight, mine))
-        return Step(examples, microbatches, indices)
+        return Step(indices, lengths, microbatches)
 
     def ahead(self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1) -> Ahead:
         """The steps of these batches, prepared for `device` in a thread."""

@@ -231,7 +231,7 @@ def short(path: str, paths: Sequence[str]) -> str:
 def all_logps(scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> np.ndarray:
     """Log-probabilities of these examples' responses under `model`, [n, k] float64. Every rank computes its part, and gets all;
     `counts` is true on one of the ranks that see the same rows."""
-    was_training, k = model.training, len(feed.examples[0].responses)
+    was_training, k = model.training, feed.lengths.k
     model.eval()
     logps = torch.zeros(len(indices), k, dtype=torch.float64, device=scorer.device)
     places, values = [np.empty(0, np.int64)], [logps[:0]]
@@ -241,7 +241,7 @@ def all_logps(scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, count
         for batch, weight, where in step.microbatches:
             places.append(start + where)
             values.append(weight * scorer.logps(model, batch.to(scorer.device)).sum.view(k, -1).T.double())
-        progress.update(len(step.examples))
+        progress.update(len(step.indices))
     model.train(was_training)
     logps.index_add_(0, torch.from_numpy(np.concatenate(places)).to(scorer.device), torch.cat(values))
     return parallel.total(logps * counts).cpu().numpy()

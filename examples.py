@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import nan
 from typing import Any, NamedTuple, overload
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from token_store import TokenStore
-from tokenization import BLANK, HAS_EOS, Example, TextRules, truncate
+from tokenization import BLANK, HAS_EOS, Example, TextRules, trees_of, truncate
 
 CHUNK = 1 << 16  # examples that are looked at together: what is computed of them stays small
 
@@ -72,6 +73,30 @@ class Examples(Sequence[Example]):
         """The examples at these indices, or where this mask is true, in that order."""
         return Examples(self.tables, self.bos, self.items[indices], self.lengths[indices])
 
+    def ids(self) -> np.ndarray:
+        """The tokens of all of them, one example after another, its prompt and then its responses.  [tokens] int32
+
+        Takes some 30 bytes of memory per token: of many examples, ask slice by slice.
+        """
+        n, bos_at = self.lengths.astype(np.int64), self.lengths.sum(1).cumsum() - self.lengths.sum(1)
+        ids = np.empty(n.sum(), np.int32)
+        table_of = np.searchsorted(self.offsets, self.items, side="right") - 1
+        for t in np.unique(table_of):
+            store, items, keep_end = self.tables[t]
+            mine = table_of == t
+            texts = items[self.items[mine] - self.offsets[t]]
+            texts[:, 0] = store.rows[texts[:, 0], 0]
+            starts = store.starts[texts]
+            if keep_end:
+                starts[:, 0] = store.starts[texts[:, 0] + 1] - n[mine, 0]
+            elif self.bos is not None:
+                starts[:, 0] -= 1  # from there a prompt with BOS has its length; what stands there is overwritten
+            here = slice(None) if mine.all() else mine.repeat(self.lengths.sum(1))
+            ids[here] = store.ids[ranges(starts.ravel(), n[mine].ravel())]
+        if self.bos is not None:
+            ids[bos_at] = self.bos
+        return ids
+
     def margins(self) -> np.ndarray:
         """The score of chosen less that of rejected, of each pair; NaN where unknown, or without pairs.  [n] float32"""
         if self.k != 2:
@@ -120,6 +145,78 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     return Examples(tables, parts[0].bos, items, np.concatenate([part.lengths for part in parts]))
 
 
+def select(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
+    """The examples at these indices, in that order; of a token store, none is made."""
+    return examples.select(indices) if isinstance(examples, Examples) else [examples[i] for i in indices.tolist()]
+
+
+def ids_of(examples: Sequence[Example]) -> np.ndarray:
+    """The tokens of all examples, each prompt followed by its responses.  [tokens] int32"""
+    if isinstance(examples, Examples):
+        return examples.ids()
+    texts = [x for e in examples for prompt, responses in trees_of(e) for x in (prompt, *responses)]
+    return np.concatenate([np.empty(0, np.int32), *texts], dtype=np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """Tokens of n examples of k responses each, as columns: no example is looked at to know them.
+
+    A prompt is a root of the first response alone where an example's responses share it, else of every response.
+    """
+
+    prompts: np.ndarray  # [n, k] of the prompt that the response follows
+    responses: np.ndarray  # [n, k]
+    roots: np.ndarray  # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Lengths:
+        return Lengths(self.prompts[indices], self.responses[indices], self.roots[indices])
+
+    @property
+    def k(self) -> int:
+        return self.prompts.shape[1]
+
+    def tokens(self) -> np.ndarray:
+        """Of each example, a shared prompt counted once.  [n]"""
+        return (self.prompts * self.roots + self.responses).sum(1)
+
+    def longest(self) -> np.ndarray:
+        """Of each example, the tokens of the longest prompt with its response.  [n]"""
+        return (self.prompts + self.responses).max(1, initial=0)
+
+    def n_scored(self) -> int:
+        """Response tokens that have a prediction: all of them, less the first where no prompt token predicts it."""
+        return int(np.maximum(self.responses - (self.prompts == 0), 0).sum())
+
+
+def lengths_of(examples: Sequence[Example]) -> Lengths:
+    """The columns of lengths: those of a token store are not copied."""
+    if isinstance(examples, Examples):
+        prompts, responses = examples.lengths[:, :1], examples.lengths[:, 1:]
+        first = np.arange(examples.k) == 0
+        return Lengths(np.broadcast_to(prompts, responses.shape), responses, np.broadcast_to(first, responses.shape))
+    k = len(examples[0].responses) if examples else 1
+    columns = [
+        [(len(prompt), len(response), i == 0) for prompt, responses in trees_of(e) for i, response in enumerate(responses)]
+        for e in examples
+    ]
+    prompts, responses, roots = np.array(columns, np.int32).reshape(len(columns), k, 3).transpose(2, 0, 1)
+    return Lengths(prompts, responses, roots.astype(bool))
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of all ranges one after the other.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    shift = starts - (lengths.cumsum() - lengths)
+    return np.arange(lengths.sum()) + shift.repeat(lengths)
+
+
 def slices(n: int) -> Iterator[slice]:
     """Parts of n examples, one after another, such that what is computed of each stays small."""
     return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
@@ -160,11 +257,9 @@ def _same_ids(examples: Examples) -> np.ndarray:
     same = examples.lengths[:, 1] == examples.lengths[:, 2]
     some = examples.select(same)
     lengths = some.lengths[:, 1].astype(np.int64)
-    ends = np.cumsum(lengths)
-    within = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)  # position in its response, of every token
-    chosen, rejected = (ids[np.repeat(starts[some.text(i)], lengths) + within] for i in (1, 2))
+    chosen, rejected = (ids[ranges(starts[some.text(i)], lengths)] for i in (1, 2))
     if len(some):
-        same[same] = np.logical_and.reduceat(chosen == rejected, ends - lengths)
+        same[same] = np.logical_and.reduceat(chosen == rejected, lengths.cumsum() - lengths)
     return same
 
 

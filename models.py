@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import attention
 import parallel
-from batching import Batch, Padded, ranges, unfold
+from batching import Batch, Padded, unfold
+from examples import ranges
 from head import linear_logps, token_logps
 from losses import Logps, Scores
 from scalar_head import scores

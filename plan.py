@@ -21,6 +21,7 @@ import batching
 import sizing
 from activations import Held
 from batching import Packing
+from examples import Lengths, lengths_of
 from head import held_bytes, step_bytes
 from losses import Loss
 from models import DTYPES, block_class
@@ -30,7 +31,7 @@ from preparation import load_examples
 from pretrained import load_config, load_tokenizer
 from scalar_head import put_scalar_head
 from sizing import CARDS, Layout, Memory, Precision, Weights
-from tokenization import Example, n_tokens, trees_of
+from tokenization import Example
 from utils import UserError
 
 GPU = torch.device("cuda")  # what is planned for, wherever the plan is made
@@ -203,7 +204,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     live = loss.needs_reference and not cached
 
     free = room - (4 + live) * each - held_bytes(GPU)
-    mean = float(np.mean([n_tokens(data.examples[i]) for i in range(min(256, len(data.examples)))]))
+    mean = float(np.mean(lengths_of(data.examples[:256]).tokens()))
     budget = sizing.token_budget(config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks)
     steps = lay_out(config, model, data, layout.ranks, budget)
 
@@ -248,32 +249,32 @@ def count_body(model: Model, part: Part, dtype: torch.dtype, autocast: torch.dty
 def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: int) -> Steps:
     """Some steps of the run, cut as the trainer cuts them."""
     if data.n is None:
-        batches = [list(data.examples) * min(config.batch_size, config.n_examples or config.batch_size)]
+        batches = [np.zeros(min(config.batch_size, config.n_examples or config.batch_size), np.int64)]
     else:
         steps = list(make_schedule(config, data.n))
         some = sorted({int(i) for i in np.linspace(0, len(steps) - 1, N_STEPS)})
-        batches = [[data.examples[i] for i in steps[k].tolist()] for k in some]
+        batches = [steps[k] for k in some]
+    lengths = lengths_of(data.examples)
     packing = Packing(model.packed, budget, ranks, 0, config.max_length)
-    plans = [batching.plan(batch, packing, config.gradient_accumulation_steps) for batch in batches]
+    plans = [batching.plan(lengths[batch], packing, config.gradient_accumulation_steps) for batch in batches]
     parts = [
-        measure([batch[i] for i in part], model.packed, budget if config.compile else 0)
-        for batch, plan in zip(batches, plans, strict=True) for microbatch in plan for part in microbatch if len(part)
+        measure(lengths[batch[part]], model.packed, budget if config.compile else 0)
+        for batch, plan in zip(batches, plans, strict=True) for part in plan if len(part)
     ]  # fmt: skip
-    seen = [example for batch in batches for example in batch]
+    seen = lengths[np.concatenate(batches)]
     return Steps(
-        max(parts, key=lambda part: math.prod(part.shape)), float(np.mean([len(plan) for plan in plans])),
-        float(np.mean([n_tokens(e) for e in seen])), model.cost.forward(seen) / len(seen),
+        max(parts, key=lambda part: math.prod(part.shape)), float(np.mean([len(plan) / ranks for plan in plans])),
+        float(np.mean(seen.tokens())), model.cost.forward(seen) / len(seen),
     )  # fmt: skip
 
 
-def measure(examples: Sequence[Example], packed: bool, at_least: int) -> Part:
+def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
     """The row of these examples, of `at_least` tokens; or the padded rows that it is unfolded to."""
-    trees = [tree for example in examples for tree in trees_of(example)]
-    rows = [len(prompt) + len(response) for prompt, responses in trees for response in responses]
-    n_scored = sum(len(response) for _, responses in trees for response in responses)
+    n_scored = int(lengths.responses.sum())
     if not packed:
-        return Part((len(rows), max(rows)), None, n_scored)
-    return Part((1, max(at_least, sum(map(n_tokens, examples)))), max(at_least, sum(rows)), n_scored)
+        return Part((lengths.prompts.size, int(lengths.longest().max())), None, n_scored)
+    n_keys = int((lengths.prompts + lengths.responses).sum())
+    return Part((1, max(at_least, int(lengths.tokens().sum()))), max(at_least, n_keys), n_scored)
 
 
 # ---- what else would fit ----

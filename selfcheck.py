@@ -92,10 +92,11 @@ class FirstStep:
 def not_finite(trainer: Trainer, step: Step, grad_norm: float) -> NonFinite:
     """The error for a step that is not applied; its batch is dumped into the run directory."""
     t, path = trainer, trainer.run_dir / "non_finite.json"
+    examples = [t.train_feed.examples[i] for i in step.indices.tolist()]
     rows = [{"source": e.source, "index": int(i), "prompt": e.prompt.tolist(), "responses": [r.tolist() for r in e.responses]}
-            for e, i in zip(step.examples, step.indices, strict=True)]  # fmt: skip
+            for e, i in zip(examples, step.indices, strict=True)]  # fmt: skip
     if rank() == 0:
         path.write_text(json.dumps({"step": t.n_updates + 1, "grad_norm": str(grad_norm), "examples": rows}) + "\n")
-    ids = ", ".join(e.source for e in step.examples[:8]) + (", ..." if len(step.examples) > 8 else "")
+    ids = ", ".join(e.source for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
     return NonFinite(f"step {t.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update; batch: {ids} "
                      f"(token ids: {path}); lower lr={t.config.lr:g}, or compute in float32; checkpoints are whole")  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from tokenization import Example, trees_of
+from examples import Lengths
 
 # Dense 16-bit operations per second of a card, by its whole name, from its data sheet.
 PEAK = {
@@ -47,15 +46,11 @@ class Cost(NamedTuple):
     head: int  # V * d
     attention: int  # q * L
 
-    def forward(self, examples: Iterable[Example]) -> float:
+    def forward(self, lengths: Lengths) -> float:
         """2 N T + 2 V d H + 4 q L A: T tokens, each prompt's once; H response tokens; A pairs of a query and a key it sees."""
-        tokens = responses = pairs = 0.0
-        for prompt, answers in (tree for example in examples for tree in trees_of(example)):
-            p = len(prompt)
-            tokens, pairs = tokens + p, pairs + p * p / 2
-            for c in map(len, answers):
-                tokens, responses, pairs = tokens + c, responses + c, pairs + p * c + c * c / 2
-        return 2 * self.body * tokens + 2 * self.head * responses + 4 * self.attention * pairs
+        p, c = lengths.prompts.astype(float), lengths.responses.astype(float)
+        pairs = (p * p / 2 * lengths.roots + p * c + c * c / 2).sum()
+        return float(2 * self.body * lengths.tokens().sum() + 2 * self.head * c.sum() + 4 * self.attention * pairs)
 
 
 def cost_of(model: Any) -> Cost:

@@ -6,7 +6,7 @@ Lengths are in tokens. An example has a prompt of P tokens and k responses (1 fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
 from math import nan
 from pathlib import Path
@@ -218,12 +218,3 @@ def trees_of(example: Example) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]
     if isinstance(example.prompt, tuple):
         return [(prompt, (response,)) for prompt, response in zip(example.prompt, example.responses, strict=True)]
     return [(example.prompt, example.responses)]
-
-
-def n_tokens(example: Example) -> int:
-    return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in trees_of(example))
-
-
-def n_scored_tokens(examples: Iterable[Example]) -> int:
-    """Response tokens that have a prediction: all of them, less the first where there is no prompt token to predict it from."""
-    return sum(max(len(r) - (len(p) == 0), 0) for e in examples for p, responses in trees_of(e) for r in responses)

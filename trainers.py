@@ -31,6 +31,7 @@ import state_files
 from archives import as_in_2023
 from batching import Feed, Packing, Step, pack
 from evaluation import Scorer, all_logps, eval_groups, evaluate
+from examples import lengths_of
 from generation import sample
 from head import held_bytes
 from losses import Loss
@@ -38,9 +39,9 @@ from metrics import Means, Record, TrainingLog
 from models import DTYPES, Way, block_class, choose_way, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
-from reference import ReferenceCache, described, response_digests
+from reference import ReferenceCache, described, digests_of_all
 from scalar_head import scores
-from tokenization import Example, n_scored_tokens, n_tokens
+from tokenization import Example
 from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
 
 
@@ -141,7 +142,7 @@ class BasicTrainer:
         """Tokens of a microbatch: as configured, or from the memory at hand."""
         trained = sizing.trained_bytes(self.policy) / (1 if self.layout is None else self.layout.n_shards)
         free = sizing.memory_at_hand(self.device) - trained - held_bytes(self.device)
-        mean = float(np.mean([n_tokens(train[i]) for i in range(min(256, len(train)))]))
+        mean = float(np.mean(lengths_of(train[:256]).tokens()))
         small = way.plain_head or scores(self.policy)  # no logits
         return sizing.token_budget(self.config, self.policy.config, self.device, self.dtype, free, small, mean, self.world_size)
 
@@ -159,7 +160,7 @@ class BasicTrainer:
             rank0_print(cache.problem)
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))  # a run of few examples needs only these
         for feed, indices in ((self.train_feed, used), (self.eval_feed, np.arange(len(self.eval_feed.examples)))):
-            digests = response_digests(feed.examples[i] for i in indices.tolist()) if rank() == 0 else np.empty(0, np.uint64)
+            digests = digests_of_all(feed.examples, indices)
             known = parallel.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
             (new,) = np.isnan(known).any(1).nonzero()
             progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
@@ -167,7 +168,7 @@ class BasicTrainer:
             for start in range(0, len(new), size):
                 some = new[start : start + size]
                 known[some] = all_logps(self.scorer, model, feed, indices[some], self.counts, progress)
-                parallel.from_rank0(partial(cache.add, digests[some] if rank() == 0 else digests, known[some]))
+                parallel.from_rank0(partial(cache.add, digests[some], known[some]))
             progress.close()
             rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
                         + (f", {len(new):,} computed now" if len(new) else ""))  # fmt: skip
@@ -192,7 +193,7 @@ class BasicTrainer:
         for step in ahead:
             self.step(step, ahead.waited_secs)
             progress.update()
-            n, last = len(step.examples), self.n_updates == self.n_steps
+            n, last = len(step.indices), self.n_updates == self.n_steps
             self.evaluation_due = last or self.n_seen // config.eval_every > (self.n_seen - n) // config.eval_every
             if self.evaluation_due:
                 self.logs = self.log.mark()  # a stop from here on, until it is saved, takes the evaluation back
@@ -257,9 +258,9 @@ class BasicTrainer:
         The summed losses are divided by the whole batch's count, known before the first forward pass, so any split of the
         batch gives the same gradient. Metrics stay on the device.
         """
-        start, examples = time.perf_counter(), step.examples
+        start = time.perf_counter()
         torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)  # randomness is a function of seed and step
-        n = n_scored_tokens(examples) if self.loss.average_over == "tokens" else len(examples)
+        n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
         means = Means()
         for i, (batch, weight, _) in enumerate(step.microbatches):
             scored = self.scorer(batch)
@@ -275,7 +276,7 @@ class BasicTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.n_updates += 1
-        self.n_seen += len(examples)
+        self.n_seen += len(step.indices)
         self.order = hashlib.sha256(bytes.fromhex(self.order) + step.indices.astype("<i8").tobytes()).hexdigest()
         report(self.n_updates, self.n_seen)
         if first:
@@ -294,10 +295,10 @@ class BasicTrainer:
         batches = [m.batch for m in step.microbatches]
         passes = 4 if self.scorer.reference is not None else 3  # forward, backward (twice as much), the live reference's forward
         return {
-            "examples_per_second": len(step.examples) / secs,
-            "tokens_per_second": sum(map(n_tokens, step.examples)) / secs,
+            "examples_per_second": len(step.indices) / secs,
+            "tokens_per_second": float(step.lengths.tokens().sum()) / secs,
             "padding": 1 - sum(b.n_tokens for b in batches) / sum(b.n_processed(self.packing.packed) for b in batches),
-            "mfu": passes * self.cost.forward(step.examples) / secs / self.peak_flops,
+            "mfu": passes * self.cost.forward(step.lengths) / secs / self.peak_flops,
             "peak_memory_gb": peak_memory_gb(), "data_wait_secs": waited_secs,
         }  # fmt: skip
 

@@ -20,18 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_tokens
 import numpy as np
 
-from batching import Packing, n_tokens, plan
+from batching import Packing, plan
+from examples import Lengths, lengths_of
 from tokenization import Example
 
 RANKS = (2, 4, 8, 16, 32, 64)
 
 
-def planned(batch: Sequence[Example], n: int, budget: int) -> list[list[np.ndarray]]:
+def planned(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
     """Plumb's microbatches, each a list of indices per rank."""
-    return plan(batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1)
+    parts = list(plan(batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1))
+    return [parts[i : i + n] for i in range(0, len(parts), n)]
 
 
-def equal_counts(batch: Sequence[Example], n: int, budget: int) -> list[list[np.ndarray]]:
+def equal_counts(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
     """Pair i to rank i mod n, as data loaders do; one microbatch."""
     return [[np.arange(rank, len(batch), n) for rank in range(n)]]
 
@@ -49,7 +51,7 @@ def imbalance(sizes: np.ndarray, microbatches: Sequence[Sequence[np.ndarray]]) -
 Found = dict[str, list[tuple[float, float]]]  # method -> (mean, worst) over all batches, for each of RANKS
 
 
-def measure(examples: Sequence[Example], n_pairs: int, budget: int) -> Found:
+def measure(examples: Lengths, n_pairs: int, budget: int) -> Found:
     """The imbalance of every whole batch, by both methods, for as many of RANKS as there are pairs."""
     batches = [examples[s : s + n_pairs] for s in range(0, len(examples) - n_pairs + 1, n_pairs)]
     methods: dict[str, Callable[..., list[list[np.ndarray]]]] = {"equal counts": equal_counts, "Plumb": planned}
@@ -57,7 +59,7 @@ def measure(examples: Sequence[Example], n_pairs: int, budget: int) -> Found:
     for name, share in methods.items():
         for n in RANKS:
             if n <= n_pairs:
-                found = [imbalance(np.array(list(map(n_tokens, batch))), share(batch, n, budget)) for batch in batches]
+                found = [imbalance(batch.tokens(), share(batch, n, budget)) for batch in batches]
                 out.setdefault(name, []).append((float(np.mean(found)), max(found)))
     return out
 
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".cache/benchmarks/balance"), help="folder (default %(default)s)")
     options = parser.parse_args()
     examples = [Example(pair.prompt, pair[1:], "") for pair in make_tokens.load(options.tokens).pairs]
-    results = {n: measure(examples, n, options.budget) for n in options.pairs}
+    results = {n: measure(lengths_of(examples), n, options.budget) for n in options.pairs}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "balance.md").write_text(table(results) + "\n")
     chart(results, options.out / "balance.png")

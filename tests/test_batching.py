@@ -1,17 +1,22 @@
 """Order, microbatches, and the layout of trees."""
 
 import hashlib
+import runpy
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from golden import load, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batching import Ahead, Feed, Packing, Schedule, Step, by_tokens, pack, plan, unfold
-from tokenization import Example, n_tokens
+from examples import Examples, Table, lengths_of
+from tokenization import Example
 
 
 def example(prompt, *responses) -> Example:
@@ -60,7 +65,7 @@ def test_trees_see_what_the_rule_says_and_score_what_they_hold(rows, n_padding):
     """Empty responses and prompts, one to five responses; padding sees itself alone; targets are the responses' tokens."""
     rows = [(p, r) for p, r in rows if p or any(r)] or [([1], rows[0][1])]
     examples = [example(p, *r) for p, r in rows]
-    n = sum(map(n_tokens, examples))
+    n = lengths_of(examples).tokens().sum()
     batch = pack(examples, pad_token_id=0, longest=64, row_length=n + n_padding)
     k, flat = batch.k, [x for p, r in rows for x in (*p, *(t for one in r for t in one))]
     assert batch.input_ids[0, :n].tolist() == flat and batch.n_tokens == n and max(batch.segments.key_lengths) <= 64
@@ -76,7 +81,8 @@ def test_trees_see_what_the_rule_says_and_score_what_they_hold(rows, n_padding):
             prompt, n_prompt, start, length = batch.spans[j * len(rows) + i].tolist()
             assert batch.position_ids[0, start : start + length].tolist() == list(range(len(p), len(p) + len(response)))
             assert batch.position_ids[0, prompt : prompt + n_prompt].tolist() == list(range(len(p)))
-    assert batch.n_scored == sum(len(r) - (not p) for p, rs in rows for r in rs if r) and k == len(rows[0][1])
+    n_scored = sum(len(r) - (not p) for p, rs in rows for r in rs if r)
+    assert batch.n_scored == lengths_of(examples).n_scored() == n_scored and k == len(rows[0][1])
 
 
 @given(rows=trees)
@@ -99,7 +105,9 @@ def test_a_prompt_of_its_own_for_each_response_makes_two_trees():
     pair = pack([example([1, 2], [3, 4], [5]), example(([1, 2], [6]), [7, 8], [9])], pad_token_id=0, longest=64)
     assert pair.input_ids[0].tolist() == [1, 2, 3, 4, 5, 1, 2, 7, 8, 6, 9] and pair.response.tolist() == [0, 0, 2, 1, 1, 3]
     assert torch.equal(seen_by_segments(pair), sees(pair)) and pair.position_ids[0, -2:].tolist() == [0, 1]
-    assert n_tokens(example(([1, 2], [6]), [7, 8], [9])) == 6
+    lengths = lengths_of([example([1, 2], [3, 4], [5]), example(([1, 2], []), [7, 8], [9])])
+    assert lengths.tokens().tolist() == [5, 5] and lengths.longest().tolist() == [4, 4]
+    assert lengths.n_scored() == 5  # the 9 has no token before it
 
 
 @needs_golden
@@ -128,23 +136,77 @@ def test_unfolded_batches_equal_the_2023_code():
     world=st.integers(1, 8), packed=st.booleans(),
 )  # fmt: skip
 def test_a_plan_loses_nothing_and_keeps_the_budget(lengths, budget, at_least, world, packed):
-    examples = [example([1] * (n - 1), [2]) for n in lengths]
+    of_batch = lengths_of([example([1] * (n - 1), [2]) for n in lengths])
     packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
-    micro = plan(examples, packing, at_least)
+    micro = microbatches(plan(of_batch, packing, at_least), world)
     assert all(len(parts) == world for parts in micro)  # every rank has the same number of microbatches
     assert sorted(i for parts in micro for part in parts for i in part) == list(range(len(lengths)))
     assert min(at_least, max(1, len(lengths) // world)) <= len(micro) <= -(-len(lengths) // world)
     for part in (part for parts in micro for part in parts if len(part) > 1 and len(micro) < -(-len(lengths) // world)):
         cost = sum(lengths[i] for i in part) if packed else len(part) * max(lengths[i] for i in part)
         assert cost <= budget
-    again = plan(examples, packing, at_least)
-    assert all(np.array_equal(a, b) for x, y in zip(micro, again, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def microbatches(parts, world):
+    parts = [part.tolist() for part in parts]
+    return [parts[i : i + world] for i in range(0, len(parts), world)]
+
+
+def plan_by_definition(examples, packing, at_least):
+    """As few microbatches as fit, at least `at_least`: by tokens, the longest example first and each to the part that is
+    emptiest so far (of equal ones, the first), fullest part first; or, where rows are padded, neighbours in length.
+
+    This is how every run so far was cut: another plan would change the rounding, and what a resumed run does.
+    """
+    n, world, k = len(examples), packing.world_size, len(examples[0].responses)
+    if packing.packed:
+        sizes = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
+    else:
+        sizes = [len(e.prompt) + max(map(len, e.responses)) for e in examples]
+    longest_first = sorted(range(n), key=lambda i: -sizes[i])  # of equally long ones, the first
+    most = -(-n // world)
+    n_micro = min(most, max(1, min(at_least, n // world), -(-sum(sizes) // (packing.budget * world))))
+    load = lambda part: sum(sizes[i] for i in part)
+    padded = lambda part: k * len(part) * max((sizes[i] for i in part), default=0)
+    cost = load if packing.packed else padded
+    while True:
+        parts = [[] for _ in range(n_micro * world)]
+        if packing.packed:
+            for i in longest_first:
+                min(parts, key=load).append(i)
+            parts.sort(key=load, reverse=True)  # stable: equally full ones stay in their order
+        else:
+            each, rest = divmod(n, len(parts))
+            left = iter(longest_first)
+            parts = [[next(left) for _ in range(each + (p < rest))] for p in range(len(parts))]
+        if n_micro == most or all(cost(part) <= packing.budget or len(part) == 1 for part in parts):
+            return [parts[i : i + world] for i in range(0, len(parts), world)]
+        n_micro += 1
+
+
+lengths_of_pairs = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12))  # many ties
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(lengths_of_pairs, min_size=1, max_size=40),
+    budget=st.integers(10, 150),
+    at_least=st.integers(1, 5),
+    world=st.integers(1, 8),
+    packed=st.booleans(),
+)
+def test_a_plan_is_the_one_by_definition(lengths, budget, at_least, world, packed):
+    examples = [example([1] * p, [2] * a, [3] * b) for p, a, b in lengths]
+    packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
+    found = microbatches(plan(lengths_of(examples), packing, at_least), world)
+    assert found == plan_by_definition(examples, packing, at_least)
 
 
 def test_parts_are_balanced_by_tokens():
     sizes = np.random.default_rng(0).lognormal(5, 0.7, 64).astype(int)
+    largest_first = np.sort(sizes)[::-1]
     for n in (2, 4, 8):
-        loads = [sizes[part].sum() for part in by_tokens(sizes, n)]
+        loads = [largest_first[part].sum() for part in by_tokens(largest_first, n)]
         assert max(loads) / np.mean(loads) < 1.02
         equal_counts = [part.sum() for part in np.split(sizes, n)]
         assert max(loads) / np.mean(loads) < max(equal_counts) / np.mean(equal_counts)
@@ -154,24 +216,57 @@ def test_ranks_share_a_step_and_a_rank_without_a_part_has_weight_0():
     examples = [example([1], [i], [i + 50]) for i in range(3)]
     reference = np.arange(6.0).reshape(3, 2)
     steps = [Feed(examples, PACKING._replace(world_size=4), rank, reference).step(np.array([2, 0, 1])) for rank in range(4)]
-    assert all([e.responses[0][0] for e in step.examples] == [2, 0, 1] for step in steps)  # the batch is everyone's
+    assert all(step.indices.tolist() == [2, 0, 1] and len(step.lengths) == 3 for step in steps)  # the batch is everyone's
     shares = [(m.weight, m.batch.targets.tolist(), m.batch.reference.tolist()) for step in steps for m in step.microbatches]
     assert sorted(x for x in shares if x[0]) == [(1, [0, 50], [0, 1]), (1, [1, 51], [2, 3]), (1, [2, 52], [4, 5])]
     assert [w for w, _, _ in shares].count(0) == 1
 
 
+def test_a_rank_makes_its_own_examples_alone():
+    """16 ranks of 4 pairs each: of the 64 of a batch a rank touches its 4, so its work does not grow with the ranks."""
+
+    class Counted(Examples):
+        def __getitem__(self, i):
+            made.append(i)
+            return super().__getitem__(i)
+
+    store = SimpleNamespace(
+        ids=np.arange(600, dtype=np.uint16),
+        starts=np.arange(0, 601, 2),
+        rows=np.array([(3 * i, 0, i) for i in range(100)]),
+        margins=np.full(100, np.nan),
+        files=["x"],
+    )
+    items = np.array([(i, 3 * i + 1, 3 * i + 2) for i in range(100)])
+    examples = Counted([Table(store, items, True)], None, np.arange(100), np.full((100, 3), 2, np.int32))
+    batch, seen = np.random.default_rng(0).permutation(100)[:64], []
+    for rank in range(16):
+        made = []
+        step = Feed(examples, PACKING._replace(world_size=16), rank).step(batch)
+        assert len(made) == 4 and step.lengths.tokens().sum() == 64 * 6
+        seen += made
+    assert sorted(seen) == sorted(batch.tolist())
+
+
+def test_the_benchmark_of_the_hosts_work_runs(monkeypatch, tmp_path, capsys):
+    """It compares plans, numbers and digests with those of its baseline, which looks at every example."""
+    monkeypatch.setattr(sys, "argv", ["host_work.py", "--smoke", "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "benchmarks/host_work.py"), run_name="__main__")
+    assert (tmp_path / "host_work.md").read_text() in capsys.readouterr().out
+
+
 def test_the_thread_ahead_keeps_order_and_passes_errors_on():
     def steps():
         for i in range(5):
-            yield Step([example([i], [i])], [], np.array([i]))
+            yield Step(np.array([i]), lengths_of([example([i], [i])]), [])
         raise OSError("the disk is gone")
 
     ahead = Ahead(steps(), pin=False)
-    assert [int(next(ahead).examples[0].prompt[0]) for _ in range(5)] == list(range(5))
+    assert [int(next(ahead).indices[0]) for _ in range(5)] == list(range(5))
     for _ in range(2):  # again and again, as of an iterator
         with pytest.raises(OSError, match="the disk is gone"):
             next(ahead)
-    slow = Ahead((time.sleep(0.2) or Step([], [], np.arange(0)) for _ in range(1)), pin=False)
+    slow = Ahead((time.sleep(0.2) or Step(np.arange(0), lengths_of([]), []) for _ in range(1)), pin=False)
     next(slow)
     assert slow.waited_secs > 0.1 and next(slow, None) is next(slow, None) is None
 

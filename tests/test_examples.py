@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 import examples
-from examples import Examples, concatenate, view
+from examples import Examples, concatenate, ids_of, lengths_of, view
 from preference_datasets import DataSet, Row
 from preparation import Part, apply_rules
 from token_store import Recipe, TokenStore, find_or_make
@@ -55,6 +55,12 @@ def test_a_view_is_a_sequence(look, bos):
     assert plain([both[-1], both[np.int64(3)]]) == [plain(both)[13], plain(both)[3]]
     assert both.lengths.tolist() == [[len(p), *map(len, rs)] for p, rs, _ in plain(both)]
     assert not both[:0] and len(concatenate([both[:0], both[:0]])) == 0
+    for some in (both, both.select(np.array(picked)), a, both[:0]):  # columns and objects say the same
+        as_columns, as_objects = lengths_of(some), lengths_of(list(some) or both[:0])
+        for name in ("prompts", "responses", "roots"):
+            assert np.array_equal(getattr(as_columns, name), getattr(as_objects, name)), name
+        ids = [token for p, rs, _ in plain(some) for text in (p, *rs) for token in text]
+        assert ids_of(some).tolist() == ids_of(list(some)).tolist() == ids
     with pytest.raises(IndexError):
         both[14]
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, SIZES, tiny_model
@@ -11,10 +12,12 @@ from transformers import AutoConfig
 import activations
 import plan
 import sizing
+from examples import lengths_of
 from losses import build_loss
 from models import block_class
 from pretrained import no_dropout
 from sizing import Layout, Precision, Weights
+from tokenization import Example
 from utils import UserError
 from validation import validate
 
@@ -177,6 +180,17 @@ def test_a_plan_of_real_lengths(planned, data, tmp_path):
     assert found.n == len(found.examples) and 0 < found.n < 20
     assert f"{found.n} pairs of" in plan.show(config, loss)
     assert [f.name for f in tmp_path.iterdir()] == [data.name], "a plan writes nothing"
+
+
+def test_the_operations_of_a_forward_pass():
+    """2 N T + 2 V d H + 4 q L A with N = 100, V d = 10, q L = 1, of two pairs.
+
+    The first: prompt 4, responses 2 and 3. T = 9, H = 5; A = 4 * 4 / 2 + (4 * 2 + 2 * 2 / 2) + (4 * 3 + 3 * 3 / 2) = 34.5.
+    The second, with prompts 1 and 2 of its own and responses of 1: T = 5, H = 2; A = 1/2 + (1 + 1/2) + 4/2 + (2 + 1/2) = 6.5.
+    """
+    ids = lambda n: np.zeros(n, np.int32)
+    pairs = [Example(ids(4), (ids(2), ids(3)), ""), Example((ids(1), ids(2)), (ids(1), ids(1)), "")]
+    assert sizing.Cost(100, 10, 1).forward(lengths_of(pairs)) == 200 * (9 + 5) + 20 * (5 + 2) + 4 * (34.5 + 6.5)
 
 
 def test_alternatives_fit(planned):

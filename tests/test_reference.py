@@ -1,16 +1,21 @@
 """The cached reference: the same numbers as the live one, found again, and never used when it is not the right one."""
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from groups import run_in_group
 from runs import DPO, FAST, records
 from safetensors import SafetensorError
 from tiny import tiny_model as random_model
 
+import parallel
+import reference
 import trainers
 from reference import ReferenceCache, response_digests, weights_digest
 from tokenization import Example
@@ -31,6 +36,48 @@ def test_a_digest_belongs_to_the_ids_alone():
     assert a.shape == (2, 2) and len(set(a.ravel().tolist())) == 4  # also where prompt and response join to the same ids
     b = response_digests([example([1], [2, 3]), example([1, 2], [4])])
     assert b.tolist() == [[a[1, 0]], [a[0, 1]]]
+
+
+def digests_by_definition(examples):
+    """The 8 bytes of blake2b over the prompt's ids as int32, "|", and the response's: the keys in every file written so far."""
+    return [
+        [
+            int.from_bytes(hashlib.blake2b(p.tobytes() + b"|" + r.tobytes(), digest_size=8).digest(), sys.byteorder)
+            for p, r in zip(e.prompt if isinstance(e.prompt, tuple) else [e.prompt] * 2, e.responses, strict=True)
+        ]
+        for e in examples
+    ]
+
+
+def many_pairs(n):
+    """Of all kinds: long, empty, and with a prompt for each response."""
+    rng = np.random.default_rng(0)
+    some = lambda most: rng.integers(0, 200_000, rng.integers(0, most)).tolist()
+    pairs = [example(some(300), some(100), some(9)) for _ in range(n - 2)]
+    two_prompts = Example((np.array([1], np.int32), np.array([2, 3], np.int32)), pairs[0].responses, "")
+    return [example([], [], []), *pairs, two_prompts]
+
+
+def test_digests_are_those_of_earlier_files(monkeypatch):
+    pairs = many_pairs(40)
+    assert response_digests(pairs).tolist() == digests_by_definition(pairs)
+    monkeypatch.setattr("reference.CHUNK", 7)
+    assert response_digests(pairs).tolist() == digests_by_definition(pairs)
+    assert response_digests([]).shape == (0, 1) and response_digests([]).dtype == np.uint64
+
+
+def share_digests(pairs, indices, expected):
+    done = []
+    original = reference.response_digests
+    reference.response_digests = lambda mine: done.append(len(mine)) or original(mine)
+    assert reference.digests_of_all(pairs, indices).tolist() == expected
+    assert parallel.from_all(done) == [[4], [3], [3]]
+
+
+def test_ranks_share_the_digests():
+    """Of ten pairs three ranks digest 4, 3 and 3, and each gets all of them in their order."""
+    pairs, indices = many_pairs(20), np.random.default_rng(1).permutation(20)[:10]
+    run_in_group(3, share_digests, pairs, indices, digests_by_definition([pairs[i] for i in indices]))
 
 
 def test_the_weights_digest_sees_every_bit():

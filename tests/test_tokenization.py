@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT, tiny_tokenizer
 
-from examples import cases, view
+from examples import cases, lengths_of, view
 from preference_datasets import DataSet, Row
 from token_store import Recipe, TokenStore, find_or_make
-from tokenization import HH_TEMPLATE, TextRules, automatic_bos, n_scored_tokens, render
+from tokenization import HH_TEMPLATE, TextRules, automatic_bos, render
 from utils import UserError
 
 RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
@@ -140,7 +140,7 @@ def test_tokenization_properties(prompt, chosen, rejected):
         while tok.eos_token in text:
             text = text.replace(tok.eos_token, "")
         assert tok.decode(response[:-1]) == text
-    assert n_scored_tokens([example]) == sum(map(len, example.responses)) - (2 if len(example.prompt) == 0 else 0)
+    assert lengths_of([example]).n_scored() == sum(map(len, example.responses)) - (2 if len(example.prompt) == 0 else 0)
 
 
 def test_bos_stands_once_where_the_tokenizer_adds_one():
