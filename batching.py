@@ -82,6 +82,10 @@ class Batch(NamedTuple):
     def n_scored(self) -> int:
         return len(self.targets)
 
+    def n_scored_each(self) -> np.ndarray:
+        """Count the scored positions of each response: its tokens, less the first where no prompt predicts it.  [R]"""
+        return np.maximum(self.spans[:, 3] - (self.spans[:, 1] == 0), 0)
+
     def n_processed(self, packed: bool) -> int:
         """Tokens that a model is given: the row, or the padded rows that it is unfolded to."""
         return self.input_ids.numel() if packed else len(self.spans) * int((self.spans[:, 1] + self.spans[:, 3]).max())

@@ -34,6 +34,7 @@ class Scored(NamedTuple):
     counts: dict[str, float]  # what a metric is averaged over, where that is not the B examples
     given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
     tokens: Tensor  # [B] the first response's, which have a prediction
+    compared: tuple[Logps, Logps] | None  # the R responses' of policy and reference, where the loss has one; detached
 
 
 class Scorer(NamedTuple):
@@ -75,7 +76,8 @@ class Scorer(NamedTuple):
         output = self.loss.compute(policy, None if of_reference is None else as_data(of_reference, batch))
         counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
         tokens = of_policy.tokens[: len(output.losses)]
-        return Scored(output, _metrics(output, policy), counts, given(of_policy), tokens)
+        compared = None if of_reference is None else (Logps(*(x.detach() for x in of_policy)), of_reference)
+        return Scored(output, _metrics(output, policy), counts, given(of_policy), tokens, compared)
 
 
 def given(of_policy: Logps | Scores) -> Tensor:

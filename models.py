@@ -61,9 +61,23 @@ def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
     with head_on(model, batch.scored if padded is None else padded.scored, batch.targets if way.plain_head else None):
         output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
     logps = output[0, :, 0] if way.plain_head else token_logps(output[0], batch.targets)  # [N]
-    response = batch.response.to(logps.device)
-    total, count = (torch.zeros(len(batch.spans), device=logps.device, dtype=x) for x in (logps.dtype, torch.int64))
-    return Logps(total.index_add(0, response, logps), count.index_add(0, response, torch.ones_like(response)))
+    tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
+    return Logps(sums_by_response(logps, batch), tokens)
+
+
+def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
+    """Sum the scored positions' log-probabilities over each response.  [N] -> [R], nats, of the same type
+
+    In a fixed order, so that the same log-probabilities always have the same sums: a scattered addition (`index_add`) takes the
+    order in which a GPU's threads happen to arrive. Each response's positions stand together, and are laid out as a row, padded
+    with zeros; in float64, except on a device that has none (MPS).
+    """
+    count = batch.n_scored_each()  # [R]
+    order, longest = batch.spans[:, 2].argsort(kind="stable"), max(int(count.max(initial=0)), 1)
+    place = torch.from_numpy(ranges(order * longest, count[order])).to(logps.device, non_blocking=True)  # [N] in [R * L]
+    wide = torch.float32 if logps.device.type == "mps" else torch.float64
+    rows = torch.zeros(len(count) * longest, dtype=wide, device=logps.device).index_copy(0, place, logps.to(wide))
+    return rows.view(-1, longest).sum(1).to(logps.dtype)
 
 
 def response_scores(model: Any, batch: Batch, way: Way) -> Scores:

@@ -261,12 +261,14 @@ class BasicTrainer:
         start = time.perf_counter()
         torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)  # randomness is a function of seed and step
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
-        means = Means()
+        means, seen = Means(), []
         for i, (batch, weight, _) in enumerate(step.microbatches):
             scored = self.scorer(batch)
+            if self.n_updates == 0:
+                seen.append(scored._replace(output=scored.output._replace(losses=scored.output.losses.detach())))
             self.backward(weight * scored.output.losses.sum() / n, last=i == len(step.microbatches) - 1)
             means.add(scored.metrics, weight, scored.counts)
-        first = selfcheck.FirstStep(self, batch, scored, means) if self.n_updates == 0 else None
+        first = selfcheck.FirstStep(self, batch, seen, means) if self.n_updates == 0 else None
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
             self.log.flush()

@@ -1,16 +1,21 @@
 """The first step: what is wrong with a run is said before hours are spent on it, and nothing of a bad step is applied."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from runs import DPO, records
 
 import checkpoints
+import models
 import pretrained
 import rundir
 import storage
 import trainers
+from batching import pack
+from tokenization import Example
 from utils import NonFinite, StorageError
 
 
@@ -34,17 +39,134 @@ def test_dropout_that_no_config_names_is_found(train, changed_model):
     assert error.value.exit_code == 4 and "dropout" in str(error.value)
 
 
-def test_a_reference_that_is_not_the_policy_stops_the_run(train, monkeypatch):
-    load = pretrained.load_reference
+@pytest.fixture
+def changed_reference(monkeypatch):
+    """`changed_reference(f)`: the live reference is given to f first."""
 
-    def other(*arguments):
-        reference = load(*arguments)
+    def install(f):
+        load = pretrained.load_reference
+        monkeypatch.setattr("train.load_reference", lambda *a: (m := load(*a), f(m))[0])
+
+    return install
+
+
+DISAGREE = "step 0: policy and reference DISAGREE: mean rewards"
+ONE_STEP = [*DPO, "n_examples=4", "do_first_eval=false"]
+
+
+@pytest.mark.parametrize("precision", [[], ["model.policy_dtype=bfloat16"], ["model.fsdp_policy_mp=bfloat16"]])
+def test_a_reference_that_is_not_the_policy_stops_the_run(precision, train, changed_reference):
+    """One row of the head, EOS's: its logit alone changes. (A column adds the same number to all logits of a position, which a
+    softmax does not see.)"""
+
+    def change(reference):
+        reference.lm_head.weight.data[reference.config.eos_token_id] += 0.5
+
+    changed_reference(change)
+    with pytest.raises(NonFinite, match=DISAGREE) as error:
+        train("other", *ONE_STEP, "reference=live", *precision)
+    assert error.value.exit_code == 4
+
+
+def test_a_column_of_the_head_is_not_another_reference(train, changed_reference, capsys):
+    """It rounds the logits otherwise, so that rewards are not exactly 0: accepted."""
+
+    def change(reference):
         reference.lm_head.weight.data[:, 0] += 0.5
-        return reference
 
-    monkeypatch.setattr("train.load_reference", other)
-    with pytest.raises(NonFinite, match="step 0: policy and reference DISAGREE: mean rewards"):
-        train("other", *DPO, "n_examples=8", "do_first_eval=false", "reference=live")
+    changed_reference(change)
+    train("column", *ONE_STEP, "reference=live")
+    assert "step 0: policy and reference agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+@pytest.mark.parametrize("precision", [[], ["model.policy_dtype=bfloat16"], ["model.policy_dtype=float64"]])
+def test_another_order_of_summation_is_no_other_reference(reference, precision, train, monkeypatch, capsys):
+    """A new order for each sum, in float32, as atomic additions on a GPU would have it."""
+
+    def scattered(logps, batch):
+        order = torch.randperm(len(logps))
+        total = torch.zeros(len(batch.spans), dtype=torch.promote_types(logps.dtype, torch.float32))
+        return total.index_add(0, batch.response[order], logps[order].to(total.dtype))
+
+    monkeypatch.setattr("models.sums_by_response", scattered)
+    first = records(train("order", *ONE_STEP, f"reference={reference}", "max_length=256", *precision), "train")[0]
+    assert "step 0: policy and reference agree" in capsys.readouterr().out
+    assert first["rewards_train/chosen"] != 0 or first["rewards_train/rejected"] != 0  # it was another order
+
+
+def test_sums_do_not_depend_on_how_often_or_when_they_are_made():
+    """Of up to 3,000 terms: to half a unit in the last place of the exact sums, in whatever row and beside whatever others;
+    gradients are those of the plain sum."""
+    rng = np.random.default_rng(0)
+    lengths = [(1, 3000), (0, 2), (1, 700), (5, 1)]
+    examples = [
+        Example(rng.integers(3, 99, p).astype(np.int32), tuple(rng.integers(3, 99, r).astype(np.int32) for r in (n, 40)), "")
+        for p, n in lengths
+    ]
+    batch = pack(examples, pad_token_id=0, longest=4000)
+    logps = -torch.from_numpy(rng.exponential(3, batch.n_scored)).float().requires_grad_()
+    sums = models.sums_by_response(logps, batch)
+    exact = [math.fsum(logps[batch.response == r].tolist()) for r in range(8)]
+    assert sums.tolist() == torch.tensor(exact, dtype=torch.float64).float().tolist()
+    upstream = torch.randn(8)
+    (gradient,) = torch.autograd.grad((sums * upstream).sum(), logps)
+    assert torch.equal(gradient, upstream[batch.response])
+    alone = pack(examples[:1], pad_token_id=0, longest=4000)
+    of_first = (batch.response == 0) | (batch.response == 4)
+    assert torch.equal(models.sums_by_response(logps[of_first], alone), sums[[0, 4]])
+
+
+def test_a_cached_reference_of_other_weights_stops_the_run(train, monkeypatch):
+    """A file that passes for this reference's, and was computed with other weights."""
+    monkeypatch.setattr("train.weights_digest", lambda model: "the same for all")
+    sft = train("sft", "loss=sft", "lr=1e-3", "warmup_steps=0", "batch_size=4", "n_examples=8", "do_first_eval=false")
+    train("mine", *ONE_STEP, "reference=cached")
+    with pytest.raises(NonFinite, match=f"{DISAGREE}.*; compare with reference=live"):
+        train("others", *ONE_STEP, "reference=cached", f"model.archive={sft}")
+
+
+@pytest.mark.parametrize("precision", [[], ["model.policy_dtype=bfloat16"]])
+def test_opposite_errors_do_not_cancel(precision, train, monkeypatch):
+    """Log-probabilities that are off by +3 and -3 nats in turn: all means are those of the right ones."""
+    find = trainers.BasicTrainer.find_reference_logps
+
+    def found(self, weights):
+        find(self, weights)
+        signs = np.where(np.arange(len(self.train_feed.reference)) % 2, 3.0, -3.0)
+        self.train_feed.reference += signs[:, None]
+
+    monkeypatch.setattr(trainers.BasicTrainer, "find_reference_logps", found)
+    with pytest.raises(NonFinite, match=f"{DISAGREE}.*; at worst 3(.0)? nats in a response of [0-9]+ tokens"):
+        train("opposite", *ONE_STEP, "reference=cached", "shuffle=false", *precision)
+
+
+def test_every_microbatch_is_compared(train, monkeypatch):
+    """One response of the first microbatch of four is off by 3 nats."""
+    find = trainers.BasicTrainer.find_reference_logps
+
+    def found(self, weights):
+        find(self, weights)
+        self.train_feed.reference[0, 1] += 3
+
+    monkeypatch.setattr(trainers.BasicTrainer, "find_reference_logps", found)
+    with pytest.raises(NonFinite, match=DISAGREE):
+        train("one", *ONE_STEP, "reference=cached", "shuffle=false", "gradient_accumulation_steps=4", "loss.beta=0.001")
+
+
+def test_dropout_beside_a_live_reference_is_found(train, changed_model):
+    """The policy trains with it, and its reference, in eval mode, computes without."""
+    changed_model(lambda m: m.model.layers[0].register_forward_hook(
+        lambda module, _, output: torch.nn.functional.dropout(output, 0.01, module.training)))  # fmt: skip
+    with pytest.raises(NonFinite, match=f"{DISAGREE}.*; is the model deterministic"):
+        train("dropout", *ONE_STEP, "reference=live")
+
+
+def test_a_reference_of_another_precision_is_said_and_goes_on(train, capsys):
+    for reference in ("live", "cached"):
+        train(reference, *ONE_STEP, f"reference={reference}", "model.reference_dtype=bfloat16")
+        said = capsys.readouterr().out
+        assert DISAGREE in said and "since model.reference_dtype=bfloat16 is not the policy's precision" in said
 
 
 def test_no_gradient_stops_the_run(train, monkeypatch):
