@@ -33,7 +33,7 @@ import parallel
 import storage
 from state_files import Part, parts_of, write_tensors
 from storage import Written
-from utils import StorageError, UnsafeFile, UserError, rank0_print
+from utils import NonFinite, StorageError, UnsafeFile, UserError, rank0_print
 
 FORMAT = 1
 NAME = re.compile(r"(step|interim)-(\d{1,15})")
@@ -307,8 +307,14 @@ class Saver:
     def save(
         self, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Tensor], manifest: Manifest, needed: int
     ) -> None:  # fmt: skip
-        """See the function `save`. Every rank must call it."""
+        """See the function `save`. Every rank must call it.
+
+        Raises NonFinite, before anything is written, where a weight is NaN or infinite: what is no model becomes no checkpoint.
+        """
         self.wait()
+        if bad := parallel.not_finite((n, tensor) for n, tensor in state.items() if n.startswith("policy.")):
+            raise NonFinite(f"local_run_dir={self.run_dir}: {name} is not written, since {bad.removeprefix('policy.')} holds NaN "
+                            "or infinity; older checkpoints are valid; lower lr, and go on with resume=auto")  # fmt: skip
         if self.thread is None:
             return self._save(name, parts, parts_of(state, copied=False), manifest, needed)
         made = {part: copied(make()) for part, make in parts.items()}

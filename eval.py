@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     config = config_of(found, args.overrides)
     with tempfile.TemporaryDirectory() as folder, new_file(args.out, "--out") if args.out else nullcontext() as file:
         config.local_run_dir = f"{folder}/eval"
-        loss = validate(config)
+        loss = validate(config, trains=False)
         if args.reference and not loss.needs_reference:
             raise UserError(f"--reference {args.reference}: this loss ({loss.name}) needs no reference; leave it out")
         record, counts = evaluate(found, config, loss, args.reference, args.out.parent if args.out else Path(folder))

@@ -219,6 +219,21 @@ def from_all(value: T) -> list[T]:
     return values
 
 
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first floating-point tensor that holds NaN or infinity, on whatever rank; None where all are finite.
+
+    Reads them where they are, and waits for the device once. Every rank must call it.
+    """
+    mine = [(name, region(tensor)[1]) for name, tensor in tensors if tensor.is_floating_point()]
+    mine = [(name, part) for name, part in mine if part.numel()]
+    bad = None
+    if mine:
+        largest = torch._foreach_norm([part for _, part in mine], torch.inf)  # NaN where there is one
+        finite = torch.stack([x.to(largest[0].device, torch.float64) for x in largest]).isfinite().tolist()
+        bad = next((name for (name, _), fine in zip(mine, finite, strict=True) if not fine), None)
+    return next((name for name in from_all(bad) if name is not None), None)
+
+
 def total(tensor: Tensor) -> Tensor:
     """The sum over all ranks."""
     if dist.is_initialized():

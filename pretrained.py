@@ -119,11 +119,8 @@ def load_policy(
 @torch.no_grad()
 def _check_finite(model: nn.Module, what: str) -> None:
     """Raise UnsafeFile for weights that are NaN or infinite: a damaged file, or a run that had diverged."""
-    parts = ((name, parallel.region(p)[1]) for name, p in model.named_parameters())
-    mine = next((n for n, p in parts if p.numel() and not torch.linalg.vector_norm(p, ord=torch.inf).isfinite()), None)
-    bad = [name for name in parallel.from_all(mine) if name is not None]
-    if bad:
-        raise UnsafeFile(f"{what}: {bad[0]} holds NaN or infinity; is the file damaged, or had its training diverged?")
+    if bad := parallel.not_finite(model.named_parameters()):
+        raise UnsafeFile(f"{what}: {bad} holds NaN or infinity; is the file damaged, or had its training diverged?")
 
 
 def load_reference(

@@ -1,4 +1,4 @@
-"""What the first step must show before hours are spent: policy = reference, no dropout, a gradient, an update, a save."""
+"""What the first step must show before hours are spent: policy = reference, no dropout, a gradient, a finite update, a save."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ class FirstStep:
         if grad_norm == 0:
             raise NonFinite("step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and rejected the same?")
         parallel.settle(t.policy)
+        if bad := parallel.not_finite(t.policy.named_parameters()):
+            raise NonFinite(f"step 1: the update leaves NaN or infinity in {bad} (gradient norm {grad_norm:.2g}): lower "
+                            f"lr={t.config.lr:g}, or set model.policy_dtype=float32 or another optimizer")  # fmt: skip
         if not any(parallel.from_all(bool((self._bits() != self.before).any()))):
             said = f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={t.config.lr:g} is rounded away"
             dtype = next(t.policy.parameters()).dtype

@@ -120,8 +120,11 @@ GROUPS = {"dataset_paths": maybe(TEXT)}  # its keys are names of data sets, a pl
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh] loss=sft"
 
 
-def validate(config: DictConfig) -> Loss:
-    """Check every knob, alone and against the others. -> the loss with its knobs bound. Raises UserError with one line."""
+def validate(config: DictConfig, trains: bool = True) -> Loss:
+    """Check every knob, alone and against the others. -> the loss with its knobs bound. Raises UserError with one line.
+
+    `trains`: false for a model that is only evaluated, which may be float16.
+    """
     given = OmegaConf.masked_copy(config, [str(k) for k in config if k != "local_run_dir"])  # which is made of exp_name
     missing = sorted(OmegaConf.missing_keys(given))
     if missing:
@@ -135,6 +138,8 @@ def validate(config: DictConfig) -> Loss:
         if not check[0](value):
             raise UserError(f"{knob}={value}: expected {check[1]}")
     _across(config)
+    if trains:
+        _precision(config)
     import_plugins(config.plugins)
     _data_sets(config)
     splits.check(config)
@@ -171,6 +176,16 @@ def _data_sets(config: DictConfig) -> None:
     names = [resolve(name) for name in (*config.datasets, *(config.eval_datasets or ()))]
     if config.field_map and all(name in LOADERS for name in names):
         raise UserError(f"field_map={dict(config.field_map)}: named data sets have their own fields; it is for files by path")
+
+
+def _precision(config: DictConfig) -> None:
+    """Refuse float16 wherever gradients pass through it. (A reference, which has none, may be float16; so may an export.)"""
+    if config.model.policy_dtype == "float16":
+        raise UserError("model.policy_dtype=float16: too narrow a range for weights that are trained (an optimizer's eps of 1e-8 "
+                        "is 0 in it); set float32, and model.fsdp_policy_mp=bfloat16 to compute in 16 bits")  # fmt: skip
+    if config.model.fsdp_policy_mp == "float16":
+        raise UserError("model.fsdp_policy_mp=float16: gradients below 6e-8, of which large batches and vocabularies have many, "
+                        "become 0 in it, since losses are not scaled up; set bfloat16, or null")  # fmt: skip
 
 
 def _across(config: DictConfig) -> None:  # noqa: C901  one check after the other, in one place

@@ -167,6 +167,8 @@ KNOBS = {
     "data_rules.duplicate=maybe": ("data_rules.duplicate=maybe", "keep, drop, stop"),
     "truncation_mode=middle": ("truncation_mode=middle", "keep_start, keep_end", "null"),
     "model.policy_dtype=int8": ("model.policy_dtype=int8", "float32"),
+    "model.policy_dtype=float16": ("model.policy_dtype=float16", "eps", "set float32", "fsdp_policy_mp=bfloat16"),
+    "model.fsdp_policy_mp=float16": ("model.fsdp_policy_mp=float16", "not scaled", "set bfloat16"),
     "model.fsdp_policy_mp=float32": ("model.fsdp_policy_mp=float32", "bfloat16", "null"),
     "optimizer=Nosuch": ("optimizer=Nosuch", "RMSprop", "AdamW"),
     "optimizer=LBFGS": ("optimizer=LBFGS", "RMSprop"),  # needs a closure

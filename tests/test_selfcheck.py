@@ -10,6 +10,7 @@ from runs import DPO, records
 
 import checkpoints
 import models
+import parallel
 import pretrained
 import rundir
 import storage
@@ -225,6 +226,61 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_batch_is_dumped(train,
     assert checkpoints.newest(run).manifest.step == 2 and len(records(run, "train")) == 2
     state = torch.load(run / "LATEST/policy.pt", weights_only=True)["state"]
     assert all(x.isfinite().all() for x in state.values())
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """`poisoned(n, value)`: the n-th update leaves `value` in one weight."""
+
+    def install(n, value):
+        make = trainers.make_optimizer
+
+        def poisoning(config, policy, device):
+            optimizer, made = make(config, policy, device), []
+
+            def after_step(*_):
+                made.append(1)
+                if len(made) == n:
+                    policy.model.norm.weight.data[3] = value
+
+            optimizer.register_step_post_hook(after_step)
+            return optimizer
+
+        monkeypatch.setattr(trainers, "make_optimizer", poisoning)
+
+    return install
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_first_update_that_is_not_finite_stops_the_run(value, train, poisoned, tmp_path):
+    poisoned(1, value)
+    with pytest.raises(NonFinite, match="step 1: the update leaves NaN or infinity in model.norm.weight .*: lower lr=0.001"):
+        train("first", *DPO, "do_first_eval=false")
+    assert checkpoints.newest(tmp_path / "first") is None
+
+
+@pytest.mark.parametrize("options", [[], ["async_save=true"]])
+def test_weights_that_are_not_finite_become_no_checkpoint(options, train, poisoned, tmp_path):
+    """The fourth update spoils a weight, and the save that follows is refused: LATEST stays at the second."""
+    poisoned(4, float("nan"))
+    with pytest.raises(NonFinite, match="-16 is not written, since model.norm.weight holds NaN or infinity; older") as error:
+        train("later", "loss=sft", "lr=1e-3", "batch_size=4", "save_every=8", "do_first_eval=false", *options)
+    assert error.value.exit_code == 4
+    run = tmp_path / "later"
+    assert {p.name for p in run.glob("*-*") if p.is_dir()} == {"interim-8"}
+    assert checkpoints.newest(run).manifest.step == 2 and (run / "LATEST").resolve().name == "interim-8"
+    state = torch.load(run / "LATEST/policy.pt", weights_only=True)["state"]
+    assert all(x.isfinite().all() for x in state.values())
+
+
+def test_what_is_not_finite_is_found_in_any_type():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            tensors = {"fine": torch.full((3, 70), torch.finfo(dtype).max, dtype=dtype), "none": torch.empty(0, 4, dtype=dtype),
+                       "numbers": torch.arange(3), "bad": torch.ones(300, dtype=dtype)}  # fmt: skip
+            assert parallel.not_finite(tensors.items()) is None
+            tensors["bad"][299] = value
+            assert parallel.not_finite(tensors.items()) == "bad"
 
 
 def test_every_knob_is_compared_or_free_by_name(compose):
