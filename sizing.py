@@ -55,12 +55,32 @@ class Cost(NamedTuple):
 
 def cost_of(model: Any) -> Cost:
     """From a causal language model of transformers that is not sharded yet."""
-    spec = model.config.get_text_config()
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     n = sum(p.numel() for p in model.parameters()) - embedding.numel() - (head.numel() if head is not embedding else 0)
-    heads = getattr(spec, "num_attention_heads", None) or 0  # none in a state-space model
-    size = getattr(spec, "head_dim", None) or spec.hidden_size // max(heads, 1)
-    return Cost(n, head.numel(), heads * size * spec.num_hidden_layers)
+    return Cost(n, head.numel(), attention_width(model.config.get_text_config()))
+
+
+def attention_width(spec: Any) -> int:
+    """Heads * head size, summed over the layers, of which each may have its own; 0 for one without heads (state-space).
+
+    What a config does not give as a whole number counts as absent, for an estimate must not end a run.
+    """
+    apart = list(spec.per_layer_config) if getattr(spec, "is_heterogeneous", False) else []
+    return sum(map(_width, apart)) or _width(spec) * _number(spec, "num_hidden_layers")
+
+
+def _width(layer: Any) -> int:
+    heads = _number(layer, "num_attention_heads")
+    return heads * (_number(layer, "head_dim") or _number(layer, "hidden_size") // max(heads, 1))
+
+
+def _number(spec: Any, name: str) -> int:
+    """An entry of a transformers config, or 0. It may be absent, a list, or raise, where layers differ."""
+    try:
+        value = getattr(spec, name, None)
+    except Exception:
+        return 0
+    return value if isinstance(value, int) else 0
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
