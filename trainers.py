@@ -30,6 +30,7 @@ import sizing
 import state_files
 from archives import as_in_2023
 from batching import Feed, Packing, Step, pack
+from draws import run_without_draws
 from evaluation import Scorer, all_logps, eval_groups, evaluate
 from examples import lengths_of
 from generation import sample
@@ -73,6 +74,8 @@ class BasicTrainer:
         self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = make_scheduler(config, self.optimizer, self.schedule.n_steps)
 
+        if drawing := run_without_draws(self.policy, self.device):
+            rank0_print(f"{', '.join(drawing)} would draw random numbers in training: computed as in evaluation")
         way = self.choose_way(train)
         budget = parallel.same_everywhere(self.token_budget(train, way))
         rank0_print(f"microbatches of up to {budget:,} tokens")

@@ -15,8 +15,12 @@ def test_an_estimate_ends_no_run(family):
     model = activations.blank_model(config, torch.float32)
     cost = sizing.cost_of(model)
     head = model.get_output_embeddings().weight.numel()
-    embeddings = head + (0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel())
-    assert cost.head == head and cost.body == sum(p.numel() for p in model.parameters()) - embeddings
+    embeddings = head + (
+        0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    )
+    assert (
+        cost.head == head and cost.body == sum(p.numel() for p in model.parameters()) - embeddings
+    )
     assert cost.attention >= 0
     budget = sizing.default_budget(config, torch.device("cpu"), torch.float32, 4e9, 1.0, False)
     assert budget == 1024

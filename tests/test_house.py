@@ -24,7 +24,7 @@ LAYERS = [
     {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head",
      "score_plots", "sample_files", "judges"},
     {"history"},
-    {"attention", "activations", "splits", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
+    {"attention", "activations", "draws", "splits", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints", "preparation"},
     {"models", "optimization", "rundir", "curves", "diagnosis"},
     {"pretrained", "prompts"},
