@@ -12,8 +12,9 @@ import head
 import models
 import pretrained
 from batching import Batch, pack
+from examples import lengths_of
 from models import ORACLE, Way
-from tokenization import Example, n_tokens
+from tokenization import Example
 from utils import UserError
 
 TREES = ["llama", "gpt_neox", "gpt2", "qwen3", "mistral", "gemma3_text"]
@@ -82,7 +83,7 @@ def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
     models.allow_trees(model)
     array = lambda x: np.array(x, np.int32)
     examples = [Example(array(p), tuple(map(array, r)), "") for p, r in rows]
-    b = pack(examples, pad_token_id=0, longest=32, row_length=sum(map(n_tokens, examples)) + n_padding)
+    b = pack(examples, pad_token_id=0, longest=32, row_length=lengths_of(examples).tokens().sum() + n_padding)
     ours = with_gradients(model, lambda: models.response_logps(model, b, Way(True, True)).sum)
     if b.n_scored:
         assert_equal(ours, with_gradients(model, lambda: plain_logps(model, b)))
