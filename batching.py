@@ -90,12 +90,6 @@ class Batch(NamedTuple):
         """Tokens that a model is given: the row, or the padded rows that it is unfolded to."""
         return self.input_ids.numel() if packed else len(self.spans) * int((self.spans[:, 1] + self.spans[:, 3]).max())
 
-    def unforked(self) -> Batch:
-        """The same row under plain causal attention, where each response sees all that stands before it: wrong, on purpose."""
-        n, gather = self.input_ids.numel(), torch.arange(self.input_ids.numel(), device=self.input_ids.device)
-        ends = torch.tensor([0, n], dtype=torch.int32, device=gather.device)
-        return self._replace(segments=Segments([n], [n], gather, ends, ends, n))
-
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 

@@ -5,7 +5,7 @@ Shapes: R rows of T tokens, N scored positions (those that predict a response to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import attention
-import parallel
 from batching import Batch, Padded, unfold
 from examples import ranges
 from head import linear_logps, token_logps
 from losses import Logps, Scores
-from scalar_head import scores
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -100,23 +98,36 @@ def response_scores(model: Any, batch: Batch, way: Way) -> Scores:
     return Scores(each[:, -1], each, torch.from_numpy(n).to(values.device))
 
 
+def packed_inputs(batch: Batch) -> dict[str, Any]:
+    """Return what a model is given to compute trees in one row."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "segments": batch.segments,
+        "attention_mask": attention.no_mask(batch.input_ids.device),
+    }
+
+
 def _inputs(batch: Batch, way: Way) -> tuple[dict[str, Any], Padded | None]:
     """What the model is given, and the padded rows, where it is these."""
     if way.packed:
-        mask = attention.no_mask(batch.input_ids.device)
-        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "segments": batch.segments,
-                "attention_mask": mask}, None  # fmt: skip
+        return packed_inputs(batch), None
     padded = unfold(batch, 0)
     return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}, padded
 
 
 @contextmanager
-def head_on(model: Any, positions: Tensor, targets: Tensor | None) -> Iterator[None]:
+def head_on(
+    model: Any,
+    positions: Tensor,
+    targets: Tensor | None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[None]:
     """Within, the LM head of `model` sees only the hidden states at `positions`, [N] of the R * W tokens.
 
     With `targets` it gives their log-probabilities in place of logits, [1, N, 1]; without, all their logits, [1, N, V].
     In the head, not after it: there FSDP has gathered its weight; and what the model does to logits afterwards (soft-capping,
-    scaling) stays as it is.
+    scaling) stays as it is. `forward` [1, N, d] -> [1, N, V] stands in for the head's own computation.
     """
     head = model.get_output_embeddings()
 
@@ -130,7 +141,9 @@ def head_on(model: Any, positions: Tensor, targets: Tensor | None) -> Iterator[N
 
     handle, own = head.register_forward_pre_hook(gather), vars(head).get("forward")  # accelerate's, where it spreads a model
     if targets is not None:
-        head.forward = logps
+        forward = logps
+    if forward is not None:
+        head.forward = forward
     try:
         yield
     finally:
@@ -157,51 +170,3 @@ def allow_trees(model: Any) -> None:
     """Let `model` take segments (see attention.py), if its attention is one that can be exchanged for ours."""
     if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.NAME)
-
-
-def choose_way(model: Any, batch: Batch, exact: bool) -> tuple[Way, str]:
-    """The fastest way that gives this model's own log-probabilities on `batch`, found by trying; and a line that says so.
-
-    The oracle is the plain computation: padded rows through the model's own attention and head. Trees are not for models
-    with a state or a bias that runs along the row (state-space layers, ALiBi), nor a plain head for those that change the logits
-    afterwards (soft-capping). `exact`: float32 or better, where 1e-3 nats per token are asked. In 16 bits, where rounding may
-    be more than that, trees must come four times nearer than what they would give if a token saw the whole row before it.
-    Every rank must call it with the same batch; all choose the same.
-    """
-    why, tolerance = "", 1e-3
-    ways = [Way(True, True), Way(True, False), Way(False, True)]
-    if scores(model):  # whose head has nothing to be computed in chunks
-        ways = [Way(True, False)]
-
-    def values(way: Way, batch: Batch) -> Tensor:  # [R] nats per token, or scores
-        if scores(model):
-            return response_scores(model, batch, way).last
-        logps = response_logps(model, batch, way)
-        return logps.sum / logps.tokens.clamp(min=1)
-
-    unit = "" if scores(model) else " nats per token"
-    with torch.no_grad():
-        expected = values(ORACLE, batch)
-
-        def off_by(way: Way, batch: Batch) -> float:
-            difference = (values(way, batch) - expected).abs()
-            return max(parallel.from_all(float(difference.max().nan_to_num(nan=torch.inf))))
-
-        for way in ways:
-            try:
-                if way.packed and model.config._attn_implementation != attention.NAME:
-                    raise NotImplementedError("its attention cannot be exchanged")
-                if way.plain_head and not isinstance(model.get_output_embeddings(), nn.Linear):
-                    raise NotImplementedError("its head is not a matrix")
-                if not exact:
-                    tolerance = max(1e-3, off_by(way, batch.unforked()) / 4) if way.packed else 0.1
-                worst = off_by(way, batch)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a model of transformers does with an argument that it does not know
-                why = why or f" (not {ways[0]}: {str(error).splitlines()[0][:100]})"
-                continue
-            if worst <= tolerance:
-                return way, f"batches: {way}; equal to the padded computation to {worst:.0e}{unit}{why}"
-            why = why or f" ({ways[0]} would be off by {worst:.1g})"
-    return ORACLE, f"batches: {ORACLE}{why}"

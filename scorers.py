@@ -6,6 +6,7 @@ Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from batching import Batch, Feed, Packing, pack
-from models import Way, choose_way, response_logps, response_scores
+from batching import Batch, Feed, Packing
+from layout_probe import Precision, choose_way, ordinary_ids
+from models import Way, response_logps, response_scores
 from opening import ROOT, Found, Opened, check_device, find_model, open_model, start_of
 from optimization import pick_device
 from preference_datasets import DataSet, Row
@@ -111,7 +113,7 @@ class Causal:
         for model in (self.model, self.reference):
             if model is not None:
                 check_vocabulary(model, self.tokenizer, highest, self.name)
-        n, way = len(examples), self._way(examples)
+        n, way = len(examples), self._way()
         scores = np.empty((n, len(examples[0].responses)))
         packing = Packing(way.packed, self.budget, 1, cast(int, self.tokenizer.pad_token_id), 2 * self.config.max_length)
         feed = Feed(examples, packing, rank=0)
@@ -127,12 +129,19 @@ class Causal:
         same = np.array([all(np.array_equal(e.responses[0], r) for r in e.responses) for e in examples], bool)
         return Scored(scores, tokens, cut, same)
 
-    def _way(self, examples: list[Example]) -> Way:
-        """How the models compute, tried on two of the rows."""
+    def _way(self) -> Way:
+        """Return how the models compute."""
         if self.way is None:
-            batch = pack(examples[:2], pad_token_id=cast(int, self.tokenizer.pad_token_id), longest=2 * self.config.max_length)
-            self.way, said = choose_way(self.model, batch.to(self.device), exact=self.model.dtype.itemsize >= 4)
-            rank0_print(said)
+            self.way, line = choose_way(
+                self.model,
+                device=self.device,
+                longest=self.config.max_length,
+                vocabulary=ordinary_ids(self.model, self.tokenizer),
+                row_tokens=lambda way: self.budget,
+                precisions=[Precision(nullcontext, self.model.dtype)],
+                gradients=False,
+            )
+            rank0_print(line)
         return self.way
 
     def _values(self, batch: Batch, way: Way) -> Tensor:  # [R]

@@ -37,12 +37,13 @@ from archives import resolve_archive
 from command_line import check_command_line, no_environment, spelled_out
 from curves import draw_curves
 from exporting import export_run
+from layout_probe import check_rope
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import DTYPES
 from optimization import make_schedule, pick_device
 from preparation import check_margins, load_examples
-from pretrained import check_vocabulary, describe, load_policy, load_reference, load_tokenizer
+from pretrained import check_vocabulary, describe, load_config, load_policy, load_reference, load_tokenizer
 from processes import report
 from reference import weights_digest
 from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
@@ -128,6 +129,7 @@ def train(config: DictConfig) -> None:
 def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found | None) -> None:
     """From a checkpoint of this run, or from its beginning."""
     start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
+    check_rope(load_config(config), config.max_length)
     tokenizer = load_tokenizer(config)
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
     check_margins(loss, train_examples, eval_examples)

@@ -29,15 +29,16 @@ import selfcheck
 import sizing
 import state_files
 from archives import as_in_2023
-from batching import Feed, Packing, Step, pack
+from batching import Feed, Packing, Step
 from draws import run_without_draws
 from evaluation import Scorer, all_logps, eval_groups, evaluate
 from examples import lengths_of
 from generation import sample
 from head import held_bytes
+from layout_probe import Precision, choose_way, ordinary_ids
 from losses import Loss
 from metrics import Means, Record, TrainingLog
-from models import DTYPES, Way, block_class, choose_way, compile_blocks
+from models import DTYPES, Way, block_class, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import ReferenceCache, described, digests_of_all
@@ -132,13 +133,21 @@ class BasicTrainer:
     # ------------------------------------------------------------------------------------------------- before training
 
     def choose_way(self, train: Sequence[Example]) -> Way:
-        """How the models compute: tried on two trees of two responses each, and said."""
-        a, b = train[0], train[min(1, len(train) - 1)]
-        crossed = [Example(x.prompt, (x.responses[0], y.responses[-1]), x.source) for x, y in ((a, b), (b, a))]
-        batch = pack(crossed, pad_token_id=self.tokenizer.pad_token_id, longest=2 * self.config.max_length).to(self.device)
-        with self.precision(self.device)():
-            way, said = choose_way(self.policy, batch, exact=self.dtype.itemsize >= 4)
-        rank0_print(said)
+        """Return how the models compute, and print why."""
+        autocast = self.precision(self.device)
+        precisions = [Precision(autocast, self.dtype)]
+        if autocast is not nullcontext:  # in the weights' own precision errors show that rounding would hide
+            precisions.insert(0, Precision(nullcontext, DTYPES[self.config.model.policy_dtype]))
+        way, line = choose_way(
+            self.policy,
+            device=self.device,
+            longest=self.config.max_length,
+            vocabulary=ordinary_ids(self.policy, self.tokenizer),
+            row_tokens=lambda way: parallel.same_everywhere(self.token_budget(train, way)),
+            precisions=precisions,
+            gradients=True,
+        )
+        rank0_print(line)
         return way
 
     def token_budget(self, train: Sequence[Example], way: Way) -> int:

@@ -27,7 +27,7 @@ LAYERS = [
     {"attention", "activations", "draws", "splits", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints", "preparation"},
     {"models", "optimization", "rundir", "curves", "diagnosis"},
-    {"pretrained", "prompts"},
+    {"pretrained", "prompts", "layout_probe"},
     {"opening"},
     {"generation"},
     {"sample", "lineage"},

@@ -1,5 +1,7 @@
 """Log-probabilities, dropout, loading: on real tiny models of every family that has a config."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 import head
+import layout_probe
 import models
 import pretrained
 from batching import Batch, pack
@@ -26,6 +29,15 @@ def batch(n=3, k=2, seed=0, **options) -> Batch:
     some = lambda low, high: rng.integers(3, 259, rng.integers(low, high)).astype(np.int32)
     examples = [Example(some(2, 20), tuple(some(1, 15) for _ in range(k)), "") for _ in range(n)]
     return pack(examples, pad_token_id=0, longest=48, **options)
+
+
+def choose_way(model):
+    """As a run would, for sequences of up to 48 tokens."""
+    exact = [layout_probe.Precision(nullcontext, torch.float32)]
+    return layout_probe.choose_way(
+        model, device=torch.device("cpu"), longest=48, vocabulary=np.arange(3, 259), row_tokens=lambda way: 300,
+        precisions=exact, gradients=True,
+    )  # fmt: skip
 
 
 def plain_logps(model, batch):
@@ -58,7 +70,7 @@ def test_every_way_equals_the_plain_computation(family):
     """Log-probabilities and gradients; in trees too, of one, two and five responses, with and without padding at the end."""
     model = tiny_model(family).eval()
     models.allow_trees(model)
-    way, said = models.choose_way(model, batch(2), exact=True)
+    way, said = choose_way(model)
     assert way.packed == (family in TREES), said
     assert way.plain_head == (family != "gemma2")  # which soft-caps its logits
     for b in (batch(), batch(k=1), batch(k=5), batch(row_length=400)):
@@ -87,30 +99,6 @@ def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
     ours = with_gradients(model, lambda: models.response_logps(model, b, Way(True, True)).sum)
     if b.n_scored:
         assert_equal(ours, with_gradients(model, lambda: plain_logps(model, b)))
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_what_does_not_take_trees_is_found_out(exact):
-    """A model whose attention looks at the whole row, and one that changes its logits: both are computed as they are.
-
-    In bfloat16 too, where random weights make a wrong layout differ by little more than rounding does.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    import attention
-
-    model = tiny_model().eval().to(torch.float32 if exact else torch.bfloat16)
-    models.allow_trees(model)
-    assert models.choose_way(model, batch(2), exact)[0] == Way(True, True)
-    try:
-        AttentionInterface.register(attention.NAME, lambda *a, segments=None, **k: sdpa_attention_forward(*a, **k))
-        way, said = models.choose_way(model, batch(2), exact)
-        assert way == Way(False, True) and "would be off by" in said
-    finally:
-        AttentionInterface.register(attention.NAME, attention.tree_attention)
-    model.lm_head.register_forward_hook(lambda m, i, o: 2 * o)
-    assert models.choose_way(model, batch(2), exact)[0] == Way(True, False)
 
 
 def test_sampling_and_plain_calls_are_as_without_trees():
