@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 import attention
 import parallel
 from batching import Batch, pack, unfold
+from examples import lengths_of
 from head import token_logps
 from models import Way, head_on, packed_inputs
 from scalar_head import scores
-from tokenization import Example, n_tokens
+from tokenization import Example
 from utils import UserError
 
 COMPARED = 64  # positions of a response that are compared, spread over its length: their logits must fit in memory
@@ -153,7 +154,7 @@ def synthetic_rows(longest: int, row_tokens: int, vocabulary: np.ndarray, seed: 
     >>> rows = synthetic_rows(40, 200, np.arange(5, 9), seed=0)
     >>> [[(len(e.prompt), *map(len, e.responses)) for e in row.examples] for row in rows[:2]]
     [[(4, 3, 7), (20, 20, 20)], [(8, 32, 2), (10, 10, 5)]]
-    >>> sum(map(n_tokens, rows[2].examples)) >= 200, rows[2].compared == [0, len(rows[2].examples) - 1]
+    >>> int(lengths_of(rows[2].examples).tokens().sum()) >= 200, rows[2].compared == [0, len(rows[2].examples) - 1]
     (True, True)
     """
     rng = np.random.default_rng(seed)
@@ -168,10 +169,10 @@ def synthetic_rows(longest: int, row_tokens: int, vocabulary: np.ndarray, seed: 
     neighbours = [tree(4, 3, 7), tree(half, longest, 20)]
     ends = [tree(8, longest, 2), tree(quarter, quarter, 5)]
     between: list[Example] = []
-    room = row_tokens - sum(map(n_tokens, ends))
+    room = row_tokens - int(lengths_of(ends).tokens().sum())
     while room > 0:
         between.append(tree(quarter, *rng.integers(1, 2 * quarter + 1, 2).tolist()))
-        room -= n_tokens(between[-1])
+        room -= int(lengths_of(between[-1:]).tokens().sum())
     full = [ends[0], *between, ends[1]]
     return [Row(neighbours, [0, 1]), Row(ends, [0, 1]), Row(full, [0, len(full) - 1])]
 
