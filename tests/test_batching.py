@@ -287,6 +287,8 @@ def test_schedule(n, batch_size, n_epochs, n_examples, shuffle):
         part = seen[epoch * n : (epoch + 1) * n]
         assert len(set(part)) == len(part) and (len(part) < n or sorted(part) == list(range(n)))
     assert all(len(b) <= batch_size for b in batches)
+    for i in range(len(batches)):  # a run that was stopped after i batches goes on with the next
+        assert [b.tolist() for b in schedule.after(sum(map(len, batches[:i])))] == batches[i:]
 
 
 def test_order_depends_on_the_seed_and_the_epoch_alone():

@@ -72,6 +72,8 @@ def test_the_record_by_hand():
     found = of_policy.record(by_token, {"short": np.array([True, False])})
     assert found["perplexity/eval"] == pytest.approx(math.exp(2)) and found["loss/eval"] == 2 and found["loss/eval/short"] == 2
     assert of_policy.record(by_example, {})["loss/eval"] == 8
+    hopeless = of_policy._replace(metrics={"logps_{}/chosen": np.array([-8e3, 0])})  # 1,000 nats per token: still a number
+    assert hopeless.record(by_example, {})["perplexity/eval"] == pytest.approx(math.exp(700))
     scores = {"rewards_{}/chosen": np.array([3.0, 1]), "rewards_{}/rejected": np.array([-1.0, 1])}
     squares = {SQUARES: (scores["rewards_{}/chosen"] ** 2 + scores["rewards_{}/rejected"] ** 2) / 2, "loss/{}": tokens}
     assert Evaluation(scores | squares, tokens).record(by_example, {})["rewards_eval/spread"] == pytest.approx(math.sqrt(2))

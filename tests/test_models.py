@@ -123,7 +123,8 @@ def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
             assert 0 < b - a <= max_q and d - c <= max_k
             keys, values = (x[c:d].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             behind = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
-            seen = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
+            back, ahead = (w if w >= 0 else torch.inf for w in window_size)  # -1: without a limit
+            seen = (behind <= back) & (behind >= -ahead)
             scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
             out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
         return out

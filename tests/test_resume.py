@@ -1,5 +1,6 @@
 """A run that was stopped, anywhere, ends as if it had not been: weights, optimizer, metrics, order; or it is refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import checkpoints
 import processes
 import rundir
 import storage
+from batching import Schedule
+from evaluation import Scorer
 from utils import ResumeMismatch, UnsafeFile, UserError
 
 
@@ -110,6 +113,41 @@ def test_halted_after_any_step_it_ends_the_same(kind, train, halted_at, capsys):
     for n in range(1, steps + 1):
         assert same(outcome(run_until(n, halted_at, train, f"halted{n}", *OPTIONS[kind])), whole)
     assert capsys.readouterr().out.count("resuming from") > steps // 2
+
+
+def test_the_draws_of_a_step_are_a_function_of_seed_and_step(train, halted_at, monkeypatch):
+    """What a model draws while it trains (dropout, a router's noise) is another number in each step and for each seed, and the
+    same one in a run that was halted. Gone after update 1, before any save, it begins anew; gone after update 2, it goes on from
+    the checkpoint of step 1: so the steps are 1, then 1 and 2, then 2 and 3."""
+    drawn, options = [], [*DPO, "n_examples=12", "do_first_eval=false", "do_last_eval=false", "save_every=4"]
+    scored = Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda self, b: drawn.append(torch.rand(()).item()) or scored(self, b))
+
+    def draws(name, *more, halts=()):
+        drawn.clear()
+        for n in halts:
+            with halted_at(n), pytest.raises(Halt):
+                train(name, *options, *more, "resume=auto")
+        train(name, *options, *more, "resume=auto")
+        return list(drawn)
+
+    torch.manual_seed(1)
+    whole = draws("whole")
+    assert len(whole) == len(set(whole)) == 3
+    torch.manual_seed(2)
+    first, second, third = whole
+    assert draws("halted", halts=(1, 2)) == [first, first, second, second, third]
+    assert not set(draws("other", "seed=1")) & set(whole)
+
+
+def test_the_digest_of_the_order_by_definition(train):
+    """sha256 of the digest so far and the indices of the step as 8-byte numbers, from an empty one on: it stands for the indices
+    of all steps in their order, so that a resumed run can be compared with one that was not."""
+    run = train("order", *DPO, "n_epochs=2", "n_examples=22")
+    order = b""
+    for indices in Schedule(18, batch_size=4, n_epochs=2, n_examples=22, shuffle=True, seed=0):
+        order = hashlib.sha256(order + b"".join(int(i).to_bytes(8, "little") for i in indices)).digest()
+    assert json.loads((run / "LATEST/manifest.json").read_text())["order"] == order.hex()
 
 
 def test_a_resume_that_is_halted_is_resumed(train, halted_at):
