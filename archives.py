@@ -56,26 +56,57 @@ def load_policy_state(archive: str) -> dict[str, Tensor]:
     """The state dict of a policy.pt, ours or the 2023 repository's, on the CPU, memory-mapped.
 
     Each tensor is plain, of floating point, and no larger than what the file holds of it; whether its values are finite is
-    seen where they are copied. Raises UnsafeFile for a file that would run code, is damaged, or is no policy.pt.
+    seen where they are copied. Raises UnsafeFile for a file that would run code or is damaged, UserError for another kind.
     """
     path = resolve_archive(archive)
-    check_pickled_tensors(path, f"model.archive={path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = content["state"] if type(content) is dict else content
-        tensors = dict(dict.items(state))  # not state.items: a pickle may give an OrderedDict attributes of any name
-    except Exception as error:
-        first = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
-        raise UnsafeFile(f"model.archive={path}: not a policy.pt, which holds {{step_idx, state, metrics}}, state a dict of "
-                         f"tensors ({first}); is it damaged?") from None  # fmt: skip
+    what = f"model.archive={path}"
+    content = _load_pickle(path, what, "policy.pt")
+    if type(content) is dict and "state" not in content:
+        found = ", ".join(str(key)[:40] for key in [*content][:3]) or "nothing"
+        raise UserError(f"{what}: not a policy.pt, which holds {{step_idx, state, metrics}}; it holds {found}")
+    tensors = _tensors(content["state"] if type(content) is dict else content, what, "policy.pt")
     for name, tensor in tensors.items():
-        if problem := _problem(name, tensor):
-            raise UnsafeFile(f"model.archive={path}: not a policy.pt: {str(name)[:80]!r} {problem}")
+        if tensor.dtype not in FLOATS and not name.endswith(STALE_BUFFERS):
+            raise UnsafeFile(f"{what}: not a policy.pt: {name[:80]!r} is of type {str(tensor.dtype)[6:]}; weights are "
+                             f"{', '.join(str(d)[6:] for d in FLOATS)}")  # fmt: skip
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(STALE_BUFFERS)}
 
 
+def load_pickled_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """The state dict of a model folder's pickle, memory-mapped; buffers in it may be of any type. `what` is how to call the file.
+
+    Raises UnsafeFile for a file that would run code, is damaged, or holds anything but plain tensors.
+    """
+    return _tensors(_load_pickle(path, what, "state dict"), what, "state dict")
+
+
+def _load_pickle(path: Path, what: str, kind: str) -> Any:
+    check_pickled_tensors(path, what)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise _refusal(what, kind, error) from None
+
+
+def _refusal(what: str, kind: str, error: Exception) -> UnsafeFile:
+    first = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+    return UnsafeFile(f"{what}: not a {kind} ({first}); is it damaged?")
+
+
+def _tensors(state: Any, what: str, kind: str) -> dict[str, Tensor]:
+    """A state dict as a plain dict, each entry of which is a tensor that the file holds whole."""
+    try:
+        tensors = dict(dict.items(state))  # not state.items: a pickle may give an OrderedDict attributes of any name
+    except Exception as error:
+        raise _refusal(what, kind, error) from None
+    for name, tensor in tensors.items():
+        if problem := _problem(name, tensor):
+            raise UnsafeFile(f"{what}: not a {kind}: {str(name)[:80]!r} {problem}")
+    return tensors
+
+
 def _problem(name: object, tensor: object) -> str:
-    """Why this is no weight of a state dict; "" if it is one."""
+    """Why this is no entry of a state dict; "" if it is one."""
     if type(name) is not str:
         return f"is a name of type {type(name).__name__}"
     if not isinstance(tensor, Tensor):
@@ -83,8 +114,6 @@ def _problem(name: object, tensor: object) -> str:
     whole = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:  # expand() makes such a tensor
         return f"of shape {list(tensor.shape)} is not stored whole, so it could fill any memory"
-    if tensor.dtype not in FLOATS and not name.endswith(STALE_BUFFERS):
-        return f"is of type {str(tensor.dtype)[6:]}; weights are {', '.join(str(d)[6:] for d in FLOATS)}"
     return ""
 
 

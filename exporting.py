@@ -11,7 +11,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import loading
 import storage
-import trust
 from archives import load_policy_state
 from lineage import card
 from models import DTYPES
@@ -40,6 +39,7 @@ from pretrained import load_config, load_tokenizer
 from scalar_head import put_scalar_head
 from state_files import write_safetensors
 from utils import StorageError, UnsafeFile, UserError, quiet, rank0_print
+from weight_files import Weights
 
 GB = 10**9
 PROBE = "Tell me about lighthouses.\n\nThey warn ships, and they are painted so that one is told from another."
@@ -126,7 +126,7 @@ def export_run(run_dir: Path) -> None:
     assert found.archive is not None
     made = out / "config.json"
     if not made.is_file() or made.stat().st_mtime < found.archive.stat().st_mtime:
-        export(found, out, overwrite=True, chat_template=template_of(found, None))
+        export(found, out, overwrite=True, chat_template=template_of(found, None), check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- the weights
@@ -140,14 +140,13 @@ def weights_of(
     Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is not this model's.
     """
     what = f"model.archive={found.archive}"
-    with loading.parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
-        head = put_scalar_head(model) if found.scalar else ""
+    stored_state = Weights(state, archive=True)
+    model = loading.blank(hf_config, stored_state, AutoModelForCausalLM.from_config)
+    head = put_scalar_head(model) if found.scalar else ""
     try:
-        source = loading.state_source(model, state)
+        source = loading.stored_source(model, stored_state, strict=True)
     except loading.Misfit as error:
-        raise UserError(f"{what}: not the weights of this {type(model).__name__} ({error}); give the model that it was trained "
-                        "from with --base") from None  # fmt: skip
+        raise UserError(f"{what}: {error}; give the model that it was trained from with --base") from None
     stored = dtype or stored_dtype(state)
     if found.scalar:
         model, grown = as_classifier(model, head, hf_config, pad), {embedding_name(model)}
@@ -155,6 +154,7 @@ def weights_of(
         grown = set[str]()
     hf_config.architectures, hf_config.dtype = [type(model).__name__], stored
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    split = lru_cache(maxsize=1)(partial(_split, model))  # what is stored as several is read once, and written in a row
     for name, meta in model.state_dict(keep_vars=True).items():
         if name in tied:
             continue
@@ -163,7 +163,7 @@ def weights_of(
         read = partial(_read, source, head if name == "score.weight" else name, kind, list(meta.shape) if name in grown else None)
         parts = revert_weight_conversion(model, {name: meta})
         for key, part in parts.items():
-            yield Weight(key, list(part.shape), kind, partial(_part, model, name, read, key) if len(parts) > 1 else read)
+            yield Weight(key, list(part.shape), kind, partial(_part, split, name, read, key) if len(parts) > 1 else read)
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
@@ -179,9 +179,13 @@ def _read(source: loading.Source, name: str, dtype: torch.dtype, shape: list[int
     return F.pad(tensor, (0, 0, 0, shape[0] - tensor.shape[0])).to(dtype) if shape else tensor.to(dtype)
 
 
-def _part(model: Any, name: str, read: Callable[[], Tensor], key: str) -> Tensor:
-    """Of a tensor that is stored as several."""
-    return revert_weight_conversion(model, {name: read()})[key]
+def _split(model: Any, name: str, read: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """A tensor that is stored as several: name in the file -> part."""
+    return revert_weight_conversion(model, {name: read()})
+
+
+def _part(split: Callable[..., dict[str, Tensor]], name: str, read: Callable[[], Tensor], key: str) -> Tensor:
+    return split(name, read)[key]
 
 
 def write_shards(folder: Path, weights: list[Weight], max_bytes: float) -> None:
@@ -277,11 +281,11 @@ def generation_config(config: DictConfig, hf_config: Any, tokenizer: PreTrainedT
 def compare(found: Found, folder: Path, dtype: str | None) -> None:
     """Raise UnsafeFile unless transformers reads the folder as the same model: logits, or scores, of two texts in float32. Holds
     one model at a time."""
-    trust.check_folder(str(folder))
     stored = dtype or json.loads((folder / "config.json").read_text())["dtype"]
     tokenizer = load_tokenizer(find_model(str(folder)).config)
     texts = [PROBE, PROBE.partition("\n")[0]]
-    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts]
     config = copy.deepcopy(found.config)
     config.model.policy_dtype = stored
     original: Any = open_model(found._replace(config=config), "cpu").model.float()
@@ -289,7 +293,7 @@ def compare(found: Found, folder: Path, dtype: str | None) -> None:
     del original
     gc.collect()  # its modules know each other
     kind = AutoModelForSequenceClassification if found.scalar else AutoModelForCausalLM
-    exported: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    exported: Any = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     if found.scalar:
         batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         off = max(float((a - b[-1]).abs().max()) for a, b in zip(exported(**batch).logits, expected, strict=True))

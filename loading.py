@@ -6,22 +6,30 @@ fills it is a Source: a function from a parameter's name and a place in it to th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 import parallel
+from weight_files import Weights
 
 Where = tuple[slice, ...]
 Source = Callable[[str, Where], Tensor]
@@ -63,69 +71,138 @@ def fill(model: nn.Module, source: Source) -> None:
 # ------------------------------------------------------------------------------------------------------------- the sources
 
 
-def of_state(model: PreTrainedModel, state: Mapping[str, Any], read: Callable[[str, Where], Tensor], strict: bool) -> Source:
-    """`state`: name in the file -> anything with a shape. transformers' own renaming is applied; raises Misfit."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
+def blank(hf_config: Any, weights: Weights, build: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
+    """`build(config)` for these weights, without values: its head is tied to the embedding only where both have the same.
+
+    Where the values differ, `hf_config` is corrected, so that whatever else is built or saved with it has them apart, too.
+    """
+    model = _built(hf_config, build)
+    if _head_apart(model, weights):
+        for config in (hf_config, hf_config.get_text_config()):
+            config.tie_word_embeddings = False
+        model = _built(hf_config, build)
+    return model
+
+
+def _built(hf_config: Any, build: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
+    with parameters_on_meta():
+        return build(copy.deepcopy(hf_config))
+
+
+def _head_apart(model: PreTrainedModel, weights: Weights) -> bool:
+    """Do the files hold other values for the head than for the embedding, to which the config ties it?"""
+    head = model.get_output_embeddings()
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [pair for pair in ties.items() if any(model.get_submodule(name.rpartition(".")[0]) is head for name in pair)]
+    at = _keys(model, weights)[0] if pairs else {}
+    return any(a in at and b in at and not weights.equal(at[a], at[b]) for a, b in pairs)
+
+
+class Conversion(NamedTuple):
+    """Several tensors of the files from which transformers computes one of the model's, or the other way."""
+
+    name: str  # in the model, of the first that it gives
+    converter: WeightConverter
+    keys: dict[str, list[str]]  # pattern of the converter -> names in the files, in order
+
+    def run(self, model: PreTrainedModel, read: Callable[[str], Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Name in the model -> tensor. `rows`: of the lists of names, of which every `rows` is taken."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, keys in self.keys.items():
+            for key in keys[rows]:
+                converter.add_tensor(self.name, key, pattern, read(key))  # type: ignore[arg-type]
+        made = converter.convert(self.name, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def part(self, model: PreTrainedModel, weights: Weights, name: str, where: Where, n_rows: int) -> Tensor:
+        """What is at `where` in the model's tensor `name` of `n_rows`. Read is no more than that where rows stay apart, as
+        those of experts do, each of which has a tensor of its own in the files."""
+        if where and all(map(_keeps_rows, self.converter.operations)):
+            listed = isinstance(self.converter.operations[0], MergeModulelist)
+            if listed and {len(keys) for keys in self.keys.values()} == {n_rows}:
+                return self.run(model, weights.read, where[0])[name][(slice(None), *where[1:])]
+            if not listed and all(len(keys) == 1 and weights.shape(keys[0])[0] == n_rows for keys in self.keys.values()):
+                return self.run(model, lambda key: weights.read(key, where[:1]))[name][(slice(None), *where[1:])]
+        return self.run(model, weights.read)[name][where]
+
+
+def _keeps_rows(operation: ConversionOps) -> bool:
+    """Does each row of what it gives (index of the first dimension) come from the same row of what it takes?"""
+    if isinstance(operation, Transpose):
+        return min(operation.dim0, operation.dim1) > 0 and not operation.check_dims
+    if isinstance(operation, MergeModulelist):
+        return operation.dim == 0
+    return isinstance(operation, Concatenate | Chunk) and operation.dim > 0
+
+
+def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], list[Conversion]]:
+    """Where the files have what: name in the model -> name in the files, and what has to be computed.
+
+    By transformers' own renamings. Names that the model has not stand for themselves.
+    """
+    wanted = dict.fromkeys(model.state_dict(keep_vars=True), True)
+    if weights.archive and wanted.keys() == weights.keys():
+        return {name: name for name in weights}, []
     transforms = get_model_conversion_mapping(model)
-    names = (
-        [t for t in transforms if isinstance(t, WeightRenaming)], [t for t in transforms if isinstance(t, WeightConverter)],
-        model.base_model_prefix, dict(wanted),
-    )  # fmt: skip
-    at: dict[str, str] = {}
-    for key in state:
-        name, merged = rename_source_key(key, *names)
-        if merged is not None:
-            raise NotImplementedError(f"{key} is stored in another form")
-        at[name] = key
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, at, computed = model.base_model_prefix, dict[str, str](), dict[str, Conversion]()
+    for key in sorted(weights, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+        if pattern is None:
+            at[name] = key
+        else:
+            found = computed.setdefault(name, Conversion(name, of_pattern[pattern], {}))
+            found.keys.setdefault(pattern, []).append(key)
+    return at, [*computed.values()]
+
+
+def stored_source(model: PreTrainedModel, weights: Weights, strict: bool, apart: Collection[str] = ()) -> Source:
+    """The parts of a model's tensors as its files have them, renamed and converted as transformers does.
+
+    `strict`: the files may hold nothing else. `apart`: names that are filled from elsewhere. Raises Misfit.
+    """
+    at, conversions = _keys(model, weights)
+    shapes = {name: weights.shape(key) for name, key in at.items()}
+    computed: dict[str, Conversion] = {}
+    present = model.state_dict(keep_vars=True)
+    for conversion in conversions:
+        if conversion.name not in present:
+            shapes[conversion.name] = ()
+            continue
+        try:
+            made = conversion.run(model, lambda key: torch.empty(weights.shape(key), device="meta"))
+        except Exception as error:  # whatever an operation says of tensors that it does not expect
+            raise Misfit(f"not the weights of this {type(model).__name__} ({conversion.name} cannot be made of what is stored: "
+                         f"{str(error).partition(chr(10))[0][:80]})") from None  # fmt: skip
+        shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
+        computed |= dict.fromkeys(made, conversion)
+    wanted = {name: tuple(tensor.shape) for name, tensor in present.items() if name not in apart}
+    same = {name: name for name in shapes}
     for ours, theirs in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         for a, b in ((ours, theirs), (theirs, ours)):
-            if a not in at and b in at:
-                at[a] = at[b]
+            if a not in same and b in same:
+                same[a] = same[b]
 
     def refuse(what: str, found: list[str]) -> None:
         if found:
-            raise Misfit(f"{len(found)} {what}, e.g. {sorted(found)[0]}")
+            raise Misfit(f"not the weights of this {type(model).__name__} ({len(found)} {what}, e.g. {sorted(found)[0]})")
 
-    refuse("tensors of another shape", [k for k, shape in wanted.items() if k in at and tuple(state[at[k]]) != tuple(shape)])
-    refuse("missing keys", [k for k in wanted if k not in at])
+    refuse("tensors of another shape", [name for name, shape in wanted.items() if name in same and shapes[same[name]] != shape])
+    refuse("missing keys", [name for name in wanted if name not in same])
     if strict:
-        refuse("unexpected keys", [k for k in at if k not in wanted])
-    return lambda name, where: read(at[name], where)
+        refuse("unexpected keys", [name for name in shapes if name not in wanted and name not in apart])
 
+    def source(name: str, where: Where) -> Tensor:
+        name = same[name]
+        if name in computed:
+            return computed[name].part(model, weights, name, where, shapes[name][0])
+        return weights.read(at[name], where)
 
-@contextmanager
-def safetensors_source(model: PreTrainedModel, name: str, revision: str | None) -> Iterator[Source]:
-    """Slices of a folder's or hub name's safetensors files, which stay open within.
-
-    Raises FileNotFoundError where there are none, NotImplementedError where weights are stored in a form that has to be computed.
-    """
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(path, "pt")) for path in _files(name, revision)]
-        files = {key: file for file in opened for key in file.keys()}  # noqa: SIM118  a file is no mapping
-        slices = {key: file.get_slice(key) for key, file in files.items()}
-        shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
-
-        def read(key: str, where: Where) -> Tensor:
-            return slices[key][where] if where else files[key].get_tensor(key)
-
-        yield of_state(model, shapes, read, strict=False)
-
-
-def _files(name: str, revision: str | None) -> list[str]:
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        single = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if single is None:
-            raise FileNotFoundError("it has no safetensors")
-        return [single]
-    found = {cached_file(name, file, revision=revision) for file in json.loads(Path(index).read_text())["weight_map"].values()}
-    return sorted(str(file) for file in found)
-
-
-def state_source(model: PreTrainedModel, state: Mapping[str, Tensor], strict: bool = True) -> Source:
-    """Slices of a state dict, which may be mapped from a file: then only what is copied is read."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    return of_state(model, shapes, lambda key, where: state[key][where], strict)
+    return source
 
 
 def shards_source(model: nn.Module) -> Source:

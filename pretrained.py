@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ from archives import load_policy_state
 from models import DTYPES, allow_trees, block_class
 from scalar_head import HEADS, ScalarHead, holds_scores, initial_weight, put_scalar_head, scores
 from utils import UnsafeFile, UserError, plain, rank0_print
+from weight_files import Weights, open_weights
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -83,31 +84,20 @@ def load_policy(
             model = _load_sharded(config, hf_config, source | code, dtype, layout, scalar)
         elif spec.archive:  # the checkpoint replaces every weight, so the base model's are not read
             rank0_print(f"starting from {spec.archive}")
-            state = load_policy_state(spec.archive)
-            if holds_scores(state) and not scalar:
-                raise UserError(f"model.archive={spec.archive}: a reward model's, which has no vocabulary head; give a policy's, "
-                                "or loss=reward")  # fmt: skip
+            state = archive_weights(spec.archive, scalar)
             if holds_scores(state):
                 model = _scorer_of_state(hf_config, state, dtype, f"model.archive={spec.archive}", code)
             else:
-                model = _from_state(hf_config, state, dtype, device_map, spec.archive, code)
+                model = _from_archive(hf_config, state, dtype, device_map, spec.archive, code)
         elif scalar and is_classifier(hf_config):
-            trust.check_folder(name)
             model = _scorer_of_classifier(hf_config, source | code, dtype, name)
         elif spec.architecture:
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        elif "gguf_file" in source:
+            model = _from_gguf(hf_config, source, dtype, device_map)
         else:
-            trust.check_folder(name)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                **source, config=hf_config, dtype=dtype, device_map=device_map, output_loading_info=True, **code
-            )
-            model, info = loaded
-            # transformers draws what is missing at random; a head that is about to be replaced may be.
-            if absent := sorted({*info["missing_keys"]} - {f"{head}.weight" for head in HEADS if scalar}):
-                raise UserError(f"model.name_or_path={name}: its files hold no {absent[0]} ({len(absent)} are missing), so "
-                                f"it is no whole {type(model).__name__}; give a causal LM")  # fmt: skip
-            model = _plain(model) if "gguf_file" in source else model
+            model = _from_files(hf_config, source | code, dtype, device_map, spare=HEADS if scalar else ())
     if scalar and not scores(model):
         put_scalar_head(model, config.seed)
     _check_finite(model, f"model.archive={spec.archive}" if spec.archive else _origin(config))
@@ -181,48 +171,59 @@ def _load_sharded(
     config: DictConfig, hf_config: Any, source: dict, dtype: torch.dtype, layout: parallel.Layout, scalar: bool
 ) -> PreTrainedModel:
     """What load_policy gives without a layout, of which each rank makes or reads its own part only."""
-    spec, drawn = config.model, loading.Initialisation()
-    random = spec.architecture and not spec.archive
-    code = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
-    with torch.random.fork_rng(devices=[]), drawn if random else loading.parameters_on_meta():
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, **code)
+    spec, build = config.model, _builder(dtype=dtype, **_code(source))
     with ExitStack() as stack:
         try:
             if spec.archive:
                 rank0_print(f"starting from {spec.archive}")
-                state = load_policy_state(spec.archive)
-                if holds_scores(state) and scalar:
+                state = archive_weights(spec.archive, scalar)
+                model = loading.blank(hf_config, state, build)
+                if holds_scores(state):
                     put_scalar_head(model)
-                weights = loading.state_source(model, state)
-            elif scalar and is_classifier(hf_config):
-                raise NotImplementedError("its score is renamed as a whole")
-            elif random:
+                weights = loading.stored_source(model, state, strict=True)
+            elif spec.architecture:
+                with torch.random.fork_rng(devices=[]), loading.Initialisation() as drawn:
+                    torch.manual_seed(config.seed)
+                    model = build(copy.deepcopy(hf_config))
                 weights = loading.seeded_source(model, drawn.of(model))
-            elif "gguf_file" in source:
-                raise NotImplementedError("GGUF is dequantised as a whole")
             else:
-                name = source["pretrained_model_name_or_path"]
-                weights = stack.enter_context(loading.safetensors_source(model, name, source.get("revision")))
-                with suppress(OSError):
-                    model.generation_config = GenerationConfig.from_pretrained(name, revision=source.get("revision") or "main")
-        except (NotImplementedError, FileNotFoundError) as error:
+                model, weights = _from_files_in_parts(hf_config, source, build, scalar, stack)
+        except NotImplementedError as error:
             rank0_print(f"every process reads the whole model before it keeps its part: {error}")
             whole = load_policy(config, scalar=scalar)
             with loading.parameters_on_meta():
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(whole.config), dtype=dtype)
+                model = build(copy.deepcopy(whole.config))
             if scalar:
                 put_scalar_head(model)
             model.generation_config = whole.generation_config
-            weights = loading.state_source(model, whole.state_dict())
+            weights = loading.stored_source(model, Weights(whole.state_dict(), archive=True), strict=True)
         except loading.Misfit as error:
             knob, value = ("archive", spec.archive) if spec.archive else ("name_or_path", spec.name_or_path)
-            raise UserError(f"model.{knob}={value}: not the weights of this {type(model).__name__} ({error}); "
-                            "give the model that it was trained from") from None  # fmt: skip
+            raise UserError(f"model.{knob}={value}: {error}; give the model that it was trained from") from None
         if scalar and not scores(model):
             weights = _with_new_head(model, weights, config.seed)
         allow_trees(model)
         return _placed(model, config, layout, weights)
+
+
+def _from_files_in_parts(
+    hf_config: Any, source: dict[str, Any], build: Callable[[Any], PreTrainedModel], scalar: bool, stack: ExitStack
+) -> tuple[PreTrainedModel, loading.Source]:
+    """A model of a folder or hub name without its values, and where they are; the files stay open in `stack`.
+
+    Raises NotImplementedError where weights have to be computed as a whole, Misfit for files that are another model's.
+    """
+    if "gguf_file" in source:
+        raise NotImplementedError("GGUF is dequantised as a whole")
+    if scalar and is_classifier(hf_config):
+        raise NotImplementedError("its score is renamed as a whole")
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise NotImplementedError("its weights are quantised")
+    stored = stack.enter_context(_opened(hf_config, source))
+    model = loading.blank(hf_config, stored, build)
+    _read_generation_config(model, source)
+    spare = {f"{head}.weight" for head in HEADS} if scalar else set[str]()
+    return model, loading.stored_source(model, stored, strict=False, apart=spare)
 
 
 def _with_new_head(model: PreTrainedModel, weights: loading.Source, seed: int) -> loading.Source:
@@ -244,29 +245,99 @@ def _placed(model: PreTrainedModel, config: DictConfig, layout: parallel.Layout,
     return model
 
 
-def _from_state(
-    hf_config, state: dict[str, Tensor], dtype: torch.dtype, device_map: Any, archive: str, code: dict[str, Any]
+def _builder(**options: Any) -> Callable[[Any], PreTrainedModel]:
+    """A causal LM of a config."""
+    return lambda hf_config: AutoModelForCausalLM.from_config(hf_config, **options)
+
+
+def _code(source: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments for transformers: those that say whether a model's own code is run."""
+    return {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
+
+
+def _opened(hf_config: Any, source: dict[str, Any]) -> AbstractContextManager[Weights]:
+    """The weights of a folder or hub name, open within."""
+    explicit = getattr(hf_config, "transformers_weights", None)
+    return open_weights(source["pretrained_model_name_or_path"], source.get("revision"), explicit)
+
+
+def _read_generation_config(model: PreTrainedModel, source: dict[str, Any]) -> None:
+    """As transformers does for a folder or hub name: of generation_config.json, else of config.json."""
+    name, revision = source["pretrained_model_name_or_path"], source.get("revision") or "main"
+    with suppress(OSError):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        except OSError:
+            model.generation_config = GenerationConfig.from_pretrained(
+                name, config_file_name="config.json", revision=revision, _from_model_config=True
+            )
+
+
+def _filled(
+    auto: Any, hf_config: Any, stored: Weights, dtype: torch.dtype, code: dict[str, Any], device_map: Any = None
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A model of the class that `auto` chooses, filled by transformers with these weights. -> it, and what transformers says
+
+    transformers is given tensors and no name, so that it opens no file.
+    """
+    with torch.device("meta"):
+        kind = type(auto.from_config(copy.deepcopy(hf_config), **code))
+    model, info = kind.from_pretrained(
+        None, config=hf_config, state_dict=stored, dtype=dtype, device_map=device_map, output_loading_info=True
+    )
+    model.config.name_or_path = hf_config.name_or_path
+    return model, info
+
+
+def _from_files(
+    hf_config: Any, source: dict[str, Any], dtype: torch.dtype, device_map: Any, spare: Iterable[str]
+) -> PreTrainedModel:
+    """The causal LM of a folder or hub name. `spare`: heads that may be missing, since they are about to be replaced."""
+    name = source["pretrained_model_name_or_path"]
+    with _opened(hf_config, source) as stored:
+        loading.blank(hf_config, stored, _builder(**_code(source)))
+        model, info = _filled(AutoModelForCausalLM, hf_config, stored, dtype, _code(source), device_map)
+    if absent := sorted({*info["missing_keys"]} - {f"{head}.weight" for head in spare}):  # which transformers drew at random
+        raise UserError(f"model.name_or_path={name}: its files hold no {absent[0]} ({len(absent)} are missing), so it is no "
+                        f"whole {type(model).__name__}; give a causal LM")  # fmt: skip
+    _read_generation_config(model, source)
+    return model
+
+
+def _from_gguf(hf_config: Any, source: dict[str, Any], dtype: torch.dtype, device_map: Any) -> PreTrainedModel:
+    """A GGUF file's model, dequantised."""
+    folder = source["pretrained_model_name_or_path"]
+    if (Path(folder) / "adapter_config.json").exists():
+        raise UserError(f"model.name_or_path={folder}: transformers would read adapter_config.json beside the GGUF file; move "
+                        "the GGUF file to a folder of its own")  # fmt: skip
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **source, config=hf_config, dtype=dtype, device_map=device_map, output_loading_info=True
+    )
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):
+        raise UserError(f"model.name_or_path={folder}: the GGUF file holds no {absent[0]} ({len(absent)} are missing)")
+    return _plain(model)
+
+
+def archive_weights(archive: str, scalar: bool) -> Weights:
+    """A policy.pt's weights. Raises UserError for a reward model's where a policy is wanted."""
+    state = Weights(load_policy_state(archive), archive=True)
+    if holds_scores(state) and not scalar:
+        raise UserError(f"model.archive={archive}: a reward model's, which has no vocabulary head; give a policy's, or "
+                        "loss=reward")  # fmt: skip
+    return state
+
+
+def _from_archive(
+    hf_config: Any, state: Weights, dtype: torch.dtype, device_map: Any, archive: str, code: dict[str, Any]
 ) -> PreTrainedModel:
     """A model with exactly these weights; transformers renames what it has renamed since 2023 (GPT-NeoX's embed_out)."""
-    with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(hf_config, **{k: v for k, v in code.items() if k != "revision"})
-    shapes = {k: v.shape for k, v in blank.state_dict().items()}
-    other = [k for k, v in state.items() if v.shape != shapes.get(k, v.shape)]
-
-    def refuse(what: str, keys: Iterable[str]) -> NoReturn:
-        found = sorted(map(str, keys))
-        raise UserError(f"model.archive={archive}: not the weights of this {type(blank).__name__} ({len(found)} {what}, e.g. "
-                        f"{found[0]}); give the model that it was trained from")  # fmt: skip
-
-    if other:
-        refuse("tensors of another shape", other)
-    model, info = type(blank).from_pretrained(
-        None, config=hf_config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys"):
-        if info[kind]:
-            refuse(kind.replace("_", " "), info[kind])
-    return model
+    blank = loading.blank(hf_config, state, _builder(**_code(code)))
+    try:
+        loading.stored_source(blank, state, strict=True)
+    except loading.Misfit as error:
+        raise UserError(f"model.archive={archive}: {error}; give the model that it was trained from") from None
+    return _filled(AutoModelForCausalLM, hf_config, state, dtype, _code(code), device_map)[0]
 
 
 def is_classifier(hf_config: Any) -> bool:
@@ -290,9 +361,10 @@ def load_classifier(config: DictConfig) -> PreTrainedModel:
     spec, name = config.model, config.model.name_or_path
     hf_config = load_config(config)
     with _model_errors(config):
-        trust.check_folder(name)
         source = _source(name) | trust.pinned(spec, name)
-        model = AutoModelForSequenceClassification.from_pretrained(config=hf_config, dtype=DTYPES[spec.policy_dtype], **source)
+        with _opened(hf_config, source) as stored:
+            dtype = DTYPES[spec.policy_dtype]
+            model, info = _filled(AutoModelForSequenceClassification, hf_config, stored, dtype, _code(source))
     _check_finite(model, _origin(config))
     return model
 
@@ -302,7 +374,7 @@ def _scorer_of_state(
 ) -> PreTrainedModel:
     """A reward model with exactly these weights, its head in float32."""
     with loading.parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **{k: v for k, v in code.items() if k != "revision"})
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_code(code))
     head = put_scalar_head(model)
     try:
         kind = torch.promote_types(dtype, torch.float32)
@@ -316,7 +388,8 @@ def _scorer_of_state(
 
 def _scorer_of_classifier(hf_config: Any, source: dict[str, Any], dtype: torch.dtype, name: str) -> PreTrainedModel:
     """A Hugging Face sequence-classification model with one score, as a causal LM with a scalar head: `score` is the head."""
-    donor = AutoModelForSequenceClassification.from_pretrained(**source, dtype=dtype)
+    with _opened(hf_config, source) as stored:
+        donor, _ = _filled(AutoModelForSequenceClassification, hf_config, stored, dtype, _code(source))
     state = donor.state_dict()
     score = state.pop("score.weight", None)
     if score is None or score.shape[0] != 1 or "score.bias" in state:
@@ -324,13 +397,14 @@ def _scorer_of_classifier(hf_config: Any, source: dict[str, Any], dtype: torch.d
                         "give a causal LM, or a reward model with num_labels=1")  # fmt: skip
     with torch.device("meta"):
         head = put_scalar_head(AutoModelForCausalLM.from_config(copy.deepcopy(hf_config)))
-    code: dict[str, Any] = {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
-    return _scorer_of_state(hf_config, state | {head: score}, dtype, f"model.name_or_path={name}", code)
+    return _scorer_of_state(hf_config, state | {head: score}, dtype, f"model.name_or_path={name}", _code(source))
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights without the GGUF quantisation record, with which transformers refuses to save or copy a model."""
     hf_config = copy.deepcopy(model.config)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        hf_config.tie_word_embeddings = False
     if hasattr(hf_config, "quantization_config"):
         del hf_config.quantization_config
     with torch.device("meta"):

@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from archives import check_pickled_tensors
 from utils import UnsafeFile, UserError
 
 # Others, such as kernels-community/..., are names of repositories whose code transformers would fetch and run.
@@ -36,18 +35,6 @@ def pinned(spec: DictConfig, name: str) -> dict[str, Any]:
     if name != spec.name_or_path or spec.revision is None:
         return {"trust_remote_code": False}
     return {"revision": spec.revision, "code_revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-
-
-def check_folder(name: str) -> None:
-    """Pickled weights of a local folder are held to what policy.pt is held to.
-
-    transformers prefers safetensors where there are some, and reads pickles with weights_only, so that models of 2023 (GPT-J,
-    AmberChat) can be used as they are.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            check_pickled_tensors(file, f"model.name_or_path={name}: {file.name}")
 
 
 def check_settings(hf_config: Any, what: str) -> None:

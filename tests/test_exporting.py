@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import save_family
 from safetensors import safe_open
 from test_opening import run_of
 from tiny import CHAT, FAMILIES, SIZES, tiny_model, tiny_tokenizer
@@ -81,6 +82,43 @@ def test_a_policy_of_2023(tmp_path, base_of, family):
     policy = trained(base := base_of(family))
     run_dir = run_of(tmp_path, base, as_in_2023(policy, policy.state_dict()))
     run(run_dir, "--out", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.arange(3, 13)[None]
+    assert torch.equal(loaded(ids).logits, policy(ids).logits)
+
+
+def with_distinct_head(base):
+    """Its config says that the head is the embedding, its file has another head."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return base
+
+
+def test_a_distinct_head_beside_a_config_that_says_tied(tmp_path, base_of):
+    """The values count: what is exported computes what was trained, and says that nothing is tied."""
+    policy = trained(base := with_distinct_head(base_of("llama", tie_word_embeddings=False)))
+    assert not policy.lm_head.weight.equal(policy.model.embed_tokens.weight)
+    run(run_of(tmp_path, base, policy.state_dict()), "--out", folder := tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(3, 13)[None]
+    assert torch.equal(loaded(ids).logits, policy(ids).logits)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    run(base, "--policy", tmp_path / "base.pt")
+    state = load_policy_state(str(tmp_path / "base.pt"))
+    assert not state["lm_head.weight"].equal(state["model.embed_tokens.weight"])
+    reward = trained(base, scalar=True)
+    run(run_of(tmp_path, base, reward.state_dict(), "reward"), "--out", tmp_path / "reward_out")
+
+
+def test_a_weight_that_is_stored_as_several_is_read_once(tmp_path, monkeypatch):
+    """A mixture of experts: one tensor of all experts in memory, one of each in the files."""
+    policy = trained(base := save_family(tmp_path / "base", "qwen3_moe"))
+    read, names = exporting._read, []
+    monkeypatch.setattr(exporting, "_read", lambda source, name, *how: names.append(name) or read(source, name, *how))
+    run(run_of(tmp_path, base, policy.state_dict()), "--out", tmp_path / "out", "--no-check")
+    assert sorted(names) == sorted(policy.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.arange(3, 13)[None]
     assert torch.equal(loaded(ids).logits, policy(ids).logits)
@@ -219,6 +257,23 @@ def test_at_the_end_of_training(train, tmp_path):
     assert as_saved()
     train("run", *same, "export=hf", "resume=auto", "n_examples=12", "resume_allow=[n_examples]")
     assert as_saved() and not [p.name for p in run_dir.iterdir() if p.name.startswith(".hf")]
+
+
+def test_at_the_end_of_training_a_distinct_head_is_exported_and_compared(train, tmp_path, tiny_model, capsys, monkeypatch):
+    base = with_distinct_head(Path(shutil.copytree(tiny_model, tmp_path / "base")))
+    short = [f"model.name_or_path={base}", "n_examples=4", "n_epochs=null", "batch_size=4", "do_first_eval=false", "loss=sft",
+             "lr=1e-2", "export=hf"]  # fmt: skip
+    run_dir = train("run", *short)
+    assert "checked: LlamaForCausalLM" in capsys.readouterr().out
+    state = load_policy_state(str(run_dir))
+    loaded = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)
+    assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in state.items())
+    assert not loaded.lm_head.weight.equal(loaded.model.embed_tokens.weight)
+    real = exporting._read
+    monkeypatch.setattr(exporting, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
+    with pytest.raises(UserError, match="computes otherwise"):
+        train("broken", *short)
+    assert not (tmp_path / "broken/hf").exists() and (tmp_path / "broken/LATEST").exists()
 
 
 def test_nothing_to_export(validate_only):

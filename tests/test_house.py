@@ -23,7 +23,7 @@ LAYERS = [
     {"parallel"},
     {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head",
      "score_plots", "sample_files", "judges"},
-    {"history"},
+    {"history", "weight_files"},
     {"attention", "activations", "draws", "splits", "state_files", "processes", "loading", "trust", "tensor_parallelism"},
     {"checkpoints", "preparation"},
     {"models", "optimization", "rundir", "curves", "diagnosis"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 from hydra.errors import HydraException
-from payloads import BOMBS, CODE
+from payloads import BOMBS, CODE, touch
 from test_bad_input import one_line
 from transformers import AutoConfig
 
@@ -368,6 +369,98 @@ def test_pickled_weights_that_would_run_code(refused_model, folder, monkeypatch,
     pickled(folder, (CODE | BOMBS)[case])
     assert "pytorch_model.bin" in refused_model(3, f"model.name_or_path={folder}")
     assert not (folder / "ran").exists()
+
+
+def indexed(folder, index, *names):
+    """Weights in the files that an index names."""
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {key: names[i % len(names)] for i, key in enumerate(state)}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return state
+
+
+# How a folder could bring a pickle past a check of its usual names: name -> do(folder); (file, what is to happen).
+DETOURS = {
+    "an unrelated safetensors file": lambda f: (f / "unrelated.safetensors").write_bytes(b"") or "pytorch_model.bin",
+    "an empty variant": lambda f: (f / "model.fp16.safetensors").write_bytes(b"") or "pytorch_model.bin",
+    "an index with names of its own": lambda f: indexed(f, "pytorch_model.bin.index.json", "weights-1.bin") and "weights-1.bin",
+    "an index of safetensors": lambda f: indexed(f, "model.safetensors.index.json", "weights-1.bin") and "weights-1.bin",
+    "an index that climbs": lambda f: indexed(f, "pytorch_model.bin.index.json", "../weights.bin") and "../weights.bin",
+    "an absolute name": lambda f: indexed(f, "pytorch_model.bin.index.json", f"{f}/w.bin") and "w.bin",
+    "a subfolder": lambda f: (f / "sub").mkdir() or indexed(f, "pytorch_model.bin.index.json", "sub/w.bin") and "sub/w.bin",
+    "another ending": lambda f: indexed(f, "pytorch_model.bin.index.json", "weights.pt") and "weights.pt",
+    "a pickle called safetensors": lambda f: "model.safetensors",
+    "a pickle in an index": lambda f: indexed(f, "model.safetensors.index.json", "a.safetensors") and "a.safetensors",
+    "named by the config": lambda f: edit(f / "config.json", transformers_weights="adapter_model.bin") or "adapter_model.bin",
+    "named by the config, elsewhere": lambda f: (
+        edit(f / "config.json", transformers_weights="../w.safetensors") or "../w.safetensors"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DETOURS)
+def test_no_way_around_the_check_of_pickles(refused_model, folder, monkeypatch, case):
+    """Refused in one line, which names the file or where it is named; and nothing has run."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file = DETOURS[case](folder)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    CODE["os.system"](folder / file, folder / "ran")
+    line = refused_model(2 if case.startswith("a pickle") else 3, f"model.name_or_path={folder}")
+    assert Path(file).name in line or case.startswith("a pickle")
+    assert not (folder / "ran").exists()
+
+
+# What lies beside the weights and is not opened: name -> make(folder, mark).
+BYSTANDERS = {
+    "an old pickle": lambda f, mark: CODE["os.system"](f / "pytorch_model.bin", mark),
+    "an adapter": lambda f, mark: (
+        CODE["os.system"](f / "adapter_model.bin", mark),
+        (f / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/base", "peft_type": "LORA"})),
+    ),
+    "a distributed checkpoint": lambda f, mark: (
+        (f / ".metadata").write_bytes(pickle.dumps(touch(mark))), (f / "__0_0.distcp").write_bytes(b"")
+    ),
+    "weights of other libraries": lambda f, mark: [
+        CODE["os.system"](f / name, mark) for name in ("tf_model.h5", "flax_model.msgpack", "training_args.bin", "optimizer.pt")
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BYSTANDERS)
+def test_what_stands_beside_the_weights_is_not_opened(folder, compose, monkeypatch, case):
+    from safetensors.torch import load_file
+
+    import pretrained
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    BYSTANDERS[case](folder, folder / "ran")
+    model = pretrained.load_policy(compose(f"model.name_or_path={folder}"))
+    assert all(model.state_dict()[k].equal(v) for k, v in load_file(folder / "model.safetensors").items())
+    assert not (folder / "ran").exists()
+
+
+def test_weights_in_the_files_that_an_index_names(folder, compose):
+    """Plain names of this folder, pickles and safetensors, are taken; and a file that is not there is named."""
+    from safetensors.torch import save_file
+
+    import pretrained
+
+    for index, names, save in (
+        ("pytorch_model.bin.index.json", ("weights-1.bin", "b.bin"), torch.save),
+        ("model.safetensors.index.json", ("x.safetensors", "y.safetensors"), save_file),
+    ):
+        there = Path(shutil.copytree(folder, folder.with_name(index)))
+        state = indexed(there, index, *names)
+        for i, name in enumerate(names):
+            save({k: v for j, (k, v) in enumerate(state.items()) if j % len(names) == i}, there / name)
+        model = pretrained.load_policy(compose(f"model.name_or_path={there}"))
+        assert all(model.state_dict()[k].equal(v) for k, v in state.items())
+        (there / names[1]).unlink()
+        with pytest.raises(UserError, match=f"{index} names {names[1]}, which is not there"):
+            pretrained.load_policy(compose(f"model.name_or_path={there}"))
 
 
 def test_pickled_weights_of_2023_are_taken(train_here, folder, data):
