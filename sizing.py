@@ -83,18 +83,21 @@ def _number(spec: Any, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations per second that MFU is a share of: a known GPU's data sheet for 16-bit types, else the best of some matrix
-    products on this device, in this type, with this process's threads: about 0.1 s."""
-    if device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_name(device) in PEAK:
+    products on this GPU, in this type: about 0.1 s. None for a CPU, which has no such number: what other processes, its clock and
+    its memory leave of it differs by a factor of two from one second to the next.
+    """
+    if device.type != "cuda":
+        return None
+    if dtype.itemsize == 2 and torch.cuda.get_device_name(device) in PEAK:
         return PEAK[torch.cuda.get_device_name(device)]
-    n = 4096 if device.type == "cuda" else 512
+    n = 4096
     x, best = torch.randn(n, n, device=device).to(dtype), float("inf")
     for _ in range(8):
         start = time.perf_counter()
         _ = x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 

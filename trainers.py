@@ -70,7 +70,7 @@ class BasicTrainer:
         reference = self.place(reference) if reference is not None else None
         self.device = layout.device if layout is not None else next(self.policy.parameters()).device
         self.dtype = DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]  # of computation
-        self.peak_flops = parallel.world_size() * sizing.peak_flops(self.device, self.dtype)
+        self.peak_flops = sizing.peak_flops(self.device, self.dtype)  # of one process; None on a CPU
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = make_scheduler(config, self.optimizer, self.schedule.n_steps)
@@ -308,12 +308,14 @@ class BasicTrainer:
         """What docs/metrics.md says of speed; padding is this rank's, all else of all ranks."""
         batches = [m.batch for m in step.microbatches]
         passes = 4 if self.scorer.reference is not None else 3  # forward, backward (twice as much), the live reference's forward
+        mfu: Record = {}
+        if self.peak_flops is not None:
+            mfu["mfu"] = passes * self.cost.forward(step.lengths) / secs / (parallel.world_size() * self.peak_flops)
         return {
             "examples_per_second": len(step.indices) / secs,
             "tokens_per_second": float(step.lengths.tokens().sum()) / secs,
             "padding": 1 - sum(b.n_tokens for b in batches) / sum(b.n_processed(self.packing.packed) for b in batches),
-            "mfu": passes * self.cost.forward(step.lengths) / secs / self.peak_flops,
-            "peak_memory_gb": peak_memory_gb(), "data_wait_secs": waited_secs,
+            "peak_memory_gb": peak_memory_gb(), "data_wait_secs": waited_secs, **mfu,
         }  # fmt: skip
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

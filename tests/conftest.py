@@ -11,10 +11,18 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers or datasets
 os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread to each process, whatever the caller has set: another number sums in another order, several pytest workers share the
+# machine, and tests fork, which threads do not survive. TEST_THREADS=2 tries whether the tests' bounds hold for others.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
+import hypothesis
 import pytest
+import torch
 from runs import FAST, ROWS
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # where torch was imported before
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one has paused within an example
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"

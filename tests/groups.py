@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_in_group(n, work, *arguments, timeout=120):
-    """`work(*arguments)` in each of n processes of one gloo group. Fails with the first traceback, or when time is up."""
+def run_in_group(n, work, *arguments, timeout=600):
+    """`work(*arguments)` in each of n processes of one gloo group. Fails with the first traceback, or when time is up: that
+    is for a hang, which no bound on time tells from a busy machine but a long one."""
     context = mp.start_processes(_member, args=(work, n, _free_port(), arguments), nprocs=n, join=False, start_method="fork")
     end = time.monotonic() + timeout
     try:
@@ -28,7 +29,7 @@ def run_in_group(n, work, *arguments, timeout=120):
 def _member(rank, work, n, port, arguments):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(n)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     try:
         work(*arguments)
     except BaseException:

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from groups import run_in_group
-from runs import DPO, FAST, OF_THE_MACHINE, records
+from runs import DPO, FAST, OF_THE_MACHINE, STEADY, records
 from safetensors import safe_open
 
 import checkpoints
@@ -366,8 +366,9 @@ SHARDED = ["trainer=FSDPTrainer", "n_cpu_processes=4"]
 
 @pytest.mark.parametrize("first, then", [(1, 2), (2, 1), (2, 4), (4, 1)])
 def test_on_another_number_of_processes(first, then, train, compose, here, data, tiny_model, tmp_path):
-    """The same examples in the same order, and weights within 1e-12 in float64."""
-    options = [*DPO, "n_epochs=2", "save_every=4", "model.policy_dtype=float64", "reference=cached"]
+    """The same examples in the same order, and weights within 1e-8 in float64: a Llama's norms are float32 whatever its weights
+    are, so that numbers which differ by 1e-16 may there be rounded apart, by 6e-8 of a term of a gradient of at most 0.1."""
+    options = [*DPO, STEADY, "n_epochs=2", "save_every=4", "model.policy_dtype=float64", "reference=cached"]
     whole = outcome(train("whole", *options))
     run = tmp_path / "run"
     for n, halt in ((first, 5), (then, None)):
@@ -376,7 +377,7 @@ def test_on_another_number_of_processes(first, then, train, compose, here, data,
         run_in_group(n, in_group, partial(compose, *overrides), halt)
     assert len(list((run / "LATEST").glob("state-*"))) == then
     assert checkpoints.newest(run).manifest.step == 10 and len(records(run, "train")) == 10
-    assert same(outcome(run), whole, tolerance=1e-12)
+    assert same(outcome(run), whole, tolerance=1e-8)
 
 
 def test_a_directory_that_another_process_took_meanwhile_is_left_alone(tmp_path):

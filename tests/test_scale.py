@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, compose_config
 from groups import run_in_group
 from omegaconf import OmegaConf
-from runs import FAST, OF_THE_MACHINE, ROWS, records
+from runs import FAST, OF_THE_MACHINE, ROWS, STEADY, records
 from tiny import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +21,7 @@ import train
 from validation import validate
 
 ALL = os.environ.get("SCALE") == "all"
-MATRIX = ["warmup_steps=2", "batch_size=4", "n_epochs=2", "n_examples=37", "eval_every=20", "max_grad_norm=1"]
+MATRIX = ["warmup_steps=2", "batch_size=4", "n_epochs=2", "n_examples=37", "eval_every=20", "max_grad_norm=1", STEADY]
 LOSSES = {
     "sft": ["loss=sft"],
     "live": ["loss=dpo", "loss.beta=0.1", "reference=live"],
@@ -41,7 +41,17 @@ LAYOUTS = {
         "hsdp, accumulated": ["trainer=FSDPTrainer", "fsdp_shard_size=2", "gradient_accumulation_steps=2"],
     },
 }
+# Losses and norms are sums of some thousand terms, through two layers, and over ten steps: each is off by some tens of units in
+# its last place, 2e-16 * 50 = 1e-14 and 6e-8 * 50 = 3e-6; what is wrong, such as a row counted twice, is so by 1e-3 and more.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
+# Families with an RMS norm compute it in float32 whatever their weights are. Numbers that differ by 1e-16 are mostly rounded to
+# the same one, but of the millions that pass through in ten steps one may fall to the other side: that is 6e-8 of a term of a
+# gradient, of which the largest are 0.1: 6e-9.
+ROUNDED_NORMS = 1e-8
+
+
+def bound_of(family, dtype):
+    return max(TOLERANCE[dtype], ROUNDED_NORMS if family in ("llama", "qwen3") else 0)
 
 
 def run_all(cases):
@@ -79,12 +89,18 @@ def command(tmp_path, models):
     ]  # fmt: skip
 
 
-def differences(expected, found):
-    """The largest relative difference of any number of two runs' records."""
+def differences(expected, found, rounding=TOLERANCE["float64"]):
+    """The largest relative difference of any number of two runs' records.
+
+    An accuracy counts signs of margins. Before the first update those to a cached reference are nothing but rounding, whose sign
+    is the machine's; so accuracies are compared where the mean margin is a thousand times what `rounding` makes of it, or more.
+    """
     assert len(expected) == len(found) > 0
     worst = {}
     for a, b in zip(expected, found, strict=True):
         for key in a.keys() - OF_THE_MACHINE:
+            if "rewards" in key and "accuracies" in key and abs(a[key.replace("accuracies", "margins")]) < 1000 * rounding:
+                continue
             worst[key] = max(worst.get(key, 0), abs(a[key] - b[key]) / max(1, abs(a[key])))
     return worst
 
@@ -103,20 +119,18 @@ def chosen(layouts):
 def test_the_numbers_of_one_process(n, command, tmp_path):
     """Ten steps and an evaluation between them and after: every number of metrics.jsonl that is not of the machine."""
     cases = chosen(LAYOUTS[n])
-    # RMSprop divides a gradient by its size, rounding with it: float32 is compared at a rate that doesn't blow that up.
-    lr = {"float64": "lr=1e-3", "float32": "lr=2e-5"}
-    options = {case: [*MATRIX, *LOSSES[case[2]], f"model.policy_dtype={case[3]}", lr[case[3]]] for case in cases}
+    options = {case: [*MATRIX, *LOSSES[case[2]], f"model.policy_dtype={case[3]}", "lr=1e-3"] for case in cases}
     run_all(command("-".join(x), x[0], *options[case]) for x, case in {case[1:]: case for case in cases}.items())
     run_in_group(n, run_all, [
         command(f"case{i}", case[1], *options[case], *LAYOUTS[n][case[0]]) for i, case in enumerate(cases)
-    ], timeout=60 + 20 * len(cases))  # fmt: skip
+    ], timeout=600 + 60 * len(cases))  # fmt: skip
     for i, (layout, *rest) in enumerate(cases):
         expected = records(tmp_path / "-".join(rest))
-        worst = differences(expected, records(tmp_path / f"case{i}"))
+        worst = differences(expected, records(tmp_path / f"case{i}"), bound := bound_of(rest[0], rest[-1]))
         assert len([r for r in expected if "loss/train" in r]) == 10
         assert {"grad_norm", "loss/train", "loss/eval"} <= worst.keys()
         print(f"{layout:24} {' '.join(rest):24}: {max(worst.values()):.1e}")
-        bound = TOLERANCE[rest[-1]]  # rewards are small differences of large log-probabilities
+        # Rewards are small differences of large log-probabilities.
         bounds = {key: bound if key.startswith(("loss", "grad_norm")) else 4 * bound for key in worst}
         assert not (over := {key: x for key, x in worst.items() if x > bounds[key]}), (layout, rest, over)
 
@@ -153,10 +167,11 @@ def test_other_families(layout, command, tmp_path):
     run_in_group(2, run_all, [command(f"two-{family}", family, *options, *more, layout) for family, more in families.items()])
     for family in families:
         one, two = tmp_path / f"one-{family}", tmp_path / f"two-{family}"
-        assert max(differences(records(one), records(two)).values()) <= 1e-12, family
+        bound = bound_of(family, "float64")
+        assert max(differences(records(one), records(two), bound).values()) <= bound, family
         assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
         a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, two))
-        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 1e-12 for k in a), family
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= bound for k in a), family
 
 
 @pytest.mark.parametrize("n, trainer", [
@@ -174,8 +189,9 @@ def test_uneven_rows(n, trainer, command, tmp_path):
                       "data_rules.prompt_in_eval=keep", "eval_every=6", "lr=1e-3", "model.policy_dtype=float64",
                       "gradient_accumulation_steps=2"]  # fmt: skip
     run_all(command(f"one{rows}", "llama", *options) for rows, options in runs.items())
-    run_in_group(n, run_all, [command(f"many{rows}", "llama", *options, *trainer) for rows, options in runs.items()], timeout=300)
+    run_in_group(n, run_all, [command(f"many{rows}", "llama", *options, *trainer) for rows, options in runs.items()])
     for rows in sizes:
         one, many = records(tmp_path / f"one{rows}"), records(tmp_path / f"many{rows}")
-        assert max(differences(one, many).values()) <= 1e-12, rows
+        bound = bound_of("llama", "float64")
+        assert max(differences(one, many, bound).values()) <= bound, rows
         assert [r for r in many if "loss/train" in r][-1]["counters/examples"] == rows

@@ -25,6 +25,13 @@ trainers.BasicTrainer.step = slow
 """
 
 
+def as_on_a_terminal():
+    """A shell starts what it puts in the background with SIGINT ignored, and nohup with SIGHUP; children inherit it, and a run
+    leaves an ignored signal ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path, data, tiny_model, here):
     """`start(*overrides)`: the real command, running, its steps 0.3 s apart. -> (process, run directory)"""
@@ -38,7 +45,7 @@ def start(tmp_path, data, tiny_model, here):
                    *FAST, *DPO, "n_epochs=20", "save_every=4", f"plugins=[{plugin}]", "resume=auto", *overrides]  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, "train.py", *map(str, options)], cwd=ROOT, env=os.environ | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_on_a_terminal,
         )  # fmt: skip
         started.append(process)
         return process, run_dir

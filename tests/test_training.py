@@ -1,5 +1,6 @@
 """Whole runs through the real train.py: the 2023 trajectories step by step, and the promises of the loop."""
 
+import copy
 import json
 import math
 import os
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from golden import GOLDEN, load, needs_golden
-from runs import DPO, FAST, OF_THE_MACHINE, records
+from runs import DPO, FAST, OF_THE_MACHINE, ROWS, STEADY, records
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
 import preference_datasets
+import sizing
 
 
 @needs_golden
@@ -48,10 +51,71 @@ def test_the_2023_trajectory_step_by_step(stage, model, overrides, tmp_path, tra
         assert state[key].double().norm().item() == pytest.approx(weight["l2"], rel=7e-8)
 
 
+def logp(model, prompt, response):
+    """Of a response, in the plainest way: one sequence, all logits."""
+    ids = torch.tensor([*prompt, *response])
+    logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, ids[1:, None])[len(prompt) - 1 :].sum()
+
+
+def trained_plainly(model, rows, held_out, loss_of, batch_size, max_norm, lr, eps, warmup):
+    """The loop of 2023 in a few lines: mean loss, clipped gradient, RMSprop, linear warmup. -> (loss, gradient norm) of each
+    step, the mean loss over `held_out`"""
+    reference, steps = copy.deepcopy(model), []
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=lr, eps=eps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / (warmup + 1)))
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        loss = sum(loss_of(model, reference, *row) for row in batch) / len(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        steps.append((loss.item(), norm.item()))
+    with torch.no_grad():
+        return steps, sum(loss_of(model, reference, *row) for row in held_out).item() / len(held_out)
+
+
+def sft_loss(model, reference, prompt, chosen, rejected):
+    return -logp(model, prompt, chosen)
+
+
+def dpo_loss(model, reference, prompt, chosen, rejected):
+    (a, b), (c, d) = ([logp(m, prompt, x) for x in (chosen, rejected)] for m in (model, reference))
+    return -torch.nn.functional.logsigmoid(0.1 * ((a - c.detach()) - (b - d.detach())))
+
+
+@pytest.mark.parametrize("loss_of, overrides", [(sft_loss, ["loss=sft"]), (dpo_loss, ["loss=dpo", "loss.beta=0.1"])])
+def test_a_plain_loop_trains_the_same(loss_of, overrides, train, tiny_model, tmp_path):
+    """Losses, gradient norms, evaluation and weights.
+
+    In float64, but for Llama's norms, which are float32 in transformers: gradients that pass through them are rounded by 6e-8 of
+    their size, in the tree after those of both responses are summed, here before. 1e-6 is asked.
+    """
+    for name, part in (("train", ROWS[:16]), ("test", ROWS[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    run = train("run", *overrides, f"datasets=[{tmp_path}/train.jsonl]", f"eval_datasets=[{tmp_path}/test.jsonl]",
+                "shuffle=false", "batch_size=4", "gradient_accumulation_steps=2", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1",
+                "model.policy_dtype=float64", STEADY)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = [(ids(r["prompt"]), *(ids(r[x]) + [tokenizer.eos_token_id] for x in ("chosen", "rejected"))) for r in ROWS]
+    steps, held_out = trained_plainly(model, rows[:16], rows[16:], loss_of, 4, 1.0, 1e-3, 1e-3, 2)
+    found = [(r["loss/train"], r["grad_norm"]) for r in records(run, "train")]
+    np.testing.assert_allclose(found, steps, rtol=1e-6)
+    assert max(norm for _, norm in steps) > 1  # some were clipped
+    assert records(run, "eval")[-1]["loss/eval"] == pytest.approx(held_out, rel=1e-6)
+    state = torch.load(run / "LATEST/policy.pt", weights_only=True)["state"]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(state[name], p.data, atol=1e-6, rtol=0)
+
+
 def test_the_split_of_a_batch_changes_nothing(train):
     """5 pairs in 1, 2, 3 or 5 microbatches (2023 dropped what did not divide), and packing of the loss over tokens."""
     for loss in (DPO, ["loss=sft", "loss.average_over=tokens", "lr=1e-3"], ["loss=sft", "lr=1e-3"]):
-        runs = [records(train(f"{loss[0][5:]}{len(loss)}_{n}", *loss, "batch_size=5", "n_examples=10",
+        runs = [records(train(f"{loss[0][5:]}{len(loss)}_{n}", *loss, STEADY, "batch_size=5", "n_examples=10",
                               f"gradient_accumulation_steps={n}"), "train") for n in (1, 2, 3, 5)]  # fmt: skip
         for run in runs[1:]:
             for a, b in zip(runs[0], run, strict=True):
@@ -192,7 +256,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(mp, train, run_train, tmp_pa
     """FSDPTrainer on 2 CPU processes; 3 pairs in 2 microbatches leave a rank without any at times. Sampling does not hang."""
     options = [*DPO, "batch_size=3", "gradient_accumulation_steps=2", "n_examples=9", "eval_every=6", "sample_during_eval=true",
                "n_eval_model_samples=2", "sample_max_new_tokens=4", f"model.fsdp_policy_mp={mp}",
-               "max_grad_norm=1"]  # fmt: skip  # below the norms that come
+               "max_grad_norm=1", STEADY]  # fmt: skip  # below the norms that come
     one = train("one", *options)
     done = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
                      *FAST, *options, "trainer=FSDPTrainer", "n_cpu_processes=2")  # fmt: skip
@@ -205,8 +269,8 @@ def test_two_gloo_processes_give_the_numbers_of_one(mp, train, run_train, tmp_pa
             assert a[key] == pytest.approx(b[key], **tolerance), key
     a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, tmp_path / "two"))
     assert a.keys() == b.keys()
-    if mp == "null":
-        assert all(np.allclose(a[k], b[k], atol=1e-4) for k in a)
+    if mp == "null":  # three updates of gradients clipped to a norm of 1, each of whose numbers is off by 1e-6 at most
+        assert all(np.allclose(a[k], b[k], atol=1e-5, rtol=0) for k in a)
 
 
 def test_a_failure_of_one_rank_ends_the_run(run_train, tmp_path, data, tiny_model):
@@ -267,7 +331,7 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
             patch.setattr(Feed, "step", lambda self, indices, n=1: feed_step(self, indices[::-1].copy(), n))
             yield train(f"{loss}_reversed", *options[loss])
 
-    common = ["lr=1e-3", "batch_size=6", "n_examples=12", "warmup_steps=0"]
+    common = ["lr=1e-3", "batch_size=6", "n_examples=12", "warmup_steps=0", STEADY]
     options = {"dpo": ["loss=dpo", "loss.beta=0.1", *common], "sft": ["loss=sft", *common]}
     for loss in options:
         first, *others = (records(run, "train") for run in runs(loss))
@@ -281,7 +345,7 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
 
 def test_compiled_blocks_compute_the_same(train):
     """Rows then have one length, so that one graph serves all: padding appears, and nothing else changes."""
-    options = [*DPO, "n_examples=8", "do_first_eval=false", "do_last_eval=false", "tokens_per_microbatch=512"]
+    options = [*DPO, STEADY, "n_examples=8", "do_first_eval=false", "do_last_eval=false", "tokens_per_microbatch=512"]
     a, b = (records(train(f"compile_{x}", *options, f"compile={x}"), "train") for x in ("false", "true"))
     for x, y in zip(a, b, strict=True):
         assert x["loss/train"] == pytest.approx(y["loss/train"], rel=1e-5)
@@ -290,7 +354,7 @@ def test_compiled_blocks_compute_the_same(train):
 
 
 def test_compiled_blocks_on_two_processes(train, run_train, tmp_path, data, tiny_model):
-    options = [*DPO, "n_examples=8", "do_first_eval=false", "do_last_eval=false", "tokens_per_microbatch=512"]
+    options = [*DPO, STEADY, "n_examples=8", "do_first_eval=false", "do_last_eval=false", "tokens_per_microbatch=512"]
     one = train("one", *options)
     done = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
                      *FAST, *options, "compile=true", "trainer=FSDPTrainer", "n_cpu_processes=2")  # fmt: skip
@@ -301,10 +365,22 @@ def test_compiled_blocks_on_two_processes(train, run_train, tmp_path, data, tiny
 
 
 def test_what_a_run_says_of_its_speed(train, capsys):
-    """Pairs and tokens per second, padding, MFU, memory, waiting: in metrics.jsonl at every step, and in the log line."""
-    row = records(train("speed", *DPO, "n_examples=8"), "train")[-1]
+    """Pairs and tokens per second, padding, memory, waiting: in metrics.jsonl at every step, and in the log line. The MFU only
+    where the device's peak is known, which a CPU's is not."""
+    row = records(train("speed", *DPO, "n_examples=8", "device=cpu"), "train")[-1]
     assert row["tokens_per_second"] > row["examples_per_second"] > 0
-    assert row["padding"] == 0 and 0 < row["mfu"] < 1 and 0.05 < row["peak_memory_gb"] < 20 and 0 <= row["data_wait_secs"] < 5
+    assert row["padding"] == 0 and "mfu" not in row and 0.05 < row["peak_memory_gb"] < 20 and 0 <= row["data_wait_secs"] < 5
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("train "))
-    for said in ("ex/s", "tok/s", "padding", "MFU", "GB", "waited"):
+    assert "MFU" not in line
+    for said in ("ex/s", "tok/s", "padding", "GB", "waited"):
         assert said in line
+
+
+def test_the_mfu_is_a_share_of_the_peak(train, monkeypatch, capsys):
+    """The step's operations by hand, of a device that makes 1e12 per second: one forward pass and a backward pass of two."""
+    costs = []
+    monkeypatch.setattr("sizing.peak_flops", lambda device, dtype: 1e12)
+    forward = sizing.Cost.forward
+    monkeypatch.setattr(sizing.Cost, "forward", lambda self, lengths: costs.append(forward(self, lengths)) or costs[-1])
+    row = records(train("mfu", "loss=sft", "batch_size=4", "n_examples=4", "device=cpu"), "train")[0]
+    assert row["mfu"] == pytest.approx(3 * costs[-1] * row["examples_per_second"] / 4 / 1e12) and "MFU" in capsys.readouterr().out
