@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ from tokenization import Example
 from utils import UserError, rank, sync_directory
 
 CHUNK = 1024  # examples whose ids are looked at together
+
+# Of our own computation of log-probabilities, from token ids to the sum over a response. Raise it with every change of models.py,
+# head.py, attention.py or batching.py that makes other numbers of the same ids, be it in their rounding; files of other versions
+# are then not found. test_the_version_of_log_probabilities holds the numbers that belong to it.
+VERSION = 1
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -59,13 +64,32 @@ def weights_digest(model: nn.Module) -> str:
     return hashlib.blake2b(b"".join(digest for _, digest in of_all)).hexdigest()[:32]
 
 
-def described(model: Any, weights: str) -> dict[str, Any]:
-    """The model, `weights` being the digest of its own, and the libraries that compute with it."""
+class Computation(NamedTuple):
+    """How the log-probabilities are computed: what changes any of them, be it by rounding alone, besides the model."""
+
+    weights_dtype: str  # of the reference's weights
+    dtype: str  # of the computation
+    cast_by: str | None  # the trainer, where it casts weights to another type: autocast and FSDP round in other places
+    layout: str  # models.Way, as text
+    compile: bool
+    device: str  # its kind
+
+
+def described(model: Any, weights: str, revision: str | None, computation: Computation) -> dict[str, Any]:
+    """All that a cache file belongs to: the model, `weights` being the digest of its own, and how it is computed, by what code.
+
+    `revision`: the commit that was asked for, of a model on the hub; else the one that transformers has found there. A config and
+    weights do not tell the code of a repository that brings its own.
+    """
     hf_config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
-    return {
-        "weights": weights, "model": json.dumps(hf_config, sort_keys=True, default=str),
+    return computation._asdict() | {
+        "version": VERSION,
+        "weights": weights,
+        "model": json.dumps(hf_config, sort_keys=True, default=str),
+        "revision": revision or getattr(model.config, "_commit_hash", None),
+        "attention": str(model.config._attn_implementation),
         "libraries": [torch.__version__, transformers.__version__],
-    }  # fmt: skip
+    }
 
 
 def response_digests(examples: Sequence[Example]) -> np.ndarray:

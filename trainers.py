@@ -41,7 +41,7 @@ from metrics import Means, Record, TrainingLog
 from models import DTYPES, Way, block_class, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
-from reference import ReferenceCache, described, digests_of_all
+from reference import Computation, ReferenceCache, described, digests_of_all
 from scalar_head import scores
 from tokenization import Example
 from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
@@ -162,11 +162,15 @@ class BasicTrainer:
     def find_reference_logps(self, weights: str) -> None:
         """Give both feeds the reference's log-probabilities: from the cache, and by one pass over what is not in it."""
         model, spec = self.scorer.reference or self.policy, self.config.model
-        made_of = described(self.policy, weights) | {
-            "weights_dtype": spec.reference_dtype or spec.policy_dtype, "dtype": str(self.dtype), "layout": str(self.scorer.way),
-            "cast_by": type(self).__name__ if spec.fsdp_policy_mp else None,  # autocast and FSDP round in other places
-            "compile": self.config.compile, "device": self.device.type,
-        }  # fmt: skip
+        computation = Computation(
+            weights_dtype=spec.reference_dtype or spec.policy_dtype,
+            dtype=str(self.dtype),
+            cast_by=type(self).__name__ if spec.fsdp_policy_mp else None,
+            layout=str(self.scorer.way),
+            compile=self.config.compile,
+            device=self.device.type,
+        )
+        made_of = described(self.policy, weights, spec.revision, computation)
         cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
         if cache.problem:
             rank0_print(cache.problem)

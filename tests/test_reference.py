@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 from groups import run_in_group
-from runs import DPO, FAST, records
+from runs import DPO, FAST, STEADY, records
 from safetensors import SafetensorError
 from tiny import tiny_model as random_model
 
+import models
 import parallel
 import reference
 import trainers
-from reference import ReferenceCache, response_digests, weights_digest
+from batching import pack
+from models import ORACLE, Way
+from reference import Computation, ReferenceCache, described, response_digests, weights_digest
 from tokenization import Example
 from utils import UserError
 
@@ -155,6 +158,93 @@ def test_another_config_is_another_reference(train, tiny_model, tmp_path, capsys
     assert "reference: 0 of 8 examples" in said and "policy and reference agree" in said
 
 
+COMPUTATION = Computation("float32", "torch.float32", None, "packed trees, head in chunks", False, "cpu")
+OTHERS = {"weights_dtype": "bfloat16", "dtype": "torch.bfloat16", "cast_by": "FSDPTrainer", "layout": "padded rows, own head",
+          "compile": True, "device": "cuda"}  # fmt: skip
+
+
+BESIDES = ["weights", "revision", "commit", "config", "attention", "version", "torch", "transformers"]
+
+
+@pytest.mark.parametrize("part", [*Computation._fields, *BESIDES])
+def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
+    """Nothing but that part is changed, and a value that the first file has is not found in the second."""
+    def cache(weights="a", revision=None, computation=COMPUTATION):
+        return ReferenceCache(tmp_path, described(model, weights, revision, computation))
+
+    model, digests = random_model(), np.array([7], np.uint64)
+    cache().add(digests, np.array([-3.0]))
+    assert cache().find(digests).tolist() == [-3]
+    model.config._name_or_path = "elsewhere"  # which is no part
+    assert cache().find(digests).tolist() == [-3]
+    change = {
+        "weights": lambda: {"weights": "b"}, "revision": lambda: {"revision": 40 * "a"},
+        "commit": lambda: setattr(model.config, "_commit_hash", 40 * "b"),
+        "config": lambda: setattr(model.config, "rms_norm_eps", 1e-3),
+        "attention": lambda: model.set_attn_implementation("eager"),
+        "version": lambda: monkeypatch.setattr(reference, "VERSION", reference.VERSION + 1),
+        "torch": lambda: monkeypatch.setattr("torch.__version__", "9.9"),
+        "transformers": lambda: monkeypatch.setattr("transformers.__version__", "9.9"),
+    }.get(part, lambda: {"computation": COMPUTATION._replace(**{part: OTHERS[part]})})
+    assert np.isnan(cache(**(change() or {})).find(digests)).all()
+
+
+def test_a_commit_that_was_asked_for_is_the_one_that_was_found():
+    model = random_model()
+    asked = described(model, "a", 40 * "c", COMPUTATION)
+    model.config._commit_hash = 40 * "c"
+    assert described(model, "a", None, COMPUTATION) == asked
+
+
+class AnotherTrainer(trainers.BasicTrainer):
+    """Which might cast in other places."""
+
+
+@pytest.mark.parametrize("before, after, found", [
+    (["model.fsdp_policy_mp=bfloat16"], "trainer", False), ([], "trainer", True),  # without a cast it is the same computation
+    ([], "model.fsdp_policy_mp=bfloat16", False), ([], "model.policy_dtype=bfloat16", False),
+    ([], "model.reference_dtype=bfloat16", False), ([], "way", False), ([], "tokens_per_microbatch=100", True),
+    ([], "loss.beta=0.3", True),
+])  # fmt: skip
+def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, capsys):
+    """The key of a whole run: what changes its reference's log-probabilities, and no more."""
+    options = [*DPO, "n_examples=4", "reference=cached", "do_first_eval=false", "do_last_eval=false", *before]
+    train("first", *options)
+    capsys.readouterr()
+    if after == "trainer":
+        monkeypatch.setitem(trainers.TRAINERS, "BasicTrainer", AnotherTrainer)
+    if after == "way":
+        monkeypatch.setattr(trainers.BasicTrainer, "choose_way", lambda *_: ORACLE)
+    train("second", *options, *([after] if "=" in after else []))
+    assert f"reference: {4 if found else 0} of 4 examples" in capsys.readouterr().out
+
+
+# By VERSION of reference.py: log-probabilities, in nats, of the model and the responses of `by_formula`.
+OF_VERSION = {1: [-16.959669048755323, -27.85639450930868, -10.995860099409281, 0.0]}
+
+
+def by_formula():
+    """A GPT-2 in float64 whose weights no generator draws, and a batch of two prompts with two responses each, one empty."""
+    model = random_model("gpt2").double().eval()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (0.7 + 0.1 * i) + i).view_as(p))
+    rows = [example([5, 9, 40], [7, 8, 2], [100, 2]), example([30], [31, 32, 33, 34, 2], [])]
+    return model, pack(rows, pad_token_id=0, longest=16)
+
+
+@pytest.mark.parametrize("way", [Way(True, True), ORACLE])
+def test_the_version_of_log_probabilities(way):
+    """If this fails, cached references of earlier versions are no longer what is computed: raise VERSION, and add its numbers.
+
+    To 1e-9 nats: float64 rounds sums of these sizes to some 1e-14, on any machine."""
+    model, batch = by_formula()
+    models.allow_trees(model)
+    with torch.no_grad():
+        found = models.response_logps(model, batch, way).sum.tolist()
+    assert found == pytest.approx(OF_VERSION[reference.VERSION], abs=1e-9, rel=0), found
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     """safetensors has an error of its own for it; nothing half-written is left."""
     def full(tensors, path, metadata):
@@ -220,7 +310,7 @@ def test_short_memory_caches(train, capsys, monkeypatch):
 def test_two_processes_share_the_pass(run_train, tmp_path, data, tiny_model):
     """Each computes its part; the numbers are those of one process, which finds the file that the two wrote."""
     options = [f"model.name_or_path={tiny_model}", f"datasets=[{data}]", *FAST, *DPO, "reference=cached", "n_examples=9",
-               "batch_size=3"]  # fmt: skip
+               "batch_size=3", STEADY]  # fmt: skip
     two = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", *options, "trainer=FSDPTrainer", "n_cpu_processes=2")
     one = run_train("exp_name=one", f"local_run_dir={tmp_path}/one", *options)
     assert two.returncode == one.returncode == 0, two.stderr + one.stderr
