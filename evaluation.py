@@ -6,7 +6,7 @@ Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,16 +24,20 @@ from intervals import length_buckets
 from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
 from metrics import SQUARES, Record, with_spread
 from models import Way, response_logps, response_scores
+from routers import Routers, balance
 from tokenization import Example
 from utils import quiet
 
 
 class Scored(NamedTuple):
+    """What came out for a microbatch."""
+
     output: LossOutput
     metrics: dict[str, Tensor]  # the 2023 names, `{}` standing for train or eval, each [B]
     counts: dict[str, float]  # what a metric is averaged over, where that is not the B examples
     given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
     tokens: Tensor  # [B] the first response's, which have a prediction
+    balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
     compared: tuple[Logps, Logps] | None  # the R responses' of policy and reference, where the loss has one; detached
 
 
@@ -49,6 +53,7 @@ class Scorer(NamedTuple):
     way: Way
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
+    routers: Routers | None = None  # of the policy, where their balancing loss is trained on
 
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
         """Of a batch on the device, [R]."""
@@ -64,7 +69,10 @@ class Scorer(NamedTuple):
 
     def __call__(self, batch: Batch) -> Scored:
         batch = batch.to(self.device)
-        of_policy, of_reference = self.policys(batch), None
+        watched: AbstractContextManager[list[Tensor]] = self.routers.watched() if self.routers else nullcontext([])
+        with watched as logits:
+            of_policy = self.policys(batch)
+        of_reference = None
         if self.loss.needs_reference:
             if batch.reference is not None:
                 logps = batch.reference.to(of_policy[0])
@@ -77,7 +85,12 @@ class Scorer(NamedTuple):
         counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
         tokens = of_policy.tokens[: len(output.losses)]
         compared = None if of_reference is None else (Logps(*(x.detach() for x in of_policy)), of_reference)
-        return Scored(output, _metrics(output, policy), counts, given(of_policy), tokens, compared)
+        metrics, balanced = _metrics(output, policy), None
+        if self.routers is not None:
+            each = balance(logits, batch, self.way.packed, self.routers.top_k)  # [R]
+            balanced = each.view(batch.k, -1).mean(0)
+            metrics["router_balance/{}"] = balanced.detach()
+        return Scored(output, metrics, counts, given(of_policy), tokens, balanced, compared)
 
 
 def given(of_policy: Logps | Scores) -> Tensor:

@@ -42,6 +42,7 @@ from models import DTYPES, Way, block_class, compile_blocks
 from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import Computation, ReferenceCache, described, digests_of_all
+from routers import Routers, routers_of
 from scalar_head import scores
 from tokenization import Example
 from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
@@ -75,6 +76,7 @@ class BasicTrainer:
         self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = make_scheduler(config, self.optimizer, self.schedule.n_steps)
 
+        routers = self.watch_routers()
         if drawing := run_without_draws(self.policy, self.device):
             rank0_print(f"{', '.join(drawing)} would draw random numbers in training: computed as in evaluation")
         way = self.choose_way(train)
@@ -87,7 +89,7 @@ class BasicTrainer:
         if block is not None:  # after the layout was tried, on rows of other lengths
             for model in (self.policy, reference) if reference is not None else (self.policy,):
                 compile_blocks(model, block, config.activation_checkpointing)
-        self.scorer = Scorer(self.policy, reference, loss, way, self.precision(self.device), self.device)
+        self.scorer = Scorer(self.policy, reference, loss, way, self.precision(self.device), self.device, routers)
         self.train_feed, self.eval_feed = (Feed(examples, self.packing, self.rank) for examples in (train, evaluation))
         if weights is not None:
             self.find_reference_logps(weights)
@@ -131,6 +133,15 @@ class BasicTrainer:
         return self.optimizer.state_dict()
 
     # ------------------------------------------------------------------------------------------------- before training
+
+    def watch_routers(self) -> Routers | None:
+        """Of a mixture of experts, where router_aux_loss asks for it; and say what of their balance is in the loss."""
+        coefficient = self.config.router_aux_loss
+        if not coefficient and routers_of(self.policy):
+            rank0_print("mixture of experts: the routers' balancing loss is not part of the loss (router_aux_loss=0)")
+        elif coefficient:
+            rank0_print(f"mixture of experts: {coefficient:g} x the routers' balancing loss is added to the loss")
+        return Routers(self.policy) if coefficient else None
 
     def choose_way(self, train: Sequence[Example]) -> Way:
         """Return how the models compute, and print why."""
@@ -281,8 +292,12 @@ class BasicTrainer:
         for i, (batch, weight, _) in enumerate(step.microbatches):
             scored = self.scorer(batch)
             if self.n_updates == 0:
-                seen.append(scored._replace(output=scored.output._replace(losses=scored.output.losses.detach())))
-            self.backward(weight * scored.output.losses.sum() / n, last=i == len(step.microbatches) - 1)
+                losses = scored.output._replace(losses=scored.output.losses.detach())
+                seen.append(scored._replace(output=losses, balance=None))
+            loss = weight * scored.output.losses.sum() / n
+            if scored.balance is not None:
+                loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(step.indices)
+            self.backward(loss, last=i == len(step.microbatches) - 1)
             means.add(scored.metrics, weight, scored.counts)
         first = selfcheck.FirstStep(self, batch, seen, means) if self.n_updates == 0 else None
         grad_norm = self.clip()

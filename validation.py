@@ -73,7 +73,7 @@ SHARDED = ("FSDPTrainer", "TensorParallelTrainer")
 # Knobs of some trainers only: where one would be ignored, another value than its default is refused.
 SEVERAL: list[tuple[str, Any, tuple[str, ...]]] = [
     ("fsdp_shard_size", None, SHARDED), ("fsdp_cpu_offload", False, SHARDED), ("fsdp_reduce", "auto", SHARDED),
-    ("tp_size", None, SHARDED[1:]),
+    ("tp_size", None, SHARDED[1:]), ("router_aux_loss", 0, ("BasicTrainer", "FSDPTrainer")),
 ]  # fmt: skip
 KNOBS: dict[str, Check] = {
     "exp_name": NAME, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
@@ -92,6 +92,7 @@ KNOBS: dict[str, Check] = {
     "batch_size": whole(1), "gradient_accumulation_steps": whole(1), "eval_batch_size": whole(1),
     "optimizer": one_of(*OPTIMIZERS), "optimizer_args": maybe(MAPPING), "lr": POSITIVE, "warmup_steps": whole(0),
     "lr_schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+    "router_aux_loss": number(lambda v: v >= 0, "a number of at least 0"),
     "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
     "reference": one_of("auto", "live", "cached"), "activation_checkpointing": (KEPT, "true, false, or a share in (0, 1)"),
     "device": maybe(TEXT), "fsdp_shard_size": maybe(whole(1)), "fsdp_cpu_offload": FLAG,
