@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from token_store import TokenStore
-from tokenization import BLANK, HAS_EOS, Example, TextRules, trees_of, truncate
+from tokenization import BLANK, CHANGED, HAS_EOS, Example, TextRules, trees_of, truncate
 
 CHUNK = 1 << 16  # examples that are looked at together: what is computed of them stays small
 
@@ -242,6 +242,7 @@ def cases(examples: Examples) -> dict[str, np.ndarray]:
         "prompt_truncated": cut[:, 0],
         "response_truncated": cut[:, 1:].any(1),
         "eos_in_text": (marks & HAS_EOS).any(1),
+        "text_changed": (marks & CHANGED).any(1),
         "empty_prompt": marks[:, 0] & BLANK > 0,
         "empty_response": (marks[:, 1:] & BLANK).any(1),
     }

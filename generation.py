@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import StoppingCriteriaList
 
+from token_text import continued
 from utils import UserError, quiet
 
 # What each mode takes beside n, max_new_tokens and stop, with its default.
@@ -114,8 +115,9 @@ def answers(
                     new = _diverse_beams(model, ids, decoding, options)
                 else:
                     new = model.generate(ids, **options)[:, ids.shape[1] :]  # [B * n, up to n_new]
-            found = [_answer(row, tokenizer, ends, decoding.stop) for row in new.tolist()]
-            yield from (found[i : i + decoding.n] for i in range(0, len(found), decoding.n))
+            for i, prompt in enumerate(prompts[start : start + batch_size]):
+                rows = new[i * decoding.n : (i + 1) * decoding.n].tolist()
+                yield [_answer(row, prompt.tolist(), tokenizer, ends, decoding.stop) for row in rows]
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
@@ -154,13 +156,19 @@ def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], stop: Sequence[str]) -> Answer:
-    """Of a row that is padded on the right, perhaps with EOS."""
+def _answer(
+    ids: list[int],
+    prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    stop: Sequence[str],
+) -> Answer:
+    """Read a row that is padded on the right, perhaps with EOS: what it adds to its prompt's text."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
     while kept and kept[-1] == tokenizer.pad_token_id:
         kept = kept[:-1]
-    text, whole = (str(tokenizer.decode(kept, skip_special_tokens=skip)) for skip in (True, False))
+    text, whole = (continued(prompt, [kept], tokenizer, skip)[0] for skip in (True, False))
     if any(s in whole for s in stop):  # padding with EOS may have followed
         return Answer(min((text.partition(s)[0] for s in stop), key=len), len(kept), "stop")
     return Answer(text, len(kept) + (end is not None), "length" if end is None else "eos")

@@ -24,6 +24,7 @@ from examples import Examples, cases, concatenate, contradicted, seen_before, sl
 from losses import Loss
 from preference_datasets import LOADERS, get_dataset, made_of, resolve
 from token_store import Recipe, TokenStore, find_or_make, fingerprint
+from token_text import continued, decode
 from tokenization import Example, TextRules, automatic_bos, template_text
 from utils import UserError, get_local_dir, plain, rank, rank0_print
 
@@ -214,11 +215,16 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
 
 
 def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The example as the model sees it. What is trained stands in green on a terminal, between [[ and ]] elsewhere."""
+    """The example as the model sees it: what its ids decode to, in their place, special tokens included.
+
+    What is trained stands in green on a terminal, between [[ and ]] elsewhere.
+    """
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     lines = [f"first example ({example.source}), {len(example.prompt)} prompt tokens; trained: {on}marked{off}"]
-    lines.append("  " + str(tokenizer.decode(example.prompt)).replace("\n", "\n  "))
-    names = ("chosen", "rejected") if len(example.responses) > 1 else ("target",)
-    for name, response in zip(names, example.responses, strict=True):
-        lines.append(f"  {name} ({len(response)} tokens): {on}{tokenizer.decode(response)}{off}".replace("\n", "\n  "))
+    prompt, responses = example.prompt.tolist(), [response.tolist() for response in example.responses]
+    lines.append("  " + decode([prompt], tokenizer)[0].replace("\n", "\n  "))
+    names = ("chosen", "rejected") if len(responses) > 1 else ("target",)
+    texts = continued(prompt, responses, tokenizer)
+    for name, response, text in zip(names, responses, texts, strict=True):
+        lines.append(f"  {name} ({len(response)} tokens): {on}{text}{off}".replace("\n", "\n  "))
     return "\n".join(lines)

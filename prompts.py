@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import pipeline_datasets  # noqa: F401  registers its sets
 from data_files import Text, read_file
 from preference_datasets import get_dataset
+from token_text import encode_prompt
 from tokenization import automatic_bos, render
 from utils import UserError
 
@@ -99,9 +100,8 @@ def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, add_bos: bool, longest: int) -> tuple[np.ndarray, bool]:
     """A rendered prompt as a run trains on it: `longest` tokens at most, of which the end is kept, behind BOS where the tokenizer
     puts one. -> (ids [P], was it cut)"""
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     bos = [b for b in [automatic_bos(tokenizer)] if b is not None and add_bos]
-    ids = ids[len(bos) :] if bos and ids[:1] == bos else ids  # a chat template wrote it
+    ids = encode_prompt(text, tokenizer, bos[0] if bos else None)
     room = longest - len(bos)
     return np.array(bos + ids[max(len(ids) - room, 0) :], np.int64), len(ids) > room
 

@@ -25,6 +25,7 @@ import data_files
 import data_forms
 import pipeline_datasets
 import preference_datasets
+import token_text
 import tokenization
 from preference_datasets import DataSet
 from tokenization import HH_TEMPLATE, Chunk, TextRules, automatic_bos, encode
@@ -146,7 +147,7 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
         return None
     read, code = recipe.inputs
     tokenizer, rules = recipe.tokenizer, recipe.rules
-    modules = (data_files, data_forms, preference_datasets, pipeline_datasets, tokenization)
+    modules = (data_files, data_forms, preference_datasets, pipeline_datasets, token_text, tokenization)
     ours = [Path(str(module.__file__)) for module in modules]
     made_of = {
         "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data_files import digest
 from preference_datasets import DataSet, Row, Text
+from token_text import encode_rows
 from utils import UserError, rank
 
 CHUNK = 1000  # rows that are tokenized at once: enough for the tokenizer's threads, and little memory
-BLANK, HAS_EOS = 1, 2  # marks of a text: nothing but white space; an EOS string stood within it
+BLANK, HAS_EOS, CHANGED = 1, 2, 4  # marks of a text: only white space; an EOS string stood within it; its ids decode to another
 
 
 class TextRules(NamedTuple):
@@ -50,7 +51,7 @@ class Chunk(NamedTuple):
     ids: list[int]  # of all texts, one after another; responses with their EOS, prompts without BOS
     lengths: list[int]  # [texts] tokens
     digests: list[int]  # [texts] 64 bits that stand for the text
-    marks: list[int]  # [texts] BLANK | HAS_EOS
+    marks: list[int]  # [texts] BLANK | HAS_EOS | CHANGED
     rows: list[tuple[int, str]]  # (its prompt's text, its source)
     pairs: list[tuple[int, int, int]]  # (row, chosen text, rejected text)
     margins: list[float]  # [pairs] score of chosen less that of rejected, or NaN
@@ -60,8 +61,8 @@ class Chunk(NamedTuple):
 def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None = None) -> Iterator[Chunk]:
     """All pairs and SFT targets of a data set, in its order, a chunk of its rows at a time.
 
-    Prompt and response are tokenized apart and their ids joined later, so that the boundary cannot move; the ids may therefore
-    differ from those of the joined text. `template` renders message lists (see `render`).
+    A prompt's ids are the same for all of its responses, and those of prompt + response decode to exactly these texts (see
+    token_text.encode_rows); a text for which that cannot be is marked CHANGED. `template` renders message lists (see `render`).
     """
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
@@ -77,33 +78,33 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
 
 def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None) -> Chunk:
     chunk = Chunk(len(rows), [], [], [], [], [], [], [], [])
-    texts: list[str] = []
+    texts = list[tuple[str, list[str]]]()
+    n_texts = 0
     for row in rows:
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
         wanted += [] if row.sft_target is None else [row.sft_target]
         unique = {_hashable(text): text for text in wanted}  # a response stands in many pairs, but is rendered and kept once
         if not unique:
             continue
-        place = {key: len(texts) + i for i, key in enumerate(unique, 1)}
+        place = {key: n_texts + i for i, key in enumerate(unique, 1)}
         numbers, n, end = [place[_hashable(text)] for text in wanted], len(chunk.rows), 2 * len(row.pairs)
-        chunk.rows.append((len(texts), row.source))
+        chunk.rows.append((n_texts, row.source))
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
         chunk.margins.extend(nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs)
         chunk.targets.extend((n, number) for number in numbers[end:])
         rendered, marks = _as_texts(row.prompt, list(unique.values()), tokenizer, template, rules, row.source)
-        texts += rendered
+        texts.append((rendered[0], rendered[1:]))
+        n_texts += len(rendered)
         chunk.marks.extend(marks)
-    prompts = {text for text, _ in chunk.rows}
-    bos = automatic_bos(tokenizer) if rules.add_bos else None
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-    for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-        if i not in prompts:
-            ids = [*ids, tokenizer.eos_token_id]
-        elif bos is not None and ids[:1] == [bos]:  # a chat template wrote it; BOS is put in front after truncation
-            ids = ids[1:]
-        chunk.ids.extend(ids)
-        chunk.lengths.append(len(ids))
-        chunk.digests.append(digest(text))
+    encoded = encode_rows(texts, tokenizer, automatic_bos(tokenizer) if rules.add_bos else None)
+    exact = [is_exact for row in encoded for is_exact in row.exact]
+    chunk.marks[:] = [mark | CHANGED * (not is_exact) for mark, is_exact in zip(chunk.marks, exact, strict=True)]
+    for (prompt, responses), row in zip(texts, encoded, strict=True):
+        ended = [[*ids, tokenizer.eos_token_id] for ids in row.responses]
+        for text, ids in zip([prompt, *responses], [row.prompt, *ended], strict=True):
+            chunk.ids.extend(ids)
+            chunk.lengths.append(len(ids))
+            chunk.digests.append(digest(text))
     return chunk
 
 

@@ -44,6 +44,7 @@ from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import Computation, ReferenceCache, described, digests_of_all
 from routers import Routers, routers_of
 from scalar_head import scores
+from token_text import decode
 from tokenization import Example
 from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
 
@@ -383,7 +384,7 @@ class BasicTrainer:
             max_new_tokens=self.config.sample_max_new_tokens, temperature=self.config.sample_temperature,
             seed=self.config.seed + self.n_seen, between=self.check_stop,
         )  # fmt: skip
-        decoded = [str(self.tokenizer.decode(p, skip_special_tokens=True)) for p in prompts]
+        decoded = decode([p.tolist() for p in prompts], self.tokenizer, skip_special=True)
         return [(self.n_seen, prompt, text) for prompt, text in zip(decoded, texts, strict=True)]
 
     def save(self, record: Record, interim: bool = False) -> None:

@@ -113,7 +113,7 @@ KNOBS: dict[str, Check] = {
     "model.fsdp_policy_mp": maybe(one_of("bfloat16", "float16")), "model.architecture": maybe(MAPPING),
 }  # fmt: skip
 CASES = (
-    "prompt_truncated", "response_truncated", "eos_in_text", "empty_prompt", "empty_response", "identical_pair",
+    "prompt_truncated", "response_truncated", "eos_in_text", "text_changed", "empty_prompt", "empty_response", "identical_pair",
     "identical_after_truncation", "duplicate", "contradictory", "prompt_in_eval",
 )  # fmt: skip
 KNOBS |= {f"data_rules.{case}": RULE for case in CASES}
