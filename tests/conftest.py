@@ -62,7 +62,7 @@ def run_train(here):
     return lambda *overrides, **environment: run_command([*here, *overrides], **environment)
 
 
-def run_command(overrides, timeout=300, **environment):
+def run_command(overrides, timeout=900, **environment):
     command = [sys.executable, "train.py", *map(str, overrides)]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,

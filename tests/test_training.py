@@ -286,7 +286,7 @@ def test_a_failure_of_one_rank_ends_the_run(run_train, tmp_path, data, tiny_mode
     )
     done = run_train("exp_name=oom", f"local_run_dir={tmp_path}/oom", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
                      *FAST, *DPO, "do_first_eval=false", "minimum_log_interval_secs=600", f"plugins=[{tmp_path}/oom.py]",
-                     "trainer=FSDPTrainer", "n_cpu_processes=2", timeout=120)  # fmt: skip
+                     "trainer=FSDPTrainer", "n_cpu_processes=2")  # fmt: skip
     assert done.returncode == 2 and "error: out of GPU memory" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout.count("made in") == 2  # the tokens of train and test, once for both ranks
 
