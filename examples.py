@@ -78,8 +78,9 @@ class Examples(Sequence[Example]):
 
         Takes some 30 bytes of memory per token: of many examples, ask slice by slice.
         """
-        n, bos_at = self.lengths.astype(np.int64), self.lengths.sum(1).cumsum() - self.lengths.sum(1)
-        ids = np.empty(n.sum(), np.int32)
+        n = self.lengths.astype(np.int64)
+        each = n.sum(1)
+        ids = np.empty(each.sum(), np.int32)
         table_of = np.searchsorted(self.offsets, self.items, side="right") - 1
         for t in np.unique(table_of):
             store, items, keep_end = self.tables[t]
@@ -91,10 +92,10 @@ class Examples(Sequence[Example]):
                 starts[:, 0] = store.starts[texts[:, 0] + 1] - n[mine, 0]
             elif self.bos is not None:
                 starts[:, 0] -= 1  # from there a prompt with BOS has its length; what stands there is overwritten
-            here = slice(None) if mine.all() else mine.repeat(self.lengths.sum(1))
+            here = slice(None) if mine.all() else mine.repeat(each)
             ids[here] = store.ids[ranges(starts.ravel(), n[mine].ravel())]
         if self.bos is not None:
-            ids[bos_at] = self.bos
+            ids[each.cumsum() - each] = self.bos
         return ids
 
     def margins(self) -> np.ndarray:

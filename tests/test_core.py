@@ -14,7 +14,7 @@ import parallel
 from batching import Feed, Packing, Segments
 from evaluation import _metrics, all_logps, evaluate
 from losses import Logps, LossOutput, Pairs, ScoredPairs, Scores
-from metrics import SQUARES
+from metrics import SQUARES, Means
 from tokenization import Example
 from trainers import BasicTrainer
 
@@ -50,6 +50,14 @@ def test_the_metrics_of_scores():
     policy = ScoredPairs(of(3), of(-1), torch.tensor([0]), None)
     found = _metrics(LossOutput(tensor(0), tensor(3), tensor(-1)), policy)
     assert found[SQUARES].tolist() == [5] and not any(name.startswith("logps") for name in found)
+
+
+def test_means_leave_out_what_has_no_weight():
+    """Values 1 and 2 of weight 1, and 9 of weight 0: (1 + 2) / 2; over 6 tokens, 3 / 6. Counting the 9, the first would be 1."""
+    means = Means()
+    means.add({"a": tensor(1, 2), "b": tensor(1, 2)}, 1.0, {"b": 6})
+    means.add({"a": tensor(9), "b": tensor(9)}, 0.0, {"b": 4})
+    assert means.reduce() == {"a": 1.5, "b": 0.5}
 
 
 # ---- masks ----

@@ -123,6 +123,24 @@ def test_the_split_of_a_batch_changes_nothing(train):
                     assert a[key] == pytest.approx(b[key], rel=2e-5)
 
 
+def test_a_mean_over_tokens_and_one_over_examples(train, monkeypatch):
+    """The same summed losses and gradients, divided by the N response tokens of the batch's 5 examples, or by 5: loss and
+    gradient norm of the first step are N / 5 times apart. N is counted in the tensors that the model was given."""
+    from trainers import BasicTrainer
+
+    scored, step = [], BasicTrainer.step
+    count = lambda self, s, *a: scored.append(sum(m.batch.n_scored for m in s.microbatches)) or step(self, s, *a)
+    monkeypatch.setattr(BasicTrainer, "step", count)
+    options = ["loss=sft", "batch_size=5", "n_examples=5", "do_first_eval=false", "tokens_per_microbatch=60"]
+    (by_tokens,), (by_examples,) = (
+        records(train(over, *options, f"loss.average_over={over}"), "train") for over in ("tokens", "examples")
+    )
+    n = scored[0]
+    assert scored == [n, n] and n > 20
+    for key in ("loss/train", "grad_norm"):
+        assert by_examples[key] == pytest.approx(by_tokens[key] * n / 5, rel=1e-5), key
+
+
 def test_every_example_is_trained_and_evaluated_once(train):
     """18 pairs in batches of 4: 4 full steps and one of 2; evaluation of 2 in a batch of 5; a final evaluation."""
     run = train("once", *DPO, "n_epochs=2", "eval_every=8")
