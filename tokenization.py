@@ -99,9 +99,9 @@ def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRule
     encoded = encode_rows(texts, tokenizer, automatic_bos(tokenizer) if rules.add_bos else None)
     exact = [is_exact for row in encoded for is_exact in row.exact]
     chunk.marks[:] = [mark | CHANGED * (not is_exact) for mark, is_exact in zip(chunk.marks, exact, strict=True)]
-    for (prompt, responses), row in zip(texts, encoded, strict=True):
-        ended = [[*ids, tokenizer.eos_token_id] for ids in row.responses]
-        for text, ids in zip([prompt, *responses], [row.prompt, *ended], strict=True):
+    for (prompt, responses), made in zip(texts, encoded, strict=True):
+        ended = [[*ids, tokenizer.eos_token_id] for ids in made.responses]
+        for text, ids in zip([prompt, *responses], [made.prompt, *ended], strict=True):
             chunk.ids.extend(ids)
             chunk.lengths.append(len(ids))
             chunk.digests.append(digest(text))
