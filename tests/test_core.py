@@ -60,6 +60,13 @@ def test_means_leave_out_what_has_no_weight():
     assert means.reduce() == {"a": 1.5, "b": 0.5}
 
 
+def test_means_are_summed_in_float64():
+    """100,000,000 + 1: float32 numbers have a spacing of 8 there, so that the 1 would be lost, as small ones are in long sums."""
+    means = Means()
+    means.add({"a": torch.tensor([1e8, 1.0])})
+    assert means.reduce() == {"a": 50_000_000.5}
+
+
 # ---- masks ----
 
 
