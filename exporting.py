@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -33,12 +34,13 @@ import loading
 import storage
 from archives import load_policy_state
 from lineage import card
+from losses import build_loss
 from models import DTYPES
 from opening import Found, find_model, open_model, template_of
 from pretrained import load_config, load_tokenizer
 from scalar_head import put_scalar_head
 from state_files import write_safetensors
-from utils import StorageError, UnsafeFile, UserError, quiet, rank0_print
+from utils import StorageError, UnsafeFile, UserError, plain, quiet, rank0_print
 from weight_files import Weights
 
 GB = 10**9
@@ -118,6 +120,48 @@ def _replaceable(folder: Path, found: Found) -> bool:
     base = found.config.model.name_or_path
     sources = [found.archive, *([Path(base).expanduser()] if base else [])]
     return (folder / "config.json").is_file() and not any(s.resolve().is_relative_to(folder.resolve()) for s in sources)
+
+
+def rehearse(config: DictConfig, run_dir: Path) -> None:
+    """Do what export_run will do at the end of training, in a temporary folder and without weights.
+
+    Raises UserError, with the knob's name, for a model, tokenizer or place that cannot be exported.
+    """
+    out, what = run_dir / "hf", f"export={config.export}"
+    if out.exists() and not (out / "config.json").is_file():
+        raise UserError(f"{what}: {out} is there already and no model's folder; move it away")
+    scalar = build_loss(plain(config.loss)).reads == "scores"
+    found = Found(str(run_dir), config, None, run_dir, scalar)
+    hf_config, tokenizer = load_config(config), load_tokenizer(config)
+    if template := template_of(found, None):
+        tokenizer.chat_template = template
+        check_syntax(tokenizer)
+    if type(hf_config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{what}: the code of this model ({hf_config.model_type}) is not part of transformers, so a folder of it "
+                        "cannot be read back; leave export out")  # fmt: skip
+    with loading.parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
+    if scalar:
+        put_scalar_head(model)
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there), tempfile.TemporaryDirectory() as folder:
+            pad = use_pad_of_its_own(tokenizer) if scalar else 0
+            for _ in weights_of(found, hf_config, model.state_dict(keep_vars=True), None, pad):
+                pass
+            hf_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if not scalar:
+                generation_config(config, hf_config, tokenizer).save_pretrained(folder)
+            find_model(folder)
+            load_tokenizer(find_model(folder).config)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{what}: {run_dir} cannot be written ({error.strerror or error}); set local_dirs") from None
+    except Exception as error:  # whatever transformers does not know how to write
+        first = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+        raise UserError(f"{what}: a {type(model).__name__} cannot be written as a folder ({first}); leave export out") from None
 
 
 def export_run(run_dir: Path) -> None:

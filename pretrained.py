@@ -176,18 +176,13 @@ def _load_sharded(
         try:
             if spec.archive:
                 rank0_print(f"starting from {spec.archive}")
-                state = archive_weights(spec.archive, scalar)
-                model = loading.blank(hf_config, state, build)
-                if holds_scores(state):
-                    put_scalar_head(model)
-                weights = loading.stored_source(model, state, strict=True)
-            elif spec.architecture:
+            if spec.archive or not spec.architecture:
+                model, weights = _stored(config, hf_config, source, build, scalar, stack)
+            else:
                 with torch.random.fork_rng(devices=[]), loading.Initialisation() as drawn:
                     torch.manual_seed(config.seed)
                     model = build(copy.deepcopy(hf_config))
                 weights = loading.seeded_source(model, drawn.of(model))
-            else:
-                model, weights = _from_files_in_parts(hf_config, source, build, scalar, stack)
         except NotImplementedError as error:
             rank0_print(f"every process reads the whole model before it keeps its part: {error}")
             whole = load_policy(config, scalar=scalar)
@@ -197,33 +192,61 @@ def _load_sharded(
                 put_scalar_head(model)
             model.generation_config = whole.generation_config
             weights = loading.stored_source(model, Weights(whole.state_dict(), archive=True), strict=True)
-        except loading.Misfit as error:
-            knob, value = ("archive", spec.archive) if spec.archive else ("name_or_path", spec.name_or_path)
-            raise UserError(f"model.{knob}={value}: {error}; give the model that it was trained from") from None
         if scalar and not scores(model):
             weights = _with_new_head(model, weights, config.seed)
         allow_trees(model)
         return _placed(model, config, layout, weights)
 
 
-def _from_files_in_parts(
-    hf_config: Any, source: dict[str, Any], build: Callable[[Any], PreTrainedModel], scalar: bool, stack: ExitStack
-) -> tuple[PreTrainedModel, loading.Source]:
-    """A model of a folder or hub name without its values, and where they are; the files stay open in `stack`.
+def check_weights(config: DictConfig, scalar: bool) -> None:
+    """Compare names and shapes of the weights with the model's; no value is read, unless to see whether a head is tied.
 
-    Raises NotImplementedError where weights have to be computed as a whole, Misfit for files that are another model's.
+    Raises UserError for a policy.pt or a folder that load_policy would refuse for them, UnsafeFile for one that is damaged.
     """
-    if "gguf_file" in source:
-        raise NotImplementedError("GGUF is dequantised as a whole")
-    if scalar and is_classifier(hf_config):
-        raise NotImplementedError("its score is renamed as a whole")
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise NotImplementedError("its weights are quantised")
-    stored = stack.enter_context(_opened(hf_config, source))
-    model = loading.blank(hf_config, stored, build)
-    _read_generation_config(model, source)
-    spare = {f"{head}.weight" for head in HEADS} if scalar else set[str]()
-    return model, loading.stored_source(model, stored, strict=False, apart=spare)
+    spec = config.model
+    if spec.architecture and not spec.archive:
+        return
+    hf_config = load_config(config)
+    source = {} if spec.architecture else _source(spec.name_or_path) | trust.pinned(spec, spec.name_or_path)
+    with _model_errors(config), ExitStack() as stack, suppress(NotImplementedError):
+        _stored(config, hf_config, source, _builder(**_code(source)), scalar, stack)
+
+
+def _stored(
+    config: DictConfig,
+    hf_config: Any,
+    source: dict[str, Any],
+    build: Callable[[Any], PreTrainedModel],
+    scalar: bool,
+    stack: ExitStack,
+) -> tuple[PreTrainedModel, loading.Source]:
+    """The model of a policy.pt, folder or hub name without its values, and where these are; files stay open in `stack`.
+
+    Raises NotImplementedError where weights have to be computed as a whole, UserError for those of another model.
+    """
+    spec = config.model
+    try:
+        if spec.archive:
+            stored = archive_weights(spec.archive, scalar)
+            model = loading.blank(hf_config, stored, build)
+            if holds_scores(stored):
+                put_scalar_head(model)
+            return model, loading.stored_source(model, stored, strict=True)
+        if "gguf_file" in source:
+            raise NotImplementedError("GGUF is dequantised as a whole")
+        if scalar and is_classifier(hf_config):
+            raise NotImplementedError("its score is renamed as a whole")
+        if getattr(hf_config, "quantization_config", None) is not None:
+            raise NotImplementedError("its weights are quantised")
+        stored = stack.enter_context(_opened(hf_config, source))
+        model = loading.blank(hf_config, stored, build)
+        _read_generation_config(model, source)
+        spare = {f"{head}.weight" for head in HEADS} if scalar else set[str]()
+        return model, loading.stored_source(model, stored, strict=False, apart=spare)
+    except loading.Misfit as error:
+        if spec.archive:
+            raise UserError(f"model.archive={spec.archive}: {error}; give the model that it was trained from") from None
+        raise UserError(f"model.name_or_path={spec.name_or_path}: {error}; give a whole causal LM") from None
 
 
 def _with_new_head(model: PreTrainedModel, weights: loading.Source, seed: int) -> loading.Source:

@@ -36,14 +36,14 @@ import trainers
 from archives import resolve_archive
 from command_line import check_command_line, no_environment, spelled_out
 from curves import draw_curves
-from exporting import export_run
+from exporting import export_run, rehearse
 from layout_probe import check_rope
 from losses import build_loss
 from metrics import TrainingLog, make_sinks
 from models import DTYPES
 from optimization import make_schedule, pick_device
 from preparation import check_margins, load_examples
-from pretrained import check_vocabulary, describe, load_config, load_policy, load_reference, load_tokenizer
+from pretrained import check_vocabulary, check_weights, describe, load_config, load_policy, load_reference, load_tokenizer
 from processes import report
 from reference import weights_digest
 from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
@@ -131,6 +131,9 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
     check_rope(load_config(config), config.max_length)
     tokenizer = load_tokenizer(config)
+    check_weights(config, scalar=loss.reads == "scores")
+    if config.export:
+        parallel.from_rank0(partial(rehearse, config, run_dir))
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
     check_margins(loss, train_examples, eval_examples)
     layout = trainers.TRAINERS[config.trainer].make_layout(config)

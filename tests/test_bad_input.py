@@ -11,10 +11,12 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run_command
+from families import save_family
 from payloads import Payload
 
 import train
@@ -534,3 +536,96 @@ def test_a_good_policy_is_taken(train_here, good, weights, tmp_path):
     path = saved(tmp_path / "policy.pt", weights)
     small = ["n_examples=4", "n_eval_examples=4", "sample_during_eval=false"]
     assert (train_here(*good, *DPO, f"model.archive={path}", *small) / "LATEST/policy.pt").is_file()
+
+
+@pytest.fixture
+def refused_early(refused, monkeypatch):
+    """As `refused`, before any data are read."""
+
+    def read(*arguments, **options):
+        raise AssertionError("the data were read first")
+
+    monkeypatch.setattr(train, "load_examples", read)
+    return refused
+
+
+def _other_shapes(path):
+    torch.save({"step_idx": 1, "state": tiny_llama_state(hidden_size=16), "metrics": {}}, path)
+
+
+def _missing(path):
+    state = tiny_llama_state()
+    del state["model.norm.weight"]
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, path)
+
+
+def _reward(path):
+    state = tiny_llama_state()
+    torch.save({"step_idx": 1, "state": state | {"lm_head.weight": torch.zeros(1, 32)}, "metrics": {}}, path)
+
+
+def _foreign(path):
+    torch.save({"model": tiny_llama_state(), "epoch": 3}, path)
+
+
+def _another_model(path):
+    torch.save({"step_idx": 1, "state": {"transformer.wte.weight": torch.zeros(4, 4)}, "metrics": {}}, path)
+
+
+def _cut_short(path):
+    _foreign(path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+ARCHIVES = {
+    "other shapes": (_other_shapes, "tensors of another shape", 2),
+    "a weight missing": (_missing, "model.norm.weight", 2),
+    "a reward model": (_reward, "a reward model's, which has no vocabulary head", 2),
+    "a foreign file": (_foreign, "it holds model, epoch", 2),
+    "another model": (_another_model, "not the weights of this LlamaForCausalLM", 2),
+    "cut short": (_cut_short, "cut short", 3),
+}
+
+
+def tiny_llama_state(**sizes):
+    """Of the tiny model, or of one of other sizes."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    n = len(AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer"))
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=n, num_key_value_heads=1, **(small | sizes))).state_dict()
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_of_something_else_is_refused_before_data_are_read(refused_early, good, tmp_path, case):
+    make, said, code = ARCHIVES[case]
+    make(path := tmp_path / "policy.pt")
+    line = refused_early(*good, f"model.archive={path}", code=code)
+    assert line.startswith(f"model.archive={path}: ") and said in line
+
+
+def test_a_folder_that_lacks_weights_is_refused_before_data_are_read(refused_early, good, tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "norm" not in k}, folder / "model.safetensors", {"format": "pt"})
+    line = refused_early(*good, f"model.name_or_path={folder}")
+    assert str(folder) in line and "missing keys, e.g. model.layers.0.input_layernorm.weight" in line
+    (folder / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:50_000])
+    assert str(folder) in refused_early(*good, f"model.name_or_path={folder}")
+
+
+def test_an_export_that_cannot_work_is_refused_before_data_are_read(refused_early, good, tmp_path):
+    """No class for its scores, a template that is none, and places where no folder can be."""
+    granite = save_family(tmp_path / "granite", "granite")
+    line = refused_early(*good, f"model.name_or_path={granite}", "loss=reward", "export=hf")
+    assert line.startswith("export=hf: GraniteForCausalLM: transformers has no sequence-classification model")
+    (tmp_path / "bad.jinja").write_text("{% for")
+    assert "not jinja" in refused_early(*good, f"chat_template={tmp_path}/bad.jinja", "export=hf")
+    (tmp_path / "file").write_text("")
+    line = refused_early(*good, f"local_run_dir={tmp_path}/file/run", "export=hf")
+    assert "cannot be written" in line and "local_dirs" in line
+    (tmp_path / "run/hf").mkdir(parents=True)
+    line = refused_early(*good, f"local_run_dir={tmp_path}/run", "export=hf")
+    assert line == f"export=hf: {tmp_path}/run/hf is there already and no model's folder; move it away"
