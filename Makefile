@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torture lint clean
+.PHONY: demo test torture families lint clean
 
 demo: $(VENV)/run
 	$(BIN)/python demo/run.py
@@ -14,6 +14,10 @@ test: $(VENV)/dev lint
 # Some minutes of kills, faults and full disks; what came of it is in benchmarks/results/torture.md.
 torture: $(VENV)/dev
 	$(BIN)/python tests/torture.py --report benchmarks/results/torture.md
+
+# All model families through SFT, DPO, reward and export, a few steps each: some minutes. The table stands in docs/models.md.
+families: $(VENV)/dev
+	$(BIN)/python tests/run_families.py --report docs/models.md
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+transformers.utils.logging.disable_progress_bar()
 
 TOKENIZER = Path(__file__).parents[1] / "demo/tokenizer"
 VOCABULARY = 2048  # of the embeddings; the tokenizer has 2,000 tokens
