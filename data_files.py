@@ -2,6 +2,7 @@
 
 Our own readers, because every mistake is to name the file, the line or row, and the field.
 `open_source` finds the files of a split; `Source.rows()` yields a `RawRow` each, whose methods check its fields.
+A message keeps every field that its row gives it: what a chat template renders of them is not known here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from utils import UserError, rank
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Text = str | Messages
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
@@ -32,7 +34,31 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".cs
 # The first of a split's prefixes that any file has wins, so that `validation*` counts as test only beside no `test*`.
 SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "validation", "valid", "eval", "dev")}
 LONGEST_LINE = 2**24  # bytes of a row
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of what every template calls so
+PART = {"text", "input_text", "output_text"}  # types of a content part that is text
+
+OnBad = Callable[[UserError], None]  # what to do with a row that cannot be read
+
+
+class Message(dict[str, Any]):
+    """A turn: role, content (a string), and whatever else its row says of it; it knows where it stands."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str, field: str):
+        super().__init__(fields)
+        self._where, self._field = where, field
+
+    def replaced(self, fields: Mapping[str, Any]) -> Message:
+        return Message({**self, **fields}, self._where, self._field)
+
+    def without(self, *names: str) -> Message:
+        return Message({k: v for k, v in self.items() if k not in names}, self._where, self._field)
+
+
+def place_of(message: Mapping[str, Any], source: str, i: int) -> tuple[str, str]:
+    """(file and line, field) of the i-th message of a conversation from `source`, for an error."""
+    if isinstance(message, Message):
+        return message._where, message._field
+    return source, f"messages[{i}]"
 
 
 class RawRow(NamedTuple):
@@ -42,6 +68,8 @@ class RawRow(NamedTuple):
     file: str
     number: int
     unit: str  # "line" or "row"
+    roles: Mapping[str, str] = ROLES  # a role in the file -> what the chat template is to call it
+    arrow: bool = False  # of a table where every struct has the fields of all others, null where they were absent
 
     @property
     def source(self) -> str:
@@ -51,8 +79,12 @@ class RawRow(NamedTuple):
     def names(self) -> str:
         return ", ".join(map(str, self.fields))
 
+    @property
+    def where(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
     def error(self, problem: str, fix: str) -> UserError:
-        return UserError(f"{self.file}, {self.unit} {self.number}: {problem}; {fix}")
+        return UserError(f"{self.where}: {problem}; {fix}")
 
     def value(self, field: str) -> Any:
         if field not in self.fields:
@@ -76,29 +108,62 @@ class RawRow(NamedTuple):
         return value
 
     def text_or_messages(self, field: str) -> Text:
-        value = self.value(field)
-        return self.messages(field) if isinstance(value, list | dict) else self.check_text(value, field)
+        return self.check_text_or_messages(self.value(field), field)
+
+    def check_text_or_messages(self, value: Any, field: str) -> Text:
+        return self.check_messages(value, field) if isinstance(value, list | dict) else self.check_text(value, field)
 
     def messages(self, field: str) -> Messages:
-        """A list of {role, content} or ShareGPT {from, value}, or one of them alone, as {role, content}."""
-        value = self.value(field)
-        turns = [value] if isinstance(value, dict) else value
+        return self.check_messages(self.value(field), field)
+
+    def check_messages(self, value: Any, field: str) -> Messages:
+        """A list of {role, content} or ShareGPT {from, value}, one of them alone, or lists of roles and contents."""
+        turns = _transposed(value) if isinstance(value, dict) else value
         if not isinstance(turns, list) or not turns:
-            raise self.error(f"field '{field}' is {describe(value)}, not a list of messages", "mend or remove it")
+            raise self.error(f"field '{field}' is {describe(value)}, not a list of messages", "correct or remove it")
         return [self._message(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
 
-    def _message(self, turn: Any, field: str) -> dict[str, str]:
-        keys = next((k for k in MESSAGE_KEYS if isinstance(turn, dict) and turn.keys() >= set(k)), None)
-        if keys is None:
+    def turn(self, role: str, text: str, field: str) -> Message:
+        """The text of a field as a turn."""
+        return Message({"role": role, "content": text}, self.where, field)
+
+    def _message(self, turn: Any, field: str) -> Message:
+        keys = next((k for k in MESSAGE_KEYS if isinstance(turn, dict) and k[0] in turn), MESSAGE_KEYS[0])
+        role_key, content_key = keys
+        more = {}
+        if isinstance(turn, dict):  # null: absent, as Parquet writes it into every message where one has the field
+            more = {str(k): v for k, v in turn.items() if k not in keys and v is not None}
+        if not isinstance(turn, dict) or role_key not in turn or not (content_key in turn or any(more.values())):
             raise self.error(
                 f"field '{field}' is {describe(turn)}, not a message", "write {role, content} or {from, value}"
             )
-        role = turn[keys[0]]
-        if not isinstance(role, str) or role not in ROLES:
-            raise self.error(
-                f"field '{field}.{keys[0]}' is {describe(role)}, not a known role", f"use one of {', '.join(ROLES)}"
-            )
-        return {"role": ROLES[role], "content": self.check_text(turn[keys[1]], f"{field}.{keys[1]}")}
+        role, content = turn[role_key], turn.get(content_key)
+        if not isinstance(role, str) or not role.strip():
+            raise self.error(f"field '{field}.{role_key}' is {describe(role)}, not a role", "write user, assistant, ...")
+        if content is None and any(more.values()):  # a tool call, say
+            content = ""
+        if isinstance(content, list):
+            content = "".join(self._part(part, f"{field}.{content_key}[{i}]") for i, part in enumerate(content))
+        content = self.check_text(content, f"{field}.{content_key}")
+        return Message({"role": self.roles.get(role, role), "content": content, **more}, self.where, field)
+
+    def _part(self, part: Any, field: str) -> str:
+        """The text of a content part."""
+        if isinstance(part, str):
+            return self.check_text(part, field)
+        kind = part.get("type") or "text" if isinstance(part, dict) else None
+        if kind in PART:
+            return self.check_text(part.get("text"), f"{field}.text")
+        what = describe(part) if kind is None else f"a part of type {shorten(kind)}"
+        raise self.error(f"field '{field}' is {what}, and only text is read", f"remove the part, or the {self.unit}")
+
+
+def _transposed(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """One message as a list of it; {role: [...], content: [...]}, as some files hold a dialogue, as its messages."""
+    columns = list(value.values())
+    if columns and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+        return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+    return [value]
 
 
 def describe(value: Any) -> str:
@@ -123,6 +188,7 @@ class Source(NamedTuple):
     rows: Callable[[], Iterator[RawRow]]
     whole: bool  # both splits are in here, and the caller has to take its share
     version: tuple | None  # changes when the rows do: path, size and time of each file, or the hub's fingerprint; None: unknown
+    taken: str = ""  # which split it is, where the folder has several of a kind
 
     def held_out(self, prompts: Callable[[], Iterable[str]], how: Hashable, share: float) -> np.ndarray:
         """`held_out` of this source's rows, once per process; `how` says how `prompts` makes prompts of the rows."""
@@ -163,11 +229,29 @@ def files_version(files: Iterable[Path]) -> tuple:
     return tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 
-def open_source(path: str | Path, split: str, data_dir: str | None = None) -> Source:
+Fits = Callable[[Mapping[str, Callable[[], RawRow | None]]], list[str]]
+
+
+class Choice(NamedTuple):
+    """How to choose where a folder has several splits of a kind, such as train_prefs and train_sft."""
+
+    names: Mapping[str, str]  # "train" or "test" -> the split to read
+    fits: Fits  # split -> its first row: those that serve
+
+
+def open_source(
+    path: str | Path,
+    split: str,
+    data_dir: str | None = None,
+    choice: Choice | None = None,
+    on_bad: OnBad | None = None,
+) -> Source:
     """The file, the folder's files of this split, or the folder written by `datasets.save_to_disk`.
 
     In a folder: the files whose names start with the split's name, at any depth (under `data_dir`, if there is such a
-    subfolder). `whole` when it's one file, or a folder that has files of only one of the two splits.
+    subfolder). `whole` when it's one file, or a folder that has files of only one of the two splits. Names that differ
+    in more than a shard's number (train_prefs, train_sft) are different splits, of which `choice` takes one; all of
+    them only where `choice` is None. A row that cannot be read goes to `on_bad`; None: it ends the reading.
     """
     if split not in SPLIT_PREFIXES:
         raise UserError(f"split '{split}' of {path}: local files have a 'train' and a 'test' split; name one of them")
@@ -177,19 +261,23 @@ def open_source(path: str | Path, split: str, data_dir: str | None = None) -> So
     if not root.is_file() and not root.is_dir():
         raise UserError(f"{path}: not a file or folder, but a pipe or device; write the rows to a file")
     if root.is_file():
-        return Source(lambda: read_file(root), whole=True, version=files_version([root]))
+        return Source(lambda: read_file(root, on_bad), whole=True, version=files_version([root]))
     if data_dir and (root / data_dir).is_dir():
         root = root / data_dir
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        return _saved_to_disk(root, split)
+        return _saved_to_disk(root, split, choice)
     files = sorted(f for f in root.rglob("*") if _is_data_file(f.relative_to(root)))
     chosen = {name: _of_split([f.name for f in files], name) for name in SPLIT_PREFIXES}
     if not any(chosen.values()):
         found = ", ".join(f.name for f in files[:3]) or "no data file"
         raise UserError(f"{path}: the folder has no train* or test* file (found: {found}); give the file itself")
     whole = not all(chosen.values())
-    paths = [f for f in files if f.name in (chosen[split] or next(filter(None, chosen.values())))]
-    return Source(lambda: chain.from_iterable(map(read_file, paths)), whole, files_version(paths))
+    names = chosen[split] or next(filter(None, chosen.values()))
+    first = lambda names: next(chain.from_iterable(map(read_file, [f for f in files if f.name in names])), None)
+    names, taken = _one_split(names, split, choice, first, str(path))
+    paths = [f for f in files if f.name in names]
+    rows = lambda: chain.from_iterable(read_file(file, on_bad) for file in paths)
+    return Source(rows, whole, files_version(paths), taken)
 
 
 def _is_data_file(path: Path) -> bool:
@@ -201,41 +289,118 @@ def _of_split(names: Iterable[str], split: str) -> list[str]:
     return next(filter(None, ([n for n in names if n.startswith(p)] for p in SPLIT_PREFIXES[split])), [])
 
 
-def _saved_to_disk(folder: Path, split: str) -> Source:
+SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+([-_][0-9a-f]{16})?)?$")
+
+
+def split_name(file: str) -> str:
+    """The split of which a file holds all rows or some.
+
+    >>> [split_name(f) for f in ("train-00000-of-00002.parquet", "train_1.jsonl.gz", "train_sft-00000-of-00001.parquet")]
+    ['train', 'train', 'train_sft']
+    """
+    suffix = max((s for s in SUFFIXES if file.lower().endswith(s)), key=len, default="")
+    stem = file[: len(file) - len(suffix)]
+    return SHARD.sub("", stem) or stem
+
+
+def _one_split(
+    names: list[str],
+    split: str,
+    choice: Choice | None,
+    first: Callable[[list[str]], RawRow | None],
+    path: str,
+) -> tuple[list[str], str]:
+    """Of these names of files or splits, those of the one split that is read. -> (names, what to say of the choice)"""
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        splits.setdefault(split_name(name), []).append(name)
+    wanted = None if choice is None else choice.names.get(split)
+    if choice is None or (len(splits) == 1 and wanted is None):
+        return names, ""
+    listed = ", ".join(sorted(splits))
+    if wanted is not None and wanted not in splits:
+        raise UserError(f"split_names.{split}={wanted}: {path} has no such split; it has {listed}")
+    same = "" if wanted else _beside(choice.names, split, splits)
+    fits = [wanted or same] if wanted or same else choice.fits({s: partial(first, splits[s]) for s in splits})
+    if len(fits) != 1:
+        fix = f"choose one with split_names='{{{split}: {sorted(splits)[0]}}}', or give its file itself"
+        raise UserError(f"{path}: the folder has several {split} splits, {listed}; {fix}")
+    others = ", ".join(s for s in sorted(splits) if s != fits[0])
+    return splits[fits[0]], fits[0] + (f" (not {others})" if others else "")
+
+
+def _beside(names: Mapping[str, str], split: str, splits: Iterable[str]) -> str:
+    """The split that is called as the one chosen for the other kind is: test_prefs beside train_prefs. "": none."""
+    other = "train" if split == "test" else "test"
+    if other not in names:
+        return ""
+    suffix = next((names[other].removeprefix(p) for p in SPLIT_PREFIXES[other] if names[other].startswith(p)), "")
+    return next((s for s in splits for p in SPLIT_PREFIXES[split] if s == p + suffix), "")
+
+
+def _saved_to_disk(folder: Path, split: str, choice: Choice | None) -> Source:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
     parts = saved if isinstance(saved, dict) else {"train": saved}
     chosen = {name: _of_split(parts, name) for name in SPLIT_PREFIXES}
     names = chosen[split] or next(filter(None, chosen.values()), list(parts))
+    rows_of = lambda name: _of_table(parts[name], f"{folder}/{name}")
+    names, taken = _one_split(names, split, choice, lambda names: next(rows_of(names[0]), None), str(folder))
     return Source(
-        lambda: chain.from_iterable(number(parts[name], f"{folder}/{name}") for name in names),
+        lambda: chain.from_iterable(map(rows_of, names)),
         whole=not all(chosen.values()),
-        version=files_version(sorted(f for f in folder.rglob("*") if f.is_file())),
+        version=files_version(sorted(f for f in folder.rglob("*") if f.is_file())) + tuple(names),
+        taken=taken,
     )
 
 
-def number(rows: Iterable[Any], file: str) -> Iterator[RawRow]:
+def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table, less what is null below its columns.
+
+    >>> without_nulls({"a": None, "b": [{"c": None, "d": 1}]})
+    {'a': None, 'b': [{'d': 1}]}
+    """
+    return {name: _present(value) for name, value in fields.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _present(each) for name, each in value.items() if each is not None}
+    return [_present(each) for each in value] if isinstance(value, list) else value
+
+
+def number(rows: Iterable[Any], file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
     """Rows in memory or in Arrow as RawRows, numbered from 1. Raises UserError for a row that isn't an object."""
     for n, fields in enumerate(rows, 1):
-        yield _object(fields, file, n, "row")
+        yield from _object(fields, file, n, "row", on_bad)
 
 
-def _object(fields: Any, file: str, n: int, unit: str) -> RawRow:
+def _of_table(rows: Iterable[Any], file: str) -> Iterator[RawRow]:
+    return (row._replace(arrow=True) for row in number(rows, file))
+
+
+def _object(fields: Any, file: str, n: int, unit: str, on_bad: OnBad | None) -> Iterator[RawRow]:
     row = RawRow(fields, file, n, unit)
-    if not isinstance(fields, dict):
-        raise row.error(f"the row is {describe(fields)}, not an object", 'write {"prompt": ..., ...}')
-    return row
+    if isinstance(fields, dict):
+        yield row
+    else:
+        _refuse(row.error(f"the row is {describe(fields)}, not an object", 'write {"prompt": ..., ...}'), on_bad)
 
 
-def read_file(path: Path) -> Iterator[RawRow]:
-    """The file's rows, in order. Raises UserError at the first that can't be read, and for a file without rows."""
+def read_file(path: Path, on_bad: OnBad | None = None) -> Iterator[RawRow]:
+    """The file's rows, in order. Raises UserError at the first that can't be read, and for a file without rows.
+
+    With `on_bad`, a line that is no row goes there, and the next one is read; what spoils the whole file still raises.
+    """
     name = path.name.lower().removesuffix(".gz")
     reader = next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
     if reader is None:
         raise UserError(f"{path}: can't tell its format; name it as one of {', '.join(SUFFIXES)}")
-    rows = reader(path) if reader is _read_parquet else _read_bytes(path, reader)
+    rows = reader(path) if reader is _read_parquet else _read_bytes(path, partial(reader, on_bad=on_bad))
     first = next(rows, None)
+    if first is None and on_bad:  # all of them were bad, perhaps
+        return
     if first is None:
         raise UserError(f"{path}: the file is empty; it needs at least one row")
     yield first
@@ -255,8 +420,11 @@ def _read_bytes(path: Path, reader: Callable[[BinaryIO, str], Iterator[RawRow]])
             raise UserError(f"{path}: the gzip file is damaged or cut short ({error}); copy it again") from None
 
 
-def _lines(stream: BinaryIO, file: str, longest: int = -1) -> Iterator[str]:
-    """The lines, decoded one at a time so that an error can say where; the byte-order mark is dropped."""
+def _lines(stream: BinaryIO, file: str, longest: int = -1, on_bad: OnBad | None = None) -> Iterator[str]:
+    """The lines, decoded one at a time so that an error can say where; the byte-order mark is dropped.
+
+    What cannot be decoded goes to `on_bad`, where there is one, and leaves an empty line.
+    """
     for n, line in enumerate(iter(partial(stream.readline, longest), b""), 1):
         if len(line) == longest:  # which a small gzip file can hold, and no memory
             raise UserError(f"{file}, line {n}: longer than {longest:,} bytes, which no row is; end each row with a line break")
@@ -264,20 +432,30 @@ def _lines(stream: BinaryIO, file: str, longest: int = -1) -> Iterator[str]:
             yield line.decode("utf-8-sig" if n == 1 else "utf-8")
         except UnicodeDecodeError as error:
             what = f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) isn't UTF-8"
-            raise UserError(f"{file}, line {n}: {what}; save the file as UTF-8") from None
+            _refuse(UserError(f"{file}, line {n}: {what}; save the file as UTF-8"), on_bad)
+            yield "\n"
 
 
-def _read_jsonl(stream: BinaryIO, file: str) -> Iterator[RawRow]:
-    lines = enumerate(_lines(stream, file, LONGEST_LINE), 1)
+def _refuse(error: UserError, on_bad: OnBad | None) -> None:
+    if on_bad is None:
+        raise error from None
+    on_bad(error)
+
+
+def _read_jsonl(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
+    lines = enumerate(_lines(stream, file, LONGEST_LINE, on_bad), 1)
     for n, line in lines:
         if not line.strip():
             continue
         value, problem = _parse(line)
+        if problem and on_bad:
+            on_bad(UserError(f"{file}, line {n}: not valid JSON: {problem}; write one object a line"))
+            continue
         if problem:
             n_more = sum(bool(rest.strip() and _parse(rest)[1]) for _, rest in lines)
             more = and_more(n_more, "line")
             raise UserError(f"{file}, line {n}: not valid JSON: {problem}; write one object a line{more}")
-        yield _object(value, file, n, "line")
+        yield from _object(value, file, n, "line", on_bad)
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -305,14 +483,14 @@ def and_more(n: int, unit: str) -> str:
     return f" (and {n:,} more {unit}{'s' if n > 1 else ''} with problems)" if n else ""
 
 
-def _read_json(stream: BinaryIO, file: str) -> Iterator[RawRow]:
+def _read_json(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
     """A list of rows, {"data": [rows]}, or JSON lines under the name .json, as SHP's own files are."""
     text = "".join(_lines(stream, file))
     if not text.strip():
         return
     first = text.lstrip().partition("\n")[0]
     if first.startswith("{") and "data" not in (_parse(first)[0] or ["data"]):
-        yield from _read_jsonl(io.BytesIO(text.encode()), file)
+        yield from _read_jsonl(io.BytesIO(text.encode()), file, on_bad)
         return
     try:
         rows = JSON.decode(text)
@@ -324,13 +502,19 @@ def _read_json(stream: BinaryIO, file: str) -> Iterator[RawRow]:
         rows = rows["data"]
     if not isinstance(rows, list):
         raise UserError(f'{file}: the file holds {describe(rows)}; write a list of rows, or {{"data": [rows]}}')
-    yield from number(rows, file)
+    yield from number(rows, file, on_bad)
 
 
-def _read_csv(stream: BinaryIO, file: str) -> Iterator[RawRow]:
-    """The header names the fields; a row is called by its first line, for quoted cells may hold line breaks."""
+def _read_csv(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
+    """The header names the fields; a row is called by its first line, for quoted cells may hold line breaks.
+
+    Cells stand apart by a comma, or by the semicolon or tab that parts the header where no comma does.
+    """
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
-    reader = csv.reader(_lines(stream, file), strict=True)
+    lines = _lines(stream, file, on_bad=on_bad)
+    first = next(lines, "")
+    delimiter = max(",;\t", key=lambda mark: (mark == "," and mark in first, first.count(mark)))
+    reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     while True:
         n = reader.line_num + 1
@@ -349,7 +533,8 @@ def _read_csv(stream: BinaryIO, file: str) -> Iterator[RawRow]:
             continue
         if len(cells) != len(header):
             problem = f"the row has {len(cells)} cells, the header {len(header)}"
-            raise UserError(f"{file}, line {n}: {problem}; quote cells that hold commas or line breaks")
+            _refuse(UserError(f"{file}, line {n}: {problem}; quote cells that hold commas or line breaks"), on_bad)
+            continue
         yield RawRow(dict(zip(header, cells, strict=True)), file, n, "line")
 
 
@@ -361,7 +546,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         gzipped = path.name.lower().endswith(".gz")  # Parquet is read from its end, so the whole file is unpacked first
         with pyarrow.parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if gzipped else path) as table:
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
-            yield from number(chain.from_iterable(batches), str(path))
+            yield from _of_table(chain.from_iterable(batches), str(path))
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         problem = str(error).partition("\n")[0][:80]
         raise UserError(f"{path}: not a readable parquet file ({problem}); write it again") from None

@@ -2,7 +2,7 @@
 
 `form_of` recognises the form from the first row's fields, and `read_rows` holds every row to it. Strings are used exactly as they
 stand (prompt "abc", response " def"); where something has to set the turns apart, a row becomes chat messages.
-A new form is one function with `@form`.
+What no form reads goes with the row, for a chat template may. A new form is one function with `@form`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from contextvars import ContextVar
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from data_files import Messages, RawRow, Text, and_more, describe, shorten
+from data_files import ROLES, Fits, Message, Messages, OnBad, RawRow, Text, and_more, describe, shorten, without_nulls
 from utils import UserError
 
 ASSISTANT = "\n\nAssistant:"
 PROMPTS_DIFFER = "prompts of the pair differ"
+UNTRAINED = "no answer with a weight above 0"
+BEHIND = "turns behind the last answer"
 TRANSCRIPTS = "chosen / rejected, each a whole dialogue"
 EQUAL_SCORES = "equal scores"
 
@@ -32,6 +34,37 @@ class Row(NamedTuple):
     sft_target: Text | None
     source: str  # "my.jsonl:17": a line (jsonl, csv) or a row, from 1; "hh:123": the 123rd prompt of the split
     scores: list[float] | None = None  # of the responses, one each, where they're known
+    more: Mapping[str, Any] | None = None  # fields that no form reads, such as tools; a chat template may
+
+
+class Fields(Mapping[str, Any]):
+    """A row's fields, which remembers those that were read."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        self._fields = fields
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._fields[name]
+        self._read.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def unread(self) -> dict[str, Any]:
+        """Those that say anything: not null, nor empty."""
+        return {k: v for k, v in self._fields.items() if k not in self._read and not is_empty(v)}
+
+
+def is_empty(value: Any) -> bool:
+    return value in (None, "", "[]", "{}", [], {})
 
 
 counted: ContextVar[Counter[str] | None] = ContextVar("counted", default=None)  # get_dataset's; None: nobody counts
@@ -74,7 +107,18 @@ def form(name: str, *needs: str) -> Callable[[Callable[[RawRow], Row | None]], C
 
 
 # Fields that a form reads when they are there; with every form's `needs`, what `field_map` may name.
-OPTIONAL = ("system", "input", "output", "sft_target", "score_chosen", "score_rejected")
+OPTIONAL = ("system", "input", "output", "sft_target", "score_chosen", "score_rejected", "tools", "documents")
+# Roles that ask or inform; every other one answers. In lower case.
+ASKING = frozenset(
+    "user human prompter system developer tool function observation ipython environment tool_response function_response".split()  # noqa: SIM905
+)
+PAIR_NAMES = frozenset("prefs pref preference preferences dpo rm reward pairs comparison comparisons".split())  # noqa: SIM905
+SFT_NAMES = frozenset("sft instruct instruction instructions demonstrations".split())  # noqa: SIM905
+
+
+def answers(turn: Mapping[str, Any]) -> bool:
+    """Is this a turn that a model may be trained to write?"""
+    return turn["role"].lower() not in ASKING
 
 
 @form("prompt / chosen / rejected", "prompt", "chosen", "rejected")
@@ -92,17 +136,37 @@ def _instruction_pair(row: RawRow) -> Row | None:
     return _pair(row, _instruction(row), target="output")
 
 
+@form("question / chosen / rejected", "question", "chosen", "rejected")
+def _question_pair(row: RawRow) -> Row | None:
+    return _pair(row, _asked(row, "question"))
+
+
+@form("input / chosen / rejected", "input", "chosen", "rejected")
+def _input_pair(row: RawRow) -> Row | None:
+    return _pair(row, _asked(row, "input"))
+
+
+@form("input / preferred_output / non_preferred_output", "input", "preferred_output", "non_preferred_output")
+def _openai_pair(row: RawRow) -> Row | None:
+    """OpenAI's: `input` is {messages, tools, ...}."""
+    given = row.value("input")
+    within = given if isinstance(given, dict) and "messages" in given else {"messages": given}
+    field = "input.messages" if within is given else "input"
+    prompt = row.check_text_or_messages(within["messages"], field)
+    asked: Messages = [row.turn("user", prompt, field)] if isinstance(prompt, str) else prompt
+    pair = _pair(row, asked, "preferred_output", "non_preferred_output")
+    more = {k: v for k, v in within.items() if k != "messages" and not is_empty(v)}
+    return pair and pair._replace(more=more)
+
+
 @form(TRANSCRIPTS, "chosen", "rejected")
 def _transcript_pair(row: RawRow) -> Row | None:
     """Two whole dialogues, as HH transcripts or as messages, that differ in the last answer."""
-    chosen, rejected = row.text_or_messages("chosen"), row.text_or_messages("rejected")
-    if isinstance(chosen, list) or isinstance(rejected, list):
+    texts = {"chosen": row.text_or_messages("chosen"), **_several(row, "rejected")}
+    if any(isinstance(text, list) for text in texts.values()):
         return _pair(row, [])
-    (prompt, chosen), (other, rejected) = split_transcript(row, "chosen"), split_transcript(row, "rejected")
-    if prompt != other:
-        skipped(PROMPTS_DIFFER)
-        return None
-    return Row(prompt, [chosen, rejected], [(0, 1)], chosen, row.source, pair_scores(row))
+    halves = {field: _split_text(row, str(text), field) for field, text in texts.items()}
+    return _pair_of(row, halves, "chosen", "chosen")
 
 
 @form("prompt / responses / scores", "prompt", "responses", "scores")
@@ -112,7 +176,8 @@ def _scored(row: RawRow) -> Row:
         raise row.error(f"field 'responses' is {describe(responses)}, not a list of responses", "write at least one")
     texts: list[Text] = [row.check_text(response, f"responses[{i}]") for i, response in enumerate(responses)]
     if isinstance(prompt, list) or "system" in row.fields:
-        prompt, texts = _as_messages(row, prompt, "user"), [_as_messages(row, text, "assistant") for text in texts]
+        prompt = _as_messages(row, prompt, "user", "prompt")
+        texts = [_as_messages(row, text, "assistant", f"responses[{i}]") for i, text in enumerate(texts)]
     scores = check_scores(row, row.value("scores"), "scores", len(texts))
     return Row(prompt, texts, score_pairs(scores), texts[scores.index(max(scores))], row.source, scores)
 
@@ -125,28 +190,35 @@ def _stack_exchange_pair(row: RawRow) -> Row:
 
 
 @form("prompt / completion (SFT)", "prompt", "completion")
-def _completion(row: RawRow) -> Row:
+def _completion(row: RawRow) -> Row | None:
     return _sft(row, row.text_or_messages("prompt"), "completion")
 
 
 @form("prompt / response (SFT)", "prompt", "response")
-def _response(row: RawRow) -> Row:
+def _response(row: RawRow) -> Row | None:
     return _sft(row, row.text_or_messages("prompt"), "response")
 
 
 @form("messages (SFT)", "messages")
-def _sft_messages(row: RawRow) -> Row:
+def _sft_messages(row: RawRow) -> Row | None:
     return _sft(row, [], "messages")
 
 
 @form("conversations (SFT)", "conversations")
-def _sft_conversations(row: RawRow) -> Row:
+def _sft_conversations(row: RawRow) -> Row | None:
     return _sft(row, [], "conversations")
 
 
 @form("instruction + input / output (SFT)", "instruction", "output")
-def _sft_instruction(row: RawRow) -> Row:
+def _sft_instruction(row: RawRow) -> Row | None:
     return _sft(row, _instruction(row), "output")
+
+
+@form("text (SFT)", "text")
+def _sft_text(row: RawRow) -> Row | None:
+    """A whole text, all of which is trained on."""
+    text = row.text("text")
+    return Row("", [text], [], text, row.source)
 
 
 def hh_prompt(question: str) -> str:
@@ -155,7 +227,11 @@ def hh_prompt(question: str) -> str:
 
 def split_transcript(row: RawRow, field: str) -> tuple[str, str]:
     """An HH transcript as (all up to and including the last "\\n\\nAssistant:", the rest)."""
-    before, marker, response = row.text(field).rpartition(ASSISTANT)
+    return _split_text(row, row.text(field), field)
+
+
+def _split_text(row: RawRow, text: str, field: str) -> tuple[str, str]:
+    before, marker, response = text.rpartition(ASSISTANT)
     if not marker:
         raise row.error(f"field '{field}' holds no '\\n\\nAssistant:' to end the prompt", "add it, or a field 'prompt'")
     return before + marker, response
@@ -238,35 +314,57 @@ def _instruction(row: RawRow) -> Messages:
         raise row.error("field 'history' isn't read", "write the whole dialogue as messages")
     if row.fields.get("input"):  # absent, null and "" all mean none
         text += "\n\n" + row.text("input")
-    return [{"role": "user", "content": text}]
+    return [row.turn("user", text, "instruction")]
 
 
-def _as_messages(row: RawRow, text: Text, role: str) -> Messages:
+def _asked(row: RawRow, field: str) -> Messages:
+    """A question that stands apart from its answers: a user's turn."""
+    return _as_messages(row, row.text_or_messages(field), "user", field)
+
+
+def _as_messages(row: RawRow, text: Text, role: str, field: str) -> Messages:
     """A string as one turn of `role`; before a prompt stands the row's system field, if it has no system turn."""
-    turns = [{"role": role, "content": text}] if isinstance(text, str) else text
+    turns: Messages = [row.turn(role, text, field)] if isinstance(text, str) else text
     if role == "user" and row.fields.get("system") and not (turns and turns[0]["role"] == "system"):
-        return [{"role": "system", "content": row.text("system")}, *turns]
+        return [row.turn("system", row.text("system"), "system"), *turns]
     return turns
 
 
-def _pair(row: RawRow, prompt: Text, target: str = "sft_target") -> Row | None:
-    """chosen and rejected after `prompt`; SFT imitates the field `target` instead of chosen, if it's there."""
-    texts = {field: row.text_or_messages(field) for field in ("chosen", "rejected")}
+def _several(row: RawRow, field: str) -> dict[str, Text]:
+    """A response, or each of a list of them, by the field it stands in."""
+    value = row.value(field)
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        return {f"{field}[{i}]": row.check_text_or_messages(each, f"{field}[{i}]") for i, each in enumerate(value)}
+    return {field: row.check_text_or_messages(value, field)}
+
+
+def _pair(
+    row: RawRow, prompt: Text, chosen: str = "chosen", rejected: str = "rejected", target: str = "sft_target"
+) -> Row | None:
+    """chosen, and one or several rejected, after `prompt`; SFT imitates the field `target` instead of chosen, if it's there."""
+    texts = {chosen: row.text_or_messages(chosen), **_several(row, rejected)}
     if row.fields.get(target) is not None:
         texts[target] = row.text_or_messages(target)
     if all(isinstance(text, str) for text in (prompt, *texts.values())) and "system" not in row.fields:
-        prompts = dict.fromkeys(texts, prompt)
+        halves = {field: (prompt, text) for field, text in texts.items()}
     else:
-        before = _as_messages(row, prompt, "user")
+        before = _as_messages(row, prompt, "user", "prompt")
         halves = {field: _split_turns(row, before, text, field) for field, text in texts.items()}
-        prompts = {field: half[0] for field, half in halves.items()}
-        texts = {field: half[1] for field, half in halves.items()}
-    if prompts["chosen"] != prompts["rejected"]:
-        skipped(PROMPTS_DIFFER)
+    return _pair_of(row, halves, chosen, target if target in texts else chosen)
+
+
+def _pair_of(row: RawRow, halves: Mapping[str, tuple[Text, Text]], chosen: str, target: str) -> Row | None:
+    """The row of (prompt, response) by field; a rejected response after another prompt is skipped and counted."""
+    prompt = halves[chosen][0]
+    rejected = {field: half for field, half in halves.items() if field not in (chosen, target)}
+    responses = [response for other, response in rejected.values() if other == prompt]
+    if len(responses) < len(rejected):
+        skipped(PROMPTS_DIFFER, len(rejected) - len(responses))
+    if not responses:
         return None
-    responses = [texts["chosen"], texts["rejected"]]
-    sft_target = texts[target if target in texts else "chosen"]
-    return Row(prompts["chosen"], responses, [(0, 1)], sft_target, row.source, pair_scores(row))
+    pairs = [(0, i + 1) for i in range(len(responses))]
+    scores = pair_scores(row) if len(responses) == len(rejected) == 1 else None
+    return Row(prompt, [halves[chosen][1], *responses], pairs, halves[target][1], row.source, scores)
 
 
 def pair_scores(row: RawRow) -> list[float] | None:
@@ -281,32 +379,52 @@ def pair_scores(row: RawRow) -> list[float] | None:
     return None
 
 
-def _sft(row: RawRow, prompt: Text, field: str) -> Row:
-    """The response, or the last assistant turn of a dialogue, is the target."""
+def _sft(row: RawRow, prompt: Text, field: str) -> Row | None:
+    """The response is the target; of a dialogue, the last turn that answers and isn't marked as not to be trained."""
     target = row.messages(field) if prompt == [] else row.text_or_messages(field)
     if isinstance(prompt, list) or isinstance(target, list) or "system" in row.fields:
         if isinstance(target, list):
-            last = max((i for i, turn in enumerate(target) if turn["role"] == "assistant"), default=len(target))
-            target = target[: last + 1]
-        prompt, target = _split_turns(row, _as_messages(row, prompt, "user"), target, field)
+            places = [i for i, turn in enumerate(target) if answers(turn)]
+            trained = [i for i in places if not _unmarked(target[i])]
+            if places and not trained:
+                skipped(UNTRAINED)
+                return None
+            last = max(trained, default=len(target))
+            if target[last + 1 :]:
+                skipped(BEHIND, len(target[last + 1 :]))
+            target = [_less_mark(turn) for turn in target[: last + 1]]
+        prompt, target = _split_turns(row, _as_messages(row, prompt, "user", "prompt"), target, field)
     return Row(prompt, [target], [], target, row.source)
 
 
-def _split_turns(row: RawRow, prompt: Messages, response: Text, field: str) -> tuple[Messages, Messages]:
-    """(all turns before the last, [the last]), which is the assistant's.
+MARKS = ("weight", "train")  # of a turn: 0 or false where it is not to be trained
 
-    `response` may begin with the prompt's own turns, as in UltraFeedback; otherwise it goes on from them.
+
+def _unmarked(turn: Mapping[str, Any]) -> bool:
+    return any(turn.get(mark) in (0, False) and turn.get(mark) is not None for mark in MARKS)
+
+
+def _less_mark(turn: Mapping[str, Any]) -> Message:
+    """The turn without the marks that say yes or no; a weight in between is not used, and stays to be named."""
+    assert isinstance(turn, Message)
+    return turn.without(*(mark for mark in MARKS if turn.get(mark) in (0, 1)))
+
+
+def _split_turns(row: RawRow, prompt: Messages, response: Text, field: str) -> tuple[Messages, Messages]:
+    """(all turns before the last, [the last]), which is an answer.
+
+    `response` may begin with the prompt's own turns, as in UltraFeedback; otherwise it follows them.
     """
-    turns = _as_messages(row, response, "assistant")
+    turns = _as_messages(row, response, "assistant", field)
     system, before = prompt[: _n_system(prompt)], prompt[_n_system(prompt) :]
     own_system, after = turns[: _n_system(turns)], turns[_n_system(turns) :]
     if after[: len(before)] != before:
-        if not after or after[0]["role"] != "assistant":
+        if not after or after[0]["role"].lower() in ("user", "human", "system"):
             raise row.error(
                 f"field '{field}' begins with another prompt than the row's", "begin with the assistant's turn"
             )
         after = before + after
-    if not after or after[-1]["role"] != "assistant":
+    if not after or not answers(after[-1]):
         raise row.error(
             f"field '{field}' has no assistant's turn at its end", f"add the response, or remove the {row.unit}"
         )
@@ -328,17 +446,25 @@ def form_of(first: RawRow, field_map: Mapping[str, str] | None) -> Form:
     return recognise(_rename(first, field_map or {}))
 
 
-def read_rows(raw_rows: Iterable[RawRow], form_: Form, field_map: Mapping[str, str] | None = None) -> Iterator[Row]:
+def read_rows(
+    raw_rows: Iterable[RawRow],
+    form_: Form,
+    field_map: Mapping[str, str] | None = None,
+    role_map: Mapping[str, str] | None = None,
+    on_bad: OnBad | None = None,
+) -> Iterator[Row]:
     """One Row for each raw row, in order, less those that are skipped.
 
-    Raises UserError for the first row that can't be used, once all have been read: it says how many more there are.
+    A row that can't be used goes to `on_bad`. Without it, the first such row raises UserError once all have been read:
+    it says how many more there are.
     """
+    roles = ROLES | dict(role_map or {})
     problem: UserError | None = None
     n_problems = 0
     in_messages: bool | None = None
     for raw in raw_rows:
         try:
-            row = _convert(form_, _rename(raw, field_map or {}))
+            row = _convert(form_, _rename(raw, field_map or {})._replace(roles=roles))
             if row and in_messages is None:
                 in_messages = isinstance(row.prompt, list)
             if row and in_messages != isinstance(row.prompt, list):
@@ -346,6 +472,9 @@ def read_rows(raw_rows: Iterable[RawRow], form_: Form, field_map: Mapping[str, s
                 mixed = f"mixed forms: the file began with {before}, and field 'chosen' or 'prompt' here is {here}"
                 raise raw.error(mixed, "write all rows alike")
         except UserError as error:
+            if on_bad:
+                on_bad(error)
+                continue
             problem = problem or error
             n_problems += 1
         else:
@@ -400,7 +529,32 @@ def _convert(form_: Form, row: RawRow) -> Row | None:
             raise row.error(
                 f"no field '{field}' (the row has: {row.names}), but the file began as {form_.name}", "add it"
             )
-    return form_.convert(row)
+    fields = Fields(without_nulls(row.fields) if row.arrow else row.fields)
+    converted = form_.convert(row._replace(fields=fields))
+    return converted and converted._replace(more={**fields.unread(), **(converted.more or {})} or None)
+
+
+def fitting(pairs: bool | None, field_map: Mapping[str, str] | None = None) -> Fits:
+    """Which of a folder's splits serve a loss on pairs, or on single responses: by their form, then by their name.
+
+    `pairs` None: nobody knows what is needed, so all of them do.
+    """
+
+    def fits(splits: Mapping[str, Callable[[], RawRow | None]]) -> list[str]:
+        if pairs is None:
+            return list(splits)
+        single = {}
+        for name, first in splits.items():
+            with suppress(UserError):
+                row = first()
+                if row is not None:
+                    single[name] = form_of(row, field_map).sft
+        serve = [name for name in single if single[name] != pairs] or ([] if pairs else list(single))
+        wanted = PAIR_NAMES if pairs else SFT_NAMES
+        named = [name for name in serve if wanted & set(name.lower().replace("-", "_").replace(".", "_").split("_"))]
+        return named if len(named) == 1 else serve
+
+    return fits
 
 
 # ---- what a loader returns ----

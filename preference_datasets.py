@@ -21,7 +21,18 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from data_files import SUFFIXES, Messages, RawRow, Source, Text, describe, files_version, number, open_source
+from data_files import (
+    SUFFIXES,
+    Choice,
+    Messages,
+    RawRow,
+    Source,
+    Text,
+    describe,
+    files_version,
+    number,
+    open_source,
+)
 from data_forms import (
     FORMS,
     PROMPTS_DIFFER,
@@ -29,6 +40,7 @@ from data_forms import (
     check_loaded,
     check_scores,
     counted,
+    fitting,
     form_of,
     hh_prompt,
     read_rows,
@@ -61,6 +73,22 @@ class Hub(NamedTuple):
     config: str | None = None
 
 
+class Reading(NamedTuple):
+    """How own files are read; each field is the knob of that name in config.yaml, or what the loss needs."""
+
+    role_map: Mapping[str, str] | None = None  # the file's name of a role -> the chat template's
+    split_names: Mapping[str, str] | None = None  # "train" or "test" -> which split of a folder with several of a kind
+    bad_row: str = "stop"  # "stop" | "drop": what a row that cannot be used does
+    pairs: bool | None = None  # pairs are needed, or single responses; None: either
+
+    def choice(self, field_map: Mapping[str, str] | None = None) -> Choice:
+        return Choice(self.split_names or {}, fitting(self.pairs, field_map))
+
+
+READING = Reading()
+BAD_ROWS = "bad rows"
+
+
 @dataclass
 class DataSet:
     """A split of one data set, whose rows can be drawn once."""
@@ -69,10 +97,22 @@ class DataSet:
     eval_share: float
     rows: Iterator[Row]
     n_rows: int | None = None  # about how many there will be; known after the first, if at all
+    reading: Reading = READING
     # known when the rows are exhausted
     truncation: str = "keep_start"  # "keep_end" | "keep_start": which end of a long prompt survives
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> count
     form: str = ""  # one line: what was read and how it was understood
+    taken: str = ""  # which split of a folder with several, and which others there are
+    unused: Counter[str] = field(default_factory=Counter)  # field that nothing reads -> rows that have it
+    altered: Counter[str] = field(default_factory=Counter)  # what the chat template leaves out -> count
+    first_bad: str = ""  # the error of the first row that was dropped for it
+
+    def refuse(self, error: UserError) -> None:
+        """Raise the error of a row, or drop the row and count it, as `reading.bad_row` says."""
+        if self.reading.bad_row == "stop":
+            raise error
+        self.skipped[BAD_ROWS] += 1
+        self.first_bad = self.first_bad or str(error)
 
 
 class Loader(NamedTuple):
@@ -314,7 +354,9 @@ _hub_sets: dict[tuple, Any] = {}  # loaded once per process
 
 def _source(hub: Hub, split: str, path: str | None, cache_dir: str | None, silent: bool) -> Source:
     if path is not None:
-        return open_source(path, split, hub.data_dir)
+        source = open_source(path, split, hub.data_dir, _drawn.get().reading.choice())
+        _drawn.get().taken = source.taken
+        return source
     name = _drawn.get().name
     if hub.name is None:
         raise UserError(f"{name}: it isn't on the hub; set dataset_paths.{name}=/path/to/its/files")
@@ -340,18 +382,26 @@ def _source(hub: Hub, split: str, path: str | None, cache_dir: str | None, silen
 
 
 def get_dataset(
-    name: str, split: str, *, silent: bool = False, cache_dir: str | None = None, path: str | None = None,
-    field_map: Mapping[str, str] | None = None, eval_share: float,
-) -> DataSet:  # fmt: skip
+    name: str,
+    split: str,
+    *,
+    silent: bool = False,
+    cache_dir: str | None = None,
+    path: str | None = None,
+    field_map: Mapping[str, str] | None = None,
+    reading: Reading = READING,
+    eval_share: float,
+) -> DataSet:
     """The split of a registered data set (`path`: its local copy), or of the user's own file or folder `name`.
 
-    `field_map` is for own files: our name of a field -> the file's. `eval_share` is the test split's share of the prompts,
-    where the files don't have one. Raises UserError for unknown names and whatever the loaders and files get wrong.
+    `field_map` (our name of a field -> the file's) and `reading` are for own files. `eval_share` is the test split's
+    share of the prompts, where the files don't have one. Raises UserError for unknown names and whatever the loaders and
+    files get wrong.
     """
     if not 0 <= eval_share <= 1:
         raise UserError(f"eval_share={eval_share}: the share of prompts held out for evaluation lies in [0, 1]")
     name = resolve(name)
-    data = DataSet(name, eval_share, iter(()))
+    data = DataSet(name, eval_share, iter(()), reading=reading)
     if name in LOADERS:
         if field_map:
             raise UserError(f"field_map={dict(field_map)}: {name} has its own schema; use it with own files")
@@ -368,7 +418,9 @@ def get_dataset(
     return data
 
 
-def made_of(name: str, split: str, cache_dir: str | None, path: str | None) -> tuple[tuple, list[Path]] | None:
+def made_of(
+    name: str, split: str, cache_dir: str | None, path: str | None, choice: Choice | None = None
+) -> tuple[tuple, list[Path]] | None:
     """What decides about the rows of a data set: the version of what is read, and the files whose code reads it.
 
     None where that can't be known: a user's loader that declares no hub and is given no path may read anything.
@@ -376,7 +428,7 @@ def made_of(name: str, split: str, cache_dir: str | None, path: str | None) -> t
     version: tuple | None = None
     name = resolve(name)
     if name not in LOADERS:
-        version = open_source(name, split).version
+        version = open_source(name, split, choice=choice).version
         functions = [form_.convert for form_ in FORMS] + [loader.load for loader in LOADERS.values() if loader.fields]
     else:
         functions, hub = [LOADERS[name].load], LOADERS[name].hub
@@ -416,22 +468,31 @@ def _registered(data: DataSet, loader: Loader, split: str, silent, cache_dir, pa
 
 
 def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
-    source = open_source(data.name, split)
+    reading = data.reading
+    on_bad = None if reading.bad_row == "stop" else data.refuse
+    source = open_source(data.name, split, choice=reading.choice(field_map), on_bad=on_bad)
+    data.taken = source.taken
     first = next(source.rows(), None)
     if first is None:
-        raise UserError(f"{data.name}: the data set is empty; it needs at least one row")
+        why = f"no row can be used; the first: {data.first_bad}" if data.first_bad else "it needs at least one row"
+        raise UserError(f"{data.name}: the data set is empty; {why}")
     schema = next((known for known in LOADERS.values() if known.fields and known.fields <= first.fields.keys()), None)
     if schema and not field_map:
         yield from _registered(data, schema, split, silent, None, data.name)
         return
     form = form_of(first, field_map)
-    read = lambda: read_rows(source.rows(), form, field_map)
+
+    def read() -> Iterator[Row]:
+        data.skipped.clear()  # of a pass before: this one counts the same again
+        return read_rows(source.rows(), form, field_map, reading.role_map, on_bad)
+
     kept: Iterable[bool] = repeat(True)
     if source.whole:
-        keys = lambda: (json.dumps(row.prompt) for row in read())
-        kept = in_split = source.held_out(keys, json.dumps(dict(field_map or {})), data.eval_share) == (split == "test")
+        # rows without a prompt, of which each is a text of its own, are told apart by it
+        keys = lambda: (json.dumps(row.prompt or row.sft_target, default=str) for row in read())
+        how = json.dumps([dict(field_map or {}), dict(reading.role_map or {}), reading.bad_row])
+        kept = in_split = source.held_out(keys, how, data.eval_share) == (split == "test")
         data.n_rows = int(in_split.sum())
-        data.skipped.clear()  # that pass counted what the next one counts again
     n = n_kept = 0
     as_messages = False
     for row, mine in zip(read(), kept, strict=False):

@@ -20,9 +20,10 @@ import parallel
 import pipeline_datasets  # noqa: F401  registers its sets
 import splits
 from batching import Schedule
+from data_files import digest
 from examples import Examples, cases, concatenate, contradicted, seen_before, slices, view
 from losses import Loss
-from preference_datasets import LOADERS, get_dataset, made_of, resolve
+from preference_datasets import LOADERS, Reading, get_dataset, made_of, resolve
 from token_store import Recipe, TokenStore, find_or_make, fingerprint
 from token_text import continued, decode
 from tokenization import Example, TextRules, automatic_bos, template_text
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     skipped: Mapping[str, int]  # reason -> rows that the loader left out
     cases: Counter[str]  # case -> examples it applies to, before any rule
     n_prompts: int | None = None  # of all stages together, where data_split gives each its own
+    store: TokenStore | None = None  # which knows what was left out of the rows
 
 
 def load_examples(
@@ -54,19 +56,22 @@ def load_examples(
     wanted += [("test", name) for name in dict.fromkeys(map(resolve, config.eval_datasets if own_eval else config.datasets))]
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
-    for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares, keep), strict=True):
+    for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares, pairs, keep), strict=True):
         if split == "train" or own_eval:
             rank0_print(store.form)
         examples = view(store, pairs, rules, config.truncation_mode or store.truncation, bos)
+        if store.first_bad and not examples and split == "train":
+            raise UserError(f"datasets: no row of {name} can be used; the first: {store.first_bad}")
         if store.n_rows and not examples and (split == "train" or own_eval):
             missing = "preference pairs (chosen and rejected), which this loss needs" if pairs else "SFT targets"
             raise UserError(f"datasets: {name} holds no {missing}; its form: {store.form}")
         examples, n_prompts = _of_stage(examples, name, split, config)
-        parts[split][name] = Part(examples, store.skipped, Counter(), n_prompts)
+        parts[split][name] = Part(examples, store.skipped, Counter(), n_prompts, store)
 
     train, test = parts["train"], parts["test"]
     none = np.empty(0, np.uint64)
     held_out = np.unique(np.concatenate([none, *(part.examples.digest(0) for part in test.values())]))
+    held_out = held_out[held_out != digest("")]  # no prompt at all is none that could leak
     for name in dict.fromkeys([*train, *test]):
         for some, leaks in ((train, held_out), (test, none)):
             if name in some:
@@ -96,20 +101,31 @@ def _of_stage(examples: Examples, name: str, split: str, config: DictConfig) -> 
 
 def token_stores(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, rules: TextRules, wanted: list[tuple[str, str]],
-    shares: dict[str, float], keep: bool,
+    shares: dict[str, float], pairs: bool, keep: bool,
 ) -> list[TokenStore]:  # fmt: skip
     """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank maps the same files."""
     template = template_text(config.chat_template, f"chat_template={config.chat_template}")
     local_dir = get_local_dir(config.local_dirs)
+    bad_row = config.data_rules["bad_row"]
+    reading = Reading(plain(config.role_map), plain(config.split_names), bad_row, pairs)
 
     def make() -> list[tuple[str, bool]]:
         made, identity = [], fingerprint(tokenizer)
         for split, name in wanted:
             path, share = config.dataset_paths.get(name), shares[split]
             field_map = plain(config.field_map) if name not in LOADERS else {}
-            data = get_dataset(name, split, cache_dir=str(local_dir), path=path, field_map=field_map, eval_share=share)
-            inputs = made_of(name, split, str(local_dir), path)
+            data = get_dataset(
+                name,
+                split,
+                cache_dir=str(local_dir),
+                path=path,
+                field_map=field_map,
+                reading=reading,
+                eval_share=share,
+            )
+            inputs = made_of(name, split, str(local_dir), path, reading.choice(field_map))
             options = {"eval_share": share, "field_map": field_map, "path": path}
+            options |= {"role_map": reading.role_map, "bad_row": bad_row}
             recipe = Recipe(data, split, tokenizer, identity, rules, template, inputs, options)
             folder, kept = find_or_make(recipe, local_dir / "token_cache", keep)
             made.append((str(folder), kept))
@@ -170,7 +186,8 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
             if rules[case] == "drop":
                 keep[here] &= ~is_case
     if len(examples) and not keep.any():
-        raise UserError(f"datasets: data_rules leave no example of {name}: {dict(counts)} of {len(examples)}")
+        why = f"; {unused}" if (unused := unused_of([part])) else ""
+        raise UserError(f"datasets: data_rules leave no example of {name}: {dict(counts)} of {len(examples)}{why}")
     return part._replace(examples=examples if keep.all() else examples.select(keep), cases=counts)
 
 
@@ -200,18 +217,32 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
         add("  of all stages'", (part.n_prompts or 0 for part in parts), stage)
     add("prompt tokens", (int(some.lengths[:, 0].sum()) for some in examples))
     add("response tokens", (int(some.lengths[:, 1:].sum()) for some in examples))
+    stores = [part.store for part in parts if part.store]
+    taken = [store.taken for store in stores]
+    if any(taken):
+        rows.append(("split", *(name.partition(" ")[0] for name in taken), taken[0].partition(" ")[2]))
     for case, rule in rules.items():
         note = " (EOS lost)" if case == "response_truncated" else ""
         kept = {"strip": "kept, less the EOS", "keep": "kept"}[eos] if case == "eos_in_text" else "kept"
         add(f"  {case.replace('_', ' ')}{note}", (part.cases[case] for part in parts), kept if rule == "keep" else "dropped")
     for reason in sorted({reason for part in parts for reason in part.skipped}):
         add(f"  {reason}", (part.skipped.get(reason, 0) for part in parts), "not loaded")
+    for change in sorted({change for store in stores for change in store.altered}):
+        add(f"  {change}", (store.altered.get(change, 0) for store in stores), "kept, as rendered")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left, *right = widths[:-1]
-    return "\n".join(
+    lines = [
         "  ".join([f"{label:<{left}}", *(f"{x:>{w}}" for x, w in zip(numbers, right, strict=True)), rule]).rstrip()
         for label, *numbers, rule in rows
-    )
+    ]
+    first_bad = next((f"the first bad row: {store.first_bad}" for store in stores if store.first_bad), "")
+    return "\n".join([*lines, *(f"  {note}" for note in (first_bad, unused_of(parts)) if note)])
+
+
+def unused_of(parts: Iterable[Part]) -> str:
+    """The fields of the rows, and of their messages, that are not part of any text; "" where there are none."""
+    names = sorted({name or "(a column without a name)" for p in parts if p.store for name in p.store.unused})
+    return f"fields that neither the form nor the chat template reads: {', '.join(names)}" if names else ""
 
 
 def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

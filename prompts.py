@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ class Prompt(NamedTuple):
 
     text: Text
     source: str  # "my.jsonl:17", "hh:123", "english:1"
+    more: Mapping[str, Any] | None = None  # fields of its row that the chat template may read
 
 
 def built_in(language: str) -> list[Prompt]:
@@ -75,20 +76,21 @@ def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
         if isinstance(text, list) and text[-1]["role"] != "user":
             raise row.error(f"the last message of field '{field}' is the {text[-1]['role']}'s", "end with the user's")
         rendered = isinstance(text, list) or raw or text.endswith("Assistant:")
-        yield Prompt(text if rendered else user_turn(str(text)), row.source)
+        more = {name: value for name, value in row.fields.items() if name != field}
+        yield Prompt(text if rendered else user_turn(str(text)), row.source, more or None)
 
 
 def of_dataset(name: str, split: str, path: str | None, eval_share: float, cache_dir: str) -> Iterator[Prompt]:
     """As a run trains on them: strings as they stand, or messages."""
     for row in get_dataset(name, split, path=path, eval_share=eval_share, cache_dir=cache_dir).rows:
-        yield Prompt(row.prompt, row.source)
+        yield Prompt(row.prompt, row.source, row.more)
 
 
 def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]:
     """Each text once; `n` of them, drawn with `seed`, in their own order. None: all. UserError where there are none."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
-        first.setdefault(json.dumps(prompt.text), prompt)
+        first.setdefault(json.dumps(prompt.text, default=str), prompt)
     unique = list(first.values())
     if not unique:
         raise UserError("there are no prompts; see --eval-share, --split and --prompts")
@@ -108,4 +110,4 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, add_bos: bool, long
 
 def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """What the model reads."""
-    return render(prompt.text, [], tokenizer, template, prompt.source)[0]
+    return render(prompt.text, [], tokenizer, template, prompt.source, prompt.more)[0]

@@ -25,7 +25,7 @@ from commands import Parser, new_file, write_jsonl
 from intervals import Interval, calibration, length_buckets, wilson
 from judges import Endpoint, Verdicts
 from opening import Found, find_model
-from preference_datasets import LOADERS, Row, get_dataset, resolve
+from preference_datasets import LOADERS, Reading, Row, get_dataset, resolve
 from sample_files import read_answers, read_ranked
 from score_plots import draw_calibration, draw_scores
 from scorers import Scored, Scorer, knobs_of, load_scorer
@@ -182,12 +182,26 @@ def pairs(options: argparse.Namespace) -> None:
 def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
     """The pairs of a data set, a row each, and which end of its long prompts survives."""
     paths = plain(config.dataset_paths) | {resolve(given): path for given, path in options.dataset_path}
-    fields = dict(options.field) or (plain(config.field_map) if name in (config.get("datasets") or []) else None)
+    known = name in (config.get("datasets") or [])  # the run's own files are read as the run read them
+    fields = dict(options.field) or (plain(config.field_map) if known else None)
+    roles, splits = (plain(config.get(knob)) if known else None for knob in ("role_map", "split_names"))
+    bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if known else "stop"
+    reading = Reading(roles, splits, bad_row, pairs=True)
     cache_dir = str(get_local_dir(config.local_dirs))
     share = config.eval_share
-    data = get_dataset(name, options.split, path=paths.get(name), field_map=fields, eval_share=share, cache_dir=cache_dir)
+    data = get_dataset(
+        name,
+        options.split,
+        path=paths.get(name),
+        field_map=fields,
+        reading=reading,
+        eval_share=share,
+        cache_dir=cache_dir,
+    )
     every = ((row, row.responses[i], row.responses[j]) for row in data.rows for i, j in row.pairs)
-    rows = [Row(row.prompt, [chosen, rejected], [(0, 1)], None, row.source) for row, chosen, rejected in every]
+    rows = [
+        Row(row.prompt, [chosen, rejected], [(0, 1)], None, row.source, more=row.more) for row, chosen, rejected in every
+    ]
     print(data.form)
     if not rows:
         raise UserError(f"{name}: no pairs (chosen and rejected) in its {options.split} split; see --split and --eval-share")

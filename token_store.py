@@ -25,13 +25,14 @@ import data_files
 import data_forms
 import pipeline_datasets
 import preference_datasets
+import rendering
 import token_text
 import tokenization
 from preference_datasets import DataSet
 from tokenization import HH_TEMPLATE, Chunk, TextRules, automatic_bos, encode
 from utils import UserError, rank0_print, sync_directory
 
-LAYOUT = 3  # of the files below; another number makes every store anew
+LAYOUT = 4  # of the files below; another number makes every store anew
 COLUMNS = {
     "ids": (),  # [tokens] of all texts, uint16 if the vocabulary allows, else int32
     "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
@@ -74,6 +75,8 @@ class TokenStore:
                 setattr(self, name, column)
             self.name, self.split, self.form, self.truncation = meta["name"], meta["split"], meta["form"], meta["truncation"]
             self.n_rows, self.skipped, self.files = meta["n_rows"], meta["skipped"], meta["files"]
+            self.taken, self.unused, self.altered = meta["taken"], meta["unused"], meta["altered"]
+            self.first_bad = meta["first_bad"]
             self.checksums = {name: checksum for name, (_, _, checksum) in meta["columns"].items()}
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
@@ -147,7 +150,15 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
         return None
     read, code = recipe.inputs
     tokenizer, rules = recipe.tokenizer, recipe.rules
-    modules = (data_files, data_forms, preference_datasets, pipeline_datasets, token_text, tokenization)
+    modules = (
+        data_files,
+        data_forms,
+        preference_datasets,
+        pipeline_datasets,
+        rendering,
+        token_text,
+        tokenization,
+    )
     ours = [Path(str(module.__file__)) for module in modules]
     made_of = {
         "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,
@@ -206,7 +217,8 @@ def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict
                     n[name] += len(array)
         meta = {
             "name": data.name, "split": recipe.split, "form": data.form, "truncation": data.truncation, "n_rows": n_rows,
-            "skipped": data.skipped, "files": list(files), "recipe": made_of,
+            "skipped": data.skipped, "taken": data.taken, "unused": data.unused, "altered": data.altered,
+            "first_bad": data.first_bad, "files": list(files), "recipe": made_of,
             "columns": {c: (dtypes[c], n[c], checksums[c].hexdigest()) for c in COLUMNS},
         }  # fmt: skip
         with _writing(folder):

@@ -6,7 +6,7 @@ Lengths are in tokens. An example has a prompt of P tokens and k responses (1 fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from math import nan
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data_files import digest
+from data_files import Message, digest
 from preference_datasets import DataSet, Row, Text
+from rendering import ChatTemplate
 from token_text import encode_rows
 from utils import UserError, rank
 
@@ -63,20 +64,26 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
 
     A prompt's ids are the same for all of its responses, and those of prompt + response decode to exactly these texts (see
     token_text.encode_rows); a text for which that cannot be is marked CHANGED. `template` renders message lists (see `render`).
+    A row that the template does not take is refused as `data` says. When all are drawn, `data` knows which fields nothing reads.
     """
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
         raise UserError(f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its tokenizer_config.json")
+    chat = ChatTemplate(tokenizer, _chosen(tokenizer, template))
     rows = list(islice(data.rows, CHUNK))  # before the clock starts: a source may first be read for its held-out prompts
     with tqdm(desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0) as progress:
         while rows:
             progress.total = data.n_rows
-            yield _encode(rows, tokenizer, rules, template)
+            yield _encode(rows, data, tokenizer, rules, chat)
             progress.update(len(rows))
             rows = list(islice(data.rows, CHUNK))
+    data.unused.update(chat.unused)
+    data.altered.update(chat.altered)
 
 
-def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None) -> Chunk:
+def _encode(
+    rows: list[Row], data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, chat: ChatTemplate
+) -> Chunk:
     chunk = Chunk(len(rows), [], [], [], [], [], [], [], [])
     texts = list[tuple[str, list[str]]]()
     n_texts = 0
@@ -86,13 +93,19 @@ def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRule
         unique = {_hashable(text): text for text in wanted}  # a response stands in many pairs, but is rendered and kept once
         if not unique:
             continue
+        try:
+            rendered, marks = _as_texts(row, list(unique.values()), chat, rules)
+        except UserError as error:
+            data.refuse(error)
+            continue
+        if isinstance(row.prompt, str):
+            data.unused.update((row.more or {}).keys())
         place = {key: n_texts + i for i, key in enumerate(unique, 1)}
         numbers, n, end = [place[_hashable(text)] for text in wanted], len(chunk.rows), 2 * len(row.pairs)
         chunk.rows.append((n_texts, row.source))
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
         chunk.margins.extend(nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs)
         chunk.targets.extend((n, number) for number in numbers[end:])
-        rendered, marks = _as_texts(row.prompt, list(unique.values()), tokenizer, template, rules, row.source)
         texts.append((rendered[0], rendered[1:]))
         n_texts += len(rendered)
         chunk.marks.extend(marks)
@@ -109,36 +122,37 @@ def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TextRule
 
 
 def _hashable(text: Text) -> object:
-    return text if isinstance(text, str) else (json.dumps(text),)
+    return text if isinstance(text, str) else (json.dumps(text, default=str),)
 
 
 def render(
-    prompt: Text, responses: Sequence[Text], tokenizer: PreTrainedTokenizerBase, template: str | None, source: str
+    prompt: Text,
+    responses: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    source: str,
+    more: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[str]]:
     """Strings pass as they stand; message lists go through the chat template. -> (prompt, responses)
 
     The template is `template` if given, else the tokenizer's, else the HH form "\\n\\nHuman: ...\\n\\nAssistant:".
-    A response is what the template appends to the rendered prompt, up to its end-of-turn token; EOS itself is added later.
+    `more`: fields of the row that the template may read. See ChatTemplate.render.
     """
+    chat = ChatTemplate(tokenizer, _chosen(tokenizer, template))
+    return _render(prompt, responses, chat, source, more)
+
+
+def _chosen(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    own = tokenizer.chat_template
+    return template or (own.get("default") if isinstance(own, dict) else own) or HH_TEMPLATE
+
+
+def _render(
+    prompt: Text, responses: Sequence[Text], chat: ChatTemplate, source: str, more: Mapping[str, Any] | None
+) -> tuple[str, list[str]]:
     if isinstance(prompt, str):
         return prompt, [str(r) for r in responses]
-    template = template or tokenizer.chat_template or HH_TEMPLATE
-    try:
-        head = str(tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True))
-        tails = []
-        for response in responses:
-            whole = str(tokenizer.apply_chat_template([*prompt, *response], chat_template=template, tokenize=False))
-            if not whole.startswith(head):  # the tail could not be told from the prompt
-                raise UserError(f"{source}: the chat template renders prompt and answer differently from the prompt alone; "
-                                "give a simpler one with chat_template=FILE or chat_template=hh")  # fmt: skip
-            tail = whole[len(head) :]
-            body, eos, after = tail.rpartition(tokenizer.eos_token or "")
-            tails.append(body if eos and not after.strip() else tail)
-    except UserError:
-        raise
-    except Exception as error:  # jinja2's and the template's own raise_exception
-        raise UserError(f"{source}: the chat template refuses this conversation: {str(error).splitlines()[0]}") from None
-    return head, tails
+    return chat.render(prompt, [r for r in responses if isinstance(r, list)], source, more)
 
 
 HH_TEMPLATE = (
@@ -161,29 +175,40 @@ def template_text(named: str | None, whose: str) -> str | None:
     raise UserError(f"{whose}: {problem}; give hh, or a file with a jinja template")
 
 
-def _as_texts(
-    prompt: Text, responses: list[Text], tokenizer: PreTrainedTokenizerBase, template: str | None, rules: TextRules, source: str
-) -> tuple[list[str], list[int]]:
+def _as_texts(row: Row, responses: list[Text], chat: ChatTemplate, rules: TextRules) -> tuple[list[str], list[int]]:
     """Cleaned, then rendered: the texts of the prompt and the responses, and the marks of each.
 
     A prompt that is a string keeps its EOS strings: it may be a chat that was rendered already, and no prompt is trained.
     """
-    eos = str(tokenizer.eos_token)
-    (clean_prompt, *clean), found = zip(*(_clean(text, eos, rules) for text in (prompt, *responses)), strict=True)
-    head, tails = render(prompt if isinstance(prompt, str) else clean_prompt, clean, tokenizer, template, source)
+    eos = str(chat.tokenizer.eos_token)
+    strip = rules.eos_in_text == "strip"
+    clean_prompt, *clean = (_less(text, eos) for text in (row.prompt, *responses)) if strip else (row.prompt, *responses)
+    prompt = row.prompt if isinstance(row.prompt, str) else clean_prompt
+    head, tails = _render(prompt, clean, chat, row.source, row.more)
     texts = [head, *tails]
-    return texts, [BLANK * (not text.strip()) | HAS_EOS * eos_found for text, eos_found in zip(texts, found, strict=True)]
+    found = (_holds(text, eos) for text in (row.prompt, *responses))
+    return texts, [BLANK * (not text.strip()) | HAS_EOS * there for text, there in zip(texts, found, strict=True)]
 
 
-def _clean(text: Text, eos: str, rules: TextRules) -> tuple[Text, bool]:
-    """Deal with an EOS string within a text, or within a message's content. -> (text, was there one)"""
-    if isinstance(text, list):
-        cleaned = [(message, _clean(message["content"], eos, rules)) for message in text]
-        return [message | {"content": str(content)} for message, (content, _) in cleaned], any(found for _, (_, found) in cleaned)
-    found = eos in text
-    while rules.eos_in_text == "strip" and eos in text:  # again: what is left may join to a new one
-        text = text.replace(eos, "")
-    return text, found
+def _holds(value: Any, eos: str) -> bool:
+    """Does the EOS string stand in a text, or in any text of messages?"""
+    if isinstance(value, str):
+        return eos in value
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_holds(each, eos) for each in within)
+
+
+def _less(value: Any, eos: str) -> Any:
+    """The text, or the messages, without the EOS strings in them."""
+    if isinstance(value, str):
+        while eos in value:  # again: what is left may join to a new one
+            value = value.replace(eos, "")
+        return value
+    if isinstance(value, Message):
+        return value.replaced({name: _less(each, eos) for name, each in value.items()})
+    if isinstance(value, dict):
+        return {name: _less(each, eos) for name, each in value.items()}
+    return [_less(each, eos) for each in value] if isinstance(value, list) else value
 
 
 def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

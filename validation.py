@@ -58,6 +58,14 @@ def names(at_least: int) -> Check:
     return fits, "a list such as [hh] or [hh,my.jsonl], nothing twice"
 
 
+def _texts_by_text(value: Any) -> bool:
+    return isinstance(value, DictConfig) and all(TEXT[0](text) for pair in value.items() for text in pair)
+
+
+def _of_splits(value: Any) -> bool:
+    return _texts_by_text(value) and {*value} <= {"train", "test"}
+
+
 TEXT: Check = lambda v: isinstance(v, str) and v != "" and min(v) >= " ", "a text, in one line"
 FLAG: Check = lambda v: isinstance(v, bool), "true or false"
 NAME: Check = (  # of a directory, of which the command line may choose the last part only
@@ -81,6 +89,8 @@ KNOBS: dict[str, Check] = {
     "plan": FLAG, "plan_gpus": maybe(whole(1)), "plan_nodes": maybe(whole(1)), "plan_gpu": one_of(*CARDS),
     "plan_gpu_gb": maybe(POSITIVE), "plan_mfu": number(lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "datasets": names(1), "eval_datasets": maybe(names(1)), "field_map": maybe(MAPPING),
+    "role_map": maybe((_texts_by_text, "a mapping such as '{model: assistant}'")),
+    "split_names": maybe((_of_splits, "a mapping such as '{train: train_prefs, test: test_prefs}'")),
     "data_split": maybe((splits.is_data_split, "three numbers, of which one is above 0, such as 5,0,5; or '{hh: [5,0,5]}'")),
     "stage": maybe(one_of(*splits.STAGES)), "split_seed": whole(0),
     "eval_share": number(lambda v: 0 <= v < 1, "a number in [0, 1)"), "chat_template": maybe(TEXT),
@@ -116,7 +126,7 @@ CASES = (
     "prompt_truncated", "response_truncated", "eos_in_text", "text_changed", "empty_prompt", "empty_response", "identical_pair",
     "identical_after_truncation", "duplicate", "contradictory", "prompt_in_eval",
 )  # fmt: skip
-KNOBS |= {f"data_rules.{case}": RULE for case in CASES}
+KNOBS |= {f"data_rules.{case}": RULE for case in CASES} | {"data_rules.bad_row": one_of("stop", "drop")}
 GROUPS = {"dataset_paths": maybe(TEXT)}  # its keys are names of data sets, a plugin's too: see _data_sets
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh] loss=sft"
 

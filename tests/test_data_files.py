@@ -9,7 +9,7 @@ import pytest
 
 import data_files
 import data_forms
-from preference_datasets import get_dataset
+from preference_datasets import Reading, get_dataset
 from utils import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -185,6 +185,55 @@ FORMS = {
         {"question": "q", "response_j": "good", "response_k": "bad", "qid": 1},
         ("\n\nHuman: q\n\nAssistant:", [" good", " bad"], [(0, 1)], " good"),
     ),
+    "orca": (
+        {"question": "Name a sea.", "chosen": "The Baltic.", "rejected": "The Alps.", "system": "Be brief."},
+        ([SYSTEM, Q], *CHAT[1:]),
+    ),
+    "distilabel's orca": ({"input": "Name a sea.", "chosen": "The Baltic.", "rejected": "The Alps.", "system": ""}, CHAT),
+    "openai": (
+        {"input": {"messages": [Q], "tools": []}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        CHAT,
+    ),
+    "openai, strings": (
+        {"input": "Name a sea.", "preferred_output": "The Baltic.", "non_preferred_output": "The Alps."},
+        CHAT,
+    ),
+    "several rejected": (
+        {"prompt": "p", "chosen": " a", "rejected": [" b", " c"]},
+        ("p", [" a", " b", " c"], [(0, 1), (0, 2)], " a"),
+    ),
+    "several rejected, chat": (
+        {"prompt": [Q], "chosen": [GOOD], "rejected": [[BAD], [assistant("")]]},
+        ([Q], [[GOOD], [BAD], [assistant("")]], [(0, 1), (0, 2)], [GOOD]),
+    ),
+    "text": ({"text": "a b"}, ("", ["a b"], [], "a b")),
+    "a list of parts": (
+        {"prompt": [user([{"type": "text", "text": "Name "}, {"type": "text", "text": "a sea."}])], "chosen": [GOOD],
+         "rejected": [BAD]},
+        CHAT,
+    ),
+    "lists of roles and contents": (
+        {"messages": {"role": ["user", "assistant"], "content": ["Name a sea.", "The Baltic."]}},
+        ([Q], [[GOOD]], [], [GOOD]),
+    ),
+    "null beside a message": ({"messages": [Q | {"name": None}, GOOD | {"tool_calls": None}]}, ([Q], [[GOOD]], [], [GOOD])),
+    "a call without content": (
+        {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+        ([Q], [[assistant("") | {"tool_calls": [{"id": 1}]}]], [], [assistant("") | {"tool_calls": [{"id": 1}]}]),
+    ),
+    "roles of tools": (
+        {"conversations": [shown(Q), {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "1"},
+                           shown(GOOD)]},
+        ([Q, {"role": "function_call", "content": "{}"}, {"role": "observation", "content": "1"}], [[GOOD]], [], [GOOD]),
+    ),
+    "a weight of 0": (
+        {"conversations": [shown(Q), shown(GOOD) | {"weight": 1}, shown(Q), shown(BAD) | {"weight": 0}]},
+        ([Q], [[GOOD]], [], [GOOD]),
+    ),
+    "train: false": (
+        {"messages": [Q, GOOD, Q, BAD | {"train": False}]},
+        ([Q], [[GOOD]], [], [GOOD]),
+    ),
     "completion": ({"prompt": "p", "completion": " c"}, ("p", [" c"], [], " c")),
     "completion, empty prompt": ({"prompt": "", "completion": "c"}, ("", ["c"], [], "c")),
     "response": ({"prompt": "p", "response": " c"}, ("p", [" c"], [], " c")),
@@ -325,10 +374,20 @@ BAD_ROWS = {  # rows, message; row n stands on line n
         "line 1: unpaired data (field 'label' is a boolean); pairs are needed",
     ),
     "kto completion": ([{"prompt": "p", "completion": "c", "label": False}], "unpaired data"),
-    "role": (
+    "role": ([CHAT_PAIR | {"chosen": [{"role": 7, "content": "x"}]}], "field 'chosen[0].role' is a number (7), not a role"),
+    "a tool's answer": (
         [CHAT_PAIR | {"chosen": [{"role": "tool", "content": "x"}]}],
-        "field 'chosen[0].role' is a string ('tool'), not a known role; use one of user, human",
+        "field 'chosen' has no assistant's turn at its end",
     ),
+    "an image": (
+        [{"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), GOOD]}],
+        "field 'messages[0].content[0]' is a part of type 'image_url', and only text is read",
+    ),
+    "audio": (
+        [{"messages": [Q, assistant([{"type": "text", "text": "a"}, {"type": "input_audio", "data": "x"}])]}],
+        "field 'messages[1].content[1]' is a part of type 'input_audio'",
+    ),
+    "a part without text": ([{"messages": [user([{"type": "text"}]), GOOD]}], "field 'messages[0].content[0].text' is null"),
     "content": (
         [CHAT_PAIR | {"chosen": [{"role": "assistant", "content": None}]}],
         "field 'chosen[0].content' is null",
@@ -372,6 +431,135 @@ def test_bad_field_map(tmp_path, field_map, message):
     with pytest.raises(UserError) as caught:
         load(jsonl(tmp_path, PAIR), field_map=field_map)
     check_message(caught, message)
+
+
+@pytest.mark.parametrize("name, content, line", [
+    ("own.jsonl", f"{LINE}\n{{oops\n{LINE}\n", 2),
+    ("own.jsonl", f"{LINE}\n[1]\n{LINE}\n", 2),
+    ("own.jsonl", f"{LINE}\n{json.dumps(PAIR | {'chosen': None})}\n{LINE}\n", 2),
+    ("own.jsonl", f"{LINE}\n".encode() + b'{"prompt": "\xe4"}\n' + LINE.encode(), 2),
+    ("own.csv", "prompt,chosen,rejected\na,b,c\na,b\nd,e,f\n", 3),
+    ("own.json", f"[{LINE}, null, {LINE}]", 2),
+])  # fmt: skip
+def test_bad_rows_may_be_dropped(tmp_path, name, content, line):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError):
+        load(path)
+    for share in (0, 0.5):  # with a pass before, that holds prompts out, a row is counted once
+        loaded = load(path, reading=Reading(bad_row="drop"), eval_share=share)
+        assert loaded.skipped == {"bad rows": 1}
+        assert loaded.first_bad.startswith(f"{path}, {'row' if name == 'own.json' else 'line'} {line}: ")
+    assert len(load(path, reading=Reading(bad_row="drop")).rows) == 2
+
+
+def test_a_file_of_bad_rows_says_the_first(tmp_path):
+    path = jsonl(tmp_path, [1], [2])
+    with pytest.raises(UserError, match=r"no row can be used; the first: .*own.jsonl, line 1: "):
+        load(path, reading=Reading(bad_row="drop"))
+
+
+def test_role_map(tmp_path):
+    path = jsonl(tmp_path, {"messages": [Q | {"role": "asks"}, GOOD | {"role": "bot"}]})
+    loaded = load(path, reading=Reading(role_map={"asks": "user", "bot": "assistant"}))
+    assert tuple(loaded.rows[0])[:2] == ([Q], [[GOOD]])
+
+
+def test_turns_that_are_not_trained_are_counted(tmp_path):
+    rows = [{"messages": [Q, GOOD, Q, Q]}, {"messages": [Q, GOOD | {"weight": 0}]}]
+    loaded = load(jsonl(tmp_path, *rows))
+    assert len(loaded.rows) == 1
+    assert loaded.skipped == {"turns behind the last answer": 2, "no answer with a weight above 0": 1}
+
+
+def test_fields_that_no_form_reads_go_with_the_row(tmp_path):
+    more = {"tools": "[1]", "id": 7, "empty": [], "score_chosen": 2, "score_rejected": 1}
+    (row,) = load(jsonl(tmp_path, CHAT_PAIR | more)).rows
+    assert row.more == {"tools": "[1]", "id": 7} and row.scores == [2, 1]
+    given = {"input": {"messages": [Q], "tools": [{"name": "f"}], "n": 1}, "preferred_output": GOOD, "non_preferred_output": BAD}
+    assert load(jsonl(tmp_path, given)).rows[0].more == {"tools": [{"name": "f"}], "n": 1}
+
+
+def test_nulls_within_a_table_are_absent(tmp_path):
+    """Every struct of a Parquet column has the fields of all others."""
+    calls = [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}, {"function": {"name": "g", "arguments": {"y": 2}}}]
+    rows = [{"messages": [Q, assistant("") | {"tool_calls": [call]}], "tools": None} for call in calls]
+    write_parquet(tmp_path / "own.parquet", rows)
+    ours = [row.sft_target[0]["tool_calls"][0]["function"]["arguments"] for row in load(tmp_path / "own.parquet").rows]
+    assert ours == [{"x": 1}, {"y": 2}]
+
+
+@pytest.mark.parametrize("text", [
+    "prompt;chosen;rejected\np; a, b; c\n", "prompt\tchosen\trejected\np\t a, b\t c\n",
+    "\ufeff,prompt,chosen,rejected\n0,p,\" a, b\", c\n",
+])  # fmt: skip
+def test_csv_as_people_have_it(tmp_path, text):
+    (tmp_path / "own.csv").write_text(text)
+    assert tuple(load(tmp_path / "own.csv").rows[0])[:2] == ("p", [" a, b", " c"])
+
+
+# ---- folders with several splits of a kind ----
+
+
+@pytest.fixture
+def ufb(tmp_path):
+    """As UltraFeedback's: three training splits and three test splits, all of them of pairs."""
+    for split in ("train", "test"):
+        for kind in ("prefs", "sft", "gen"):
+            asked = user(f"{split} {kind}")
+            row = {"prompt": asked["content"], "chosen": [asked, GOOD], "rejected": [asked, BAD]}
+            (tmp_path / f"{split}_{kind}-00000-of-00001.jsonl").write_text(json.dumps(row))
+    return tmp_path
+
+
+@pytest.mark.parametrize("reading, names", [
+    (Reading(pairs=True), ("train_prefs", "test_prefs")),
+    (Reading(pairs=False), ("train_sft", "test_sft")),
+    (Reading(pairs=True, split_names={"train": "train_gen"}), ("train_gen", "test_gen")),
+    (Reading(pairs=True, split_names={"train": "train_gen", "test": "test_sft"}), ("train_gen", "test_sft")),
+])  # fmt: skip
+def test_one_split_of_several_is_read(ufb, reading, names):
+    for split, name in zip(("train", "test"), names, strict=True):
+        loaded = load(ufb, split, reading=reading)
+        assert [row.prompt[0]["content"] for row in loaded.rows] == [name.replace("_", " ")]
+        others = ", ".join(sorted({f"{split}_{kind}" for kind in ("gen", "prefs", "sft")} - {name}))
+        assert loaded.taken == f"{name} (not {others})"
+
+
+def test_splits_are_told_apart_by_their_form(tmp_path):
+    (tmp_path / "train_a.jsonl").write_text(json.dumps(PAIR))
+    (tmp_path / "train_b.jsonl").write_text(json.dumps({"messages": [Q, GOOD]}))
+    assert load(tmp_path, reading=Reading(pairs=True)).rows[0].prompt == PAIR["prompt"]
+    assert load(tmp_path, reading=Reading(pairs=False)).rows[0].prompt == [Q]
+
+
+@pytest.mark.parametrize("reading, message", [
+    (Reading(), "the folder has several train splits, train_gen, train_prefs, train_sft; choose one with split_names='{train: "),
+    (Reading(split_names={"train": "train_x"}), "split_names.train=train_x: "),
+])  # fmt: skip
+def test_which_split_must_be_clear(ufb, reading, message):
+    with pytest.raises(UserError) as caught:
+        load(ufb, reading=reading)
+    check_message(caught, message)
+
+
+def test_one_split_of_a_saved_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {f"train_{kind}": datasets.Dataset.from_list([PAIR | {"prompt": kind}]) for kind in ("prefs", "sft")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    assert [row.prompt for row in load(tmp_path / "set", reading=Reading(pairs=True)).rows] == ["prefs"]
+
+
+def test_parts_of_one_split_are_one(tmp_path):
+    for i in range(2):
+        (tmp_path / f"train-0000{i}-of-00002.jsonl").write_text(json.dumps(PAIR | {"prompt": str(i)}))
+    loaded = load(tmp_path, reading=Reading(pairs=True))
+    assert [row.prompt for row in loaded.rows] == ["0", "1"] and not loaded.taken
+
+
+def test_texts_without_a_prompt_are_held_out_by_their_text(tmp_path):
+    path = jsonl(tmp_path, *({"text": str(n)} for n in range(10)))
+    assert [len(load(path, split, eval_share=0.3).rows) for split in ("train", "test")] == [7, 3]
 
 
 def test_bad_json_counts_the_lines_after_it(tmp_path):

@@ -17,7 +17,7 @@ LAYERS = [
     {"data_files"},
     {"data_forms"},
     {"preference_datasets"},
-    {"pipeline_datasets", "token_text"},
+    {"pipeline_datasets", "rendering", "token_text"},
     {"tokenization"},
     {"token_store"},
     {"examples"},
