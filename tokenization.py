@@ -110,7 +110,7 @@ def _encode(
         n_texts += len(rendered)
         chunk.marks.extend(marks)
     encoded = encode_rows(texts, tokenizer, automatic_bos(tokenizer) if rules.add_bos else None)
-    exact = [is_exact for row in encoded for is_exact in row.exact]
+    exact = [is_exact for made in encoded for is_exact in made.exact]
     chunk.marks[:] = [mark | CHANGED * (not is_exact) for mark, is_exact in zip(chunk.marks, exact, strict=True)]
     for (prompt, responses), made in zip(texts, encoded, strict=True):
         ended = [[*ids, tokenizer.eos_token_id] for ids in made.responses]
