@@ -11,7 +11,7 @@ from archives import load_policy_state
 from commands import Parser, new_file, run
 from exporting import export, stored_dtype
 from models import DTYPES
-from opening import find_model, open_model, template_of
+from opening import find_model, open_model
 from pretrained import load_config
 from utils import UserError
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-shard-gb", type=float, help="of --out: 1e9 bytes of a safetensors file, at most; 5 if not given")
     p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
     p.add_argument("--tokenizer", help="of --out: another tokenizer than the model's own")
-    p.add_argument("--chat-template", metavar="hh|FILE", help="of --out: to write; the run's if not given, else the tokenizer's")
+    p.add_argument("--chat-template", metavar="hh|NAME|FILE", help="of --out: to write; else the run's, or the tokenizer's")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--no-check", action="store_true", help="of --out: don't load it and compare, which holds a model in float32")
     return p
@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> None:
     found = find_model(options.model, options.base, options.tokenizer, options.dtype)
     if options.out:
         export(found, options.out, dtype=options.dtype, max_shard_gb=options.max_shard_gb or 5.0, overwrite=options.overwrite,
-               chat_template=template_of(found, options.chat_template), check=not options.no_check)  # fmt: skip
+               chat_template=options.chat_template, check=not options.no_check)  # fmt: skip
         return
     if options.policy.exists() and not options.overwrite:
         raise UserError(f"--policy {options.policy}: is there already; give another name, or --overwrite")

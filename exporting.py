@@ -65,6 +65,7 @@ def export(
     overwrite: bool = False, check: bool = False,
 ) -> None:  # fmt: skip
     """Write the folder `out`, which has its name once all of it is there. `dtype`: of the weights; None: as they are stored.
+    `chat_template`: hh, a name or a file, the default of the export; None: the run's. Named ones of the tokenizer stay beside it.
 
     `check`: load it with transformers and compare. Raises UserError for what cannot be exported or written, and leaves nothing.
     """
@@ -76,8 +77,9 @@ def export(
         raise UserError(f"--out {out}: is there already; give another name{fix}")
     state = load_policy_state(str(found.archive))
     hf_config, tokenizer = load_config(found.config), load_tokenizer(found.config)
-    if chat_template:
-        tokenizer.chat_template = chat_template
+    if template := template_of(found, chat_template, tokenizer):
+        others = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
+        tokenizer.chat_template = template if others is None else others | {"default": template}
         check_syntax(tokenizer)
     pad = use_pad_of_its_own(tokenizer) if found.scalar else 0
     weights = [*weights_of(found, hf_config, state, DTYPES[dtype] if dtype else None, pad)]
@@ -170,7 +172,7 @@ def export_run(run_dir: Path) -> None:
     assert found.archive is not None
     made = out / "config.json"
     if not made.is_file() or made.stat().st_mtime < found.archive.stat().st_mtime:
-        export(found, out, overwrite=True, chat_template=template_of(found, None), check=True)
+        export(found, out, overwrite=True, check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- the weights

@@ -128,7 +128,8 @@ def check_device(device: str | None) -> None:
         raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out to pick one") from None
 
 
-def template_of(found: Found, given: str | None) -> str | None:
+def template_of(found: Found, given: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
     named = given or found.config.get("chat_template")
-    return template_text(named, f"--chat-template {given}" if given else f"{found.name}: its chat template {named}")
+    whose = f"--chat-template {given}" if given else f"{found.name}: its chat template {named}"
+    return template_text(named, whose, tokenizer)

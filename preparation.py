@@ -104,7 +104,7 @@ def token_stores(
     shares: dict[str, float], pairs: bool, keep: bool,
 ) -> list[TokenStore]:  # fmt: skip
     """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank maps the same files."""
-    template = template_text(config.chat_template, f"chat_template={config.chat_template}")
+    template = template_text(config.chat_template, f"chat_template={config.chat_template}", tokenizer)
     local_dir = get_local_dir(config.local_dirs)
     bad_row = config.data_rules["bad_row"]
     reading = Reading(plain(config.role_map), plain(config.split_names), bad_row, pairs)

@@ -20,7 +20,7 @@ from commands import Parser, new_file, run
 from generation import MODES, Answer, Decoding, answers, flag
 from opening import Found, Opened, find_model, open_model, template_of
 from reference import weights_digest
-from tokenization import HH_TEMPLATE
+from tokenization import HH_TEMPLATE, own_template
 from utils import UserError, get_local_dir
 
 FIELDS = sorted({name for takes in MODES.values() for name in takes})
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=positive, default=8, help="prompts at once")
     p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
     p.add_argument("--tokenizer", help="another tokenizer than the model's own")
-    p.add_argument("--chat-template", metavar="hh|FILE", help="in place of the run's, or the tokenizer's")
+    p.add_argument("--chat-template", metavar="hh|NAME|FILE", help="in place of the run's, or the tokenizer's")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     p.add_argument("--device", help="cpu, cuda, cuda:1; the GPU if there is one")
     p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write all answers, with what it takes to repeat them")
@@ -144,7 +144,8 @@ def answered(
     found: Found, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:  # fmt: skip
     """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded now."""
-    model, template = opened(found, options.device), template_of(found, options.chat_template)
+    model = opened(found, options.device)
+    template = template_of(found, options.chat_template, model.tokenizer)
     add_bos = bool(found.config.get("add_bos", True))
     texts = [prompts.rendered(prompt, model.tokenizer, template) for prompt in asked]
     room = longest_prompt(model, decoding)
@@ -155,7 +156,7 @@ def answered(
         raise UserError(f"{empty[0]}: the prompt has no token, and {found.name} no BOS to begin with; write a prompt")
     settings = decoding._asdict() | {
         "seed": options.seed, "batch_size": options.batch_size, "dtype": options.dtype, "device": model.model.device.type,
-        "add_bos": add_bos, "chat_template": template or model.tokenizer.chat_template or HH_TEMPLATE,
+        "add_bos": add_bos, "chat_template": template or own_template(model.tokenizer),
         "tokenizer": model.tokenizer.name_or_path, "eos_token_id": model.model.generation_config.eos_token_id,
     } | {name: version(name) for name in ("torch", "transformers", "tokenizers")}  # fmt: skip
     archive = found.archive and str(found.archive.resolve())
@@ -203,10 +204,11 @@ def wrapped(text: str, width: int) -> list[str]:
 
 def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
     """Turn after turn, until `quit` or the end of the input; `clear` forgets what was said."""
-    model, template = opened(found, options.device), template_of(found, options.chat_template)
+    model = opened(found, options.device)
+    template = template_of(found, options.chat_template, model.tokenizer)
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
     add_bos = bool(found.config.get("add_bos", True))
-    if (template or tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE:
+    if (template or own_template(tokenizer)) == HH_TEMPLATE:
         decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))  # or a model goes on and speaks for both
     said: list[dict[str, str]] = []
     print(f"{found.name}; quit ends, clear forgets", flush=True)

@@ -96,7 +96,7 @@ def _scorer_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--device", help="cpu, cuda, cuda:1; else the GPU if there is one")
     g.add_argument("--max-length", type=_count, metavar="N", help="tokens of prompt + response")
     g.add_argument("--max-prompt-length", type=_count, metavar="N", help="tokens of a prompt that does not fit")
-    g.add_argument("--chat-template", metavar="hh | FILE", help="for messages; else the tokenizer's")
+    g.add_argument("--chat-template", metavar="hh | NAME | FILE", help="for messages; else the tokenizer's")
     g.add_argument("--tokens-per-microbatch", type=_count, metavar="N", help="else 8192")
 
 

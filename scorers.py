@@ -23,7 +23,7 @@ from opening import ROOT, Found, Opened, check_device, find_model, open_model, s
 from optimization import pick_device
 from preference_datasets import DataSet, Row
 from pretrained import check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
-from tokenization import HH_TEMPLATE, Example, TextRules, automatic_bos, encode, template_text, truncate
+from tokenization import Example, TextRules, automatic_bos, encode, own_template, template_text, truncate
 from utils import UserError, quiet, rank0_print
 
 
@@ -163,7 +163,7 @@ def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Dic
     rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
     bos = [b for b in [automatic_bos(tokenizer) if config.add_bos else None] if b is not None]
     examples, cuts = list[Example](), [np.empty(0, bool)]
-    template = template_text(config.chat_template, f"--chat-template={config.chat_template}")
+    template = template_text(config.chat_template, f"--chat-template={config.chat_template}", tokenizer)
     for chunk in encode(DataSet("rows", 0.0, iter(rows), len(rows)), tokenizer, rules, template):
         texts = np.split(np.array(chunk.ids, np.int32), np.cumsum(chunk.lengths)[:-1])
         items = np.array(chunk.pairs or chunk.targets)  # [rows, 1 + k]
@@ -238,7 +238,7 @@ class Classifier:
         if isinstance(row.prompt, str):
             return row.prompt + as_text(response)
         named = self.config.chat_template
-        template = template_text(named, f"--chat-template={named}") or self.tokenizer.chat_template or HH_TEMPLATE
+        template = template_text(named, f"--chat-template={named}", self.tokenizer) or own_template(self.tokenizer)
         turns = [*row.prompt, *response]
         try:
             text = str(self.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))

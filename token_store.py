@@ -29,7 +29,7 @@ import rendering
 import token_text
 import tokenization
 from preference_datasets import DataSet
-from tokenization import HH_TEMPLATE, Chunk, TextRules, automatic_bos, encode
+from tokenization import Chunk, TextRules, automatic_bos, encode, own_template
 from utils import UserError, rank0_print, sync_directory
 
 LAYOUT = 4  # of the files below; another number makes every store anew
@@ -163,7 +163,7 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
     made_of = {
         "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,
         "bos": automatic_bos(tokenizer) if rules.add_bos else None, "eos_in_text": rules.eos_in_text,
-        "template": recipe.template or tokenizer.chat_template or HH_TEMPLATE, "tokenizer": recipe.identity,
+        "template": recipe.template or own_template(tokenizer), "tokenizer": recipe.identity,
         "code": _digest(*(file.read_bytes() for file in [*ours, Path(__file__), *code])),
         "libraries": [version(name) for name in ("transformers", "tokenizers", "datasets", "pyarrow", "selectolax")],
     }  # fmt: skip

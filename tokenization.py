@@ -6,6 +6,7 @@ Lengths are in tokens. An example has a prompt of P tokens and k responses (1 fo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from math import nan
@@ -69,7 +70,7 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
         raise UserError(f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its tokenizer_config.json")
-    chat = ChatTemplate(tokenizer, _chosen(tokenizer, template))
+    chat = ChatTemplate(tokenizer, template or own_template(tokenizer))
     rows = list(islice(data.rows, CHUNK))  # before the clock starts: a source may first be read for its held-out prompts
     with tqdm(desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0) as progress:
         while rows:
@@ -138,13 +139,8 @@ def render(
     The template is `template` if given, else the tokenizer's, else the HH form "\\n\\nHuman: ...\\n\\nAssistant:".
     `more`: fields of the row that the template may read. See ChatTemplate.render.
     """
-    chat = ChatTemplate(tokenizer, _chosen(tokenizer, template))
+    chat = ChatTemplate(tokenizer, template or own_template(tokenizer))
     return _render(prompt, responses, chat, source, more)
-
-
-def _chosen(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    own = tokenizer.chat_template
-    return template or (own.get("default") if isinstance(own, dict) else own) or HH_TEMPLATE
 
 
 def _render(
@@ -161,17 +157,43 @@ HH_TEMPLATE = (
 )
 
 
-def template_text(named: str | None, whose: str) -> str | None:
-    """The knob chat_template as text: None (the tokenizer's own, or HH's), "hh", or a file. UserError, which begins with `whose`,
-    for a file that cannot be read or is empty."""
-    if named in (None, "hh"):
-        return HH_TEMPLATE if named else None
-    problem = "is empty"
+def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The tokenizer's chat templates by name; a single one is "default"."""
+    own = tokenizer.chat_template
+    return own if isinstance(own, dict) else {"default": own} if own else {}
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's default chat template, or HH's where it has none. UserError for several, none of them the default."""
+    own = named_templates(tokenizer)
+    if own and "default" not in own and len(own) > 1:
+        raise UserError(f"chat_template: the tokenizer has several templates ({', '.join(sorted(own))}) and no default; "
+                        "give chat_template= one of these names")  # fmt: skip
+    return own.get("default") or next(iter(own.values()), HH_TEMPLATE)
+
+
+def template_text(named: str | None, whose: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
+    """The knob chat_template as text: None (see own_template), "hh", the name of one of the tokenizer's templates, or a file.
+
+    Without a tokenizer, what may be a name is None. Raises UserError, which begins with `whose`, for a file that cannot be
+    read or is empty, and for an unknown name.
+    """
+    if named is None:
+        return None
+    own = named_templates(tokenizer) if tokenizer else {}
+    if named == "hh" or named in own:
+        return HH_TEMPLATE if named == "hh" else own[named]
+    is_name = re.fullmatch(r"[\w.-]+", named) and not named.endswith(".jinja") and not Path(named).exists()
+    if is_name and tokenizer is None:
+        return None
+    problem, known = "is empty", f"the tokenizer's templates: {', '.join(sorted(own)) or 'none'}"
     try:
-        if (text := Path(str(named)).read_text("utf-8")).strip():
+        if not is_name and (text := Path(named).read_text("utf-8")).strip():
             return text
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8 text'})"
+    if is_name:
+        raise UserError(f"{whose}: neither a file nor a template of the tokenizer; give hh, a file, or one of {known}")
     raise UserError(f"{whose}: {problem}; give hh, or a file with a jinja template")
 
 

@@ -286,3 +286,20 @@ def validate_only(compose):
     from validation import validate
 
     return lambda *overrides: validate(compose("exp_name=x", "model=pythia28", *overrides))
+
+
+def test_named_templates_are_exported_again(tmp_path, base_of):
+    """All of them; the one that the run was trained with, or that is asked for, is the default."""
+    base, named = base_of("llama"), {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(base)
+    run_dir = run_of(tmp_path, base, trained(base).state_dict())
+    run(run_dir, "--out", tmp_path / "own", "--no-check")
+    assert AutoTokenizer.from_pretrained(tmp_path / "own").chat_template == named
+    run(run_dir, "--out", tmp_path / "tools", "--no-check", "--chat-template", "tool_use")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "tools").chat_template
+    assert exported == named | {"default": named["tool_use"]}
+    with pytest.raises(UserError, match="--chat-template tols: neither a file .*: default, tool_use"):
+        run(run_dir, "--out", tmp_path / "none", "--no-check", "--chat-template", "tols")
+    assert not (tmp_path / "none").exists()

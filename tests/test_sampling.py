@@ -211,7 +211,7 @@ REFUSED = [
     (["--prompts", "nosuch.jsonl"], "no such file"),
     (["--max-new-tokens", "512"], "--max-new-tokens 512: .* reads 512 tokens"),
     (["--n", "0"], "--n: 0 is below 1"),
-    (["--chat-template", "nosuch"], "--chat-template nosuch: cannot be read"),
+    (["--chat-template", "nosuch"], "--chat-template nosuch: neither a file nor a template"),
     (["--out", "."], "--out=.: cannot be written .it is a folder."),
     (["--field", "question", "--prompts", "demo/test.jsonl"], "no field 'question' .* by --field"),
     (["--device", "cuda:99"], "--device cuda:99: not usable here"),

@@ -14,7 +14,7 @@ from tiny import CHAT, tiny_tokenizer
 from examples import cases, lengths_of, view
 from preference_datasets import DataSet, Row
 from token_store import Recipe, TokenStore, find_or_make
-from tokenization import HH_TEMPLATE, TextRules, automatic_bos, render
+from tokenization import HH_TEMPLATE, TextRules, automatic_bos, render, template_text
 from utils import UserError
 
 RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
@@ -197,3 +197,26 @@ def test_rows_without_pairs_make_no_example_of_pairs():
 def test_arrays_are_small():
     (example,) = tokenize(data("a", " b", " c"), tokenizer(), True, RULES)
     assert example.prompt.dtype == np.int32
+
+
+NAMED = {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")}
+
+
+def test_one_of_several_templates():
+    """A dict of templates was handed on as one: "unhashable type: 'dict'", for which the data row was blamed."""
+    chat = tiny_tokenizer()
+    chat.chat_template = NAMED
+    messages = [{"role": "user", "content": "Hi."}], [[{"role": "assistant", "content": "Hello."}]]
+    assert render(*messages, chat, None, "f:1") == ("<user>Hi.</s><assistant>", ["Hello."])
+    assert template_text(None, "chat_template=None", chat) is None
+    assert template_text("tool_use", "chat_template=tool_use", chat) == NAMED["tool_use"]
+    assert template_text("tool_use", "chat_template=tool_use") is None  # before the tokenizer is there
+    with pytest.raises(UserError, match="^chat_template=nosuch: neither a file nor a template .*: default, tool_use$"):
+        template_text("nosuch", "chat_template=nosuch", chat)
+    with pytest.raises(UserError, match="templates: none$"):
+        template_text("nosuch", "chat_template=nosuch", tiny_tokenizer())
+    chat.chat_template = {"a": "x", "b": "y"}
+    with pytest.raises(UserError, match=r"several templates \(a, b\) and no default; give chat_template="):
+        render(*messages, chat, None, "f:1")
+    chat.chat_template = {"a": CHAT}
+    assert render(*messages, chat, None, "f:1")[1] == ["Hello."]  # there is no other
