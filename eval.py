@@ -30,7 +30,7 @@ from losses import Loss
 from metrics import Record, TrainingLog
 from opening import Found, find_model, start_of
 from preparation import check_margins, load_examples
-from pretrained import check_vocabulary, load_policy, load_tokenizer
+from pretrained import check_length, check_vocabulary, load_policy, load_tokenizer
 from trainers import BasicTrainer
 from utils import UserError, plain
 from validation import validate
@@ -132,6 +132,7 @@ def evaluate(
     if found.scalar != (loss.reads == "scores"):
         kind, wanted = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
         raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss=")
+    check_length(config)
     tokenizer = load_tokenizer(config)
     data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))  # it is evaluated, not started from
     _, examples = load_examples(data, tokenizer, pairs=loss.data == "pairs")
@@ -139,7 +140,7 @@ def evaluate(
         raise UserError(f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give eval_datasets")
     check_margins(loss, examples)
     policy, other = load_policy(config, scalar=found.scalar), cast(PreTrainedModel | None, None)
-    check_vocabulary(policy, tokenizer, examples.highest_id(), found.name)
+    check_vocabulary(policy, tokenizer, examples.highest_id(), found.name, examples)
     if loss.needs_reference:
         spec = find_model(reference).config if reference else start_of(found)
         other = load_policy(spec).eval().requires_grad_(False)

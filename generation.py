@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import StoppingCriteriaList
 
+from pretrained import positions_of
 from token_text import continued
 from utils import UserError, quiet
 
@@ -89,20 +90,22 @@ def answers(
 ) -> Iterator[list[Answer]]:  # fmt: skip
     """The n answers to each prompt (an array of token ids), in their order; `batch_size` prompts at a time.
 
-    Where `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens with its prompts (the 2023 rule). Draws
+    Where `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens with its prompts (the 2023 rule); never
+    beyond the model's positions. Draws
     depend on `seed`, the prompts and the batch size, and leave the random state as it was. `between` is called before each
     batch, and may raise.
     """
     was_training = model.training
     model.eval()
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
-    ends = _ends(model, tokenizer)
+    ends, n_positions = _ends(model, tokenizer), (positions_of(model) or (2**31, ""))[0]
     stopping = StoppingCriteriaList([StopStringCriteria(tokenizer, list(decoding.stop))] if decoding.stop else [])
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit="batch", leave=False, disable=quiet()):
             between()
             ids, mask = (x.to(device) for x in _padded(prompts[start : start + batch_size], pad))  # [B, P]
-            n_new = decoding.max_new_tokens or max(max_length - ids.shape[1], 1)
+            n_new = decoding.max_new_tokens or max_length - ids.shape[1]
+            n_new = max(min(n_new, n_positions - ids.shape[1]), 1)
             options: dict[str, Any] = {
                 "attention_mask": mask, "use_cache": True, "max_new_tokens": n_new, "pad_token_id": pad, "eos_token_id": ends,
                 "stopping_criteria": stopping,

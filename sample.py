@@ -19,6 +19,7 @@ import prompts
 from commands import Parser, new_file, run
 from generation import MODES, Answer, Decoding, answers, flag
 from opening import Found, Opened, find_model, open_model, template_of
+from pretrained import pad_within, positions_of
 from reference import weights_digest
 from tokenization import HH_TEMPLATE, own_template
 from utils import UserError, get_local_dir
@@ -127,13 +128,14 @@ def opened(found: Found, device: str | None) -> Opened:
     model = open_model(found, device)
     if model.tokenizer.eos_token_id is None:
         raise UserError(f"{found.name}: its tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+    pad_within(model.model, model.tokenizer)
     model.model.generation_config = GenerationConfig(eos_token_id=model.model.generation_config.eos_token_id)
     return model
 
 
 def longest_prompt(model: Opened, decoding: Decoding) -> int:
     """Tokens that a prompt may have. UserError if that is none."""
-    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    context = (positions_of(model.model) or (2**20, ""))[0]
     if (room := context - int(decoding.max_new_tokens or 0)) < 2:
         raise UserError(f"--max-new-tokens {decoding.max_new_tokens}: {model.found.name} reads {context} tokens with its prompt; "
                         "take fewer")  # fmt: skip

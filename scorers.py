@@ -22,7 +22,7 @@ from models import Way, response_logps, response_scores
 from opening import ROOT, Found, Opened, check_device, find_model, open_model, start_of
 from optimization import pick_device
 from preference_datasets import DataSet, Row
-from pretrained import check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
+from pretrained import check_positions, check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
 from tokenization import Example, TextRules, automatic_bos, encode, own_template, template_text, truncate
 from utils import UserError, quiet, rank0_print
 
@@ -103,6 +103,9 @@ class Causal:
         self.model, self.tokenizer = policy.model, policy.tokenizer
         self.reference, self.name = reference and reference.model, policy.found.name
         self.device = next(self.model.parameters()).device
+        for model in (self.model, self.reference):
+            if model is not None:
+                check_positions(model, config.max_length, "--max-length")
         self.way: Way | None = None  # found when there are tokens to try
 
     @torch.no_grad()
@@ -112,7 +115,7 @@ class Causal:
         highest = max(int(x.max(initial=0)) for e in examples for x in (e.prompt, *e.responses))
         for model in (self.model, self.reference):
             if model is not None:
-                check_vocabulary(model, self.tokenizer, highest, self.name)
+                check_vocabulary(model, self.tokenizer, highest, self.name, examples)
         n, way = len(examples), self._way()
         scores = np.empty((n, len(examples[0].responses)))
         packing = Packing(way.packed, self.budget, 1, cast(int, self.tokenizer.pad_token_id), 2 * self.config.max_length)

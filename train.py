@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would print, and `main` says it in one line
@@ -43,7 +44,16 @@ from metrics import TrainingLog, make_sinks
 from models import DTYPES
 from optimization import make_schedule, pick_device
 from preparation import check_margins, load_examples
-from pretrained import check_vocabulary, check_weights, describe, load_config, load_policy, load_reference, load_tokenizer
+from pretrained import (
+    check_length,
+    check_vocabulary,
+    check_weights,
+    describe,
+    load_config,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+)
 from processes import report
 from reference import weights_digest
 from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
@@ -129,6 +139,7 @@ def train(config: DictConfig) -> None:
 def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found | None) -> None:
     """From a checkpoint of this run, or from its beginning."""
     start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
+    check_length(config)
     check_rope(load_config(config), config.max_length)
     tokenizer = load_tokenizer(config)
     check_weights(config, scalar=loss.reads == "scores")
@@ -142,7 +153,7 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     policy = load_policy(config, device_map, layout, scalar=loss.reads == "scores")
     dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
     highest = max(train_examples.highest_id(), eval_examples.highest_id())
-    check_vocabulary(policy, tokenizer, highest, config.model.name_or_path)
+    check_vocabulary(policy, tokenizer, highest, config.model.name_or_path, chain(train_examples, eval_examples))
     describe(policy, config)
     weights = weights_digest(policy)
     recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
