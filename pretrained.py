@@ -543,10 +543,13 @@ def check_positions(model: Any, longest: int, knob: str) -> None:
 def check_length(config: DictConfig) -> None:
     """Raise UserError if max_length exceeds the model's positions. Reads no weights."""
     hf_config = load_config(config)
-    with _model_errors(config), torch.device("meta"):
-        code = {} if config.model.architecture else trust.pinned(config.model, config.model.name_or_path)
-        code = {name: value for name, value in code.items() if name != "revision"}
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **code)
+    code = {} if config.model.architecture else trust.pinned(config.model, config.model.name_or_path)
+    code = {name: value for name, value in code.items() if name != "revision"}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **code)
+    except Exception:  # what is wrong with the model is said where it is loaded
+        return
     check_positions(model, config.max_length, "max_length")
 
 

@@ -139,8 +139,8 @@ def train(config: DictConfig) -> None:
 def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found | None) -> None:
     """From a checkpoint of this run, or from its beginning."""
     start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
-    check_length(config)
     check_rope(load_config(config), config.max_length)
+    check_length(config)
     tokenizer = load_tokenizer(config)
     check_weights(config, scalar=loss.reads == "scores")
     if config.export:
