@@ -77,10 +77,7 @@ def export(
         raise UserError(f"--out {out}: is there already; give another name{fix}")
     state = load_policy_state(str(found.archive))
     hf_config, tokenizer = load_config(found.config), load_tokenizer(found.config)
-    if template := template_of(found, chat_template, tokenizer):
-        others = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
-        tokenizer.chat_template = template if others is None else others | {"default": template}
-        check_syntax(tokenizer)
+    set_template(tokenizer, template_of(found, chat_template, tokenizer))
     pad = use_pad_of_its_own(tokenizer) if found.scalar else 0
     weights = [*weights_of(found, hf_config, state, DTYPES[dtype] if dtype else None, pad)]
     partial_out = out.with_name(f".{out.name}.partial")
@@ -104,6 +101,14 @@ def export(
         with suppress(OSError):
             storage.remove(partial_out)
     rank0_print(f"exported {found.archive} to {out}: {hf_config.architectures[0]}, {sum(w.bytes for w in weights) / GB:.2f} GB")
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Make a template, if one is given, the default; others that have names stay. UserError for one that is no jinja."""
+    if template:
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
+        tokenizer.chat_template = template if named is None else named | {"default": template}
+        check_syntax(tokenizer)
 
 
 def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,9 +140,7 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     scalar = build_loss(plain(config.loss)).reads == "scores"
     found = Found(str(run_dir), config, None, run_dir, scalar)
     hf_config, tokenizer = load_config(config), load_tokenizer(config)
-    if template := template_of(found, None):
-        tokenizer.chat_template = template
-        check_syntax(tokenizer)
+    set_template(tokenizer, template_of(found, None, tokenizer))
     if type(hf_config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{what}: the code of this model ({hf_config.model_type}) is not part of transformers, so a folder of it "
                         "cannot be read back; leave export out")  # fmt: skip
