@@ -5,6 +5,7 @@ Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,9 +24,10 @@ from examples import Examples
 from intervals import length_buckets
 from losses import Logps, Loss, LossOutput, Pairs, ScoredPairs, Scores
 from metrics import SQUARES, Record, with_spread
-from models import Way, response_logps, response_scores
+from models import Way, read_hidden, response_logps, response_scores
 from routers import Routers, balance
-from tokenization import Example
+from scalar_head import FOLDS
+from tokenization import Example, trees_of
 from utils import quiet
 
 
@@ -136,7 +138,8 @@ def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[st
             "rewards_{}/margins": chosen - rejected,
         }
     if isinstance(policy, ScoredPairs):
-        metrics[SQUARES] = (policy.chosen.last**2 + policy.rejected.last**2) / 2
+        assert chosen is not None and rejected is not None
+        metrics[SQUARES] = (chosen**2 + rejected**2) / 2
     elif isinstance(policy, Pairs):
         metrics |= {
             "logps_{}/chosen": policy.chosen.sum,
@@ -242,21 +245,51 @@ def short(path: str, paths: Sequence[str]) -> str:
     return next((end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1), path)
 
 
-@torch.no_grad()
 def all_logps(scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> np.ndarray:
-    """Log-probabilities of these examples' responses under `model`, [n, k] float64. Every rank computes its part, and gets all;
-    `counts` is true on one of the ranks that see the same rows."""
+    """Log-probabilities of these examples' responses under `model`, [n, k] float64; see `of_all`."""
+    logps = lambda batch: scorer.logps(model, batch).sum.double()[:, None]
+    return of_all(logps, 1, model, feed, indices, scorer.device, counts, progress).cpu().numpy()[..., 0]
+
+
+def all_hidden(scorer: Scorer, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> Tensor:
+    """What the policy's scalar head reads at the end of these examples' responses, or with `loss.read` "mean" the mean over their
+    tokens, [n, k, d] float32, or float64 where the head is; see `of_all`."""
+    weight = scorer.policy.get_output_embeddings().weight
+
+    def hidden(batch: Batch) -> Tensor:
+        with scorer.precision():
+            return read_hidden(scorer.policy, batch, scorer.way, scorer.loss.read).to(weight.dtype)
+
+    return of_all(hidden, weight.shape[1], scorer.policy, feed, indices, scorer.device, counts, progress)
+
+
+def folds_of(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
+    """A fold for each of these examples, those of one prompt in the same.  [n], 0 to FOLDS - 1"""
+    prompts = (trees_of(examples[i])[0][0] for i in indices.tolist())
+    return np.array([zlib.crc32(np.asarray(prompt, np.int32).tobytes()) % FOLDS for prompt in prompts])
+
+
+@torch.no_grad()
+def of_all(
+    compute: Callable[[Batch], Tensor], width: int, model: Any, feed: Feed, indices: np.ndarray, device: torch.device,
+    counts: bool, progress: tqdm,
+) -> Tensor:  # fmt: skip
+    """What `compute` gives the responses of a batch on the device, [R, width], for all of these examples: [n, k, width].
+
+    Every rank computes its part, and gets all; `counts` is true on one of the ranks that see the same rows.
+    """
     was_training, k = model.training, feed.lengths.k
     model.eval()
-    logps = torch.zeros(len(indices), k, dtype=torch.float64, device=scorer.device)
-    places, values = [np.empty(0, np.int64)], [logps[:0]]
+    places, values = [np.empty(0, np.int64)], [torch.zeros(0, k, width, device=device)]
     starts = range(0, len(indices), 256)
-    steps = feed.ahead((indices[start : start + 256] for start in starts), scorer.device)
+    steps = feed.ahead((indices[start : start + 256] for start in starts), device)
     for start, step in zip(starts, steps, strict=True):
         for batch, weight, where in step.microbatches:
             places.append(start + where)
-            values.append(weight * scorer.logps(model, batch.to(scorer.device)).sum.view(k, -1).T.double())
+            values.append(weight * compute(batch.to(device)).to(device).view(k, -1, width).transpose(0, 1))
         progress.update(len(step.indices))
     model.train(was_training)
-    logps.index_add_(0, torch.from_numpy(np.concatenate(places)).to(scorer.device), torch.cat(values))
-    return parallel.total(logps * counts).cpu().numpy()
+    some = torch.cat([value.to(values[-1].dtype) for value in values])
+    table = some.new_zeros(len(indices), k, width)
+    table.index_add_(0, torch.from_numpy(np.concatenate(places)).to(device), some)
+    return parallel.total(table * counts)

@@ -71,6 +71,9 @@ def export(
     """
     if found.archive is None:
         raise UserError(f"{found.name}: a model's folder or name already; give a policy.pt, a checkpoint or a run")
+    if found.scalar and (found.config.get("loss") or {}).get("read") == "mean":
+        raise UserError(f"{found.name}: it was trained with loss.read=mean, and transformers reads a score at the last token; "
+                        "train with loss.read=last, or score with score.py")  # fmt: skip
     out = out.resolve()  # "." has no name beside which to write
     if out.exists() and not (overwrite and _replaceable(out, found)):
         fix = "; --overwrite replaces an exported folder only" if overwrite else ", or --overwrite"

@@ -32,9 +32,17 @@ class Pairs(NamedTuple):
 class Scores(NamedTuple):
     """What a reward model gives B responses."""
 
-    last: Tensor  # [B] the score at each response's last token: the response's score
+    last: Tensor  # [B] the score at each response's last token
     each: Tensor  # [B, L] the scores at all of its tokens; behind its end, its last one again
     tokens: Tensor  # [B] how many tokens it has
+
+    def of(self, read: str) -> Tensor:
+        """The score of each response: at its last token, or with `read` "mean" the mean over its tokens.  [B]"""
+        if read != "mean":
+            return self.last
+        n = self.tokens.clamp(min=1)[:, None]
+        within = torch.arange(self.each.shape[1], device=self.each.device) < n
+        return (self.each * within).sum(1) / n[:, 0]
 
 
 class ScoredPairs(NamedTuple):
@@ -59,6 +67,7 @@ class Loss(NamedTuple):
     average_over: Literal["examples", "tokens"]  # the global count that the summed losses are divided by
     reads: Literal["logps", "scores"]  # log-probabilities of a policy, or the scores of a model with a scalar head
     needs_margins: bool  # of data whose responses have scores
+    read: Literal["last", "mean"]  # which of a response's scores is its own, where it reads scores
     compute: Callable[..., LossOutput]  # (policy, reference) -> LossOutput; reference is None unless needs_reference
 
 
@@ -69,6 +78,7 @@ class _Entry(NamedTuple):
     average_over: Callable[[Mapping[str, Any]], Literal["examples", "tokens"]]
     reads: Literal["logps", "scores"]
     needs_margins: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any]], Literal["last", "mean"]]
 
 
 LOSSES: dict[str, _Entry] = {}
@@ -76,12 +86,12 @@ LOSSES: dict[str, _Entry] = {}
 
 def loss(
     data, needs_reference=lambda knobs: False, average_over=lambda knobs: "examples", reads="logps",
-    needs_margins=lambda knobs: False,
+    needs_margins=lambda knobs: False, read=lambda knobs: "last",
 ):  # fmt: skip
     """Register a function under its name. What is given as a function may depend on the loss's knobs."""
 
     def register(function):
-        LOSSES[function.__name__] = _Entry(function, data, needs_reference, average_over, reads, needs_margins)
+        LOSSES[function.__name__] = _Entry(function, data, needs_reference, average_over, reads, needs_margins, read)
         return function
 
     return register
@@ -117,6 +127,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         entry.average_over(knobs),
         entry.reads,
         entry.needs_margins(knobs),
+        entry.read(knobs),
         lambda policy, reference=None: entry.function(policy, reference, **knobs),
     )
     _try_on_zeros(bound)
@@ -228,19 +239,31 @@ def ipo(
     return _with_rewards(losses, policy, reference, beta)
 
 
-@loss(data="pairs", reads="scores", needs_margins=lambda knobs: knobs["margin"] > 0)
+@loss(
+    data="pairs",
+    reads="scores",
+    needs_margins=lambda knobs: knobs["margin"] > 0,
+    read=lambda knobs: "mean" if knobs["read"] == "mean" else "last",
+)
 def reward(
-    policy: ScoredPairs, reference: None = None, *, read: Literal["last", "tokens"], margin: float, label_smoothing: float,
+    policy: ScoredPairs,
+    reference: None = None,
+    *,
+    read: Literal["last", "mean", "tokens"],
+    margin: float,
+    label_smoothing: float,
     centering: float,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z) + c (r_w + r_l)^2, with z = r_w - r_l - m times the data's own margin.
 
-    e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens. m: Eq. 2 of arXiv:2307.09288
+    e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with `read=mean` on the mean scores
+    of all tokens of a response. m: Eq. 2 of arXiv:2307.09288
     (Llama 2). c pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no origin.
 
     `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the first token in which the
     responses differ to the end of the longer one. Behind the end of the shorter one, where DeepSpeed-Chat compares with the
-    scores of padding, its last score stands (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores.
+    scores of padding, its last score stands (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores, or
+    the mean ones with `read=mean`.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)")
@@ -248,7 +271,8 @@ def reward(
         if not value >= 0:
             raise ValueError(f"{knob}={value}: must not be negative; 0 leaves it out")
     chosen, rejected = policy.chosen, policy.rejected
-    z = (chosen.last - rejected.last)[:, None] if read == "last" else chosen.each - rejected.each  # [B, 1 or L]
+    r_w, r_l = chosen.of(read), rejected.of(read)
+    z = chosen.each - rejected.each if read == "tokens" else (r_w - r_l)[:, None]  # [B, L or 1]
     if margin and policy.margins is not None:
         z = z - margin * policy.margins[:, None]
     losses = -F.logsigmoid(z) * (1 - label_smoothing) - F.logsigmoid(-z) * label_smoothing
@@ -260,5 +284,5 @@ def reward(
         losses = torch.where(compared, losses, 0).sum(1) / compared.sum(1)
     else:
         losses = losses[:, 0]
-    losses = losses + centering * (chosen.last + rejected.last) ** 2
-    return LossOutput(losses, chosen.last.detach(), rejected.last.detach())
+    losses = losses + centering * (r_w + r_l) ** 2
+    return LossOutput(losses, r_w.detach(), r_l.detach())

@@ -108,6 +108,21 @@ def packed_inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
+def read_hidden(model: Any, batch: Batch, way: Way, read: str) -> Tensor:
+    """What a scalar head reads at each response's last token, or with `read` "mean" the mean over its tokens.  -> [R, d]"""
+    seen: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, score: seen.append(inputs[0][0]))
+    try:
+        response_scores(model, batch, way)
+    finally:
+        handle.remove()
+    (hidden,) = seen  # [N, d], all tokens of one response after the other's
+    count = torch.from_numpy(np.maximum(batch.spans[:, 3], 1))
+    if read == "mean":
+        return torch.stack([own.mean(0) for own in hidden.split(count.tolist())])
+    return hidden[(count.cumsum(0) - 1).to(hidden.device)]
+
+
 def _inputs(batch: Batch, way: Way) -> tuple[dict[str, Any], Padded | None]:
     """What the model is given, and the padded rows, where it is these."""
     if way.packed:

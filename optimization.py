@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from batching import Schedule
+from scalar_head import ScalarHead
 from utils import UserError, plain
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -39,9 +40,19 @@ def make_optimizer(config: DictConfig, policy: nn.Module, device: torch.device) 
     if device.type == "cuda" and fusible:
         arguments = {"fused": True} | arguments
     try:
-        return factory(policy.parameters(), lr=config.lr, **arguments)
+        return factory(_groups(policy, config.head_lr), lr=config.lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer={config.optimizer} optimizer_args={arguments}: {str(error).splitlines()[0]}") from None
+
+
+def _groups(policy: nn.Module, head_lr: float | None) -> Any:
+    """All parameters; or, with a rate of its own for a scalar head, those of the rest and those of the head."""
+    heads = [module for module in policy.modules() if isinstance(module, ScalarHead)]
+    if head_lr is None or not heads:
+        return policy.parameters()
+    apart = {id(p) for p in heads[0].parameters()}
+    rest = [p for p in policy.parameters() if id(p) not in apart]
+    return [{"params": rest}, {"params": list(heads[0].parameters()), "lr": head_lr}]
 
 
 def make_scheduler(config: DictConfig, optimizer: torch.optim.Optimizer, n_steps: int, done: int = 0) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -191,6 +191,7 @@ def _load_sharded(
                 model = build(copy.deepcopy(whole.config))
             if scalar:
                 put_scalar_head(model)
+                cast(Any, model).get_output_embeddings().drawn = cast(Any, whole).get_output_embeddings().drawn
             model.generation_config = whole.generation_config
             weights = loading.stored_source(model, Weights(whole.state_dict(), archive=True), strict=True)
         if scalar and not scores(model):
@@ -253,7 +254,8 @@ def _stored(
 def _with_new_head(model: PreTrainedModel, weights: loading.Source, seed: int) -> loading.Source:
     """Give a model without values a scalar head, and a source that knows the head's first values."""
     head = put_scalar_head(model)
-    first = initial_weight(model.get_output_embeddings().in_features, seed)
+    new: Any = model.get_output_embeddings()
+    new.drawn, first = True, initial_weight(new.in_features, seed)
     return lambda name, where: first[where] if name == head else weights(name, where)
 
 

@@ -5,14 +5,21 @@ Shapes: d hidden size. Everything else (packed trees, sharding, checkpoints) see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEADS = ("lm_head", "embed_out")  # what transformers calls a causal LM's head
+
+
+FOLDS = 5
+MIN_PAIRS = 10 * FOLDS  # of fewer nothing is learned but which they are
+RIDGES = [10 ** (x / 2) for x in range(-6, 9)]  # times the mean square of a coordinate
+SPREADS = [0.0, *(10 ** (x / 8) for x in range(-16, 7))]  # root mean square of margins; above 5 a pair's loss is below 0.01
 
 
 class ScalarHead(nn.Linear):
@@ -22,6 +29,7 @@ class ScalarHead(nn.Linear):
     """
 
     computed: Tensor | None = None  # the scores of the forward pass that is running
+    drawn = False  # its weight is a draw from a seed: it was neither trained nor read from a file
 
     def __init__(self, d: int, dtype: torch.dtype = torch.float32, device: Any = None):
         super().__init__(d, 1, bias=False, device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -54,6 +62,7 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
     old = model.get_output_embeddings().weight
     head = ScalarHead(old.shape[1], old.dtype, old.device)
     if seed is not None:
+        head.drawn = True
         with torch.no_grad():
             head.weight.copy_(initial_weight(old.shape[1], seed))
     model.set_output_embeddings(head)
@@ -61,6 +70,50 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
     model.all_tied_weights_keys = {}
     model.register_forward_hook(_scores_as_logits)  # before FSDP's own, which has to see what the loss is computed from
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+
+
+class Fit(NamedTuple):
+    """A head for frozen hidden states, and what cross-validation says of it."""
+
+    weight: Tensor  # [1, d] float64
+    accuracy: float  # share of pairs that a fit without their fold ranks as the data do
+    loss: float  # their mean Bradley-Terry loss, nats; log 2 where nothing can be learned
+
+
+def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
+    """The linear head that tells chosen from rejected, by what a model without training reads at their ends.
+
+    [n, d], [n, d], [n] numbers 0 to FOLDS - 1. Ridge regression of 1 on the difference of the two hidden states, each coordinate
+    divided by its root mean square; then scaled so that Bradley-Terry's loss is least. Ridge and scale are those of the least
+    loss on pairs of left-out folds; where none is below log 2,
+    or with fewer than MIN_PAIRS, the head is 0. The mean score of all responses is 0.
+    """
+    chosen, rejected, folds = chosen.double(), rejected.double(), folds.to(chosen.device)
+    if len(folds) < MIN_PAIRS:
+        return Fit(chosen.new_zeros(1, chosen.shape[1]), 0.0, math.log(2))
+    unit = (chosen - rejected).square().mean(0).sqrt()
+    unit = torch.where(unit > 1e-9 * unit.max(), unit, torch.inf)  # what never differs is left out
+    mean = F.normalize(((chosen + rejected) / unit).mean(0), dim=0)  # at a right angle to it, scores have the mean 0
+    z = (chosen - rejected) / unit
+    u, s, vh = torch.linalg.svd(z - (z @ mean)[:, None] * mean, full_matrices=False)
+    points = u * s  # [n, r], the same differences in min(n, d) coordinates
+    margins = points.new_zeros(len(points), len(RIDGES))
+    for fold in range(FOLDS):
+        margins[folds == fold] = points[folds == fold] @ _ridge(points[folds != fold])
+    spreads = torch.tensor(SPREADS, dtype=margins.dtype, device=margins.device)
+    size = margins.square().mean(0).sqrt()[:, None]
+    scales = torch.where(size > 0, spreads / size, 0.0)  # [ridges, spreads]
+    losses = torch.stack([-F.logsigmoid(margins * scale).mean(0) for scale in scales.T], 1)
+    best, spread = divmod(int(losses.argmin()), len(SPREADS))
+    weight = scales[best, spread] * (_ridge(points)[:, best] @ vh) / unit
+    return Fit(weight[None], float((margins[:, best] > 0).double().mean()), float(losses[best, spread]))
+
+
+def _ridge(points: Tensor) -> Tensor:
+    """Coefficients of the regression of 1 on the points, for each of RIDGES.  [n, r] -> [r, ridges]"""
+    values, vectors = torch.linalg.eigh(points.T @ points)
+    ridges = values.new_tensor(RIDGES) * values.clamp(min=0).mean()
+    return vectors @ ((vectors.T @ points.sum(0))[:, None] / (values.clamp(min=0)[:, None] + ridges).clamp(min=1e-300))
 
 
 def scores(model: Any) -> bool:

@@ -101,6 +101,7 @@ class Causal:
     ):
         self.config, self.budget, self.beta = config, budget, beta
         self.model, self.tokenizer = policy.model, policy.tokenizer
+        self.read = (policy.found.config.get("loss") or {}).get("read", "last")  # as its run did
         self.reference, self.name = reference and reference.model, policy.found.name
         self.device = next(self.model.parameters()).device
         for model in (self.model, self.reference):
@@ -149,7 +150,7 @@ class Causal:
 
     def _values(self, batch: Batch, way: Way) -> Tensor:  # [R]
         if self.beta is None:
-            return response_scores(self.model, batch, way).last
+            return response_scores(self.model, batch, way).of(self.read)
         logps = response_logps(self.model, batch, way).sum
         if self.reference is not None:
             logps = logps - response_logps(self.reference, batch, way).sum

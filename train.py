@@ -185,6 +185,9 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
             rank0_print(f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {trainer.schedule.n_examples}; "
                         "set n_epochs=null to go on")  # fmt: skip
         rank0_print(f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.n_steps:,} steps -> {run_dir}")
+        if config.warmup_steps >= trainer.n_steps > 0:
+            rank0_print(f"note: the run ends within its warmup, at {trainer.n_steps / (config.warmup_steps + 1):.0%} of lr; "
+                        f"warmup_steps={trainer.n_steps // 10} would be a tenth of its steps")  # fmt: skip
         trainer.train()
         failed = False
     except torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ import state_files
 from archives import as_in_2023
 from batching import Feed, Packing, Step
 from draws import run_without_draws
-from evaluation import Scorer, all_logps, eval_groups, evaluate
+from evaluation import Scorer, all_hidden, all_logps, eval_groups, evaluate, folds_of
 from examples import lengths_of
 from generation import sample
 from head import held_bytes
@@ -43,7 +43,7 @@ from optimization import make_optimizer, make_schedule, make_scheduler, pick_dev
 from processes import Stopped, exit_code, report, stop_requested, uptime_secs
 from reference import Computation, ReferenceCache, described, digests_of_all
 from routers import Routers, routers_of
-from scalar_head import scores
+from scalar_head import fit_head, scores
 from token_text import decode
 from tokenization import Example
 from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
@@ -203,6 +203,30 @@ class BasicTrainer:
             feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
             feed.reference[indices] = known
 
+    @torch.no_grad()
+    def start_head(self) -> None:
+        """Give a scalar head that is new its first values, as head_init says. One that was trained before keeps its own."""
+        head, config = cast(Any, self.policy).get_output_embeddings(), self.config
+        if not head.drawn or config.head_init == "random":
+            return
+        (name,) = (name for name, p in self.policy.named_parameters() if any(p is own for own in head.parameters()))
+        weight = torch.zeros(head.weight.shape, dtype=torch.float64, device=self.device)
+        if config.head_init == "fit":
+            indices = self.schedule.order(0)[: config.head_pairs]
+            progress = tqdm(total=len(indices), desc="head", unit="pair", disable=quiet())
+            hidden = all_hidden(self.scorer, self.train_feed, indices, self.counts, progress)  # [n, 2, d]
+            progress.close()
+            folds = folds_of(self.train_feed.examples, indices)
+            fit = fit_head(hidden[:, 0], hidden[:, 1], torch.from_numpy(folds))
+            weight = fit.weight
+            result = f"of pairs left out it ranks {fit.accuracy:.3f} as the data do, at a loss of {fit.loss:.4f}"
+            rank0_print(f"head: fitted to what the untrained model reads of {len(indices):,} pairs; "
+                        f"{result if weight.any() else 'they tell nothing, so it starts at zero'}")  # fmt: skip
+        parallel.settle(self.policy)
+        for part_name, part, where in parallel.parts(self.policy):
+            if part_name == name and part.numel():
+                part.copy_(weight[where])
+
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
@@ -212,6 +236,8 @@ class BasicTrainer:
         self.policy.train()
         self.started, self.logs = time.monotonic(), self.log.mark()
         stop_requested()  # from here on signals wait for the step that they find
+        if self.n_updates == 0 and self.loss.reads == "scores":
+            self.start_head()
         if self.n_updates == 0 and config.do_first_eval:
             self.evaluate()
         if self.evaluation_due:  # the run was stopped before the evaluation that belongs here

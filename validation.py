@@ -83,6 +83,7 @@ SEVERAL: list[tuple[str, Any, tuple[str, ...]]] = [
     ("fsdp_shard_size", None, SHARDED), ("fsdp_cpu_offload", False, SHARDED), ("fsdp_reduce", "auto", SHARDED),
     ("tp_size", None, SHARDED[1:]), ("router_aux_loss", 0, ("BasicTrainer", "FSDPTrainer")),
 ]  # fmt: skip
+HEAD: list[tuple[str, Any]] = [("head_init", "fit"), ("head_pairs", 4000), ("head_lr", None)]
 KNOBS: dict[str, Check] = {
     "exp_name": NAME, "seed": whole(0), "debug": FLAG, "local_dirs": names(1), "local_run_dir": TEXT,
     "wandb.enabled": FLAG, "wandb.entity": maybe(TEXT), "wandb.project": TEXT, "plugins": names(0),
@@ -100,7 +101,8 @@ KNOBS: dict[str, Check] = {
     "n_epochs": maybe(whole(1)), "n_examples": maybe(whole(1)), "n_eval_examples": maybe(whole(0)),
     "trainer": one_of(*TRAINERS),
     "batch_size": whole(1), "gradient_accumulation_steps": whole(1), "eval_batch_size": whole(1),
-    "optimizer": one_of(*OPTIMIZERS), "optimizer_args": maybe(MAPPING), "lr": POSITIVE, "warmup_steps": whole(0),
+    "optimizer": one_of(*OPTIMIZERS), "optimizer_args": maybe(MAPPING), "lr": POSITIVE, "head_lr": maybe(POSITIVE),
+    "head_init": one_of("fit", "zero", "random"), "head_pairs": whole(1), "warmup_steps": whole(0),
     "lr_schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
     "router_aux_loss": number(lambda v: v >= 0, "a number of at least 0"),
     "max_grad_norm": POSITIVE, "tokens_per_microbatch": maybe(whole(1)), "compile": FLAG,
@@ -162,6 +164,13 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
         if loss.data == "pairs" and name in LOADERS and not LOADERS[name].pairs:
             raise UserError(f"datasets={list(config.datasets)}: {name} has SFT targets only, and this loss ({loss.name}) needs "
                             "pairs; train on it with loss=sft")  # fmt: skip
+    if config.export and loss.reads == "scores" and loss.read == "mean":
+        raise UserError(f"export={config.export}: loss.read=mean has no form in transformers, which reads a score at the last "
+                        "token; leave export=null, or set loss.read=last")  # fmt: skip
+    for knob, default in HEAD:
+        if config[knob] != default and loss.reads != "scores":
+            raise UserError(f"{knob}={config[knob]}: is for a reward model's head, and this loss ({loss.name}) has none; leave "
+                            f"{knob} as it is")  # fmt: skip
     if config.reference != "auto" and not loss.needs_reference:
         raise UserError(f"reference={config.reference}: this loss ({loss.name}) needs no reference; leave reference=auto")
     return loss

@@ -93,7 +93,7 @@ OPTIONS = {
     "sft": ["loss=sft", "lr=1e-3", "warmup_steps=2", "batch_size=4", "n_epochs=2", "save_every=8", "optimizer=AdamW",
             "lr_schedule=cosine", "async_save=true", "eval_every=16", "sample_during_eval=true", "n_eval_model_samples=2",
             "sample_max_new_tokens=4"],
-    "reward": ["loss=reward", "loss.centering=0.01", "lr=1e-3", "warmup_steps=2", "batch_size=5", "eval_every=10",
+    "reward": ["loss=reward", "loss.centering=0.01", "lr=1e-3", "head_lr=1e-2", "warmup_steps=2", "batch_size=5", "eval_every=10",
                "save_every=5", "model.policy_dtype=bfloat16"],
 }  # fmt: skip
 

@@ -11,15 +11,21 @@ from runs import records
 from tiny import LLAMA, SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import exporting
 import models
 from attention import NAME as TREES
 from batching import pack
 from evaluation import Evaluation, shared_tokens
+from layout_probe import cannot_pack
 from losses import ScoredPairs, Scores, build_loss
-from models import ORACLE, Way, response_scores
-from scalar_head import put_scalar_head
+from models import ORACLE, Way, read_hidden, response_scores
+from opening import find_model
+from preference_datasets import get_dataset
+from scalar_head import FOLDS, MIN_PAIRS, fit_head, initial_weight, put_scalar_head
+from scorers import knobs_of, load_scorer
 from tokenization import Example
 from utils import UserError
+from validation import validate
 
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 
@@ -73,6 +79,17 @@ def test_the_token_wise_loss_by_hand():
     assert build_loss(REWARD | {"read": "tokens"}).compute(rows).losses.tolist() == pytest.approx(by_hand)
 
 
+def test_mean_scores_by_hand():
+    """(9 + 2 + 3 + 6) / 4 - (7 + 1 + 4) / 3 = 1; a response without a token has its prompt's score; rewards are the means."""
+    mean = build_loss(REWARD | {"read": "mean", "centering": 0.5})
+    out = mean.compute(pair([9, 2, 3, 6], [7, 1, 4]))
+    assert mean.read == "mean" and build_loss(REWARD).read == "last"
+    assert out.losses.item() == pytest.approx(softplus(-1) + 0.5 * 9**2)
+    assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (5, 4)
+    none = Scores(torch.tensor([3.0]), torch.tensor([[3.0, 3.0]]), torch.tensor([0]))
+    assert none.of("mean").tolist() == [3]
+
+
 @pytest.mark.parametrize("knob, value", [("label_smoothing", 0.5), ("margin", -1), ("centering", -0.1), ("read", "first")])
 def test_a_value_out_of_range_is_refused(knob, value):
     with pytest.raises(ValueError, match=f"loss.{knob}={value}"):
@@ -114,6 +131,45 @@ def test_the_score_is_that_of_the_last_token_alone(family):
     assert shared_tokens(batch).tolist() == [1, 0, 2, 0]
 
 
+def hidden_states(n, d, strength, scale=1.0, seed=0):
+    """Random ends of chosen and rejected responses, around a common point far from 0; and the direction that decides."""
+    draw = torch.Generator().manual_seed(seed)
+    direction = torch.randn(d, generator=draw, dtype=torch.float64) / d**0.5
+    a, b = torch.randn(2, n, d, generator=draw, dtype=torch.float64)
+    flip = torch.rand(n, generator=draw) > torch.sigmoid(strength * (a - b) @ direction)
+    far = 20 * torch.randn(d, generator=draw, dtype=torch.float64)
+    chosen, rejected = torch.where(flip[:, None], b, a) + far, torch.where(flip[:, None], a, b) + far
+    return chosen * scale, rejected * scale, torch.arange(n) % FOLDS, direction
+
+
+@pytest.mark.parametrize("n, d", [(600, 20), (200, 300)])  # more pairs than coordinates, and fewer
+def test_a_head_is_fitted_to_frozen_states(n, d):
+    """It finds the direction, whatever the units of the coordinates; scores have the mean 0, and Bradley-Terry's scale."""
+    scale = torch.logspace(-3, 3, d, dtype=torch.float64)
+    chosen, rejected, folds, direction = hidden_states(n, d, 4.0, scale)
+    fit = fit_head(chosen, rejected, folds)
+    a, b = chosen @ fit.weight[0], rejected @ fit.weight[0]
+    assert torch.cosine_similarity(fit.weight[0] * scale, direction, 0) > (0.9 if n > d else 0.3)
+    assert abs(float((a + b).mean())) < 1e-6 and float((a > b).double().mean()) > 0.8
+    assert fit.loss < (0.4 if n > d else 0.69) and fit.accuracy > (0.8 if n > d else 0.55)
+    same = fit_head(*hidden_states(n, d, 4.0)[:3])
+    assert torch.allclose(fit.weight * scale, same.weight, rtol=1e-4, atol=1e-6 * float(same.weight.abs().max()))
+
+
+def test_a_head_is_fitted_to_what_can_be_learned():
+    """Of noise nearly nothing, of too few pairs nothing, of pairs that are told apart always a scale that is finite."""
+    chosen, rejected, folds, _ = hidden_states(500, 50, 0.0)
+    noise = fit_head(chosen, rejected, folds)
+    margins = (chosen - rejected) @ noise.weight[0]
+    assert noise.loss <= math.log(2) and float(margins.square().mean().sqrt()) < 0.5
+    few = fit_head(chosen[: MIN_PAIRS - 1], rejected[: MIN_PAIRS - 1], folds[: MIN_PAIRS - 1])
+    assert not few.weight.any() and few.loss == math.log(2)
+    same = fit_head(chosen, chosen, folds)
+    assert not same.weight.any()
+    sure = fit_head(chosen, chosen - torch.ones(50), folds)
+    assert sure.accuracy == 1 and sure.weight.isfinite().all() and sure.loss < 0.05
+
+
 AFTER_THE_HEAD = {  # what models do to logits after the head
     "cohere": LLAMA | {"logit_scale": 0.25},
     "cohere2": LLAMA | {"logit_scale": 0.25, "head_dim": 8},
@@ -137,8 +193,7 @@ def test_nothing_is_done_to_scores_after_the_head(family):
     models.allow_trees(model)
     head, seen = model.get_output_embeddings(), []
     batch = pack(EXAMPLES, pad_token_id=EOS, longest=32)
-    way, _ = models.choose_way(model, batch, exact=True)
-    for candidate in {way, ORACLE}:
+    for candidate in {Way(packed=cannot_pack(model) is None, plain_head=False), ORACLE}:
         seen.clear()
         handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
         found = response_scores(model, batch, candidate)
@@ -147,6 +202,16 @@ def test_nothing_is_done_to_scores_after_the_head(family):
         assert each.equal((seen[0].float() @ head.weight.T)[0, : len(each), 0])
         (gradient,) = torch.autograd.grad(found.each[0, 0], head.weight)
         assert torch.allclose(gradient, seen[0][0, 0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_the_state_that_a_score_is_of(read):
+    """Its product with the head is the score: what a head is fitted to is what it will read."""
+    model, batch = rewarding("llama"), pack(EXAMPLES, pad_token_id=EOS, longest=32)
+    for way in (Way(packed=True, plain_head=False), ORACLE):
+        hidden = read_hidden(model, batch, way, read)
+        found = response_scores(model, batch, way).of(read)
+        assert torch.allclose((hidden @ model.get_output_embeddings().weight.T)[:, 0], found, atol=1e-12)
 
 
 def test_left_padding_and_right_padding_give_the_same_score():
@@ -166,6 +231,56 @@ def test_left_padding_and_right_padding_give_the_same_score():
 LEARN = ["loss=reward", "model=demo", "datasets=[demo/train.jsonl]", "eval_datasets=[demo/test.jsonl]", "optimizer=AdamW",
          "lr=1e-3", "warmup_steps=5", "batch_size=16", "n_epochs=null", "n_examples=240", "max_length=128",
          "max_prompt_length=64", "do_first_eval=false"]  # fmt: skip
+
+
+def head_of(run_dir):
+    return torch.load(run_dir / "LATEST/policy.pt", weights_only=True)["state"]["lm_head.weight"]
+
+
+def test_the_heads_first_values(train_here, capsys):
+    """Fitted, it ranks before the first step; zero, every score is 0 and the loss log 2; drawn, scores are of order one."""
+    frozen = ["lr=1e-12", "n_examples=16", "do_first_eval=true", "n_eval_examples=64"]
+    first, heads = {}, {}
+    for kind in ("fit", "zero", "random"):
+        run_dir = train_here(*LEARN, *frozen, f"head_init={kind}", "head_pairs=100", f"exp_name={kind}")
+        first[kind], heads[kind] = records(run_dir, "eval")[0], head_of(run_dir)
+    said = capsys.readouterr().out
+    assert said.count("head: fitted to what the untrained model reads of 100 pairs") == 1
+    assert first["fit"]["rewards_eval/accuracies"] > 0.75  # four standard errors above chance, of 64 pairs
+    assert first["fit"]["loss/eval"] < 0.6
+    assert first["zero"]["loss/eval"] == pytest.approx(math.log(2)) and first["zero"]["rewards_eval/spread"] == 0
+    assert first["random"]["loss/eval"] != pytest.approx(math.log(2), abs=1e-4)
+    assert torch.allclose(heads["random"], initial_weight(heads["random"].shape[1], seed=0), atol=1e-6)
+    on = train_here(*LEARN, *frozen, f"model.archive={run_dir}", "head_init=zero", "exp_name=on")
+    assert torch.allclose(head_of(on), heads["random"], atol=1e-6), "a head that was trained is kept"
+
+
+def test_a_model_that_is_read_at_the_mean(train_here, tmp_path):
+    """score.py reads it as its run did; it has no form in transformers, which is said before anything is trained."""
+    run_dir = train_here(*LEARN, "loss.read=mean", "n_examples=16", "n_eval_examples=null")
+    (record,) = records(run_dir, "eval")
+    scorers_own = load_scorer(found := find_model(str(run_dir)), knobs_of(found, {}), device="cpu")
+    rows = [*get_dataset(str(ROOT / "demo/test.jsonl"), "test", eval_share=1.0).rows]
+    scores = scorers_own.score(rows, "keep_start").scores
+    assert float((scores[:, 0] > scores[:, 1]).mean()) == pytest.approx(record["rewards_eval/accuracies"])
+    assert float(scores[:, 0].mean()) == pytest.approx(record["rewards_eval/chosen"], abs=1e-5)
+    with pytest.raises(UserError, match="trained with loss.read=mean"):
+        exporting.export(found, tmp_path / "out")
+    with pytest.raises(UserError, match="export=hf: loss.read=mean has no form in transformers"):
+        train_here(*LEARN, "loss.read=mean", "export=hf", "exp_name=refused")
+
+
+def test_the_heads_own_rate(train_here):
+    """The rest stays where it was, to the rate that it is given."""
+    frozen = ["lr=1e-12", "n_examples=48", "head_init=zero", "n_eval_examples=16", "optimizer=SGD", "warmup_steps=0"]
+    still, moved = (head_of(train_here(*LEARN, *frozen, *more, f"exp_name=rate{len(more)}")) for more in ((), ["head_lr=0.1"]))
+    assert still.abs().max() < 1e-9 < 1e-4 < moved.abs().max()
+
+
+@pytest.mark.parametrize("knob", ["head_init=zero", "head_pairs=10", "head_lr=0.1"])
+def test_knobs_of_the_head_are_for_reward_models(knob, compose):
+    with pytest.raises(UserError, match=f"{knob}: is for a reward model's head"):
+        validate(compose("loss=sft", "model.name_or_path=gpt2", "exp_name=x", knob))
 
 
 def test_it_learns_the_demos_preference(train_here):

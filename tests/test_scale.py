@@ -154,6 +154,20 @@ def test_a_reward_model_over_processes(command, tmp_path):
         assert all(r["loss/eval"] > 0 for r in records(tmp_path / f"{kind}-mixed", "eval"))
 
 
+def test_a_head_is_fitted_over_processes(command, tmp_path, monkeypatch):
+    """Every process computes its part of the frozen states, and keeps its part of one fit."""
+    monkeypatch.setattr("scalar_head.MIN_PAIRS", 5)
+    options = ["loss=reward", "lr=1e-12", "n_examples=4", "batch_size=4", "model.policy_dtype=float64", "do_first_eval=false"]
+    kinds = {"fsdp": ["trainer=FSDPTrainer"], "tp": ["trainer=TensorParallelTrainer"]}
+    run_all([command("one", "llama", *options)])
+    run_in_group(2, run_all, [command(kind, "llama", *options, *more) for kind, more in kinds.items()])
+    heads = [torch.load(tmp_path / run / "LATEST/policy.pt", weights_only=True)["state"]["lm_head.weight"]
+             for run in ("one", *kinds)]  # fmt: skip
+    assert heads[0].abs().max() > 1e-3
+    # The states agree to 1e-14 or so; a regression may blow that up by its condition, at most 1e3 at the least ridge.
+    assert all((head - heads[0]).abs().max() <= 1e-9 * heads[0].abs().max() for head in heads[1:])
+
+
 GPT2_PLAN = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/gpt2-large.yaml").tp_plan)
 
 
