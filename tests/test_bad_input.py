@@ -313,7 +313,8 @@ CASES = {
 
 
 def test_every_data_rule_has_a_case(compose):
-    assert {*CASES, "bad_row"} == set(compose().data_rules)
+    elsewhere = {"bad_row", "text_changed"}  # in test_left_out.py and test_token_text.py
+    assert CASES.keys() | elsewhere == set(compose().data_rules)
 
 
 @pytest.mark.parametrize("case", CASES)
