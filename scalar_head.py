@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("lm_head", "embed_out")  # what transformers calls a causal LM's head
+HEADS = ("lm_head", "embed_out", "head")  # what transformers calls a causal LM's head
 
 
 FOLDS = 5

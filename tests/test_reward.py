@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from families import family_model
 from runs import records
 from tiny import LLAMA, SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,7 +22,7 @@ from losses import ScoredPairs, Scores, build_loss
 from models import ORACLE, Way, read_hidden, response_scores
 from opening import find_model
 from preference_datasets import get_dataset
-from scalar_head import FOLDS, MIN_PAIRS, fit_head, initial_weight, put_scalar_head
+from scalar_head import FOLDS, MIN_PAIRS, fit_head, holds_scores, initial_weight, put_scalar_head
 from scorers import knobs_of, load_scorer
 from tokenization import Example
 from utils import UserError
@@ -311,3 +312,12 @@ def test_a_margin_needs_scores(train_here, tmp_path):
     with pytest.raises(UserError, match=r"demo/train.jsonl:1: no scores .* loss.margin=0"):
         train_here(*LEARN, "loss.margin=1")
     assert not list(ROOT.glob("scores-*.png"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "rwkv"])
+def test_a_reward_models_weights_are_told_from_a_policys(family):
+    """Whatever the family calls its head: lm_head, embed_out or head."""
+    model = family_model(family)
+    assert not holds_scores(model.state_dict())
+    put_scalar_head(model, seed=0)
+    assert holds_scores(model.state_dict())
