@@ -32,11 +32,8 @@ from utils import UserError
 COMPARED = 64  # positions of a response that are compared, spread over its length: their logits must fit in memory
 ROUNDING = 1e-5  # nats per token; sixty families of small models in float32 differ by at most 3e-6 from one layout to another
 GRADIENT_ROUNDING = 1e-4  # of the gradient's norm; the same families differ by at most 2e-6
-SEQUENTIAL = {
-    "full_attention",
-    "sliding_attention",
-    "attention",
-}  # kinds of layers that need no state along the row
+# Kinds of layers that keep nothing along the row.
+FREE_OF_STATE = {"full_attention", "sliding_attention", "attention"}
 
 
 # ------------------------------------------------------------------------------------------------ known from the config
@@ -45,8 +42,8 @@ SEQUENTIAL = {
 def cannot_pack(model: Any) -> str | None:
     """Return why several sequences must not share a row of this model, as far as its config says so; None if it may be tried."""
     spec = model.config.get_text_config()
-    if spec_kinds := sorted(layer_kinds(spec) - SEQUENTIAL):
-        return f"its {', '.join(spec_kinds)} layers run along the row"
+    if kinds := sorted(layer_kinds(spec) - FREE_OF_STATE):
+        return f"its {', '.join(kinds)} layers run along the row"
     if getattr(model, "_is_stateful", False):
         return "it keeps a state along the row"
     if getattr(spec, "attn_temperature_tuning", False):
@@ -95,10 +92,9 @@ def keeps_logits(model: Any, precision: Callable[[], AbstractContextManager]) ->
     Exact in any precision: the head is made to return integers up to 60, which bfloat16 holds, and they must come back.
     """
     head = model.get_output_embeddings()
-    n_rows, device = 61, next(model.parameters()).device
-    given = (
-        torch.arange(3)[:, None] * 13 + torch.arange(head.weight.shape[0]) * 7
-    ) % n_rows * 2.0 - 60
+    device = next(model.parameters()).device
+    positions, rows = torch.arange(3)[:, None], torch.arange(head.weight.shape[0])
+    given = (13 * positions + 7 * rows) % 61 * 2.0 - 60  # [3, V]
 
     def ramp(hidden: Tensor) -> Tensor:  # [1, 3, d] -> [1, 3, V]
         return given[None].to(hidden.device)
@@ -122,10 +118,8 @@ def plain_head(model: Any, precision: Callable[[], AbstractContextManager]) -> t
         named = [
             f"{knob}={getattr(spec, knob)}" for knob in LOGIT_KNOBS if getattr(spec, knob, None)
         ]
-        return (
-            False,
-            f"it changes the logits after its head{' (' + ', '.join(named) + ')' if named else ''}",
-        )
+        knobs = f" ({', '.join(named)})" if named else ""
+        return False, f"it changes the logits after its head{knobs}"
     return True, ""
 
 
@@ -181,9 +175,7 @@ class Alone(NamedTuple):
     """What the responses of a tree give, each in a row of its own."""
 
     values: list[Tensor]  # [n] float64 of each response, on the CPU: nats, or scores
-    gradients: list[
-        Tensor
-    ]  # [prompt + response, d] of each, of the signed sum of its values by the input embeddings
+    gradients: list[Tensor]  # [prompt + response, d] of each, see Prober.compute; none without
 
 
 class Distance(NamedTuple):
@@ -250,7 +242,7 @@ class Prober(NamedTuple):
 
     def packed(self, row: Row, truths: Sequence[Alone], head_in_chunks: bool) -> Distance:
         """Compare the row in one piece with the compared trees' truths, in their order."""
-        batch = pack(row.examples, pad_token_id=0, longest=1 << 30).to(self.device)
+        batch = self._batch(row.examples)
         values, gradient = self._responses(
             batch, row, packed_inputs(batch), batch.scored, head_in_chunks
         )
@@ -265,18 +257,20 @@ class Prober(NamedTuple):
 
     def padded(self, example: Example, truth: Alone, head_in_chunks: bool) -> Distance:
         """Compare a tree's responses in padded rows with its truth."""
-        batch = pack([example], pad_token_id=0, longest=1 << 30).to(self.device)
+        batch = self._batch([example])
         rows = unfold(batch, 0)
         inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
         values, gradient = self._responses(
             batch, Row([example], [0]), inputs, rows.scored, head_in_chunks
         )
-        pairs = (
-            []
-            if gradient is None
-            else [(row[: len(g)], g) for row, g in zip(gradient, truth.gradients, strict=True)]
-        )
+        pairs: list[tuple[Tensor, Tensor]] = []
+        if gradient is not None:
+            pairs = [(row[: len(g)], g) for row, g in zip(gradient, truth.gradients, strict=True)]
         return self._distance(values, [truth], pairs)
+
+    def _batch(self, examples: list[Example]) -> Batch:
+        longest = int(lengths_of(examples).longest().max())
+        return pack(examples, pad_token_id=0, longest=longest).to(self.device)
 
     def _responses(
         self, batch: Batch, row: Row, inputs: dict[str, Any], scored: Tensor, head_in_chunks: bool
@@ -296,20 +290,17 @@ class Prober(NamedTuple):
         self, values: Tensor, truths: Sequence[Alone], gradients: Sequence[tuple[Tensor, Tensor]]
     ) -> Distance:
         expected = [one for truth in truths for one in truth.values]
-        scale = (
-            max(1.0, *(float(one.abs().max()) for one in expected)) if scores(self.model) else 1.0
-        )
+        largest = max(float(one.abs().max()) for one in expected)
+        scale = max(1.0, largest) if scores(self.model) else 1.0
         parts = values.split([len(one) for one in expected])
-        worst = (
-            max(float((a - b).abs().mean()) for a, b in zip(parts, expected, strict=True)) / scale
-        )
+        off_by = [float((a - b).abs().mean()) for a, b in zip(parts, expected, strict=True)]
         off = [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in gradients]
-        return worst_of([Distance(worst, max(off, default=0.0))])
+        return worst_of([Distance(max(off_by) / scale, max(off, default=0.0))])
 
     def rounding(self, examples: Sequence[Example], truths: Sequence[Alone]) -> Distance:
         """Return the difference that one more rounding after each block makes: what no two orders of summation can be held to.
 
-        The output of the embeddings and of each block is multiplied by 1 + eps z with z standard normal, where eps is half the
+        The output of each block is multiplied by 1 + eps z with z standard normal, where eps is half the
         spacing of the precision's numbers at 1.
         """
         generator = torch.Generator().manual_seed(0)
@@ -380,23 +371,17 @@ def choose_way(
                 worst, within = try_layout(model, packed, rows, device, precisions, gradients)
             except torch.OutOfMemoryError:
                 raise
-            except (
-                Exception
-            ) as error:  # whatever a model raises for an argument that it does not know
+            except Exception as error:  # whatever a model raises for an argument it does not know
                 why = str(error).splitlines()[0][:100]
                 break
             if within:
                 own = f" ({why_own_head})" if why_own_head else ""
-                return (
-                    packed,
-                    f"batches: {packed}{own}; equal to each response alone to {worst.values:.0e}{unit}",
-                )
-            what = (
-                f"{worst.values:.1g}{unit}"
-                if worst.values > ROUNDING
-                else f"{worst.gradients:.1g} of the gradient"
-            )
-            why = f"packed, it would be off by {what}"
+                equal = f"equal to each response alone to {worst.values:.0e}{unit}"
+                return packed, f"batches: {packed}{own}; {equal}"
+            if worst.values > ROUNDING:
+                why = f"packed, it would be off by {worst.values:.1g}{unit}"
+            else:
+                why = f"packed, it would be off by {worst.gradients:.1g} of the gradient"
     rows = synthetic_rows(longest, 0, vocabulary, 0)
     worst, within = try_layout(model, padded, rows, device, precisions, gradients)
     reasons = "; ".join(filter(None, [why, why_own_head]))
@@ -426,9 +411,8 @@ def try_layout(
         prober = Prober(model, device, precision, gradients and precision is precisions[-1])
         truths = {id(tree): prober.alone(tree) for tree in trees}
         if way.packed:
-            full = prober._replace(
-                gradients=False
-            )  # a whole microbatch: its gradients would take a second step's time
+            # A full microbatch without gradients: they would take as much time as a second one.
+            full = prober._replace(gradients=False)
             distances = [
                 p.packed(row, [truths[id(row.examples[i])] for i in row.compared], way.plain_head)
                 for p, row in zip((prober, prober, full), rows, strict=True)

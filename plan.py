@@ -204,7 +204,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     live = loss.needs_reference and not cached
 
     free = room - (4 + live) * each - held_bytes(GPU)
-    mean = float(np.mean(lengths_of(data.examples[:256]).tokens()))
+    mean = float(np.mean(lengths_of(data.examples).tokens()))
     budget = sizing.token_budget(config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks)
     steps = lay_out(config, model, data, layout.ranks, budget)
 

@@ -166,7 +166,7 @@ class BasicTrainer:
         """Tokens of a microbatch: as configured, or from the memory at hand."""
         trained = sizing.trained_bytes(self.policy) / (1 if self.layout is None else self.layout.n_shards)
         free = sizing.memory_at_hand(self.device) - trained - held_bytes(self.device)
-        mean = float(np.mean(lengths_of(train[:256]).tokens()))
+        mean = float(np.mean(lengths_of(train).tokens()))
         small = way.plain_head or scores(self.policy)  # no logits
         return sizing.token_budget(self.config, self.policy.config, self.device, self.dtype, free, small, mean, self.world_size)
 
