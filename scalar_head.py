@@ -75,7 +75,7 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
 class Fit(NamedTuple):
     """A head for frozen hidden states, and what cross-validation says of it."""
 
-    weight: Tensor  # [1, d] float64
+    weight: Tensor  # [1, d] float64, on the CPU
     accuracy: float  # share of pairs that a fit without their fold ranks as the data do
     loss: float  # their mean Bradley-Terry loss, nats; log 2 where nothing can be learned
 
@@ -88,9 +88,11 @@ def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
     loss on pairs of left-out folds; where none is below log 2,
     or with fewer than MIN_PAIRS, the head is 0. The mean score of all responses is 0.
     """
+    if chosen.device.type == "mps":  # which has no float64
+        chosen, rejected = chosen.cpu(), rejected.cpu()
     chosen, rejected, folds = chosen.double(), rejected.double(), folds.to(chosen.device)
     if len(folds) < MIN_PAIRS:
-        return Fit(chosen.new_zeros(1, chosen.shape[1]), 0.0, math.log(2))
+        return Fit(torch.zeros(1, chosen.shape[1], dtype=torch.float64), 0.0, math.log(2))
     unit = (chosen - rejected).square().mean(0).sqrt()
     unit = torch.where(unit > 1e-9 * unit.max(), unit, torch.inf)  # what never differs is left out
     mean = F.normalize(((chosen + rejected) / unit).mean(0), dim=0)  # at a right angle to it, scores have the mean 0
@@ -106,7 +108,7 @@ def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
     losses = torch.stack([-F.logsigmoid(margins * scale).mean(0) for scale in scales.T], 1)
     best, spread = divmod(int(losses.argmin()), len(SPREADS))
     weight = scales[best, spread] * (_ridge(points)[:, best] @ vh) / unit
-    return Fit(weight[None], float((margins[:, best] > 0).double().mean()), float(losses[best, spread]))
+    return Fit(weight[None].cpu(), float((margins[:, best] > 0).double().mean()), float(losses[best, spread]))
 
 
 def _ridge(points: Tensor) -> Tensor:

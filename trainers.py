@@ -210,14 +210,14 @@ class BasicTrainer:
         if not head.drawn or config.head_init == "random":
             return
         (name,) = (name for name, p in self.policy.named_parameters() if any(p is own for own in head.parameters()))
-        weight = torch.zeros(head.weight.shape, dtype=torch.float64, device=self.device)
+        weight = torch.zeros(head.weight.shape)
         if config.head_init == "fit":
             indices = self.schedule.order(0)[: config.head_pairs]
             progress = tqdm(total=len(indices), desc="head", unit="pair", disable=quiet())
             hidden = all_hidden(self.scorer, self.train_feed, indices, self.counts, progress)  # [n, 2, d]
             progress.close()
             folds = folds_of(self.train_feed.examples, indices)
-            fit = fit_head(hidden[:, 0], hidden[:, 1], torch.from_numpy(folds))
+            fit = parallel.from_rank0(partial(fit_head, hidden[:, 0], hidden[:, 1], torch.from_numpy(folds)))
             weight = fit.weight
             result = f"of pairs left out it ranks {fit.accuracy:.3f} as the data do, at a loss of {fit.loss:.4f}"
             rank0_print(f"head: fitted to what the untrained model reads of {len(indices):,} pairs; "
