@@ -28,6 +28,7 @@ def run_in_group(n, work, *arguments, timeout=600):
 
 def _member(rank, work, n, port, arguments):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(n)}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the threads that the parent's tokenizers wait for
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     try:
