@@ -183,8 +183,8 @@ def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
         "config": lambda: setattr(model.config, "rms_norm_eps", 1e-3),
         "attention": lambda: model.set_attn_implementation("eager"),
         "version": lambda: monkeypatch.setattr(reference, "VERSION", reference.VERSION + 1),
-        "torch": lambda: monkeypatch.setattr("torch.__version__", "9.9"),
-        "transformers": lambda: monkeypatch.setattr("transformers.__version__", "9.9"),
+        "torch": lambda: monkeypatch.setattr(reference.torch, "__version__", "9.9"),
+        "transformers": lambda: monkeypatch.setattr(reference.transformers, "__version__", "9.9"),
     }.get(part, lambda: {"computation": COMPUTATION._replace(**{part: OTHERS[part]})})
     assert np.isnan(cache(**(change() or {})).find(digests)).all()
 

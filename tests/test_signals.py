@@ -152,7 +152,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(sta
     ranks = workers(process)
     process.kill()
     process.wait()
-    wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text() for pid in ranks), 5)
+    wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text() for pid in ranks))
     process, _ = start(*TWO, "n_examples=24")
     assert process.wait(timeout=PATIENCE) == 0
     assert rundir.status(run_dir)["step"] == 7
