@@ -11,6 +11,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers or datasets
 os.environ["WANDB_MODE"] = "offline"
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    # Another machine is emulated: oneDNN must not see AVX-512 either, or SDPA in bfloat16 asks torch for a kernel it lacks.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 # One thread to each process, whatever the caller has set: another number sums in another order, several pytest workers share the
 # machine, and tests fork, which threads do not survive. TEST_THREADS=2 tries whether the tests' bounds hold for others.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
