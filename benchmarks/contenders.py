@@ -27,7 +27,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Plumb's modules lie at the repository's root
@@ -178,6 +177,19 @@ class Padded(Contender):
 # ------------------------------------------------------------------------------------------------------------------- plumb
 
 
+class PlainIds:
+    """What the trainer asks of a tokenizer, where texts are ids already: all of them are ordinary tokens."""
+
+    pad_token_id = 0
+    all_special_ids: Sequence[int] = ()
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+
 class Plumb(Contender):
     """This repository's BasicTrainer, one `step` at a time. Everything that knows its API is in this class.
 
@@ -232,7 +244,7 @@ class Plumb(Contender):
         if setting.objective == "dpo":
             knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False, "nll": 0.0}
         self.log = TrainingLog([], float("inf"))
-        tokenizer: Any = SimpleNamespace(pad_token_id=0)
+        tokenizer: Any = PlainIds(self.policy.config.vocab_size)
         return BasicTrainer(
             config, self.policy, self.reference, None, build_loss(knobs), tokenizer, examples, [], Path(), self.log
         )
