@@ -148,7 +148,7 @@ class BasicTrainer:
         """Return how the models compute, and print why."""
         autocast = self.precision(self.device)
         precisions = [Precision(autocast, self.dtype)]
-        if autocast is not nullcontext:  # in the weights' own precision errors show that rounding would hide
+        if autocast is not nullcontext:  # where errors show that 16 bits would hide
             precisions.insert(0, Precision(nullcontext, DTYPES[self.config.model.policy_dtype]))
         way, line = choose_way(
             self.policy,
