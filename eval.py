@@ -24,16 +24,18 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
 import train  # registers what config.yaml is resolved with
-from command_line import check_command_line, spelled_out
-from commands import Parser, new_file, run
-from losses import Loss
-from metrics import Record, TrainingLog
-from opening import Found, find_model, start_of
-from preparation import check_margins, load_examples
-from pretrained import check_length, check_vocabulary, load_policy, load_tokenizer
+from plumb.console import plain
+from plumb.data.prepare import check_margins, load_examples
+from plumb.errors import UserError
+from plumb.losses.registry import Loss
+from plumb.models.find import Found, find_model, start_of
+from plumb.models.load import check_length, check_vocabulary, load_policy, load_tokenizer
+from plumb.paths import new_file
+from plumb.settings.cli import Parser, run
+from plumb.settings.hydra_guard import check_command_line, spelled_out
+from plumb.settings.validation import validate
+from plumb.training.metrics import Record, TrainingLog
 from trainers import BasicTrainer
-from utils import UserError, plain
-from validation import validate
 
 ROOT = Path(__file__).resolve().parent
 # What an evaluation does not do, whatever the run did.
@@ -138,7 +140,8 @@ def evaluate(
     _, examples = load_examples(data, tokenizer, pairs=loss.data == "pairs")
     if not examples:
         raise UserError(f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give eval_datasets")
-    check_margins(loss, examples)
+    if loss.needs_margins:
+        check_margins(examples)
     policy, other = load_policy(config, scalar=found.scalar), cast(PreTrainedModel | None, None)
     check_vocabulary(policy, tokenizer, examples.highest_id(), found.name, examples)
     if loss.needs_reference:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from archives import load_policy_state
-from commands import Parser, new_file, run
-from exporting import export, stored_dtype
-from models import DTYPES
-from opening import find_model, open_model
-from pretrained import load_config
-from utils import UserError
+from plumb.errors import UserError
+from plumb.models.export import export, stored_dtype
+from plumb.models.find import find_model, open_model
+from plumb.models.forward_path import DTYPES
+from plumb.models.load import load_config
+from plumb.paths import new_file
+from plumb.runs.policy_file import load_policy_state
+from plumb.settings.cli import Parser, run
 
 
 def parser() -> argparse.ArgumentParser:

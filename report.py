@@ -1,6 +1,6 @@
 """The report on runs: `python report.py RUN [RUN ...]` writes a page that stands by itself, and its curves as a PNG.
 
-What it says is in diagnosis.py and history.py, what it draws in curves.py, how it looks in templates/report.html.
+What it says is in reports/diagnosis.py and runs/history.py, what it draws in reports/curves.py, how it looks in reports/report.html.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-import commands
-from curves import colour, data_address, draw_all, draw_each, named
-from diagnosis import Finding, diagnose, first_and_last, healthy, verdict
-from history import Record, Run, Sample, differences, lineage, read_runs
-from utils import UserError, redact, said
+from plumb.console import redact, said
+from plumb.errors import UserError
+from plumb.paths import new_file
+from plumb.reports import curves
+from plumb.reports.curves import colour, data_address, draw_all, draw_each, named
+from plumb.reports.diagnosis import Finding, diagnose, first_and_last, healthy, verdict
+from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
+from plumb.settings import cli
 
 # What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not better.
 BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
@@ -31,7 +34,7 @@ MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    options = commands.Parser("Curves, diagnosis, samples and lineage of one run or several, on one page.")
+    options = cli.Parser("Curves, diagnosis, samples and lineage of one run or several, on one page.")
     options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     options.add_argument("--out", type=Path, help="the page, a PNG of its name beside it; None: report.html in the first RUN")
     return options
@@ -51,17 +54,17 @@ def main(options: argparse.Namespace) -> None:
         for f in found:
             print(said(f"  {f.level}: {f.title}: {f.evidence}"), said(f"      try: {f.remedy}"), sep="\n")
     page = render(runs, findings)
-    with commands.new_file(out, "--out", "wb") as file:
+    with new_file(out, "--out", "wb") as file:
         file.write(page.encode("utf-8", errors="replace"))  # half a surrogate pair in a sample is no reason to fail
     picture = out.with_suffix(".png")
-    with commands.new_file(picture, "--out", "wb") as file:
+    with new_file(picture, "--out", "wb") as file:
         file.write(draw_all([*map(named, runs)]))
     print(said(f"report: {out}"), said(f"curves: {picture}"), sep="\n")
 
 
 def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
     """The page. All text is escaped where it enters; samples may hold anything."""
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    folder = FileSystemLoader(Path(curves.__file__).parent)
     templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"brief": brief}
     renamed = [named(run) for run in runs]
@@ -200,4 +203,4 @@ def pictures(run: Run) -> list[tuple[str, str, str]]:
 
 
 if __name__ == "__main__":
-    commands.run(parser(), main)
+    cli.run(parser(), main)

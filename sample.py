@@ -15,14 +15,16 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-import prompts
-from commands import Parser, new_file, run
-from generation import MODES, Answer, Decoding, answers, flag
-from opening import Found, Opened, find_model, open_model, template_of
-from pretrained import pad_within, positions_of
-from reference import weights_digest
-from tokenization import HH_TEMPLATE, own_template
-from utils import UserError, get_local_dir
+import preference_datasets  # noqa: F401  registers its sets
+from plumb.data import prompts
+from plumb.data.tokenization import HH_TEMPLATE, own_template
+from plumb.errors import UserError
+from plumb.models.find import Found, Opened, find_model, open_model, template_of
+from plumb.models.load import pad_within, positions_of
+from plumb.models.reference_cache import weights_digest
+from plumb.paths import get_local_dir, new_file
+from plumb.rollouts.hf_engine import MODES, Answer, Decoding, answers, flag
+from plumb.settings.cli import Parser, run
 
 FIELDS = sorted({name for takes in MODES.values() for name in takes})
 TYPES = {"top_k": int, "num_beams": int, "num_beam_groups": int}
@@ -111,7 +113,7 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
 
 
 def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
-    """From where the options say; see prompts.py for the errors."""
+    """From where the options say; see data/prompts.py for the errors."""
     if options.prompts:
         found: Any = prompts.of_file(options.prompts, options.field, options.raw)
     elif options.dataset:

@@ -17,20 +17,23 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-import commands
-import judges
-import pipeline_datasets  # noqa: F401  registers its sets
-from batching import Schedule
-from commands import Parser, new_file, write_jsonl
-from intervals import Interval, calibration, length_buckets, wilson
-from judges import Endpoint, Verdicts
-from opening import Found, find_model
-from preference_datasets import LOADERS, Reading, Row, get_dataset, resolve
-from sample_files import read_answers, read_ranked
-from score_plots import draw_calibration, draw_scores
-from scorers import Scored, Scorer, knobs_of, load_scorer
-from utils import UserError, get_local_dir, plain
-from winrates import Duel, Judged, WinRate, by_endpoint, by_points, duels, read_policies, win_rate
+import preference_datasets  # noqa: F401  registers its sets
+from plumb.console import plain
+from plumb.data.formats import Row
+from plumb.data.order import Schedule
+from plumb.data.registry import LOADERS, Reading, get_dataset, resolve
+from plumb.errors import UserError
+from plumb.models.find import Found, find_model
+from plumb.paths import get_local_dir, new_file
+from plumb.reports.score_plots import draw_calibration, draw_scores
+from plumb.scoring import judges
+from plumb.scoring.intervals import Interval, calibration, length_buckets, wilson
+from plumb.scoring.judges import Endpoint, Verdicts
+from plumb.scoring.sample_files import read_answers, read_ranked
+from plumb.scoring.scorers import Scored, Scorer, knobs_of, load_scorer
+from plumb.scoring.winrates import Duel, Judged, WinRate, by_endpoint, by_points, duels, read_policies, win_rate
+from plumb.settings import cli
+from plumb.settings.cli import Parser, write_jsonl
 
 KNOBS = ("max_length", "max_prompt_length", "chat_template", "eval_share")
 OF_SCORERS = ("reference", "beta", "base", "tokenizer", "dtype", "device", "tokens_per_microbatch", *KNOBS)
@@ -414,4 +417,4 @@ def check_place(path: Path, option: str, folder: bool) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(parser(), main)
+    cli.run(parser(), main)

@@ -28,23 +28,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-import checkpoints
-import parallel
-import plan
-import processes
-import rundir
+import preference_datasets  # noqa: F401  registers its sets
 import trainers
-from archives import resolve_archive
-from command_line import check_command_line, no_environment, spelled_out
-from curves import draw_curves
-from exporting import export_run, rehearse
-from layout_probe import check_rope
-from losses import build_loss
-from metrics import TrainingLog, make_sinks
-from models import DTYPES
-from optimization import make_schedule, pick_device
-from preparation import check_margins, load_examples
-from pretrained import (
+from plumb.console import plain, rank, rank0_print, redacted, said, under_torchrun
+from plumb.data.prepare import check_margins, load_examples
+from plumb.data.token_store import fingerprint
+from plumb.distributed import collectives, launch, sharding
+from plumb.distributed.device import pick_device
+from plumb.distributed.launch import report
+from plumb.errors import UserError
+from plumb.losses.registry import build_loss
+from plumb.models.export import export_run, rehearse
+from plumb.models.forward_path import DTYPES
+from plumb.models.layout_probe import check_rope
+from plumb.models.load import (
     check_length,
     check_vocabulary,
     check_weights,
@@ -54,12 +51,17 @@ from pretrained import (
     load_reference,
     load_tokenizer,
 )
-from processes import report
-from reference import weights_digest
-from sizing import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
-from token_store import fingerprint
-from utils import UserError, get_local_run_dir, peak_memory_gb, plain, rank, rank0_print, redacted, said, under_torchrun
-from validation import import_plugins, validate
+from plumb.models.reference_cache import weights_digest
+from plumb.planning import plan
+from plumb.reports.curves import draw_curves
+from plumb.runs import checkpoints, directory, lineage
+from plumb.runs.policy_file import resolve_archive
+from plumb.settings.hydra_guard import check_command_line, no_environment, spelled_out
+from plumb.settings.validation import import_plugins, validate
+from plumb.training.budget import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
+from plumb.training.metrics import TrainingLog, make_sinks
+from plumb.training.optimizers import make_schedule
+from utils import environment, get_local_run_dir, peak_memory_gb
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
@@ -70,13 +72,13 @@ def run(config: DictConfig) -> None:
     """Validate, then train in this process or in several. What ends a run early is said in one line, by its exit code, and in
     status.json."""
     run_dir = None
-    processes.begin()
+    launch.begin()
     try:
         loss = validate(config)
         if config.plan:
             rank0_print(plan.show(config, loss))
             return
-        config.local_run_dir = rundir.find(config)
+        config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
         run_dir = Path(config.local_run_dir)
         if config.model.archive:  # the run's record then says which policy.pt a pattern or LATEST meant
@@ -85,16 +87,16 @@ def run(config: DictConfig) -> None:
             train(config)
         else:
             patience = timedelta(minutes=config.timeout_minutes)
-            processes.launch(train, (config,), n_cpu_processes=config.n_cpu_processes, port=config.fsdp_port, timeout=patience)
+            launch.launch(train, (config,), n_cpu_processes=config.n_cpu_processes, port=config.fsdp_port, timeout=patience)
     except UserError as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
         sys.exit(end(run_dir, "failed", error.exit_code, f"error: {error}"))
-    except processes.Stopped as stopped:
+    except launch.Stopped as stopped:
         sys.exit(end(run_dir, "stopped", stopped.code, str(stopped)))
     except InterpolationResolutionError as error:
         sys.exit(fail(in_one_line(error), 2))
     except (Exception, SystemExit):
         if run_dir is not None:
-            rundir.write_status(run_dir, "failed", 1, "a mistake of ours; its traceback is on the console")
+            directory.write_status(run_dir, "failed", 1, "a mistake of ours; its traceback is on the console")
         raise
 
 
@@ -102,9 +104,9 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     """Say how the run ended, on the console and in status.json. -> its exit code"""
     text = said(text)
     if run_dir is not None:
-        rundir.write_status(run_dir, state, code, text.removeprefix("error: "))
+        directory.write_status(run_dir, state, code, text.removeprefix("error: "))
     if under_torchrun() and rank() != 0:  # every rank met the same mistake; but a rank that ends takes the others with it
-        processes.end_quietly()
+        launch.end_quietly()
         time.sleep(5)
     print(text, file=sys.stderr)
     return code
@@ -113,30 +115,30 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
 def train(config: DictConfig) -> None:
     """One run, from data to the last checkpoint, in this process or in this rank's part of it."""
     import_plugins(config.plugins)
-    config.local_run_dir = parallel.same_everywhere(config.local_run_dir)
+    config.local_run_dir = collectives.same_everywhere(config.local_run_dir)
     run_dir = Path(config.local_run_dir)
-    owner = rundir.Owner(run_dir)
+    owner = directory.Owner(run_dir)
     try:
-        found = parallel.from_rank0(partial(checkpoints.newest, run_dir))
+        found = collectives.from_rank0(partial(checkpoints.newest, run_dir))
         changed: list[str] = []
         if found is not None:
-            before, now = ({"settings": x} for x in (found.manifest.recipe["settings"], rundir.settings(config)))
-            changed = rundir.compare(run_dir, before, now, config.resume_allow)
+            before, now = ({"settings": x} for x in (found.manifest.recipe["settings"], directory.settings(config)))
+            changed = directory.compare(run_dir, before, now, config.resume_allow)
         if found is not None and found.manifest.finished and not changed:
             settle = partial(checkpoints.settle, run_dir, found.path.name, config.keep_checkpoints, config.keep_best)
-            parallel.from_rank0(settle)  # which a kill may have prevented
+            collectives.from_rank0(settle)  # which a kill may have prevented
             rank0_print(f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run: resume=never")
             report(found.manifest.step, found.manifest.examples)
         else:
             train_from(config, owner, found)
         if config.export and rank() == 0:
             export_run(run_dir)
-        rundir.write_status(run_dir, "finished", 0) if rank() == 0 else None
+        directory.write_status(run_dir, "finished", 0) if rank() == 0 else None
     finally:
         owner.release()
 
 
-def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found | None) -> None:
+def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Found | None) -> None:
     """From a checkpoint of this run, or from its beginning."""
     start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
     check_rope(load_config(config), config.max_length)
@@ -144,9 +146,12 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     tokenizer = load_tokenizer(config)
     check_weights(config, scalar=loss.reads == "scores")
     if config.export:
-        parallel.from_rank0(partial(rehearse, config, run_dir))
+        collectives.from_rank0(partial(rehearse, config, run_dir))
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
-    check_margins(loss, train_examples, eval_examples)
+    if note := lineage.lineage(config):
+        rank0_print(note)
+    if loss.needs_margins:
+        check_margins(train_examples, eval_examples)
     layout = trainers.TRAINERS[config.trainer].make_layout(config)
     several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     device_map = "balanced" if several_gpus else None
@@ -156,10 +161,10 @@ def train_from(config: DictConfig, owner: rundir.Owner, found: checkpoints.Found
     check_vocabulary(policy, tokenizer, highest, config.model.name_or_path, chain(train_examples, eval_examples))
     describe(policy, config)
     weights = weights_digest(policy)
-    recipe = rundir.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
+    recipe = directory.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
     changed = []
     if found is not None:
-        changed = rundir.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
+        changed = directory.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
         for knob, value in found.manifest.found.items():  # what was decided by the memory of that moment stays
             if config.get(knob, "") in (None, "auto") and value is not None and (knob != "fsdp_reduce" or layout is not None):
                 config[knob] = value
@@ -206,9 +211,9 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
     def prepare() -> None:
         try:
             checkpoints.set_aside(run_dir, found)
-            rundir.cut_logs(run_dir, found.manifest.logs if found else {})
-            rundir.record(config, run_dir, found and found.manifest.step, changed)
-            rundir.write_status(run_dir, "running")
+            directory.cut_logs(run_dir, found.manifest.logs if found else {})
+            directory.record(config, run_dir, found and found.manifest.step, changed, environment())
+            directory.write_status(run_dir, "running")
         except OSError as error:
             raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
 
@@ -216,12 +221,12 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
         rank0_print(f"resuming from {found.path}, step {found.manifest.step:,}" + "".join(f"; {line}" for line in changed))
     elif config.resume != "never":
         rank0_print(f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning")
-    parallel.from_rank0(prepare)
+    collectives.from_rank0(prepare)
     sinks = make_sinks(redacted(plain(config)), run_dir, found and found.manifest.wandb)
     return TrainingLog(sinks, config.minimum_log_interval_secs)
 
 
-def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout: parallel.Layout | None) -> bool:
+def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout: sharding.Layout | None) -> bool:
     """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
     once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
     several = make_schedule(config, n).n_examples > n
@@ -229,7 +234,7 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout:
     if layout is not None:  # a sharded policy lies where it will be trained already
         one, trained, free = one / layout.n_shards, trained / layout.n_shards, free + one / layout.n_shards
     tight = short_for_reference(one, trained, free)
-    cached = parallel.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
+    cached = collectives.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
     why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
     rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")
     return cached
@@ -237,7 +242,7 @@ def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout:
 
 def main() -> None:
     """The command. Whatever a user can cause ends in one line."""
-    processes.listen()
+    launch.listen()
     together = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
     os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex  # which start wrote status.json
     try:
@@ -248,7 +253,7 @@ def main() -> None:
         sys.exit(fail(error, error.exit_code))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         sys.exit(fail(in_one_line(error), 2))
-    except processes.Stopped as stopped:
+    except launch.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
 

@@ -1,6 +1,6 @@
 """The one training loop (BasicTrainer). The other trainers only place models.
 
-Shapes: B pairs (or SFT examples) in a microbatch; see evaluation.py and losses.py.
+Shapes: B pairs (or SFT examples) in a microbatch; see training/evaluation.py and losses/contract.py.
 """
 
 from __future__ import annotations
@@ -22,31 +22,35 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import checkpoints
-import parallel
-import rundir
-import selfcheck
-import sizing
-import state_files
-from archives import as_in_2023
-from batching import Feed, Packing, Step
-from draws import run_without_draws
-from evaluation import Scorer, all_hidden, all_logps, eval_groups, evaluate, folds_of
-from examples import lengths_of
-from generation import sample
-from head import held_bytes
-from layout_probe import Precision, choose_way, ordinary_ids
-from losses import Loss
-from metrics import Means, Record, TrainingLog
-from models import DTYPES, Way, block_class, compile_blocks
-from optimization import make_optimizer, make_schedule, make_scheduler, pick_device
-from processes import Stopped, exit_code, report, stop_requested, uptime_secs
-from reference import Computation, ReferenceCache, described, digests_of_all
-from routers import Routers, routers_of
-from scalar_head import fit_head, scores
-from token_text import decode
-from tokenization import Example
-from utils import get_local_dir, peak_memory_gb, quiet, rank, rank0_print
+from plumb.batching.feed import Feed, Step
+from plumb.batching.microbatches import Packing
+from plumb.console import quiet, rank, rank0_print
+from plumb.data.examples import lengths_of
+from plumb.data.token_text import decode
+from plumb.data.tokenization import Example
+from plumb.distributed import collectives, sharding
+from plumb.distributed.device import pick_device
+from plumb.distributed.launch import Stopped, exit_code, report, stop_requested, uptime_secs
+from plumb.losses.registry import Loss
+from plumb.models.blocks import block_class, compile_blocks
+from plumb.models.chunked_head import held_bytes
+from plumb.models.draws import run_without_draws
+from plumb.models.forward_path import DTYPES, Way
+from plumb.models.layout_probe import Precision, choose_way, ordinary_ids
+from plumb.models.reference_cache import Computation, ReferenceCache, described, digests_of_all
+from plumb.models.routers import Routers, routers_of
+from plumb.models.scalar_head import fit_head, scores
+from plumb.paths import get_local_dir
+from plumb.reports.score_plots import draw_evaluation
+from plumb.rollouts.hf_engine import sample
+from plumb.runs import checkpoints, directory, state_files
+from plumb.runs.policy_file import as_in_2023
+from plumb.training import budget as sizing
+from plumb.training import first_step
+from plumb.training.evaluation import Scorer, all_hidden, all_logps, eval_groups, evaluate, folds_of
+from plumb.training.metrics import Means, Record, TrainingLog
+from plumb.training.optimizers import make_optimizer, make_schedule, make_scheduler
+from utils import peak_memory_gb
 
 
 class BasicTrainer:
@@ -55,7 +59,7 @@ class BasicTrainer:
     def __init__(
         self, config: DictConfig, policy: PreTrainedModel, reference: PreTrainedModel | None, weights: str | None, loss: Loss,
         tokenizer: PreTrainedTokenizerBase, train: Sequence[Example], evaluation: Sequence[Example], run_dir: Path,
-        log: TrainingLog, layout: parallel.Layout | None = None,
+        log: TrainingLog, layout: sharding.Layout | None = None,
     ):  # fmt: skip
         """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest of the reference's, whose
         log-probabilities are then taken from a cache; a reference that is None is the policy before its first step.
@@ -81,7 +85,7 @@ class BasicTrainer:
         if drawing := run_without_draws(self.policy, self.device):
             rank0_print(f"{', '.join(drawing)} would draw random numbers in training: computed as in evaluation")
         way = self.choose_way(train)
-        budget = parallel.same_everywhere(self.token_budget(train, way))
+        budget = collectives.same_everywhere(self.token_budget(train, way))
         rank0_print(f"microbatches of up to {budget:,} tokens")
         self.packing = Packing(
             way.packed, budget, self.world_size, tokenizer.pad_token_id, config.max_length,
@@ -111,7 +115,7 @@ class BasicTrainer:
     # ------------------------------------------------------------------------------------- what other trainers change
 
     @staticmethod
-    def make_layout(config: DictConfig) -> parallel.Layout | None:
+    def make_layout(config: DictConfig) -> sharding.Layout | None:
         """How models are to lie over several processes; made before they are loaded."""
         return None
 
@@ -155,7 +159,7 @@ class BasicTrainer:
             device=self.device,
             longest=self.config.max_length,
             vocabulary=ordinary_ids(self.policy, self.tokenizer),
-            row_tokens=lambda way: parallel.same_everywhere(self.token_budget(train, way)),
+            row_tokens=lambda way: collectives.same_everywhere(self.token_budget(train, way)),
             precisions=precisions,
             gradients=True,
         )
@@ -189,14 +193,14 @@ class BasicTrainer:
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))  # a run of few examples needs only these
         for feed, indices in ((self.train_feed, used), (self.eval_feed, np.arange(len(self.eval_feed.examples)))):
             digests = digests_of_all(feed.examples, indices)
-            known = parallel.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
+            known = collectives.from_rank0(partial(cache.find, digests))  # [n, k], on every rank what rank 0 knows
             (new,) = np.isnan(known).any(1).nonzero()
             progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
             size = max(4096, len(new) // 64)  # what is kept when the pass is interrupted; the file is written anew each time
             for start in range(0, len(new), size):
                 some = new[start : start + size]
                 known[some] = all_logps(self.scorer, model, feed, indices[some], self.counts, progress)
-                parallel.from_rank0(partial(cache.add, digests[some], known[some]))
+                collectives.from_rank0(partial(cache.add, digests[some], known[some]))
             progress.close()
             rank0_print(f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
                         + (f", {len(new):,} computed now" if len(new) else ""))  # fmt: skip
@@ -217,13 +221,13 @@ class BasicTrainer:
             hidden = all_hidden(self.scorer, self.train_feed, indices, self.counts, progress)  # [n, 2, d]
             progress.close()
             folds = folds_of(self.train_feed.examples, indices)
-            fit = parallel.from_rank0(partial(fit_head, hidden[:, 0], hidden[:, 1], torch.from_numpy(folds)))
+            fit = collectives.from_rank0(partial(fit_head, hidden[:, 0], hidden[:, 1], torch.from_numpy(folds)))
             weight = fit.weight
             result = f"of pairs left out it ranks {fit.accuracy:.3f} as the data do, at a loss of {fit.loss:.4f}"
             rank0_print(f"head: fitted to what the untrained model reads of {len(indices):,} pairs; "
                         f"{result if weight.any() else 'they tell nothing, so it starts at zero'}")  # fmt: skip
-        parallel.settle(self.policy)
-        for part_name, part, where in parallel.parts(self.policy):
+        sharding.settle(self.policy)
+        for part_name, part, where in sharding.parts(self.policy):
             if part_name == name and part.numel():
                 part.copy_(weight[where])
 
@@ -272,7 +276,7 @@ class BasicTrainer:
         config = self.config
         by_number = config.save_every and self.n_seen // config.save_every > (self.n_seen - n) // config.save_every
         by_time = config.save_every_minutes and time.monotonic() - self.last_save > 60 * config.save_every_minutes
-        due, failed, save, late, number = parallel.agree(
+        due, failed, save, late, number = collectives.agree(
             [self.log.due(), self.saver.failed(), bool(by_number or by_time), self.out_of_time(), stop_requested()]
         )
         if due:
@@ -286,7 +290,7 @@ class BasicTrainer:
 
     def check_stop(self) -> None:
         """Within an evaluation, between batches."""
-        late, number = parallel.agree([self.out_of_time(), stop_requested()])
+        late, number = collectives.agree([self.out_of_time(), stop_requested()])
         if late or number:
             self.finished = False
             self.stop(int(number))
@@ -326,11 +330,11 @@ class BasicTrainer:
                 loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(step.indices)
             self.backward(loss, last=i == len(step.microbatches) - 1)
             means.add(scored.metrics, weight, scored.counts)
-        first = selfcheck.FirstStep(self, batch, seen, means) if self.n_updates == 0 else None
+        first = first_step.FirstStep(self, batch, seen, means) if self.n_updates == 0 else None
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
             self.log.flush()
-            raise selfcheck.not_finite(self, step, grad_norm)
+            raise first_step.not_finite(self, step, grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
@@ -356,7 +360,7 @@ class BasicTrainer:
         passes = 4 if self.scorer.reference is not None else 3  # forward, backward (twice as much), the live reference's forward
         mfu: Record = {}
         if self.peak_flops is not None:
-            mfu["mfu"] = passes * self.cost.forward(step.lengths) / secs / (parallel.world_size() * self.peak_flops)
+            mfu["mfu"] = passes * self.cost.forward(step.lengths) / secs / (collectives.world_size() * self.peak_flops)
         return {
             "examples_per_second": len(step.indices) / secs,
             "tokens_per_second": float(step.lengths.tokens().sum()) / secs,
@@ -375,10 +379,10 @@ class BasicTrainer:
         update is not made with what is not finite.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        total = parallel.total_norm(gradients)
+        total = sharding.total_norm(gradients)
         norm = float(total)
         if norm > self.config.max_grad_norm:
-            parallel.scale(gradients, self.config.max_grad_norm / (total + 1e-6))
+            sharding.scale(gradients, self.config.max_grad_norm / (total + 1e-6))
         return norm
 
     # ---------------------------------------------------------------------------------------- evaluating and saving
@@ -394,7 +398,8 @@ class BasicTrainer:
         self.saver.check(record)
         self.log.evaluation(record, self.n_seen)
         if self.loss.reads == "scores" and rank() == 0:
-            evaluation.draw_scores(self.run_dir, self.n_seen)
+            chosen, rejected = (evaluation.metrics[f"rewards_{{}}/{which}"] for which in ("chosen", "rejected"))
+            draw_evaluation(chosen, rejected, self.run_dir, self.n_seen)
         elif config.sample_during_eval and self.loss.reads == "logps":
             prompts = [examples[i].prompt for i in range(min(config.n_eval_model_samples, len(examples)))]
             self.log.samples("policy_samples", policy := self.sample(self.policy, prompts), self.n_seen)
@@ -422,7 +427,7 @@ class BasicTrainer:
         if name != self.saved:  # or it was stopped again before its next step
             self.saved, state = name, state_files.tensors_of(self.policy, self.optimizer)
             self.saver.save(name, self.parts(), state, self.manifest(record), self.checkpoint_bytes)
-        rundir.write_status(self.run_dir, "running") if rank() == 0 else None
+        directory.write_status(self.run_dir, "running") if rank() == 0 else None
 
     def rehearse_save(self) -> None:
         """What a save takes, and that it works."""
@@ -466,10 +471,10 @@ class BasicTrainer:
 class FSDPTrainer(BasicTrainer):
     """One process per GPU; parameters, gradients and optimizer state are sharded over them, block by block."""
 
-    layout: parallel.Layout
+    layout: sharding.Layout
 
     @staticmethod
-    def make_layout(config: DictConfig) -> parallel.Layout:
+    def make_layout(config: DictConfig) -> sharding.Layout:
         return _layout(config, 1)
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -482,31 +487,31 @@ class FSDPTrainer(BasicTrainer):
         super().__init__(*arguments)
         n = sum(p.numel() for p in self.policy.parameters()) / self.layout.tp_size
         each = sizing.sums_each(self.config, n, sizing.memory_at_hand(self.device))
-        self.each = bool(parallel.agree([each])[0])
+        self.each = bool(collectives.agree([each])[0])
         self.found["fsdp_reduce"] = "each" if self.each else "last"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        parallel.reduce_gradients(self.policy, now=last, each=self.each)
+        sharding.reduce_gradients(self.policy, now=last, each=self.each)
         super().backward(loss, last)
 
     def policy_state(self) -> dict[str, torch.Tensor]:
-        return parallel.gathered_model_state(self.policy)
+        return sharding.gathered_model_state(self.policy)
 
     def optimizer_state(self) -> dict[str, Any]:
-        return parallel.gathered_optimizer_state(self.policy, self.optimizer)
+        return sharding.gathered_optimizer_state(self.policy, self.optimizer)
 
 
 class TensorParallelTrainer(FSDPTrainer):
     """One process per GPU; tp_size of them see the same rows and hold a part of every matrix each; over the others, FSDP."""
 
     @staticmethod
-    def make_layout(config: DictConfig) -> parallel.Layout:
+    def make_layout(config: DictConfig) -> sharding.Layout:
         return _layout(config, config.tp_size)
 
 
-def _layout(config: DictConfig, tp_size: int | None) -> parallel.Layout:
+def _layout(config: DictConfig, tp_size: int | None) -> sharding.Layout:
     name = config.model.fsdp_policy_mp
-    return parallel.Layout(config.fsdp_shard_size, tp_size, name and DTYPES[name], config.fsdp_cpu_offload)
+    return sharding.Layout(config.fsdp_shard_size, tp_size, name and DTYPES[name], config.fsdp_cpu_offload)
 
 
 TRAINERS = {kind.__name__: kind for kind in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_tokens
 import numpy as np
 
-from batching import Packing, plan
-from examples import Lengths, lengths_of
-from tokenization import Example
+from plumb.batching.microbatches import Packing, plan
+from plumb.data.examples import Lengths, lengths_of
+from plumb.data.tokenization import Example
 
 RANKS = (2, 4, 8, 16, 32, 64)
 

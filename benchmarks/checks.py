@@ -23,9 +23,9 @@ import make_tokens
 import torch
 from torch import Tensor
 
-import attention
-from batching import pack
-from tokenization import Example
+from plumb.batching.layout import pack
+from plumb.data.tokenization import Example
+from plumb.models import tree_attention
 
 ROW = 1536  # tokens, of which the last are padding
 LIMIT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -66,7 +66,7 @@ def check_attention(device: torch.device, dtype: torch.dtype, head_size: int, n_
         if kind is torch.float32 and where.type == "cpu" and results:
             out = dense(q, k, v, visible(examples, n))
         else:
-            out = attention.tree_attention(None, q, k, v, None, segments=batch.segments)[0]
+            out = tree_attention.tree_attention(None, q, k, v, None, segments=batch.segments)[0]
         (out.float() * weights.to(where)).sum().backward()
         gradients = [x.grad for x in (q, k, v) if x.grad is not None]
         results.append([x.detach().float().cpu() for x in (out[:, : batch.n_tokens], *gradients)])

@@ -197,17 +197,18 @@ class Plumb(Contender):
     """
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]]):
-        import models
-        import sizing
-        from batching import Feed, Packing
-        from tokenization import Example
+        from plumb.batching.feed import Feed
+        from plumb.batching.microbatches import Packing
+        from plumb.data.tokenization import Example
+        from plumb.models import forward_path
+        from plumb.training import budget as sizing
 
         super().__init__(setting)
         k = 1 if setting.objective == "sft" else 2
         examples = [Example(pair.prompt, tuple(pair[1 : 1 + k]), "") for batch in batches for pair in batch]
         for model in (self.policy, self.reference):
             if model is not None:
-                models.allow_trees(model)
+                forward_path.allow_trees(model)
         if setting.compile and setting.device == "cpu":  # --smoke: no compiler is needed
             nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment]
         if self.score is None:
@@ -226,8 +227,8 @@ class Plumb(Contender):
         """The trainer as train.py would build it, its config without Hydra."""
         from omegaconf import OmegaConf
 
-        from losses import build_loss
-        from metrics import TrainingLog
+        from plumb.losses.registry import build_loss
+        from plumb.training.metrics import TrainingLog
         from trainers import BasicTrainer
 
         setting, root = self.setting, Path(__file__).resolve().parents[1]
@@ -260,12 +261,12 @@ class Plumb(Contender):
 
     def reward(self, batch: Any) -> Tensor:
         """The summed loss of one microbatch: its row through the body, scores of each response's last token."""
-        import attention
+        from plumb.models import tree_attention
 
         batch = batch.to(self.device)
         hidden = self.policy.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False,
-            attention_mask=attention.no_mask(self.device),
+            attention_mask=tree_attention.no_mask(self.device),
         ).last_hidden_state  # [1, T, d]  # fmt: skip
         last = torch.from_numpy(batch.spans[:, 2] + batch.spans[:, 3] - 1).to(self.device)  # [R]
         assert self.score is not None
@@ -288,7 +289,7 @@ class Plumb(Contender):
         if "budget" in changes:
             trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
         if changes.get("reference") == "cached" and self.reference is not None:
-            from evaluation import all_logps
+            from plumb.training.evaluation import all_logps
 
             everything, silent = np.arange(len(self.feed.examples)), tqdm(disable=True)
             self.feed.reference = all_logps(trainer.scorer, self.reference, self.feed, everything, True, silent)

@@ -32,11 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from batching import Feed, Packing, Step, pack, plan
-from examples import Examples, Table
-from reference import response_digests
-from sizing import Cost
-from tokenization import Example, trees_of
+from plumb.batching.feed import Feed, Step
+from plumb.batching.layout import pack
+from plumb.batching.microbatches import Packing, plan
+from plumb.data.examples import Examples, Table
+from plumb.data.tokenization import Example, trees_of
+from plumb.models.reference_cache import response_digests
+from plumb.training.budget import Cost
 
 COST = Cost(body=2_500_000_000, head=130_000_000, attention=80_000)  # of about 2.8B parameters
 

@@ -82,7 +82,7 @@ def load(name: str, data: Path, folder: Path, tokenizer: Any) -> Any:
     """The training examples that `train.py loss=dpo datasets=[name] dataset_paths.name=data` would see."""
     from hydra import compose, initialize_config_dir
 
-    from preparation import load_examples
+    from plumb.data.prepare import load_examples
 
     overrides = ["loss=dpo", "exp_name=input", f"datasets=[{name}]", f"+dataset_paths.{name}={data}", f"local_dirs=[{folder}]"]
     overrides += ["loss.beta=0.1", "max_length=512", "max_prompt_length=256", "n_eval_examples=64"]
@@ -101,7 +101,7 @@ def peak_gb() -> float:
 
 def measure_load(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of one load_examples, pairs it gave, and the peak memory before and after."""
-    import preparation  # noqa: F401  (its imports are not what is measured)
+    from plumb.data import prepare  # noqa: F401  (its imports are not what is measured)
 
     tokenizer = tokenizer_from(options.tokenizer)
     before, cpu, start = peak_gb(), time.process_time(), time.perf_counter()
@@ -134,8 +134,9 @@ def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
 
 
 def assemble(examples: Any, indices: np.ndarray) -> Any:
-    """One batch from its indices to microbatches of tensors: the one place here that knows the API of batching.py."""
-    from batching import Feed, Packing
+    """One batch from its indices to microbatches of tensors: the one place here that knows the API of batching/layout.py."""
+    from plumb.batching.feed import Feed
+    from plumb.batching.microbatches import Packing
 
     return Feed(examples, Packing(True, BUDGET, world_size=1, pad_token_id=0, longest=512), rank=0).step(indices)
 

@@ -78,10 +78,10 @@ def status(field: str) -> int:
 
 def work(config, out: str) -> None:
     """Train, and write the peak beyond what was there before."""
-    import parallel
     import train
     import trainers
-    from utils import rank
+    from plumb.console import rank
+    from plumb.distributed import collectives
 
     before, loop = status("VmRSS"), trainers.BasicTrainer.train
 
@@ -91,7 +91,7 @@ def work(config, out: str) -> None:
 
     trainers.BasicTrainer.train = from_here  # type: ignore[method-assign]
     train.train(config)
-    peak = max(parallel.from_all(status("VmHWM") - before))
+    peak = max(collectives.from_all(status("VmHWM") - before))
     if rank() == 0:
         Path(out).write_text(json.dumps(peak))
 
@@ -100,9 +100,9 @@ def measure(arguments: list[str], out: str) -> None:
     """One run, by the trainer's own way of starting."""
     import hydra
 
-    import processes
     import train  # noqa: F401  registers the resolver
-    from validation import validate
+    from plumb.distributed import launch
+    from plumb.settings.validation import validate
 
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = hydra.compose("config", arguments)
@@ -110,7 +110,7 @@ def measure(arguments: list[str], out: str) -> None:
     if config.trainer == "BasicTrainer":
         work(config, out)
     else:
-        processes.launch(work, (config, out), n_cpu_processes=2, port=None, timeout=timedelta(minutes=10))
+        launch.launch(work, (config, out), n_cpu_processes=2, port=None, timeout=timedelta(minutes=10))
 
 
 def foretell(arguments: list[str]) -> dict[str, float]:
@@ -118,9 +118,9 @@ def foretell(arguments: list[str]) -> dict[str, float]:
     import hydra
     import torch
 
-    import plan
     import train  # noqa: F401
-    from validation import validate
+    from plumb.planning import plan
+    from plumb.settings.validation import validate
 
     plan.GPU = torch.device("cpu")
     several = "trainer=FSDPTrainer" in arguments

@@ -27,16 +27,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from batching import Feed, Packing  # noqa: E402
-from evaluation import Scorer, all_hidden, folds_of  # noqa: E402
-from intervals import wilson  # noqa: E402
-from layout_probe import Precision, choose_way, ordinary_ids  # noqa: E402
-from losses import build_loss  # noqa: E402
-from opening import find_model  # noqa: E402
-from preference_datasets import get_dataset  # noqa: E402
-from pretrained import load_policy, load_tokenizer  # noqa: E402
-from scalar_head import FOLDS, fit_head, initial_weight  # noqa: E402
-from scorers import encoded, knobs_of  # noqa: E402
+from plumb.batching.feed import Feed  # noqa: E402
+from plumb.batching.microbatches import Packing  # noqa: E402
+from plumb.data.registry import get_dataset  # noqa: E402
+from plumb.losses.registry import build_loss  # noqa: E402
+from plumb.models.find import find_model  # noqa: E402
+from plumb.models.layout_probe import Precision, choose_way, ordinary_ids  # noqa: E402
+from plumb.models.load import load_policy, load_tokenizer  # noqa: E402
+from plumb.models.scalar_head import FOLDS, fit_head, initial_weight  # noqa: E402
+from plumb.scoring.intervals import wilson  # noqa: E402
+from plumb.scoring.scorers import encoded, knobs_of  # noqa: E402
+from plumb.training.evaluation import Scorer, all_hidden, folds_of  # noqa: E402
 
 FILES = ("harmless-base/test.jsonl.gz", "helpful-base/test.jsonl.gz")
 PARTS = {"heldout": 22, "valid": 36, "train": 100}  # of a hundred prompts: up to this one

@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from curves import draw_curves  # noqa: E402
-from history import read_metrics  # noqa: E402
-from utils import get_local_dir  # noqa: E402
+from plumb.paths import get_local_dir  # noqa: E402
+from plumb.reports.curves import draw_curves  # noqa: E402
+from plumb.runs.history import read_metrics  # noqa: E402
 
 BY_LIKELIHOOD, BY_REWARD, MARGIN = "logps_eval/accuracies", "rewards_eval/accuracies", "rewards_eval/margins"
 

@@ -84,7 +84,7 @@ def compose():
 def compose_config(*overrides):
     import hydra
 
-    from command_line import spelled_out
+    from plumb.settings.hydra_guard import spelled_out
 
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         return hydra.compose("config", spelled_out(map(str, overrides)))
@@ -98,16 +98,16 @@ def train_here(here, compose, monkeypatch):
     """
     from omegaconf import OmegaConf
 
-    import rundir
     import train
-    from validation import validate
+    from plumb.runs import directory
+    from plumb.settings.validation import validate
 
     monkeypatch.chdir(ROOT)
 
     def run(*overrides):
         config = compose(*here, "exp_name=test", *overrides)
         validate(config)
-        config.local_run_dir = rundir.find(config)
+        config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
         train.train(config)
         return Path(config.local_run_dir)

@@ -79,16 +79,16 @@ def caught(work: Callable[[], str]) -> str:
 
 def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
     """One run of train.py. -> its directory, and what it printed"""
-    import rundir
     import train
-    from validation import validate
+    from plumb.runs import directory
+    from plumb.settings.validation import validate
 
     given = [f"exp_name={name}", f"local_dirs=[{folder}]", f"local_run_dir={folder / name}", f"datasets=[{folder}/pairs.jsonl]"]
     config = compose_config(*given, f"model.name_or_path={folder}/model", *SETTINGS, *options)
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(io.StringIO()):
         validate(config)
-        config.local_run_dir = rundir.find(config)
+        config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
         if config.trainer == "BasicTrainer":
             train.train(config)
@@ -147,7 +147,7 @@ def exported(path: Path) -> str:
     """Whether the exported folder, read by transformers, gives the logits of the run's last checkpoint."""
     from transformers import AutoModelForCausalLM
 
-    from opening import find_model, open_model
+    from plumb.models.find import find_model, open_model
 
     folder = path / "hf"
     ids = torch.arange(5, 45)[None]

@@ -13,7 +13,7 @@ import eval as eval_command
 import report
 import sample
 import score
-from rundir import status
+from plumb.runs.history import status
 
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash")

@@ -14,9 +14,12 @@ from golden import load, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batching import Ahead, Feed, Packing, Schedule, Step, by_tokens, pack, plan, unfold
-from examples import Examples, Table, lengths_of
-from tokenization import Example
+from plumb.batching.feed import Ahead, Feed, Step
+from plumb.batching.layout import pack, unfold
+from plumb.batching.microbatches import Packing, by_tokens, plan
+from plumb.data.examples import Examples, Table, lengths_of
+from plumb.data.order import Schedule
+from plumb.data.tokenization import Example
 
 
 def example(prompt, *responses) -> Example:

@@ -11,11 +11,9 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-import archives
-import checkpoints
-import pretrained
-import storage
-from utils import StorageError, UserError
+from plumb.errors import StorageError, UserError
+from plumb.models import load
+from plumb.runs import checkpoints, durable_files, policy_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +67,7 @@ def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
         save(run, 10, PARTS, None)
         save(run, 20, PARTS, None)
         os.utime(run / "step-20" / "policy.pt", (1000 + i, 1000 + i))
-    resolve = lambda text: archives.resolve_archive(str(text)).resolve()
+    resolve = lambda text: policy_file.resolve_archive(str(text)).resolve()
     newest = (new / "step-20/policy.pt").resolve()
     assert resolve(new) == resolve(new / "LATEST") == resolve(new / "LATEST/policy.pt") == newest
     assert resolve(old / "step-10") == (old / "step-10/policy.pt").resolve()
@@ -104,7 +102,7 @@ def test_a_full_disk_leaves_one_line_and_the_older_checkpoint(tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(durable_files.os, "fsync", full)
     with pytest.raises(StorageError, match="step-2 could not be written .No space left on device.; it takes .* free some space"):
         save(tmp_path, 2, PARTS, None)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["LATEST", "step-1"]
@@ -121,17 +119,17 @@ def folder(family: str, path: Path) -> Path:
 def test_policy_pt_goes_round(family, old, tmp_path, compose):
     """Saved in either format and read back to the same logits."""
     path = folder(family, tmp_path / "m")
-    policy = pretrained.load_policy(compose(f"model.name_or_path={path}"))
+    policy = load.load_policy(compose(f"model.name_or_path={path}"))
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.01)
-    state = archives.as_in_2023(policy, policy.state_dict()) if old else policy.state_dict()
+    state = policy_file.as_in_2023(policy, policy.state_dict()) if old else policy.state_dict()
     save(tmp_path / "run", 8, {"policy": state}, None)
-    again = pretrained.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/run"))
+    again = load.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/run"))
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, again.eval()(ids).logits)
     if not old:
-        policy.load_state_dict(pretrained.load_policy_state(str(tmp_path / "run")), strict=True)
+        policy.load_state_dict(load.load_policy_state(str(tmp_path / "run")), strict=True)
 
 
 # What transformers 4.29.2, the 2023 repository's, has in the state dict of each model's first layer beside its parameters,
@@ -147,7 +145,7 @@ KEPT = {
 @pytest.mark.parametrize("family", KEPT)
 def test_the_2023_format_has_the_names_and_buffers_of_transformers_4_29(family):
     model = tiny_model(family)
-    state = archives.as_in_2023(model, model.state_dict())
+    state = policy_file.as_in_2023(model, model.state_dict())
     extra = {k: tuple(v.shape) for k, v in state.items() if k not in model.state_dict() and ".1." not in k}
     assert extra == KEPT[family]
     assert ("lm_head.weight" in state) == (family != "gpt_neox")
@@ -156,9 +154,9 @@ def test_the_2023_format_has_the_names_and_buffers_of_transformers_4_29(family):
 def test_a_policy_pt_of_2023(tmp_path, compose):
     """Pythia as transformers 4.29 named it: embed_out, and buffers that are computed today; an OrderedDict, plain torch.save."""
     path = folder("gpt_neox", tmp_path / "m")
-    model = pretrained.load_policy(compose(f"model.name_or_path={path}"))
-    state = OrderedDict((k, v + 1) for k, v in archives.as_in_2023(model, model.state_dict()).items())
+    model = load.load_policy(compose(f"model.name_or_path={path}"))
+    state = OrderedDict((k, v + 1) for k, v in policy_file.as_in_2023(model, model.state_dict()).items())
     torch.save({"step_idx": 19968, "state": state, "metrics": {"loss/eval": 1.5}}, tmp_path / "policy.pt")
-    policy = pretrained.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt"))
+    policy = load.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt"))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(policy.get_parameter(name).data, parameter.data + 1)

@@ -19,11 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-import validation
-from losses import LOSSES
-from optimization import make_optimizer
-from preference_datasets import LOADERS
-from utils import UserError
+from plumb.data.registry import LOADERS
+from plumb.errors import UserError
+from plumb.losses.registry import LOSSES
+from plumb.settings import validation
+from plumb.training.optimizers import make_optimizer
 
 
 def names(group):
@@ -370,7 +370,7 @@ def test_every_check_is_in_force(compose, knobs):
             validation.validate(config)
 
 
-CODE = {f.name: f.read_text() for f in ROOT.glob("*.py") if f.name != "validation.py"}
+CODE = {f.name: f.read_text() for f in [*ROOT.glob("*.py"), *ROOT.glob("plumb/**/*.py")] if f.name != "validation.py"}
 
 
 def test_every_knob_is_read(knobs):
@@ -386,9 +386,9 @@ def test_every_knob_is_read(knobs):
 
 
 def test_every_key_of_a_group_means_something(knobs):
-    """data_rules names the cases that examples.py and preparation.py find; dataset_paths the sets that take a path."""
+    """data_rules names the cases that data/examples.py and data/prepare.py find; dataset_paths the sets that take a path."""
     rules = {knob.partition(".")[2] for knob in knobs if knob.startswith("data_rules.")}
-    assert all(f'"{rule}"' in CODE["examples.py"] + CODE["preparation.py"] for rule in rules)
+    assert all(f'"{rule}"' in CODE["examples.py"] + CODE["prepare.py"] for rule in rules)
     paths = {knob.partition(".")[2] for knob in knobs if knob.startswith("dataset_paths.")}
     shipped = {name for name, loader in LOADERS.items() if loader.load.__module__.endswith("_datasets")}
     assert paths == shipped and all("path" in inspect.signature(LOADERS[name].load).parameters for name in shipped)

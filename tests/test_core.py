@@ -10,12 +10,14 @@ from groups import run_in_group
 from torch import nn
 from tqdm import tqdm
 
-import parallel
-from batching import Feed, Packing, Segments
-from evaluation import _metrics, all_logps, evaluate
-from losses import Logps, LossOutput, Pairs, ScoredPairs, Scores
-from metrics import SQUARES, Means
-from tokenization import Example
+from plumb.batching.feed import Feed
+from plumb.batching.layout import Segments
+from plumb.batching.microbatches import Packing
+from plumb.data.tokenization import Example
+from plumb.distributed import sharding
+from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
+from plumb.training.evaluation import _metrics, all_logps, evaluate
+from plumb.training.metrics import SQUARES, Means
 from trainers import BasicTrainer
 
 
@@ -154,18 +156,18 @@ def test_log_probabilities_of_some_examples():
 
 
 def sum_of_gradients(shard_size, dtype):
-    layout = parallel.Layout(shard_size, 1, dtype, False)
+    layout = sharding.Layout(shard_size, 1, dtype, False)
     body = nn.Sequential(nn.Linear(4, 4, bias=False))
     nn.init.ones_(body[0].weight)
     layout.shard(body, nn.Linear, trained=True)
     x = 1.0 if dist.get_rank() == 0 else 2.0**-9
-    parallel.reduce_gradients(body, now=True, each=False)
+    sharding.reduce_gradients(body, now=True, each=False)
     body(torch.full((1, 4), x)).sum().backward()
     gradient = body[0].weight.grad
     expected = 1 + (dist.get_world_size() - 1) * 2.0**-9
-    assert torch.equal(parallel.whole(gradient), torch.full((4, 4), expected)), parallel.whole(gradient)
+    assert torch.equal(sharding.whole(gradient), torch.full((4, 4), expected)), sharding.whole(gradient)
     # 16 numbers g: the norm is 4 g, and the copies that other replicas hold are not counted again.
-    assert parallel.total_norm([gradient]).item() == pytest.approx(4 * expected, rel=1e-15)
+    assert sharding.total_norm([gradient]).item() == pytest.approx(4 * expected, rel=1e-15)
 
 
 @pytest.mark.parametrize("n, shard_size", [(2, None), (4, 2), (4, 1)])

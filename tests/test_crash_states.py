@@ -16,9 +16,8 @@ import pytest
 import torch
 from crash_states import Entries, Promise, Recorder, State, Sync, Tree, read_tree, states, write_tree
 
-import checkpoints
-import storage
-from utils import StorageError, UnsafeFile, UserError
+from plumb.errors import StorageError, UnsafeFile, UserError
+from plumb.runs import checkpoints, durable_files
 
 FILES = ("policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors")
 
@@ -134,8 +133,8 @@ def no_fsync_of_files(patch):
 
 CONTROLS = {
     "files are not fsynced": no_fsync_of_files,
-    "directories are not fsynced": lambda patch: patch.setattr(storage, "sync_directory", lambda directory: None),
-    "nothing is renamed": lambda patch: patch.setattr(storage, "rename", lambda old, new: None),
+    "directories are not fsynced": lambda patch: patch.setattr(durable_files, "sync_directory", lambda directory: None),
+    "nothing is renamed": lambda patch: patch.setattr(durable_files, "rename", lambda old, new: None),
 }
 
 
@@ -155,7 +154,7 @@ def test_controls(name, folder, monkeypatch):
 
 def test_a_disk_that_keeps_something_else(folder, monkeypatch):
     """One bit of a file is not what was written. Reading back finds it before the older checkpoint goes; else all is lost."""
-    write = storage.write
+    write = durable_files.write
 
     def worn(path, fill):
         written = write(path, fill)
@@ -169,7 +168,7 @@ def test_a_disk_that_keeps_something_else(folder, monkeypatch):
         run_dir = folder / worn.name
         save(run_dir, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "write", worn)
+            patch.setattr(durable_files, "write", worn)
             with pytest.raises(StorageError, match=f"reads back otherwise: {worn.name}"):
                 save(run_dir, 2)
             assert newest(run_dir) == (run_dir / "LATEST").resolve() == run_dir / "step-1"

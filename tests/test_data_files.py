@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import data_files
-import data_forms
-from preference_datasets import Reading, get_dataset
-from utils import UserError
+from plumb.data import files, formats
+from plumb.data.registry import Reading, get_dataset
+from plumb.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -262,8 +261,8 @@ def test_forms(tmp_path, case):
 
 
 def test_every_form_is_tested(tmp_path):
-    used = {data_forms.recognise(data_files.RawRow(fields, "x", 1, "row")).name for fields, _ in FORMS.values()}
-    assert used == {form.name for form in data_forms.FORMS}
+    used = {formats.recognise(files.RawRow(fields, "x", 1, "row")).name for fields, _ in FORMS.values()}
+    assert used == {form.name for form in formats.FORMS}
 
 
 def test_pairs_whose_prompts_differ_and_equal_scores_are_counted(tmp_path):

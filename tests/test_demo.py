@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import curves
-import history
 import report
+from plumb.reports import curves
+from plumb.runs import history
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"

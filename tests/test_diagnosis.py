@@ -5,9 +5,9 @@ import math
 import pytest
 from conftest import ROOT
 
-import diagnosis
-from diagnosis import RULES, diagnose, healthy, verdict
-from history import Run, Sample
+from plumb.reports import diagnosis
+from plumb.reports.diagnosis import RULES, diagnose, healthy, verdict
+from plumb.runs.history import Run, Sample
 
 NAN = math.nan
 BATCH, N = 16, 60  # examples of a step, steps

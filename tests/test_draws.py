@@ -9,8 +9,8 @@ from runs import DPO, records
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from draws import drawing, run_without_draws
-from pretrained import no_dropout
+from plumb.models.draws import drawing, run_without_draws
+from plumb.models.load import no_dropout
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43)[None]

@@ -10,11 +10,11 @@ from runs import DPO, FAST, records
 from tiny import tiny_tokenizer
 
 import eval as command
-from evaluation import Evaluation, eval_groups
-from losses import build_loss
-from metrics import SQUARES
-from preparation import load_examples
-from utils import UserError
+from plumb.data.prepare import load_examples
+from plumb.errors import UserError
+from plumb.losses.registry import build_loss
+from plumb.training.evaluation import Evaluation, eval_groups
+from plumb.training.metrics import SQUARES
 
 LOSSES = {"sft": ["loss=sft", "loss.average_over=tokens"], "dpo": DPO, "reward": ["loss=reward", "lr=1e-3"]}
 

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-import examples
-from examples import Examples, concatenate, ids_of, lengths_of, view
-from preference_datasets import DataSet, Row
-from preparation import Part, apply_rules
-from token_store import Recipe, TokenStore, find_or_make
-from tokenization import TextRules, automatic_bos
-from utils import UserError
+from plumb.data import examples
+from plumb.data.examples import Examples, concatenate, ids_of, lengths_of, view
+from plumb.data.formats import Row
+from plumb.data.prepare import Part, apply_rules
+from plumb.data.registry import DataSet
+from plumb.data.token_store import Recipe, TokenStore, find_or_make
+from plumb.data.tokenization import TextRules, automatic_bos
+from plumb.errors import UserError
 
 RULES = TextRules(max_length=12, max_prompt_length=5, response_truncation="fixed", add_bos=True, eos_in_text="strip")
 CASES = (

@@ -13,12 +13,12 @@ from tiny import CHAT, FAMILIES, SIZES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import export as command
-import exporting
-from archives import as_in_2023, load_policy_state
-from lineage import public, stages
-from opening import find_model, open_model
-from scalar_head import put_scalar_head
-from utils import UserError
+from plumb.errors import UserError
+from plumb.models import export
+from plumb.models.find import find_model, open_model
+from plumb.models.model_card import public, stages
+from plumb.models.scalar_head import put_scalar_head
+from plumb.runs.policy_file import as_in_2023, load_policy_state
 
 TIED = [("llama", False), ("llama", True), ("qwen3", True), ("gpt_neox", False), ("gpt2", True), ("gpt2", False)]
 TEXTS = ["\n\nHuman: Why?\n\nAssistant: So.</s>", "Why not</s>", "a truncated answ"]
@@ -115,8 +115,8 @@ def test_a_distinct_head_beside_a_config_that_says_tied(tmp_path, base_of):
 def test_a_weight_that_is_stored_as_several_is_read_once(tmp_path, monkeypatch):
     """A mixture of experts: one tensor of all experts in memory, one of each in the files."""
     policy = trained(base := save_family(tmp_path / "base", "qwen3_moe"))
-    read, names = exporting._read, []
-    monkeypatch.setattr(exporting, "_read", lambda source, name, *how: names.append(name) or read(source, name, *how))
+    read, names = export._read, []
+    monkeypatch.setattr(export, "_read", lambda source, name, *how: names.append(name) or read(source, name, *how))
     run(run_of(tmp_path, base, policy.state_dict()), "--out", tmp_path / "out", "--no-check")
     assert sorted(names) == sorted(policy.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -162,7 +162,7 @@ def test_a_pad_token_that_no_text_ends_with(pad, unk, expected):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|padding|>"], special_tokens=True)
     tokenizer.pad_token, tokenizer.unk_token = pad, unk
-    assert exporting.use_pad_of_its_own(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
+    assert export.use_pad_of_its_own(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
 
 
 def test_what_stands_beside_the_weights(tmp_path, base_of):
@@ -229,8 +229,8 @@ def test_what_is_refused(tmp_path, base_of):
 
 def test_a_folder_that_computes_otherwise_is_not_kept(tmp_path, base_of, monkeypatch):
     base = base_of("llama")
-    real = exporting._read
-    monkeypatch.setattr(exporting, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
+    real = export._read
+    monkeypatch.setattr(export, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
     with pytest.raises(UserError, match="computes otherwise"):
         run(run_of(tmp_path, base, trained(base).state_dict()), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -269,8 +269,8 @@ def test_at_the_end_of_training_a_distinct_head_is_exported_and_compared(train, 
     loaded = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)
     assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in state.items())
     assert not loaded.lm_head.weight.equal(loaded.model.embed_tokens.weight)
-    real = exporting._read
-    monkeypatch.setattr(exporting, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
+    real = export._read
+    monkeypatch.setattr(export, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
     with pytest.raises(UserError, match="computes otherwise"):
         train("broken", *short)
     assert not (tmp_path / "broken/hf").exists() and (tmp_path / "broken/LATEST").exists()
@@ -283,7 +283,7 @@ def test_nothing_to_export(validate_only):
 
 @pytest.fixture
 def validate_only(compose):
-    from validation import validate
+    from plumb.settings.validation import validate
 
     return lambda *overrides: validate(compose("exp_name=x", "model=pythia28", *overrides))
 

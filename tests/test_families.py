@@ -8,13 +8,14 @@ import run_families
 import torch
 from families import FAMILIES, family_config, family_model
 
-import activations
-import models
-import sizing
-from batching import pack
-from draws import run_without_draws
-from layout_probe import Precision, choose_way
-from tokenization import Example
+from plumb.batching.layout import pack
+from plumb.data.tokenization import Example
+from plumb.models import forward_path
+from plumb.models import logps as models
+from plumb.models.draws import run_without_draws
+from plumb.models.layout_probe import Precision, choose_way
+from plumb.planning import activations
+from plumb.training import budget as sizing
 
 CPU = torch.device("cpu")
 
@@ -77,7 +78,7 @@ def test_log_probabilities_are_those_of_each_response_alone(family):
     model, plain = family_model(family), family_model(family)
     run_without_draws(plain, CPU)
     run_without_draws(model, CPU)
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     random = np.random.default_rng(0)
     some = lambda n: random.integers(3, 2000, n).astype(np.int32)
     lengths = [(2, 1, 4), (24, 36, 3), (5, 20, 2)]

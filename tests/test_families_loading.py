@@ -10,10 +10,10 @@ from groups import run_in_group
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import parallel
-import pretrained
+from plumb.distributed import collectives, sharding
+from plumb.models import load
+from plumb.models.weight_files import Weights
 from trainers import FSDPTrainer
-from weight_files import Weights
 
 MERGED = ("mixtral", "qwen3_moe", "deepseek_v3", "jamba", "ernie4_5_moe", "minimax")  # an expert has a tensor of its own
 TOKENS = torch.arange(3, 27)[None]
@@ -43,13 +43,13 @@ def check(folders, expected_logits):
         try:
             config = compose_config("exp_name=x", f"model.name_or_path={folder}")
             layout = FSDPTrainer.make_layout(config)
-            policy, whole = pretrained.load_policy(config, layout=layout), pretrained.load_policy(config)
+            policy, whole = load.load_policy(config, layout=layout), load.load_policy(config)
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             states = [dict(m.state_dict(keep_vars=True)) for m in (theirs, whole, policy)]
             assert states[0].keys() == states[1].keys() == states[2].keys()
             for key, tensor in states[0].items():
                 for state in states[1:]:
-                    assert torch.equal(parallel.whole(state[key].detach()), tensor), key
+                    assert torch.equal(sharding.whole(state[key].detach()), tensor), key
             tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
             can_tie = bool(getattr(theirs, "_tied_weights_keys", None))  # of others the entry says nothing
             for model in (whole, policy):
@@ -79,12 +79,12 @@ def check_read(folders):
 
         Weights.read = count
         config = compose_config("exp_name=x", f"model.name_or_path={folder}")
-        pretrained.load_policy(config, layout=FSDPTrainer.make_layout(config))
+        load.load_policy(config, layout=FSDPTrainer.make_layout(config))
         Weights.read = read
         total = sum(torch.Size(shape).numel() for shape in stored(folder).values())
         mine = sum(part.numel() for _, part in seen)
         assert mine < 0.6 * total, (name, mine, total)  # half, and rows where their number is odd
-        everyones = sum(parallel.from_all(mine))
+        everyones = sum(collectives.from_all(mine))
         assert total <= everyones < 1.05 * total, (name, everyones, total)
     dist.barrier()
 

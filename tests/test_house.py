@@ -1,73 +1,89 @@
-"""The house stays flat: import layers, names, sizes, docstrings, and no decision in a second place."""
+"""The house: import layers, names, docstrings, what may run code, and no decision in a second place."""
 
 import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT
 
-from losses import LOSSES
+from plumb.losses.registry import LOSSES
 
-# Imports point up this list: a module may import from the lines above its own, and from no other.
-LAYERS = [
-    {"utils", "losses", "intervals"},
-    {"data_files"},
-    {"data_forms"},
-    {"preference_datasets"},
-    {"pipeline_datasets", "rendering", "token_text"},
-    {"tokenization"},
-    {"token_store"},
-    {"examples"},
-    {"parallel"},
-    {"batching", "metrics", "archives", "storage", "command_line", "head", "reference", "sizing", "commands", "scalar_head",
-     "score_plots", "sample_files", "judges"},
-    {"history", "weight_files"},
-    {"attention", "activations", "draws", "routers", "splits", "state_files", "processes", "loading", "trust",
-     "tensor_parallelism"},
-    {"checkpoints", "preparation"},
-    {"models", "optimization", "rundir", "curves", "diagnosis"},
-    {"pretrained", "prompts", "layout_probe"},
-    {"opening"},
-    {"generation"},
-    {"sample", "lineage"},
-    {"exporting"},
-    {"export"},
-    {"evaluation", "scorers", "winrates"},
-    {"selfcheck"},
-    {"trainers"},
-    {"validation", "report", "plan"},
-    {"train"},
-    {"eval", "score"},
+# The rooms of plumb/: a room imports from those before its own, and from no other of its line.
+ROOMS = [
+    {"errors"},
+    {"console", "paths"},
+    {"losses", "distributed"},
+    {"data"},
+    {"batching", "runs"},
+    {"models"},
+    {"scoring"},
+    {"rollouts"},
+    {"training", "reports"},
+    {"planning"},
+    {"settings"},
 ]
-# What these may import from outside the standard library and the house; None: anything.
+# The files at the root, which import plumb; plumb imports none of them.
+FILES = [
+    {"utils", "preference_datasets"},
+    {"trainers"},
+    {"train", "export", "report", "sample", "score"},
+    {"eval"},
+]
+# What these may import from outside the standard library and the house.
 LIGHT = {
-    "losses": {"torch"},
-    "intervals": {"numpy"},
-    "data_files": {"datasets", "numpy", "pyarrow", "tqdm"},
-    "data_forms": {"selectolax"},
-    "preference_datasets": {"datasets"},
-    "pipeline_datasets": set(),
+    "plumb.losses.contract": {"torch"},
+    "plumb.losses.pairwise": {"torch"},
+    "plumb.losses.registry": {"torch"},
+    "plumb.losses.reward_model": {"torch"},
+    "plumb.losses.supervised": {"torch"},
+    "plumb.scoring.intervals": {"numpy"},
+    "plumb.data.files": {"datasets", "numpy", "pyarrow", "tqdm"},
+    "plumb.data.formats": {"selectolax"},
+    "plumb.data.registry": {"datasets"},
+    "plumb.data.deepspeed_chat": set(),
+    "preference_datasets": set(),
 }
-LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-TREES = {f.stem: ast.parse(f.read_text(encoding="utf-8")) for f in sorted(ROOT.glob("*.py"))}
+
+
+def name_of(file):
+    """
+    >>> name_of(ROOT / "plumb/losses/__init__.py"), name_of(ROOT / "train.py")
+    ('plumb.losses', 'train')
+    """
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module):
+    """
+    >>> room_of("plumb.data.files"), room_of("plumb.errors"), room_of("train")
+    ('data', 'errors', 'train')
+    """
+    return module.removeprefix("plumb.").split(".")[0]
+
+
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumb/**/*.py")])
+TREES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES}
+LEVEL = {name: level for level, names in enumerate([*ROOMS, *FILES]) for name in names} | {"plumb": 0}
 SHORT = 7  # lines of a function whose name and signature say all
 
 each_module = pytest.mark.parametrize("module", TREES)
 
 
 def imports(module):
-    """Top-level names of all that a module imports, also inside its functions."""
-    found = set()
+    """All modules that a module imports, also inside its functions: `from a import b` is a.b where that is a module of ours."""
+    names = set()
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            found.add((node.module or "").split(".")[0])
-    return found
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in TREES else node.module for name in inner}
+    return names
 
 
 def functions(tree):
@@ -79,22 +95,31 @@ def n_lines(node):
 
 
 def test_every_module_has_its_place():
-    assert set(TREES) == set(LEVEL), "a new module: give it a layer here, and a line in the README's table"
-    assert sum(map(len, LAYERS)) == len(LEVEL), "a module stands in two layers"
+    assert {room_of(module) for module in TREES} == set(LEVEL), "a new room or command: give it a place here and in the README"
+    assert sum(map(len, [*ROOMS, *FILES])) == len(LEVEL) - 1, "a room stands in two lines"
 
 
 @each_module
 def test_imports_point_to_lower_layers(module):
-    wrong = {name for name in imports(module) & set(TREES) if LEVEL[name] >= LEVEL[module]}
-    assert not wrong, f"{module} imports {wrong}"
+    here = room_of(module)
+    inside = module.startswith("plumb")
+    others = {name for name in imports(module) & set(TREES) if room_of(name) != here}
+    assert not {name for name in others if LEVEL[room_of(name)] >= LEVEL[here]} or module == "plumb"
+    assert not inside or all(name.startswith("plumb") for name in others), "plumb never imports the root"
 
 
-@pytest.mark.parametrize("module", LIGHT)
+def test_no_two_modules_need_each_other():
+    graph = {module: imports(module) & set(TREES) for module in TREES}
+    TopologicalSorter({module: needed - {room for room in needed if module.startswith(f"{room}.")}
+                       for module, needed in graph.items()}).prepare()  # fmt: skip
+
+
+@each_module
 def test_light_modules_import_little(module):
-    outside = {name for name in imports(module) if name not in TREES and name not in sys.stdlib_module_names}
-    assert outside <= LIGHT[module], f"{module} imports {outside - LIGHT[module]}"
-    if module == "losses":
-        assert not imports(module) & set(TREES), "losses are pure functions of tensors"
+    outside = {name.split(".")[0] for name in imports(module) - set(TREES)} - sys.stdlib_module_names
+    assert module not in LIGHT or outside <= LIGHT[module], f"{module} imports {outside - LIGHT[module]}"
+    if room_of(module) == "losses":
+        assert all(name.startswith("plumb.losses") for name in imports(module) & set(TREES)), "pure functions of tensors"
 
 
 def test_the_data_path_runs_without_torch():
@@ -111,12 +136,12 @@ def test_two_files_know_dtensor():
             alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
         }
         of_theirs = used & {"DTensor", "fully_shard", "DeviceMesh", "FullyShardedDataParallel"}
-        assert module in ("parallel", "tensor_parallelism") or not of_theirs, module
+        assert module in ("plumb.distributed.sharding", "plumb.distributed.tensor_parallel") or not of_theirs, module
 
 
-@each_module
+@pytest.mark.parametrize("module", sorted({module.split(".")[0] for module in TREES}))
 def test_no_name_shadows_a_library(module):
-    installed = packages_distributions()
+    installed = {name: of for name, of in packages_distributions().items() if of != ["plumb"]}
     assert module not in installed, f"{module}.py hides {installed[module]}"
     assert module not in sys.stdlib_module_names
 
@@ -131,7 +156,7 @@ def test_docstrings(module):
     assert not bare
 
 
-@pytest.mark.parametrize("module", sorted(set(TREES) - {"losses", "splits"}))  # stages bear names of losses
+@pytest.mark.parametrize("module", sorted(set(TREES) - {"plumb.data.splits"} - {m for m in TREES if room_of(m) == "losses"}))  # stages bear names of losses
 def test_no_list_of_loss_names(module):
     """The trainer asks the loss what it needs. A loss's name in the code would be a decision that has to be made twice."""
     literals = {node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -140,12 +165,12 @@ def test_no_list_of_loss_names(module):
 
 # What could run code that a file, a config or the command line brings. (module, what) -> why it may stand there.
 ALLOWED = {
-    ("archives", "torch.load"): "the one loader; weights_only=True is tested below",
-    ("pretrained", "import pickle"): "the exception that torch raises, to say it in one line",
-    ("validation", "exec_module"): "plugins=[my.py] are the user's own code, run by design",
-    ("processes", "import ctypes"): "prctl: a rank ends with its launcher; Python has no other way to ask for that",
-    ("processes", "ctypes.CDLL"): "the C library itself, by no name that could be given",
-    ("trust", "trust_remote_code"): "handed on from model.trust_remote_code, which needs a commit",
+    ("plumb.runs.policy_file", "torch.load"): "the one loader; weights_only=True is tested below",
+    ("plumb.models.load", "import pickle"): "the exception that torch raises, to say it in one line",
+    ("plumb.settings.validation", "exec_module"): "plugins=[my.py] are the user's own code, run by design",
+    ("plumb.distributed.launch", "import ctypes"): "prctl: a rank ends with its launcher; Python has no other way to ask for that",
+    ("plumb.distributed.launch", "ctypes.CDLL"): "the C library itself, by no name that could be given",
+    ("plumb.models.source_trust", "trust_remote_code"): "handed on from model.trust_remote_code, which needs a commit",
     ("utils", "subprocess"): "git, without a shell, for the record of a run",
 }
 CALLS = re.compile(
@@ -214,14 +239,28 @@ def test_nothing_runs_from_a_file():
 
 
 def test_the_one_loader_trusts_nothing():
-    calls = [n for n in ast.walk(TREES["archives"]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
+    calls = [n for n in ast.walk(TREES["plumb.runs.policy_file"]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
     assert [{k.arg: ast.unparse(k.value) for k in call.keywords}["weights_only"] for call in calls] == ["True"]
-    imports = [n for n in ast.walk(TREES["pretrained"]) if isinstance(n, ast.ImportFrom) and n.module == "pickle"]
+    imports = [n for n in ast.walk(TREES["plumb.models.load"]) if isinstance(n, ast.ImportFrom) and n.module == "pickle"]
     assert [a.name for n in imports for a in n.names] == ["UnpicklingError"]
 
 
 def test_no_path_of_one_machine():
     """Nothing under version control knows where somebody's home or checkout is."""
-    mine = {f for pattern in ("*.py", "*.sh", "*.toml", "config/**/*.yaml", "tests/*.py") for f in ROOT.glob(pattern)}
+    mine = {f for pattern in ("*.py", "plumb/**/*.py", "*.sh", "*.toml", "config/**/*.yaml", "tests/*.py") for f in ROOT.glob(pattern)}
     known = [str(f) for f in mine if re.search(r"/(?:home|Users|root|work)/\w", f.read_text(encoding="utf-8"))]
     assert not [f for f in known if not f.endswith("test_house.py")]
+
+
+def test_the_readme_lists_every_module():
+    """The annotated tree under "Finding your way" has each file in its room, and no other."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Finding your way")[2].partition("```\n")[2].partition("```")[0]
+    listed, room = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        depth = len(line) - len(line.lstrip())
+        room = {0: "plumb" if name == "plumb/" else "", 2: f"plumb.{name.strip('/')}"}.get(depth, room)
+        if name.endswith(".py"):
+            listed.add((f"{room}." if depth == 4 else "plumb." if depth == 2 else "") + name.removesuffix(".py"))
+    assert listed == {module for module in TREES if not any(other.startswith(f"{module}.") for other in TREES)}

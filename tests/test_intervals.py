@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from intervals import bootstrap, calibration, length_buckets, wilson
-from score_plots import draw_calibration, draw_scores
+from plumb.reports.score_plots import draw_calibration, draw_scores
+from plumb.scoring.intervals import bootstrap, calibration, length_buckets, wilson
 
 
 def test_wilson_by_hand():

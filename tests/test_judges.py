@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import judges
 import score
-import winrates
-from judges import Comparison, Endpoint, Verdicts, fill, read_template, verdict_of
-from utils import UserError
+from plumb.errors import UserError
+from plumb.scoring import judges, winrates
+from plumb.scoring.judges import Comparison, Endpoint, Verdicts, fill, read_template, verdict_of
 
 
 class Server:

@@ -8,15 +8,14 @@ import torch
 from tiny import LLAMA, SIZES
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-import attention
-import layout_probe
-import models
-from batching import pack
-from layout_probe import Precision
-from models import Way
-from scalar_head import put_scalar_head
-from tokenization import Example
-from utils import UserError
+from plumb.batching.layout import pack
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.models import forward_path, layout_probe, tree_attention
+from plumb.models import logps as models
+from plumb.models.forward_path import Way
+from plumb.models.layout_probe import Precision
+from plumb.models.scalar_head import put_scalar_head
 
 PACKED = Way(packed=True, plain_head=True)
 
@@ -30,7 +29,7 @@ def made(family, dtype=torch.float32, **knobs):
             if p.ndim > 1:
                 p.mul_(3)
     model = model.to(dtype)
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     return model
 
 
@@ -78,9 +77,9 @@ def test_what_runs_along_the_row_is_known_from_the_config(family, knobs, why):
 @pytest.fixture
 def attend():
     """`attend(f)`: models call f(original, *arguments, **options) in place of the attention over trees."""
-    original = attention.tree_attention
-    yield lambda f: AttentionInterface.register(attention.NAME, lambda *a, **k: f(original, *a, **k))
-    AttentionInterface.register(attention.NAME, original)
+    original = tree_attention.tree_attention
+    yield lambda f: AttentionInterface.register(tree_attention.NAME, lambda *a, **k: f(original, *a, **k))
+    AttentionInterface.register(tree_attention.NAME, original)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from preparation import load_examples
-from pretrained import load_tokenizer
-from utils import UserError
+from plumb.data.prepare import load_examples
+from plumb.errors import UserError
+from plumb.models.load import load_tokenizer
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 OTHER = {"prompt": "Name a hill:", "chosen": " the Brocken", "rejected": " the Po"}

@@ -8,10 +8,10 @@ import torch
 from tiny import FAMILIES, LLAMA, SIZES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from generation import sample
-from pretrained import check_positions, check_vocabulary, pad_within, positions_of
-from tokenization import Example
-from utils import UserError
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.models.load import check_positions, check_vocabulary, pad_within, positions_of
+from plumb.rollouts.hf_engine import sample
 
 SMALL = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LIMITED = {  # family -> (its config, positions, what limits them)

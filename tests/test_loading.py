@@ -11,10 +11,10 @@ from groups import run_in_group
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, SIZES, tiny_model
 
-import parallel
-import pretrained
-from archives import as_in_2023
-from reference import weights_digest
+from plumb.distributed import sharding
+from plumb.models import load
+from plumb.models.reference_cache import weights_digest
+from plumb.runs.policy_file import as_in_2023
 from trainers import FSDPTrainer, TensorParallelTrainer
 
 
@@ -23,14 +23,14 @@ def same(cases, trainer, options):
     for overrides in cases:
         config = compose_config("exp_name=x", *overrides, *options)
         layout = trainer.make_layout(config)
-        expected, policy = pretrained.load_policy(config), pretrained.load_policy(config, layout=layout)
+        expected, policy = load.load_policy(config), load.load_policy(config, layout=layout)
         compare(expected, policy)
         for a, b in ((policy.generation_config, expected.generation_config), (policy.config, expected.config)):
             a, b = a.to_dict() | {"_name_or_path": ""}, b.to_dict() | {"_name_or_path": ""}
             assert a == b, {key: (a.get(key), b.get(key)) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
         for dtype in (None, torch.bfloat16):
-            of_whole = pretrained.load_reference(expected, dtype, config, None)
-            compare(of_whole, pretrained.load_reference(policy, dtype, config, layout))
+            of_whole = load.load_reference(expected, dtype, config, None)
+            compare(of_whole, load.load_reference(policy, dtype, config, layout))
         dist.barrier()
 
 
@@ -38,7 +38,7 @@ def compare(expected, found):
     state = dict(found.state_dict(keep_vars=True))
     assert state.keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():
-        got = parallel.whole(state[name].detach())
+        got = sharding.whole(state[name].detach())
         assert got.dtype == tensor.dtype and torch.equal(got, tensor), name
     buffers = dict(found.named_buffers())
     for name, buffer in expected.named_buffers():
@@ -47,7 +47,7 @@ def compare(expected, found):
     n = {name: sum(p.numel() for p in m.parameters()) for name, m in (("expected", expected), ("found", found))}
     assert n["expected"] == n["found"]  # tied weights stay tied
     if dist.get_world_size() > 1:
-        kept = sum(part.numel() for name, part, _ in parallel.parts(found) if name in dict(found.named_parameters()))
+        kept = sum(part.numel() for name, part, _ in sharding.parts(found) if name in dict(found.named_parameters()))
         assert kept < 0.75 * n["found"]
     assert weights_digest(found) == digest(expected)
 

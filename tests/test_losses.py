@@ -6,7 +6,8 @@ import pytest
 import torch
 from golden import load, needs_golden
 
-from losses import LOSSES, Logps, Pairs, build_loss
+from plumb.losses.contract import Logps, Pairs
+from plumb.losses.registry import LOSSES, build_loss
 
 
 def logps(*values: float, dtype=torch.float64) -> Logps:

@@ -9,9 +9,10 @@ import time
 import pytest
 from malformed import CASES, LEGAL
 
-from preparation import load_examples
-from pretrained import load_tokenizer
-from utils import UserError, said
+from plumb.console import said
+from plumb.data.prepare import load_examples
+from plumb.errors import UserError
+from plumb.models.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

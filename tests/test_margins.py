@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
-import examples
-import rundir
-from batching import pack
-from preference_datasets import get_dataset
-from token_store import Recipe, TokenStore, find_or_make
-from tokenization import TextRules
-from utils import UserError
+from plumb.batching.layout import pack
+from plumb.data import examples
+from plumb.data.registry import get_dataset
+from plumb.data.token_store import Recipe, TokenStore, find_or_make
+from plumb.data.tokenization import TextRules
+from plumb.errors import UserError
+from plumb.runs import directory
 
 RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
@@ -103,5 +103,5 @@ def test_resume_sees_that_scores_changed(tmp_path):
     digests = []
     for i, score in enumerate([1, 2, None, 1]):
         some = view_of(write(tmp_path, PAIR | {"score_chosen": 3, "score_rejected": score}, PAIR), tmp_path / str(i))
-        digests.append(rundir.digest_of(some))
+        digests.append(directory.digest_of(some))
     assert len(set(digests)) == 3 and digests[0] == digests[3]

@@ -10,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-import head
-import layout_probe
-import models
-import pretrained
-from batching import Batch, pack
-from examples import lengths_of
-from models import ORACLE, Way
-from tokenization import Example
-from utils import UserError
+from plumb.batching.layout import Batch, pack
+from plumb.data.examples import lengths_of
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.models import blocks, chunked_head, forward_path, layout_probe, load
+from plumb.models import logps as models
+from plumb.models.forward_path import ORACLE, Way
 
 TREES = ["llama", "gpt_neox", "gpt2", "qwen3", "mistral", "gemma3_text"]
 
@@ -69,7 +67,7 @@ def assert_equal(ours, theirs):
 def test_every_way_equals_the_plain_computation(family):
     """Log-probabilities and gradients; in trees too, of one, two and five responses, with and without padding at the end."""
     model = tiny_model(family).eval()
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     way, said = choose_way(model)
     assert way.packed == (family in TREES), said
     assert way.plain_head == (family != "gemma2")  # which soft-caps its logits
@@ -92,7 +90,7 @@ trees = st.integers(1, 5).flatmap(
 def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
     """Empty responses, prompts of one token, one to five responses, rows exactly full (no padding) and not."""
     model = tiny_model(family).eval()
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     array = lambda x: np.array(x, np.int32)
     examples = [Example(array(p), tuple(map(array, r)), "") for p, r in rows]
     b = pack(examples, pad_token_id=0, longest=32, row_length=lengths_of(examples).tokens().sum() + n_padding)
@@ -104,7 +102,7 @@ def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
 def test_sampling_and_plain_calls_are_as_without_trees():
     """The exchanged attention serves padded batches and generation too."""
     plain, ours = tiny_model().eval(), tiny_model().eval()
-    models.allow_trees(ours)
+    forward_path.allow_trees(ours)
     ids, mask = torch.arange(3, 43).reshape(2, 20), torch.ones(2, 20, dtype=torch.int64)
     mask[0, :7] = 0
     assert torch.equal(plain(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits)
@@ -114,7 +112,7 @@ def test_sampling_and_plain_calls_are_as_without_trees():
 
 def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
     """The GPU's call, with a plain stand-in for its kernel (there is no GPU here): bottom-right causal over cu_seqlens."""
-    import attention
+    from plumb.models import tree_attention
 
     def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
         assert q.dim() == 3 and ends_q.dtype == ends_k.dtype == torch.int32
@@ -131,10 +129,10 @@ def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
 
     b = batch(row_length=300)
     q, k, v = torch.randn(4, 300, 8), *torch.randn(2, 2, len(b.segments.gather), 8)
-    loops = [attention._loop(q, k, v, b.segments, 0.3, window) for window in (None, 8)]
+    loops = [tree_attention._loop(q, k, v, b.segments, 0.3, window) for window in (None, 8)]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     for window, expected in zip((None, 8), loops, strict=True):
-        torch.testing.assert_close(attention._varlen(q, k, v, b.segments, 0.3, window), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tree_attention._varlen(q, k, v, b.segments, 0.3, window), expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_golden
@@ -145,7 +143,7 @@ def test_token_log_probabilities_equal_the_2023_code():
         logits = torch.from_numpy(golden[f"{i}_logits"]).requires_grad_()
         labels = torch.from_numpy(golden[f"{i}_labels"])
         scored = labels[:, 1:] != -100
-        logps = head.token_logps(logits[:, :-1][scored], labels[:, 1:][scored])
+        logps = chunked_head.token_logps(logits[:, :-1][scored], labels[:, 1:][scored])
         sums = torch.zeros(len(labels)).index_add(0, scored.nonzero()[:, 0], logps)
         sums.sum().backward()
         np.testing.assert_allclose(sums.detach(), golden[f"{i}_sum"], rtol=1e-5)
@@ -161,8 +159,8 @@ def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
     torch.manual_seed(0)
     n, d, v = 20, 8, 50
     if rows:
-        monkeypatch.setattr(head, "CHUNK_BYTES", 4 * v * rows)
-    monkeypatch.setattr(head, "KEPT_BYTES", 1 << 30 if keep else 0)
+        monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * v * rows)
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", 1 << 30 if keep else 0)
     leaves = [x.to(dtype).requires_grad_() for x in (10 * torch.randn(n, d), torch.randn(v, d), torch.randn(v))]
     targets, upstream = torch.randint(0, v, (n,)), torch.randn(n)
 
@@ -170,8 +168,8 @@ def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
         out = f(*leaves, targets)
         return out.detach(), torch.autograd.grad((out * upstream).sum(), leaves)
 
-    ours = run(head.linear_logps)
-    plain = run(lambda h, w, b, t: head.token_logps(torch.nn.functional.linear(h, w, b), t))
+    ours = run(chunked_head.linear_logps)
+    plain = run(lambda h, w, b, t: chunked_head.token_logps(torch.nn.functional.linear(h, w, b), t))
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
     torch.testing.assert_close(ours[0], plain[0], atol=tolerance * 10, rtol=tolerance)
@@ -182,21 +180,21 @@ def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_head_under_autocast(keep, monkeypatch):
     """Float32 weights with a bias, computed in bfloat16: the gradients come back in float32, and near those of float32."""
-    monkeypatch.setattr(head, "KEPT_BYTES", 1 << 30 if keep else 0)
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", 1 << 30 if keep else 0)
     torch.manual_seed(0)
     leaves = [x.requires_grad_() for x in (torch.randn(20, 8), torch.randn(50, 8), torch.randn(50))]
     targets = torch.randint(0, 50, (20,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = head.linear_logps(*leaves, targets)
+        ours = chunked_head.linear_logps(*leaves, targets)
     gradients = torch.autograd.grad(ours.sum(), leaves)
-    plain = torch.autograd.grad(head.linear_logps(*leaves, targets).sum(), leaves)
+    plain = torch.autograd.grad(chunked_head.linear_logps(*leaves, targets).sum(), leaves)
     for a, b in zip(gradients, plain, strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 
 
 def test_the_head_runs_on_scored_positions_only():
     model, b, seen = tiny_model().eval(), batch(), []
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     model.lm_head.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape))
     handle = model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
     for way in (Way(True, True), Way(True, False)):
@@ -212,7 +210,7 @@ def test_dropout_is_off_even_where_it_is_functional(family, tmp_path, compose):
     """The 2023 code left Llama's attention dropout on: two train-mode forwards differed by 0.96."""
     tiny_model(family).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    policy = pretrained.load_policy(compose(f"model.name_or_path={tmp_path}/m")).train()
+    policy = load.load_policy(compose(f"model.name_or_path={tmp_path}/m")).train()
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy(ids).logits, policy(ids).logits)
     noisy = tiny_model(family).train()  # the check can fail: as configured, dropout is 0.5
@@ -221,22 +219,22 @@ def test_dropout_is_off_even_where_it_is_functional(family, tmp_path, compose):
 
 def test_reference_is_the_policy_before_training():
     policy = tiny_model()
-    reference = pretrained.load_reference(policy, None, None, None)
+    reference = load.load_reference(policy, None, None, None)
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, reference(ids).logits)
     with torch.no_grad():
         policy.lm_head.weight.add_(1)
     assert not torch.equal(policy(ids).logits, reference(ids).logits)
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
-    assert next(pretrained.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype == torch.bfloat16
+    assert next(load.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family, block", [("llama", "LlamaDecoderLayer"), ("gpt_neox", "GPTNeoXLayer"), ("gpt2", "GPT2Block")])
 def test_the_block_is_found_from_the_model(family, block):
     model = tiny_model(family)
-    assert models.block_class(model, None).__name__ == models.block_class(model, block).__name__ == block
+    assert blocks.block_class(model, None).__name__ == blocks.block_class(model, block).__name__ == block
     with pytest.raises(UserError, match=f"model.block_name=Nope: .* it has: .*{block}"):
-        models.block_class(model, "Nope")
+        blocks.block_class(model, "Nope")
 
 
 def test_a_gguf_file_is_a_model(tmp_path, compose):
@@ -246,7 +244,7 @@ def test_a_gguf_file_is_a_model(tmp_path, compose):
     source = tiny_model().eval()
     write_gguf(source, tmp_path / "tiny.gguf")
     for name in (tmp_path / "tiny.gguf", tmp_path):  # the file, or a folder with just that
-        policy = pretrained.load_policy(compose(f"model.name_or_path={name}"))
+        policy = load.load_policy(compose(f"model.name_or_path={name}"))
         ids = torch.arange(3, 40)[None]
         torch.testing.assert_close(policy.eval()(ids).logits, source(ids).logits, atol=1e-4, rtol=1e-4)
         policy.save_pretrained(tmp_path / "plain")  # no trace of quantisation is left

@@ -6,10 +6,9 @@ from conftest import ROOT
 from tiny import save_tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import pretrained
-import scalar_head
-from opening import find_model, open_model
-from utils import UserError
+from plumb.errors import UserError
+from plumb.models import load, scalar_head
+from plumb.models.find import find_model, open_model
 
 
 def run_of(tmp_path, base, state, name="run"):
@@ -58,7 +57,7 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     """A new head on a causal LM and on its policy.pt; the head that a reward model's policy.pt or a classifier's folder has."""
     base = save_tiny_llama(tmp_path / "base")
     body = AutoModelForCausalLM.from_pretrained(base).model.state_dict()
-    new = pretrained.load_policy(compose(f"model.name_or_path={base}"), scalar=True)
+    new = load.load_policy(compose(f"model.name_or_path={base}"), scalar=True)
     assert scalar_head.scores(new) and new.get_output_embeddings().weight.equal(scalar_head.initial_weight(32, seed=0))
     assert all(new.model.state_dict()[k].equal(v) for k, v in body.items())
 
@@ -68,8 +67,8 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     opened = open_model(found, "cpu").model
     assert all(opened.state_dict()[k].equal(v * 2) for k, v in new.state_dict().items())
     with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
-        pretrained.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"))
-    going_on = pretrained.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"), scalar=True)
+        load.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"))
+    going_on = load.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"), scalar=True)
     assert going_on.get_output_embeddings().weight.equal(opened.get_output_embeddings().weight)
 
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
@@ -77,12 +76,12 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     (tmp_path / "classifier/tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
     (tmp_path / "classifier/tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
     with pytest.raises(UserError, match="hold no lm_head.weight .* no whole LlamaForCausalLM"):
-        pretrained.load_policy(compose(f"model.name_or_path={tmp_path}/classifier"))
+        load.load_policy(compose(f"model.name_or_path={tmp_path}/classifier"))
     opened = open_model(find_model(str(tmp_path / "classifier")), "cpu").model
     assert opened.get_output_embeddings().weight.equal(classifier.score.weight)
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="without exactly one score"):
-        pretrained.load_policy(compose(f"model.name_or_path={tmp_path}/two"), scalar=True)
+        load.load_policy(compose(f"model.name_or_path={tmp_path}/two"), scalar=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3", "gemma2"])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import parallel
+from plumb.distributed import collectives, sharding
 
 SHAPES = [(8, 8), (7, 8), (5, 6), (1, 4), (3, 4), (9, 12), (12, 5)]  # even, uneven, and with nothing left for some ranks
 
@@ -31,17 +31,17 @@ def tile(sizes):
 
 
 def check(module, expected):
-    parts = [part for part in parallel.from_all(parallel.local_part(module.weight)) if part is not None]
+    parts = [part for part in collectives.from_all(sharding.local_part(module.weight)) if part is not None]
     times, put_together = torch.zeros_like(expected), torch.full_like(expected, torch.nan)
     for start, values in parts:
         where = tuple(slice(a, a + n) for a, n in zip(start, values.shape, strict=True))
         times[where] += 1
         put_together[where] = values
     assert (times == 1).all() and torch.equal(put_together, expected), (module.weight.placements, times)
-    assert torch.equal(parallel.whole(module.weight), expected)
-    ((name, full),) = parallel.gathered(module.state_dict(keep_vars=True).items())
+    assert torch.equal(sharding.whole(module.weight), expected)
+    ((name, full),) = sharding.gathered(module.state_dict(keep_vars=True).items())
     assert name == "weight" and (torch.equal(full, expected) if dist.get_rank() == 0 else full is None)
-    plain = parallel.from_all(parallel.local_part(expected))
+    plain = collectives.from_all(sharding.local_part(expected))
     assert plain[0][0] == (0, 0) and torch.equal(plain[0][1], expected) and not any(plain[1:])
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import pipeline_datasets
-import preference_datasets
-import validation
-from pipeline_datasets import TABLE
-from preference_datasets import LOADERS, resolve
-from utils import UserError
+from plumb.data import deepspeed_chat, registry
+from plumb.data.deepspeed_chat import TABLE
+from plumb.data.registry import LOADERS, resolve
+from plumb.errors import UserError
+from plumb.settings import validation
 
 ROWS = json.loads((Path(__file__).parent / "fixtures/pipeline.json").read_text(encoding="utf-8"))
 TREE = "\n\nHuman: Name a tree.\n\nAssistant:"
@@ -102,7 +101,7 @@ OURS = [name for name, loader in LOADERS.items() if loader.load.__module__ == "p
 
 
 def draw(name, path, split="train", **options):
-    data = preference_datasets.get_dataset(name, split, **{"path": path and str(path), "eval_share": 0.5} | options)
+    data = registry.get_dataset(name, split, **{"path": path and str(path), "eval_share": 0.5} | options)
     rows = list(data.rows)
     return replace(data, rows=rows)
 
@@ -170,7 +169,7 @@ HUB = {  # name on the hub, configuration, split that is held out; None: there i
 def test_what_is_asked_of_the_hub(monkeypatch, name):
     """A set that is on none says what to do."""
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(preference_datasets, "_hub_sets", {})
+    monkeypatch.setattr(registry, "_hub_sets", {})
     asked = []
 
     def load_dataset(hub_name, split, **options):
@@ -276,7 +275,7 @@ def test_pairs_and_sft_sets_blend(train_here, tmp_path, tiny_model, capsys):
 
 def test_the_documented_set_of_ones_own(tmp_path, monkeypatch):
     """docs/data.md's example of a template in a plugin; its tokens depend on the plugin's file."""
-    monkeypatch.setattr(preference_datasets, "LOADERS", dict(LOADERS))
+    monkeypatch.setattr(registry, "LOADERS", dict(LOADERS))
     (code,) = re.findall(r"^```python\n(from pipeline_datasets.*?)^```", (ROOT / "docs/data.md").read_text("utf-8"), re.M | re.S)
     plugin = tmp_path / "quiz_in_the_docs.py"
     plugin.write_text(code)
@@ -285,11 +284,11 @@ def test_the_documented_set_of_ones_own(tmp_path, monkeypatch):
     folder.mkdir()
     (row,) = draw("quiz", copy(folder, "quiz", [{"question": "1 + 1?", "answers": ["2", "3"]}])).rows
     assert row[:4] == ("Q: 1 + 1?\nA:", [" 2", " 3"], [(0, 1)], " 2")
-    assert preference_datasets.made_of("quiz", "train", None, str(folder))[1] == [plugin]
+    assert registry.made_of("quiz", "train", None, str(folder))[1] == [plugin]
 
 
 def test_the_table_says_what_it_reads():
     """Templates only name fields; a literal brace would be lost on whoever reads it."""
     for entry in TABLE.values():
         for template in filter(None, entry[1:]):
-            assert "{" not in pipeline_datasets.PLACE.sub("", template) and pipeline_datasets.PLACE.search(template)
+            assert "{" not in deepspeed_chat.PLACE.sub("", template) and deepspeed_chat.PLACE.search(template)

@@ -9,17 +9,16 @@ import torch
 from tiny import FAMILIES, SIZES, tiny_model
 from transformers import AutoConfig
 
-import activations
-import plan
-import sizing
-from examples import lengths_of
-from losses import build_loss
-from models import block_class
-from pretrained import no_dropout
-from sizing import Layout, Precision, Weights
-from tokenization import Example
-from utils import UserError
-from validation import validate
+from plumb.data.examples import lengths_of
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.losses.registry import build_loss
+from plumb.models.blocks import block_class
+from plumb.models.load import no_dropout
+from plumb.planning import activations, plan
+from plumb.settings.validation import validate
+from plumb.training import budget
+from plumb.training.budget import Layout, Precision, Weights
 
 SFT = {"name": "sft", "average_over": "examples"}
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
@@ -49,7 +48,7 @@ TWO = Weights([torch.Size([10, 4]), torch.Size([4])], [[torch.Size([4, 4]), torc
 def test_memory_by_hand():
     """104 numbers: 40 + 4 of the root, 3 blocks of 16 + 4. float32, Adam, a live reference in 16 bits."""
     assert TWO.n == 104
-    got = sizing.memory(
+    got = budget.memory(
         TWO, Layout(), Precision(4, 4, 2, 8.0), sharded=False, live=True, activations=1000, head=100, foreach=True
     )
     assert got.kinds == {
@@ -64,12 +63,12 @@ def test_memory_of_shards_by_hand():
     """Over 4 ranks, computing in 16 bits: 10 rows are cut into 3 each, so a rank keeps 3 * 4 + 1 + 3 * (4 + 1) = 28 numbers."""
     layout = Layout(n_gpus=4)
     assert TWO.on_one(layout) == 28
-    got = sizing.memory(TWO, layout, Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=False)
+    got = budget.memory(TWO, layout, Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=False)
     assert got.kinds == {
         "weights": (112, 112, 112), "gradients": (112, 112, 112), "optimizer state": (112, 112, 112),
         "gathered weights": ((44 + 40) * 2, 44 * 2, 0), "gradients on their way": (20 * 6, 44 * 6, 0),
     }  # fmt: skip
-    offloaded = sizing.memory(
+    offloaded = budget.memory(
         TWO, Layout(4, 2, offload=True), Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=True
     )
     assert offloaded.kinds.keys() == {"gathered weights", "gradients on their way"} and offloaded.host == 2 * 28 * 12
@@ -86,9 +85,9 @@ def test_tensor_parallel_splits_the_matrices_of_blocks():
 def test_traffic_by_hand():
     """Two copies over 2 ranks each: half of 104 numbers is gathered twice per microbatch, and scattered after each or once; then
     shards of 52 are summed, once."""
-    got = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True)
+    got = budget.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True)
     assert got == 3 * 52 * (2 + 2 + 4) + 2 * (1 / 2) * 52 * 4
-    once = sizing.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False)
+    once = budget.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False)
     assert got - once == 2 * 52 * 4
 
 
@@ -118,7 +117,7 @@ def test_parameters_of_a_family(family, compose):
     assert scorer.n_out == 1 and scorer.weights.n == got.weights.n + 32 - (0 if tied else n_head + bias)
     assert got.weights.n == sum(p.numel() for p in real.parameters())
     assert len(got.weights.blocks) == sum(isinstance(m, block_class(real, None)) for m in real.modules())
-    assert got.cost == sizing.cost_of(real)
+    assert got.cost == budget.cost_of(real)
     assert got.packed == (family not in ("gptj", "gemma2"))
     part = plan.Part((1, 64), 80, 40) if got.packed else plan.Part((4, 16), None, 40)
     most, least = (plan.count_body(got, part, torch.float32, None, kept) for kept in (1.0, 0.0))
@@ -190,7 +189,7 @@ def test_the_operations_of_a_forward_pass():
     """
     ids = lambda n: np.zeros(n, np.int32)
     pairs = [Example(ids(4), (ids(2), ids(3)), ""), Example((ids(1), ids(2)), (ids(1), ids(1)), "")]
-    assert sizing.Cost(100, 10, 1).forward(lengths_of(pairs)) == 200 * (9 + 5) + 20 * (5 + 2) + 4 * (34.5 + 6.5)
+    assert budget.Cost(100, 10, 1).forward(lengths_of(pairs)) == 200 * (9 + 5) + 20 * (5 + 2) + 4 * (34.5 + 6.5)
 
 
 def test_alternatives_fit(planned):

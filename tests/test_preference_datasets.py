@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 import preference_datasets
-from data_files import held_out
-from preference_datasets import LOADERS, dataset, dataset_names, get_hh, skipped
-from utils import UserError
+from plumb.data import registry
+from plumb.data.files import held_out
+from plumb.data.formats import skipped
+from plumb.data.registry import LOADERS, dataset, dataset_names
+from plumb.errors import UserError
+from preference_datasets import get_hh
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -25,7 +28,7 @@ needs_shared = pytest.mark.skipif(not HH.is_file(), reason=f"the real data of {S
 
 def get_dataset(*arguments, **options):
     """preference_datasets.get_dataset with all its rows drawn; a tenth is held out, unless the test says otherwise."""
-    data = preference_datasets.get_dataset(*arguments, **({"eval_share": 0.1} | options))
+    data = registry.get_dataset(*arguments, **({"eval_share": 0.1} | options))
     rows = list(data.rows)
     return replace(data, rows=rows)
 
@@ -33,7 +36,7 @@ def get_dataset(*arguments, **options):
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """No test meets the hub's sets of another."""
-    monkeypatch.setattr(preference_datasets, "_hub_sets", {})
+    monkeypatch.setattr(registry, "_hub_sets", {})
 
 
 def copy(tmp_path, name, both=True):

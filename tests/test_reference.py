@@ -14,15 +14,14 @@ from runs import DPO, FAST, STEADY, records
 from safetensors import SafetensorError
 from tiny import tiny_model as random_model
 
-import models
-import parallel
-import reference
 import trainers
-from batching import pack
-from models import ORACLE, Way
-from reference import Computation, ReferenceCache, described, response_digests, weights_digest
-from tokenization import Example
-from utils import UserError
+from plumb.batching.layout import pack
+from plumb.data.tokenization import Example
+from plumb.distributed import collectives
+from plumb.errors import UserError
+from plumb.models import forward_path, logps, reference_cache
+from plumb.models.forward_path import ORACLE, Way
+from plumb.models.reference_cache import Computation, ReferenceCache, described, response_digests, weights_digest
 
 
 def example(prompt, *responses):
@@ -64,17 +63,17 @@ def many_pairs(n):
 def test_digests_are_those_of_earlier_files(monkeypatch):
     pairs = many_pairs(40)
     assert response_digests(pairs).tolist() == digests_by_definition(pairs)
-    monkeypatch.setattr("reference.CHUNK", 7)
+    monkeypatch.setattr("plumb.models.reference_cache.CHUNK", 7)
     assert response_digests(pairs).tolist() == digests_by_definition(pairs)
     assert response_digests([]).shape == (0, 1) and response_digests([]).dtype == np.uint64
 
 
 def share_digests(pairs, indices, expected):
     done = []
-    original = reference.response_digests
-    reference.response_digests = lambda mine: done.append(len(mine)) or original(mine)
-    assert reference.digests_of_all(pairs, indices).tolist() == expected
-    assert parallel.from_all(done) == [[4], [3], [3]]
+    original = reference_cache.response_digests
+    reference_cache.response_digests = lambda mine: done.append(len(mine)) or original(mine)
+    assert reference_cache.digests_of_all(pairs, indices).tolist() == expected
+    assert collectives.from_all(done) == [[4], [3], [3]]
 
 
 def test_ranks_share_the_digests():
@@ -182,9 +181,9 @@ def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
         "commit": lambda: setattr(model.config, "_commit_hash", 40 * "b"),
         "config": lambda: setattr(model.config, "rms_norm_eps", 1e-3),
         "attention": lambda: model.set_attn_implementation("eager"),
-        "version": lambda: monkeypatch.setattr(reference, "VERSION", reference.VERSION + 1),
-        "torch": lambda: monkeypatch.setattr(reference.torch, "__version__", "9.9"),
-        "transformers": lambda: monkeypatch.setattr(reference.transformers, "__version__", "9.9"),
+        "version": lambda: monkeypatch.setattr(reference_cache, "VERSION", reference_cache.VERSION + 1),
+        "torch": lambda: monkeypatch.setattr(reference_cache.torch, "__version__", "9.9"),
+        "transformers": lambda: monkeypatch.setattr(reference_cache.transformers, "__version__", "9.9"),
     }.get(part, lambda: {"computation": COMPUTATION._replace(**{part: OTHERS[part]})})
     assert np.isnan(cache(**(change() or {})).find(digests)).all()
 
@@ -219,7 +218,7 @@ def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, c
     assert f"reference: {4 if found else 0} of 4 examples" in capsys.readouterr().out
 
 
-# By VERSION of reference.py: log-probabilities, in nats, of the model and the responses of `by_formula`.
+# By VERSION of models/reference_cache.py: log-probabilities, in nats, of the model and the responses of `by_formula`.
 OF_VERSION = {1: [-16.959669048755323, -27.85639450930868, -10.995860099409281, 0.0]}
 
 
@@ -239,10 +238,10 @@ def test_the_version_of_log_probabilities(way):
 
     To 1e-9 nats: float64 rounds sums of these sizes to some 1e-14, on any machine."""
     model, batch = by_formula()
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     with torch.no_grad():
-        found = models.response_logps(model, batch, way).sum.tolist()
-    assert found == pytest.approx(OF_VERSION[reference.VERSION], abs=1e-9, rel=0), found
+        found = logps.response_logps(model, batch, way).sum.tolist()
+    assert found == pytest.approx(OF_VERSION[reference_cache.VERSION], abs=1e-9, rel=0), found
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

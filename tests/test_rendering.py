@@ -5,11 +5,11 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
-from data_files import Message
-from preference_datasets import Reading, get_dataset
-from rendering import ChatTemplate, variables_of
-from tokenization import TextRules, encode
-from utils import UserError
+from plumb.data.chat_template import ChatTemplate, variables_of
+from plumb.data.files import Message
+from plumb.data.registry import Reading, get_dataset
+from plumb.data.tokenization import TextRules, encode
+from plumb.errors import UserError
 
 RULES = TextRules(max_length=512, max_prompt_length=256, response_truncation="fixed", add_bos=True, eos_in_text="strip")
 # Tools, reasoning and calls, as the templates of 2025 have them.

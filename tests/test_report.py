@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import curves
-import diagnosis
-import history
 import report
+from plumb.reports import curves, diagnosis
+from plumb.runs import history
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\ud800\u202e\x00"

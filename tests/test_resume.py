@@ -14,13 +14,11 @@ from groups import run_in_group
 from runs import DPO, FAST, OF_THE_MACHINE, STEADY, records
 from safetensors import safe_open
 
-import checkpoints
-import processes
-import rundir
-import storage
-from batching import Schedule
-from evaluation import Scorer
-from utils import ResumeMismatch, UnsafeFile, UserError
+from plumb.data.order import Schedule
+from plumb.distributed import launch
+from plumb.errors import ResumeMismatch, UnsafeFile, UserError
+from plumb.runs import checkpoints, directory, durable_files
+from plumb.training.evaluation import Scorer
 
 
 def state_of(run_dir):
@@ -178,7 +176,7 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     monkeypatch.setattr(trainers.BasicTrainer, "restore", forgetting)
-    monkeypatch.setattr(trainers.selfcheck, "FirstStep", lambda *_: None)  # which would see it, too
+    monkeypatch.setattr(trainers.first_step, "FirstStep", lambda *_: None)  # which would see it, too
     with pytest.raises(AssertionError):
         same(outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"])), whole)
 
@@ -197,14 +195,14 @@ def stopped_at(monkeypatch):
             if place == "step":
                 real(self, *arguments, **options)
             if len(calls) == n:
-                processes._Signals.requested = signal.SIGTERM
+                launch._Signals.requested = signal.SIGTERM
             return None if place == "step" else real(self, *arguments, **options)
 
-        processes.begin()
+        launch.begin()
         with monkeypatch.context() as patch:
             patch.setattr(trainers.BasicTrainer, place, signalled)
             yield
-        processes.begin()
+        launch.begin()
 
     return install
 
@@ -214,7 +212,7 @@ def test_stopped_by_a_signal_at_any_step_it_ends_the_same(kind, train, stopped_a
     """Also at a step that an evaluation follows."""
     whole = outcome(train("whole", *OPTIONS[kind]))
     for n in range(1, whole[3][0] + 1):
-        with stopped_at("step", n), pytest.raises(processes.Stopped, match=f"SIGTERM after step {n} of") as stopped:
+        with stopped_at("step", n), pytest.raises(launch.Stopped, match=f"SIGTERM after step {n} of") as stopped:
             train(f"stopped{n}", *OPTIONS[kind], "resume=auto")
         assert stopped.value.code == 143
         assert same(outcome(train(f"stopped{n}", *OPTIONS[kind], "resume=auto")), whole)
@@ -224,7 +222,7 @@ def test_stopped_in_an_evaluation_again_and_again(train, stopped_at):
     """The second of three evaluations is begun three times, and stands in the metrics once."""
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     for n in (2, 1, 1):
-        with stopped_at("evaluate", n), pytest.raises(processes.Stopped):
+        with stopped_at("evaluate", n), pytest.raises(launch.Stopped):
             train("stopped", *OPTIONS["dpo"], "resume=auto")
     assert same(outcome(train("stopped", *OPTIONS["dpo"], "resume=auto")), whole)
 
@@ -271,12 +269,12 @@ def test_a_changed_setting_is_refused_with_the_difference(begun, train):
 
 
 def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_path):
-    now = rundir.settings(compose("exp_name=x", "model.name_or_path=y", *DPO))
+    now = directory.settings(compose("exp_name=x", "model.name_or_path=y", *DPO))
     before = {knob: value for knob, value in now.items() if knob not in ("loss.nll", "split_seed", "stage")}
     assert len(now) - len(before) == 3
-    assert rundir.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
+    assert directory.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
     with pytest.raises(ResumeMismatch, match="loss.nll: 0.0 -> 1"):
-        rundir.compare(tmp_path, {"settings": before}, {"settings": now | {"loss.nll": 1}}, [])
+        directory.compare(tmp_path, {"settings": before}, {"settings": now | {"loss.nll": 1}}, [])
 
 
 def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, tiny_model, tmp_path):
@@ -319,7 +317,7 @@ def test_a_finished_run_says_so_and_stops(train, capsys):
     train(*options, "resume=auto")
     assert "is finished: 1 steps; nothing to do" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")} == before
-    assert rundir.status(run)["state"] == "finished"
+    assert directory.status(run)["state"] == "finished"
     with pytest.raises(ResumeMismatch, match="lr: 0.001 -> 0.01"):
         train(*options, "resume=auto", "lr=1e-2")
 
@@ -334,7 +332,7 @@ def test_which_run_is_gone_on_with(train_here, data, tiny_model, tmp_path, capsy
     assert "is finished" not in capsys.readouterr().out and first != other
     assert train_here(*options, "resume=must") == first and "is finished" in capsys.readouterr().out
     shutil.rmtree(first / "step-8")
-    rundir.write_status(first, "stopped", 143)
+    directory.write_status(first, "stopped", 143)
     assert train_here(*options) != first  # resume=never is the default
     with pytest.raises(UserError, match="holds a run already; give another directory, or resume=auto"):
         train_here(*options, f"local_run_dir={first}")
@@ -382,10 +380,10 @@ def test_on_another_number_of_processes(first, then, train, compose, here, data,
 
 def test_a_directory_that_another_process_took_meanwhile_is_left_alone(tmp_path):
     """Both found it absent; the other made it, ran and ended while this one loaded its data."""
-    owner = rundir.Owner(tmp_path / "run")
-    other = rundir.Owner(tmp_path / "run")
+    owner = directory.Owner(tmp_path / "run")
+    other = directory.Owner(tmp_path / "run")
     other.claim()
-    rundir.write_status(tmp_path / "run", "running")
+    directory.write_status(tmp_path / "run", "running")
     other.release()
     with pytest.raises(UserError, match="another process has used it meanwhile; start again"):
         owner.claim()
@@ -450,7 +448,7 @@ def test_a_state_file_that_is_a_pickle_is_not_loaded(train, tmp_path):
     (path,) = checkpoints.listed(run)
     manifest = checkpoints.read_manifest(path)
     (path / "state-0-of-1.safetensors").write_bytes(pickle.dumps(Payload()))
-    manifest.files["state-0-of-1.safetensors"] = storage.read_back(path / "state-0-of-1.safetensors")
+    manifest.files["state-0-of-1.safetensors"] = durable_files.read_back(path / "state-0-of-1.safetensors")
     manifest.finished = False
     (path / "manifest.json").write_bytes(checkpoints._dump(manifest))
     with pytest.raises(UnsafeFile, match="cannot be read") as error:

@@ -12,21 +12,22 @@ from runs import records
 from tiny import LLAMA, SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import exporting
-import models
-from attention import NAME as TREES
-from batching import pack
-from evaluation import Evaluation, shared_tokens
-from layout_probe import cannot_pack
-from losses import ScoredPairs, Scores, build_loss
-from models import ORACLE, Way, read_hidden, response_scores
-from opening import find_model
-from preference_datasets import get_dataset
-from scalar_head import FOLDS, MIN_PAIRS, fit_head, holds_scores, initial_weight, put_scalar_head
-from scorers import knobs_of, load_scorer
-from tokenization import Example
-from utils import UserError
-from validation import validate
+from plumb.batching.layout import pack
+from plumb.data.registry import get_dataset
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.losses.contract import ScoredPairs, Scores
+from plumb.losses.registry import build_loss
+from plumb.models import export, forward_path
+from plumb.models.find import find_model
+from plumb.models.forward_path import ORACLE, Way
+from plumb.models.layout_probe import cannot_pack
+from plumb.models.logps import read_hidden, response_scores
+from plumb.models.scalar_head import FOLDS, MIN_PAIRS, fit_head, holds_scores, initial_weight, put_scalar_head
+from plumb.models.tree_attention import NAME as TREES
+from plumb.scoring.scorers import knobs_of, load_scorer
+from plumb.settings.validation import validate
+from plumb.training.evaluation import Evaluation, shared_tokens
 
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 
@@ -112,7 +113,7 @@ def rewarding(family):
     put_scalar_head(model, seed=3)
     with torch.no_grad():
         model.get_output_embeddings().weight.data = model.get_output_embeddings().weight.data.double()
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     return model
 
 
@@ -191,7 +192,7 @@ def test_nothing_is_done_to_scores_after_the_head(family):
     config = AutoConfig.for_model(family, **(SIZES | AFTER_THE_HEAD[family]))
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     put_scalar_head(model, seed=3)
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     head, seen = model.get_output_embeddings(), []
     batch = pack(EXAMPLES, pad_token_id=EOS, longest=32)
     for candidate in {Way(packed=cannot_pack(model) is None, plain_head=False), ORACLE}:
@@ -266,7 +267,7 @@ def test_a_model_that_is_read_at_the_mean(train_here, tmp_path):
     assert float((scores[:, 0] > scores[:, 1]).mean()) == pytest.approx(record["rewards_eval/accuracies"])
     assert float(scores[:, 0].mean()) == pytest.approx(record["rewards_eval/chosen"], abs=1e-5)
     with pytest.raises(UserError, match="trained with loss.read=mean"):
-        exporting.export(found, tmp_path / "out")
+        export.export(found, tmp_path / "out")
     with pytest.raises(UserError, match="export=hf: loss.read=mean has no form in transformers"):
         train_here(*LEARN, "loss.read=mean", "export=hf", "exp_name=refused")
 

@@ -7,14 +7,14 @@ from families import family_model, save_family
 from runs import DPO, records
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import models
-from batching import Batch, pack
-from evaluation import Scorer
-from losses import build_loss
-from models import ORACLE, Way
-from routers import Routers, balance, routers_of
-from tokenization import Example
-from utils import UserError
+from plumb.batching.layout import Batch, pack
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.losses.registry import build_loss
+from plumb.models import forward_path, logps
+from plumb.models.forward_path import ORACLE, Way
+from plumb.models.routers import Routers, balance, routers_of
+from plumb.training.evaluation import Scorer
 
 FAMILIES = [
     "mixtral",
@@ -63,7 +63,7 @@ def expected(model, batch):
 def ours(model, batch, way):
     routers = Routers(model)
     with routers.watched() as logits:
-        models.response_logps(model, batch, way)
+        logps.response_logps(model, batch, way)
     assert len(logits) == len(routers_of(model)) > 0
     return balance(logits, batch, way.packed, routers.top_k)
 
@@ -84,7 +84,7 @@ def test_each_sequence_has_the_balancing_loss_of_transformers(family):
     assert (theirs > model_k).any() and theirs.max() < 4.1
     grads = gradients(model, (weights * theirs).sum())
     assert any(g.any() for g in grads)
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     for way in [ORACLE, *([Way(True, True)] if family in PACKED else [])]:
         got = ours(model, laid_out(rows, row_length=300 if way.packed else None), way)
         torch.testing.assert_close(got, theirs, atol=1e-5, rtol=1e-5)
@@ -95,7 +95,7 @@ def test_each_sequence_has_the_balancing_loss_of_transformers(family):
 def test_microbatches_change_nothing():
     """The sum over microbatches of what a step adds to its loss is that of the batch, and so is its gradient."""
     model, rows = family_model("mixtral").eval(), examples(6)
-    models.allow_trees(model)
+    forward_path.allow_trees(model)
     loss = build_loss({"name": "sft", "average_over": "examples"})
     one = [Example(e.prompt, e.responses[:1], "") for e in rows]
     scorer = Scorer(model, None, loss, Way(True, True), torch.no_grad, torch.device("cpu"))

@@ -11,10 +11,10 @@ from test_opening import run_of
 from tiny import CHAT, save_tiny_llama, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-import prompts
 import sample as command
-from generation import Decoding, answers
-from utils import UserError
+from plumb.data import prompts
+from plumb.errors import UserError
+from plumb.rollouts.hf_engine import Decoding, answers
 
 PROMPTS = [np.array(ids) for ids in ([40, 41, 42, 43, 44, 45, 46], [50, 51], [60, 61, 62, 60, 61])]
 WAYS = {

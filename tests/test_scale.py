@@ -18,7 +18,7 @@ from tiny import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from validation import validate
+from plumb.settings.validation import validate
 
 ALL = os.environ.get("SCALE") == "all"
 MATRIX = ["warmup_steps=2", "batch_size=4", "n_epochs=2", "n_examples=37", "eval_every=20", "max_grad_norm=1", STEADY]
@@ -156,7 +156,7 @@ def test_a_reward_model_over_processes(command, tmp_path):
 
 def test_a_head_is_fitted_over_processes(command, tmp_path, monkeypatch):
     """Every process computes its part of the frozen states, and keeps its part of one fit."""
-    monkeypatch.setattr("scalar_head.MIN_PAIRS", 5)
+    monkeypatch.setattr("plumb.models.scalar_head.MIN_PAIRS", 5)
     options = ["loss=reward", "lr=1e-12", "n_examples=4", "batch_size=4", "model.policy_dtype=float64", "do_first_eval=false"]
     kinds = {"fsdp": ["trainer=FSDPTrainer"], "tp": ["trainer=TensorParallelTrainer"]}
     run_all([command("one", "llama", *options)])

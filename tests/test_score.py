@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import BertForSequenceClassification as Bert
 
 import score
-from opening import find_model
-from preference_datasets import Row, get_dataset
-from scorers import Causal, Classifier, knobs_of, load_scorer
-from utils import UserError
+from plumb.data.formats import Row
+from plumb.data.registry import get_dataset
+from plumb.errors import UserError
+from plumb.models.find import find_model
+from plumb.scoring.scorers import Causal, Classifier, knobs_of, load_scorer
 
 ROWS = [
     ("\n\nHuman: Where is it?\n\nAssistant:", " Over there, by the old house.", " No idea."),

@@ -17,11 +17,13 @@ from test_bad_input import one_line
 from transformers import AutoConfig
 
 import train
-import trust
-import utils
-import validation
-from command_line import MAX_BYTES, check_command_line, check_config_file
-from utils import UnsafeFile, UserError, redact, redacted
+from plumb import console
+from plumb.console import redact, redacted
+from plumb.errors import UnsafeFile, UserError
+from plumb.models import source_trust
+from plumb.runs.safe_yaml import MAX_BYTES, check_config_file
+from plumb.settings import validation
+from plumb.settings.hydra_guard import check_command_line
 
 SCRIPT = ROOT / "train.py"
 
@@ -284,7 +286,7 @@ def test_the_environment_is_not_read(compose):
 
 
 def test_an_error_is_one_line_that_a_terminal_shows():
-    line = utils.said(UserError("a\nb\x1b[31mc\r\x00 hf_" + "a" * 30 + " é名" + "x" * 5000))
+    line = console.said(UserError("a\nb\x1b[31mc\r\x00 hf_" + "a" * 30 + " é名" + "x" * 5000))
     assert line.isprintable() and "é名" in line and "hf_a" not in line and len(line) < 1001
 
 
@@ -342,7 +344,7 @@ def test_a_kernel_in_a_config(folder, key):
         loaded = AutoConfig.from_pretrained(folder)
         if getattr(loaded, "_attn_implementation_internal", None) is not None:
             with pytest.raises(UnsafeFile, match="fetched and run"):
-                trust.check_settings(loaded, "x")
+                source_trust.check_settings(loaded, "x")
 
 
 def test_a_kernel_is_refused_by_the_command(refused_model, folder):
@@ -433,11 +435,11 @@ BYSTANDERS = {
 def test_what_stands_beside_the_weights_is_not_opened(folder, compose, monkeypatch, case):
     from safetensors.torch import load_file
 
-    import pretrained
+    from plumb.models import load
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     BYSTANDERS[case](folder, folder / "ran")
-    model = pretrained.load_policy(compose(f"model.name_or_path={folder}"))
+    model = load.load_policy(compose(f"model.name_or_path={folder}"))
     assert all(model.state_dict()[k].equal(v) for k, v in load_file(folder / "model.safetensors").items())
     assert not (folder / "ran").exists()
 
@@ -446,7 +448,7 @@ def test_weights_in_the_files_that_an_index_names(folder, compose):
     """Plain names of this folder, pickles and safetensors, are taken; and a file that is not there is named."""
     from safetensors.torch import save_file
 
-    import pretrained
+    from plumb.models import load
 
     for index, names, save in (
         ("pytorch_model.bin.index.json", ("weights-1.bin", "b.bin"), torch.save),
@@ -456,11 +458,11 @@ def test_weights_in_the_files_that_an_index_names(folder, compose):
         state = indexed(there, index, *names)
         for i, name in enumerate(names):
             save({k: v for j, (k, v) in enumerate(state.items()) if j % len(names) == i}, there / name)
-        model = pretrained.load_policy(compose(f"model.name_or_path={there}"))
+        model = load.load_policy(compose(f"model.name_or_path={there}"))
         assert all(model.state_dict()[k].equal(v) for k, v in state.items())
         (there / names[1]).unlink()
         with pytest.raises(UserError, match=f"{index} names {names[1]}, which is not there"):
-            pretrained.load_policy(compose(f"model.name_or_path={there}"))
+            load.load_policy(compose(f"model.name_or_path={there}"))
 
 
 def test_pickled_weights_of_2023_are_taken(train_here, folder, data):
@@ -517,5 +519,5 @@ def test_revision(refused_model, folder, overrides, part):
 def test_a_revision_is_handed_on(compose):
     """Code is asked for at the same commit, also where it lies in another repository; another tokenizer's is not run."""
     spec = compose("exp_name=x", "model.name_or_path=a/b", f"model.revision={COMMIT}", "model.trust_remote_code=true").model
-    assert trust.pinned(spec, "a/b") == {"revision": COMMIT, "code_revision": COMMIT, "trust_remote_code": True}
-    assert trust.pinned(spec, "c/d") == {"trust_remote_code": False}
+    assert source_trust.pinned(spec, "a/b") == {"revision": COMMIT, "code_revision": COMMIT, "trust_remote_code": True}
+    assert source_trust.pinned(spec, "c/d") == {"trust_remote_code": False}

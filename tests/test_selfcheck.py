@@ -8,16 +8,14 @@ import pytest
 import torch
 from runs import DPO, records
 
-import checkpoints
-import models
-import parallel
-import pretrained
-import rundir
-import storage
 import trainers
-from batching import pack
-from tokenization import Example
-from utils import NonFinite, StorageError
+from plumb.batching.layout import pack
+from plumb.data.tokenization import Example
+from plumb.distributed import sharding
+from plumb.errors import NonFinite, StorageError
+from plumb.models import load as pretrained
+from plumb.models import logps as models
+from plumb.runs import checkpoints, directory, durable_files
 
 
 @pytest.fixture
@@ -90,7 +88,7 @@ def test_another_order_of_summation_is_no_other_reference(reference, precision, 
         total = torch.zeros(len(batch.spans), dtype=torch.promote_types(logps.dtype, torch.float32))
         return total.index_add(0, batch.response[order], logps[order].to(total.dtype))
 
-    monkeypatch.setattr("models.sums_by_response", scattered)
+    monkeypatch.setattr("plumb.models.logps.sums_by_response", scattered)
     first = records(train("order", *ONE_STEP, f"reference={reference}", "max_length=256", *precision), "train")[0]
     assert "step 0: policy and reference agree" in capsys.readouterr().out
     assert first["rewards_train/chosen"] != 0 or first["rewards_train/rejected"] != 0  # it was another order
@@ -189,14 +187,14 @@ def test_a_rate_that_is_rounded_away_is_noticed(dtype, stops, train, capsys):
 
 
 def test_a_save_that_will_fail_fails_at_the_first_step(train, monkeypatch, tmp_path):
-    write = storage.write
+    write = durable_files.write
 
     def failing(path, fill):
         if path.name == "optimizer.pt":
             raise OSError(28, "No space left on device")
         return write(path, fill)
 
-    monkeypatch.setattr(storage, "write", failing)
+    monkeypatch.setattr(durable_files, "write", failing)
     with pytest.raises(StorageError, match="could not be written .No space left on device.; it takes .* are free") as error:
         train("full", *DPO, "do_first_eval=false", "minimum_log_interval_secs=0")
     assert error.value.exit_code == 5
@@ -204,7 +202,7 @@ def test_a_save_that_will_fail_fails_at_the_first_step(train, monkeypatch, tmp_p
 
 
 def test_room_for_two_checkpoints_is_asked_for_at_the_first_step(train, monkeypatch):
-    monkeypatch.setattr(storage, "free_bytes", lambda _: 3_000_000)
+    monkeypatch.setattr(durable_files, "free_bytes", lambda _: 3_000_000)
     with pytest.raises(StorageError, match="a checkpoint takes 2.38 MB, two must have room, and 3.00 MB are free"):
         train("tight", *DPO, "eval_every=4")
     train("one", *DPO, "n_examples=4")  # writes one only
@@ -278,14 +276,14 @@ def test_what_is_not_finite_is_found_in_any_type():
         for value in (float("nan"), float("inf"), float("-inf")):
             tensors = {"fine": torch.full((3, 70), torch.finfo(dtype).max, dtype=dtype), "none": torch.empty(0, 4, dtype=dtype),
                        "numbers": torch.arange(3), "bad": torch.ones(300, dtype=dtype)}  # fmt: skip
-            assert parallel.not_finite(tensors.items()) is None
+            assert sharding.not_finite(tensors.items()) is None
             tensors["bad"][299] = value
-            assert parallel.not_finite(tensors.items()) == "bad"
+            assert sharding.not_finite(tensors.items()) == "bad"
 
 
 def test_every_knob_is_compared_or_free_by_name(compose):
     """What rundir leaves out of the comparison exists: a renamed knob would otherwise be compared, or not, by accident."""
     config = compose("exp_name=x", "model=demo", "loss=sft")
-    flat = dict(rundir.flatten(rundir.plain(config)))
-    assert flat.keys() >= rundir.BOOKKEEPING | rundir.BY_CONTENTS | rundir.PLACEMENT
-    assert {"lr", "seed", "batch_size", "loss.average_over", "model.policy_dtype", "max_length"} <= rundir.settings(config).keys()
+    flat = dict(directory.flatten(directory.plain(config)))
+    assert flat.keys() >= directory.BOOKKEEPING | directory.BY_CONTENTS | directory.PLACEMENT
+    assert {"lr", "seed", "batch_size", "loss.average_over", "model.policy_dtype", "max_length"} <= directory.settings(config).keys()

@@ -12,8 +12,7 @@ from conftest import ROOT
 from runs import DPO, FAST, records
 from test_resume import outcome, same
 
-import checkpoints
-import rundir
+from plumb.runs import checkpoints, directory
 
 PATIENCE = 600  # seconds: for a hang, which a busy machine is not
 SLOW_STEPS = """
@@ -100,11 +99,11 @@ def test_a_signal_finishes_the_step_saves_and_says_so(number, code, where, start
     step = checkpoints.newest(run_dir).manifest.step
     assert line.startswith(f"stopped by {number.name} after step {step} of 100") and "resume=auto" in line
     assert len(records(run_dir, "train")) == step
-    status = rundir.status(run_dir)
+    status = directory.status(run_dir)
     assert (status["state"], status["code"], status["step"]) == ("stopped", code, step)
     if not where:  # and to the end, as if nothing had been
         process, _ = start(STEP_SECS="0")
-        assert process.wait(timeout=PATIENCE) == 0 and rundir.status(run_dir)["state"] == "finished"
+        assert process.wait(timeout=PATIENCE) == 0 and directory.status(run_dir)["state"] == "finished"
         assert same(outcome(run_dir), outcome(train("whole", "n_epochs=20", *DPO, "save_every=4")))
 
 
@@ -141,7 +140,7 @@ def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
     assert process.returncode == 6 and line.startswith("error: rank 1 at step "), stderr
     assert ("was killed by SIGKILL" if number == signal.SIGKILL else "did not answer in time") in line
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
-    status = rundir.status(run_dir)
+    status = directory.status(run_dir)
     assert (status["state"], status["code"]) == ("failed", 6) and "rank 1" in status["reason"]
     assert checkpoints.newest(run_dir).manifest.step >= 2
 
@@ -155,7 +154,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(sta
     wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text() for pid in ranks))
     process, _ = start(*TWO, "n_examples=24")
     assert process.wait(timeout=PATIENCE) == 0
-    assert rundir.status(run_dir)["step"] == 7
+    assert directory.status(run_dir)["step"] == 7
 
 
 def test_two_commands_on_one_run_directory(start):
@@ -165,7 +164,7 @@ def test_two_commands_on_one_run_directory(start):
     assert second.wait(timeout=PATIENCE) == 2
     (line,) = errors(second.stderr.read())
     assert line == f"error: local_run_dir={run_dir}: in use by process {first.pid}; wait for it, or stop it"
-    assert first.poll() is None and rundir.status(run_dir)["state"] == "running"
+    assert first.poll() is None and directory.status(run_dir)["state"] == "running"
 
 
 def test_ranks_meet_on_the_loopback_only(start):
@@ -187,10 +186,10 @@ def test_ranks_meet_on_the_loopback_only(start):
 
 # Where a rank may be when it is killed: (what is patched, whether before the first checkpoint).
 PHASES = {
-    "data": "preparation.token_stores", "building": "trainers.choose_way", "forward": "trainers.Scorer.__call__",
+    "data": "plumb.data.prepare.token_stores", "building": "trainers.choose_way", "forward": "trainers.Scorer.__call__",
     "backward": "trainers.FSDPTrainer.backward", "clip": "trainers.BasicTrainer.clip", "update": "torch.optim.RMSprop.step",
-    "agreement": "parallel.agree", "gathering": "parallel.gathered_model_state", "writing": "storage.write",
-    "renaming": "storage.rename", "evaluation": "trainers.evaluate",
+    "agreement": "plumb.distributed.collectives.agree", "gathering": "plumb.distributed.sharding.gathered_model_state", "writing": "plumb.runs.durable_files.write",
+    "renaming": "plumb.runs.durable_files.rename", "evaluation": "trainers.evaluate",
 }  # fmt: skip
 DYING = """
 import os, torch, torch.distributed as dist
@@ -227,7 +226,7 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
     if not early:
         assert checkpoints.newest(run_dir).manifest.step >= 1
-        assert rundir.status(run_dir)["code"] == 6
+        assert directory.status(run_dir)["code"] == 6
 
 
 SLOW_DISK = """

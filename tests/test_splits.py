@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-import rundir
-import validation
-from preparation import load_examples
-from splits import STAGES, lineage, permuted, sizes, weights
-from utils import UserError
+from plumb.data.prepare import load_examples
+from plumb.data.splits import STAGES, permuted, sizes, weights
+from plumb.errors import UserError
+from plumb.runs import directory
+from plumb.runs.lineage import lineage
+from plumb.settings import validation
 
 TOKENIZER = tiny_tokenizer()
 STRINGS = ["5,0,5", "2,4,4", "1,1,1", "0,5,5", "0,3,7", "10,0,0", "0,0,1", "98,1,1", "1,1,998", "0.5,0.25,0.25", "3,2,0"]
@@ -172,7 +173,7 @@ SAID = {  # what the run of model.archive had, what this one has, what is said; 
 @pytest.mark.parametrize("case", SAID)
 def test_a_stage_is_compared_with_the_run_it_starts_from(compose, tmp_path, case):
     before, now, said = SAID[case]
-    rundir.record(compose("exp_name=a", "model=pythia28", f"local_run_dir={tmp_path}", *before), tmp_path, None, [])
+    directory.record(compose("exp_name=a", "model=pythia28", f"local_run_dir={tmp_path}", *before), tmp_path, None, [], "{}")
     (tmp_path / "step-8").mkdir()
     (tmp_path / "step-8/policy.pt").touch()
     for archive in (tmp_path, tmp_path / "step-8/policy.pt"):

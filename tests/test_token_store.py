@@ -16,15 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT, tiny_tokenizer
 
-import data_files
-import preference_datasets
-import token_store
-import tokenization
-from preference_datasets import DataSet, Row, dataset
-from preparation import load_examples
-from token_store import COLUMNS, Recipe, TokenStore, find_or_make, fingerprint, ingredients, key
-from tokenization import TextRules
-from utils import UserError
+from plumb.data import files as data_files
+from plumb.data import registry, token_store, tokenization
+from plumb.data.formats import Row
+from plumb.data.prepare import load_examples
+from plumb.data.registry import DataSet, dataset
+from plumb.data.token_store import COLUMNS, Recipe, TokenStore, find_or_make, fingerprint, ingredients, key
+from plumb.data.tokenization import TextRules
+from plumb.errors import UserError
 
 RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
 TOKENIZER = tiny_tokenizer()
@@ -97,7 +96,7 @@ def test_memory_does_not_grow_with_the_data_set(register, tmp_path):
             most = max(most, len(alive))
             yield {"prompt": f"{i}", "responses": responses, "pairs": [(0, 1)], "sft_target": "a"}
 
-    data = preference_datasets.get_dataset("many", "train", eval_share=0.1)
+    data = registry.get_dataset("many", "train", eval_share=0.1)
     folder, kept = find_or_make(recipe([], inputs=None)._replace(data=data), tmp_path)
     assert len(TokenStore(folder).pairs) == 6 * tokenization.CHUNK and not kept
     assert data.form == "many: 6,000 prompts with 6,000 pairs from get_many (train)"
@@ -107,7 +106,7 @@ def test_memory_does_not_grow_with_the_data_set(register, tmp_path):
     path.write_text("".join(json.dumps(PAIRS[0] | {"prompt": "x" * 500 + str(i)}) + "\n" for i in range(8000)))
     data_files.held_out(["a"], 0.5)  # numpy imports more when it is first asked
     tracemalloc.start()
-    data = preference_datasets.get_dataset(str(path), "train", eval_share=0.1)
+    data = registry.get_dataset(str(path), "train", eval_share=0.1)
     assert sum(1 for _ in data.rows) == data.n_rows == 7200
     assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 5
     tracemalloc.stop()
@@ -119,7 +118,7 @@ def test_memory_does_not_grow_with_the_data_set(register, tmp_path):
 @pytest.fixture
 def register(monkeypatch):
     """`dataset`, for loaders that vanish after the test."""
-    monkeypatch.setattr(preference_datasets, "LOADERS", dict(preference_datasets.LOADERS))
+    monkeypatch.setattr(registry, "LOADERS", dict(registry.LOADERS))
     return dataset
 
 
@@ -213,8 +212,8 @@ def test_the_code_is_an_ingredient(tmp_path, own):
     first = key_of()
     code.write_text("b")
     assert key_of() != first
-    _, files = preference_datasets.made_of(str(own), "train", None, None)
-    assert [file.name for file in files] == ["data_forms.py", "preference_datasets.py"]
+    _, files = registry.made_of(str(own), "train", None, None)
+    assert [file.name for file in files] == ["formats.py", "preference_datasets.py"]
 
 
 def test_the_whole_tokenizer_counts_and_not_its_name():
@@ -232,7 +231,7 @@ def test_the_whole_tokenizer_counts_and_not_its_name():
 
 def test_the_hub_s_set_is_known_by_its_fingerprint(load, register, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(preference_datasets, "_hub_sets", {})
+    monkeypatch.setattr(registry, "_hub_sets", {})
     rows = [{"chosen": f"\n\nHuman: {i}?\n\nAssistant: a", "rejected": f"\n\nHuman: {i}?\n\nAssistant: b"} for i in range(9)]
     asked = []
 
@@ -244,7 +243,7 @@ def test_the_hub_s_set_is_known_by_its_fingerprint(load, register, monkeypatch):
     train, _, out = load("datasets=[hh]")
     assert len(train) == 9 and out.count("made in") == 2 and sorted(asked) == ["test", "train"]  # once per process
     assert load("datasets=[hh]")[2].count("from the cache") == 2
-    preference_datasets._hub_sets.clear()
+    registry._hub_sets.clear()
     rows[0] = rows[1]
     assert load("datasets=[hh]")[2].count("made in") == 2
 

@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_at_hand import HERE, lower_case, prefixed, sentencepiece, tokenizer, unigram
 
-from generation import _answer
-from preparation import load_examples, show_example
-from prompts import token_ids
-from token_text import continuations, continued, decode, encode_rows, ids_of
-from tokenization import Example, automatic_bos
+from plumb.data.prepare import load_examples, show_example
+from plumb.data.prompts import token_ids
+from plumb.data.token_text import continuations, continued, decode, encode_rows, ids_of
+from plumb.data.tokenization import Example, automatic_bos
+from plumb.rollouts.hf_engine import _answer
 
 PARTS = ["\n", " ", "  ", "\n\n", "Hello", " Hello", "Lily", " it", "é中🙂", "</s>", "<|assistant|>", "Human:", "x", "\t", ""]
 texts = st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=4)), max_size=5).map("".join)

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT, tiny_tokenizer
 
-from examples import cases, lengths_of, view
-from preference_datasets import DataSet, Row
-from token_store import Recipe, TokenStore, find_or_make
-from tokenization import HH_TEMPLATE, TextRules, automatic_bos, render, template_text
-from utils import UserError
+from plumb.data.examples import cases, lengths_of, view
+from plumb.data.formats import Row
+from plumb.data.registry import DataSet
+from plumb.data.token_store import Recipe, TokenStore, find_or_make
+from plumb.data.tokenization import HH_TEMPLATE, TextRules, automatic_bos, render, template_text
+from plumb.errors import UserError
 
 RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
 

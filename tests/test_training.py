@@ -14,9 +14,9 @@ from golden import GOLDEN, load, needs_golden
 from runs import DPO, FAST, OF_THE_MACHINE, ROWS, STEADY, records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import losses
-import preference_datasets
-import sizing
+from plumb.data import registry
+from plumb.losses import registry as losses
+from plumb.training import budget as sizing
 
 
 @needs_golden
@@ -26,7 +26,7 @@ import sizing
 def test_the_2023_trajectory_step_by_step(stage, model, overrides, tmp_path, train_here, monkeypatch):
     """40 steps of the 2023 code: every logged value, and the final weights. Bounds: ten times the golden file's own spread."""
     # 2023 summed the norm in float32, which is off by up to 2e-4 here; ours is compared with itself summed in that way.
-    monkeypatch.setattr("parallel.total_norm", torch.nn.utils.get_total_norm)
+    monkeypatch.setattr("plumb.distributed.sharding.total_norm", torch.nn.utils.get_total_norm)
     golden, name = load(f"trajectory_{stage}40_rmsprop.json.gz"), f"trajectory_{stage}40_rmsprop"
     train_here(
         "exp_name=golden", f"local_run_dir={tmp_path}/run", f"model.name_or_path={GOLDEN}/{model}", *overrides,
@@ -185,7 +185,7 @@ def test_the_seed_decides_the_order(train):
 
 
 def test_a_nan_stops_before_the_update(train):
-    from utils import NonFinite
+    from plumb.errors import NonFinite
 
     with pytest.raises(NonFinite, match="gradient norm is (nan|inf); stopped before the update; batch: .*pairs.jsonl"):
         train("not_finite", "loss=sft", "lr=1e30", "warmup_steps=0", "batch_size=4", "optimizer=SGD")
@@ -194,7 +194,7 @@ def test_a_nan_stops_before_the_update(train):
 def test_warmup_and_decay():
     from omegaconf import OmegaConf
 
-    from optimization import lr_factor
+    from plumb.training.optimizers import lr_factor
 
     factor = lambda **k: lr_factor(OmegaConf.create({"warmup_steps": 3, "min_lr_ratio": 0.1, "lr_schedule": "constant"} | k), 10)
     assert [factor()(k) for k in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]  # 2023: min(1, (k + 1) / (warmup + 1))
@@ -247,7 +247,7 @@ def test_wandb_offline_is_a_real_run_and_never_asks(train, capfd):
 
 def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
     """A loader in the 2023 form, and a loss, both in one file of the user's."""
-    monkeypatch.setattr(preference_datasets, "LOADERS", dict(preference_datasets.LOADERS))
+    monkeypatch.setattr(registry, "LOADERS", dict(registry.LOADERS))
     monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
     monkeypatch.delitem(sys.modules, "plugin_mine", raising=False)
     (tmp_path / "mine.py").write_text(
@@ -257,7 +257,7 @@ def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
         "    return {f'{i}+1=': {'responses': [f' {i + 1}', ' none'], 'pairs': [(0, 1)], 'sft_target': f' {i + 1}'}\n"
         "            for i in (range(8) if split == 'train' else range(8, 10))}\n"
         "import torch\n"
-        "from losses import LossOutput, loss\n"
+        "from plumb.losses import LossOutput, loss\n"
         "@loss(data='pairs', needs_reference=lambda knobs: True)\n"
         "def hinge(policy, reference, *, beta: float) -> LossOutput:\n"
         "    chosen = beta * (policy.chosen.sum - reference.chosen.sum)\n"
@@ -332,8 +332,8 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
     """Packed, padded, with the model's own head; one row or many; rows with padding at the end; examples permuted in a batch:
     the same losses and gradient norms within float32 rounding. For pairs, and for SFT (one response to a tree)."""
     import trainers
-    from batching import Feed
-    from models import ORACLE, Way
+    from plumb.batching.feed import Feed
+    from plumb.models.forward_path import ORACLE, Way
 
     feed_step = Feed.step
 
@@ -397,7 +397,7 @@ def test_what_a_run_says_of_its_speed(train, capsys):
 def test_the_mfu_is_a_share_of_the_peak(train, monkeypatch, capsys):
     """The step's operations by hand, of a device that makes 1e12 per second: one forward pass and a backward pass of two."""
     costs = []
-    monkeypatch.setattr("sizing.peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("plumb.training.budget.peak_flops", lambda device, dtype: 1e12)
     forward = sizing.Cost.forward
     monkeypatch.setattr(sizing.Cost, "forward", lambda self, lengths: costs.append(forward(self, lengths)) or costs[-1])
     row = records(train("mfu", "loss=sft", "batch_size=4", "n_examples=4", "device=cpu"), "train")[0]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from payloads import BOMBS, CODE, LOADED
 
-from archives import check_pickled_tensors, load_policy_state
-from utils import UnsafeFile
+from plumb.errors import UnsafeFile
+from plumb.runs.policy_file import check_pickled_tensors, load_policy_state
 
 # Each way in for a file that somebody else wrote: name -> read(path).
 ENTRIES = {"model.archive": lambda path: load_policy_state(str(path))}

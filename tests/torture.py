@@ -74,7 +74,7 @@ class Gauge:
 
     def install(self) -> None:
         """In the child: around the function that writes a checkpoint, moves LATEST and prunes."""
-        import checkpoints
+        from plumb.runs import checkpoints
 
         save = checkpoints.Saver._save
 

@@ -1,0 +1,84 @@
+"""The feed of a run: steps of microbatches on the device, prepared ahead of the step that needs them."""
+
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from plumb.batching.layout import Batch, pack
+from plumb.batching.microbatches import Packing, plan
+from plumb.data.examples import Lengths, lengths_of
+from plumb.data.tokenization import Example
+
+
+class Microbatch(NamedTuple):
+    batch: Batch
+    weight: float  # 0: this rank has no part of it, and computes an example only to make the same calls as the others
+    where: np.ndarray  # [B] the examples' places in the batch
+
+
+class Step(NamedTuple):
+    """A batch, ready: which examples all ranks together see, and this rank's part of each microbatch."""
+
+    indices: np.ndarray  # [n] of the examples among all
+    lengths: Lengths  # of these n
+    microbatches: list[Microbatch]
+
+
+class Feed:
+    """Turns indices into steps for one rank. Only the examples of its own parts are made; of the others it knows the lengths."""
+
+    def __init__(self, examples: Sequence[Example], packing: Packing, rank: int, reference: np.ndarray | None = None):
+        self.examples, self.packing, self.rank, self.reference = examples, packing, rank, reference
+        self.lengths = lengths_of(examples)
+
+    def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
+        """The batch of these examples in `at_least` microbatches, or as many more as the token budget takes."""
+        lengths, p = self.lengths[indices], self.packing
+        parts, microbatches = plan(lengths, p, at_least), []
+        for i in range(self.rank, len(parts), p.world_size):
+            mine = parts[i]
+            weight = float(len(mine) > 0)
+            mine = mine if len(mine) else np.array([0])
+            batch = pack(
+                [self.examples[i] for i in indices[mine].tolist()],
+                pad_token_id=p.pad_token_id,
+                longest=p.longest,
+                row_length=p.row_length,
+                reference=None if self.reference is None else self.reference[indices[mine]],
+            )
+            microbatches.append(Microbatch(batch, weight, mine))
+        return Step(indices, lengths, microbatches)
+
+    def ahead(self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1) -> Ahead:
+        """The steps of these batches, prepared for `device` in a thread."""
+        return Ahead((self.step(indices, at_least) for indices in batches), pin=device.type == "cuda")
+
+
+class Ahead(Iterator[Step]):
+    """The items of an iterator, each made in a thread while the one before is used.
+
+    `waited_secs`: how long the last was waited for. An error in the thread is raised where its item would have come.
+    """
+
+    def __init__(self, items: Iterable[Step], pin: bool):
+        self.items, self.pin, self.waited_secs = iter(items), pin, 0.0
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = self.thread.submit(self._make)
+
+    def _make(self) -> Step:
+        step = next(self.items)
+        return step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches]) if self.pin else step
+
+    def __next__(self) -> Step:
+        start = time.perf_counter()
+        step = self.coming.result()
+        self.waited_secs = time.perf_counter() - start
+        self.coming = self.thread.submit(self._make)
+        return step

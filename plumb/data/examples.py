@@ -1,0 +1,290 @@
+"""Examples as a view of token stores: which pairs or targets, cut to which lengths. One is made only when it is asked for.
+
+n examples, k responses each (1 for SFT, 2 for pairs). An example costs 8 + 4 * (1 + k) bytes beside the mapped files.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import nan
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from plumb.data.token_store import TokenStore
+from plumb.data.tokenization import BLANK, CHANGED, HAS_EOS, Example, TextRules, trees_of, truncate
+
+CHUNK = 1 << 16  # examples that are looked at together: what is computed of them stays small
+
+
+class Table(NamedTuple):
+    """A store, and what is taken from it."""
+
+    store: TokenStore
+    items: np.ndarray  # [N, 1 + k] (row, text of each response)
+    keep_end: bool  # which end of a long prompt survives
+
+
+class Examples(Sequence[Example]):
+    """Examples of one or several stores. `examples[i]` is an Example; slices and `select` give views.
+
+    `lengths` [n, 1 + k] int32: tokens of the prompt, BOS included, and of each response, after truncation.
+    """
+
+    def __init__(self, tables: Sequence[Table], bos: int | None, items: np.ndarray, lengths: np.ndarray):
+        self.tables, self.bos, self.items, self.lengths = tables, bos, items, lengths
+        self.k = lengths.shape[1] - 1
+        self.offsets = [0, *accumulate(len(table.items) for table in tables)]  # of each table's items among all
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> Examples: ...
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return self.select(i)
+        item = int(self.items[i])
+        t = bisect_right(self.offsets, item) - 1
+        store, items, keep_end = self.tables[t]
+        row, *texts = items[item - self.offsets[t]].tolist()
+        n_prompt, *n_tokens = self.lengths[i].tolist()
+        text, file, number = store.rows[row].tolist()
+        ids, starts = store.ids, store.starts
+        n_bos = self.bos is not None
+        start = starts.item(text + 1) - n_prompt + n_bos if keep_end else starts.item(text)
+        prompt = np.empty(n_prompt, np.int32)
+        prompt[n_bos:] = ids[start : start + n_prompt - n_bos]
+        if n_bos:
+            prompt[0] = self.bos
+        responses = []
+        for text, n in zip(texts, n_tokens, strict=True):
+            start = starts.item(text)
+            responses.append(ids[start : start + n].astype(np.int32))
+        margin = store.margins.item(item - self.offsets[t]) if self.k == 2 else nan
+        return Example(prompt, tuple(responses), f"{store.files[file]}:{number}", margin)
+
+    def select(self, indices: np.ndarray | slice) -> Examples:
+        """The examples at these indices, or where this mask is true, in that order."""
+        return Examples(self.tables, self.bos, self.items[indices], self.lengths[indices])
+
+    def ids(self) -> np.ndarray:
+        """The tokens of all of them, one example after another, its prompt and then its responses.  [tokens] int32
+
+        Takes some 30 bytes of memory per token: of many examples, ask slice by slice.
+        """
+        n = self.lengths.astype(np.int64)
+        each = n.sum(1)
+        ids = np.empty(each.sum(), np.int32)
+        table_of = np.searchsorted(self.offsets, self.items, side="right") - 1
+        for t in np.unique(table_of):
+            store, items, keep_end = self.tables[t]
+            mine = table_of == t
+            texts = items[self.items[mine] - self.offsets[t]]
+            texts[:, 0] = store.rows[texts[:, 0], 0]
+            starts = store.starts[texts]
+            if keep_end:
+                starts[:, 0] = store.starts[texts[:, 0] + 1] - n[mine, 0]
+            elif self.bos is not None:
+                starts[:, 0] -= 1  # from there a prompt with BOS has its length; what stands there is overwritten
+            here = slice(None) if mine.all() else mine.repeat(each)
+            ids[here] = store.ids[ranges(starts.ravel(), n[mine].ravel())]
+        if self.bos is not None:
+            ids[each.cumsum() - each] = self.bos
+        return ids
+
+    def margins(self) -> np.ndarray:
+        """The score of chosen less that of rejected, of each pair; NaN where unknown, or without pairs.  [n] float32"""
+        if self.k != 2:
+            return np.full(len(self), nan, np.float32)
+        return np.concatenate([table.store.margins for table in self.tables])[self.items]
+
+    def data_sets(self) -> np.ndarray:
+        """The name of each example's data set.  [n] str"""
+        names = np.array([table.store.name for table in self.tables])
+        return names[np.searchsorted(self.offsets, self.items, side="right") - 1]
+
+    def highest_id(self) -> int:
+        """The highest token id in the stores, which a model must have an embedding for."""
+        return max([self.bos or 0, *(int(table.store.ids.max(initial=0)) for table in self.tables)])
+
+    # What the data rules look at, of examples from one store: slices of it, where there are many.
+
+    def text(self, i: int) -> np.ndarray:
+        """Numbers of the prompts' texts (i = 0), or of the i-th responses', in the store.  [n]"""
+        (table,) = self.tables
+        numbers = table.items[self.items, i]
+        return numbers if i else table.store.rows[numbers, 0]
+
+    def digest(self, i: int) -> np.ndarray:
+        return self.tables[0].store.digests[self.text(i)]  # [n]
+
+
+def view(store: TokenStore, pairs: bool, rules: TextRules, keep: str, bos: int | None) -> Examples:
+    """All pairs, or all SFT targets, of a store, in its order; `keep` is "keep_end" or "keep_start"."""
+    table = Table(store, store.pairs if pairs else store.targets, keep == "keep_end")
+    n, k = len(table.items), 2 if pairs else 1
+    whole = Examples([table], bos, np.arange(n), np.empty((n, 1 + k), np.int32))
+    for here in slices(n):
+        lengths = _lengths(whole[here])
+        whole.lengths[here] = truncate(lengths[:, 0], lengths[:, 1:], rules)
+    return whole
+
+
+def concatenate(parts: Sequence[Examples]) -> Examples:
+    """The examples of all parts, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    tables = [table for part in parts for table in part.tables]
+    offsets = accumulate((sum(len(table.items) for table in part.tables) for part in parts), initial=0)
+    items = np.concatenate([part.items + offset for part, offset in zip(parts, offsets, strict=False)])
+    return Examples(tables, parts[0].bos, items, np.concatenate([part.lengths for part in parts]))
+
+
+def select(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
+    """The examples at these indices, in that order; of a token store, none is made."""
+    return examples.select(indices) if isinstance(examples, Examples) else [examples[i] for i in indices.tolist()]
+
+
+def ids_of(examples: Sequence[Example]) -> np.ndarray:
+    """The tokens of all examples, each prompt followed by its responses.  [tokens] int32"""
+    if isinstance(examples, Examples):
+        return examples.ids()
+    texts = [x for e in examples for prompt, responses in trees_of(e) for x in (prompt, *responses)]
+    return np.concatenate([np.empty(0, np.int32), *texts], dtype=np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """Tokens of n examples of k responses each, as columns: no example is looked at to know them.
+
+    A prompt is a root of the first response alone where an example's responses share it, else of every response.
+    """
+
+    prompts: np.ndarray  # [n, k] of the prompt that the response follows
+    responses: np.ndarray  # [n, k]
+    roots: np.ndarray  # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Lengths:
+        return Lengths(self.prompts[indices], self.responses[indices], self.roots[indices])
+
+    @property
+    def k(self) -> int:
+        return self.prompts.shape[1]
+
+    def tokens(self) -> np.ndarray:
+        """Of each example, a shared prompt counted once.  [n]"""
+        return (self.prompts * self.roots + self.responses).sum(1)
+
+    def longest(self) -> np.ndarray:
+        """Of each example, the tokens of the longest prompt with its response.  [n]"""
+        return (self.prompts + self.responses).max(1, initial=0)
+
+    def n_scored(self) -> int:
+        """Response tokens that have a prediction: all of them, less the first where no prompt token predicts it."""
+        return int(np.maximum(self.responses - (self.prompts == 0), 0).sum())
+
+
+def lengths_of(examples: Sequence[Example]) -> Lengths:
+    """The columns of lengths: those of a token store are not copied."""
+    if isinstance(examples, Examples):
+        prompts, responses = examples.lengths[:, :1], examples.lengths[:, 1:]
+        first = np.arange(examples.k) == 0
+        return Lengths(np.broadcast_to(prompts, responses.shape), responses, np.broadcast_to(first, responses.shape))
+    k = len(examples[0].responses) if examples else 1
+    columns = [
+        [(len(prompt), len(response), i == 0) for prompt, responses in trees_of(e) for i, response in enumerate(responses)]
+        for e in examples
+    ]
+    prompts, responses, roots = np.array(columns, np.int32).reshape(len(columns), k, 3).transpose(2, 0, 1)
+    return Lengths(prompts, responses, roots.astype(bool))
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of all ranges one after the other.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    shift = starts - (lengths.cumsum() - lengths)
+    return np.arange(lengths.sum()) + shift.repeat(lengths)
+
+
+def slices(n: int) -> Iterator[slice]:
+    """Parts of n examples, one after another, such that what is computed of each stays small."""
+    return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
+
+
+def _lengths(examples: Examples) -> np.ndarray:
+    """`examples.lengths` as they were before truncation."""
+    starts = examples.tables[0].store.starts
+    texts = np.column_stack([examples.text(i) for i in range(1 + examples.k)])
+    lengths = starts[texts + 1] - starts[texts]
+    lengths[:, 0] += examples.bos is not None
+    return lengths
+
+
+# ---- cases of the data rules ----
+
+
+def cases(examples: Examples) -> dict[str, np.ndarray]:
+    """Which examples are of which case of `data_rules`, by their own texts and tokens.  [n] bool each"""
+    marks = np.column_stack([examples.tables[0].store.marks[examples.text(i)] for i in range(1 + examples.k)])
+    cut = examples.lengths < _lengths(examples)
+    found: dict[str, Any] = {
+        "prompt_truncated": cut[:, 0],
+        "response_truncated": cut[:, 1:].any(1),
+        "eos_in_text": (marks & HAS_EOS).any(1),
+        "text_changed": (marks & CHANGED).any(1),
+        "empty_prompt": marks[:, 0] & BLANK > 0,
+        "empty_response": (marks[:, 1:] & BLANK).any(1),
+    }
+    if examples.k == 2:
+        same_text = examples.digest(1) == examples.digest(2)
+        found |= {"identical_pair": same_text, "identical_after_truncation": _same_ids(examples) & ~same_text}
+    return found
+
+
+def _same_ids(examples: Examples) -> np.ndarray:
+    """Where chosen and rejected are the same tokens.  [n] bool"""
+    ids, starts = examples.tables[0].store.ids, examples.tables[0].store.starts
+    same = examples.lengths[:, 1] == examples.lengths[:, 2]
+    some = examples.select(same)
+    lengths = some.lengths[:, 1].astype(np.int64)
+    chosen, rejected = (ids[ranges(starts[some.text(i)], lengths)] for i in (1, 2))
+    if len(some):
+        same[same] = np.logical_and.reduceat(chosen == rejected, lengths.cumsum() - lengths)
+    return same
+
+
+def _keys(examples: Examples, columns: Sequence[int]) -> np.ndarray:
+    """64 bits that stand for these texts in this order.  [n]"""
+    keys = np.zeros(len(examples), np.uint64)
+    for i in columns:
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + examples.digest(i)
+    return keys
+
+
+def contradicted(examples: Examples) -> np.ndarray:
+    """Pairs of two different responses that also stand there the other way round.  [n] bool"""
+    if examples.k != 2:
+        return np.zeros(len(examples), bool)
+    return np.isin(_keys(examples, (0, 2, 1)), _keys(examples, (0, 1, 2))) & (examples.digest(1) != examples.digest(2))
+
+
+def seen_before(examples: Examples) -> np.ndarray:
+    """Examples of which an earlier one has the same prompt and responses.  [n] bool"""
+    keys = _keys(examples, range(1 + examples.k))
+    order = np.argsort(keys, kind="stable")  # equal ones side by side, the first of them first
+    keys = keys[order]
+    again = np.zeros(len(keys), bool)
+    again[order[1:][keys[1:] == keys[:-1]]] = True
+    return again

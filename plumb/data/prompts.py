@@ -1,0 +1,112 @@
+"""Prompts to sample from: a file, the split of a data set, or the built-in ones; and a prompt as the tokens that are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from plumb.data.files import Text, read_file
+from plumb.data.registry import get_dataset
+from plumb.data.token_text import encode_prompt
+from plumb.data.tokenization import automatic_bos, render
+from plumb.errors import UserError
+
+# A company, something for a child, a poem, a fact, how a thing works, and why: short, harmless, with answers one can judge.
+BUILT_IN = {
+    "english": (
+        "Describe what IKEA does in three sentences.",
+        "Tell a six-year-old what happened when people first walked on the moon.",
+        "Write four lines of verse about an old lighthouse.",
+        "In which year did the Berlin Wall fall, and what happened that night?",
+        "How does a refrigerator keep food cold?",
+        "Why do birds fly south for the winter?",
+    ),
+    "chinese": (
+        "请用三句话介绍一下宜家这家公司。",
+        "请给一个六岁的孩子讲讲人类第一次登上月球的故事。",
+        "请写一首四行的小诗，主题是一座古老的灯塔。",
+        "柏林墙是哪一年倒塌的？那天晚上发生了什么？",
+        "冰箱是怎样让食物保持低温的？",
+        "为什么有些鸟到了冬天要飞往南方？",
+    ),
+    "japanese": (
+        "イケアがどのような会社なのか、三つの文で説明してください。",
+        "人類が初めて月を歩いたときのことを、六歳の子どもに話してあげてください。",
+        "古い灯台についての四行の詩を書いてください。",
+        "ベルリンの壁が崩壊したのは何年ですか。その夜、何が起こりましたか。",
+        "冷蔵庫はどのような仕組みで食べ物を冷やしているのですか。",
+        "鳥はなぜ冬になると南へ渡るのですか。",
+    ),
+}
+
+
+class Prompt(NamedTuple):
+    """A string is read as it stands; messages go through the model's chat template."""
+
+    text: Text
+    source: str  # "my.jsonl:17", "hh:123", "english:1"
+    more: Mapping[str, Any] | None = None  # fields of its row that the chat template may read
+
+
+def built_in(language: str) -> list[Prompt]:
+    return [Prompt(user_turn(text), f"{language}:{i}") for i, text in enumerate(BUILT_IN[language], 1)]
+
+
+def user_turn(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
+    """Of a .jsonl, .json, .csv or .parquet file. Messages must end with the user's. A string is a user's turn, unless it is `raw`
+    or ends with "Assistant:", as a prompt does that was rendered before. Raises UserError that names file, line and field."""
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file; give a .jsonl, .json, .csv or .parquet file")
+    for row in read_file(path):
+        if field not in row.fields:
+            raise row.error(f"no field '{field}' (the row has: {row.names})", "name the one with the prompts by --field")
+        text = row.text_or_messages(field)
+        if not (text.strip() if isinstance(text, str) else text[-1]["content"].strip()):
+            raise row.error(f"field '{field}' is empty", "write a prompt")
+        if isinstance(text, list) and text[-1]["role"] != "user":
+            raise row.error(f"the last message of field '{field}' is the {text[-1]['role']}'s", "end with the user's")
+        rendered = isinstance(text, list) or raw or text.endswith("Assistant:")
+        more = {name: value for name, value in row.fields.items() if name != field}
+        yield Prompt(text if rendered else user_turn(str(text)), row.source, more or None)
+
+
+def of_dataset(name: str, split: str, path: str | None, eval_share: float, cache_dir: str) -> Iterator[Prompt]:
+    """As a run trains on them: strings as they stand, or messages."""
+    for row in get_dataset(name, split, path=path, eval_share=eval_share, cache_dir=cache_dir).rows:
+        yield Prompt(row.prompt, row.source, row.more)
+
+
+def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]:
+    """Each text once; `n` of them, drawn with `seed`, in their own order. None: all. UserError where there are none."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(json.dumps(prompt.text, default=str), prompt)
+    unique = list(first.values())
+    if not unique:
+        raise UserError("there are no prompts; see --eval-share, --split and --prompts")
+    if n is None or n >= len(unique):
+        return unique
+    return [unique[i] for i in sorted(np.random.default_rng(seed).choice(len(unique), n, replace=False))]
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, add_bos: bool, longest: int) -> tuple[np.ndarray, bool]:
+    """A rendered prompt as a run trains on it: `longest` tokens at most, of which the end is kept, behind BOS where the tokenizer
+    puts one. -> (ids [P], was it cut)"""
+    bos = [b for b in [automatic_bos(tokenizer)] if b is not None and add_bos]
+    ids = encode_prompt(text, tokenizer, bos[0] if bos else None)
+    room = longest - len(bos)
+    return np.array(bos + ids[max(len(ids) - room, 0) :], np.int64), len(ids) > room
+
+
+def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """What the model reads."""
+    return render(prompt.text, [], tokenizer, template, prompt.source, prompt.more)[0]

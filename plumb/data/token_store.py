@@ -1,0 +1,288 @@
+"""Token ids on disk: flat arrays, written once, which every process, epoch and later start maps into memory.
+
+A store is a folder with the columns of one split of one data set (see `COLUMNS`) and meta.json, which says how long they
+are and what they were made of. It holds each text once and untruncated, so that SFT and DPO, and all lengths, share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from plumb.console import rank0_print
+from plumb.data import chat_template, deepspeed_chat, formats, registry, token_text, tokenization
+from plumb.data import files as data_files
+from plumb.data.registry import DataSet
+from plumb.data.tokenization import Chunk, TextRules, automatic_bos, encode, own_template
+from plumb.errors import UserError
+from plumb.paths import sync_directory
+
+LAYOUT = 4  # of the files below; another number makes every store anew
+COLUMNS = {
+    "ids": (),  # [tokens] of all texts, uint16 if the vocabulary allows, else int32
+    "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
+    "digests": (),  # [texts] 64 bits that stand for the text
+    "marks": (),  # [texts] see tokenization
+    "rows": (3,),  # [rows, 3] (text of the prompt, number of the file in meta.json, number within that file)
+    "pairs": (3,),  # [pairs, 3] (row, text of chosen, text of rejected)
+    "margins": (),  # [pairs] score of chosen less that of rejected; NaN where they aren't known
+    "targets": (2,),  # [targets, 2] (row, text of the SFT target)
+}
+DTYPES = {"starts": "<i8", "digests": "<u8", "marks": "|u1", "rows": "<i4", "pairs": "<i4", "margins": "<f4", "targets": "<i4"}
+
+
+class TokenStore:
+    """One split of one data set, mapped into memory: its columns by name, and what was told about it when it was made.
+
+    Raises ValueError, saying why, for a folder that isn't whole; and, where `recipe` is given, for one that was made of
+    something else or whose contents have changed (1 GB/s; rank 0 asks for it).
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    digests: np.ndarray
+    marks: np.ndarray
+    rows: np.ndarray
+    pairs: np.ndarray
+    margins: np.ndarray
+    targets: np.ndarray
+
+    def __init__(self, folder: Path, recipe: dict[str, Any] | None = None):
+        try:
+            meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            if recipe is not None and meta["recipe"] != recipe:
+                raise ValueError("it was made of something else")
+            for name, shape in COLUMNS.items():
+                dtype, n, checksum = meta["columns"][name]
+                column = _mapped(folder / f"{name}.bin", np.dtype(dtype), (n, *shape))
+                if recipe is not None and hashlib.blake2b(column.data if n else b"").hexdigest() != checksum:
+                    raise ValueError(f"{name}.bin has changed since it was written")
+                setattr(self, name, column)
+            self.name, self.split, self.form, self.truncation = meta["name"], meta["split"], meta["form"], meta["truncation"]
+            self.n_rows, self.skipped, self.files = meta["n_rows"], meta["skipped"], meta["files"]
+            self.taken, self.unused, self.altered = meta["taken"], meta["unused"], meta["altered"]
+            self.first_bad = meta["first_bad"]
+            self.checksums = {name: checksum for name, (_, _, checksum) in meta["columns"].items()}
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    if file.stat().st_size != size:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes instead of {size:,}")
+    # as a plain array, which is sliced several times faster than a memmap; nothing can be mapped of an empty file
+    return np.asarray(np.memmap(file, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
+
+
+class Recipe(NamedTuple):
+    """All that decides about the token ids of one split of one data set."""
+
+    data: DataSet  # not drawn yet
+    split: str
+    tokenizer: PreTrainedTokenizerBase
+    identity: str  # the tokenizer's fingerprint, which takes a while for a large one
+    rules: TextRules
+    template: str | None
+    inputs: tuple[tuple, list[Path]] | None  # see registry.made_of
+    options: dict[str, Any]  # what else the data set was asked for
+
+
+def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, bool]:
+    """The folder of the store: found under `root`, or made now. -> (folder, is it kept for later starts)
+
+    It is made beside its place and renamed when it is whole, so two runs may make the same one at once. `keep` false: what is
+    not found is made among the system's temporary files, for this run only. Prints one line.
+    """
+    made_of = ingredients(recipe)
+    what = f"tokens of {recipe.data.name} ({recipe.split})"
+    place = root / key(made_of) if made_of else None
+    if place and place.exists():
+        try:
+            store = TokenStore(place, made_of)
+            rank0_print(f"{what}: {len(store.ids):,}, of {store.n_rows:,} rows, from the cache {place}")
+            return place, True
+        except ValueError as problem:
+            rank0_print(f"{what}: {place} is damaged ({problem}); they are made again")
+    start = time.monotonic()
+    place, root = (place, root) if keep else (None, Path(tempfile.gettempdir()))
+    with _writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        if keep:
+            _remove_what_was_left(root)
+        folder = Path(tempfile.mkdtemp(prefix="tmp-", dir=root))
+    try:
+        meta = _write(folder, recipe, made_of)
+        if place:
+            with _writing(root):
+                _move(folder, place, made_of)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    secs = time.monotonic() - start
+    kept = f"in {place}" if place else "for this run only, as what the loader reads is not known (see docs/data.md)"
+    rank0_print(f"{what}: {meta['columns']['ids'][1]:,}, of {meta['n_rows']:,} rows, made in {secs:,.1f} s "
+                f"({meta['n_rows'] / max(secs, 1e-3):,.0f} rows/s), kept {kept}")  # fmt: skip
+    return place or folder, place is not None
+
+
+# ---- what a store is made of ----
+
+
+def ingredients(recipe: Recipe) -> dict[str, Any] | None:
+    """What the token ids depend on, as JSON can hold it; None if that isn't known."""
+    if recipe.inputs is None:
+        return None
+    read, code = recipe.inputs
+    tokenizer, rules = recipe.tokenizer, recipe.rules
+    modules = (
+        data_files,
+        formats,
+        registry,
+        deepspeed_chat,
+        chat_template,
+        token_text,
+        tokenization,
+    )
+    ours = [Path(str(module.__file__)) for module in modules]
+    made_of = {
+        "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,
+        "bos": automatic_bos(tokenizer) if rules.add_bos else None, "eos_in_text": rules.eos_in_text,
+        "template": recipe.template or own_template(tokenizer), "tokenizer": recipe.identity,
+        "code": _digest(*(file.read_bytes() for file in [*ours, Path(__file__), *code])),
+        "libraries": [version(name) for name in ("transformers", "tokenizers", "datasets", "pyarrow", "selectolax")],
+    }  # fmt: skip
+    return json.loads(json.dumps(made_of))  # as it comes back from meta.json
+
+
+def key(made_of: dict[str, Any]) -> str:
+    return _digest(json.dumps(made_of, sort_keys=True).encode())
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the whole tokenizer, not of its name."""
+    kind, splits = type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", False)
+    special = json.dumps([kind, splits, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
+    if tokenizer.is_fast:
+        tokenizer("")  # a tokenizer.json may ask for truncation or padding, which this switches off
+        return _digest(special, tokenizer.backend_tokenizer.to_str().encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _digest(special, *(file.read_bytes() for file in sorted(Path(folder).iterdir())))
+
+
+def _digest(*parts: bytes) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "big") + part)
+    return whole.hexdigest()
+
+
+# ---- writing ----
+
+
+def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict[str, Any]:
+    """Draw and tokenize the data set, a chunk at a time. -> meta.json"""
+    data = recipe.data
+    small = max(recipe.tokenizer.get_vocab().values(), default=0) < 2**16
+    dtypes = DTYPES | {"ids": "<u2" if small else "<i4"}
+    n, checksums = dict.fromkeys(COLUMNS, 0), {name: hashlib.blake2b() for name in COLUMNS}
+    n_rows, files = 0, dict[str, int]()
+    with _writing(folder):
+        out: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
+    try:
+        chunks = encode(data, recipe.tokenizer, recipe.rules, recipe.template)
+        for columns, n_drawn in _numbered(chunks, files):
+            n_rows += n_drawn
+            with _writing(folder):
+                for name, values in columns.items():
+                    array = np.asarray(values, dtypes[name]).reshape(-1, *COLUMNS[name])
+                    checksums[name].update(array.tobytes())
+                    out[name].write(array.tobytes())
+                    n[name] += len(array)
+        meta = {
+            "name": data.name, "split": recipe.split, "form": data.form, "truncation": data.truncation, "n_rows": n_rows,
+            "skipped": data.skipped, "taken": data.taken, "unused": data.unused, "altered": data.altered,
+            "first_bad": data.first_bad, "files": list(files), "recipe": made_of,
+            "columns": {c: (dtypes[c], n[c], checksums[c].hexdigest()) for c in COLUMNS},
+        }  # fmt: skip
+        with _writing(folder):
+            out["meta"] = (folder / "meta.json").open("wb")
+            out["meta"].write(json.dumps(meta, indent=1).encode())
+            for file in out.values():
+                file.flush()
+                os.fsync(file.fileno())
+    finally:
+        for file in out.values():
+            with suppress(OSError):  # a full disk has been told
+                file.close()
+    return meta
+
+
+def _numbered(chunks: Iterable[Chunk], files: dict[str, int]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each chunk's columns, with texts and rows numbered from the store's beginning; `files` are numbered as they come."""
+    n_tokens = n_texts = n_rows = 0
+    yield {"starts": [0]}, 0
+    for chunk in chunks:
+        places = [(text, *source.rpartition(":")[::2]) for text, source in chunk.rows]
+        yield {
+            "ids": chunk.ids,
+            "starts": n_tokens + np.cumsum(chunk.lengths, dtype=np.int64),
+            "digests": chunk.digests,
+            "marks": chunk.marks,
+            "rows": [(n_texts + text, files.setdefault(file, len(files)), int(number)) for text, file, number in places],
+            "pairs": np.array(chunk.pairs, np.int64).reshape(-1, 3) + (n_rows, n_texts, n_texts),
+            "margins": chunk.margins,
+            "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
+        }, chunk.n_rows
+        n_tokens, n_texts, n_rows = n_tokens + len(chunk.ids), n_texts + len(chunk.lengths), n_rows + len(chunk.rows)
+
+
+def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
+    """Rename the whole store into its place, unless another run was first; a damaged one makes way."""
+    for file in (folder, folder.parent):
+        sync_directory(file)
+    while True:
+        try:
+            folder.rename(place)
+            return sync_directory(place.parent)
+        except OSError:
+            if not place.exists():
+                raise
+        try:
+            TokenStore(place, made_of)
+            return shutil.rmtree(folder)
+        except ValueError:
+            aside = Path(tempfile.mkdtemp(prefix="tmp-", dir=place.parent))
+            with suppress(FileNotFoundError):  # another run was faster
+                place.rename(aside / "damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_what_was_left(root: Path) -> None:
+    """By runs that were killed, more than a day ago."""
+    for folder in root.glob("tmp-*"):
+        with suppress(OSError):
+            if time.time() - max(f.stat().st_mtime for f in (folder, *folder.iterdir())) > 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"the token cache cannot be written ({error.strerror})"
+        raise UserError(f"{path}: {problem}; free some space, or set local_dirs") from None

@@ -1,0 +1,109 @@
+"""What several processes agree on: barriers, sums, and objects that all of them get."""
+
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from plumb.console import under_torchrun
+from plumb.errors import UserError
+
+T = TypeVar("T")
+timeout: timedelta | None = None  # how long a rank waits for another; set where the group is made
+
+
+def same_everywhere(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Talk:
+    """What ranks tell one another beside the training: in an order of its own, and waiting for as long as it takes.
+
+    Each rank must make the same calls in the same order, for one Talk in one thread. One process talks to itself.
+    """
+
+    def __init__(self):
+        self.several = dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.several else (0, 1)
+        # The default group gives up after timeout_minutes; here a rank may write a large file, or wait for one. Our own launcher
+        # sees by itself that a process hangs; torchrun does not.
+        patience = timedelta(hours=3) if under_torchrun() else timedelta(days=30)
+        self.group = dist.new_group(backend="gloo", timeout=patience) if self.several else None
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.ranks
+        if not self.several:
+            return [value]
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_rank0(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; its UserError, too."""
+        if not self.several:
+            return make()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+def from_rank0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it likes."""
+    return _talk(dist.group.WORLD if dist.is_initialized() else None).from_rank0(make)
+
+
+@cache
+def _talk(world: dist.ProcessGroup | None) -> Talk:
+    return Talk()
+
+
+def agree(values: list[float]) -> list[float]:
+    """The highest of all ranks' values, one by one: what is to be done next, in a few bytes between hosts."""
+    if not dist.is_initialized():
+        return values
+    said = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(said, dist.ReduceOp.MAX, group=_on_the_cpu(dist.group.WORLD))
+    return said.tolist()
+
+
+@cache
+def _on_the_cpu(world: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """A group of the same ranks: asking the GPU would mean waiting for it."""
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def meet() -> None:
+    """No rank goes on before all are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_all(value: T) -> list[T]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,61 @@
+"""Losses of reward models, on the scores of both responses of a pair. Shapes and units: contract.py."""
+
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from plumb.losses.contract import LossOutput, ScoredPairs
+from plumb.losses.registry import loss
+
+
+@loss(
+    data="pairs",
+    reads="scores",
+    needs_margins=lambda knobs: knobs["margin"] > 0,
+    read=lambda knobs: "mean" if knobs["read"] == "mean" else "last",
+)
+def reward(
+    policy: ScoredPairs,
+    reference: None = None,
+    *,
+    read: Literal["last", "mean", "tokens"],
+    margin: float,
+    label_smoothing: float,
+    centering: float,
+) -> LossOutput:
+    """-(1-e) log sigmoid(z) - e log sigmoid(-z) + c (r_w + r_l)^2, with z = r_w - r_l - m times the data's own margin.
+
+    e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with `read=mean` on the mean scores
+    of all tokens of a response. m: Eq. 2 of arXiv:2307.09288
+    (Llama 2). c pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no origin.
+
+    `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the first token in which the
+    responses differ to the end of the longer one. Behind the end of the shorter one, where DeepSpeed-Chat compares with the
+    scores of padding, its last score stands (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores, or
+    the mean ones with `read=mean`.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)")
+    for knob, value in (("margin", margin), ("centering", centering)):
+        if not value >= 0:
+            raise ValueError(f"{knob}={value}: must not be negative; 0 leaves it out")
+    chosen, rejected = policy.chosen, policy.rejected
+    r_w, r_l = chosen.of(read), rejected.of(read)
+    z = chosen.each - rejected.each if read == "tokens" else (r_w - r_l)[:, None]  # [B, L or 1]
+    if margin and policy.margins is not None:
+        z = z - margin * policy.margins[:, None]
+    losses = -F.logsigmoid(z) * (1 - label_smoothing) - F.logsigmoid(-z) * label_smoothing
+    if read == "tokens":
+        longest = torch.maximum(chosen.tokens, rejected.tokens).clamp(min=1)
+        first = torch.minimum(policy.shared, longest - 1)  # of two equal responses, the last token
+        at = torch.arange(z.shape[1], device=z.device)
+        compared = (at >= first[:, None]) & (at < longest[:, None])
+        losses = torch.where(compared, losses, 0).sum(1) / compared.sum(1)
+    else:
+        losses = losses[:, 0]
+    losses = losses + centering * (r_w + r_l) ** 2
+    return LossOutput(losses, r_w.detach(), r_l.detach())

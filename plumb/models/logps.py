@@ -1,0 +1,139 @@
+"""Models: turn a Batch into log-probabilities, in the fastest way that is this model's own.
+
+Shapes: R rows of T tokens, N scored positions (those that predict a response token), d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plumb.batching.layout import Batch, Padded, unfold
+from plumb.data.examples import ranges
+from plumb.losses.contract import Logps, Scores
+from plumb.models import tree_attention
+from plumb.models.chunked_head import linear_logps, token_logps
+from plumb.models.forward_path import Way
+
+
+def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
+    """Sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]
+
+    The head runs on the N scored positions only, so that no [T, V] tensor exists.
+    """
+    inputs, padded = _inputs(batch, way)
+    with head_on(model, batch.scored if padded is None else padded.scored, batch.targets if way.plain_head else None):
+        output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
+    logps = output[0, :, 0] if way.plain_head else token_logps(output[0], batch.targets)  # [N]
+    tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
+    return Logps(sums_by_response(logps, batch), tokens)
+
+
+def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
+    """Sum the scored positions' log-probabilities over each response.  [N] -> [R], nats, of the same type
+
+    In a fixed order, so that the same log-probabilities always have the same sums: a scattered addition (`index_add`) takes the
+    order in which a GPU's threads happen to arrive. Each response's positions stand together, and are laid out as a row, padded
+    with zeros; in float64, except on a device that has none (MPS).
+    """
+    count = batch.n_scored_each()  # [R]
+    order, longest = batch.spans[:, 2].argsort(kind="stable"), max(int(count.max(initial=0)), 1)
+    place = torch.from_numpy(ranges(order * longest, count[order])).to(logps.device, non_blocking=True)  # [N] in [R * L]
+    wide = torch.float32 if logps.device.type == "mps" else torch.float64
+    rows = torch.zeros(len(count) * longest, dtype=wide, device=logps.device).index_copy(0, place, logps.to(wide))
+    return rows.view(-1, longest).sum(1).to(logps.dtype)
+
+
+def response_scores(model: Any, batch: Batch, way: Way) -> Scores:
+    """Scores of a model with a scalar head (models/scalar_head.py) at all response tokens.  -> Scores of [R]
+
+    Where a response ends is known from its length: no token id is searched for, and PAD may be EOS. One without a token has the
+    score of its prompt.
+    """
+    inputs, padded = _inputs(batch, way)
+    device, (start, n_prompt, own, n) = batch.input_ids.device, batch.spans.T  # [R] each
+    if padded is not None:
+        start = np.arange(len(n)) * padded.input_ids.shape[1]
+        own = start + n_prompt
+    own, count = np.where(n > 0, own, start + n_prompt - 1), np.maximum(n, 1)
+    with head_on(model, torch.from_numpy(ranges(own, count)).to(device), None):
+        values = model(**inputs, use_cache=False).logits[0, :, 0]  # [sum of counts]
+    first = count.cumsum() - count
+    at = first[:, None] + np.minimum(np.arange(count.max()), count[:, None] - 1)  # [R, L]
+    each = values[torch.from_numpy(at).to(values.device)]
+    return Scores(each[:, -1], each, torch.from_numpy(n).to(values.device))
+
+
+def packed_inputs(batch: Batch) -> dict[str, Any]:
+    """Return what a model is given to compute trees in one row."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "segments": batch.segments,
+        "attention_mask": tree_attention.no_mask(batch.input_ids.device),
+    }
+
+
+def read_hidden(model: Any, batch: Batch, way: Way, read: str) -> Tensor:
+    """What a scalar head reads at each response's last token, or with `read` "mean" the mean over its tokens.  -> [R, d]"""
+    seen: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, score: seen.append(inputs[0][0]))
+    try:
+        response_scores(model, batch, way)
+    finally:
+        handle.remove()
+    (hidden,) = seen  # [N, d], all tokens of one response after the other's
+    count = torch.from_numpy(np.maximum(batch.spans[:, 3], 1))
+    if read == "mean":
+        return torch.stack([own.mean(0) for own in hidden.split(count.tolist())])
+    return hidden[(count.cumsum(0) - 1).to(hidden.device)]
+
+
+def _inputs(batch: Batch, way: Way) -> tuple[dict[str, Any], Padded | None]:
+    """What the model is given, and the padded rows, where it is these."""
+    if way.packed:
+        return packed_inputs(batch), None
+    padded = unfold(batch, 0)
+    return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}, padded
+
+
+@contextmanager
+def head_on(
+    model: Any,
+    positions: Tensor,
+    targets: Tensor | None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """Within, the LM head of `model` sees only the hidden states at `positions`, [N] of the R * W tokens.
+
+    With `targets` it gives their log-probabilities in place of logits, [1, N, 1]; without, all their logits, [1, N, V].
+    In the head, not after it: there FSDP has gathered its weight; and what the model does to logits afterwards (soft-capping,
+    scaling) stays as it is. `forward` [1, N, d] -> [1, N, V] stands in for the head's own computation.
+    """
+    head = model.get_output_embeddings()
+
+    def gather(_, inputs):
+        (hidden,) = inputs  # [R, W, d]
+        return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),)  # [1, N, d]
+
+    def logps(hidden):  # [1, N, d] -> [1, N, 1]; a copy, since FSDP wants no view
+        device = head.weight.device
+        return linear_logps(hidden[0].to(device), head.weight, head.bias, targets.to(device))[None, :, None].clone()
+
+    handle, own = head.register_forward_pre_hook(gather), vars(head).get("forward")  # accelerate's, where it spreads a model
+    if targets is not None:
+        forward = logps
+    if forward is not None:
+        head.forward = forward
+    try:
+        yield
+    finally:
+        handle.remove()
+        vars(head).pop("forward", None)
+        if own is not None:
+            head.forward = own

@@ -1,0 +1,306 @@
+"""Filling a sharded model part by part, so that no rank ever holds all of it: from files, from a policy.pt, from the seed.
+
+A model is built with its parameters on the meta device, sharded, and given memory for this rank's part (sharding.Layout); what
+fills it is a Source: a function from a parameter's name and a place in it to the values there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from plumb.distributed import sharding
+from plumb.models.weight_files import Weights
+
+Where = tuple[slice, ...]
+Source = Callable[[str, Where], Tensor]
+LARGE = 1 << 16  # numbers; a smaller parameter may be kept as it is
+
+
+class Misfit(Exception):
+    """What a source holds is not what the model wants."""
+
+
+@contextmanager
+def parameters_on_meta(seen: Callable[[Tensor, Tensor], None] = lambda real, meta: None) -> Iterator[None]:
+    """Within, parameters of new modules have no values. Buffers do: what a model computes from its config is as it should be."""
+    register = nn.Module.register_parameter
+
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, p := param)
+        if p is not None and not p.is_meta:
+            meta = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+            module._parameters[name] = meta
+            seen(p.detach(), meta.detach())
+
+    nn.Module.register_parameter = register_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fill(model: nn.Module, source: Source) -> None:
+    """Every parameter and persistent buffer of a sharded model: this rank's part of it."""
+    done: set[int] = set()
+    for name, part, where in sharding.parts(model):
+        if part.numel() and part.data_ptr() not in done:
+            done.add(part.data_ptr())
+            part.copy_(source(name, where))
+
+
+# ------------------------------------------------------------------------------------------------------------- the sources
+
+
+def blank(hf_config: Any, weights: Weights, build: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
+    """`build(config)` for these weights, without values: its head is tied to the embedding only where both have the same.
+
+    Where the values differ, `hf_config` is corrected, so that whatever else is built or saved with it has them apart, too.
+    """
+    model = _built(hf_config, build)
+    if _head_apart(model, weights):
+        for config in (hf_config, hf_config.get_text_config()):
+            config.tie_word_embeddings = False
+        model = _built(hf_config, build)
+    return model
+
+
+def _built(hf_config: Any, build: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
+    with parameters_on_meta():
+        return build(copy.deepcopy(hf_config))
+
+
+def _head_apart(model: PreTrainedModel, weights: Weights) -> bool:
+    """Do the files hold other values for the head than for the embedding, to which the config ties it?"""
+    head = model.get_output_embeddings()
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [pair for pair in ties.items() if any(model.get_submodule(name.rpartition(".")[0]) is head for name in pair)]
+    at = _keys(model, weights)[0] if pairs else {}
+    return any(a in at and b in at and not weights.equal(at[a], at[b]) for a, b in pairs)
+
+
+class Conversion(NamedTuple):
+    """Several tensors of the files from which transformers computes one of the model's, or the other way."""
+
+    name: str  # in the model, of the first that it gives
+    converter: WeightConverter
+    keys: dict[str, list[str]]  # pattern of the converter -> names in the files, in order
+
+    def run(self, model: PreTrainedModel, read: Callable[[str], Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Name in the model -> tensor. `rows`: of the lists of names, of which every `rows` is taken."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, keys in self.keys.items():
+            for key in keys[rows]:
+                converter.add_tensor(self.name, key, pattern, read(key))  # type: ignore[arg-type]
+        made = converter.convert(self.name, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def part(self, model: PreTrainedModel, weights: Weights, name: str, where: Where, n_rows: int) -> Tensor:
+        """What is at `where` in the model's tensor `name` of `n_rows`. Read is no more than that where rows stay apart, as
+        those of experts do, each of which has a tensor of its own in the files."""
+        if where and all(map(_keeps_rows, self.converter.operations)):
+            listed = isinstance(self.converter.operations[0], MergeModulelist)
+            if listed and {len(keys) for keys in self.keys.values()} == {n_rows}:
+                return self.run(model, weights.read, where[0])[name][(slice(None), *where[1:])]
+            if not listed and all(len(keys) == 1 and weights.shape(keys[0])[0] == n_rows for keys in self.keys.values()):
+                return self.run(model, lambda key: weights.read(key, where[:1]))[name][(slice(None), *where[1:])]
+        return self.run(model, weights.read)[name][where]
+
+
+def _keeps_rows(operation: ConversionOps) -> bool:
+    """Does each row of what it gives (index of the first dimension) come from the same row of what it takes?"""
+    if isinstance(operation, Transpose):
+        return min(operation.dim0, operation.dim1) > 0 and not operation.check_dims
+    if isinstance(operation, MergeModulelist):
+        return operation.dim == 0
+    return isinstance(operation, Concatenate | Chunk) and operation.dim > 0
+
+
+def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], list[Conversion]]:
+    """Where the files have what: name in the model -> name in the files, and what has to be computed.
+
+    By transformers' own renamings. Names that the model has not stand for themselves.
+    """
+    wanted = dict.fromkeys(model.state_dict(keep_vars=True), True)
+    if weights.archive and wanted.keys() == weights.keys():
+        return {name: name for name in weights}, []
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, at, computed = model.base_model_prefix, dict[str, str](), dict[str, Conversion]()
+    for key in sorted(weights, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+        if pattern is None:
+            at[name] = key
+        else:
+            found = computed.setdefault(name, Conversion(name, of_pattern[pattern], {}))
+            found.keys.setdefault(pattern, []).append(key)
+    return at, [*computed.values()]
+
+
+def stored_source(model: PreTrainedModel, weights: Weights, strict: bool, apart: Collection[str] = ()) -> Source:
+    """The parts of a model's tensors as its files have them, renamed and converted as transformers does.
+
+    `strict`: the files may hold nothing else. `apart`: names that are filled from elsewhere. Raises Misfit.
+    """
+    at, conversions = _keys(model, weights)
+    shapes = {name: weights.shape(key) for name, key in at.items()}
+    computed: dict[str, Conversion] = {}
+    present = model.state_dict(keep_vars=True)
+    for conversion in conversions:
+        if conversion.name not in present:
+            shapes[conversion.name] = ()
+            continue
+        try:
+            made = conversion.run(model, lambda key: torch.empty(weights.shape(key), device="meta"))
+        except Exception as error:  # whatever an operation says of tensors that it does not expect
+            raise Misfit(f"not the weights of this {type(model).__name__} ({conversion.name} cannot be made of what is stored: "
+                         f"{str(error).partition(chr(10))[0][:80]})") from None  # fmt: skip
+        shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
+        computed |= dict.fromkeys(made, conversion)
+    wanted = {name: tuple(tensor.shape) for name, tensor in present.items() if name not in apart}
+    same = {name: name for name in shapes}
+    for ours, theirs in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        for a, b in ((ours, theirs), (theirs, ours)):
+            if a not in same and b in same:
+                same[a] = same[b]
+
+    def refuse(what: str, found: list[str]) -> None:
+        if found:
+            raise Misfit(f"not the weights of this {type(model).__name__} ({len(found)} {what}, e.g. {sorted(found)[0]})")
+
+    refuse("tensors of another shape", [name for name, shape in wanted.items() if name in same and shapes[same[name]] != shape])
+    refuse("missing keys", [name for name in wanted if name not in same])
+    if strict:
+        refuse("unexpected keys", [name for name in shapes if name not in wanted and name not in apart])
+
+    def source(name: str, where: Where) -> Tensor:
+        name = same[name]
+        if name in computed:
+            return computed[name].part(model, weights, name, where, shapes[name][0])
+        return weights.read(at[name], where)
+
+    return source
+
+
+def shards_source(model: nn.Module) -> Source:
+    """The parts that another model has, sharded in the same way. They may be wanted in another precision."""
+    mine = {name: part for name, part, _ in sharding.parts(model)}
+    return lambda name, where: mine[name]
+
+
+# -------------------------------------------------------------------------------------------------------- random weights
+
+
+class Room:
+    """Memory for one tensor at a time: taken anew for each, the pieces that small things leave would never fit the next."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def of(self, like: Tensor) -> Tensor:
+        """Of this shape and type; what was asked for before is gone."""
+        if self.held.numel() < like.numel() or self.held.dtype != like.dtype:
+            self.held = torch.empty(like.numel(), dtype=like.dtype, device="cpu")
+        return self.held[: like.numel()].view(like.shape)
+
+
+class Initialisation(TorchDispatchMode):
+    """Notes what a model's construction does to parameters on the meta device, and draws what it would draw, one at a time.
+
+    What was done to one parameter can be done again later (`source`): the same numbers as if all had been kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: dict[int, list[tuple[Any, ...]]] = {}  # storage -> (what, view, arguments, random state before)
+        self.room = Room()
+        self.alive: list[Tensor] = []  # or a storage's number might come again
+
+    def __enter__(self):
+        self.on_meta = parameters_on_meta(self.registered)
+        self.on_meta.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.on_meta.__exit__(*error)
+
+    def registered(self, real: Tensor, meta: Tensor) -> None:
+        self.alive.append(meta)
+        small = real.numel() <= LARGE
+        self.notes[_storage(meta)] = [("copy", _view(meta), (real.clone(),), None)] if small else []
+
+    def __torch_dispatch__(self, what, types, args=(), kwargs=None):
+        out = what(*args, **(kwargs or {}))
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        if target is None or not target.is_meta or not what._schema.is_mutable or _storage(target) not in self.notes:
+            return out
+        arguments, state, notes = args[1:], None, self.notes[_storage(target)]
+        if torch.Tag.nondeterministic_seeded in what.tags:  # drawn for nothing, but for the draws after it
+            state = torch.get_rng_state()
+            what(self.room.of(target), *arguments, **(kwargs or {}))
+        if what.overloadpacket.__name__ in ("normal_", "uniform_", "zero_", "fill_") and target.is_contiguous() and (
+            target.numel() * target.element_size() == target.untyped_storage().nbytes()
+        ):  # fmt: skip
+            notes.clear()  # all that was there before is overwritten
+        notes.append((what, _view(target), (arguments, kwargs or {}), state))
+        return out
+
+    def of(self, model: nn.Module) -> dict[str, list[tuple[Any, ...]]]:
+        """The notes of each parameter. Raises NotImplementedError where a large one was made with values of its own."""
+        notes = {name: self.notes.get(_storage(p), []) for name, p in model.named_parameters(remove_duplicate=False)}
+        if unknown := [name for name, found in notes.items() if not found]:
+            raise NotImplementedError(f"{unknown[0]} is made in a way that cannot be repeated")
+        return notes
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...]]]) -> Source:
+    """What construction would have put there: drawn again for one parameter at a time, of which a part is kept."""
+    wholes, room = dict(model.state_dict(keep_vars=True)), Room()
+
+    def source(name: str, where: Where) -> Tensor:
+        if name not in notes:
+            return wholes[name].detach()[where]  # a buffer, which has its values
+        made = room.of(wholes[name])
+        for what, view, arguments, state in notes[name]:
+            target = made.as_strided(*view)
+            if what == "copy":
+                target.copy_(arguments[0])
+                continue
+            if state is not None:
+                torch.set_rng_state(state)
+            what(target, *arguments[0], **arguments[1])
+        return made[where]
+
+    return source

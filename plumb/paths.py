@@ -1,0 +1,52 @@
+"""Where things lie: the checkout with its config tree, the directory of a user's runs and caches; and new files."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from plumb.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout
+CONFIG = ROOT / "config"
+
+
+def get_local_dir(local_dirs: Sequence[str]) -> Path:
+    """`<first of local_dirs that exists>/<user>`; the last of them stands in when none exists. Creates nothing."""
+    return local_root(local_dirs) / getpass.getuser()
+
+
+def local_root(local_dirs: Sequence[str]) -> Path:
+    return Path(next((d for d in local_dirs if Path(d).is_dir()), local_dirs[-1]))
+
+
+def sync_directory(directory: Path) -> None:
+    """A new file or a rename is on the disk once its directory is."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
+    """A file that has its name once all of it is written, and replaces an older one then. UserError where it can't be."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        if path.is_dir():  # said now, not when all is written
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{option}={path}: cannot be written ({error.strerror}); give another file") from None
+    finally:
+        with suppress(OSError):  # not there, or its folder is none
+            temporary.unlink()

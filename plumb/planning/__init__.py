@@ -1,0 +1,2 @@
+"""Planning (plan=true): a config in; memory and time on given GPUs out, without training.
+"""

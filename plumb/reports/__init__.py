@@ -1,0 +1,2 @@
+"""Reports: records of runs in; curves, findings and pictures out.
+"""

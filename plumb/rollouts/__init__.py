@@ -1,0 +1,2 @@
+"""Rollouts: prompts in, the policy's own responses out.
+"""

@@ -1,0 +1,260 @@
+"""Answers to prompts, for every trainer and for sample.py: one function, whatever the decoding.
+
+Shapes: B prompts of up to P tokens, padded on the left; n answers to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
+from transformers.generation import StoppingCriteriaList
+
+from plumb.console import quiet
+from plumb.data.token_text import continued
+from plumb.errors import UserError
+from plumb.models.load import positions_of
+
+# What each mode takes beside n, max_new_tokens and stop, with its default.
+DRAW: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": DRAW,
+    "beam": {"num_beams": 4},
+    "beam-sample": {"num_beams": 4} | DRAW,
+    "diverse-beam": {"num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0},
+    "contrastive": {"top_k": 4, "penalty_alpha": 0.6},
+}
+
+
+class Decoding(NamedTuple):
+    """How answers are found; what a mode does not take is None. Else None is as the model's generation config says."""
+
+    mode: str
+    n: int = 1  # answers to a prompt
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()  # strings at which an answer ends; they are no part of it
+    temperature: float | None = None
+    top_k: int | None = None  # draw from the most probable so many, 0: all; contrastive: candidates
+    top_p: float | None = None
+    num_beams: int | None = None
+    num_beam_groups: int | None = None
+    diversity_penalty: float | None = None  # nats for each beam of an earlier group with the same token at the same place
+    penalty_alpha: float | None = None  # share of the degeneration penalty
+
+    def checked(self) -> Decoding:
+        """With the mode's defaults. Raises UserError for what the mode would ignore, and for what does not fit together."""
+        takes, given = MODES[self.mode], {k: v for k, v in self._asdict().items() if v is not None}
+        every = {name for of_mode in MODES.values() for name in of_mode}
+        for name in sorted(given.keys() & every - takes.keys()):
+            modes = ", ".join(mode for mode, of_mode in MODES.items() if name in of_mode)
+            raise UserError(f"{flag(name)} {given[name]}: mode {self.mode} would ignore it; leave it out, or take --mode {modes}")
+        made = self._replace(**(takes | given))
+        most = made.num_beams or (1 if made.mode in ("greedy", "contrastive") else None)
+        if most is not None and made.n > most:
+            what = f"{most} beams" if made.num_beams else "this mode"
+            raise UserError(f"--n {made.n}: {what} give{'' if made.num_beams else 's'} {most} at most; take fewer, more beams, "
+                            "or --mode sample")  # fmt: skip
+        if made.num_beam_groups and made.num_beams and made.num_beams % made.num_beam_groups:
+            raise UserError(f"--num-beam-groups {made.num_beam_groups}: must divide --num-beams {made.num_beams}")
+        return made
+
+    def arguments(self) -> dict[str, Any]:
+        """As `generate` of transformers takes them."""
+        drawn = self.mode in ("sample", "beam-sample")
+        said: dict[str, Any] = {"num_beams": self.num_beams}
+        said |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p} if drawn else {}
+        return {"do_sample": drawn, "num_return_sequences": self.n} | {k: v for k, v in said.items() if v is not None}
+
+
+def flag(name: str) -> str:
+    """The option of the command line that sets this field."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Answer(NamedTuple):
+    text: str  # without special tokens and stop strings
+    n_tokens: int  # generated, with EOS
+    ended: str  # "eos", "stop", or "length"
+
+
+@torch.no_grad()
+def answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], decoding: Decoding, *,
+    batch_size: int, seed: int, max_length: int = 0, between: Callable[[], None] = lambda: None,
+) -> Iterator[list[Answer]]:  # fmt: skip
+    """The n answers to each prompt (an array of token ids), in their order; `batch_size` prompts at a time.
+
+    Where `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens with its prompts (the 2023 rule); never
+    beyond the model's positions. Draws
+    depend on `seed`, the prompts and the batch size, and leave the random state as it was. `between` is called before each
+    batch, and may raise.
+    """
+    was_training = model.training
+    model.eval()
+    device, pad = next(model.parameters()).device, tokenizer.pad_token_id
+    ends, n_positions = _ends(model, tokenizer), (positions_of(model) or (2**31, ""))[0]
+    stopping = StoppingCriteriaList([StopStringCriteria(tokenizer, list(decoding.stop))] if decoding.stop else [])
+    try:
+        for start in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit="batch", leave=False, disable=quiet()):
+            between()
+            ids, mask = (x.to(device) for x in _padded(prompts[start : start + batch_size], pad))  # [B, P]
+            n_new = decoding.max_new_tokens or max_length - ids.shape[1]
+            n_new = max(min(n_new, n_positions - ids.shape[1]), 1)
+            options: dict[str, Any] = {
+                "attention_mask": mask, "use_cache": True, "max_new_tokens": n_new, "pad_token_id": pad, "eos_token_id": ends,
+                "stopping_criteria": stopping,
+            } | decoding.arguments()  # fmt: skip
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed + start)
+                if decoding.mode == "contrastive":
+                    new = _contrastive(model, ids, mask, decoding, n_new, ends, pad, stopping)
+                elif decoding.mode == "diverse-beam":
+                    new = _diverse_beams(model, ids, decoding, options)
+                else:
+                    new = model.generate(ids, **options)[:, ids.shape[1] :]  # [B * n, up to n_new]
+            for i, prompt in enumerate(prompts[start : start + batch_size]):
+                rows = new[i * decoding.n : (i + 1) * decoding.n].tolist()
+                yield [_answer(row, prompt.tolist(), tokenizer, ends, decoding.stop) for row in rows]
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError("the model gives tokens no finite probabilities; is it damaged, or its precision too coarse?") from None
+    finally:
+        model.train(was_training)
+
+
+def sample(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], *,
+    batch_size: int, max_length: int, max_new_tokens: int | None, temperature: float | None, seed: int,
+    between: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
+    """One continuation per prompt, as trainers want it: temperature None draws as the model's generation config says, 0 is
+    greedy. See `answers`."""
+    mode = "greedy" if temperature == 0 else "sample"
+    decoding = Decoding(mode, max_new_tokens=max_new_tokens, temperature=temperature or None)
+    found = answers(model, tokenizer, prompts, decoding, batch_size=batch_size, seed=seed, max_length=max_length, between=between)
+    return [answer.text for (answer,) in found]
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's EOS, which is what is trained here, and those that the model came with."""
+    own = model.generation_config.eos_token_id
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])]))
+
+
+def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, [B, P], padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def _answer(
+    ids: list[int],
+    prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    stop: Sequence[str],
+) -> Answer:
+    """Read a row that is padded on the right, perhaps with EOS: what it adds to its prompt's text."""
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    kept = ids if end is None else ids[:end]
+    while kept and kept[-1] == tokenizer.pad_token_id:
+        kept = kept[:-1]
+    text, whole = (continued(prompt, [kept], tokenizer, skip)[0] for skip in (True, False))
+    if any(s in whole for s in stop):  # padding with EOS may have followed
+        return Answer(min((text.partition(s)[0] for s in stop), key=len), len(kept), "stop")
+    return Answer(text, len(kept) + (end is not None), "length" if end is None else "eos")
+
+
+# ------------------------------------- two searches for which transformers 5 would run the code of a repository on the hub
+
+
+class _Hamming(LogitsProcessor):
+    """Lowers what beams of earlier groups have at the same place, and notes what this group's have."""
+
+    def __init__(self, n_prompts: int, n_prompt_tokens: int, penalty: float, ends: Sequence[int]):
+        self.n_prompts, self.start, self.penalty, self.ends = n_prompts, n_prompt_tokens, penalty, list(ends)
+        self.earlier: list[Tensor] = []  # for each place, how many beams of earlier groups have each token there  [B, V]
+        self.own: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B * beams, T], [B * beams, V] -> the latter
+        place = input_ids.shape[1] - self.start
+        if place:
+            counts = scores.new_zeros(self.n_prompts, scores.shape[1])
+            counts.scatter_add_(1, last := input_ids[:, -1].view(self.n_prompts, -1), counts.new_ones(last.shape))
+            counts[:, self.ends] = 0  # an end that is shared is no want of variety, and padding may look like one
+            self.own.append(counts)
+        if place >= len(self.earlier):
+            return scores
+        return scores - self.penalty * self.earlier[place].repeat_interleave(len(scores) // self.n_prompts, 0)
+
+    def next_group(self) -> None:
+        """What was noted counts for the groups to come."""
+        longest, none = max(len(self.earlier), len(self.own)), torch.tensor(0.0)
+        at = lambda found, i: found[i] if i < len(found) else none.to(self.own[0].device)
+        self.earlier, self.own = [at(self.earlier, i) + at(self.own, i) for i in range(longest)], []
+
+
+def _diverse_beams(model: Any, ids: Tensor, decoding: Decoding, options: dict[str, Any]) -> Tensor:
+    """Diverse beam search (Vijayakumar et al. 2018, arXiv:1610.02424) with Hamming diversity.  -> new tokens [B * n, up to n_new]
+
+    A group looks at the earlier ones only, so the groups run one after another, each an ordinary beam search. The n answers are
+    the groups' best, then their second best, and so on. An end is not penalised, nor the last token of a search that is cut.
+    """
+    beams, groups = int(decoding.num_beams or 1), int(decoding.num_beam_groups or 1)
+    each, ends = -(-decoding.n // groups), [*options["eos_token_id"], options["pad_token_id"]]
+    hamming = _Hamming(len(ids), ids.shape[1], float(decoding.diversity_penalty or 0), ends)
+    options |= {"num_beams": beams // groups, "num_return_sequences": each, "logits_processor": LogitsProcessorList([hamming])}
+    found = []
+    for _ in range(groups):
+        found.append(model.generate(ids, **options)[:, ids.shape[1] :].view(len(ids), each, -1))
+        hamming.next_group()
+    longest = max(x.shape[-1] for x in found)
+    padded = [F.pad(x, (0, longest - x.shape[-1]), value=options["pad_token_id"]) for x in found]
+    return torch.stack(padded, 2).view(len(ids), each * groups, longest)[:, : decoding.n].reshape(-1, longest)
+
+
+def _contrastive(
+    model: Any, ids: Tensor, mask: Tensor, decoding: Decoding, n_new: int, ends: Sequence[int], pad: int, stopping: Any
+) -> Tensor:
+    """Contrastive search (Su et al. 2022, arXiv:2202.06417): of the k most probable tokens v the one with the greatest
+    (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), h the last hidden states of v and of all before.  -> new tokens [B, up to n_new]
+    """
+    alpha, n = float(decoding.penalty_alpha or 0), len(ids)
+    k = min(int(decoding.top_k or 1), model.config.get_text_config().vocab_size)
+    cache, rows = DynamicCache(config=model.config), torch.arange(n, device=ids.device)
+    options = {"past_key_values": cache, "use_cache": True, "output_hidden_states": True}
+    done = torch.zeros(n, dtype=torch.bool, device=ids.device)
+    width, endings = ids.shape[1], torch.tensor([*ends], device=ids.device)
+    out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **options)
+    seen, logits = F.normalize(out.hidden_states[-1], dim=-1), out.logits[:, -1]  # [B, T, d], [B, V]
+    for _ in range(n_new):
+        p, candidates = logits.float().softmax(-1).topk(k)  # [B, k]
+        mask = F.pad(mask, (0, 1), value=1)
+        cache.batch_repeat_interleave(k)
+        places = (mask.sum(1) - 1).repeat_interleave(k)[:, None]
+        out = model(candidates.view(-1, 1), attention_mask=mask.repeat_interleave(k, 0), position_ids=places, **options)
+        hidden = F.normalize(out.hidden_states[-1][:, -1], dim=-1).view(n, k, -1)
+        cosines = (hidden @ seen.mT).masked_fill(mask[:, None, :-1] == 0, -torch.inf)  # [B, k, T]
+        best = ((1 - alpha) * p - alpha * cosines.amax(-1).float()).argmax(-1)  # [B]
+        cache.batch_select_indices(rows * k + best)
+        seen, logits = torch.cat([seen, hidden[rows, best][:, None]], 1), out.logits[:, -1].view(n, k, -1)[rows, best]
+        ids = torch.cat([ids, candidates[rows, best].masked_fill(done, pad)[:, None]], 1)
+        done |= torch.isin(ids[:, -1], endings)
+        if stopping:
+            done |= stopping(ids, logits)
+        if done.all():
+            break
+    return ids[:, width:]

@@ -1,0 +1,386 @@
+"""Checkpoints: written so that a kill at any moment loses nothing, checked before they are believed, pruned afterwards.
+
+A checkpoint is a directory, step-N where it was evaluated and interim-N where it was not, N the training examples seen:
+
+    policy.pt, optimizer.pt, scheduler.pt   the 2023 form, {step_idx, state, metrics}, whole
+    state-<rank>-of-<ranks>.safetensors     what training goes on from: this rank's parts of weights and optimizer
+    manifest.json                           every file's size and sha256, how far the run is, and what it is made of
+
+Written under another name, every file synced, the manifest last, the directory renamed, all read back: only then is LATEST moved
+and are older ones removed. What has no manifest that fits is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plumb.console import rank0_print
+from plumb.distributed import collectives, sharding
+from plumb.errors import NonFinite, StorageError, UnsafeFile, UserError
+from plumb.runs import durable_files
+from plumb.runs.durable_files import Written
+from plumb.runs.state_files import Part, parts_of, write_tensors
+
+FORMAT = 1
+NAME = re.compile(r"(step|interim)-(\d{1,15})")
+REHEARSAL = ".rehearsal"
+MANIFEST_LIMIT = 1 << 26  # bytes
+
+@dataclass
+class Manifest:
+    """What is known of a checkpoint. `step`: optimizer steps; `examples`: training examples seen."""
+
+    step: int
+    examples: int
+    finished: bool  # the run's last
+    evaluation_due: bool  # stopped before the evaluation that belongs here
+    metrics: dict[str, float]  # of the evaluation
+    recipe: dict[str, Any]  # what the run is made of: see runs/directory.py
+    found: dict[str, Any]  # what the run decided by itself, and would perhaps decide otherwise today
+    logs: dict[str, int]  # bytes of each log at this moment
+    order: str  # a digest of the indices of all examples seen, in their order
+    wandb: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)  # of the optimizer's state, what is no tensor
+    save_secs: float = 0.0  # that a save took
+    ranks: int = 1
+    files: dict[str, Written] = field(default_factory=dict)
+    saved: str = ""
+    format: int = FORMAT
+
+
+class Damaged(ValueError):
+    """Why a directory is no checkpoint to go on from."""
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save(
+    run_dir: Path, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Part], manifest: Manifest,
+    talk: collectives.Talk, needed: int,
+) -> Path:  # fmt: skip
+    """Write and verify one checkpoint, by all ranks together. -> its directory
+
+    `parts`: the 2023 files, each made (by all ranks) when its turn comes, written by rank 0, and forgotten. `needed`: bytes it
+    will take, for the error. Raises StorageError, on all ranks, when the disk is full or cannot be written; what was there before
+    is whole in any case.
+    """
+    final, temporary, problems = run_dir / name, run_dir / f".{name}.partial", list[str]()
+    file = f"state-{talk.rank}-of-{talk.ranks}.safetensors"
+
+    def trying(write: Callable[[], Written | None]) -> Written | None:
+        try:
+            return None if problems else write()
+        except OSError as error:
+            problems.append(error.strerror or str(error))
+        except RuntimeError as error:  # torch's own writer
+            problems.append(str(error).splitlines()[0])
+        return None
+
+    def write_part(part: str, content: Any) -> Written:
+        whole = {"step_idx": manifest.examples, "state": content, "metrics": manifest.metrics}
+        return durable_files.write(temporary / f"{part}.pt", lambda f: torch.save(whole, f))
+
+    if talk.rank == 0:
+        trying(lambda: durable_files.begin(temporary))
+    if any(said := talk.gather(problems)):
+        raise _cannot_write(run_dir, name, said, needed)
+    written: dict[str, Written | None] = {}
+    for part, make in parts.items():
+        content = make()
+        if talk.rank == 0:
+            written[f"{part}.pt"] = trying(partial(write_part, part, content))
+        del content
+        talk.gather(None)  # the next part is made with all ranks in groups that do not wait for so long
+    written[file] = trying(lambda: write_tensors(temporary / file, state))
+    everything = talk.gather((written, problems))
+
+    def commit() -> list[str]:
+        try:
+            manifest.files = {k: v for files, _ in everything for k, v in files.items() if v}
+            manifest.ranks, manifest.saved = talk.ranks, time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            durable_files.write(temporary / "manifest.json", lambda f: f.write(_dump(manifest)))
+            durable_files.rename(temporary, final)
+            verify(final)
+        except OSError as error:
+            return [error.strerror or str(error)]
+        except Damaged as error:
+            _clear(final)
+            return [f"what was written reads back otherwise: {error}"]
+        return []
+
+    problems = [p for _, problems in everything for p in problems] or talk.from_rank0(commit)
+    if problems:
+        if talk.rank == 0:
+            _clear(temporary)
+        raise _cannot_write(run_dir, name, [problems], needed)
+    return final
+
+
+def _clear(directory: Path) -> None:
+    """Of what failed; a disk that fails here too must not hide why. The next start removes what is left."""
+    with suppress(OSError):
+        durable_files.remove(directory)
+
+
+def _cannot_write(run_dir: Path, name: str, problems: Iterable[list[str]], needed: int) -> StorageError:
+    reason = next(p for some in problems for p in some)
+    free = durable_files.free_bytes(run_dir) if run_dir.exists() else 0
+    return StorageError(
+        f"local_run_dir={run_dir}: {name} could not be written ({reason}); it takes {_gb(needed)}, and {_gb(free)} are free; "
+        "older checkpoints are whole; free some space and go on with resume=auto"
+    )
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n > 1e7 else f"{n / 1e6:.2f} MB"
+
+
+def _dump(manifest: Manifest) -> bytes:
+    """JSON with a digest of itself, in exactly one form."""
+    content = asdict(manifest) | {"files": {k: list(v) for k, v in manifest.files.items()}}
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text[:-2]},\n "this": "{digest}"\n}}\n'.encode()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class Found(NamedTuple):
+    path: Path
+    manifest: Manifest
+
+    def state_files(self) -> list[Path]:
+        return [self.path / name for name in sorted(self.manifest.files) if name.startswith("state-")]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises Damaged, saying why, for a manifest that is missing or not what was written."""
+    path = directory / "manifest.json"
+    try:
+        if directory.is_symlink() or path.is_symlink() or path.stat().st_size > MANIFEST_LIMIT:
+            raise Damaged("manifest.json is a link, or too large")
+        text = path.read_bytes()
+        content = json.loads(text)
+        del content["this"]
+        if content["format"] != FORMAT:
+            raise Damaged(f"it is of format {content['format']}, and this version reads {FORMAT}")
+        manifest = Manifest(**content)
+        manifest.files = {name: Written(*size_and_sum) for name, size_and_sum in manifest.files.items()}
+        if _dump(manifest) != text or any(Path(name).name != name for name in manifest.files):
+            raise Damaged("manifest.json has changed since it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        why = f": {error.strerror}" if isinstance(error, OSError) else " is not what was written"
+        raise Damaged(f"manifest.json{why}") from None
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Every file is there, with the size and sha256 that the manifest says. Raises Damaged. About 1 GB/s per core."""
+    manifest = read_manifest(directory)
+
+    def check(item: tuple[str, Written]) -> str | None:
+        name, expected = item
+        path = directory / name
+        try:
+            if path.is_symlink() or path.stat().st_size != expected.bytes:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected.bytes:,}"
+            return None if durable_files.read_back(path) == expected else f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problem = next((p for p in pool.map(check, manifest.files.items()) if p), None)
+    if problem:
+        raise Damaged(problem)
+    return manifest
+
+
+def listed(run_dir: Path) -> list[Path]:
+    """What goes by a checkpoint's name, the newest first; whole or not."""
+    found = [(int(m[2]), m[1] == "step", p) for p in run_dir.glob("*-*") if (m := NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def newest(run_dir: Path) -> Found | None:
+    """The newest checkpoint that is whole, and a line for each newer one that is not. None where there is none at all.
+
+    Raises UnsafeFile where there are some, and none is whole.
+    """
+    paths = listed(run_dir)
+    for path in paths:
+        try:
+            return Found(path, verify(path))
+        except Damaged as problem:
+            rank0_print(f"{path}: not used: {problem}")
+    if paths:
+        raise UnsafeFile(f"local_run_dir={run_dir}: none of its {len(paths)} checkpoints can be resumed (see above); start a new "
+                         f"run, from a policy.pt that you trust if there is one: model.archive={paths[0]}/policy.pt")  # fmt: skip
+    return None
+
+
+def set_aside(run_dir: Path, found: Found | None) -> None:
+    """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill left half written; point LATEST
+    to `found`, if a kill came between."""
+    for path in listed(run_dir):
+        if found is not None and path == found.path:
+            break
+        durable_files.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+    for path in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed"), run_dir / REHEARSAL):
+        durable_files.remove(path)
+    for path in (*run_dir.glob(".LATEST.*"), *run_dir.glob(".status.*")):
+        path.unlink()
+    if found is not None:
+        durable_files.point(run_dir / "LATEST", found.path.name)
+
+
+# ------------------------------------------------------------------------------------------------------------- pruning
+
+
+def settle(run_dir: Path, name: str, keep: int | None, best_by: str | None) -> None:
+    """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer needed is removed."""
+    try:
+        durable_files.point(run_dir / "LATEST", name)
+        prune(run_dir, keep, best_by)
+    except OSError as error:
+        raise StorageError(f"local_run_dir={run_dir}: {name} is written; {error.strerror or error}") from None
+
+
+def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
+    """Remove what is not needed: interim checkpoints that a newer one has replaced, and all evaluated ones but the newest `keep`
+    (None: all stay) and the best. Two are always left, or one with keep = 1. Called when the newest one has been verified.
+    """
+    found = []
+    for path in listed(run_dir):
+        try:
+            found.append(Found(path, read_manifest(path)))
+        except Damaged:  # not ours to remove
+            continue
+    evaluated = [f for f in found if f.path.name.startswith("step-")]
+    kept = {f.path for f in [*found[: min(2, keep or 2)], *evaluated[:keep]]}
+    scores = [(_score(best_by, f.manifest.metrics), f.path) for f in evaluated if best_by and best_by in f.manifest.metrics]
+    if scores:
+        kept.add(max(scores, key=lambda s: (not math.isnan(s[0]), s[0]))[1])
+    for f in found:
+        if f.path not in kept:
+            durable_files.remove(f.path)
+
+
+def _score(name: str, metrics: Mapping[str, float]) -> float:
+    """Higher is better: losses count negatively."""
+    return -metrics[name] if name.startswith("loss") else metrics[name]
+
+
+# ------------------------------------------------------------------------------------------------------ when and how often
+
+
+class Saver:
+    """Saves one after another: at once, or in a thread of its own, when training waits for the copy only.
+
+    After each, LATEST points to it and what is no longer needed is removed. An error in the thread is raised by the next call.
+    """
+
+    def __init__(self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str | None):
+        self.run_dir, self.keep, self.best_by = run_dir, keep, best_by
+        self.talk = collectives.Talk()  # its own, for the thread
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None
+        self.going: Future[None] | None = None
+        self.secs = 0.0  # that the last save took
+
+    def save(
+        self, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Tensor], manifest: Manifest, needed: int
+    ) -> None:  # fmt: skip
+        """See the function `save`. Every rank must call it.
+
+        Raises NonFinite, before anything is written, where a weight is NaN or infinite: what is no model becomes no checkpoint.
+        """
+        self.wait()
+        if bad := sharding.not_finite((n, tensor) for n, tensor in state.items() if n.startswith("policy.")):
+            raise NonFinite(f"local_run_dir={self.run_dir}: {name} is not written, since {bad.removeprefix('policy.')} holds NaN "
+                            "or infinity; older checkpoints are valid; lower lr, and go on with resume=auto")  # fmt: skip
+        if self.thread is None:
+            return self._save(name, parts, parts_of(state, copied=False), manifest, needed)
+        made = {part: copied(make()) for part, make in parts.items()}
+        later = {part: (lambda content=content: content) for part, content in made.items()}
+        self.going = self.thread.submit(self._save, name, later, parts_of(state, copied=True), manifest, needed)
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raise UserError where the best checkpoint is to be kept by a metric that is none of these."""
+        if self.keep and self.best_by and self.best_by not in metrics:
+            known = ", ".join(metrics)
+            raise UserError(f"keep_best={self.best_by}: none of the metrics ({known}); null keeps none for being best")
+
+    def wait(self) -> None:
+        """Until the save that is going on is done. Raises what went wrong."""
+        if self.going is not None:
+            going, self.going = self.going, None
+            going.result()
+
+    def failed(self) -> bool:
+        return self.going is not None and self.going.done() and self.going.exception() is not None
+
+    def _save(
+        self, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Part], manifest: Manifest, needed: int
+    ) -> None:  # fmt: skip
+        start = time.monotonic()
+        path = save(self.run_dir, name, parts, state, manifest, self.talk, needed)
+        self.talk.from_rank0(partial(settle, self.run_dir, name, self.keep, self.best_by))
+        self.secs = time.monotonic() - start
+        rank0_print(f"saved {path}")
+
+    def rehearse(
+        self, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Tensor], manifest: Manifest, n_saves: int
+    ) -> int:  # fmt: skip
+        """Write, verify and delete a checkpoint, before there is anything to lose. -> the bytes that one takes
+
+        Raises StorageError where it fails, or where there is no room for `n_saves` of them, or for two: one is removed only when
+        the next has been verified.
+        """
+        mine = parts_of(state, copied=False)
+        needed = sum(self.talk.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values())))
+        start, path = time.monotonic(), save(self.run_dir, REHEARSAL, parts, mine, manifest, self.talk, needed)
+        self.secs = time.monotonic() - start
+
+        def measure() -> tuple[int, int]:
+            size = sum(f.stat().st_size for f in path.iterdir())
+            durable_files.remove(path)
+            return size, durable_files.free_bytes(self.run_dir)
+
+        size, free = self.talk.from_rank0(measure)
+        wanted = n_saves if self.keep is None else min(n_saves, self.keep + 2)
+        if free < 1.1 * size * min(2, n_saves):
+            raise StorageError(
+                f"local_run_dir={self.run_dir}: a checkpoint takes {_gb(size)}, two must have room, and {_gb(free)} are free; "
+                "free some space, or set local_dirs, or save_optimizer_pt=false"
+            )
+        rank0_print(f"a checkpoint takes {_gb(size)} and {self.secs:.1f} s; written, verified and deleted"
+                    + (f"; the {wanted} to come take more than is free ({_gb(free)}): keep_checkpoints removes older ones"
+                       if free < size * wanted else ""))  # fmt: skip
+        return size
+
+
+def copied(content: Any) -> Any:
+    """A copy on the CPU that nobody trains on, of tensors in dicts and lists."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {key: copied(value) for key, value in content.items()}
+    return [copied(value) for value in content] if isinstance(content, list) else content

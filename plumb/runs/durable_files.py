@@ -1,0 +1,103 @@
+"""The few operations that change what is on disk for a checkpoint; each returns when the disk has it.
+
+Everything else is built of these (see runs/checkpoints.py), so that a test can record them, fail them one by one, and try every state
+that a power loss could leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from plumb.paths import sync_directory
+
+
+class Written(NamedTuple):
+    """What a file must be when it is read again."""
+
+    bytes: int
+    sha256: str
+
+
+class _Hashed:
+    """A file that is written from the first byte to the last, and hashed on the way.
+
+    An error is kept until the end: torch's zip writer, which may abort the process over an exception, never sees one.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.n = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = len(view) if self.error else 0
+        try:
+            while done < len(view):  # a file without a buffer may take a part only
+                done += self.file.write(view[done:])
+        except OSError as error:
+            self.error = error
+        self.digest.update(view)
+        self.n += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write(path: Path, fill: Callable[[BinaryIO], Any]) -> Written:
+    """A new file of what `fill(file)` writes into it, on the disk when this returns. Raises OSError."""
+    with open(path, "xb", buffering=0) as raw:
+        hashed = _Hashed(cast(BinaryIO, raw))
+        fill(cast(BinaryIO, hashed))
+        if hashed.error:
+            raise hashed.error
+        os.fsync(raw.fileno())
+    return Written(hashed.n, hashed.digest.hexdigest())
+
+
+def read_back(path: Path) -> Written:
+    """What stands in a file now. Raises OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Written(file.tell(), digest.hexdigest())
+
+
+def begin(directory: Path) -> None:
+    """A new, empty directory of this name."""
+    remove(directory)
+    directory.mkdir(parents=True)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Within one directory; it and what it holds are on the disk before and after."""
+    sync_directory(old)
+    os.rename(old, new)
+    sync_directory(new.parent)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a relative symbolic link to `target`; an older link is replaced in one step."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+    sync_directory(link.parent)
+
+
+def remove(directory: Path) -> None:
+    """A directory and all in it. Renamed first, so that no half of it goes by its name."""
+    gone = directory.with_name(f".{directory.name.lstrip('.')}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, gone)
+        sync_directory(directory.parent)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free

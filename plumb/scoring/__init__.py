@@ -1,0 +1,2 @@
+"""Scoring: texts in; scores, verdicts, win rates and their intervals out.
+"""

@@ -1,0 +1,210 @@
+"""Who of two answers is better: a rule, or a language model behind an OpenAI-compatible endpoint.
+
+What an endpoint said is kept on disk, a line for each question, so that no question is paid for twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx
+from tqdm import tqdm
+
+from plumb.console import quiet
+from plumb.errors import UserError
+
+PROMPTS = Path(__file__).with_name("prompts")
+TEMPLATES = ("hh", "tldr", "tldr_concise")  # the prompts of arXiv:2305.18290, appendix C.2
+MARKS = r"""[ "'*.()<>\[\]“”`]*"""
+SAID = re.compile(rf"^\W*(?:[\w ]+:{MARKS}(?:(?:response|summary) {MARKS})?)?(A|B|tie){MARKS}\r?$", re.MULTILINE | re.IGNORECASE)
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is asked again; each wait is twice the one before
+
+Verdict = Literal["a", "b", "tie"]
+
+
+class Comparison(NamedTuple):
+    """A question to a judge, in one order."""
+
+    prompt: str
+    a: str
+    b: str
+
+
+def rule(spec: str) -> Callable[[str], float]:
+    """`rule:longer`, `rule:shorter` (in characters), or `rule:contains=TEXT`: what gives an answer its points.
+
+    >>> rule("rule:contains=Thank")("I thank you")
+    1.0
+    """
+    name, _, text = spec.removeprefix("rule:").partition("=")
+    if name == "contains" and text:
+        return lambda answer: float(text.casefold() in answer.casefold())
+    if name in ("longer", "shorter") and not text:
+        sign = 1.0 if name == "longer" else -1.0
+        return lambda answer: sign * len(answer.strip())  # how an answer begins is the template's matter
+    raise UserError(f"--judge={spec}: no such rule; give rule:longer, rule:shorter or rule:contains=TEXT")
+
+
+def read_template(name: str) -> str:
+    """The judge's prompt: one of TEMPLATES, or a file with {prompt}, {a} and {b}."""
+    path = PROMPTS / f"{name}.txt" if name in TEMPLATES else Path(name).expanduser()
+    try:
+        template = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"--judge-template={name}: cannot be read ({error}); give a file, or one of {known}") from None
+    if missing := [field for field in ("{prompt}", "{a}", "{b}") if field not in template]:
+        raise UserError(f"--judge-template={name}: {missing[0]} does not stand in it; write it where that text belongs")
+    return template.strip()
+
+
+def fill(template: str, comparison: Comparison) -> str:
+    """The judge's prompt for these answers, in which braces mean nothing."""
+    return re.sub(r"\{(prompt|a|b)\}", lambda field: str(comparison._asdict()[field[1]]), template)
+
+
+def verdict_of(reply: str) -> Verdict | None:
+    """What a judge's reply says in its last line that is nothing but A, B or tie, with or without "More helpful:" before it.
+
+    >>> verdict_of('Comparison: B is vague.\\nMore helpful: "A"'), verdict_of("Both are fine.")
+    ('a', None)
+    """
+    found = SAID.findall(reply)
+    return found[-1].lower() if found else None
+
+
+class Verdicts:
+    """The file of verdicts: a line each, added as they come. A line that was cut by a crash is passed over."""
+
+    def __init__(self, path: Path):
+        self.path, self.known, self.lock = path, dict[str, Verdict](), threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a+b") as file:
+                file.seek(0)
+                content = file.read()
+                if content and not content.endswith(b"\n"):
+                    file.write(b"\n")
+        except OSError as error:
+            raise UserError(f"--verdicts={path}: cannot be written ({error.strerror}); give another file") from None
+        for line in content.splitlines():
+            try:
+                row = json.loads(line)
+                if row["verdict"] in ("a", "b", "tie"):
+                    self.known[row["key"]] = row["verdict"]
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def add(self, key: str, verdict: Verdict, **what: Any) -> None:
+        """Keep a verdict, and what stands beside it. Raises UserError."""
+        line = json.dumps({"key": key, "verdict": verdict, **what}, ensure_ascii=False) + "\n"
+        try:
+            with self.lock, open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+                self.known[key] = verdict
+        except OSError as error:
+            raise UserError(f"--verdicts={self.path}: cannot be written ({error.strerror}); give another file") from None
+
+
+class Endpoint(NamedTuple):
+    """A language model that speaks OpenAI's chat completions."""
+
+    url: str  # http://host:port/v1
+    model: str
+    template: str
+    verdicts: Verdicts
+    key: str | None = None  # sent as a bearer token, and shown nowhere
+    parallel: int = 4  # questions at a time
+    timeout: float = 60.0  # seconds for a reply
+    tries: int = 5
+    max_tokens: int = 512
+
+    def key_of(self, comparison: Comparison) -> str:
+        """What a verdict is kept under. The order of the answers is part of it; where the model runs is not."""
+        return hashlib.sha256(json.dumps([self.model, self.template, *comparison]).encode()).hexdigest()
+
+    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict | None]:
+        """A verdict on each; None where the reply held none. The first is asked alone, so that a dead endpoint is known at once.
+
+        Raises UserError, in one line; the verdicts that came before are kept.
+        """
+        new = {self.key_of(c): c for c in comparisons if self.key_of(c) not in self.verdicts.known}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        with (
+            httpx.Client(timeout=self.timeout, headers=headers, limits=httpx.Limits(max_connections=self.parallel)) as client,
+            tqdm(total=len(new), desc=f"asking {self.model}", unit="question", disable=quiet()) as progress,
+        ):
+            rest = iter(new.items())
+            for key, comparison in rest:
+                self._ask(client, key, comparison, tries=1)
+                progress.update()
+                break
+            pool = ThreadPoolExecutor(self.parallel)
+            try:
+                for done in as_completed([pool.submit(self._ask, client, key, c, self.tries) for key, c in rest]):
+                    done.result()
+                    progress.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return [self.verdicts.known.get(self.key_of(c)) for c in comparisons]
+
+    def _ask(self, client: httpx.Client, key: str, comparison: Comparison, tries: int) -> None:
+        """Ask until there is a reply, and keep its verdict, if it holds one. `tries`: when nobody answers; an overloaded server
+        is always given self.tries."""
+        question = [{"role": "user", "content": fill(self.template, comparison)}]
+        body = {"model": self.model, "messages": question, "temperature": 0, "max_tokens": self.max_tokens}
+        for attempt in range(1, self.tries + 1):
+            wait = FIRST_WAIT * random.uniform(0.5, 1) * 2 ** (attempt - 1)
+            try:
+                response = client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
+                if response.is_success:
+                    reply = response.json()["choices"][0]["message"]["content"]
+                    if (verdict := verdict_of(str(reply))) is not None:
+                        self.verdicts.add(key, verdict, model=self.model, reply=reply)
+                    return
+                problem = f"HTTP {response.status_code}: {response.text[:150]}"
+                if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                    break
+                wait = _seconds(response.headers.get("retry-after"), wait)
+            except httpx.HTTPError as error:  # refused, reset, too slow
+                problem = f"{type(error).__name__}: {error}".removesuffix(": ")
+                if attempt >= tries:
+                    break
+            except httpx.InvalidURL as error:
+                problem = str(error)
+                break
+            except (ValueError, KeyError, IndexError, TypeError):
+                problem = f"not a chat completion: {response.text[:100]!r}"
+            if attempt < self.tries:
+                time.sleep(min(wait, LONGEST_WAIT))
+        problem = problem.replace(self.key, "<secret>") if self.key else problem
+        n = len(self.verdicts.known)
+        raise UserError(f"--judge={self.url}: no answer from {self.model} ({problem}); check the server, --judge-model and "
+                        f"--key-env; verdicts that are kept in {self.verdicts.path}: {n}")  # fmt: skip
+
+
+def _seconds(header: str | None, otherwise: float) -> float:
+    """A Retry-After in seconds; a date is not read."""
+    return float(header) if header and header.strip().isdigit() else otherwise
+
+
+def key_from(variable: str | None) -> str | None:
+    """The endpoint's key, from the environment variable of that name."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(f"--key-env={variable}: no such environment variable is set; export it, or leave the option out")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"--key-env={variable}: what it holds is no key; export one line of plain characters")
+    return key

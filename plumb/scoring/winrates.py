@@ -1,0 +1,134 @@
+"""Samples of several policies against a baseline's: who wins, how often, and how sure that is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from plumb.data.files import Text
+from plumb.errors import UserError
+from plumb.scoring.intervals import Interval, bootstrap
+from plumb.scoring.judges import Comparison, Endpoint, Verdict
+from plumb.scoring.sample_files import Answered, read_answers
+
+Answers = dict[str, list[Answered]]  # prompt's key -> the lines with answers to it
+
+
+class Duel(NamedTuple):
+    """One answer of a policy, and one of the baseline to the same prompt."""
+
+    asked: Answered
+    answer: str
+    baseline: str
+
+
+class Judged(NamedTuple):
+    """What a judge said of n duels."""
+
+    points: np.ndarray  # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
+    details: list[dict[str, Any]]  # [n] what else it said, for the file
+    swayed: np.ndarray | None = None  # [n] bool: the verdict hung on the order of the answers; None: it sees one at a time
+
+
+class WinRate(NamedTuple):
+    """How a policy did against the baseline."""
+
+    policy: str
+    n: int  # duels with a verdict
+    n_prompts: int
+    wins: int
+    ties: int
+    losses: int
+    rate: Interval  # ties half; over prompts
+    n_unsaid: int  # duels without a verdict
+    swayed: float | None  # share of duels whose verdict hung on the order
+
+
+def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answers], str]:
+    """Whose answers the files hold, by the lines' `model` or else the file's name. -> (policy -> answers, the baseline's name)
+
+    `baseline` is one of the models, or a file. Raises UserError where it is neither, or nobody is left to compare with it.
+    """
+    path = Path(baseline)
+    is_file = path.is_file() and path.suffix != ".pt"  # a policy.pt is a model's name
+    found: dict[tuple[str, Path], Answers] = {}
+    for file in dict.fromkeys([*files, path] if is_file else files):
+        for line in read_answers(file):
+            found.setdefault((line.model, file), defaultdict(list))[line.key].append(line)
+    models = [model for model, _ in found]
+    names = {key: key[0] if models.count(key[0]) == 1 else f"{key[0]} ({key[1]})" for key in found}
+    chosen = [name for key, name in names.items() if (key[1] == path if is_file else baseline in (key[0], name))]
+    if len(chosen) != 1:
+        known = ", ".join(names.values())
+        raise UserError(f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) fit; give one of them, or a "
+                        "file with one model's answers")  # fmt: skip
+    if len(names) < 2:
+        raise UserError(f"--baseline={baseline}: the files hold nobody else's answers; give samples of another model, too")
+    return {names[key]: answers for key, answers in found.items()}, chosen[0]
+
+
+def duels(policy: Answers, baseline: Answers) -> list[Duel]:
+    """The i-th answer to a prompt against the i-th; what has no counterpart is left out."""
+    found = []
+    for key in policy.keys() & baseline.keys():
+        mine, theirs = ([(line, answer) for line in side[key] for answer in line.answers] for side in (policy, baseline))
+        found += [Duel(line, answer, other) for (line, answer), (_, other) in zip(mine, theirs, strict=False)]
+    return sorted(found, key=lambda duel: (duel.asked.raw.file, duel.asked.raw.number))
+
+
+def by_points(some: Sequence[Duel], points_of: Callable[[Sequence[Answered]], Sequence[float]]) -> Judged:
+    """A judge that sees one answer at a time: more points win. Each different answer to a prompt is asked about once;
+    after messages, what is around it is the template's."""
+    read = lambda duel, text: text if isinstance(duel.asked.prompt, str) else text.strip()
+    texts = ((duel, read(duel, text)) for duel in some for text in (duel.answer, duel.baseline))
+    answers = {(duel.asked.key, text): duel.asked._replace(answers=[text]) for duel, text in texts}
+    points = dict(zip(answers, points_of(list(answers.values())), strict=True))
+    pairs = [[points[duel.asked.key, read(duel, text)] for text in (duel.answer, duel.baseline)] for duel in some]
+    details = [{"score": float(mine), "baseline_score": float(theirs)} for mine, theirs in pairs]
+    return Judged(np.array([(mine > theirs) + (mine == theirs) / 2 for mine, theirs in pairs]), details)
+
+
+def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
+    """A judge that sees both answers, asked in both orders: a verdict counts where they agree, and is a tie where they don't.
+    Of two equal answers it is not asked."""
+    asked = [i for i, duel in enumerate(some) if duel.answer.strip() != duel.baseline.strip()]
+    orders = []
+    for i in asked:
+        question, mine, theirs = question_of(some[i].asked.prompt), some[i].answer.strip(), some[i].baseline.strip()
+        orders += [Comparison(question, mine, theirs), Comparison(question, theirs, mine)]
+    verdicts = endpoint.judge(orders)
+    points, swayed, details = np.full(len(some), 0.5), np.zeros(len(some), bool), [dict[str, Any]() for _ in some]
+    value: dict[Verdict | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0, None: np.nan}
+    for i, first, second in zip(asked, verdicts[::2], verdicts[1::2], strict=True):
+        both = value[first], 1 - value[second]
+        swayed[i] = None not in (first, second) and both[0] != both[1]
+        points[i] = np.nan if None in (first, second) else both[0] if both[0] == both[1] else 0.5
+        details[i] = {"verdict": first, "verdict_swapped": second}
+    return Judged(points, details, swayed)
+
+
+def question_of(prompt: Text) -> str:
+    """A prompt as a judge is shown it: a single question by itself, a dialogue with its speakers, a post without "TL;DR:".
+
+    >>> question_of("\\n\\nHuman: Why?\\n\\nAssistant:"), question_of("POST: I ran.\\nTL;DR:")
+    ('Why?', 'POST: I ran.')
+    """
+    if isinstance(prompt, list):
+        speakers = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+        prompt = "".join(speakers[turn["role"]] + turn["content"] for turn in prompt)
+    text = prompt.strip().removesuffix("TL;DR:").removesuffix("Assistant:").strip()
+    return text.removeprefix("Human:").strip() if text.count("Human:") == 1 and "Assistant:" not in text else text
+
+
+def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> WinRate:
+    """The table's line of a policy."""
+    said = ~np.isnan(judged.points)
+    points, prompts = judged.points[said], np.array([duel.asked.key for duel in some])[said]
+    wins, ties, losses = (int((points == value).sum()) for value in (1, 0.5, 0))
+    swayed = None if judged.swayed is None or not said.any() else float(judged.swayed[said].mean())
+    return WinRate(policy, len(points), len(np.unique(prompts)), wins, ties, losses, bootstrap(points, prompts, seed),
+                   int((~said).sum()), swayed)  # fmt: skip

@@ -1,0 +1,68 @@
+"""What the small commands beside train.py share: options and errors in one line, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from plumb.console import said
+from plumb.errors import UserError
+from plumb.paths import new_file
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line like all others; abbreviated options are refused."""
+
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **options)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Options may stand between positional arguments."""
+        parse = super().parse_args if self._subparsers else self.parse_intermixed_args
+        return parse(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> NoReturn:
+    """The command: parse, call, and say what the user can cause in one line. Exits with 0, the error's code, or 130."""
+    code = 0
+    try:
+        main(parser.parse_args())
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {said(error)}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of a name or a disk that no command foresaw
+        print(f"error: {said(error.filename or 'a file')}: {error.strerror or said(error)}", file=sys.stderr)
+        code = UserError.exit_code
+    sys.exit(code)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], option: str = "--out") -> int:
+    """One object per line. -> how many"""
+    n = 0
+    with new_file(path, option) as file:
+        n = sum(_line(file, row) for row in rows)
+    return n
+
+
+def _line(file: TextIO, row: dict[str, Any]) -> int:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return 1

@@ -1,0 +1,286 @@
+"""Scoring batches with a loss, evaluating a policy on held-out examples, and sample tables.
+
+Shapes: B examples in a microbatch, R = k * B rows (see batching.Batch).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from plumb.batching.feed import Feed
+from plumb.batching.layout import Batch
+from plumb.console import quiet
+from plumb.data.examples import Examples
+from plumb.data.tokenization import Example, trees_of
+from plumb.distributed import sharding
+from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
+from plumb.losses.registry import Loss
+from plumb.models.forward_path import Way
+from plumb.models.logps import read_hidden, response_logps, response_scores
+from plumb.models.routers import Routers, balance
+from plumb.models.scalar_head import FOLDS
+from plumb.scoring.intervals import length_buckets
+from plumb.training.metrics import SQUARES, Record, with_spread
+
+
+class Scored(NamedTuple):
+    """What came out for a microbatch."""
+
+    output: LossOutput
+    metrics: dict[str, Tensor]  # the 2023 names, `{}` standing for train or eval, each [B]
+    counts: dict[str, float]  # what a metric is averaged over, where that is not the B examples
+    given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
+    tokens: Tensor  # [B] the first response's, which have a prediction
+    balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
+    compared: tuple[Logps, Logps] | None  # the R responses' of policy and reference, where the loss has one; detached
+
+
+class Scorer(NamedTuple):
+    """What it takes to score a batch: the models, the loss, and how both models compute.
+
+    `reference` is None where the loss needs none, or where batches carry its log-probabilities.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    loss: Loss
+    way: Way
+    precision: Callable[[], AbstractContextManager]  # autocast, or nothing
+    device: torch.device
+    routers: Routers | None = None  # of the policy, where their balancing loss is trained on
+
+    def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
+        """Of a batch on the device, [R]."""
+        with self.precision():
+            return response_logps(model, batch, self.way)
+
+    def policys(self, batch: Batch) -> Logps | Scores:
+        """What the loss reads of the policy, of a batch on the device, [R]."""
+        if self.loss.reads == "logps":
+            return self.logps(self.policy, batch)
+        with self.precision():
+            return response_scores(self.policy, batch, self.way)
+
+    def __call__(self, batch: Batch) -> Scored:
+        batch = batch.to(self.device)
+        watched: AbstractContextManager[list[Tensor]] = self.routers.watched() if self.routers else nullcontext([])
+        with watched as logits:
+            of_policy = self.policys(batch)
+        of_reference = None
+        if self.loss.needs_reference:
+            if batch.reference is not None:
+                logps = batch.reference.to(of_policy[0])
+                of_reference = Logps(logps, of_policy.tokens)
+            elif self.reference is not None:
+                with torch.no_grad():
+                    of_reference = self.logps(self.reference, batch)
+        policy = as_data(of_policy, batch)
+        output = self.loss.compute(policy, None if of_reference is None else as_data(of_reference, batch))
+        counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
+        tokens = of_policy.tokens[: len(output.losses)]
+        compared = None if of_reference is None else (Logps(*(x.detach() for x in of_policy)), of_reference)
+        metrics, balanced = _metrics(output, policy), None
+        if self.routers is not None:
+            each = balance(logits, batch, self.way.packed, self.routers.top_k)  # [R]
+            balanced = each.view(batch.k, -1).mean(0)
+            metrics["router_balance/{}"] = balanced.detach()
+        return Scored(output, metrics, counts, given(of_policy), tokens, balanced, compared)
+
+
+def given(of_policy: Logps | Scores) -> Tensor:
+    """What it gave each response: nats per token, or a score.  -> [R], detached"""
+    if isinstance(of_policy, Scores):
+        return of_policy.last.detach()
+    return of_policy.sum.detach() / of_policy.tokens.clamp(min=1)
+
+
+def as_data(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPairs:
+    """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k = 2)."""
+    if batch.k == 1:
+        return cast(Logps, of_model)
+    n = len(of_model.tokens) // 2
+    chosen, rejected = (type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None)))
+    if isinstance(chosen, Scores):
+        return ScoredPairs(chosen, cast(Scores, rejected), shared_tokens(batch), batch.margins)
+    return Pairs(cast(Logps, chosen), cast(Logps, rejected))
+
+
+def shared_tokens(batch: Batch) -> Tensor:
+    """How many tokens the two responses of each pair begin with in common.  [B]"""
+    n = len(batch.spans) // 2
+    (a, a_length), (b, b_length) = batch.spans[:n, 2:].T, batch.spans[n:, 2:].T
+    length = np.minimum(a_length, b_length)  # [B]
+    at = np.minimum(np.arange(max(length.max(), 1)), np.maximum(length - 1, 0)[:, None])  # [B, L]
+    ids, last = batch.input_ids[0], batch.input_ids.shape[1] - 1  # a response without a token may stand behind the end
+    device = ids.device
+    first, second = (ids[torch.from_numpy(np.minimum(start[:, None] + at, last)).to(device)] for start in (a, b))
+    within = torch.from_numpy(np.arange(at.shape[1]) < length[:, None]).to(device)
+    return ((first == second) & within).long().cumprod(1).sum(1)
+
+
+def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[str, Tensor]:
+    """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties do not count."""
+    metrics = {"loss/{}": output.losses}
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    if chosen is not None and rejected is not None:
+        metrics |= {
+            "rewards_{}/chosen": chosen,
+            "rewards_{}/rejected": rejected,
+            "rewards_{}/accuracies": (chosen > rejected).float(),
+            "rewards_{}/margins": chosen - rejected,
+        }
+    if isinstance(policy, ScoredPairs):
+        assert chosen is not None and rejected is not None
+        metrics[SQUARES] = (chosen**2 + rejected**2) / 2
+    elif isinstance(policy, Pairs):
+        metrics |= {
+            "logps_{}/chosen": policy.chosen.sum,
+            "logps_{}/rejected": policy.rejected.sum,
+            "logps_{}/accuracies": (policy.chosen.sum > policy.rejected.sum).float(),  # ours: the policy's own ranking
+        }
+    else:
+        metrics["logps_{}/chosen"] = policy.sum
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+class Evaluation(NamedTuple):
+    """What came out for each of n examples, in their order, the same on every rank."""
+
+    metrics: dict[str, np.ndarray]  # as in Scored, each [n]
+    tokens: np.ndarray  # [n] of the first response
+
+    def record(self, loss: Loss, groups: Mapping[str, np.ndarray]) -> Record:
+        """Means of the 2023 metrics, each example counted once; the loss per token if it averages over tokens.
+
+        Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens; and for each group (name ->
+        mask [n]) loss, accuracy, margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
+        """
+        if not len(self.tokens):
+            return {}
+        means = {name: float(values.mean()) for name, values in self.metrics.items()}
+        if loss.average_over == "tokens":
+            means["loss/{}"] = float(self.metrics["loss/{}"].sum() / max(self.tokens.sum(), 1))
+        if "logps_{}/chosen" in means:
+            nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
+            means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
+        split = {name.format("eval"): value for name, value in means.items()}
+        shown = means.keys() & {"loss/{}", "rewards_{}/accuracies", "rewards_{}/margins", "perplexity/{}"}
+        for group, mask in groups.items():
+            part = Evaluation({name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]).record(loss, {})
+            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in means if name in shown and part}
+        return with_spread(split, "eval")
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer, feed: Feed, batch_size: int, counts: bool = True, between: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Score every example once, whatever the batch size and the number of ranks.
+
+    `counts` is true on one of the ranks that see the same rows. `between` is called before each batch, and may raise.
+    """
+    was_training = scorer.policy.training
+    scorer.policy.eval()
+    n, names = len(feed.examples), list[str]()
+    table = torch.zeros(0)
+    steps = feed.ahead((np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)), scorer.device)
+    shown = tqdm(steps, total=-(-n // batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet())
+    for i, step in enumerate(shown):
+        between()
+        for batch, weight, where in step.microbatches:
+            scored = scorer(batch)
+            values = torch.stack([*scored.metrics.values(), scored.tokens]).double().T  # [B, M]
+            if not names:
+                names, table = list(scored.metrics), values.new_zeros(n, values.shape[1])
+            table.index_add_(0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values)
+    scorer.policy.train(was_training)
+    if not n:
+        return Evaluation({}, np.empty(0))
+    *columns, tokens = sharding.total(table * counts).T.cpu().numpy()
+    return Evaluation(dict(zip(names, columns, strict=True)), tokens)
+
+
+def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
+    -> name -> mask [n]"""
+    if not isinstance(examples, Examples) or not examples:  # others have lost where they come from
+        return {}
+    data_sets, groups = examples.data_sets(), dict[str, np.ndarray]()
+    names = [str(name) for name in np.unique(data_sets)]
+    for name in names if len(names) > 1 else ():
+        groups[short(name, names)] = data_sets == name
+    if examples.k > 1:
+        longer = examples.lengths[:, 1:].max(1)
+        labels = np.array(length_buckets(longer))
+        groups |= {str(labels[i]): labels == labels[i] for i in np.argsort(longer)}
+    return groups
+
+
+def short(path: str, paths: Sequence[str]) -> str:
+    """As many of the path's last parts as tell it from the other paths.
+
+    >>> short("hh/harmless/test.jsonl", ["hh/harmless/test.jsonl", "hh/helpful/test.jsonl"]), short("a/b", ["a/b", "a/c"])
+    ('harmless/test.jsonl', 'b')
+    """
+    parts = path.split("/")
+    ends = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    return next((end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1), path)
+
+
+def all_logps(scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> np.ndarray:
+    """Log-probabilities of these examples' responses under `model`, [n, k] float64; see `of_all`."""
+    logps = lambda batch: scorer.logps(model, batch).sum.double()[:, None]
+    return of_all(logps, 1, model, feed, indices, scorer.device, counts, progress).cpu().numpy()[..., 0]
+
+
+def all_hidden(scorer: Scorer, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> Tensor:
+    """What the policy's scalar head reads at the end of these examples' responses, or with `loss.read` "mean" the mean over their
+    tokens, [n, k, d] float32, or float64 where the head is; see `of_all`."""
+    weight = scorer.policy.get_output_embeddings().weight
+
+    def hidden(batch: Batch) -> Tensor:
+        with scorer.precision():
+            return read_hidden(scorer.policy, batch, scorer.way, scorer.loss.read).to(weight.dtype)
+
+    return of_all(hidden, weight.shape[1], scorer.policy, feed, indices, scorer.device, counts, progress)
+
+
+def folds_of(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
+    """A fold for each of these examples, those of one prompt in the same.  [n], 0 to FOLDS - 1"""
+    prompts = (trees_of(examples[i])[0][0] for i in indices.tolist())
+    return np.array([zlib.crc32(np.asarray(prompt, np.int32).tobytes()) % FOLDS for prompt in prompts])
+
+
+@torch.no_grad()
+def of_all(
+    compute: Callable[[Batch], Tensor], width: int, model: Any, feed: Feed, indices: np.ndarray, device: torch.device,
+    counts: bool, progress: tqdm,
+) -> Tensor:  # fmt: skip
+    """What `compute` gives the responses of a batch on the device, [R, width], for all of these examples: [n, k, width].
+
+    Every rank computes its part, and gets all; `counts` is true on one of the ranks that see the same rows.
+    """
+    was_training, k = model.training, feed.lengths.k
+    model.eval()
+    places, values = [np.empty(0, np.int64)], [torch.zeros(0, k, width, device=device)]
+    starts = range(0, len(indices), 256)
+    steps = feed.ahead((indices[start : start + 256] for start in starts), device)
+    for start, step in zip(starts, steps, strict=True):
+        for batch, weight, where in step.microbatches:
+            places.append(start + where)
+            values.append(weight * compute(batch.to(device)).to(device).view(k, -1, width).transpose(0, 1))
+        progress.update(len(step.indices))
+    model.train(was_training)
+    some = torch.cat([value.to(values[-1].dtype) for value in values])
+    table = some.new_zeros(len(indices), k, width)
+    table.index_add_(0, torch.from_numpy(np.concatenate(places)).to(device), some)
+    return sharding.total(table * counts)
