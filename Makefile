@@ -21,6 +21,7 @@ families: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Installed once, and again when the pinned versions change.

@@ -1,7 +1,9 @@
-"""Evaluate any checkpoint without training: what its training would say of it, on all held-out data.
+"""Evaluate any checkpoint without training: what its training would say of it, on all held-out
+data.
 
-MODEL: a run, a checkpoint or policy.pt of it, a folder, a name on the hub. Data, loss and lengths are those of its run; knobs
-change them. A model that is not of a run needs them said: `python eval.py gpt2 loss=sft datasets=[hh]`.
+MODEL: a run, a checkpoint or policy.pt of it, a folder, a name on the hub. Data, loss and lengths
+are those of its run; knobs change them. A model that is not of a run needs them said: `python
+eval.py gpt2 loss=sft datasets=[hh]`.
 """
 
 from __future__ import annotations
@@ -40,11 +42,25 @@ from trainers import BasicTrainer
 ROOT = Path(__file__).resolve().parent
 # What an evaluation does not do, whatever the run did.
 ALWAYS = {
-    "exp_name": "eval", "trainer": "BasicTrainer", "debug": True, "resume": "never", "resume_allow": [], "plan": False,
-    "keep_best": None, "sample_during_eval": False, "fsdp_shard_size": None, "tp_size": None, "fsdp_cpu_offload": False,
-    "fsdp_reduce": "auto", "reference": "auto", "compile": False, "activation_checkpointing": False, "wandb.enabled": False,
-    "export": None, "max_hours": None,
-}  # fmt: skip
+    "exp_name": "eval",
+    "trainer": "BasicTrainer",
+    "debug": True,
+    "resume": "never",
+    "resume_allow": [],
+    "plan": False,
+    "keep_best": None,
+    "sample_during_eval": False,
+    "fsdp_shard_size": None,
+    "tp_size": None,
+    "fsdp_cpu_offload": False,
+    "fsdp_reduce": "auto",
+    "reference": "auto",
+    "compile": False,
+    "activation_checkpointing": False,
+    "wandb.enabled": False,
+    "export": None,
+    "max_hours": None,
+}
 # What was said of the run's own evaluations, or machine.
 AFRESH = {"n_eval_examples": None, "tokens_per_microbatch": None}
 
@@ -53,9 +69,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(__doc__ or "", prog="eval.py")
     p.add_argument("model", help="a run, checkpoint, policy.pt, folder or name on the hub")
-    p.add_argument("overrides", nargs="*", metavar="knob=value", help="as for train.py, e.g. datasets=[hh] n_eval_examples=500")
-    p.add_argument("--reference", help="the reference of a DPO loss; else what the policy's run started from")
-    p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="knob=value",
+        help="as for train.py, e.g. datasets=[hh] n_eval_examples=500",
+    )
+    p.add_argument(
+        "--reference", help="the reference of a DPO loss; else what the policy's run started from"
+    )
+    p.add_argument(
+        "--base", help="the model that a policy.pt without a config.yaml was trained from"
+    )
     p.add_argument("--out", type=Path, help="write the numbers as JSON")
     return p
 
@@ -64,24 +89,43 @@ def main(args: argparse.Namespace) -> None:
     """Print the table of the metrics, and write them if asked to."""
     found = find_model(args.model, args.base)
     config = config_of(found, args.overrides)
-    with tempfile.TemporaryDirectory() as folder, new_file(args.out, "--out") if args.out else nullcontext() as file:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        new_file(args.out, "--out") if args.out else nullcontext() as file,
+    ):
         config.local_run_dir = f"{folder}/eval"
         loss = validate(config, trains=False)
         if args.reference and not loss.needs_reference:
-            raise UserError(f"--reference {args.reference}: this loss ({loss.name}) needs no reference; leave it out")
-        record, counts = evaluate(found, config, loss, args.reference, args.out.parent if args.out else Path(folder))
-        print(f"\n{args.model}: held-out data of {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n")
+            raise UserError(
+                f"--reference {args.reference}: this loss ({loss.name}) needs no reference; leave"
+                " it out"
+            )
+        record, counts = evaluate(
+            found, config, loss, args.reference, args.out.parent if args.out else Path(folder)
+        )
+        print(
+            f"\n{args.model}: held-out data of"
+            f" {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n"
+        )
         print(table(record, counts))
         if file:
-            content = {"model": args.model, "policy": str(found.archive or ""), "loss": plain(config.loss), "examples": counts,
-                       "datasets": list(config.eval_datasets or config.datasets), "metrics": record}  # fmt: skip
+            content = {
+                "model": args.model,
+                "policy": str(found.archive or ""),
+                "loss": plain(config.loss),
+                "examples": counts,
+                "datasets": list(config.eval_datasets or config.datasets),
+                "metrics": record,
+            }
             json.dump(content, file, indent=1)
     if args.out:
         print(f"\nwritten to {args.out}")
 
 
 def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
-    """The whole tree: config/, under the run's own knobs, under the overrides. Raises UserError for what does not compose."""
+    """The whole tree: config/, under the run's own knobs, under the overrides. Raises UserError for
+    what does not compose.
+    """
     overrides = spelled_out(overrides)
     try:
         check_command_line(overrides, ROOT / "eval.py")
@@ -96,8 +140,15 @@ def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
             config = compose("config", ["exp_name=eval", *groups, *own])
         OmegaConf.set_struct(config, False)
         if found.run_dir is not None:
-            known = {k: v for k, v in found.config.items() if k in config and k not in ("model", "loss", "local_run_dir")}
-            config = cast(DictConfig, OmegaConf.merge(config, known, {"loss": found.config.loss} if own else {}))
+            known = {
+                k: v
+                for k, v in found.config.items()
+                if k in config and k not in ("model", "loss", "local_run_dir")
+            }
+            config = cast(
+                DictConfig,
+                OmegaConf.merge(config, known, {"loss": found.config.loss} if own else {}),
+            )
         config.model = found.config.model
         for knob, value in (ALWAYS | AFRESH).items():
             OmegaConf.update(config, knob, value)
@@ -119,27 +170,43 @@ def check_override(override: Override, found: Found) -> None:
     if override.is_sweep_override():
         raise UserError(f"{said}: one evaluation has one value; put one with commas into quotes")
     if key == "model" or key in ("model.name_or_path", "model.archive", "model.architecture"):
-        raise UserError(f"{said}: the model is {found.name}; leave it out, or give another MODEL (or --base)")
+        raise UserError(
+            f"{said}: the model is {found.name}; leave it out, or give another MODEL (or --base)"
+        )
     if key == "exp" and found.run_dir is not None:
-        raise UserError(f"{said}: the settings are those of the run {found.run_dir}; give knobs to change them")
+        raise UserError(
+            f"{said}: the settings are those of the run {found.run_dir}; give knobs to change them"
+        )
     if key in ALWAYS:
-        raise UserError(f"{said}: is nothing that an evaluation does, or it has no choice; leave it out")
+        raise UserError(
+            f"{said}: is nothing that an evaluation does, or it has no choice; leave it out"
+        )
 
 
 def evaluate(
     found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path
 ) -> tuple[Record, dict[str, int]]:
-    """The record that training would log, and of how many examples it is: all, and those of each group. Pictures of a reward
-    model's scores go to `folder`."""
+    """The record that training would log, and of how many examples it is: all, and those of each
+    group. Pictures of a reward model's scores go to `folder`.
+    """
     if found.scalar != (loss.reads == "scores"):
-        kind, wanted = ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
-        raise UserError(f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss=")
+        kind, wanted = (
+            ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
+        )
+        raise UserError(
+            f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss="
+        )
     check_length(config)
     tokenizer = load_tokenizer(config)
-    data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))  # it is evaluated, not started from
+    data = cast(
+        DictConfig, OmegaConf.merge(config, {"model": {"archive": None}})
+    )  # it is evaluated, not started from
     _, examples = load_examples(data, tokenizer, pairs=loss.data == "pairs")
     if not examples:
-        raise UserError(f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give eval_datasets")
+        raise UserError(
+            f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give"
+            " eval_datasets"
+        )
     if loss.needs_margins:
         check_margins(examples)
     policy, other = load_policy(config, scalar=found.scalar), cast(PreTrainedModel | None, None)
@@ -148,23 +215,37 @@ def evaluate(
         spec = find_model(reference).config if reference else start_of(found)
         other = load_policy(spec).eval().requires_grad_(False)
     log = TrainingLog([], 0)
-    trainer = BasicTrainer(config, policy, other, None, loss, tokenizer, examples, examples, folder, log)
-    if found.archive is not None and (step := re.fullmatch(r"(?:step|interim)-(\d+)", found.archive.resolve().parent.name)):
+    trainer = BasicTrainer(
+        config, policy, other, None, loss, tokenizer, examples, examples, folder, log
+    )
+    if found.archive is not None and (
+        step := re.fullmatch(r"(?:step|interim)-(\d+)", found.archive.resolve().parent.name)
+    ):
         trainer.n_seen = int(step[1])
-    return trainer.evaluate(), {"all": len(examples)} | {name: int(mask.sum()) for name, mask in trainer.eval_groups.items()}
+    return trainer.evaluate(), {"all": len(examples)} | {
+        name: int(mask.sum()) for name, mask in trainer.eval_groups.items()
+    }
 
 
 def table(record: Record, counts: dict[str, int]) -> str:
-    """Metrics by row, groups (data sets, lengths) by column; above them how many examples a group has."""
+    """Metrics by row, groups (data sets, lengths) by column; above them how many examples a group
+    has.
+    """
     cells: dict[str, dict[str, float]] = {"examples": dict(counts)}
     for name, value in record.items():
         metric, group = re.fullmatch(r"([^/]+/[^/]+)(?:/(.*))?", name).groups()  # type: ignore[union-attr]
         cells.setdefault(metric, {})[group or "all"] = value
     columns = list(dict.fromkeys(group for row in cells.values() for group in row))
     shown = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    rows = [["", *columns], *([m, *(shown(row[c]) if c in row else "" for c in columns)] for m, row in cells.items())]
+    rows = [
+        ["", *columns],
+        *([m, *(shown(row[c]) if c in row else "" for c in columns)] for m, row in cells.items()),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
-    lines = ([x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))] for row in rows)
+    lines = (
+        [x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    )
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 

@@ -1,4 +1,6 @@
-"""A policy.pt as a Hugging Face folder, or the other way: `python export.py MODEL --out FOLDER`. See docs/export.md."""
+"""A policy.pt as a Hugging Face folder, or the other way: `python export.py MODEL --out FOLDER`.
+See docs/export.md.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,45 @@ from plumb.settings.cli import Parser, run
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser("A policy.pt, ours or of 2023, as a Hugging Face folder; or any model as a policy.pt.")
-    p.add_argument("model", metavar="MODEL", help="run, checkpoint or policy.pt; for --policy also a folder or a name on the hub")
+    p = Parser(
+        "A policy.pt, ours or of 2023, as a Hugging Face folder; or any model as a policy.pt."
+    )
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run, checkpoint or policy.pt; for --policy also a folder or a name on the hub",
+    )
     to = p.add_mutually_exclusive_group(required=True)
     to.add_argument("--out", type=Path, metavar="FOLDER", help="write a Hugging Face folder")
-    to.add_argument("--policy", type=Path, metavar="FILE.pt", help="write a policy.pt: {step_idx, state, metrics}")
-    p.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; as they are stored if not given")
-    p.add_argument("--max-shard-gb", type=float, help="of --out: 1e9 bytes of a safetensors file, at most; 5 if not given")
-    p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
+    to.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE.pt",
+        help="write a policy.pt: {step_idx, state, metrics}",
+    )
+    p.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="of the weights; as they are stored if not given"
+    )
+    p.add_argument(
+        "--max-shard-gb",
+        type=float,
+        help="of --out: 1e9 bytes of a safetensors file, at most; 5 if not given",
+    )
+    p.add_argument(
+        "--base", help="the model that a policy.pt without a config.yaml was trained from"
+    )
     p.add_argument("--tokenizer", help="of --out: another tokenizer than the model's own")
-    p.add_argument("--chat-template", metavar="hh|NAME|FILE", help="of --out: to write; else the run's, or the tokenizer's")
+    p.add_argument(
+        "--chat-template",
+        metavar="hh|NAME|FILE",
+        help="of --out: to write; else the run's, or the tokenizer's",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
-    p.add_argument("--no-check", action="store_true", help="of --out: don't load it and compare, which holds a model in float32")
+    p.add_argument(
+        "--no-check",
+        action="store_true",
+        help="of --out: don't load it and compare, which holds a model in float32",
+    )
     return p
 
 
@@ -38,25 +67,45 @@ def main(options: argparse.Namespace) -> None:
     """The command."""
     if options.max_shard_gb is not None and not options.max_shard_gb > 0:
         raise UserError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
-    for name in ("max_shard_gb", "chat_template", "tokenizer", "no_check") if options.policy else ():
+    for name in (
+        ("max_shard_gb", "chat_template", "tokenizer", "no_check") if options.policy else ()
+    ):
         if getattr(options, name) not in (None, False):
-            raise UserError(f"--{name.replace('_', '-')}: is for --out; a policy.pt holds weights only")
+            raise UserError(
+                f"--{name.replace('_', '-')}: is for --out; a policy.pt holds weights only"
+            )
     found = find_model(options.model, options.base, options.tokenizer, options.dtype)
     if options.out:
-        export(found, options.out, dtype=options.dtype, max_shard_gb=options.max_shard_gb or 5.0, overwrite=options.overwrite,
-               chat_template=options.chat_template, check=not options.no_check)  # fmt: skip
+        export(
+            found,
+            options.out,
+            dtype=options.dtype,
+            max_shard_gb=options.max_shard_gb or 5.0,
+            overwrite=options.overwrite,
+            chat_template=options.chat_template,
+            check=not options.no_check,
+        )
         return
     if options.policy.exists() and not options.overwrite:
-        raise UserError(f"--policy {options.policy}: is there already; give another name, or --overwrite")
+        raise UserError(
+            f"--policy {options.policy}: is there already; give another name, or --overwrite"
+        )
     if options.policy.suffix != ".pt":
         raise UserError(f"--policy {options.policy}: give it a name that ends in .pt")
     if options.dtype is None:
-        stored = stored_dtype(load_policy_state(str(found.archive))) if found.archive else load_config(found.config).dtype
+        stored = (
+            stored_dtype(load_policy_state(str(found.archive)))
+            if found.archive
+            else load_config(found.config).dtype
+        )
         found.config.model.policy_dtype = str(stored or torch.float32).removeprefix("torch.")
     model = open_model(found, "cpu").model
     with new_file(options.policy, "--policy", "wb") as file:
         torch.save({"step_idx": 0, "state": model.state_dict(), "metrics": {}}, file)
-    print(f"wrote {options.policy}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters")
+    print(
+        f"wrote {options.policy}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M"
+        " parameters"
+    )
 
 
 if __name__ == "__main__":

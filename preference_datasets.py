@@ -1,9 +1,9 @@
 """Raw preference data -> prompts, responses and pairs, as text.
 
-A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`, the contract of the
-2023 repository, so that its users' own functions work with the decorator alone. `get_dataset` gives the rest of the
-code its `Row`s, one at a time, from a registered name or from a path to files in a form of data/formats.py. No torch, no
-tokenizer.
+A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`,
+the contract of the 2023 repository, so that its users' own functions work with the decorator alone.
+`get_dataset` gives the rest of the code its `Row`s, one at a time, from a registered name or from a
+path to files in a form of data/formats.py. No torch, no tokenizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from plumb.data.formats import (
 )
 from plumb.data.registry import DataSet, Hub, Prompt, dataset, dataset_names, get_dataset, load_rows
 
-__all__ = ["DataSet", "Hub", "Messages", "Prompt", "Row", "Text", "dataset", "dataset_names", "get_dataset", "skipped"]
+__all__ = [
+    "DataSet",
+    "Hub",
+    "Messages",
+    "Prompt",
+    "Row",
+    "Text",
+    "dataset",
+    "dataset_names",
+    "get_dataset",
+    "skipped",
+]
 
 
 # ---- the loaders ----
@@ -40,10 +51,12 @@ SAFERLHF = Hub("PKU-Alignment/PKU-SafeRLHF")
 
 @dataset(truncation="keep_end", hub=HH)
 def get_hh(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """Anthropic HH. The prompt ends with the last "\\n\\nAssistant:"; SFT imitates the prompt's last chosen response.
+    """Anthropic HH. The prompt ends with the last "\\n\\nAssistant:"; SFT imitates the prompt's
+    last chosen response.
 
-    A pair whose texts split into different prompts is skipped and counted; the 2023 code cut the rejected text at the
-    chosen prompt's length (pinned by test_hh_differs_from_2023_only_in_the_skipped_rows).
+    A pair whose texts split into different prompts is skipped and counted; the 2023 code cut the
+    rejected text at the chosen prompt's length (pinned by
+    test_hh_differs_from_2023_only_in_the_skipped_rows).
     """
     return _hh(load_rows(HH, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
 
@@ -57,7 +70,9 @@ def get_helpful(split, silent=False, cache_dir=None, path=None) -> dict[str, Pro
 @dataset(truncation="keep_end", hub=HARMLESS)
 def get_harmless(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
     """The harmless-base part of HH; like get_hh otherwise."""
-    return _hh(load_rows(HARMLESS, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
+    return _hh(
+        load_rows(HARMLESS, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent)
+    )
 
 
 def _hh_prompt(row: RawRow) -> str:
@@ -78,10 +93,11 @@ def _hh(rows: Iterable[RawRow]) -> dict[str, Prompt]:
 
 @dataset(hub=SHP, fields=("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels"))
 def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """Stanford Human Preferences, less the pairs whose scores differ by a factor under 2 (Ethayarajh et al., 2022).
+    """Stanford Human Preferences, less the pairs whose scores differ by a factor under 2
+    (Ethayarajh et al., 2022).
 
-    SFT imitates the response with the best score. Scores are upvotes, from 1 on; a pair with one below 1 has no ratio,
-    and is skipped.
+    SFT imitates the response with the best score. Scores are upvotes, from 1 on; a pair with one
+    below 1 has no ratio, and is skipped.
     """
     data: dict[str, Prompt] = {}
     best: dict[str, float] = {}
@@ -107,35 +123,53 @@ def _history(row: RawRow) -> str:
 def get_se(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
     """Stack Exchange questions with scored answers, HTML stripped; SFT imitates the best answer.
 
-    The set has a train split only: 1 % of the questions is test, the share of 2023, though not its questions. Equal
-    scores form no pair; in 2023 they did (pinned by test_se_equal_scores). The rows come one at a time, for 10.8 M
-    questions do not fit in memory as a dict; so equal questions, of which there are next to none, are not merged.
+    The set has a train split only: 1 % of the questions is test, the share of 2023, though not its
+    questions. Equal scores form no pair; in 2023 they did (pinned by test_se_equal_scores). The
+    rows come one at a time, for 10.8 M questions do not fit in memory as a dict; so equal
+    questions, of which there are next to none, are not merged.
     """
     for row in load_rows(SE, split, _question, path=path, cache_dir=cache_dir, silent=silent):
         prompt, answers = hh_prompt(_question(row)), row.value("answers")
-        if not isinstance(answers, list) or not all(isinstance(a, dict) and {"text", "pm_score"} <= a.keys() for a in answers):
-            raise row.error(f"field 'answers' is {describe(answers)}", "write a list of {text, pm_score}")
+        if not isinstance(answers, list) or not all(
+            isinstance(a, dict) and {"text", "pm_score"} <= a.keys() for a in answers
+        ):
+            raise row.error(
+                f"field 'answers' is {describe(answers)}", "write a list of {text, pm_score}"
+            )
         if not answers:
             skipped("question without answers")
             continue
         texts = [row.check_text(a["text"], f"answers[{i}].text") for i, a in enumerate(answers)]
         responses = [" " + strip_html(text) for text in texts]
-        scores = check_scores(row, [a["pm_score"] for a in answers], "answers.pm_score", len(answers))
+        scores = check_scores(
+            row, [a["pm_score"] for a in answers], "answers.pm_score", len(answers)
+        )
         best = responses[scores.index(max(scores))]
         pairs = score_pairs(scores)
-        yield {"prompt": prompt, "responses": responses, "pairs": pairs, "sft_target": best, "scores": scores}
+        yield {
+            "prompt": prompt,
+            "responses": responses,
+            "pairs": pairs,
+            "sft_target": best,
+            "scores": scores,
+        }
 
 
 def _question(row: RawRow) -> str:
     return strip_html(row.text("question"))
 
 
-@dataset(hub=SAFERLHF, fields=("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"))
+@dataset(
+    hub=SAFERLHF,
+    fields=("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),
+)
 def get_saferlhf(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """PKU-SafeRLHF, the rows of which one response is labelled safe and the other not: the safe one is preferred.
+    """PKU-SafeRLHF, the rows of which one response is labelled safe and the other not: the safe one
+    is preferred.
 
-    SFT imitates the safe one. Reads the first schema (7 fields) and the current one. AmberSafe's get_saferlhf passes
-    prompt and responses without a separator, which would glue the answer to the question: here they get HH's.
+    SFT imitates the safe one. Reads the first schema (7 fields) and the current one. AmberSafe's
+    get_saferlhf passes prompt and responses without a separator, which would glue the answer to the
+    question: here they get HH's.
     """
     data: dict[str, Prompt] = {}
     for row in load_rows(SAFERLHF, split, _prompt, path=path, cache_dir=cache_dir, silent=silent):
@@ -157,12 +191,18 @@ def _prompt(row: RawRow) -> str:
 def _boolean(row: RawRow, field: str) -> bool:
     value = row.value(field)
     if not isinstance(value, bool):
-        raise row.error(f"field '{field}' is {describe(value)}, not a boolean", "write true or false")
+        raise row.error(
+            f"field '{field}' is {describe(value)}, not a boolean", "write true or false"
+        )
     return value
 
 
-def _add(data: dict[str, Prompt], prompt: str, responses: list[str], pairs: list[tuple[int, int]]) -> Prompt:
-    """Append a row's responses to its prompt's, and its pairs, whose indices count from these responses."""
+def _add(
+    data: dict[str, Prompt], prompt: str, responses: list[str], pairs: list[tuple[int, int]]
+) -> Prompt:
+    """Append a row's responses to its prompt's, and its pairs, whose indices count from these
+    responses.
+    """
     entry = data.setdefault(prompt, Prompt(responses=[], pairs=[], sft_target=""))
     n = len(entry["responses"])
     entry["pairs"] += [(n + i, n + j) for i, j in pairs]
@@ -170,7 +210,9 @@ def _add(data: dict[str, Prompt], prompt: str, responses: list[str], pairs: list
     return entry
 
 
-def _keep_best(entry: Prompt, best: dict[str, float], prompt: str, responses: list[str], scores: list[float]) -> None:
+def _keep_best(
+    entry: Prompt, best: dict[str, float], prompt: str, responses: list[str], scores: list[float]
+) -> None:
     """The best-scored response so far is the SFT target; the first of equals."""
     top = max(scores)
     if prompt not in best or top > best[prompt]:

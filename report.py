@@ -1,6 +1,8 @@
-"""The report on runs: `python report.py RUN [RUN ...]` writes a page that stands by itself, and its curves as a PNG.
+"""The report on runs: `python report.py RUN [RUN ...]` writes a page that stands by itself, and its
+curves as a PNG.
 
-What it says is in reports/diagnosis.py and runs/history.py, what it draws in reports/curves.py, how it looks in reports/report.html.
+What it says is in reports/diagnosis.py and runs/history.py, what it draws in reports/curves.py, how
+it looks in reports/report.html.
 """
 
 from __future__ import annotations
@@ -24,19 +26,36 @@ from plumb.reports.diagnosis import Finding, diagnose, first_and_last, healthy, 
 from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
 from plumb.settings import cli
 
-# What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not better.
+# What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not
+# better.
 BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
 # Evaluations can be compared where these agree, and losses where the loss's knobs do, too.
-SAME_DATA = ("eval_datasets", "n_eval_examples", "eval_share", "max_length", "max_prompt_length", "chat_template", "field_map",
-             "data_split", "split_seed", "stage")  # fmt: skip
+SAME_DATA = (
+    "eval_datasets",
+    "n_eval_examples",
+    "eval_share",
+    "max_length",
+    "max_prompt_length",
+    "chat_template",
+    "field_map",
+    "data_split",
+    "split_seed",
+    "stage",
+)
 MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    options = cli.Parser("Curves, diagnosis, samples and lineage of one run or several, on one page.")
+    options = cli.Parser(
+        "Curves, diagnosis, samples and lineage of one run or several, on one page."
+    )
     options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    options.add_argument("--out", type=Path, help="the page, a PNG of its name beside it; None: report.html in the first RUN")
+    options.add_argument(
+        "--out",
+        type=Path,
+        help="the page, a PNG of its name beside it; None: report.html in the first RUN",
+    )
     return options
 
 
@@ -52,10 +71,16 @@ def main(options: argparse.Namespace) -> None:
         for line in (*run.notes, healthy(found)):
             print(said(f"  {line}")) if line else None
         for f in found:
-            print(said(f"  {f.level}: {f.title}: {f.evidence}"), said(f"      try: {f.remedy}"), sep="\n")
+            print(
+                said(f"  {f.level}: {f.title}: {f.evidence}"),
+                said(f"      try: {f.remedy}"),
+                sep="\n",
+            )
     page = render(runs, findings)
     with new_file(out, "--out", "wb") as file:
-        file.write(page.encode("utf-8", errors="replace"))  # half a surrogate pair in a sample is no reason to fail
+        file.write(
+            page.encode("utf-8", errors="replace")
+        )  # half a surrogate pair in a sample is no reason to fail
     picture = out.with_suffix(".png")
     with new_file(picture, "--out", "wb") as file:
         file.write(draw_all([*map(named, runs)]))
@@ -65,7 +90,13 @@ def main(options: argparse.Namespace) -> None:
 def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
     """The page. All text is escaped where it enters; samples may hold anything."""
     folder = FileSystemLoader(Path(curves.__file__).parent)
-    templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(
+        loader=folder,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     templates.filters |= {"brief": brief}
     renamed = [named(run) for run in runs]
     table = columns(renamed)
@@ -74,7 +105,12 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
         made=datetime.now().astimezone().isoformat(timespec="seconds"),
         runs=[_of_run(i, run, findings[i]) for i, run in enumerate(runs)],
         panels=[{"image": image, "alt": alt} for _, image, alt in draw_each(renamed)],
-        ratio=any(key.startswith("ratio_") for run in renamed for record in run.evaluations + run.steps for key in record),
+        ratio=any(
+            key.startswith("ratio_")
+            for run in renamed
+            for record in run.evaluations + run.steps
+            for key in record
+        ),
         differences=differences(runs) if len(runs) > 1 else {},
         columns=table,
         evaluations=evaluations(table),
@@ -89,13 +125,27 @@ def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
     """What the page shows of one run."""
     command = run.environment.get("command")
     return {
-        "name": run.name, "path": str(run.path.resolve()), "colour": colour(i), "verdict": verdict(run), "notes": run.notes,
-        "state": run.status.get("state") or "unknown", "findings": found, "healthy": healthy(found), "lineage": lineage(run),
-        "samples": side_by_side(before_and_after(run)), "pictures": pictures(run),
-        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
+        "name": run.name,
+        "path": str(run.path.resolve()),
+        "colour": colour(i),
+        "verdict": verdict(run),
+        "notes": run.notes,
+        "state": run.status.get("state") or "unknown",
+        "findings": found,
+        "healthy": healthy(found),
+        "lineage": lineage(run),
+        "samples": side_by_side(before_and_after(run)),
+        "pictures": pictures(run),
+        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+        if run.config
+        else "",
         "command": redact(" ".join(map(str, command))) if isinstance(command, list) else "",
-        "environment": {k: v for k, v in run.environment.items() if k in ("started", "commit", "python", "platform", "gpus")},
-    }  # fmt: skip
+        "environment": {
+            k: v
+            for k, v in run.environment.items()
+            if k in ("started", "commit", "python", "platform", "gpus")
+        },
+    }
 
 
 def brief(value: Any) -> str:
@@ -113,7 +163,7 @@ def brief(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-# --------------------------------------------------------------------------------------------------------- evaluations
+# ---- evaluations ----
 
 
 class Column(NamedTuple):
@@ -128,20 +178,40 @@ class Column(NamedTuple):
 def columns(runs: Sequence[Run]) -> list[Column]:
     """The last evaluation of each of several runs; the first and the last of a single one."""
     if len(runs) > 1:
-        return [Column(run.name, colour(i), run, run.evaluations[-1] if run.evaluations else {}) for i, run in enumerate(runs)]
-    ends = [record for i, record in enumerate(runs[0].evaluations) if i in (0, len(runs[0].evaluations) - 1)]
-    return [Column("first" if len(ends) > i + 1 else "last", colour(0), runs[0], record) for i, record in enumerate(ends)]
+        return [
+            Column(run.name, colour(i), run, run.evaluations[-1] if run.evaluations else {})
+            for i, run in enumerate(runs)
+        ]
+    ends = [
+        record
+        for i, record in enumerate(runs[0].evaluations)
+        if i in (0, len(runs[0].evaluations) - 1)
+    ]
+    return [
+        Column("first" if len(ends) > i + 1 else "last", colour(0), runs[0], record)
+        for i, record in enumerate(ends)
+    ]
 
 
 def evaluations(table: Sequence[Column]) -> dict[str, list[tuple[float | None, bool]]]:
     """{metric: (value, is it the best) per column}, for what is over all held-out examples."""
-    keys = dict.fromkeys(k for c in table for k in c.record if k.count("/") == 1 and not k.startswith("ratio_"))
+    keys = dict.fromkeys(
+        k for c in table for k in c.record if k.count("/") == 1 and not k.startswith("ratio_")
+    )
     best = {key: _best(key, table) for key in keys}
-    return {key: [(c.record.get(key), best[key] is not None and c.record.get(key) == best[key]) for c in table] for key in keys}
+    return {
+        key: [
+            (c.record.get(key), best[key] is not None and c.record.get(key) == best[key])
+            for c in table
+        ]
+        for key in keys
+    }
 
 
 def parts(table: Sequence[Column]) -> dict[str, dict[str, list[float | None]]]:
-    """By data set and length, of each metric that was split (`rewards_eval/accuracies/length 32-63`): {part: value per column}"""
+    """By data set and length, of each metric that was split (`rewards_eval/accuracies/length
+    32-63`): {part: value per column}
+    """
     found: dict[str, dict[str, list[float | None]]] = {}
     for key in dict.fromkeys(k for c in table for k in c.record if k.count("/") > 1):
         metric, part = "/".join(key.split("/")[:2]), "/".join(key.split("/")[2:])
@@ -154,18 +224,26 @@ def _best(key: str, table: Sequence[Column]) -> float | None:
     runs = [c.run for c in table if key in c.record]
     values = [c.record[key] for c in table if key in c.record and math.isfinite(c.record[key])]
     better = next((better for name, better in BETTER.items() if key.startswith(name)), None)
-    same_loss = not key.startswith("loss") or all(run.config.get("loss") == runs[0].config.get("loss") for run in runs)
+    same_loss = not key.startswith("loss") or all(
+        run.config.get("loss") == runs[0].config.get("loss") for run in runs
+    )
     several = len({run.path for run in runs}) > 1 and len(set(values)) > 1
     return better(values) if better and same_loss and several and same_data(runs) else None
 
 
 def same_data(runs: Sequence[Run]) -> bool:
     """Were they evaluated on the same held-out examples, as far as their configs say?"""
-    data = [[run.config.get("eval_datasets") or run.config.get("datasets"), *map(run.config.get, SAME_DATA[1:])] for run in runs]
+    data = [
+        [
+            run.config.get("eval_datasets") or run.config.get("datasets"),
+            *map(run.config.get, SAME_DATA[1:]),
+        ]
+        for run in runs
+    ]
     return all(one == data[0] for one in data)
 
 
-# ------------------------------------------------------------------------------------------------- samples and pictures
+# ---- samples and pictures ----
 
 
 def before_and_after(run: Run) -> list[tuple[str, list[Sample]]]:
@@ -182,22 +260,37 @@ def at_the_end(runs: Sequence[Run]) -> list[tuple[str, list[Sample]]]:
 
 
 def side_by_side(titled: Sequence[tuple[str, list[Sample]]]) -> dict[str, Any]:
-    """Samples of the same prompts in one row: {titles, rows, left_out}, a row (prompt, text or None, ...)."""
+    """Samples of the same prompts in one row: {titles, rows, left_out}, a row (prompt, text or
+    None, ...).
+    """
     texts = [{s.prompt: s.text for s in samples} for _, samples in titled]
     prompts = list(dict.fromkeys(prompt for by_prompt in texts for prompt in by_prompt))
-    rows = [(prompt, *(by_prompt.get(prompt) for by_prompt in texts)) for prompt in prompts[:MAX_SAMPLES]]
-    return {"titles": [title for title, _ in titled], "rows": rows, "left_out": len(prompts) - len(rows)}
+    rows = [
+        (prompt, *(by_prompt.get(prompt) for by_prompt in texts))
+        for prompt in prompts[:MAX_SAMPLES]
+    ]
+    return {
+        "titles": [title for title, _ in titled],
+        "rows": rows,
+        "left_out": len(prompts) - len(rows),
+    }
 
 
 def pictures(run: Run) -> list[tuple[str, str, str]]:
-    """(title, data: address, alternative text) of the newest of each kind of picture that the run drew: `scores-800.png`."""
+    """(title, data: address, alternative text) of the newest of each kind of picture that the run
+    drew: `scores-800.png`.
+    """
     newest: dict[str, tuple[int, Path]] = {}
     for file in run.path.glob("*-*.png"):
         kind, _, number = file.stem.rpartition("-")
         if number.isdigit() and file.is_file():
             newest[kind] = max(newest.get(kind, (-1, file)), (int(number), file))
     return [
-        (kind, data_address(file.read_bytes()), f"{kind} after {step:,} training examples of {run.name}; {file.name} in the run")
+        (
+            kind,
+            data_address(file.read_bytes()),
+            f"{kind} after {step:,} training examples of {run.name}; {file.name} in the run",
+        )
         for kind, (step, file) in sorted(newest.items())
     ]
 

@@ -1,4 +1,6 @@
-"""Answers of one model or of several side by side: `python sample.py MODEL [MODEL ...]`. See docs/sampling.md."""
+"""Answers of one model or of several side by side: `python sample.py MODEL [MODEL ...]`. See
+docs/sampling.md.
+"""
 
 from __future__ import annotations
 
@@ -33,36 +35,98 @@ TYPES = {"top_k": int, "num_beams": int, "num_beam_groups": int}
 def parser() -> argparse.ArgumentParser:
     """The options. Those of a mode are there only if they were given."""
     p = Parser("Answers of one model or of several, side by side.")
-    p.add_argument("models", nargs="+", metavar="MODEL", help="name on the hub, folder, .gguf file, run, checkpoint or policy.pt")
+    p.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="name on the hub, folder, .gguf file, run, checkpoint or policy.pt",
+    )
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="a .jsonl, .json, .csv or .parquet file with a prompt a row")
-    source.add_argument("--dataset", metavar="NAME_OR_PATH", help="the prompts of a data set's test split")
-    source.add_argument("--language", choices=prompts.BUILT_IN, default="english", help="built-in prompts")
+    source.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a .jsonl, .json, .csv or .parquet file with a prompt a row",
+    )
+    source.add_argument(
+        "--dataset", metavar="NAME_OR_PATH", help="the prompts of a data set's test split"
+    )
+    source.add_argument(
+        "--language", choices=prompts.BUILT_IN, default="english", help="built-in prompts"
+    )
     source.add_argument("--chat", action="store_true", help="talk to one model at the terminal")
-    p.add_argument("--field", default="prompt", help="the field of --prompts: a string, or messages")
-    p.add_argument("--raw", action="store_true", help="strings of --prompts are read as they stand, not as a user's turn")
+    p.add_argument(
+        "--field", default="prompt", help="the field of --prompts: a string, or messages"
+    )
+    p.add_argument(
+        "--raw",
+        action="store_true",
+        help="strings of --prompts are read as they stand, not as a user's turn",
+    )
     p.add_argument("--split", choices=("train", "test"), default="test", help="of --dataset")
     p.add_argument("--dataset-path", metavar="PATH", help="a local copy of a named --dataset")
-    p.add_argument("--eval-share", type=share, default=0.1, help="test share of a --dataset without a test split")
-    p.add_argument("--n-prompts", type=positive, help="so many prompts, drawn with --seed; all if not given")
+    p.add_argument(
+        "--eval-share",
+        type=share,
+        default=0.1,
+        help="test share of a --dataset without a test split",
+    )
+    p.add_argument(
+        "--n-prompts", type=positive, help="so many prompts, drawn with --seed; all if not given"
+    )
     how = p.add_argument_group("decoding")
     how.add_argument("--mode", choices=MODES, default="sample", help="how answers are found")
     for name in FIELDS:
-        defaults = ", ".join(f"{mode} {takes[name]}" for mode, takes in MODES.items() if name in takes)
-        how.add_argument(flag(name), type=TYPES.get(name, float), default=argparse.SUPPRESS, metavar="N", help=f"of {defaults}")
+        defaults = ", ".join(
+            f"{mode} {takes[name]}" for mode, takes in MODES.items() if name in takes
+        )
+        how.add_argument(
+            flag(name),
+            type=TYPES.get(name, float),
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help=f"of {defaults}",
+        )
     how.add_argument("--n", type=positive, default=1, help="answers to each prompt")
     how.add_argument("--max-new-tokens", type=positive, default=128)
-    how.add_argument("--stop", action="append", default=[], metavar="STRING", help="end an answer here; may be given again")
+    how.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="STRING",
+        help="end an answer here; may be given again",
+    )
     how.add_argument("--seed", type=seed, default=0, help="of drawing answers, and prompts")
     p.add_argument("--batch-size", type=positive, default=8, help="prompts at once")
-    p.add_argument("--base", help="the model that a policy.pt without a config.yaml was trained from")
+    p.add_argument(
+        "--base", help="the model that a policy.pt without a config.yaml was trained from"
+    )
     p.add_argument("--tokenizer", help="another tokenizer than the model's own")
-    p.add_argument("--chat-template", metavar="hh|NAME|FILE", help="in place of the run's, or the tokenizer's")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    p.add_argument(
+        "--chat-template", metavar="hh|NAME|FILE", help="in place of the run's, or the tokenizer's"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights",
+    )
     p.add_argument("--device", help="cpu, cuda, cuda:1; the GPU if there is one")
-    p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write all answers, with what it takes to repeat them")
-    p.add_argument("--format", choices=("answers", "pairs"), default="answers",
-                   help="of --out: a line per prompt and model; or {instruction, output_1, output_2}, with --n 2")  # fmt: skip
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write all answers, with what it takes to repeat them",
+    )
+    p.add_argument(
+        "--format",
+        choices=("answers", "pairs"),
+        default="answers",
+        help=(
+            "of --out: a line per prompt and model; or {instruction, output_1, output_2}, with"
+            " --n 2"
+        ),
+    )
     p.add_argument("--show", type=not_negative, default=20, help="prompts to print, at most")
     return p
 
@@ -95,12 +159,17 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     """Raises UserError for numbers out of their range, and what `Decoding.checked` refuses."""
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-        "temperature": (lambda v: 1e-4 <= v < 1e4, "from 0.0001 to 10000; --mode greedy for the most probable"),
-        "top_k": (lambda v: v >= 0, "0 (all) or more"), "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
-        "num_beams": (lambda v: v >= 2, "at least 2"), "num_beam_groups": (lambda v: v >= 2, "at least 2"),
+        "temperature": (
+            lambda v: 1e-4 <= v < 1e4,
+            "from 0.0001 to 10000; --mode greedy for the most probable",
+        ),
+        "top_k": (lambda v: v >= 0, "0 (all) or more"),
+        "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
+        "num_beams": (lambda v: v >= 2, "at least 2"),
+        "num_beam_groups": (lambda v: v >= 2, "at least 2"),
         "diversity_penalty": (lambda v: 0 < v < 1e4, "above 0, and below 10000"),
         "penalty_alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-    }  # fmt: skip
+    }
     for name, value in given.items():
         fits, said = ranges[name]
         if not fits(value):
@@ -109,7 +178,9 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
         raise UserError("--top-k 0: contrastive search needs candidates; give 2 or more")
     if "" in options.stop:
         raise UserError("--stop '': an empty string is everywhere; give one that ends an answer")
-    return Decoding(options.mode, options.n, options.max_new_tokens, tuple(options.stop), **given).checked()
+    return Decoding(
+        options.mode, options.n, options.max_new_tokens, tuple(options.stop), **given
+    ).checked()
 
 
 def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
@@ -118,20 +189,28 @@ def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
         found: Any = prompts.of_file(options.prompts, options.field, options.raw)
     elif options.dataset:
         cache = str(get_local_dir([".cache"]))
-        found = prompts.of_dataset(options.dataset, options.split, options.dataset_path, options.eval_share, cache)
+        found = prompts.of_dataset(
+            options.dataset, options.split, options.dataset_path, options.eval_share, cache
+        )
     else:
         found = prompts.built_in(options.language)
     return prompts.some_of(found, options.n_prompts, options.seed)
 
 
 def opened(found: Found, device: str | None) -> Opened:
-    """Its generation config emptied, but for the tokens that end: hidden settings would make models answer in different ways.
-    UserError for a tokenizer without EOS."""
+    """Its generation config emptied, but for the tokens that end: hidden settings would make models
+    answer in different ways. UserError for a tokenizer without EOS.
+    """
     model = open_model(found, device)
     if model.tokenizer.eos_token_id is None:
-        raise UserError(f"{found.name}: its tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"{found.name}: its tokenizer has no EOS token; set eos_token in its"
+            " tokenizer_config.json"
+        )
     pad_within(model.model, model.tokenizer)
-    model.model.generation_config = GenerationConfig(eos_token_id=model.model.generation_config.eos_token_id)
+    model.model.generation_config = GenerationConfig(
+        eos_token_id=model.model.generation_config.eos_token_id
+    )
     return model
 
 
@@ -139,15 +218,19 @@ def longest_prompt(model: Opened, decoding: Decoding) -> int:
     """Tokens that a prompt may have. UserError if that is none."""
     context = (positions_of(model.model) or (2**20, ""))[0]
     if (room := context - int(decoding.max_new_tokens or 0)) < 2:
-        raise UserError(f"--max-new-tokens {decoding.max_new_tokens}: {model.found.name} reads {context} tokens with its prompt; "
-                        "take fewer")  # fmt: skip
+        raise UserError(
+            f"--max-new-tokens {decoding.max_new_tokens}: {model.found.name} reads {context} tokens"
+            " with its prompt; take fewer"
+        )
     return room
 
 
 def answered(
     found: Found, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], list[Answer]]]:  # fmt: skip
-    """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded now."""
+) -> Iterator[tuple[dict[str, Any], list[Answer]]]:
+    """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded
+    now.
+    """
     model = opened(found, options.device)
     template = template_of(found, options.chat_template, model.tokenizer)
     add_bos = bool(found.config.get("add_bos", True))
@@ -155,20 +238,53 @@ def answered(
     room = longest_prompt(model, decoding)
     tokens = [prompts.token_ids(text, model.tokenizer, add_bos, room) for text in texts]
     if n_cut := sum(cut for _, cut in tokens):
-        print(f"{found.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are read", file=sys.stderr)
-    if empty := [prompt.source for prompt, (ids, _) in zip(asked, tokens, strict=True) if not len(ids)]:
-        raise UserError(f"{empty[0]}: the prompt has no token, and {found.name} no BOS to begin with; write a prompt")
-    settings = decoding._asdict() | {
-        "seed": options.seed, "batch_size": options.batch_size, "dtype": options.dtype, "device": model.model.device.type,
-        "add_bos": add_bos, "chat_template": template or own_template(model.tokenizer),
-        "tokenizer": model.tokenizer.name_or_path, "eos_token_id": model.model.generation_config.eos_token_id,
-    } | {name: version(name) for name in ("torch", "transformers", "tokenizers")}  # fmt: skip
+        print(
+            f"{found.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are"
+            " read",
+            file=sys.stderr,
+        )
+    if empty := [
+        prompt.source for prompt, (ids, _) in zip(asked, tokens, strict=True) if not len(ids)
+    ]:
+        raise UserError(
+            f"{empty[0]}: the prompt has no token, and {found.name} no BOS to begin with; write a"
+            " prompt"
+        )
+    settings = (
+        decoding._asdict()
+        | {
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "dtype": options.dtype,
+            "device": model.model.device.type,
+            "add_bos": add_bos,
+            "chat_template": template or own_template(model.tokenizer),
+            "tokenizer": model.tokenizer.name_or_path,
+            "eos_token_id": model.model.generation_config.eos_token_id,
+        }
+        | {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    )
     archive = found.archive and str(found.archive.resolve())
-    about = {"model": found.name, "archive": archive, "weights": weights_digest(model.model), "settings": settings}
-    drawn = answers(model.model, model.tokenizer, [ids for ids, _ in tokens], decoding,
-                    batch_size=options.batch_size, seed=options.seed)  # fmt: skip
+    about = {
+        "model": found.name,
+        "archive": archive,
+        "weights": weights_digest(model.model),
+        "settings": settings,
+    }
+    drawn = answers(
+        model.model,
+        model.tokenizer,
+        [ids for ids, _ in tokens],
+        decoding,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
     for prompt, text, (_, cut), some in zip(asked, texts, tokens, drawn, strict=True):
-        yield {"prompt": prompt.text, "source": prompt.source, "rendered": text, "prompt_cut": cut} | about, some
+        yield (
+            {"prompt": prompt.text, "source": prompt.source, "rendered": text, "prompt_cut": cut}
+            | about,
+            some,
+        )
 
 
 def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]:
@@ -176,10 +292,21 @@ def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]
     if form == "pairs":
         asked = about["prompt"]
         plain = asked[0]["content"] if isinstance(asked, list) and len(asked) == 1 else asked
-        kept = {name: about[name] for name in ("prompt", "source", "model", "archive", "weights", "settings")}
+        kept = {
+            name: about[name]
+            for name in ("prompt", "source", "model", "archive", "weights", "settings")
+        }
         return {"instruction": plain, "output_1": some[0].text, "output_2": some[1].text} | kept
-    found = {"answers": [a.text for a in some], "n_tokens": [a.n_tokens for a in some], "ended": [a.ended for a in some]}
-    return {name: value for name, value in about.items() if name != "settings"} | found | {"settings": about["settings"]}
+    found = {
+        "answers": [a.text for a in some],
+        "n_tokens": [a.n_tokens for a in some],
+        "ended": [a.ended for a in some],
+    }
+    return (
+        {name: value for name, value in about.items() if name != "settings"}
+        | found
+        | {"settings": about["settings"]}
+    )
 
 
 def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str:
@@ -188,12 +315,21 @@ def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str
     blocks = []
     for i, of_prompt in enumerate(zip(*shown, strict=True), 1):
         asked = of_prompt[0][0]["prompt"]
-        text = asked if isinstance(asked, str) else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
-        lines = [f"==== {i} of {n}  {of_prompt[0][0]['source']} ".ljust(width, "="), *wrapped(text, width)]
+        text = (
+            asked
+            if isinstance(asked, str)
+            else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
+        )
+        lines = [
+            f"==== {i} of {n}  {of_prompt[0][0]['source']} ".ljust(width, "="),
+            *wrapped(text, width),
+        ]
         for about, some in of_prompt:
             for j, answer in enumerate(some, 1):
                 number = f" {j}/{len(some)}" if len(some) > 1 else ""
-                lines.append(f"---- {about['model']}{number} ({answer.n_tokens} tokens, {answer.ended})")
+                lines.append(
+                    f"---- {about['model']}{number} ({answer.n_tokens} tokens, {answer.ended})"
+                )
                 lines += wrapped(answer.text, width)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -201,8 +337,13 @@ def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str
 
 def wrapped(text: str, width: int) -> list[str]:
     """Lines of a terminal, without what would steer it."""
-    clean = ["".join(c if c.isprintable() else " " for c in part) for part in text.strip().splitlines()]
-    pieces = [textwrap.wrap(part, width - 2, initial_indent="  ", subsequent_indent="  ") or [""] for part in clean]
+    clean = [
+        "".join(c if c.isprintable() else " " for c in part) for part in text.strip().splitlines()
+    ]
+    pieces = [
+        textwrap.wrap(part, width - 2, initial_indent="  ", subsequent_indent="  ") or [""]
+        for part in clean
+    ]
     return [piece for some in pieces for piece in some]
 
 
@@ -213,7 +354,9 @@ def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
     add_bos = bool(found.config.get("add_bos", True))
     if (template or own_template(tokenizer)) == HH_TEMPLATE:
-        decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))  # or a model goes on and speaks for both
+        decoding = decoding._replace(
+            stop=(*decoding.stop, "\n\nHuman:")
+        )  # or a model goes on and speaks for both
     said: list[dict[str, str]] = []
     print(f"{found.name}; quit ends, clear forgets", flush=True)
     for turn in range(2**31):
@@ -236,30 +379,50 @@ def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
             print(f"(forgotten, for {room} tokens fit: {dropped // 2} of the oldest turns)")
         if cut:
             print(f"(too long: {room} tokens fit; the end of it is read)")
-        ((answer,),) = answers(model.model, tokenizer, [ids], decoding, batch_size=1, seed=options.seed + turn)
+        ((answer,),) = answers(
+            model.model, tokenizer, [ids], decoding, batch_size=1, seed=options.seed + turn
+        )
         said.append({"role": "assistant", "content": answer.text.strip()})
-        print("\n".join(wrapped(answer.text, min(shutil.get_terminal_size().columns, 120))), flush=True)
+        print(
+            "\n".join(wrapped(answer.text, min(shutil.get_terminal_size().columns, 120))),
+            flush=True,
+        )
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for options that would be ignored, or do not go together."""
-    ignored = [("field", "prompt", options.prompts, "--prompts"), ("raw", False, options.prompts, "--prompts"),
-               ("split", "test", options.dataset, "--dataset"), ("dataset_path", None, options.dataset, "--dataset"),
-               ("eval_share", 0.1, options.dataset, "--dataset"), ("format", "answers", options.out, "--out"),
-               ("out", None, not options.chat, "all but --chat"), ("n_prompts", None, not options.chat, "all but --chat"),
-               ("n", 1, not options.chat, "all but --chat")]  # fmt: skip
+    ignored = [
+        ("field", "prompt", options.prompts, "--prompts"),
+        ("raw", False, options.prompts, "--prompts"),
+        ("split", "test", options.dataset, "--dataset"),
+        ("dataset_path", None, options.dataset, "--dataset"),
+        ("eval_share", 0.1, options.dataset, "--dataset"),
+        ("format", "answers", options.out, "--out"),
+        ("out", None, not options.chat, "all but --chat"),
+        ("n_prompts", None, not options.chat, "all but --chat"),
+        ("n", 1, not options.chat, "all but --chat"),
+    ]
     for name, default, used, where in ignored:
         if getattr(options, name) != default and not used:
             raise UserError(f"{flag(name)} {getattr(options, name)}: is for {where}; leave it out")
     if options.dataset_path and Path(options.dataset).expanduser().exists():
-        raise UserError(f"--dataset-path {options.dataset_path}: is for named sets, and --dataset {options.dataset} is a path; "
-                        "leave it out")  # fmt: skip
+        raise UserError(
+            f"--dataset-path {options.dataset_path}: is for named sets, and --dataset"
+            f" {options.dataset} is a path; leave it out"
+        )
     if twice := [name for i, name in enumerate(options.models) if name in options.models[:i]]:
-        raise UserError(f"{twice[0]}: is given twice, and its answers could not be told apart; give it once, and --n for more")
+        raise UserError(
+            f"{twice[0]}: is given twice, and its answers could not be told apart; give it once,"
+            " and --n for more"
+        )
     if options.chat and len(options.models) > 1:
-        raise UserError(f"--chat: talks to one model, and {len(options.models)} are given; give one")
+        raise UserError(
+            f"--chat: talks to one model, and {len(options.models)} are given; give one"
+        )
     if options.format == "pairs" and (options.n != 2 or len(options.models) > 1):
-        raise UserError("--format pairs: needs --n 2 and one model, whose two answers make a line; give these")
+        raise UserError(
+            "--format pairs: needs --n 2 and one model, whose two answers make a line; give these"
+        )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -267,10 +430,14 @@ def main(options: argparse.Namespace) -> None:
     check(options)
     decoding = decoding_of(options)
     asked = [] if options.chat else prompts_of(options)
-    models = [find_model(name, options.base, options.tokenizer, options.dtype) for name in options.models]
+    models = [
+        find_model(name, options.base, options.tokenizer, options.dtype) for name in options.models
+    ]
     for found in models:
         if found.scalar:
-            raise UserError(f"{found.name}: a reward model, which scores and does not answer; give a policy")
+            raise UserError(
+                f"{found.name}: a reward model, which scores and does not answer; give a policy"
+            )
     if options.chat:
         return chat(models[0], decoding, options)
     shown: list[list[tuple[dict[str, Any], list[Answer]]]] = [[] for _ in models]
@@ -280,7 +447,9 @@ def main(options: argparse.Namespace) -> None:
                 if len(kept) < options.show:
                     kept.append((about, some))
                 if file:
-                    file.write(json.dumps(line(about, some, options.format), ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps(line(about, some, options.format), ensure_ascii=False) + "\n"
+                    )
     print(table(shown, len(asked)))
     if (more := len(asked) - options.show) > 0:
         print(f"\n{more} more prompts are not shown (--show {options.show})")

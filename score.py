@@ -1,7 +1,7 @@
 """Scores of answers: `python score.py pairs | answers | winrate | split`, see docs/scoring.md.
 
-A SCORER is a reward model (a run, its policy.pt, a Hugging Face sequence-classification model), or a policy whose reference is
-known: a run of DPO, or any policy with --reference and --beta.
+A SCORER is a reward model (a run, its policy.pt, a Hugging Face sequence-classification model), or
+a policy whose reference is known: a run of DPO, or any policy with --reference and --beta.
 """
 
 from __future__ import annotations
@@ -31,12 +31,30 @@ from plumb.scoring.intervals import Interval, calibration, length_buckets, wilso
 from plumb.scoring.judges import Endpoint, Verdicts
 from plumb.scoring.sample_files import read_answers, read_ranked
 from plumb.scoring.scorers import Scored, Scorer, knobs_of, load_scorer
-from plumb.scoring.winrates import Duel, Judged, WinRate, by_endpoint, by_points, duels, read_policies, win_rate
+from plumb.scoring.winrates import (
+    Duel,
+    Judged,
+    WinRate,
+    by_endpoint,
+    by_points,
+    duels,
+    read_policies,
+    win_rate,
+)
 from plumb.settings import cli
 from plumb.settings.cli import Parser, write_jsonl
 
 KNOBS = ("max_length", "max_prompt_length", "chat_template", "eval_share")
-OF_SCORERS = ("reference", "beta", "base", "tokenizer", "dtype", "device", "tokens_per_microbatch", *KNOBS)
+OF_SCORERS = (
+    "reference",
+    "beta",
+    "base",
+    "tokenizer",
+    "dtype",
+    "device",
+    "tokens_per_microbatch",
+    *KNOBS,
+)
 OF_ENDPOINTS = ("judge_model", "judge_template", "key_env", "verdicts", "parallel", "timeout")
 
 
@@ -51,13 +69,39 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument("scorer", metavar="SCORER")
     q.add_argument("data", nargs="+", metavar="DATA", help="data sets: names, files, folders")
     q.add_argument("--split", choices=("train", "test"), default="test")
-    q.add_argument("--n-examples", type=_count, metavar="N", help="of each data set, in a seeded order; all by default")
-    q.add_argument("--dataset-path", type=_assignment, action="append", default=[], metavar="NAME=PATH", help="a local copy")
-    q.add_argument("--field", type=_assignment, action="append", default=[], metavar="OURS=THEIRS", help="field of an own file")
-    q.add_argument("--eval-share", type=float, metavar="S", help="share held out where a file has no test split")
+    q.add_argument(
+        "--n-examples",
+        type=_count,
+        metavar="N",
+        help="of each data set, in a seeded order; all by default",
+    )
+    q.add_argument(
+        "--dataset-path",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a local copy",
+    )
+    q.add_argument(
+        "--field",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="field of an own file",
+    )
+    q.add_argument(
+        "--eval-share",
+        type=float,
+        metavar="S",
+        help="share held out where a file has no test split",
+    )
     q.add_argument("--out", type=Path, metavar="FILE", help="the pairs with their scores, as JSONL")
     q.add_argument("--json", type=Path, metavar="FILE", help="the figures")
-    q.add_argument("--plots", type=Path, metavar="DIR", help="histogram of the scores and calibration, as PNG")
+    q.add_argument(
+        "--plots", type=Path, metavar="DIR", help="histogram of the scores and calibration, as PNG"
+    )
     _scorer_options(q)
 
     q = add("answers", "scores added to a file of prompts and answers")
@@ -69,10 +113,16 @@ def parser() -> argparse.ArgumentParser:
 
     q = add("winrate", "win rates of policies against a baseline, by their samples")
     q.set_defaults(main=winrate)
-    q.add_argument("file", nargs="+", type=Path, metavar="FILE", help="samples, of sample.py for instance")
+    q.add_argument(
+        "file", nargs="+", type=Path, metavar="FILE", help="samples, of sample.py for instance"
+    )
     q.add_argument("--baseline", required=True, metavar="MODEL_OR_FILE")
-    q.add_argument("--judge", required=True, metavar="SCORER | rule:... | URL",
-                   help="rule:longer, rule:shorter, rule:contains=TEXT; http://host:port/v1")  # fmt: skip
+    q.add_argument(
+        "--judge",
+        required=True,
+        metavar="SCORER | rule:... | URL",
+        help="rule:longer, rule:shorter, rule:contains=TEXT; http://host:port/v1",
+    )
     q.add_argument("--seed", type=_whole, default=0, help="of the bootstrap")
     q.add_argument("--out", type=Path, metavar="FILE", help="every comparison, as JSONL")
     q.add_argument("--json", type=Path, metavar="FILE", help="the figures")
@@ -82,33 +132,60 @@ def parser() -> argparse.ArgumentParser:
     q = add("split", "scored pairs, or samples, as an easy and a hard data set")
     q.set_defaults(main=split)
     q.add_argument("file", type=Path, metavar="FILE", help="of score.py pairs or answers")
-    q.add_argument("--threshold", type=float, default=1.0, metavar="T", help="easy: a margin of T or more")
+    q.add_argument(
+        "--threshold", type=float, default=1.0, metavar="T", help="easy: a margin of T or more"
+    )
     q.add_argument("--easy", type=Path, required=True, metavar="FILE")
     q.add_argument("--hard", type=Path, required=True, metavar="FILE")
-    q.add_argument("--sort", action="store_true", help="the largest margin first, else the file's order")
+    q.add_argument(
+        "--sort", action="store_true", help="the largest margin first, else the file's order"
+    )
     return p
 
 
 def _scorer_options(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("the scorer", "what is not given is as its run's config.yaml says, or config/config.yaml")
-    g.add_argument("--reference", metavar="MODEL", help="of an implicit reward; else what its run started from")
+    g = p.add_argument_group(
+        "the scorer", "what is not given is as its run's config.yaml says, or config/config.yaml"
+    )
+    g.add_argument(
+        "--reference", metavar="MODEL", help="of an implicit reward; else what its run started from"
+    )
     g.add_argument("--beta", type=float, help="of an implicit reward; else its run's")
-    g.add_argument("--base", metavar="MODEL", help="what a policy.pt without a config.yaml was trained from")
+    g.add_argument(
+        "--base", metavar="MODEL", help="what a policy.pt without a config.yaml was trained from"
+    )
     g.add_argument("--tokenizer", metavar="NAME", help="in place of the model's own")
-    g.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights; else float32")
+    g.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of the weights; else float32",
+    )
     g.add_argument("--device", help="cpu, cuda, cuda:1; else the GPU if there is one")
     g.add_argument("--max-length", type=_count, metavar="N", help="tokens of prompt + response")
-    g.add_argument("--max-prompt-length", type=_count, metavar="N", help="tokens of a prompt that does not fit")
-    g.add_argument("--chat-template", metavar="hh | NAME | FILE", help="for messages; else the tokenizer's")
+    g.add_argument(
+        "--max-prompt-length", type=_count, metavar="N", help="tokens of a prompt that does not fit"
+    )
+    g.add_argument(
+        "--chat-template", metavar="hh | NAME | FILE", help="for messages; else the tokenizer's"
+    )
     g.add_argument("--tokens-per-microbatch", type=_count, metavar="N", help="else 8192")
 
 
 def _endpoint_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("a judge behind a URL")
     g.add_argument("--judge-model", metavar="NAME", help="as the server calls it")
-    g.add_argument("--judge-template", metavar="hh | tldr | tldr_concise | FILE", help="its prompt; else hh")
-    g.add_argument("--key-env", metavar="VARIABLE", help="the environment variable that holds its key")
-    g.add_argument("--verdicts", type=Path, metavar="FILE", help="what it said, to be read again; else .cache/verdicts.jsonl")
+    g.add_argument(
+        "--judge-template", metavar="hh | tldr | tldr_concise | FILE", help="its prompt; else hh"
+    )
+    g.add_argument(
+        "--key-env", metavar="VARIABLE", help="the environment variable that holds its key"
+    )
+    g.add_argument(
+        "--verdicts",
+        type=Path,
+        metavar="FILE",
+        help="what it said, to be read again; else .cache/verdicts.jsonl",
+    )
     g.add_argument("--parallel", type=_count, metavar="N", help="questions at a time; else 4")
     g.add_argument("--timeout", type=_seconds, metavar="SECS", help="for one reply; else 60")
 
@@ -139,14 +216,18 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def found_by(options: argparse.Namespace, name: str) -> tuple[Found, DictConfig]:
-    """A scorer as the options say, not loaded yet, so that data can be read first; and its knobs."""
+    """A scorer as the options say, not loaded yet, so that data can be read first; and its
+    knobs.
+    """
     found = find_model(name, options.base, options.tokenizer, options.dtype)
     return found, knobs_of(found, {knob: getattr(options, knob, None) for knob in KNOBS})
 
 
 def loaded(options: argparse.Namespace, found: Found, config: DictConfig) -> Scorer:
     budget = options.tokens_per_microbatch or 8192
-    return load_scorer(found, config, options.reference, options.beta, device=options.device, budget=budget)
+    return load_scorer(
+        found, config, options.reference, options.beta, device=options.device, budget=budget
+    )
 
 
 # ---- pairs ----
@@ -157,37 +238,65 @@ def pairs(options: argparse.Namespace) -> None:
     wanted = list(dict.fromkeys(map(resolve, options.data)))
     for name, path in options.dataset_path:
         if resolve(name) not in wanted or resolve(name) not in LOADERS:
-            raise UserError(f"--dataset-path={name}={path}: is for a named set among DATA; leave it out")
+            raise UserError(
+                f"--dataset-path={name}={path}: is for a named set among DATA; leave it out"
+            )
     found, config = found_by(options, options.scorer)
     data = [(name, *read_pairs(config, name, options)) for name in wanted]
     scorer = loaded(options, found, config)
     names, rows, parts = list[str](), list[Row](), list[Scored]()
     for name, some, keep in data:
         scored = scorer.score(some, keep)
-        kept = ~scored.same if config.data_rules.identical_after_truncation == "drop" else np.ones(len(some), bool)
-        print(f"{name}: {int(kept.sum()):,} pairs, {int((~kept).sum()):,} left out as identical, {int(scored.cut.sum()):,} cut")
+        kept = (
+            ~scored.same
+            if config.data_rules.identical_after_truncation == "drop"
+            else np.ones(len(some), bool)
+        )
+        print(
+            f"{name}: {int(kept.sum()):,} pairs, {int((~kept).sum()):,} left out as identical,"
+            f" {int(scored.cut.sum()):,} cut"
+        )
         names += [name] * int(kept.sum())
         rows += [row for row, k in zip(some, kept, strict=True) if k]
         parts.append(Scored(*(x[kept] for x in scored)))
     scored = Scored(*map(np.concatenate, zip(*parts, strict=True)))
     if not rows:
         raise UserError(f"{' '.join(options.data)}: no pair is left; see --split and --eval-share")
-    figures = {name: figures_of(scored, mask) for name, mask in groups(names, scored.tokens).items()}
+    figures = {
+        name: figures_of(scored, mask) for name, mask in groups(names, scored.tokens).items()
+    }
     print(table_of(figures))
     if options.out:
-        print(f"{write_jsonl(options.out, map(_scored_pair, names, rows, scored.scores)):,} pairs in {options.out}")
+        print(
+            f"{write_jsonl(options.out, map(_scored_pair, names, rows, scored.scores)):,} pairs in"
+            f" {options.out}"
+        )
     if options.json:
-        _write_json(options.json, {"scorer": options.scorer, "data": options.data, "split": options.split, "figures": figures})
+        _write_json(
+            options.json,
+            {
+                "scorer": options.scorer,
+                "data": options.data,
+                "split": options.split,
+                "figures": figures,
+            },
+        )
     if options.plots:
         draw(scored, options.plots, options.scorer)
 
 
 def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
     """The pairs of a data set, a row each, and which end of its long prompts survives."""
-    paths = plain(config.dataset_paths) | {resolve(given): path for given, path in options.dataset_path}
-    known = name in (config.get("datasets") or [])  # the run's own files are read as the run read them
+    paths = plain(config.dataset_paths) | {
+        resolve(given): path for given, path in options.dataset_path
+    }
+    known = name in (
+        config.get("datasets") or []
+    )  # the run's own files are read as the run read them
     fields = dict(options.field) or (plain(config.field_map) if known else None)
-    roles, splits = (plain(config.get(knob)) if known else None for knob in ("role_map", "split_names"))
+    roles, splits = (
+        plain(config.get(knob)) if known else None for knob in ("role_map", "split_names")
+    )
     bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if known else "stop"
     reading = Reading(roles, splits, bad_row, pairs=True)
     cache_dir = str(get_local_dir(config.local_dirs))
@@ -203,23 +312,39 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
     )
     every = ((row, row.responses[i], row.responses[j]) for row in data.rows for i, j in row.pairs)
     rows = [
-        Row(row.prompt, [chosen, rejected], [(0, 1)], None, row.source, more=row.more) for row, chosen, rejected in every
+        Row(row.prompt, [chosen, rejected], [(0, 1)], None, row.source, more=row.more)
+        for row, chosen, rejected in every
     ]
     print(data.form)
     if not rows:
-        raise UserError(f"{name}: no pairs (chosen and rejected) in its {options.split} split; see --split and --eval-share")
-    order = Schedule(len(rows), batch_size=1, n_epochs=1, n_examples=options.n_examples, shuffle=True, seed=config.seed)
+        raise UserError(
+            f"{name}: no pairs (chosen and rejected) in its {options.split} split; see --split and"
+            " --eval-share"
+        )
+    order = Schedule(
+        len(rows),
+        batch_size=1,
+        n_epochs=1,
+        n_examples=options.n_examples,
+        shuffle=True,
+        seed=config.seed,
+    )
     chosen = sorted(order.order(0)[: order.n_examples].tolist())
     return [rows[i] for i in chosen], config.truncation_mode or data.truncation
 
 
 def groups(names: Sequence[str], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """All pairs; each data set, if there are several; and by the length of the longer response.  name -> mask [n]"""
+    """All pairs; each data set, if there are several; and by the length of the longer response.
+    name -> mask [n]
+    """
     found = {"all": np.ones(len(names), bool)}
     if len(set(names)) > 1:
         found |= {name: np.array(names) == name for name in dict.fromkeys(names)}
     buckets = length_buckets(tokens.max(1))
-    return found | {str(b): buckets == b for b in sorted(set(buckets), key=lambda b: int(b.split()[1].split("-")[0]))}
+    return found | {
+        str(b): buckets == b
+        for b in sorted(set(buckets), key=lambda b: int(b.split()[1].split("-")[0]))
+    }
 
 
 def figures_of(scored: Scored, mask: np.ndarray) -> dict[str, float]:
@@ -229,41 +354,87 @@ def figures_of(scored: Scored, mask: np.ndarray) -> dict[str, float]:
     accuracy, longer = (wilson(int((x[:, 0] > x[:, 1]).sum()), n) for x in (scores, tokens))
     margins = chosen - rejected
     return {
-        "pairs": n, "accuracy": accuracy.value, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high,
-        "ties": int((margins == 0).sum()), "longer_accuracy": longer.value, "longer_low": longer.low, "longer_high": longer.high,
-        "longer_ties": int((tokens[:, 0] == tokens[:, 1]).sum()), "chosen_score": float(chosen.mean()),
-        "rejected_score": float(rejected.mean()), "margin": float(margins.mean()), "margin_spread": float(margins.std()),
-        "score_spread": float(scores.std()), "calibration_error": calibration(margins).error,
-    }  # fmt: skip
+        "pairs": n,
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "ties": int((margins == 0).sum()),
+        "longer_accuracy": longer.value,
+        "longer_low": longer.low,
+        "longer_high": longer.high,
+        "longer_ties": int((tokens[:, 0] == tokens[:, 1]).sum()),
+        "chosen_score": float(chosen.mean()),
+        "rejected_score": float(rejected.mean()),
+        "margin": float(margins.mean()),
+        "margin_spread": float(margins.std()),
+        "score_spread": float(scores.std()),
+        "calibration_error": calibration(margins).error,
+    }
 
 
 def table_of(figures: dict[str, dict[str, float]]) -> str:
     """For the terminal."""
-    rows = [["", "pairs", "accuracy [95 %]", "ties", "longer wins [95 %]", "ties", "chosen", "rejected", "margin", "spread",
-             "cal. error"]]  # fmt: skip
+    rows = [
+        [
+            "",
+            "pairs",
+            "accuracy [95 %]",
+            "ties",
+            "longer wins [95 %]",
+            "ties",
+            "chosen",
+            "rejected",
+            "margin",
+            "spread",
+            "cal. error",
+        ]
+    ]
     interval = lambda *three: str(Interval(*three))
     for name, f in figures.items():
-        rows.append([
-            name, f"{f['pairs']:,}", interval(f["accuracy"], f["accuracy_low"], f["accuracy_high"]), f"{f['ties']:,}",
-            interval(f["longer_accuracy"], f["longer_low"], f["longer_high"]), f"{f['longer_ties']:,}",
-            *(f"{f[key]:.3f}" for key in ("chosen_score", "rejected_score", "margin", "score_spread", "calibration_error")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{f['pairs']:,}",
+                interval(f["accuracy"], f["accuracy_low"], f["accuracy_high"]),
+                f"{f['ties']:,}",
+                interval(f["longer_accuracy"], f["longer_low"], f["longer_high"]),
+                f"{f['longer_ties']:,}",
+                *(
+                    f"{f[key]:.3f}"
+                    for key in (
+                        "chosen_score",
+                        "rejected_score",
+                        "margin",
+                        "score_spread",
+                        "calibration_error",
+                    )
+                ),
+            ]
+        )
     return aligned(rows)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns, the first to the left."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = lambda row: "  ".join([f"{row[0]:<{first}}", *(f"{x:>{w}}" for x, w in zip(row[1:], others, strict=True))])
+    line = lambda row: "  ".join(
+        [f"{row[0]:<{first}}", *(f"{x:>{w}}" for x, w in zip(row[1:], others, strict=True))]
+    )
     return "\n".join(map(line, rows))
 
 
 def _scored_pair(name: str, row: Row, scores: np.ndarray) -> dict[str, Any]:
     chosen, rejected = row.responses
     return {
-        "prompt": row.prompt, "chosen": chosen, "rejected": rejected, "chosen_score": float(scores[0]),
-        "rejected_score": float(scores[1]), "margin": float(scores[0] - scores[1]), "data": name, "source": row.source,
-    }  # fmt: skip
+        "prompt": row.prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_score": float(scores[0]),
+        "rejected_score": float(scores[1]),
+        "margin": float(scores[0] - scores[1]),
+        "data": name,
+        "source": row.source,
+    }
 
 
 def draw(scored: Scored, folder: Path, title: str) -> None:
@@ -273,13 +444,17 @@ def draw(scored: Scored, folder: Path, title: str) -> None:
         draw_scores(chosen, rejected, folder / "scores.png", title)
         draw_calibration(chosen, rejected, folder / "calibration.png", title)
     except OSError as error:  # a full disk
-        raise UserError(f"--plots={folder}: cannot be written ({error.strerror}); give another place") from None
+        raise UserError(
+            f"--plots={folder}: cannot be written ({error.strerror}); give another place"
+        ) from None
     print(f"scores.png and calibration.png in {folder}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with new_file(path, "--json") as file:
-        known = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)  # JSON has no NaN
+        known = json.loads(
+            json.dumps(content, default=str), parse_constant=lambda _: None
+        )  # JSON has no NaN
         file.write(json.dumps(known, indent=2) + "\n")
 
 
@@ -288,7 +463,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def keep_end(rows: Iterable[Row]) -> str:
     """A dialogue's end survives, of another text the start, as in training."""
-    return "keep_end" if any(isinstance(r.prompt, list) or r.prompt.endswith("\n\nAssistant:") for r in rows) else "keep_start"
+    return (
+        "keep_end"
+        if any(isinstance(r.prompt, list) or r.prompt.endswith("\n\nAssistant:") for r in rows)
+        else "keep_start"
+    )
 
 
 def answers(options: argparse.Namespace) -> None:
@@ -296,12 +475,21 @@ def answers(options: argparse.Namespace) -> None:
     lines = list(read_answers(options.file))
     rows = [row for line in lines for row in line.rows()]
     found, config = found_by(options, options.scorer)
-    scores = loaded(options, found, config).score(rows, config.truncation_mode or keep_end(rows)).scores[:, 0]
+    scores = (
+        loaded(options, found, config)
+        .score(rows, config.truncation_mode or keep_end(rows))
+        .scores[:, 0]
+    )
     ends = np.cumsum([len(line.answers) for line in lines])
     parts = np.split(scores, ends[:-1])
-    write_jsonl(options.out, (line.with_scores(part.tolist()) for line, part in zip(lines, parts, strict=True)))
-    print(f"{len(rows):,} answers to {len({line.key for line in lines}):,} prompts, mean score {scores.mean():.3f}, "
-          f"spread {scores.std():.3f}, in {options.out}")  # fmt: skip
+    write_jsonl(
+        options.out,
+        (line.with_scores(part.tolist()) for line, part in zip(lines, parts, strict=True)),
+    )
+    print(
+        f"{len(rows):,} answers to {len({line.key for line in lines}):,} prompts, mean score"
+        f" {scores.mean():.3f}, spread {scores.std():.3f}, in {options.out}"
+    )
 
 
 def winrate(options: argparse.Namespace) -> None:
@@ -310,7 +498,10 @@ def winrate(options: argparse.Namespace) -> None:
     ignored = OF_SCORERS if is_url or options.judge.startswith("rule:") else ()
     for option in (*ignored, *(() if is_url else OF_ENDPOINTS)):
         if getattr(options, option, None) is not None:
-            raise UserError(f"--{option.replace('_', '-')}: --judge={options.judge} has no use for it; leave it out")
+            raise UserError(
+                f"--{option.replace('_', '-')}: --judge={options.judge} has no use for it; leave"
+                " it out"
+            )
     policies, baseline = read_policies(options.file, options.baseline)
     judge = judge_of(options)
     found, lines = [], list[dict[str, Any]]()
@@ -319,12 +510,17 @@ def winrate(options: argparse.Namespace) -> None:
             continue
         some = duels(theirs, policies[baseline])
         if not some:
-            raise UserError(f"{name}: no prompt in common with {baseline}; sample both with the same prompts")
+            raise UserError(
+                f"{name}: no prompt in common with {baseline}; sample both with the same prompts"
+            )
         judged = judge(some)
         found.append(win_rate(name, some, judged, options.seed))
         alone = len(theirs.keys() ^ policies[baseline].keys())
         if alone:
-            print(f"note: {alone} prompts that only {name} or only {baseline} has answers to are left out")
+            print(
+                f"note: {alone} prompts that only {name} or only {baseline} has answers to are"
+                " left out"
+            )
         for duel, points, details in zip(some, judged.points.tolist(), judged.details, strict=True):
             about = {"prompt": duel.asked.prompt, "model": name, "baseline": baseline}
             two = {"answer": duel.answer, "baseline_answer": duel.baseline}
@@ -334,15 +530,37 @@ def winrate(options: argparse.Namespace) -> None:
         write_jsonl(options.out, lines)
     if options.json:
         figures = {w.policy: w._asdict() | w.rate._asdict() for w in found}
-        _write_json(options.json, {"judge": options.judge, "baseline": baseline, "win_rates": figures})
+        _write_json(
+            options.json, {"judge": options.judge, "baseline": baseline, "win_rates": figures}
+        )
 
 
 def win_table(found: Sequence[WinRate], baseline: str) -> str:
     """For the terminal."""
-    rows = [[f"against {baseline}", "prompts", "answers", "wins", "ties", "losses", "win rate [95 %]", "by order", "no verdict"]]
+    rows = [
+        [
+            f"against {baseline}",
+            "prompts",
+            "answers",
+            "wins",
+            "ties",
+            "losses",
+            "win rate [95 %]",
+            "by order",
+            "no verdict",
+        ]
+    ]
     for w in found:
         counts = [f"{x:,}" for x in (w.n_prompts, w.n, w.wins, w.ties, w.losses)]
-        rows.append([w.policy, *counts, str(w.rate), "-" if w.swayed is None else f"{w.swayed:.3f}", f"{w.n_unsaid:,}"])
+        rows.append(
+            [
+                w.policy,
+                *counts,
+                str(w.rate),
+                "-" if w.swayed is None else f"{w.swayed:.3f}",
+                f"{w.n_unsaid:,}",
+            ]
+        )
     return aligned(rows)
 
 
@@ -356,10 +574,14 @@ def judge_of(options: argparse.Namespace):
         if not options.judge_model:
             raise UserError(f"--judge={spec}: which of its models? give --judge-model NAME")
         endpoint = Endpoint(
-            spec, options.judge_model, judges.read_template(options.judge_template or "hh"),
-            Verdicts(options.verdicts or Path(".cache/verdicts.jsonl")), judges.key_from(options.key_env),
-            options.parallel or 4, options.timeout or 60.0,
-        )  # fmt: skip
+            spec,
+            options.judge_model,
+            judges.read_template(options.judge_template or "hh"),
+            Verdicts(options.verdicts or Path(".cache/verdicts.jsonl")),
+            judges.key_from(options.key_env),
+            options.parallel or 4,
+            options.timeout or 60.0,
+        )
         return lambda some: by_endpoint(some, endpoint)
     found, config = found_by(options, spec)
     scorer = loaded(options, found, config)
@@ -367,7 +589,9 @@ def judge_of(options: argparse.Namespace):
     def judged(some: Sequence[Duel]) -> Judged:
         def points_of(asked):
             rows = [row for a in asked for row in a.rows()]
-            return scorer.score(rows, config.truncation_mode or keep_end(rows)).scores[:, 0].tolist()
+            return (
+                scorer.score(rows, config.truncation_mode or keep_end(rows)).scores[:, 0].tolist()
+            )
 
         return by_points(some, points_of)
 
@@ -377,30 +601,50 @@ def judge_of(options: argparse.Namespace):
 def split(options: argparse.Namespace) -> None:
     """The command `split`."""
     if not options.threshold > 0:
-        raise UserError(f"--threshold={options.threshold}: must be above 0; a margin is the better score less the worse one")
+        raise UserError(
+            f"--threshold={options.threshold}: must be above 0; a margin is the better score less"
+            " the worse one"
+        )
     ranked = list(read_ranked(options.file))
     if options.sort:
         ranked.sort(key=lambda r: -r.margin)
     n = {"easy": 0, "hard": 0, "ties": 0}
     with ExitStack() as stack:
-        files = {name: stack.enter_context(new_file(getattr(options, name), f"--{name}")) for name in ("easy", "hard")}
+        files = {
+            name: stack.enter_context(new_file(getattr(options, name), f"--{name}"))
+            for name in ("easy", "hard")
+        }
         for row, margin in ranked:
             name = "ties" if margin == 0 else "easy" if margin >= options.threshold else "hard"
             n[name] += 1
             if name in files:
                 files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{n['easy']:,} easy in {options.easy}, {n['hard']:,} hard in {options.hard}; left out: {n['ties']:,} ties")
+    print(
+        f"{n['easy']:,} easy in {options.easy}, {n['hard']:,} hard in {options.hard}; left out:"
+        f" {n['ties']:,} ties"
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     """The command that was named."""
-    read = [] if options.main in (pairs, answers) else [options.file] if options.main is split else options.file
-    taken = [path.resolve() for path in read]  # scores may be added in place; anything else would lose what was read
+    read = (
+        []
+        if options.main in (pairs, answers)
+        else [options.file]
+        if options.main is split
+        else options.file
+    )
+    taken = [
+        path.resolve() for path in read
+    ]  # scores may be added in place; anything else would lose what was read
     for name in ("out", "json", "easy", "hard", "plots"):
         if (path := getattr(options, name, None)) is not None:
             check_place(path, f"--{name}", folder=name == "plots")
             if path.resolve() in taken:
-                raise UserError(f"--{name}={path}: is read, or written by another option, too; give another place")
+                raise UserError(
+                    f"--{name}={path}: is read, or written by another option, too; give another"
+                    " place"
+                )
             taken.append(path.resolve())
     options.main(options)
 
@@ -413,7 +657,9 @@ def check_place(path: Path, option: str, folder: bool) -> None:
     except OSError as error:
         problem = str(error.strerror)
     if problem or not os.access(path if folder else path.parent, os.W_OK):
-        raise UserError(f"{option}={path}: cannot be written ({problem or 'no permission'}); give another place")
+        raise UserError(
+            f"{option}={path}: cannot be written ({problem or 'no permission'}); give another place"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Train a policy: `python train.py exp_name=... model=... datasets=[...] loss=...`; every knob is in config/.
+"""Train a policy: `python train.py exp_name=... model=... datasets=[...] loss=...`; every knob is
+in config/.
 
-validate -> tokenizer and data -> policy and reference -> trainer -> train -> save. What goes wrong through the user's
-hands ends in one line and exit code 2.
+validate -> tokenizer and data -> policy and reference -> trainer -> train -> save. What goes wrong
+through the user's hands ends in one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would print, and `main` says it in one line
+os.environ.setdefault(
+    "HYDRA_FULL_ERROR", "1"
+)  # Hydra then raises what it would print, and `main` says it in one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Threads that spin while they wait make a CPU run ten times slower as soon as something else wants a core.
+# Threads that spin while they wait make a CPU run ten times slower as soon as something else wants
+# a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
@@ -63,14 +67,17 @@ from plumb.training.metrics import TrainingLog, make_sinks
 from plumb.training.optimizers import make_schedule
 from utils import environment, get_local_run_dir, peak_memory_gb
 
-OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver(
+    "get_local_run_dir", get_local_run_dir, use_cache=True, replace=True
+)
 OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
-    """Validate, then train in this process or in several. What ends a run early is said in one line, by its exit code, and in
-    status.json."""
+    """Validate, then train in this process or in several. What ends a run early is said in one
+    line, by its exit code, and in status.json.
+    """
     run_dir = None
     launch.begin()
     try:
@@ -81,14 +88,24 @@ def run(config: DictConfig) -> None:
         config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
         run_dir = Path(config.local_run_dir)
-        if config.model.archive:  # the run's record then says which policy.pt a pattern or LATEST meant
+        if (
+            config.model.archive
+        ):  # the run's record then says which policy.pt a pattern or LATEST meant
             config.model.archive = str(resolve_archive(config.model.archive).resolve())
         if config.trainer == "BasicTrainer":
             train(config)
         else:
             patience = timedelta(minutes=config.timeout_minutes)
-            launch.launch(train, (config,), n_cpu_processes=config.n_cpu_processes, port=config.fsdp_port, timeout=patience)
-    except UserError as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
+            launch.launch(
+                train,
+                (config,),
+                n_cpu_processes=config.n_cpu_processes,
+                port=config.fsdp_port,
+                timeout=patience,
+            )
+    except (
+        UserError
+    ) as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
         sys.exit(end(run_dir, "failed", error.exit_code, f"error: {error}"))
     except launch.Stopped as stopped:
         sys.exit(end(run_dir, "stopped", stopped.code, str(stopped)))
@@ -96,7 +113,9 @@ def run(config: DictConfig) -> None:
         sys.exit(fail(in_one_line(error), 2))
     except (Exception, SystemExit):
         if run_dir is not None:
-            directory.write_status(run_dir, "failed", 1, "a mistake of ours; its traceback is on the console")
+            directory.write_status(
+                run_dir, "failed", 1, "a mistake of ours; its traceback is on the console"
+            )
         raise
 
 
@@ -105,7 +124,9 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     text = said(text)
     if run_dir is not None:
         directory.write_status(run_dir, state, code, text.removeprefix("error: "))
-    if under_torchrun() and rank() != 0:  # every rank met the same mistake; but a rank that ends takes the others with it
+    if (
+        under_torchrun() and rank() != 0
+    ):  # every rank met the same mistake; but a rank that ends takes the others with it
         launch.end_quietly()
         time.sleep(5)
     print(text, file=sys.stderr)
@@ -122,12 +143,24 @@ def train(config: DictConfig) -> None:
         found = collectives.from_rank0(partial(checkpoints.newest, run_dir))
         changed: list[str] = []
         if found is not None:
-            before, now = ({"settings": x} for x in (found.manifest.recipe["settings"], directory.settings(config)))
+            before, now = (
+                {"settings": x}
+                for x in (found.manifest.recipe["settings"], directory.settings(config))
+            )
             changed = directory.compare(run_dir, before, now, config.resume_allow)
         if found is not None and found.manifest.finished and not changed:
-            settle = partial(checkpoints.settle, run_dir, found.path.name, config.keep_checkpoints, config.keep_best)
+            settle = partial(
+                checkpoints.settle,
+                run_dir,
+                found.path.name,
+                config.keep_checkpoints,
+                config.keep_best,
+            )
             collectives.from_rank0(settle)  # which a kill may have prevented
-            rank0_print(f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run: resume=never")
+            rank0_print(
+                f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run:"
+                " resume=never"
+            )
             report(found.manifest.step, found.manifest.examples)
         else:
             train_from(config, owner, found)
@@ -153,25 +186,41 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
     if loss.needs_margins:
         check_margins(train_examples, eval_examples)
     layout = trainers.TRAINERS[config.trainer].make_layout(config)
-    several_gpus = config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
+    several_gpus = (
+        config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
+    )
     device_map = "balanced" if several_gpus else None
     policy = load_policy(config, device_map, layout, scalar=loss.reads == "scores")
     dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
     highest = max(train_examples.highest_id(), eval_examples.highest_id())
-    check_vocabulary(policy, tokenizer, highest, config.model.name_or_path, chain(train_examples, eval_examples))
+    check_vocabulary(
+        policy, tokenizer, highest, config.model.name_or_path, chain(train_examples, eval_examples)
+    )
     describe(policy, config)
     weights = weights_digest(policy)
-    recipe = directory.recipe(config, fingerprint(tokenizer), train_examples, eval_examples, weights)
+    recipe = directory.recipe(
+        config, fingerprint(tokenizer), train_examples, eval_examples, weights
+    )
     changed = []
     if found is not None:
         changed = directory.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
-        for knob, value in found.manifest.found.items():  # what was decided by the memory of that moment stays
-            if config.get(knob, "") in (None, "auto") and value is not None and (knob != "fsdp_reduce" or layout is not None):
+        for (
+            knob,
+            value,
+        ) in found.manifest.found.items():  # what was decided by the memory of that moment stays
+            if (
+                config.get(knob, "") in (None, "auto")
+                and value is not None
+                and (knob != "fsdp_reduce" or layout is not None)
+            ):
                 config[knob] = value
     reference, cached = None, False
     if loss.needs_reference:
         cached = cache_reference(config, policy, len(train_examples), layout)
-        if not cached or dtype not in (None, policy.dtype):  # otherwise the policy, before its first step, is the reference
+        if not cached or dtype not in (
+            None,
+            policy.dtype,
+        ):  # otherwise the policy, before its first step, is the reference
             reference = load_reference(policy, dtype, config, layout)
 
     owner.claim()
@@ -179,7 +228,16 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
     failed, budget = True, config.tokens_per_microbatch
     try:
         trainer = trainers.TRAINERS[config.trainer](
-            config, policy, reference, weights if cached else None, loss, tokenizer, train_examples, eval_examples, run_dir, log,
+            config,
+            policy,
+            reference,
+            weights if cached else None,
+            loss,
+            tokenizer,
+            train_examples,
+            eval_examples,
+            run_dir,
+            log,
             layout,
         )
         del policy, reference  # the trainer's; one that was only run once is free
@@ -187,25 +245,41 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
         if found is not None:
             trainer.restore(found)
         if config.n_examples and config.n_examples > trainer.schedule.n_examples:
-            rank0_print(f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {trainer.schedule.n_examples}; "
-                        "set n_epochs=null to go on")  # fmt: skip
-        rank0_print(f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.n_steps:,} steps -> {run_dir}")
+            rank0_print(
+                f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after"
+                f" {trainer.schedule.n_examples}; set n_epochs=null to go on"
+            )
+        rank0_print(
+            f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.n_steps:,} steps ->"
+            f" {run_dir}"
+        )
         if config.warmup_steps >= trainer.n_steps > 0:
-            rank0_print(f"note: the run ends within its warmup, at {trainer.n_steps / (config.warmup_steps + 1):.0%} of lr; "
-                        f"warmup_steps={trainer.n_steps // 10} would be a tenth of its steps")  # fmt: skip
+            rank0_print(
+                "note: the run ends within its warmup, at"
+                f" {trainer.n_steps / (config.warmup_steps + 1):.0%} of lr;"
+                f" warmup_steps={trainer.n_steps // 10} would be a tenth of its steps"
+            )
         trainer.train()
         failed = False
     except torch.OutOfMemoryError:
-        raise UserError(f"out of GPU memory: set tokens_per_microbatch below {budget or 'what is free'} (the result stays the "
-                        "same), or activation_checkpointing=true or model.fsdp_policy_mp=bfloat16") from None  # fmt: skip
+        raise UserError(
+            f"out of GPU memory: set tokens_per_microbatch below {budget or 'what is free'} (the"
+            " result stays the same), or activation_checkpointing=true or"
+            " model.fsdp_policy_mp=bfloat16"
+        ) from None
     finally:
         log.close(failed)
     if rank() == 0:
         secs = time.monotonic() - start
-        print(f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves: {draw_curves([run_dir])}")
+        print(
+            f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves:"
+            f" {draw_curves([run_dir])}"
+        )
 
 
-def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None, changed: Sequence[str]) -> TrainingLog:
+def open_log(
+    config: DictConfig, run_dir: Path, found: checkpoints.Found | None, changed: Sequence[str]
+) -> TrainingLog:
     """Make the run's records, and take back what was logged after the checkpoint."""
 
     def prepare() -> None:
@@ -215,36 +289,70 @@ def open_log(config: DictConfig, run_dir: Path, found: checkpoints.Found | None,
             directory.record(config, run_dir, found and found.manifest.step, changed, environment())
             directory.write_status(run_dir, "running")
         except OSError as error:
-            raise UserError(f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
+            raise UserError(
+                f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs"
+            ) from None
 
     if found is not None:
-        rank0_print(f"resuming from {found.path}, step {found.manifest.step:,}" + "".join(f"; {line}" for line in changed))
+        rank0_print(
+            f"resuming from {found.path}, step {found.manifest.step:,}"
+            + "".join(f"; {line}" for line in changed)
+        )
     elif config.resume != "never":
-        rank0_print(f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning")
+        rank0_print(
+            f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning"
+        )
     collectives.from_rank0(prepare)
     sinks = make_sinks(redacted(plain(config)), run_dir, found and found.manifest.wandb)
     return TrainingLog(sinks, config.minimum_log_interval_secs)
 
 
-def cache_reference(config: DictConfig, policy: torch.nn.Module, n: int, layout: sharding.Layout | None) -> bool:
-    """Is the reference to be run once over the data, and not beside the policy? With reference=auto: if examples come more than
-    once, or if a second model would take a quarter of the memory that the policy's training leaves. Says which."""
+def cache_reference(
+    config: DictConfig, policy: torch.nn.Module, n: int, layout: sharding.Layout | None
+) -> bool:
+    """Is the reference to be run once over the data, and not beside the policy? With
+    reference=auto: if examples come more than once, or if a second model would take a quarter of
+    the memory that the policy's training leaves. Says which.
+    """
     several = make_schedule(config, n).n_examples > n
-    one, trained, free = float(weights_bytes(policy)), float(trained_bytes(policy)), float(memory_at_hand(pick_device(config)))
+    one, trained, free = (
+        float(weights_bytes(policy)),
+        float(trained_bytes(policy)),
+        float(memory_at_hand(pick_device(config))),
+    )
     if layout is not None:  # a sharded policy lies where it will be trained already
-        one, trained, free = one / layout.n_shards, trained / layout.n_shards, free + one / layout.n_shards
+        one, trained, free = (
+            one / layout.n_shards,
+            trained / layout.n_shards,
+            free + one / layout.n_shards,
+        )
     tight = short_for_reference(one, trained, free)
-    cached = collectives.same_everywhere({"auto": several or tight, "live": False, "cached": True}[config.reference])
-    why = "examples come more than once" if several else "memory is short" if tight else "each example comes once"
-    rank0_print(f"reference: {'cached' if cached else 'live'} ({why if config.reference == 'auto' else 'as set'})")
+    cached = collectives.same_everywhere(
+        {"auto": several or tight, "live": False, "cached": True}[config.reference]
+    )
+    why = (
+        "examples come more than once"
+        if several
+        else "memory is short"
+        if tight
+        else "each example comes once"
+    )
+    rank0_print(
+        f"reference: {'cached' if cached else 'live'}"
+        f" ({why if config.reference == 'auto' else 'as set'})"
+    )
     return cached
 
 
 def main() -> None:
     """The command. Whatever a user can cause ends in one line."""
     launch.listen()
-    together = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
-    os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex  # which start wrote status.json
+    together = "-".join(
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    )
+    os.environ["PLUMB_LAUNCH"] = (
+        together if under_torchrun() else uuid.uuid4().hex
+    )  # which start wrote status.json
     try:
         sys.argv[1:] = spelled_out(sys.argv[1:])
         check_command_line(sys.argv[1:], Path(__file__))
@@ -266,16 +374,34 @@ def fail(error: object, code: int) -> int:
 def in_one_line(error: Exception) -> str:
     """What Hydra says of an override that does not compose, less its advice for programmers."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
-    lines = [line.strip() for line in str(error).partition("Config search path")[0].splitlines() if line.strip()]
-    if "To append to your config use +" in lines[-1]:  # Hydra's fix is not ours: validate refuses what + adds
+        return (
+            f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML:"
+            f" {error.problem}"
+        )
+    lines = [
+        line.strip()
+        for line in str(error).partition("Config search path")[0].splitlines()
+        if line.strip()
+    ]
+    if (
+        "To append to your config use +" in lines[-1]
+    ):  # Hydra's fix is not ours: validate refuses what + adds
         knob = lines[-1].partition("+")[2]
-        return f"{knob}: no such knob, or not of this model or loss; see config/config.yaml, config/model and config/loss"
+        return (
+            f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"
+            " config/model and config/loss"
+        )
     if lines[0].startswith("In 'config': Could not find '"):
         group, _, name = lines[0].partition("Could not find '")[2].strip("'").rpartition("/")
         return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
-    said = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https"))]
-    knob = next((line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), "")
+    said = [
+        line
+        for line in lines
+        if not line.startswith(("full_key", "object_type", "reference_type", "See https"))
+    ]
+    knob = next(
+        (line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), ""
+    )
     return knob + "; ".join(said).removeprefix("UserError raised while resolving interpolation: ")
 
 

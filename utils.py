@@ -1,4 +1,5 @@
-"""What every other module needs and none owns: the user's error, rank-0 printing, and the run directory.
+"""What every other module needs and none owns: the user's error, rank-0 printing, and the run
+directory.
 
 Imports neither torch nor transformers, so that the data path can be read and tested without them.
 """
@@ -18,16 +19,29 @@ from plumb.paths import get_local_dir
 
 
 def get_local_run_dir(exp_name: str, local_dirs: Sequence[str]) -> str:
-    """`<local dir>/<exp_name>_<timestamp>`. A name only: the directory is made after validation (2023: by the resolver)."""
+    """`<local dir>/<exp_name>_<timestamp>`. A name only: the directory is made after validation
+    (2023: by the resolver).
+    """
     return str(get_local_dir(local_dirs) / f"{exp_name}_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
 
 
 def environment() -> str:
-    """JSON record of what ran: command, time, host, commit, versions and device. A log is evidence only with these."""
+    """JSON record of what ran: command, time, host, commit, versions and device. A log is evidence
+    only with these.
+    """
     import platform
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "hydra-core", "wandb")
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "accelerate",
+        "numpy",
+        "hydra-core",
+        "wandb",
+    )
     record = {
         "command": [Path(sys.executable).name, *map(redact, sys.argv)],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -50,14 +64,18 @@ def _git(*arguments: str) -> str | None:
         here = Path(__file__).parent
         # Without optional locks: a run that is killed here would leave one in the checkout.
         command = ["git", "--no-optional-locks", *arguments]
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held: allocated on the GPU where one was used, else resident in RAM."""
+    """The most memory this process has held: allocated on the GPU where one was used, else resident
+    in RAM.
+    """
     import resource
 
     torch = sys.modules.get("torch")

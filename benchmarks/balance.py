@@ -1,11 +1,13 @@
-"""How evenly the tokens of a batch fall on ranks: Plumb's plan (longest first, to the emptiest part) against equal counts.
+"""How evenly the tokens of a batch fall on ranks: Plumb's plan (longest first, to the emptiest
+part) against equal counts.
 
     python benchmarks/balance.py --tokens .cache/benchmarks/harmless.npz
 
-For each number of ranks, every batch of --pairs pairs is shared out. Ranks meet in every microbatch, so a step takes as long
-as the fullest rank of each: the sum of these, over the tokens per rank, averaged over all batches of the file. Tokens are
-unique ones (each prompt once, plus both responses): what Plumb computes. Prints a table (target: below 1.02 up to 8 ranks at
-64 pairs), and writes it and a chart to --out.
+For each number of ranks, every batch of --pairs pairs is shared out. Ranks meet in every
+microbatch, so a step takes as long as the fullest rank of each: the sum of these, over the tokens
+per rank, averaged over all batches of the file. Tokens are unique ones (each prompt once, plus both
+responses): what Plumb computes. Prints a table (target: below 1.02 up to 8 ranks at 64 pairs), and
+writes it and a chart to --out.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 def planned(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
     """Plumb's microbatches, each a list of indices per rank."""
-    parts = list(plan(batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1))
+    parts = list(
+        plan(batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1)
+    )
     return [parts[i : i + n] for i in range(0, len(parts), n)]
 
 
@@ -48,13 +52,20 @@ def imbalance(sizes: np.ndarray, microbatches: Sequence[Sequence[np.ndarray]]) -
     return float(fullest * len(microbatches[0]) / sizes.sum())
 
 
-Found = dict[str, list[tuple[float, float]]]  # method -> (mean, worst) over all batches, for each of RANKS
+Found = dict[
+    str, list[tuple[float, float]]
+]  # method -> (mean, worst) over all batches, for each of RANKS
 
 
 def measure(examples: Lengths, n_pairs: int, budget: int) -> Found:
-    """The imbalance of every whole batch, by both methods, for as many of RANKS as there are pairs."""
+    """The imbalance of every whole batch, by both methods, for as many of RANKS as there are
+    pairs.
+    """
     batches = [examples[s : s + n_pairs] for s in range(0, len(examples) - n_pairs + 1, n_pairs)]
-    methods: dict[str, Callable[..., list[list[np.ndarray]]]] = {"equal counts": equal_counts, "Plumb": planned}
+    methods: dict[str, Callable[..., list[list[np.ndarray]]]] = {
+        "equal counts": equal_counts,
+        "Plumb": planned,
+    }
     out: Found = {}
     for name, share in methods.items():
         for n in RANKS:
@@ -66,10 +77,15 @@ def measure(examples: Lengths, n_pairs: int, budget: int) -> Found:
 
 def table(results: dict[int, Found]) -> str:
     """Markdown: one row per batch size and method, mean (worst) per number of ranks."""
-    rows = [f"| pairs per step | shared out by | {' | '.join(f'{n} ranks' for n in RANKS)} |", "|---" * (2 + len(RANKS)) + "|"]
+    rows = [
+        f"| pairs per step | shared out by | {' | '.join(f'{n} ranks' for n in RANKS)} |",
+        "|---" * (2 + len(RANKS)) + "|",
+    ]
     for n_pairs, methods in results.items():
         for name, values in methods.items():
-            cells = [f"{mean:.3f} ({worst:.2f})" for mean, worst in values] + [""] * (len(RANKS) - len(values))
+            cells = [f"{mean:.3f} ({worst:.2f})" for mean, worst in values] + [""] * (
+                len(RANKS) - len(values)
+            )
             rows.append(f"| {n_pairs} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -82,12 +98,27 @@ def chart(results: dict[int, Found], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (n_pairs, methods), colour in zip(results.items(), ("#6a4c93", "#d98f2b", "#4c8a6a"), strict=False):
+    for (n_pairs, methods), colour in zip(
+        results.items(), ("#6a4c93", "#d98f2b", "#4c8a6a"), strict=False
+    ):
         for (name, values), style in zip(methods.items(), ("--", "-"), strict=True):
             means = [mean for mean, _ in values]
-            axis.plot(RANKS[: len(means)], means, style, marker="o", color=colour, label=f"{n_pairs} pairs, {name}")
+            axis.plot(
+                RANKS[: len(means)],
+                means,
+                style,
+                marker="o",
+                color=colour,
+                label=f"{n_pairs} pairs, {name}",
+            )
     axis.axhline(1.02, color="#999999", linewidth=1, linestyle=":")
-    axis.set(xscale="log", xticks=RANKS, xticklabels=RANKS, xlabel="ranks", ylabel="tokens of the fullest rank, over the mean")
+    axis.set(
+        xscale="log",
+        xticks=RANKS,
+        xticklabels=RANKS,
+        xlabel="ranks",
+        ylabel="tokens of the fullest rank, over the mean",
+    )
     axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
@@ -95,13 +126,29 @@ def chart(results: dict[int, Found], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=Path, required=True, help="ids made by make_tokens.py")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256], help="of a step (default 64 256)")
-    parser.add_argument("--budget", type=int, default=8192, help="tokens of a microbatch, at most (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmarks/balance"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, nargs="+", default=[64, 256], help="of a step (default 64 256)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=8192,
+        help="tokens of a microbatch, at most (default %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache/benchmarks/balance"),
+        help="folder (default %(default)s)",
+    )
     options = parser.parse_args()
-    examples = [Example(pair.prompt, pair[1:], "") for pair in make_tokens.load(options.tokens).pairs]
+    examples = [
+        Example(pair.prompt, pair[1:], "") for pair in make_tokens.load(options.tokens).pairs
+    ]
     results = {n: measure(lengths_of(examples), n, options.budget) for n in options.pairs}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "balance.md").write_text(table(results) + "\n")

@@ -1,4 +1,6 @@
-"""Tables and bar charts of throughput.py's records. Ratios are Plumb's speed over another's, by round where they alternate."""
+"""Tables and bar charts of throughput.py's records. Ratios are Plumb's speed over another's, by
+round where they alternate.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ class Line(NamedTuple):
     unique: float  # tokens per pair, prompts once
     processed: float  # tokens per pair that the policy's forward computes
     memory: float  # GB, peak: of the GPU's allocator on a GPU, else resident
-    working: float  # GB of that, without imports, weights, gradients and optimizer (contenders.Memory)
+    working: (
+        float  # GB of that, without imports, weights, gradients and optimizer (contenders.Memory)
+    )
     ratios: list[float]  # Plumb's pairs per second over this one's
 
 
 def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
-    """The contenders of a scenario in their order of appearance; failed ones without a measured step are left out."""
+    """The contenders of a scenario in their order of appearance; failed ones without a measured
+    step are left out.
+    """
     steps = [r for r in records if r["scenario"] == scenario.name and r["event"] == "step"]
     out: list[Line] = []
     for label in dict.fromkeys(r["label"] for r in steps):
@@ -36,7 +42,10 @@ def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
         pairs = [r["pairs_per_sec"] for r in mine]
         first = out[0].pairs if out else pairs
         if scenario.in_turn:
-            middle, extremes = statistics.median(first), (min(first) / max(pairs), max(first) / min(pairs))
+            middle, extremes = (
+                statistics.median(first),
+                (min(first) / max(pairs), max(first) / min(pairs)),
+            )
             ratios = [extremes[0], middle / statistics.median(pairs), extremes[1]]
         else:
             ratios = [a / b for a, b in zip(first, pairs, strict=False)]
@@ -44,14 +53,31 @@ def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
         shape = f"{size} tokens" if size else f"{mine[0]['microbatch']} pairs"
         memory = max(r["peak_cuda_gb"] if "peak_cuda_gb" in r else r["peak_rss_gb"] for r in mine)
         working = max(r["working_gb"] for r in mine)
-        unique, processed = (statistics.mean(r[key] for r in mine) for key in ("unique_tokens", "processed_tokens"))
-        out.append(Line(label, mine[0]["contender"], shape, pairs, unique, processed, memory, working, ratios))
+        unique, processed = (
+            statistics.mean(r[key] for r in mine) for key in ("unique_tokens", "processed_tokens")
+        )
+        out.append(
+            Line(
+                label,
+                mine[0]["contender"],
+                shape,
+                pairs,
+                unique,
+                processed,
+                memory,
+                working,
+                ratios,
+            )
+        )
     return out
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """median (min to max)"""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return (
+        f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to"
+        f" {max(values):.{digits}f})"
+    )
 
 
 def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
@@ -59,29 +85,59 @@ def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
     parts = []
     for scenario in scenarios:
         rows = [
-            "| contender | microbatch | rounds | pairs/s: median (min to max) | unique tokens/s | "
-            "tokens computed per unique one | peak memory, GB | of it beside weights and optimizer | Plumb is faster by |",
+            (
+                "| contender | microbatch | rounds | pairs/s: median (min to max) | unique tokens/s"
+                " | tokens computed per unique one | peak memory, GB | of it beside weights and"
+                " optimizer | Plumb is faster by |"
+            ),
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for i, line in enumerate(lines(records, scenario)):
             rate = statistics.median(line.pairs)
             ratio = spread(line.ratios) if i and line.contender != "plumb" else ""
-            rows.append(f"| {line.label} | {line.shape} | {len(line.pairs)} | {spread(line.pairs)} | {rate * line.unique:,.0f} | "
-                        f"{line.processed / line.unique:.2f} | {line.memory:.2f} | {line.working:.2f} | {ratio} |")  # fmt: skip
+            rows.append(
+                f"| {line.label} | {line.shape} | {len(line.pairs)} | {spread(line.pairs)} |"
+                f" {rate * line.unique:,.0f} | {line.processed / line.unique:.2f} |"
+                f" {line.memory:.2f} | {line.working:.2f} | {ratio} |"
+            )
         steps = [r for r in records if r["scenario"] == scenario.name and r["event"] == "step"]
         if steps and "peak_cuda_gb" not in steps[0]:
             share = 100 * sum(r["cpu_secs"] for r in steps) / sum(r["secs"] for r in steps)
-            rows += ["", f"Pairs per second of CPU time, of which the contenders had {share:.0f}% of the wall time."]
-        within = [f"{r['label']} {r['within']:.0e}" for r in records if r["scenario"] == scenario.name and r["event"] == "agrees"]
+            rows += [
+                "",
+                (
+                    f"Pairs per second of CPU time, of which the contenders had {share:.0f}% of the"
+                    " wall time."
+                ),
+            ]
+        within = [
+            f"{r['label']} {r['within']:.0e}"
+            for r in records
+            if r["scenario"] == scenario.name and r["event"] == "agrees"
+        ]
         if within:
-            rows += ["", f"Loss and gradient norm beside {scenario.settings[0].label}'s, relative: {', '.join(within)}."]
-        failures = [f"{r['label']}: {r['error']}." for r in records if r["scenario"] == scenario.name and r["event"] == "failed"]
-        parts.append("\n".join([f"**{scenario.title}**", "", *rows, *(["", *failures] if failures else [])]))
+            rows += [
+                "",
+                (
+                    f"Loss and gradient norm beside {scenario.settings[0].label}'s, relative:"
+                    f" {', '.join(within)}."
+                ),
+            ]
+        failures = [
+            f"{r['label']}: {r['error']}."
+            for r in records
+            if r["scenario"] == scenario.name and r["event"] == "failed"
+        ]
+        parts.append(
+            "\n".join([f"**{scenario.title}**", "", *rows, *(["", *failures] if failures else [])])
+        )
     return "\n\n".join(parts)
 
 
 def bars(records: Sequence[Record], scenarios: Sequence[Scenario], path: Path) -> None:
-    """Pairs per second as horizontal bars with their range, and peak memory beside them; one row of panels per scenario."""
+    """Pairs per second as horizontal bars with their range, and peak memory beside them; one row of
+    panels per scenario.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,22 +148,37 @@ def bars(records: Sequence[Record], scenarios: Sequence[Scenario], path: Path) -
         return
     heights = [len(rows) + 1.2 for _, rows in found]
     figure, axes = plt.subplots(
-        len(found), 2, figsize=(11, 0.42 * sum(heights) + 0.4), gridspec_kw={"height_ratios": heights, "width_ratios": [2, 1]},
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        len(found),
+        2,
+        figsize=(11, 0.42 * sum(heights) + 0.4),
+        gridspec_kw={"height_ratios": heights, "width_ratios": [2, 1]},
+        squeeze=False,
+        layout="constrained",
+    )
     for (left, right), (scenario, rows) in zip(axes, found, strict=True):
         colours = [COLOURS[row.contender] for row in rows]
         names = [f"{row.label}\n({row.shape})" if scenario.in_turn else row.label for row in rows]
         medians = [statistics.median(row.pairs) for row in rows]
-        low_high = [[m - min(r.pairs) for m, r in zip(medians, rows, strict=True)],
-                    [max(r.pairs) - m for m, r in zip(medians, rows, strict=True)]]  # fmt: skip
+        low_high = [
+            [m - min(r.pairs) for m, r in zip(medians, rows, strict=True)],
+            [max(r.pairs) - m for m, r in zip(medians, rows, strict=True)],
+        ]
         left.barh(names, medians, xerr=low_high, color=colours, ecolor="#333333", capsize=3)
         right.barh(names, [row.memory for row in rows], color=colours)
         right.tick_params(labelleft=False)
         for i, (row, median) in enumerate(zip(rows, medians, strict=True)):
-            factor = f"   Plumb: {statistics.median(row.ratios):.1f} times" if row.contender != "plumb" else ""
-            for axis, x, text in ((left, max(row.pairs), f"{median:.2f}{factor}"), (right, row.memory, f"{row.memory:.2f}")):
-                axis.annotate(text, (x, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+            factor = (
+                f"   Plumb: {statistics.median(row.ratios):.1f} times"
+                if row.contender != "plumb"
+                else ""
+            )
+            for axis, x, text in (
+                (left, max(row.pairs), f"{median:.2f}{factor}"),
+                (right, row.memory, f"{row.memory:.2f}"),
+            ):
+                axis.annotate(
+                    text, (x, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
+                )
         left.set_xlim(right=1.3 * max(max(row.pairs) for row in rows))
         right.set_xlim(right=1.2 * max(row.memory for row in rows))
         left.set_title(scenario.title, fontsize=10, loc="left")

@@ -1,11 +1,13 @@
-"""Before GPU speeds mean anything: is attention over trees right on this device, and how fast are its matrix products?
+"""Before GPU speeds mean anything: is attention over trees right on this device, and how fast are
+its matrix products?
 
     python benchmarks/checks.py --device cuda
 
-Attention over a packed row, forward and backward, for head sizes 64, 80 and 128, with fewer key heads than query heads and
-with a padded end, against a dense masked softmax in float32 written from the rule itself: same tree, not after, in the prompt
-or in one's own response. Prints a JSON line for each: the largest error of outputs and gradients, relative to the largest
-value (at most 2e-2 in bfloat16, 1e-4 in float32), then the speed of one large matrix product in TFLOP/s.
+Attention over a packed row, forward and backward, for head sizes 64, 80 and 128, with fewer key
+heads than query heads and with a padded end, against a dense masked softmax in float32 written from
+the rule itself: same tree, not after, in the prompt or in one's own response. Prints a JSON line
+for each: the largest error of outputs and gradients, relative to the largest value (at most 2e-2 in
+bfloat16, 1e-4 in float32), then the speed of one large matrix product in TFLOP/s.
 """
 
 from __future__ import annotations
@@ -32,8 +34,13 @@ LIMIT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 def visible(examples: list[Example], n: int) -> Tensor:
-    """[n, n] who sees whom; tokens behind the last tree see themselves and those before them, back to where padding begins."""
-    tree, response = torch.full((n,), -1), torch.zeros(n, dtype=torch.int64)  # response 0: the prompt
+    """[n, n] who sees whom; tokens behind the last tree see themselves and those before them, back
+    to where padding begins.
+    """
+    tree, response = (
+        torch.full((n,), -1),
+        torch.zeros(n, dtype=torch.int64),
+    )  # response 0: the prompt
     at = 0
     for i, example in enumerate(examples):
         for j, part in enumerate((example.prompt, *example.responses)):
@@ -50,14 +57,18 @@ def dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
 
 
-def check_attention(device: torch.device, dtype: torch.dtype, head_size: int, n_key_heads: int) -> dict[str, Any]:
+def check_attention(
+    device: torch.device, dtype: torch.dtype, head_size: int, n_key_heads: int
+) -> dict[str, Any]:
     """The largest relative error over the output and the three gradients."""
     pairs = make_tokens.synthetic(6, 512).pairs
     examples = [Example(pair.prompt, pair[1:], "") for pair in pairs]
     batch = pack(examples, pad_token_id=0, longest=512, row_length=ROW).to(device)
     n = batch.input_ids.shape[1]
     torch.manual_seed(0)
-    inputs = [torch.randn(1, heads, n, head_size).to(dtype) for heads in (4, n_key_heads, n_key_heads)]
+    inputs = [
+        torch.randn(1, heads, n, head_size).to(dtype) for heads in (4, n_key_heads, n_key_heads)
+    ]
     weights = torch.randn(1, n, 4, head_size)
     weights[:, batch.n_tokens :] = 0  # what padding gives is never used
     results: list[list[Tensor]] = []
@@ -72,8 +83,11 @@ def check_attention(device: torch.device, dtype: torch.dtype, head_size: int, n_
         results.append([x.detach().float().cpu() for x in (out[:, : batch.n_tokens], *gradients)])
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)]
     worst = max(errors) if all(e == e for e in errors) else float("nan")
-    return {"what": f"attention, head size {head_size}, {n_key_heads} of 4 key heads, {str(dtype)[6:]}", "error": worst,
-            "ok": worst <= LIMIT[dtype]}  # fmt: skip
+    return {
+        "what": f"attention, head size {head_size}, {n_key_heads} of 4 key heads, {str(dtype)[6:]}",
+        "error": worst,
+        "ok": worst <= LIMIT[dtype],
+    }
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, n: int) -> dict[str, Any]:
@@ -86,16 +100,24 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, n: int) -> dict[str, 
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return {"what": f"matrix product of {n}, {str(dtype)[6:]}", "tflops": 2 * n**3 / best / 1e12, "ok": True}
+    return {
+        "what": f"matrix product of {n}, {str(dtype)[6:]}",
+        "tflops": 2 * n**3 / best / 1e12,
+        "ok": True,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = torch.device(parser.parse_args().device)
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    found = [check_attention(device, dtype, size, heads) for size in (64, 80, 128) for heads in (4, 2)]
+    found = [
+        check_attention(device, dtype, size, heads) for size in (64, 80, 128) for heads in (4, 2)
+    ]
     found.append(matmul_speed(device, dtype, 8192 if gpu else 512))
     for record in found:
         print(json.dumps(record), flush=True)

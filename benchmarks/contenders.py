@@ -1,17 +1,21 @@
-"""One contender of benchmarks/throughput.py, alone in this process: it imports, waits for a line, builds its models and checks
-itself on a few pairs, then takes one training step for each line on its standard input and answers with one JSON line.
+"""One contender of benchmarks/throughput.py, alone in this process: it imports, waits for a line,
+builds its models and checks itself on a few pairs, then takes one training step for each line on
+its standard input and answers with one JSON line.
 
-A step is the same work for everyone, from token ids to updated weights: the batch is assembled, the policy goes forward and
-backward, the reference forward, the loss, the gradient norm is clipped, the optimizer steps. `secs` is the wall time of that,
-on a GPU between two synchronisations; imports, models, data sets and compilation come before. Weights are drawn from a fixed
-seed on the device, another one for the reference, so that losses differ from log 2 and a wrong reference would show.
+A step is the same work for everyone, from token ids to updated weights: the batch is assembled, the
+policy goes forward and backward, the reference forward, the loss, the gradient norm is clipped, the
+optimizer steps. `secs` is the wall time of that, on a GPU between two synchronisations; imports,
+models, data sets and compilation come before. Weights are drawn from a fixed seed on the device,
+another one for the reference, so that losses differ from log 2 and a wrong reference would show.
 
     plumb   this repository
-    padded  the manner of the 2023 DPO code, written anew: chosen and rejected stacked, padded to the longest row of the whole
-            batch, logits everywhere, float32 log_softmax over the vocabulary; microbatches are cut from that padded batch
+    padded  the manner of the 2023 DPO code, written anew: chosen and rejected stacked, padded to
+            the longest row of the whole batch, logits everywhere, float32 log_softmax over the
+            vocabulary; microbatches are cut from that padded batch
     trl     trl.DPOTrainer in its own training loop, fed the same ids (trl_contender.py)
 
-Shapes: B pairs in a microbatch, k responses each, R = k * B rows, T tokens in a row, V vocabulary, d hidden size.
+Shapes: B pairs in a microbatch, k responses each, R = k * B rows, T tokens in a row, V vocabulary,
+d hidden size.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Plumb's modules lie at the repository's root
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # Plumb's modules lie at the repository's root
 
 import make_tokens
 import numpy as np
@@ -43,31 +49,48 @@ from tqdm import tqdm
 BETA = 0.1
 
 
-# ------------------------------------------------------------------------------------------------------------- the common part
+# ---- the common part ----
 
 
 class Contender(ABC):
-    """Models and optimizer by a Setting; a subclass says how pairs become microbatches and log-probabilities."""
+    """Models and optimizer by a Setting; a subclass says how pairs become microbatches and
+    log-probabilities.
+    """
 
     def __init__(self, setting: Setting):
         self.setting, self.device = setting, torch.device(setting.device)
         self.policy = build_model(setting, seed=0)
-        self.reference = build_model(setting, seed=1).eval().requires_grad_(False) if setting.objective == "dpo" else None
+        self.reference = (
+            build_model(setting, seed=1).eval().requires_grad_(False)
+            if setting.objective == "dpo"
+            else None
+        )
         self.score: nn.Linear | None = None
-        if setting.objective == "reward":  # no vocabulary head: it would be memory and optimizer time for nothing
+        if (
+            setting.objective == "reward"
+        ):  # no vocabulary head: it would be memory and optimizer time for nothing
             self.policy.set_output_embeddings(nn.Identity())
             torch.manual_seed(2)
             dtype = getattr(torch, setting.dtype)
-            self.score = nn.Linear(self.policy.config.hidden_size, 1, bias=False, dtype=dtype, device=self.device)
+            self.score = nn.Linear(
+                self.policy.config.hidden_size, 1, bias=False, dtype=dtype, device=self.device
+            )
         self.optimizer = make_optimizer(self.parameters(), setting)
-        self.processed = 0  # tokens, padding included, that the policy's forward passes have computed
+        self.processed = (
+            0  # tokens, padding included, that the policy's forward passes have computed
+        )
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.policy.parameters(), *(self.score.parameters() if self.score is not None else ())]
+        return [
+            *self.policy.parameters(),
+            *(self.score.parameters() if self.score is not None else ()),
+        ]
 
     @abstractmethod
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
-        """(summed loss, pairs) of one microbatch after the other, each ready for backward(). step None: all of them."""
+        """(summed loss, pairs) of one microbatch after the other, each ready for backward(). step
+        None: all of them.
+        """
 
     def gradients(self, pairs: Sequence[Pair], step: int | None) -> Tensor:
         """Accumulate the gradient of the mean loss over the timed pairs. -> that mean"""
@@ -90,7 +113,9 @@ class Contender(ABC):
     def check(self, pairs: Sequence[Pair]) -> tuple[float, float]:
         """Mean loss and gradient norm on `pairs` without an update; the warm-up as well."""
         loss = float(self.gradients(pairs, None))
-        norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+        norm = float(
+            nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        )
         self.optimizer.zero_grad()
         return loss, norm
 
@@ -109,7 +134,9 @@ def build_model(setting: Setting, seed: int) -> Any:
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(seed)
     with torch.device(setting.device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setting.dtype))
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, setting.dtype)
+        )
     return model.train()
 
 
@@ -124,23 +151,29 @@ def reward_loss(scores: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-# -------------------------------------------------------------------------------------------------------- the manner of 2023
+# ---- the manner of 2023 ----
 
 
 class Padded(Contender):
-    """Everything padded to the longest row of the whole batch, all logits in float32, the prompt computed once per response."""
+    """Everything padded to the longest row of the whole batch, all logits in float32, the prompt
+    computed once per response.
+    """
 
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
         setting = self.setting
         batch = self.pad(pairs, k=1 if setting.objective == "sft" else 2)
-        for start in range(0, len(pairs), setting.microbatch) if step is None else setting.starts(step):
+        for start in (
+            range(0, len(pairs), setting.microbatch) if step is None else setting.starts(step)
+        ):
             part = slice(start, start + setting.microbatch)
             rows = [x[:, part].flatten(0, 1).to(self.device) for x in batch]
             yield self.loss(*rows), len(batch[0][0, part])
 
     def pad(self, pairs: Sequence[Pair], k: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> ids, attention mask, labels (-100 on prompt and padding), each [k, B, T]"""
-        width = max(len(pair.prompt) + len(response) for pair in pairs for response in pair[1 : 1 + k])
+        width = max(
+            len(pair.prompt) + len(response) for pair in pairs for response in pair[1 : 1 + k]
+        )
         ids = torch.zeros(k, len(pairs), width, dtype=torch.int64)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for j, pair in enumerate(pairs):
@@ -155,8 +188,12 @@ class Padded(Contender):
         """The summed loss of one padded microbatch, each input [R, T]."""
         self.processed += ids.numel()
         if self.score is not None:
-            hidden = self.policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [R, T, d]
-            return reward_loss(self.score(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])[:, 0])
+            hidden = self.policy.base_model(
+                input_ids=ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state  # [R, T, d]
+            return reward_loss(
+                self.score(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])[:, 0]
+            )
         policy = self.logps(self.policy, ids, mask, labels)
         if self.reference is None:
             return -policy.sum()
@@ -167,18 +204,26 @@ class Padded(Contender):
 
     @staticmethod
     def logps(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the response tokens' log-probabilities, from the logits of every position.  -> [R]"""
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]  # [R, T-1, V]
+        """Sum of the response tokens' log-probabilities, from the logits of every position.  ->
+        [R]
+        """
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[
+            :, :-1
+        ]  # [R, T-1, V]
         targets = labels[:, 1:]
-        per_token = logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)  # [R, T-1]
+        per_token = (
+            logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+        )  # [R, T-1]
         return (per_token * (targets != -100)).sum(1)
 
 
-# ------------------------------------------------------------------------------------------------------------------- plumb
+# ---- plumb ----
 
 
 class PlainIds:
-    """What the trainer asks of a tokenizer, where texts are ids already: all of them are ordinary tokens."""
+    """What the trainer asks of a tokenizer, where texts are ids already: all of them are ordinary
+    tokens.
+    """
 
     pad_token_id = 0
     all_special_ids: Sequence[int] = ()
@@ -191,9 +236,11 @@ class PlainIds:
 
 
 class Plumb(Contender):
-    """This repository's BasicTrainer, one `step` at a time. Everything that knows its API is in this class.
+    """This repository's BasicTrainer, one `step` at a time. Everything that knows its API is in
+    this class.
 
-    A reward model is not a loss of the trainer's yet: there the body runs on the same rows, with a score at each last token.
+    A reward model is not a loss of the trainer's yet: there the body runs on the same rows, with a
+    score at each last token.
     """
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]]):
@@ -205,7 +252,9 @@ class Plumb(Contender):
 
         super().__init__(setting)
         k = 1 if setting.objective == "sft" else 2
-        examples = [Example(pair.prompt, tuple(pair[1 : 1 + k]), "") for batch in batches for pair in batch]
+        examples = [
+            Example(pair.prompt, tuple(pair[1 : 1 + k]), "") for batch in batches for pair in batch
+        ]
         for model in (self.policy, self.reference):
             if model is not None:
                 forward_path.allow_trees(model)
@@ -218,9 +267,15 @@ class Plumb(Contender):
             spec, dtype = self.policy.config, getattr(torch, setting.dtype)
             free = sizing.memory_at_hand(self.device)
             found = int(free / 2 / sizing.activation_bytes(spec, dtype, 1.0)) // 256 * 256
-            budget = setting.budget or max(1024, min(16384 if self.device.type == "cuda" else 1024, found))
-            self.feed = Feed(examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0)
-        self.where = {id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)}
+            budget = setting.budget or max(
+                1024, min(16384 if self.device.type == "cuda" else 1024, found)
+            )
+            self.feed = Feed(
+                examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0
+            )
+        self.where = {
+            id(pair.prompt): i for i, pair in enumerate(pair for b in batches for pair in b)
+        }
         setting.budget = self.feed.packing.budget
 
     def make_trainer(self, examples: list[Any]) -> Any:
@@ -235,19 +290,47 @@ class Plumb(Contender):
         config: Any = OmegaConf.load(root / "config" / "config.yaml")
         config.model = OmegaConf.load(root / "config" / "model" / "blank_model.yaml")
         config.model.policy_dtype = setting.dtype
-        config.update({
-            "device": setting.device, "batch_size": setting.n_pairs, "tokens_per_microbatch": setting.budget or None,
-            "optimizer": "AdamW", "optimizer_args": {"weight_decay": 0.0, "fused": True}, "lr": setting.lr, "warmup_steps": 0,
-            "max_grad_norm": setting.max_grad_norm, "max_length": 512, "compile": setting.compile, "shuffle": False,
-            "n_epochs": 1, "n_examples": None, "debug": True, "activation_checkpointing": setting.checkpointing,
-        })  # fmt: skip
+        config.update(
+            {
+                "device": setting.device,
+                "batch_size": setting.n_pairs,
+                "tokens_per_microbatch": setting.budget or None,
+                "optimizer": "AdamW",
+                "optimizer_args": {"weight_decay": 0.0, "fused": True},
+                "lr": setting.lr,
+                "warmup_steps": 0,
+                "max_grad_norm": setting.max_grad_norm,
+                "max_length": 512,
+                "compile": setting.compile,
+                "shuffle": False,
+                "n_epochs": 1,
+                "n_examples": None,
+                "debug": True,
+                "activation_checkpointing": setting.checkpointing,
+            }
+        )
         knobs: dict[str, Any] = {"name": "sft", "average_over": "examples"}
         if setting.objective == "dpo":
-            knobs = {"name": "dpo", "beta": BETA, "label_smoothing": 0.0, "reference_free": False, "nll": 0.0}
+            knobs = {
+                "name": "dpo",
+                "beta": BETA,
+                "label_smoothing": 0.0,
+                "reference_free": False,
+                "nll": 0.0,
+            }
         self.log = TrainingLog([], float("inf"))
         tokenizer: Any = PlainIds(self.policy.config.vocab_size)
         return BasicTrainer(
-            config, self.policy, self.reference, None, build_loss(knobs), tokenizer, examples, [], Path(), self.log
+            config,
+            self.policy,
+            self.reference,
+            None,
+            build_loss(knobs),
+            tokenizer,
+            examples,
+            [],
+            Path(),
+            self.log,
         )
 
     def ready(self, pairs: Sequence[Pair]) -> Any:
@@ -257,17 +340,29 @@ class Plumb(Contender):
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
         for batch, _, _ in self.ready(pairs).microbatches:
             self.processed += batch.n_processed(True)
-            yield self.reward(batch) if self.score is not None else self.trainer.scorer(batch).output.losses.sum(), 0
+            yield (
+                (
+                    self.reward(batch)
+                    if self.score is not None
+                    else self.trainer.scorer(batch).output.losses.sum()
+                ),
+                0,
+            )
 
     def reward(self, batch: Any) -> Tensor:
-        """The summed loss of one microbatch: its row through the body, scores of each response's last token."""
+        """The summed loss of one microbatch: its row through the body, scores of each response's
+        last token.
+        """
         from plumb.models import tree_attention
 
         batch = batch.to(self.device)
         hidden = self.policy.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+            use_cache=False,
             attention_mask=tree_attention.no_mask(self.device),
-        ).last_hidden_state  # [1, T, d]  # fmt: skip
+        ).last_hidden_state  # [1, T, d]
         last = torch.from_numpy(batch.spans[:, 2] + batch.spans[:, 3] - 1).to(self.device)  # [R]
         assert self.score is not None
         return reward_loss(self.score(hidden[0].index_select(0, last))[:, 0])
@@ -292,25 +387,35 @@ class Plumb(Contender):
             from plumb.training.evaluation import all_logps
 
             everything, silent = np.arange(len(self.feed.examples)), tqdm(disable=True)
-            self.feed.reference = all_logps(trainer.scorer, self.reference, self.feed, everything, True, silent)
+            self.feed.reference = all_logps(
+                trainer.scorer, self.reference, self.feed, everything, True, silent
+            )
             self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
             gc.collect()
 
 
-# --------------------------------------------------------------------------------------------------------------------- serve
+# ---- serve ----
 
 
 def batches_of(setting: Setting) -> list[list[Pair]]:
-    """The batches of all steps, the same for every contender: consecutive pairs of the file, from its start again at its end."""
+    """The batches of all steps, the same for every contender: consecutive pairs of the file, from
+    its start again at its end.
+    """
     kind, _, scale = setting.tokens.partition(":")
     if kind == "synthetic":
         tokens = make_tokens.synthetic(1024, setting.model["vocab_size"], scale=float(scale or 1))
     else:
         tokens = make_tokens.load(Path(setting.tokens))
     if tokens.vocab_size > setting.model["vocab_size"]:
-        raise SystemExit(f"{setting.tokens} has {tokens.vocab_size} ids, the model {setting.model['vocab_size']} embeddings")
+        raise SystemExit(
+            f"{setting.tokens} has {tokens.vocab_size} ids, the model {setting.model['vocab_size']}"
+            " embeddings"
+        )
     n, size = len(tokens.pairs), setting.n_pairs
-    return [[tokens.pairs[i % n] for i in range(step * size, (step + 1) * size)] for step in range(setting.n_steps)]
+    return [
+        [tokens.pairs[i % n] for i in range(step * size, (step + 1) * size)]
+        for step in range(setting.n_steps)
+    ]
 
 
 class Seconds(NamedTuple):
@@ -330,7 +435,9 @@ class Clock:
 
     def read(self) -> Seconds:
         self.synchronize()
-        return Seconds(time.perf_counter() - self.started.wall, time.process_time() - self.started.cpu)
+        return Seconds(
+            time.perf_counter() - self.started.wall, time.process_time() - self.started.cpu
+        )
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -344,14 +451,20 @@ def resident(what: str = "VmRSS") -> float:
         return int(re.findall(rf"{what}:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e9
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 class Memory:
-    """Peaks since the last reset, GB: resident set of this process; on a GPU also what torch allocated and reserved.
+    """Peaks since the last reset, GB: resident set of this process; on a GPU also what torch
+    allocated and reserved.
 
-    `working` is the peak less what is held anyway: what was there before the models were built (the imports), and the weights,
-    gradients and two moments of the policy and the weights of the reference.
+    `working` is the peak less what is held anyway: what was there before the models were built (the
+    imports), and the weights, gradients and two moments of the policy and the weights of the
+    reference.
     """
 
     def __init__(self, device: torch.device):
@@ -365,31 +478,56 @@ class Memory:
 
     def peaks(self, policy: nn.Module, reference: nn.Module | None) -> dict[str, float]:
         def size(model: nn.Module | None) -> float:
-            return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9 if model is not None else 0.0
+            return (
+                sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+                if model is not None
+                else 0.0
+            )
 
         held = 4 * size(policy) + size(reference)
         peak = {"peak_rss_gb": resident("VmHWM")}
         if self.device.type != "cuda":
             return peak | {"working_gb": peak["peak_rss_gb"] - self.base - held}
         allocated = torch.cuda.max_memory_allocated() / 1e9
-        return peak | {"peak_cuda_gb": allocated, "peak_cuda_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-                       "working_gb": allocated - held}  # fmt: skip
+        return peak | {
+            "peak_cuda_gb": allocated,
+            "peak_cuda_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "working_gb": allocated - held,
+        }
 
 
 def report(
-    setting: Setting, pairs: Sequence[Pair], step: int, secs: Seconds, loss: Any, norm: Any, processed: int
+    setting: Setting,
+    pairs: Sequence[Pair],
+    step: int,
+    secs: Seconds,
+    loss: Any,
+    norm: Any,
+    processed: int,
 ) -> dict[str, Any]:
-    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each prompt once.
+    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each
+    prompt once.
 
-    On a CPU the rate is per second of CPU time: the same as wall time on a quiet machine, and still meaningful on a shared one.
+    On a CPU the rate is per second of CPU time: the same as wall time on a quiet machine, and still
+    meaningful on a shared one.
     """
-    unique = sum(len(p.prompt) + len(p.chosen) + (len(p.rejected) if setting.objective != "sft" else 0) for p in pairs)
+    unique = sum(
+        len(p.prompt) + len(p.chosen) + (len(p.rejected) if setting.objective != "sft" else 0)
+        for p in pairs
+    )
     n_timed = setting.n_timed or len(pairs)
     return {
-        "event": "step", "step": step, "secs": secs.wall, "cpu_secs": secs.cpu, "n_timed": n_timed,
-        "pairs_per_sec": n_timed / (secs.cpu if setting.device == "cpu" else secs.wall), "loss": float(loss),
-        "grad_norm": float(norm), "unique_tokens": unique / len(pairs), "processed_tokens": processed / n_timed,
-    }  # fmt: skip
+        "event": "step",
+        "step": step,
+        "secs": secs.wall,
+        "cpu_secs": secs.cpu,
+        "n_timed": n_timed,
+        "pairs_per_sec": n_timed / (secs.cpu if setting.device == "cpu" else secs.wall),
+        "loss": float(loss),
+        "grad_norm": float(norm),
+        "unique_tokens": unique / len(pairs),
+        "processed_tokens": processed / n_timed,
+    }
 
 
 def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: Memory) -> None:
@@ -412,18 +550,25 @@ def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: M
             clock.start()
             step_loss, step_norm = contender.step(batches[step], step)
             secs = clock.read()
-        record = report(setting, batches[step], step, secs, step_loss, step_norm, contender.processed - before)
+        record = report(
+            setting, batches[step], step, secs, step_loss, step_norm, contender.processed - before
+        )
         pipe.tell(**record, **memory.peaks(contender.policy, contender.reference))
 
 
 @contextlib.contextmanager
 def profiler(path: str | None, device: torch.device) -> Iterator[None]:
-    """Write the operators of what runs within, by their own time on the device, as a table to `path`."""
+    """Write the operators of what runs within, by their own time on the device, as a table to
+    `path`.
+    """
     if path is None:
         yield
         return
     on_gpu = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else []),
+    ]
     with torch.profiler.profile(activities=activities) as profile:
         yield
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"

@@ -1,19 +1,24 @@
-"""What the host does for each optimizer step on one of many ranks, and for the cache of reference log-probabilities.
+"""What the host does for each optimizer step on one of many ranks, and for the cache of reference
+log-probabilities.
 
-    python benchmarks/host_work.py            # 64 ranks x 64 pairs, and two million pairs of digests: some minutes
+    python benchmarks/host_work.py    # 64 ranks x 64 pairs, digests of 2 M pairs: some minutes
     python benchmarks/host_work.py --smoke    # the same at tiny sizes: a second
 
-All ranks are simulated in one process on one thread; times are of one rank, as ranks work at the same time. Pairs have lengths
-like those of HH (lognormal; medians of 120 and 66 tokens, cut to 256 each), and stand in a store in memory.
+All ranks are simulated in one process on one thread; times are of one rank, as ranks work at the
+same time. Pairs have lengths like those of HH (lognormal; medians of 120 and 66 tokens, cut to 256
+each), and stand in a store in memory.
 
     feed       what the feeding thread does: indices -> plan -> this rank's microbatches as tensors
-    thread     what the training thread computes from lengths: the loss's denominator, tokens, operations for the MFU
+    thread     what the training thread computes from lengths: the loss's denominator, tokens,
+               operations for the MFU
     digests    of prompts with responses, by which cached log-probabilities are found
 
-Each is measured beside the named baseline "every example", which is what each rank did before: all examples of the global batch
-are made and looked at one by one, and rank 0 alone digests all responses. Both must give the same plans, numbers and digests,
-and the parts of all ranks must be the batch; else the benchmark ends with an error. The two alternate, round after round; shown
-are the median and the range over the rounds, and the ratio of the medians. Written to --out as Markdown.
+Each is measured beside the named baseline "every example", which is what each rank did before: all
+examples of the global batch are made and looked at one by one, and rank 0 alone digests all
+responses. Both must give the same plans, numbers and digests, and the parts of all ranks must be
+the batch; else the benchmark ends with an error. The two alternate, round after round; shown are
+the median and the range over the rounds, and the ratio of the medians. Written to --out as
+Markdown.
 """
 
 from __future__ import annotations
@@ -68,7 +73,7 @@ def store_of(n: int, seed: int = 0) -> Examples:
     return Examples([Table(store, items, True)], None, np.arange(n), lengths.astype(np.int32))
 
 
-# --------------------------------------------------------------------------------------------- the baseline "every example"
+# ---- the baseline "every example" ----
 
 
 def n_tokens(example: Example) -> int:
@@ -76,7 +81,9 @@ def n_tokens(example: Example) -> int:
 
 
 def plan_of_every_example(examples: Sequence[Example], packing: Packing) -> list[list[np.ndarray]]:
-    """Microbatches of at most the budget, cut by tokens (LPT) or by length: the definition, one example at a time."""
+    """Microbatches of at most the budget, cut by tokens (LPT) or by length: the definition, one
+    example at a time.
+    """
     n, world, k = len(examples), packing.world_size, len(examples[0].responses)
 
     def by_tokens(n_parts: int) -> list[np.ndarray]:
@@ -97,7 +104,9 @@ def plan_of_every_example(examples: Sequence[Example], packing: Packing) -> list
     if packing.packed:
         sizes = np.array([n_tokens(e) for e in examples])
     else:
-        sizes = np.array([max(len(p) + len(r) for p, rs in trees_of(e) for r in rs) for e in examples])
+        sizes = np.array(
+            [max(len(p) + len(r) for p, rs in trees_of(e) for r in rs) for e in examples]
+        )
     most = -(-n // world)
     n_micro = min(most, max(1, -(-int(sizes.sum()) // (packing.budget * world))))
     while True:
@@ -107,7 +116,9 @@ def plan_of_every_example(examples: Sequence[Example], packing: Packing) -> list
         n_micro += 1
 
 
-def feed_of_every_example(examples: Examples, packing: Packing, rank: int, indices: np.ndarray) -> list[Example]:
+def feed_of_every_example(
+    examples: Examples, packing: Packing, rank: int, indices: np.ndarray
+) -> list[Example]:
     """The feed's work on one rank; its tensors are dropped. -> all examples of the batch"""
     batch = [examples[i] for i in indices.tolist()]
     for parts in plan_of_every_example(batch, packing):
@@ -142,7 +153,7 @@ def digests_of_every_example(examples: Examples) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, examples.k)
 
 
-# ------------------------------------------------------------------------------------------------------------- what is measured
+# ---- what is measured ----
 
 
 def thread(step: Step) -> tuple[int, int, float]:
@@ -161,7 +172,9 @@ def check(same: bool, what: str) -> None:
         raise SystemExit(f"{what} differ from the baseline's")
 
 
-def measure_step(examples: Examples, ranks: int, each: int, budget: int, packed: bool, rounds: int) -> list[Result]:
+def measure_step(
+    examples: Examples, ranks: int, each: int, budget: int, packed: bool, rounds: int
+) -> list[Result]:
     """Feed and thread of one rank, another one and another batch in each round."""
     packing = Packing(packed, budget, ranks, pad_token_id=0, longest=512)
     what = f"{ranks} x {each} pairs, {'packed' if packed else 'padded'}, {budget:,} tokens"
@@ -179,7 +192,10 @@ def measure_step(examples: Examples, ranks: int, each: int, budget: int, packed:
         thread_.after.append(after)
         check(found == expected, "numbers")
         expected_parts = [part for parts in plan_of_every_example(batch, packing) for part in parts]
-        same = [np.array_equal(a, b) for a, b in zip(expected_parts, plan(step.lengths, packing, 1), strict=True)]
+        same = [
+            np.array_equal(a, b)
+            for a, b in zip(expected_parts, plan(step.lengths, packing, 1), strict=True)
+        ]
         check(all(same), "plans")
     shares = [Feed(examples, packing, rank).step(indices).microbatches for rank in range(ranks)]
     of_all = np.concatenate([m.where for share in shares for m in share if m.weight])
@@ -214,27 +230,55 @@ def table(results: Sequence[Result]) -> str:
 
     rows = ["| what | every example | now | ratio |", "|---|---|---|---|"]
     for what, before, after in results:
-        rows.append(f"| {what} | {cell(before)} | {cell(after)} | {np.median(before) / np.median(after):.0f} |")
+        rows.append(
+            f"| {what} | {cell(before)} | {cell(after)} |"
+            f" {np.median(before) / np.median(after):.0f} |"
+        )
     return "\n".join(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64], help="(default 1 8 64)")
-    parser.add_argument("--each", type=int, default=64, help="pairs of a rank in a step (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=200_000, help="that are digested (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="of each step; a third of it of digests (default %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that all of it runs")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmarks/host_work"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--each", type=int, default=64, help="pairs of a rank in a step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=200_000, help="that are digested (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        help="of each step; a third of it of digests (default %(default)s)",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, to see that all of it runs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache/benchmarks/host_work"),
+        help="folder (default %(default)s)",
+    )
     options = parser.parse_args()
     if options.smoke:
         options.ranks, options.each, options.pairs, options.rounds = [1, 4], 4, 300, 3
-    examples, results = store_of(max(options.pairs, max(options.ranks) * options.each)), list[Result]()
+    examples, results = (
+        store_of(max(options.pairs, max(options.ranks) * options.each)),
+        list[Result](),
+    )
     for ranks in options.ranks:
         results += measure_step(examples, ranks, options.each, 16_384, True, options.rounds)
     for packed, budget in ((True, 1024), (False, 16_384), (False, 1024)):
-        results += measure_step(examples, max(options.ranks), options.each, budget, packed, options.rounds)
-    results += measure_digests(examples[: options.pairs], max(options.ranks), -(-options.rounds // 3))
+        results += measure_step(
+            examples, max(options.ranks), options.each, budget, packed, options.rounds
+        )
+    results += measure_digests(
+        examples[: options.pairs], max(options.ranks), -(-options.rounds // 3)
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "host_work.md").write_text(table(results) + "\n")
     print(f"{table(results)}\n{options.out}/host_work.md")

@@ -1,17 +1,22 @@
-"""The input pipeline: tokenization, warm starts, batch assembly, and a file as large as StackExchange.
+"""The input pipeline: tokenization, warm starts, batch assembly, and a file as large as
+StackExchange.
 
     python benchmarks/input.py --hh /path/to/hh-rlhf --tokenizer /path/to/tokenizer.json
     python benchmarks/input.py --hh /path/to/hh-rlhf --tokenizer /path/to/tokenizer.json \
         --questions 10800000   # StackExchange's size: about an hour, and 8 GB of disk
 
-Each measurement runs in a process of its own, on one core, and prints one line; all of them go to --out as JSON lines too:
+Each measurement runs in a process of its own, on one core, and prints one line; all of them go to
+--out as JSON lines too:
     cold      load_examples for the first time: pairs tokenized per second, peak memory
-    warm      load_examples again, at the size of the whole of HH (--pairs): seconds, imports not counted (target: below 1)
-    assembly  examples[i] for 64 random indices, then microbatches as tensors: pairs per second (target: above 50,000)
-    questions the two loads for a synthetic file in StackExchange's form with --questions questions: pairs per second, peak memory
-The HH files hold 4,664 pairs; they are repeated up to --pairs with a number before each prompt's first word, so that none is a
-duplicate and lengths stay real. Rates are per second of CPU time; memory is the peak resident set, GB (1e9 bytes), mapped files
-in use included.
+    warm      load_examples again, at the size of the whole of HH (--pairs): seconds, imports not
+              counted (target: below 1)
+    assembly  examples[i] for 64 random indices, then microbatches as tensors: pairs per second
+              (target: above 50,000)
+    questions the two loads for a synthetic file in StackExchange's form with --questions
+              questions: pairs per second, peak memory
+The HH files hold 4,664 pairs; they are repeated up to --pairs with a number before each prompt's
+first word, so that none is a duplicate and lengths stay real. Rates are per second of CPU time;
+memory is the peak resident set, GB (1e9 bytes), mapped files in use included.
 """
 
 from __future__ import annotations
@@ -38,33 +43,75 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 8192  # tokens of a microbatch
 
 
-# ------------------------------------------------------------------------------------------------------------ what is loaded
+# ---- what is loaded ----
 
 
 def write_hh(folder: Path, out: Path, n: int) -> None:
     """n pairs in the form of Anthropic/hh-rlhf, row by row: the real ones, numbered."""
     files = sorted(folder.rglob("*.jsonl.gz"))
-    rows = [json.loads(line) for file in files for line in gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for file in files
+        for line in gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
+    ]
     if not rows:
         raise SystemExit(f"--hh {folder}: no *.jsonl.gz there")
     with out.open("w", encoding="utf-8") as lines:
         for i, row in zip(range(n), itertools.cycle(rows), strict=False):
-            numbered = {key: row[key].replace("\n\nHuman: ", f"\n\nHuman: {i} ", 1) for key in ("chosen", "rejected")}
+            numbered = {
+                key: row[key].replace("\n\nHuman: ", f"\n\nHuman: {i} ", 1)
+                for key in ("chosen", "rejected")
+            }
             lines.write(json.dumps(numbered) + "\n")
 
 
 def write_questions(out: Path, n: int, seed: int = 0) -> None:
-    """n short questions with two or three scored answers in the form of HuggingFaceH4/stack-exchange-preferences, row by row."""
+    """n short questions with two or three scored answers in the form of
+    HuggingFaceH4/stack-exchange-preferences, row by row.
+    """
     rng = np.random.default_rng(seed)
-    words = np.array(["alpha", "loop", "server", "proof", "kernel", "matrix", "error", "list", "graph", "value", "string", "why"])
-    texts = [f"<p>{' '.join(words[rng.integers(0, len(words), n_words)])}</p>" for n_words in rng.integers(3, 9, 4099)]
+    words = np.array(
+        [
+            "alpha",
+            "loop",
+            "server",
+            "proof",
+            "kernel",
+            "matrix",
+            "error",
+            "list",
+            "graph",
+            "value",
+            "string",
+            "why",
+        ]
+    )
+    texts = [
+        f"<p>{' '.join(words[rng.integers(0, len(words), n_words)])}</p>"
+        for n_words in rng.integers(3, 9, 4099)
+    ]
     orders = [rng.permutation(6)[: 2 + i % 2].tolist() for i in range(101)]
     with out.open("w", encoding="utf-8") as lines:
         for i in range(n):
-            answers = [{"answer_id": 4 * i + j, "author": "a", "author_id": j, "author_profile": "", "pm_score": score,
-                        "selected": j == 0, "text": texts[(7 * i + 13 * j) % 4099]}
-                       for j, score in enumerate(orders[i % 101])]  # fmt: skip
-            row = {"qid": i, "question": f"<p>{i}</p>" + texts[i % 4099], "answers": answers, "date": "2020", "metadata": []}
+            answers = [
+                {
+                    "answer_id": 4 * i + j,
+                    "author": "a",
+                    "author_id": j,
+                    "author_profile": "",
+                    "pm_score": score,
+                    "selected": j == 0,
+                    "text": texts[(7 * i + 13 * j) % 4099],
+                }
+                for j, score in enumerate(orders[i % 101])
+            ]
+            row = {
+                "qid": i,
+                "question": f"<p>{i}</p>" + texts[i % 4099],
+                "answers": answers,
+                "date": "2020",
+                "metadata": [],
+            }
             lines.write(json.dumps(row) + "\n")
 
 
@@ -75,28 +122,40 @@ def tokenizer_from(file: Path) -> Any:
 
     raw = file.read_bytes()
     backend = Tokenizer.from_str((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
 
 
 def load(name: str, data: Path, folder: Path, tokenizer: Any) -> Any:
-    """The training examples that `train.py loss=dpo datasets=[name] dataset_paths.name=data` would see."""
+    """The training examples that `train.py loss=dpo datasets=[name] dataset_paths.name=data` would
+    see.
+    """
     from hydra import compose, initialize_config_dir
 
     from plumb.data.prepare import load_examples
 
-    overrides = ["loss=dpo", "exp_name=input", f"datasets=[{name}]", f"+dataset_paths.{name}={data}", f"local_dirs=[{folder}]"]
+    overrides = [
+        "loss=dpo",
+        "exp_name=input",
+        f"datasets=[{name}]",
+        f"+dataset_paths.{name}={data}",
+        f"local_dirs=[{folder}]",
+    ]
     overrides += ["loss.beta=0.1", "max_length=512", "max_prompt_length=256", "n_eval_examples=64"]
     with initialize_config_dir(str(ROOT / "config"), version_base=None):
         config = compose("config", overrides=overrides)
     return load_examples(config, tokenizer, pairs=True)[0]
 
 
-# --------------------------------------------------------------------------------------------------- measured in the children
+# ---- measured in the children ----
 
 
 def peak_gb() -> float:
     """This process's peak resident set, GB."""
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9
+    return (
+        int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9
+    )
 
 
 def measure_load(options: argparse.Namespace) -> dict[str, float]:
@@ -109,11 +168,20 @@ def measure_load(options: argparse.Namespace) -> dict[str, float]:
     secs = time.perf_counter() - start
     cpu = time.process_time() - cpu
     n = len(examples)
-    return {"pairs": n, "secs": secs, "cpu_secs": cpu, "pairs_per_cpu_sec": n / cpu, "gb_before": before, "peak_gb": peak_gb()}
+    return {
+        "pairs": n,
+        "secs": secs,
+        "cpu_secs": cpu,
+        "pairs_per_cpu_sec": n / cpu,
+        "gb_before": before,
+        "peak_gb": peak_gb(),
+    }
 
 
 def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
-    """Pairs per CPU second from indices to microbatches of tensors, 200 batches of 64: the median of 5 rounds and the range."""
+    """Pairs per CPU second from indices to microbatches of tensors, 200 batches of 64: the median
+    of 5 rounds and the range.
+    """
     examples = load(options.name, options.data, options.folder, tokenizer_from(options.tokenizer))
     rng = np.random.default_rng(0)
     rates, fetch_rates = [], []
@@ -134,19 +202,34 @@ def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
 
 
 def assemble(examples: Any, indices: np.ndarray) -> Any:
-    """One batch from its indices to microbatches of tensors: the one place here that knows the API of batching/layout.py."""
+    """One batch from its indices to microbatches of tensors: the one place here that knows the API
+    of batching/layout.py.
+    """
     from plumb.batching.feed import Feed
     from plumb.batching.microbatches import Packing
 
-    return Feed(examples, Packing(True, BUDGET, world_size=1, pad_token_id=0, longest=512), rank=0).step(indices)
+    return Feed(
+        examples, Packing(True, BUDGET, world_size=1, pad_token_id=0, longest=512), rank=0
+    ).step(indices)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the parent
+# ---- the parent ----
 
 
-def child(kind: str, options: argparse.Namespace, name: str, data: Path, folder: Path) -> dict[str, float]:
+def child(
+    kind: str, options: argparse.Namespace, name: str, data: Path, folder: Path
+) -> dict[str, float]:
     """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--child", kind, "--tokenizer", str(options.tokenizer), "--name", name]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        kind,
+        "--tokenizer",
+        str(options.tokenizer),
+        "--name",
+        name,
+    ]
     command += ["--data", str(data), "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -154,12 +237,17 @@ def child(kind: str, options: argparse.Namespace, name: str, data: Path, folder:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def measurements(
+    options: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
     """(what, numbers), one after the other."""
     hh = folder / "hh.jsonl"
     write_hh(options.hh, hh, options.pairs)
     cold = child("load", options, "hh", hh, folder / "cache")
-    yield "cold", cold | {"rows_per_cpu_sec": options.pairs / cold["cpu_secs"]}  # the held-out rows are tokenized too
+    yield (
+        "cold",
+        cold | {"rows_per_cpu_sec": options.pairs / cold["cpu_secs"]},
+    )  # the held-out rows are tokenized too
     for _ in range(3):
         yield "warm", child("load", options, "hh", hh, folder / "cache")
     yield "assembly", child("assembly", options, "hh", hh, folder / "cache")
@@ -167,32 +255,70 @@ def measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[st
         se = folder / "se.jsonl"
         start = time.perf_counter()
         write_questions(se, options.questions)
-        yield "written", {"questions": options.questions, "secs": time.perf_counter() - start, "gb": se.stat().st_size / 1e9}
+        yield (
+            "written",
+            {
+                "questions": options.questions,
+                "secs": time.perf_counter() - start,
+                "gb": se.stat().st_size / 1e9,
+            },
+        )
         yield "questions, cold", child("load", options, "se", se, folder / "cache")
         yield "questions, warm", child("load", options, "se", se, folder / "cache")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hh", type=Path, help="a folder with .jsonl.gz files of Anthropic/hh-rlhf")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json, or one gzipped")
-    parser.add_argument("--pairs", type=int, default=160_800, help="of the HH file (default %(default)s, the whole of HH)")
-    parser.add_argument("--questions", type=int, default=0, help="of the StackExchange-shaped file (default: none)")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmarks/input"), help="folder (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hh", type=Path, help="a folder with .jsonl.gz files of Anthropic/hh-rlhf"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="a tokenizer.json, or one gzipped"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=160_800,
+        help="of the HH file (default %(default)s, the whole of HH)",
+    )
+    parser.add_argument(
+        "--questions", type=int, default=0, help="of the StackExchange-shaped file (default: none)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache/benchmarks/input"),
+        help="folder (default %(default)s)",
+    )
     for name in ("--child", "--name", "--data", "--folder"):
-        parser.add_argument(name, type=str if name in ("--child", "--name") else Path, help=argparse.SUPPRESS)
+        parser.add_argument(
+            name, type=str if name in ("--child", "--name") else Path, help=argparse.SUPPRESS
+        )
     options = parser.parse_args()
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.child:
-        print(json.dumps({"load": measure_load, "assembly": measure_assembly}[options.child](options)))
+        print(
+            json.dumps({"load": measure_load, "assembly": measure_assembly}[options.child](options))
+        )
         return
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, (options.out / "input.jsonl").open("w") as log:
         for what, numbers in measurements(options, Path(folder)):
             log.write(json.dumps({"what": what, **numbers}) + "\n")
             log.flush()
-            print(f"{what:16s}", *(f"{key} {value:,.2f}" for key, value in numbers.items()), sep="  ", flush=True)
+            print(
+                f"{what:16s}",
+                *(f"{key} {value:,.2f}" for key, value in numbers.items()),
+                sep="  ",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,12 @@ def malformed(good: list[Row]) -> dict[str, bytes]:
         "a lone surrogate": with_line(lines[4].replace("\\n\\nHuman", "\\ud800 Human")),
         "gzip under the name .jsonl": gzip.compress(text.encode()),
         "chosen is missing in a row": with_row(without("chosen")),
-        "chosen is missing everywhere": everywhere(lambda row: {k: v for k, v in row.items() if k != "chosen"}),
-        "chosen is spelt choosen": everywhere(lambda row: {k.replace("chosen", "choosen"): v for k, v in row.items()}),
+        "chosen is missing everywhere": everywhere(
+            lambda row: {k: v for k, v in row.items() if k != "chosen"}
+        ),
+        "chosen is spelt choosen": everywhere(
+            lambda row: {k.replace("chosen", "choosen"): v for k, v in row.items()}
+        ),
         "chosen is null": with_row(fifth | {"chosen": None}),
         "chosen is a number": with_row(fifth | {"chosen": 7}),
         "chosen is a list of strings": with_row(fifth | {"chosen": ["a", "b"]}),
@@ -58,6 +62,8 @@ def malformed(good: list[Row]) -> dict[str, bytes]:
         "the same row twice": with_line(lines[4] * 2),
         "a pair and its reverse": with_line(lines[4] + json.dumps(reverse) + "\n"),
         "a prompt longer than max_length": with_row(fifth | {"prompt": "word " * 400}),
-        "every prompt longer than max_length": everywhere(lambda row: row | {"prompt": "word " * 400}),
+        "every prompt longer than max_length": everywhere(
+            lambda row: row | {"prompt": "word " * 400}
+        ),
         "a message without a role": with_row({name: [{"content": "Hello."}] for name in fifth}),
-    }  # fmt: skip
+    }

@@ -1,11 +1,13 @@
-"""The memory that plan=true foretells beside what small real runs hold: peak resident memory of a process, on a CPU.
+"""The memory that plan=true foretells beside what small real runs hold: peak resident memory of a
+process, on a CPU.
 
     python benchmarks/plan_memory.py [--only WORD] [--out FOLDER]
 
-Each run is a process of its own (two for FSDPTrainer): two steps of several microbatches on made-up texts. Measured is the peak
-from the first step on, less what the process held once everything was imported. Freed memory goes back to the system at once
-(MALLOC_MMAP_THRESHOLD_), so that the peak is of what lives, not of what the allocator keeps. The plan is made for a CPU here:
-the head in smaller chunks, the optimizer one weight at a time.
+Each run is a process of its own (two for FSDPTrainer): two steps of several microbatches on made-up
+texts. Measured is the peak from the first step on, less what the process held once everything was
+imported. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the peak is
+of what lives, not of what the allocator keeps. The plan is made for a CPU here: the head in smaller
+chunks, the optimizer one weight at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +26,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SIZES = {
-    "llama": "hidden_size: 512, intermediate_size: 1376, num_hidden_layers: 8, num_attention_heads: 8, vocab_size: 32000",
-    "gpt_neox": "hidden_size: 640, intermediate_size: 2560, num_hidden_layers: 10, num_attention_heads: 10, vocab_size: 16000",
-    "qwen3": "hidden_size: 512, intermediate_size: 1536, num_hidden_layers: 8, num_attention_heads: 8, num_key_value_heads: 4, "
-    "head_dim: 64, vocab_size: 32000",
+    "llama": (
+        "hidden_size: 512, intermediate_size: 1376, num_hidden_layers: 8, num_attention_heads: 8,"
+        " vocab_size: 32000"
+    ),
+    "gpt_neox": (
+        "hidden_size: 640, intermediate_size: 2560, num_hidden_layers: 10, num_attention_heads: 10,"
+        " vocab_size: 16000"
+    ),
+    "qwen3": (
+        "hidden_size: 512, intermediate_size: 1536, num_hidden_layers: 8, num_attention_heads: 8,"
+        " num_key_value_heads: 4, head_dim: 64, vocab_size: 32000"
+    ),
 }
 DPO = ["loss=dpo", "loss.beta=0.1"]
 FSDP = ["trainer=FSDPTrainer"]
@@ -42,7 +52,10 @@ CASES: list[tuple[str, list[str]]] = [
     ("llama", ["loss=sft", "optimizer=RMSprop", "model.fsdp_policy_mp=bfloat16"]),
     ("llama", [*FSDP, "loss=sft", "optimizer=RMSprop"]),
     ("llama", [*FSDP, *DPO, "optimizer=AdamW", "reference=live"]),
-    ("llama", [*FSDP, *DPO, "optimizer=AdamW", "reference=cached", "activation_checkpointing=true"]),
+    (
+        "llama",
+        [*FSDP, *DPO, "optimizer=AdamW", "reference=cached", "activation_checkpointing=true"],
+    ),
     ("gpt_neox", [*FSDP, "loss=sft", "optimizer=RMSprop", "model.fsdp_policy_mp=bfloat16"]),
 ]
 
@@ -50,20 +63,46 @@ CASES: list[tuple[str, list[str]]] = [
 def overrides(model: str, case: list[str], folder: Path) -> list[str]:
     """The command of a case."""
     return [
-        "exp_name=plan", f"model.architecture={{model_type: {model}, {SIZES[model]}, max_position_embeddings: 512}}",
-        "model.name_or_path=null", f"model.tokenizer_name_or_path={ROOT}/demo/tokenizer", f"datasets=[{folder}/texts.jsonl]",
-        "eval_share=0.1", f"local_dirs=[{folder}/runs]", "wandb.enabled=false", "debug=true", "do_first_eval=false",
-        "do_last_eval=false", "batch_size=16", "n_examples=32", "tokens_per_microbatch=1024", "warmup_steps=0",
-        "optimizer_args={foreach: false}", *case,
-    ]  # fmt: skip
+        "exp_name=plan",
+        f"model.architecture={{model_type: {model}, {SIZES[model]}, max_position_embeddings: 512}}",
+        "model.name_or_path=null",
+        f"model.tokenizer_name_or_path={ROOT}/demo/tokenizer",
+        f"datasets=[{folder}/texts.jsonl]",
+        "eval_share=0.1",
+        f"local_dirs=[{folder}/runs]",
+        "wandb.enabled=false",
+        "debug=true",
+        "do_first_eval=false",
+        "do_last_eval=false",
+        "batch_size=16",
+        "n_examples=32",
+        "tokens_per_microbatch=1024",
+        "warmup_steps=0",
+        "optimizer_args={foreach: false}",
+        *case,
+    ]
 
 
 def write_texts(file: Path) -> None:
     """Pairs of made-up words with lengths that differ."""
     rng = random.Random(0)
-    words = ["what", "make", "people", "help", "number", "water", "think", "house", "good", "answer"]
+    words = [
+        "what",
+        "make",
+        "people",
+        "help",
+        "number",
+        "water",
+        "think",
+        "house",
+        "good",
+        "answer",
+    ]
     text = lambda low, high: " " + " ".join(rng.choices(words, k=rng.randint(low, high)))
-    rows = [{"prompt": text(40, 160), "chosen": text(20, 80), "rejected": text(20, 80)} for _ in range(48)]
+    rows = [
+        {"prompt": text(40, 160), "chosen": text(20, 80), "rejected": text(20, 80)}
+        for _ in range(48)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -86,7 +125,9 @@ def work(config, out: str) -> None:
     before, loop = status("VmRSS"), trainers.BasicTrainer.train
 
     def from_here(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: loading is not what is planned
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the peak starts again: loading is not what is planned
         return loop(self)
 
     trainers.BasicTrainer.train = from_here  # type: ignore[method-assign]
@@ -110,7 +151,9 @@ def measure(arguments: list[str], out: str) -> None:
     if config.trainer == "BasicTrainer":
         work(config, out)
     else:
-        launch.launch(work, (config, out), n_cpu_processes=2, port=None, timeout=timedelta(minutes=10))
+        launch.launch(
+            work, (config, out), n_cpu_processes=2, port=None, timeout=timedelta(minutes=10)
+        )
 
 
 def foretell(arguments: list[str]) -> dict[str, float]:
@@ -125,21 +168,36 @@ def foretell(arguments: list[str]) -> dict[str, float]:
     plan.GPU = torch.device("cpu")
     several = "trainer=FSDPTrainer" in arguments
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = hydra.compose("config", [*arguments, "plan=true", f"plan_gpus={2 if several else 1}"])
+        config = hydra.compose(
+            "config", [*arguments, "plan=true", f"plan_gpus={2 if several else 1}"]
+        )
     loss = validate(config)
-    found = plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss))
+    found = plan.make_plan(
+        config, loss, plan.read_model(config, loss), plan.read_data(config, loss)
+    )
     kinds = {kind: values[0] / 1e9 for kind, values in found.memory.kinds.items()}
     return kinds | {"all": found.memory.peak / 1e9}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="cases whose text has this word")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmarks/plan"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache/benchmarks/plan"),
+        help="folder (default %(default)s)",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = ["| run | GB planned | GB measured | error |", "|---|---|---|---|"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_texts(folder / "texts.jsonl")
@@ -149,11 +207,22 @@ def main() -> None:
                 continue
             arguments = overrides(model, case, folder)
             said = json.dumps([arguments, str(folder / "peak")])
-            command = [sys.executable, "-c", "import json, sys; sys.path.insert(0, sys.argv[1]); import plan_memory as p; "
-                       "p.measure(*json.loads(sys.argv[2]))", str(Path(__file__).parent), said]  # fmt: skip
+            command = [
+                sys.executable,
+                "-c",
+                (
+                    "import json, sys; sys.path.insert(0, sys.argv[1]); import plan_memory as p; "
+                    "p.measure(*json.loads(sys.argv[2]))"
+                ),
+                str(Path(__file__).parent),
+                said,
+            ]
             subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
             measured, planned = json.loads((folder / "peak").read_text()) / 1e9, foretell(arguments)
-            rows.append(f"| {text} | {planned['all']:.2f} | {measured:.2f} | {planned['all'] / measured - 1:+.1%} |")
+            rows.append(
+                f"| {text} | {planned['all']:.2f} | {measured:.2f} |"
+                f" {planned['all'] / measured - 1:+.1%} |"
+            )
             print(rows[-1], {k: round(v, 3) for k, v in planned.items()}, flush=True)
     (options.out / "plan.md").write_text("\n".join(rows) + "\n")
     print("\n".join(rows))

@@ -1,12 +1,15 @@
-"""What a kill, damage, a changed setting, a signal, a full disk or a malformed file does to a DPO run: trl.DPOTrainer and Plumb.
+"""What a kill, damage, a changed setting, a signal, a full disk or a malformed file does to a DPO
+run: trl.DPOTrainer and Plumb.
 
     python benchmarks/reliability_trl.py trl              # about 15 minutes on a CPU; also: plumb
-    python benchmarks/reliability_trl.py --report         # benchmarks/results/reliability_trl.md, of what was measured
+    python benchmarks/reliability_trl.py --report    # writes benchmarks/results/reliability_trl.md
 
-Both train the same Llama of 174,104 random parameters on the same 80 pairs for 40 steps of 4, on one thread, and save after every
-step; they are started as a user starts them, one process a run. A run that was disturbed and started again is *right* if it ends
-with exactly the weights of the undisturbed run, or stops with one line that says why; it is wrong if it ends in a traceback, or
-with other weights as if nothing had happened. Where a setting was changed, going on as if it had not been is wrong too.
+Both train the same Llama of 174,104 random parameters on the same 80 pairs for 40 steps of 4, on
+one thread, and save after every step; they are started as a user starts them, one process a run. A
+run that was disturbed and started again is *right* if it ends with exactly the weights of the
+undisturbed run, or stops with one line that says why; it is wrong if it ends in a traceback, or
+with other weights as if nothing had happened. Where a setting was changed, going on as if it had
+not been is wrong too.
 """
 
 from __future__ import annotations
@@ -37,12 +40,16 @@ N_STEPS, BATCH, N_ROWS = 40, 4, 80
 CUT = 15  # the damaged checkpoint's step
 RESULTS = ROOT / "benchmarks/results/reliability_trl.md"
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "WANDB_MODE": "disabled", "COLUMNS": "200",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+    "COLUMNS": "200",
+}
 
 
-# ------------------------------------------------------------------------------------------------------------ the contenders
+# ---- the contenders ----
 
 
 class Contender(NamedTuple):
@@ -73,39 +80,87 @@ class Run(NamedTuple):
 
 def trl_command(run: Run) -> list[str]:
     what = map(str, (run.model, run.data, run.run_dir, run.n_steps))
-    line = [sys.executable, "benchmarks/trl_dpo.py", *what, f"--lr={run.lr}", f"--batch={run.batch}"]
+    line = [
+        sys.executable,
+        "benchmarks/trl_dpo.py",
+        *what,
+        f"--lr={run.lr}",
+        f"--batch={run.batch}",
+    ]
     return line + ["--resume"] * run.resume + ["--jit"] * run.jit
 
 
 def plumb_command(run: Run) -> list[str]:
     return [
-        sys.executable, "train.py", "exp_name=reliability", "loss=dpo", "loss.beta=0.1", f"model.name_or_path='{run.model}'",
-        f"datasets=['{run.data}']", f"local_run_dir='{run.run_dir}'", f"local_dirs=['{run.run_dir.parent}']", f"lr={run.lr}",
-        f"batch_size={run.batch}", "n_epochs=null", f"n_examples={run.n_steps * BATCH}", f"eval_every={BATCH}", "optimizer=AdamW",
-        "warmup_steps=2", "max_length=96", "max_prompt_length=48", "do_first_eval=false", "sample_during_eval=false",
-        "wandb.enabled=false", "minimum_log_interval_secs=-1", *["resume=auto"] * run.resume,
-    ]  # fmt: skip
+        sys.executable,
+        "train.py",
+        "exp_name=reliability",
+        "loss=dpo",
+        "loss.beta=0.1",
+        f"model.name_or_path='{run.model}'",
+        f"datasets=['{run.data}']",
+        f"local_run_dir='{run.run_dir}'",
+        f"local_dirs=['{run.run_dir.parent}']",
+        f"lr={run.lr}",
+        f"batch_size={run.batch}",
+        "n_epochs=null",
+        f"n_examples={run.n_steps * BATCH}",
+        f"eval_every={BATCH}",
+        "optimizer=AdamW",
+        "warmup_steps=2",
+        "max_length=96",
+        "max_prompt_length=48",
+        "do_first_eval=false",
+        "sample_during_eval=false",
+        "wandb.enabled=false",
+        "minimum_log_interval_secs=-1",
+        *["resume=auto"] * run.resume,
+    ]
 
 
 CONTENDERS = {
-    "trl": Contender("TRL", trl_command, "checkpoint-{}", "model.safetensors", "optimizer.pt", "trainer_state.json",
-                     "model.safetensors", jit=True),
-    "plumb": Contender("Plumb", plumb_command, "step-{}", "policy.pt", "state-0-of-1.safetensors", "manifest.json", "policy.pt"),
-}  # fmt: skip
+    "trl": Contender(
+        "TRL",
+        trl_command,
+        "checkpoint-{}",
+        "model.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+        "model.safetensors",
+        jit=True,
+    ),
+    "plumb": Contender(
+        "Plumb",
+        plumb_command,
+        "step-{}",
+        "policy.pt",
+        "state-0-of-1.safetensors",
+        "manifest.json",
+        "policy.pt",
+    ),
+}
 
 
 def checkpoint(contender: Contender, run_dir: Path, step: int) -> Path:
-    return run_dir / contender.checkpoint.format(step * BATCH if contender.name == "Plumb" else step)
+    return run_dir / contender.checkpoint.format(
+        step * BATCH if contender.name == "Plumb" else step
+    )
 
 
 def newest(contender: Contender, run_dir: Path) -> int:
     """The step of the newest checkpoint by its name, whole or not; 0: none."""
-    found = [int(p.name.rpartition("-")[2]) for p in run_dir.glob(contender.checkpoint.format("*")) if p.name[-1].isdigit()]
+    found = [
+        int(p.name.rpartition("-")[2])
+        for p in run_dir.glob(contender.checkpoint.format("*"))
+        if p.name[-1].isdigit()
+    ]
     return max(found, default=0) // (BATCH if contender.name == "Plumb" else 1)
 
 
 def final_weights(contender: Contender, run_dir: Path, n_steps: int = N_STEPS) -> str | None:
-    """A digest of the result's tensors, and of no more than these; None where there is no result."""
+    """A digest of the result's tensors, and of no more than these; None where there is no
+    result.
+    """
     path = checkpoint(contender, run_dir, n_steps) / contender.final
     if not path.is_file():
         return None
@@ -123,7 +178,7 @@ def final_weights(contender: Contender, run_dir: Path, n_steps: int = N_STEPS) -
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------- a run and its end
+# ---- a run and its end ----
 
 
 class End(NamedTuple):
@@ -138,7 +193,11 @@ class End(NamedTuple):
         return next((line.strip() for line in self.lines() if shape(line) not in usual), "")
 
     def lines(self) -> list[str]:
-        return [line for line in (self.err + "\n" + self.out).replace("\r", "\n").splitlines() if line.strip()]
+        return [
+            line
+            for line in (self.err + "\n" + self.out).replace("\r", "\n").splitlines()
+            if line.strip()
+        ]
 
 
 def shape(line: str) -> str:
@@ -151,7 +210,13 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     """A command in a process group of its own, which is gone afterwards."""
     with open(log.with_suffix(".out"), "w") as out, open(log.with_suffix(".err"), "w") as err:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
         )
         try:
             yield process
@@ -174,13 +239,13 @@ def run(command: list[str], log: Path) -> End:
         return ended(process, log)
 
 
-
-
-# ----------------------------------------------------------------------------------------------------------------- the table
+# ---- the table ----
 
 
 class Case(NamedTuple):
-    """A line of the table. `verdict`: right, traceback, wrong (all other ways), for a file: one line, traceback, said, silent."""
+    """A line of the table. `verdict`: right, traceback, wrong (all other ways), for a file: one
+    line, traceback, said, silent.
+    """
 
     group: str
     name: str
@@ -188,12 +253,17 @@ class Case(NamedTuple):
     told: str
 
 
-def judge(end: End, weights: str | None, expected: str | None, usual: set[str], going_on_is_right: bool) -> tuple[str, str]:
+def judge(
+    end: End, weights: str | None, expected: str | None, usual: set[str], going_on_is_right: bool
+) -> tuple[str, str]:
     """-> verdict and what happened, in words."""
     if end.code:
         frames = end.err.count('  File "')
         if "Traceback" in end.err:
-            return "traceback", f"exit {end.code}, traceback of {frames} frames: {clip(last_line(end))}"
+            return (
+                "traceback",
+                f"exit {end.code}, traceback of {frames} frames: {clip(last_line(end))}",
+            )
         one = len(end.err.strip().splitlines()) == 1
         return "right" if one else "wrong", f"exit {end.code}: {clip(end.err.strip() or 'nothing')}"
     same = weights == expected
@@ -204,20 +274,35 @@ def judge(end: End, weights: str | None, expected: str | None, usual: set[str], 
 
 
 def last_line(end: End) -> str:
-    lines = [line for line in end.err.splitlines() if re.match(r"\w[\w.]*(Error|Exception|Iteration|Exit)\b", line)]
+    lines = [
+        line
+        for line in end.err.splitlines()
+        if re.match(r"\w[\w.]*(Error|Exception|Iteration|Exit)\b", line)
+    ]
     return (lines or end.err.strip().splitlines())[-1]
 
 
 def clip(text: str, length: int = 150) -> str:
     text = re.sub(r"\S*/(?=[\w.-]+/[\w.-]+)", ".../", text.replace("|", "/"))
-    return "`" + (text if len(text) <= length else text[: length - 3] + "...").replace("`", "'").replace("\n", " ") + "`"
+    return (
+        "`"
+        + (text if len(text) <= length else text[: length - 3] + "...")
+        .replace("`", "'")
+        .replace("\n", " ")
+        + "`"
+    )
 
 
 class Bench:
     """One contender's runs, all beneath one folder."""
 
     def __init__(self, contender: Contender, folder: Path, seed: int):
-        self.contender, self.folder, self.rng, self.seed = contender, folder, random.Random(seed), seed
+        self.contender, self.folder, self.rng, self.seed = (
+            contender,
+            folder,
+            random.Random(seed),
+            seed,
+        )
         self.cases: list[Case] = []
         self.record: dict[str, Any] = {}
         shutil.rmtree(folder, ignore_errors=True)
@@ -225,16 +310,26 @@ class Bench:
         self.model, self.data = folder / "model", folder / "pairs.jsonl"
         make_model(self.model)
         rows = (ROOT / "demo/train.jsonl").read_text().splitlines()[:N_ROWS]
-        self.rows = [{k: json.loads(row)[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
+        self.rows = [
+            {k: json.loads(row)[k] for k in ("prompt", "chosen", "rejected")} for row in rows
+        ]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def command(self, run_dir: Path, **changes: Any) -> list[str]:
         return self.contender.command(Run(self.model, self.data, run_dir)._replace(**changes))
 
-    def wait_for(self, step: int, run_dir: Path, process: subprocess.Popen, secs: float = 120) -> None:
-        """Until the checkpoint of that step or a later one has its name, or the process has ended."""
+    def wait_for(
+        self, step: int, run_dir: Path, process: subprocess.Popen, secs: float = 120
+    ) -> None:
+        """Until the checkpoint of that step or a later one has its name, or the process has
+        ended.
+        """
         end = time.monotonic() + secs
-        while newest(self.contender, run_dir) < step and process.poll() is None and time.monotonic() < end:
+        while (
+            newest(self.contender, run_dir) < step
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
             time.sleep(0.002)
 
     def add(self, group: str, name: str, verdict: str, told: str) -> None:
@@ -242,7 +337,9 @@ class Bench:
         print(f"{group:<10} {name:<45} {verdict:<10} {told}", flush=True)
 
     def undisturbed(self) -> None:
-        """Twice: the weights must be the same, else nothing below means anything. The base: the same, killed after step CUT."""
+        """Twice: the weights must be the same, else nothing below means anything. The base: the
+        same, killed after step CUT.
+        """
         run_dirs = [self.folder / "whole", self.folder / "whole2"]
         digests = []
         for run_dir in run_dirs:
@@ -256,7 +353,9 @@ class Bench:
                 raise SystemExit(f"{self.contender.name} does not run: {end.err[-2000:]}")
             digests.append(final_weights(self.contender, run_dir))
         if digests[0] is None or digests[0] != digests[1]:
-            raise SystemExit(f"{self.contender.name}: two undisturbed runs differ, or end without weights")
+            raise SystemExit(
+                f"{self.contender.name}: two undisturbed runs differ, or end without weights"
+            )
         self.expected = digests[0]
         self.base = self.folder / "base"
         with running(self.command(self.base), self.folder / "base") as process:
@@ -265,7 +364,11 @@ class Bench:
             shutil.rmtree(checkpoint(self.contender, self.base, step), ignore_errors=True)
         end, weights = self.resume(self.copy("usual"))
         self.usual = {shape(line) for line in end.lines()}
-        self.add("control", "killed between two saves, started again", *judge(end, weights, self.expected, self.usual, True))
+        self.add(
+            "control",
+            "killed between two saves, started again",
+            *judge(end, weights, self.expected, self.usual, True),
+        )
 
     def copy(self, name: str) -> Path:
         run_dir = self.folder / name
@@ -276,10 +379,12 @@ class Bench:
         end = run(self.command(run_dir, resume=True, **changes), self.folder / run_dir.name)
         return end, final_weights(self.contender, run_dir)
 
-    # ------------------------------------------------------------------------------------------------------------ the groups
+    # ---- the groups ----
 
     def kills(self, n: int) -> None:
-        """SIGKILL at a random moment from the first checkpoint on, start again, compare. Each trial is a run of its own."""
+        """SIGKILL at a random moment from the first checkpoint on, start again, compare. Each trial
+        is a run of its own.
+        """
         broken, older = 0, 0
         for i in range(n):
             run_dir, delay = self.folder / f"kill-{i}", self.rng.uniform(0, self.secs)
@@ -294,23 +399,36 @@ class Bench:
             name = f"SIGKILL {i + 1}, {delay:.2f} s after the first save"
             self.add("kills", name, verdict, f"newest checkpoint: step {at}; {told}")
             shutil.rmtree(run_dir)
-        self.record["kills"] = {"n": n, "broken": broken, "older_checkpoint_beside": older, "seed": self.seed}
+        self.record["kills"] = {
+            "n": n,
+            "broken": broken,
+            "older_checkpoint_beside": older,
+            "seed": self.seed,
+        }
 
     def damage(self) -> None:
-        files = {"weights": self.contender.weights, "optimizer": self.contender.optimizer, "state": self.contender.state}
+        files = {
+            "weights": self.contender.weights,
+            "optimizer": self.contender.optimizer,
+            "state": self.contender.state,
+        }
         for kind, file in files.items():
             for way, spoil in WAYS.items():
                 if kind == "state" and "bit" in way:
                     continue  # in text it is as likely to be a syntax error as a changed number
                 run_dir = self.copy("damaged")
                 spoil(checkpoint(self.contender, run_dir, CUT) / file)
-                self.started_again("damage", f"the newest checkpoint's {kind} file {way}", run_dir, True)
+                self.started_again(
+                    "damage", f"the newest checkpoint's {kind} file {way}", run_dir, True
+                )
         run_dir = self.copy("damaged")
         for path in checkpoint(self.contender, run_dir, CUT).iterdir():
             path.unlink()
         self.started_again("damage", "the newest checkpoint is an empty directory", run_dir, True)
 
-    def started_again(self, group: str, name: str, run_dir: Path, going_on_is_right: bool, **changes: Any) -> None:
+    def started_again(
+        self, group: str, name: str, run_dir: Path, going_on_is_right: bool, **changes: Any
+    ) -> None:
         end, weights = self.resume(run_dir, **changes)
         self.add(group, name, *judge(end, weights, self.expected, self.usual, going_on_is_right))
 
@@ -325,35 +443,70 @@ class Bench:
             self.started_again("changes", name, self.copy("changed"), False)
             self.data.write_text(kept)
         self.started_again("changes", "lr=0.1", self.copy("changed"), False, lr=0.1)
-        self.started_again("changes", "half the batch size", self.copy("changed"), False, batch=BATCH // 2)
+        self.started_again(
+            "changes", "half the batch size", self.copy("changed"), False, batch=BATCH // 2
+        )
 
     def signals(self) -> None:
         for name, number in {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.items():
             for jit in [False, True] if self.contender.jit and name == "SIGTERM" else [False]:
                 run_dir = self.folder / "signalled"
                 shutil.rmtree(run_dir, ignore_errors=True)
-                with running(self.command(run_dir, n_steps=400, jit=jit), self.folder / "signalled") as process:
+                with running(
+                    self.command(run_dir, n_steps=400, jit=jit), self.folder / "signalled"
+                ) as process:
                     self.wait_for(5, run_dir, process)
                     process.send_signal(number)
                     end = ended(process, self.folder / "signalled")
                 shell = end.code if end.code >= 0 else 128 - end.code
-                verdict = "traceback" if "Traceback" in end.err else "right" if shell == 128 + number else "wrong"
-                how = f"exit {end.code} (a shell says {shell}) after {newest(self.contender, run_dir)} of 400 steps"
-                line = last_line(end) if verdict == "traceback" else (end.err.strip().splitlines() or ["nothing"])[-1]
-                self.add("signals", name + (" with enable_jit_checkpoint" if jit else ""), verdict, f"{how}; said: {clip(line)}")
+                verdict = (
+                    "traceback"
+                    if "Traceback" in end.err
+                    else "right"
+                    if shell == 128 + number
+                    else "wrong"
+                )
+                how = (
+                    f"exit {end.code} (a shell says {shell}) after"
+                    f" {newest(self.contender, run_dir)} of 400 steps"
+                )
+                line = (
+                    last_line(end)
+                    if verdict == "traceback"
+                    else (end.err.strip().splitlines() or ["nothing"])[-1]
+                )
+                self.add(
+                    "signals",
+                    name + (" with enable_jit_checkpoint" if jit else ""),
+                    verdict,
+                    f"{how}; said: {clip(line)}",
+                )
 
     def full_disk(self) -> None:
-        """A small file system of its own, filled up; then space is freed and the run started again."""
+        """A small file system of its own, filled up; then space is freed and the run started
+        again.
+        """
         disk, size = self.folder / "disk", 200 << 20
         disk.mkdir()
         one = sum(f.stat().st_size for f in checkpoint(self.contender, self.base, CUT).iterdir())
         run_dir, logs = disk / "run", (self.folder / "full", self.folder / "freed")
-        sh = [f"mount -t tmpfs -o size={size} none '{disk}'", f"head -c {size - 8 * one} /dev/zero > '{disk}/filler'"]
+        sh = [
+            f"mount -t tmpfs -o size={size} none '{disk}'",
+            f"head -c {size - 8 * one} /dev/zero > '{disk}/filler'",
+        ]
         for log, resume in zip(logs, (False, True), strict=True):
             line = shlex.join(self.command(run_dir, resume=resume))
-            sh += [f"{line} > '{log}.out' 2> '{log}.err' < /dev/null; echo $? > '{log}.code'", f"rm -f '{disk}/filler'"]
+            sh += [
+                f"{line} > '{log}.out' 2> '{log}.err' < /dev/null; echo $? > '{log}.code'",
+                f"rm -f '{disk}/filler'",
+            ]
         sh.append(f"cp -r '{run_dir}' '{self.folder}/after'")
-        subprocess.run(["unshare", "-rm", "bash", "-c", "\n".join(sh)], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            ["unshare", "-rm", "bash", "-c", "\n".join(sh)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+        )
         names = ("the disk fills up", "space is freed, started again")
         for log, name, again in zip(logs, names, (False, True), strict=True):
             if not log.with_suffix(".code").exists():
@@ -375,7 +528,11 @@ class Bench:
             usual = usual or {shape(line) for line in end.lines()}
             if end.code == 0:
                 said = end.said(usual)
-                verdict, told = ("said", f"trained; said: {clip(said)}") if said else ("silent", "trained, and said nothing")
+                verdict, told = (
+                    ("said", f"trained; said: {clip(said)}")
+                    if said
+                    else ("silent", "trained, and said nothing")
+                )
             else:
                 verdict, told = judge(end, None, "", usual, False)
                 verdict = {"right": "one line"}.get(verdict, verdict)
@@ -412,10 +569,18 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=56, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=56,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -438,20 +603,34 @@ def main() -> None:
             keep(bench, at.folder / f"{at.contender}.json", round(time.monotonic() - began))
         shutil.rmtree(at.folder / at.contender)
     if at.report:
-        write_report({name: json.loads(path.read_text()) for name in CONTENDERS if (path := at.folder / f"{name}.json").exists()})
+        write_report(
+            {
+                name: json.loads(path.read_text())
+                for name in CONTENDERS
+                if (path := at.folder / f"{name}.json").exists()
+            }
+        )
 
 
 def keep(bench: Bench, path: Path, secs: int) -> None:
     """The groups that were run now replace those of the same name."""
     libraries = ("torch", "transformers", "safetensors", *["trl"] * (bench.contender.name == "TRL"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     old = json.loads(path.read_text()) if path.exists() else {"cases": []}
     mine = {case.group for case in bench.cases}
-    record = old | bench.record | {
-        "cases": [case for case in old["cases"] if case[0] not in mine] + bench.cases,
-        "versions": {name: version(name) for name in libraries}, "date": time.strftime("%Y-%m-%d"), "seconds": secs,
-        "commits": old.get("commits", {}) | dict.fromkeys(mine, commit.stdout.strip()),
-    }  # fmt: skip
+    record = (
+        old
+        | bench.record
+        | {
+            "cases": [case for case in old["cases"] if case[0] not in mine] + bench.cases,
+            "versions": {name: version(name) for name in libraries},
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": secs,
+            "commits": old.get("commits", {}) | dict.fromkeys(mine, commit.stdout.strip()),
+        }
+    )
     path.write_text(json.dumps(record, indent=1))
 
 
@@ -471,10 +650,19 @@ def write_report(records: dict[str, Any]) -> None:
     names = [CONTENDERS[name].name for name in records]
     lines = ["# What breaks a run, beside TRL", "", REPORT.strip(), ""]
     for name, record in records.items():
-        versions = ", ".join(f"{library} {number}" for library, number in record["versions"].items())
-        commits = ", ".join(f"{commit} ({group})" for group, commit in record["commits"].items() if group != "control")
+        versions = ", ".join(
+            f"{library} {number}" for library, number in record["versions"].items()
+        )
+        commits = ", ".join(
+            f"{commit} ({group})"
+            for group, commit in record["commits"].items()
+            if group != "control"
+        )
         seed = record["kills"]["seed"]
-        lines.append(f"- {CONTENDERS[name].name}: {versions}; seed {seed}; {record['date']}; commits {commits}")
+        lines.append(
+            f"- {CONTENDERS[name].name}: {versions}; seed {seed}; {record['date']}; commits"
+            f" {commits}"
+        )
     lines += ["", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for group, title in GROUPS.items():
         cells = []
@@ -486,15 +674,43 @@ def write_report(records: dict[str, Any]) -> None:
     for name, record in records.items():
         n, broken, older = (record["kills"][k] for k in ("n", "broken", "older_checkpoint_beside"))
         beside = f" ({older} of them with an older checkpoint beside it)" * bool(broken)
-        late = sum(group == "kills" and f"newest checkpoint: step {N_STEPS};" in told for group, *_, told in record["cases"])
-        said.append(f"{CONTENDERS[name].name} {broken} of {n}{beside}; {late} of the {n} kills came after the last save")
-    lines += ["", f"Runs that could not go on after a kill: {'. '.join(said)}.", "Both read the gzip as what it is."]
+        late = sum(
+            group == "kills" and f"newest checkpoint: step {N_STEPS};" in told
+            for group, *_, told in record["cases"]
+        )
+        said.append(
+            f"{CONTENDERS[name].name} {broken} of {n}{beside}; {late} of the {n} kills came after"
+            " the last save"
+        )
+    lines += [
+        "",
+        f"Runs that could not go on after a kill: {'. '.join(said)}.",
+        "Both read the gzip as what it is.",
+    ]
     for group, title in GROUPS.items():
-        lines += ["", f"## {title}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-        tables = [{name: f"{verdict}: {told}" for g, name, verdict, told in r["cases"] if g == group} for r in records.values()]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| | {' | '.join(names)} |",
+            "|---" * (1 + len(names)) + "|",
+        ]
+        tables = [
+            {name: f"{verdict}: {told}" for g, name, verdict, told in r["cases"] if g == group}
+            for r in records.values()
+        ]
         if group == "kills":  # moments differ, so numbers stand side by side
-            tables = [{f"{i}": f"{k.partition(', ')[2]}: {told}" for i, (k, told) in enumerate(t.items(), 1)} for t in tables]
-            tables = [{i: told for i, told in table.items() if ": right: " not in told} for table in tables]
+            tables = [
+                {
+                    f"{i}": f"{k.partition(', ')[2]}: {told}"
+                    for i, (k, told) in enumerate(t.items(), 1)
+                }
+                for t in tables
+            ]
+            tables = [
+                {i: told for i, told in table.items() if ": right: " not in told}
+                for table in tables
+            ]
             lines.insert(-2, "Those that were not right:\n")
         for row in dict.fromkeys(name for table in tables for name in table):
             lines.append(f"| {row} | {' | '.join(table.get(row, '-') for table in tables)} |")
@@ -502,17 +718,20 @@ def write_report(records: dict[str, Any]) -> None:
 
 
 REPORT = """
-Command: `python benchmarks/reliability_trl.py trl`, the same with `plumb`, then `--report`. Both train the same Llama of 174,104
-random parameters by DPO on the same 80 pairs of `demo/train.jsonl`, 40 steps of 4, and save after every step; one thread of a
-CPU, each run a command of its own. TRL runs as its documentation shows (`trl_dpo.py`) and is started again with
+Command: `python benchmarks/reliability_trl.py trl`, the same with `plumb`, then `--report`. Both
+train the same Llama of 174,104 random parameters by DPO on the same 80 pairs of `demo/train.jsonl`,
+40 steps of 4, and save after every step; one thread of a CPU, each run a command of its own. TRL
+runs as its documentation shows (`trl_dpo.py`) and is started again with
 `resume_from_checkpoint=True`; Plumb is started again with `resume=auto`.
 
-*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line that says why (where a setting
-was changed: only the latter); a signal: an exit code that says so. *Traceback*: it ended in one. *Wrong*: it ended with other
-weights, or the change had no effect, or the exit code says finished. A malformed file: refused in *one line*, with a *traceback*,
-trained and *said* something of it, or trained in *silence*. Not every malformed file must be refused; it should not pass unseen.
-The weights, optimizer and state files are TRL's model.safetensors, optimizer.pt and trainer_state.json, and Plumb's policy.pt,
-state-0-of-1.safetensors (what it goes on from: weights and optimizer) and manifest.json.
+*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line
+that says why (where a setting was changed: only the latter); a signal: an exit code that says so.
+*Traceback*: it ended in one. *Wrong*: it ended with other weights, or the change had no effect, or
+the exit code says finished. A malformed file: refused in *one line*, with a *traceback*, trained
+and *said* something of it, or trained in *silence*. Not every malformed file must be refused; it
+should not pass unseen. The weights, optimizer and state files are TRL's model.safetensors,
+optimizer.pt and trainer_state.json, and Plumb's policy.pt, state-0-of-1.safetensors (what it goes
+on from: weights and optimizer) and manifest.json.
 """
 
 

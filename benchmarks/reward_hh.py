@@ -1,8 +1,10 @@
-"""Reward models on HH, one thing changed at a time: python benchmarks/reward_hh.py OUT --model FOLDER
+"""Reward models on HH, one thing changed at a time: python benchmarks/reward_hh.py OUT --model
+FOLDER
 
-Three parts, by prompt: training, validation (for choosing), held out (reported once). `frozen` reads the model once and tries
-heads on what it gave; `trained` trains for each of SETTINGS through train.py and evaluates on the validation part; `final` trains
-on both parts with the settings that are given, and evaluates on the held-out pairs. What they printed stands in
+Three parts, by prompt: training, validation (for choosing), held out (reported once). `frozen`
+reads the model once and tries heads on what it gave; `trained` trains for each of SETTINGS through
+train.py and evaluates on the validation part; `final` trains on both parts with the settings that
+are given, and evaluates on the held-out pairs. What they printed stands in
 benchmarks/results/reward.md. `--smoke`: a few pairs, for a try with any small model.
 """
 
@@ -44,12 +46,18 @@ PARTS = {"heldout": 22, "valid": 36, "train": 100}  # of a hundred prompts: up t
 MARK = "\n\nAssistant:"
 REWARD = {"name": "reward", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 
-# Of a head on frozen states: AdamW unless said, linear decay after 5 steps of warmup, batches of 32, one epoch.
+# Of a head on frozen states: AdamW unless said, linear decay after 5 steps of warmup, batches of
+# 32, one epoch.
 HEADS: dict[str, dict[str, Any]] = {
     "drawn, lr 2e-5": {"drawn": True, "lr": 2e-5},
     "drawn, lr 1e-3": {"drawn": True, "lr": 1e-3},
     "drawn, lr 1e-2": {"drawn": True, "lr": 1e-2},
-    "drawn, defaults of 2023: RMSprop, lr 5e-7, warmup 150": {"drawn": True, "lr": 5e-7, "optimizer": "RMSprop", "warmup": 150},
+    "drawn, defaults of 2023: RMSprop, lr 5e-7, warmup 150": {
+        "drawn": True,
+        "lr": 5e-7,
+        "optimizer": "RMSprop",
+        "warmup": 150,
+    },
     "zero, lr 2e-5": {"lr": 2e-5},
     "zero, lr 2e-4": {"lr": 2e-4},
     "zero, lr 1e-3": {},
@@ -61,7 +69,14 @@ HEADS: dict[str, dict[str, Any]] = {
     "zero, lr 1e-3, states divided by their spread": {"normed": True},
     "zero, lr 1e-3, batches of 4": {"batch": 4},
 }
-BASE = ["optimizer=AdamW", "lr=1e-5", "lr_schedule=linear", "warmup_steps=5", "batch_size=16", "n_epochs=1"]
+BASE = [
+    "optimizer=AdamW",
+    "lr=1e-5",
+    "lr_schedule=linear",
+    "warmup_steps=5",
+    "batch_size=16",
+    "n_epochs=1",
+]
 SETTINGS: dict[str, list[str]] = {
     "base": [],
     "head drawn": ["head_init=random"],
@@ -78,20 +93,33 @@ SETTINGS: dict[str, list[str]] = {
 
 
 def split(data: Path, out: Path, tokenizer, max_length: int, most: int | None) -> dict[str, int]:
-    """Write heldout.jsonl, valid.jsonl and train.jsonl: pairs that fit in max_length tokens, each prompt in one part."""
+    """Write heldout.jsonl, valid.jsonl and train.jsonl: pairs that fit in max_length tokens, each
+    prompt in one part.
+    """
     n = dict.fromkeys(PARTS, 0)
     rows: dict[str, list[str]] = {part: [] for part in PARTS}
-    for line in (line for name in FILES for line in gzip.decompress((data / name).read_bytes()).decode().strip().split("\n")):
+    for line in (
+        line
+        for name in FILES
+        for line in gzip.decompress((data / name).read_bytes()).decode().strip().split("\n")
+    ):
         row = json.loads(line)
-        (prompt, chosen), (other, rejected) = (row[k].rsplit(MARK, 1) for k in ("chosen", "rejected"))
+        (prompt, chosen), (other, rejected) = (
+            row[k].rsplit(MARK, 1) for k in ("chosen", "rejected")
+        )
         if prompt != other or chosen == rejected or not chosen.strip() or not rejected.strip():
             continue
-        lengths = [len(tokenizer(x, add_special_tokens=False)["input_ids"]) for x in (prompt + MARK, chosen, rejected)]
+        lengths = [
+            len(tokenizer(x, add_special_tokens=False)["input_ids"])
+            for x in (prompt + MARK, chosen, rejected)
+        ]
         number = int(hashlib.md5(prompt.encode()).hexdigest()[:8], 16) % 100
         part = next(part for part, end in PARTS.items() if number < end)
         if lengths[0] + max(lengths[1:]) + 1 <= max_length and (most is None or n[part] < most):
             n[part] += 1
-            rows[part].append(json.dumps({"prompt": prompt + MARK, "chosen": chosen, "rejected": rejected}) + "\n")
+            rows[part].append(
+                json.dumps({"prompt": prompt + MARK, "chosen": chosen, "rejected": rejected}) + "\n"
+            )
     for part, lines in rows.items():
         (out / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
     return n
@@ -103,7 +131,9 @@ def states(model_name: str, path: Path, max_length: int, read: str) -> tuple[Ten
     found = find_model(model_name)
     config = knobs_of(found, {"max_length": max_length, "max_prompt_length": max_length - 1})
     tokenizer, model = load_tokenizer(found.config), load_policy(found.config, scalar=True).eval()
-    examples = encoded([*get_dataset(str(path), "train", eval_share=0.0).rows], tokenizer, config, "keep_end").examples
+    examples = encoded(
+        [*get_dataset(str(path), "train", eval_share=0.0).rows], tokenizer, config, "keep_end"
+    ).examples
     loss, device = build_loss(REWARD | {"read": read}), torch.device("cpu")
     precision = lambda: torch.autocast("cpu", torch.bfloat16)
     way, line = choose_way(
@@ -117,22 +147,43 @@ def states(model_name: str, path: Path, max_length: int, read: str) -> tuple[Ten
     )
     print(line)
     scorer = Scorer(model, None, loss, way, precision, device)
-    feed, indices = Feed(examples, Packing(way.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0), np.arange(len(examples))
+    feed, indices = (
+        Feed(examples, Packing(way.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0),
+        np.arange(len(examples)),
+    )
     with tqdm(total=len(examples), desc=read) as progress:
         return all_hidden(scorer, feed, indices, True, progress), folds_of(examples, indices)
 
 
 def head_by_steps(
-    z: Tensor, *, drawn: bool = False, lr: float = 1e-3, optimizer: str = "AdamW", warmup: int = 5, epochs: int = 1,
-    normed: bool = False, batch: int = 32,
-) -> Tensor:  # fmt: skip
+    z: Tensor,
+    *,
+    drawn: bool = False,
+    lr: float = 1e-3,
+    optimizer: str = "AdamW",
+    warmup: int = 5,
+    epochs: int = 1,
+    normed: bool = False,
+    batch: int = 32,
+) -> Tensor:
     """A head [d] trained on differences of frozen states, [n, d], as train.py would."""
     unit = z.square().mean(0).sqrt() if normed else torch.ones(z.shape[1])
-    weight = torch.nn.Parameter(initial_weight(z.shape[1], 0)[0] if drawn else torch.zeros(z.shape[1]))
-    made, n_steps, step = getattr(torch.optim, optimizer)([weight], lr=lr), epochs * -(-len(z) // batch), 0
+    weight = torch.nn.Parameter(
+        initial_weight(z.shape[1], 0)[0] if drawn else torch.zeros(z.shape[1])
+    )
+    made, n_steps, step = (
+        getattr(torch.optim, optimizer)([weight], lr=lr),
+        epochs * -(-len(z) // batch),
+        0,
+    )
     for epoch in range(epochs):
-        for part in torch.from_numpy(np.random.default_rng((0, epoch)).permutation(len(z))).split(batch):
-            rising, falling = (step + 1) / (warmup + 1), 1 - (step - warmup) / max(1, n_steps - 1 - warmup)
+        for part in torch.from_numpy(np.random.default_rng((0, epoch)).permutation(len(z))).split(
+            batch
+        ):
+            rising, falling = (
+                (step + 1) / (warmup + 1),
+                1 - (step - warmup) / max(1, n_steps - 1 - warmup),
+            )
             made.param_groups[0]["lr"] = lr * (rising if step < warmup else max(0.0, falling))
             made.zero_grad()
             (-F.logsigmoid((z[part] / unit) @ weight)).mean().backward()
@@ -146,50 +197,107 @@ def frozen(model: str, path: Path, max_length: int) -> None:
     for read in ("last", "mean"):
         found, folds = states(model, path, max_length, read)
         chosen, rejected = found[:, 0].float(), found[:, 1].float()
-        print(f"\n| read at {read}: {len(found):,} pairs, {FOLDS} folds by prompt | accuracy | loss |\n|---|---|---|")
+        print(
+            f"\n| read at {read}: {len(found):,} pairs, {FOLDS} folds by prompt | accuracy | loss"
+            " |\n|---|---|---|"
+        )
         inner = torch.from_numpy(np.random.default_rng(0).integers(0, FOLDS, len(found)))
         margins: dict[str, Tensor] = {name: torch.zeros(len(found)) for name in ("fitted", *HEADS)}
         for fold in range(FOLDS):
             out = torch.from_numpy(folds == fold)
-            heads = {name: head_by_steps((chosen - rejected)[~out], **options) for name, options in HEADS.items()}
+            heads = {
+                name: head_by_steps((chosen - rejected)[~out], **options)
+                for name, options in HEADS.items()
+            }
             heads["fitted"] = fit_head(chosen[~out], rejected[~out], inner[~out]).weight[0].float()
             for name, head in heads.items():
                 margins[name][out] = (chosen - rejected)[out] @ head
         for name, values in margins.items():
-            print(f"| {name} | {wilson(int((values > 0).sum()), len(values))} | {-F.logsigmoid(values).mean():.4f} |")
+            print(
+                f"| {name} | {wilson(int((values > 0).sum()), len(values))} |"
+                f" {-F.logsigmoid(values).mean():.4f} |"
+            )
 
 
-def train(name: str, out: Path, model: str, files: list[str], test: Path, max_length: int, options: list[str]) -> str:
+def train(
+    name: str,
+    out: Path,
+    model: str,
+    files: list[str],
+    test: Path,
+    max_length: int,
+    options: list[str],
+) -> str:
     """Train through train.py. -> a row of the table: before the first step, and at the end"""
     command = [
-        sys.executable, str(ROOT / "train.py"), "loss=reward", f"exp_name={name}", f"local_run_dir={out}/{name}",
-        f"local_dirs=[{out}]", f"model.name_or_path={model}", f"datasets=[{','.join(files)}]", f"eval_datasets=[{test}]",
-        f"max_length={max_length}", f"max_prompt_length={max_length - 1}", "n_eval_examples=null", "eval_batch_size=64",
-        "model.fsdp_policy_mp=bfloat16", "tokens_per_microbatch=4096", "save_optimizer_pt=false", "wandb.enabled=false", *options,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "train.py"),
+        "loss=reward",
+        f"exp_name={name}",
+        f"local_run_dir={out}/{name}",
+        f"local_dirs=[{out}]",
+        f"model.name_or_path={model}",
+        f"datasets=[{','.join(files)}]",
+        f"eval_datasets=[{test}]",
+        f"max_length={max_length}",
+        f"max_prompt_length={max_length - 1}",
+        "n_eval_examples=null",
+        "eval_batch_size=64",
+        "model.fsdp_policy_mp=bfloat16",
+        "tokens_per_microbatch=4096",
+        "save_optimizer_pt=false",
+        "wandb.enabled=false",
+        *options,
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
     records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-    n, (first, *_, last) = len(test.read_text().splitlines()), [r for r in records if "loss/eval" in r]
-    cells = [f"{wilson(r['rewards_eval/accuracies'] * n, n)}, {r['loss/eval']:.4f}" for r in (first, last)]
+    n, (first, *_, last) = (
+        len(test.read_text().splitlines()),
+        [r for r in records if "loss/eval" in r],
+    )
+    cells = [
+        f"{wilson(r['rewards_eval/accuracies'] * n, n)}, {r['loss/eval']:.4f}"
+        for r in (first, last)
+    ]
     return f"| {name} | {' '.join(options) or 'defaults'} | {' | '.join(cells)} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", required=True, help="a folder or a hub name")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/hh", help="harmless-base and helpful-base")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared/data/hh",
+        help="harmless-base and helpful-base",
+    )
     parser.add_argument("--max-length", type=int, default=160)
-    parser.add_argument("--parts", nargs="+", default=["frozen", "trained", "final"], choices=["frozen", "trained", "final"])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["frozen", "trained", "final"],
+        choices=["frozen", "trained", "final"],
+    )
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], help="of `trained`")
-    parser.add_argument("--final", nargs="*", default=[], help="options of `final`; none: train.py's defaults")
+    parser.add_argument(
+        "--final", nargs="*", default=[], help="options of `final`; none: train.py's defaults"
+    )
     parser.add_argument("--smoke", action="store_true", help="60 pairs of each part")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     out, model = given.out.resolve(), given.model
     out.mkdir(parents=True, exist_ok=True)
-    n = split(given.data, out, load_tokenizer(find_model(model).config), given.max_length, 60 if given.smoke else None)
+    n = split(
+        given.data,
+        out,
+        load_tokenizer(find_model(model).config),
+        given.max_length,
+        60 if given.smoke else None,
+    )
     print(f"pairs of at most {given.max_length} tokens: {n}")
     paths = {part: out / f"{part}.jsonl" for part in PARTS}
     if "frozen" in given.parts:
@@ -198,12 +306,33 @@ def main() -> None:
     if "trained" in given.parts:
         for name in given.settings:
             run, options = name.replace(" ", "_").replace(",", ""), [*BASE, *SETTINGS[name]]
-            rows.append(train(run, out, model, [str(paths["train"])], paths["valid"], given.max_length, options))
+            rows.append(
+                train(
+                    run,
+                    out,
+                    model,
+                    [str(paths["train"])],
+                    paths["valid"],
+                    given.max_length,
+                    options,
+                )
+            )
     if "final" in given.parts:
         both = [str(paths["train"]), str(paths["valid"])]
-        rows.append(train("final", out, model, both, paths["heldout"], given.max_length, given.final))
+        rows.append(
+            train("final", out, model, both, paths["heldout"], given.max_length, given.final)
+        )
     if rows:
-        print("\n".join(["", "| run | options | accuracy and loss before training | after |", "|---|---|---|---|", *rows]))
+        print(
+            "\n".join(
+                [
+                    "",
+                    "| run | options | accuracy and loss before training | after |",
+                    "|---|---|---|---|",
+                    *rows,
+                ]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What benchmarks/throughput.py measures: models, contenders and their settings, for a CPU, a GPU, and --smoke (tiny shapes)."""
+"""What benchmarks/throughput.py measures: models, contenders and their settings, for a CPU, a GPU,
+and --smoke (tiny shapes).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,40 @@ from typing import Any
 from settings import Setting
 
 SMALL_LLAMA = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "vocab_size": 50304, "max_position_embeddings": 1024,
-}  # fmt: skip
-PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25}
-PYTHIA_1B = PYTHIA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 8}
-PYTHIA_3B = PYTHIA | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 50304,
+    "max_position_embeddings": 1024,
+}
+PYTHIA = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "max_position_embeddings": 2048,
+    "rotary_pct": 0.25,
+}
+PYTHIA_1B = PYTHIA | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+}
+PYTHIA_3B = PYTHIA | {
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 512,
+}
 
 
 @dataclass
@@ -25,14 +54,17 @@ class Scenario:
     title: str
     settings: list[Setting]
     share: float = 1.0  # of the time limit, where contenders alternate
-    in_turn: bool = False  # one process after the other (they would not fit in memory together), each measured in one go
+    # one process after the other (they would not fit in memory together), each measured in one go
+    in_turn: bool = False
 
 
 def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[Scenario]:
-    """The comparisons on a CPU, float32. `whole`: every step is all 64 pairs; else the slow contenders run a part of them.
+    """The comparisons on a CPU, float32. `whole`: every step is all 64 pairs; else the slow
+    contenders run a part of them.
 
-    A part is an even choice among the microbatches of the same batch of 64 pairs, cut as in the whole step, so that padding is
-    that of the whole batch; another part each round. Plumb always runs all 64.
+    A part is an even choice among the microbatches of the same batch of 64 pairs, cut as in the
+    whole step, so that padding is that of the whole batch; another part each round. Plumb always
+    runs all 64.
     """
 
     def some(n: int) -> int:
@@ -41,65 +73,146 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     def setting(label: str, contender: str, **fields: Any) -> Setting:
         return Setting(label, contender, model, tokens, **fields)
 
-    # Of the scenario "probe": 1 and 2 pairs are equally fast for both, 1 needs the least memory, and more pairs are slower.
+    # Of the scenario "probe": 1 and 2 pairs are equally fast for both, 1 needs the least memory,
+    # and more pairs are slower.
     best: dict[str, Any] = {"microbatch": 1, "by_length": True}
-    plumb, padded = setting("plumb", "plumb"), setting("2023 manner", "padded", microbatch=1, n_timed=some(8))
+    plumb, padded = (
+        setting("plumb", "plumb"),
+        setting("2023 manner", "padded", microbatch=1, n_timed=some(8)),
+    )
     sft: dict[str, Any] = {"objective": "sft"}
     reward: dict[str, Any] = {"objective": "reward"}
-    probe = [setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True, n_timed=some(32)) for m in (1, 2, 4, 8)]
+    probe = [
+        setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True, n_timed=some(32))
+        for m in (1, 2, 4, 8)
+    ]
     probe += [setting("TRL, 2 pairs, data order", "trl", microbatch=2, n_timed=some(32))]
-    probe += [setting(f"2023 manner, {m} pairs", "padded", microbatch=m, n_timed=some(8)) for m in (1, 2, 4)]
+    probe += [
+        setting(f"2023 manner, {m} pairs", "padded", microbatch=m, n_timed=some(8))
+        for m in (1, 2, 4)
+    ]
     return [
-        Scenario("dpo", "DPO, reference in the same step", [
-            plumb, padded, setting("TRL, best", "trl", n_timed=some(16), **best)], share=0.6),
+        Scenario(
+            "dpo",
+            "DPO, reference in the same step",
+            [plumb, padded, setting("TRL, best", "trl", n_timed=some(16), **best)],
+            share=0.6,
+        ),
         Scenario("sft", "SFT", [replace(plumb, **sft), replace(padded, **sft)], share=0.18),
-        Scenario("reward", "Reward model", [replace(plumb, **reward), replace(padded, n_timed=some(16), **reward)], share=0.18),
-        Scenario("defaults", "DPO, TRL's defaults", [plumb, setting(
-            "TRL, defaults", "trl", microbatch=8, checkpointing=True, n_timed=some(16))]),
-        Scenario("cached", "DPO, reference computed beforehand", [
-            replace(plumb, label="plumb, cached", then=[{"reference": "cached"}]),
-            setting("TRL, precomputed", "trl", n_timed=some(16), reference="cached", **best)]),
-        Scenario("patched", "DPO, TRL's head on response rows only (our patch)", [plumb, setting(
-            "TRL, patched", "trl", n_timed=some(16), responses_only=True, **best)]),
+        Scenario(
+            "reward",
+            "Reward model",
+            [replace(plumb, **reward), replace(padded, n_timed=some(16), **reward)],
+            share=0.18,
+        ),
+        Scenario(
+            "defaults",
+            "DPO, TRL's defaults",
+            [
+                plumb,
+                setting("TRL, defaults", "trl", microbatch=8, checkpointing=True, n_timed=some(16)),
+            ],
+        ),
+        Scenario(
+            "cached",
+            "DPO, reference computed beforehand",
+            [
+                replace(plumb, label="plumb, cached", then=[{"reference": "cached"}]),
+                setting("TRL, precomputed", "trl", n_timed=some(16), reference="cached", **best),
+            ],
+        ),
+        Scenario(
+            "patched",
+            "DPO, TRL's head on response rows only (our patch)",
+            [plumb, setting("TRL, patched", "trl", n_timed=some(16), responses_only=True, **best)],
+        ),
         Scenario("probe", "DPO, microbatch sizes", [plumb, *probe]),
-        Scenario("budget", "DPO, Plumb's tokens per microbatch", [
-            replace(plumb, label=f"{n} tokens", budget=n) for n in (2048, 512, 1024, 4096, 8192)]),
-    ]  # fmt: skip
+        Scenario(
+            "budget",
+            "DPO, Plumb's tokens per microbatch",
+            [replace(plumb, label=f"{n} tokens", budget=n) for n in (2048, 512, 1024, 4096, 8192)],
+        ),
+    ]
 
 
-def gpu(tokens: str, one: dict[str, Any], two: dict[str, Any], device: str, dtype: str, sizes: tuple[int, ...]) -> list[Scenario]:
-    """The comparisons on one GPU, bf16 weights for all, in the order of importance: what the time limit leaves out is last.
+def gpu(
+    tokens: str,
+    one: dict[str, Any],
+    two: dict[str, Any],
+    device: str,
+    dtype: str,
+    sizes: tuple[int, ...],
+) -> list[Scenario]:
+    """The comparisons on one GPU, bf16 weights for all, in the order of importance: what the time
+    limit leaves out is last.
 
-    `one` and `two` are the models (Pythia 1B and 2.8B), `sizes` TRL's microbatches to try on the first, in pairs.
+    `one` and `two` are the models (Pythia 1B and 2.8B), `sizes` TRL's microbatches to try on the
+    first, in pairs.
     """
 
     def setting(label: str, contender: str, model: dict[str, Any] = one, **fields: Any) -> Setting:
-        base: dict[str, Any] = {"device": device, "dtype": dtype, "n_warm": 2, "n_measured": 6, "n_steps": 8, "n_check": 8,
-                                "microbatch": 8, "timeout": 100.0}  # fmt: skip
+        base: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "n_warm": 2,
+            "n_measured": 6,
+            "n_steps": 8,
+            "n_check": 8,
+            "microbatch": 8,
+            "timeout": 100.0,
+        }
         return Setting(label, contender, model, tokens, **(base | fields))
 
     cached = [{"reference": "cached", "label": "cached reference"}]
     sweep = [{"budget": b, "label": f"{b} tokens"} for b in (4096, 8192, 32768)]
     best: dict[str, Any] = {"microbatch": 0, "by_length": True}
     return [
-        Scenario("1b", "DPO, Pythia 1B", [
-            setting("plumb", "plumb", then=cached, trace=True), setting("2023 manner", "padded"),
-            *(setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True) for m in sizes),
-            setting("TRL, defaults", "trl", checkpointing=True)], in_turn=True),
-        Scenario("2.8b", "DPO, Pythia 2.8B", [
-            setting("plumb", "plumb", two, then=cached, trace=True), setting("2023 manner", "padded", two, microbatch=4),
-            setting("TRL, best", "trl", two, **best),
-            setting("TRL, precomputed", "trl", two, reference="cached", **best)], in_turn=True),
-        Scenario("compiled", "Plumb compiled, DPO", [
-            setting("Pythia 2.8B", "plumb", two, compile=True, budget=8192, then=cached, trace=True),
-            setting("Pythia 1B", "plumb", compile=True, budget=8192, then=cached)], in_turn=True),
-        Scenario("sweep", "Plumb's tokens per microbatch, Pythia 1B, DPO", [
-            setting("16384 tokens", "plumb", budget=16384, n_measured=4, then=sweep)], in_turn=True),
-    ]  # fmt: skip
+        Scenario(
+            "1b",
+            "DPO, Pythia 1B",
+            [
+                setting("plumb", "plumb", then=cached, trace=True),
+                setting("2023 manner", "padded"),
+                *(setting(f"TRL, {m} pairs", "trl", microbatch=m, by_length=True) for m in sizes),
+                setting("TRL, defaults", "trl", checkpointing=True),
+            ],
+            in_turn=True,
+        ),
+        Scenario(
+            "2.8b",
+            "DPO, Pythia 2.8B",
+            [
+                setting("plumb", "plumb", two, then=cached, trace=True),
+                setting("2023 manner", "padded", two, microbatch=4),
+                setting("TRL, best", "trl", two, **best),
+                setting("TRL, precomputed", "trl", two, reference="cached", **best),
+            ],
+            in_turn=True,
+        ),
+        Scenario(
+            "compiled",
+            "Plumb compiled, DPO",
+            [
+                setting(
+                    "Pythia 2.8B", "plumb", two, compile=True, budget=8192, then=cached, trace=True
+                ),
+                setting("Pythia 1B", "plumb", compile=True, budget=8192, then=cached),
+            ],
+            in_turn=True,
+        ),
+        Scenario(
+            "sweep",
+            "Plumb's tokens per microbatch, Pythia 1B, DPO",
+            [setting("16384 tokens", "plumb", budget=16384, n_measured=4, then=sweep)],
+            in_turn=True,
+        ),
+    ]
 
 
 def smoke() -> list[Scenario]:
-    """Every code path of the CPU and GPU comparisons at tiny shapes on a CPU; the numbers mean nothing."""
+    """Every code path of the CPU and GPU comparisons at tiny shapes on a CPU; the numbers mean
+    nothing.
+    """
     llama, neox = SMALL_LLAMA | TINY | {"num_key_value_heads": 2}, PYTHIA | TINY
     scenarios = cpu("synthetic:0.1", whole=True, model=llama)
     scenarios += gpu("synthetic:0.1", neox, neox, "cpu", "bfloat16", (2, 4))

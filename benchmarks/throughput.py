@@ -1,19 +1,25 @@
-"""Training throughput: Plumb against the padded computation of the 2023 DPO code and against TRL, on equal work.
+"""Training throughput: Plumb against the padded computation of the 2023 DPO code and against TRL,
+on equal work.
 
-    python benchmarks/throughput.py --tokens .cache/benchmarks/harmless.npz                 # a CPU, one thread, under 6 minutes
-    python benchmarks/throughput.py --tokens .cache/benchmarks/harmless.npz --whole         # without sampling, about an hour
-    python benchmarks/throughput.py --tokens .cache/benchmarks/harmless.npz --device cuda   # one GPU, under 8 minutes
-    python benchmarks/throughput.py --smoke                                                 # every path at tiny shapes
+    # a CPU, one thread, under 6 minutes; --whole: without sampling, about an hour
+    python benchmarks/throughput.py --tokens .cache/benchmarks/harmless.npz
+    # one GPU, under 8 minutes
+    python benchmarks/throughput.py --tokens .cache/benchmarks/harmless.npz --device cuda
+    # every path at tiny shapes
+    python benchmarks/throughput.py --smoke
 
-Needs benchmarks/requirements.txt. benchmarks/make_tokens.py makes the ids; after that nothing needs a network.
+Needs benchmarks/requirements.txt. benchmarks/make_tokens.py makes the ids; after that nothing needs
+a network.
 
-Every contender runs in a process of its own (benchmarks/contenders.py says what a step is), with the same weights, ids,
-batches of 64 pairs, order, optimizer and precision. First their losses and gradient norms must agree on a few pairs (relative
-1e-4 in float32, 5e-2 in bfloat16, where it is reported only). On a CPU the runs then alternate, one step each, round after
-round; on a GPU they come one after the other. Units: pairs per second; tokens are unique ones (each prompt once); GB are 1e9
-bytes.
+Every contender runs in a process of its own (benchmarks/contenders.py says what a step is), with
+the same weights, ids, batches of 64 pairs, order, optimizer and precision. First their losses and
+gradient norms must agree on a few pairs (relative 1e-4 in float32, 5e-2 in bfloat16, where it is
+reported only). On a CPU the runs then alternate, one step each, round after round; on a GPU they
+come one after the other. Units: pairs per second; tokens are unique ones (each prompt once); GB are
+1e9 bytes.
 
-Written to --out as they come: throughput.jsonl (each step), then throughput.md (tables) and throughput.png.
+Written to --out as they come: throughput.jsonl (each step), then throughput.md (tables) and
+throughput.png.
 """
 
 from __future__ import annotations
@@ -52,9 +58,12 @@ class Child:
     def __init__(self, setting: Setting, errors: IO[str]):
         self.setting, self.errors = setting, errors
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "contenders.py"), setting.to_json()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=errors, text=True,
-        )  # fmt: skip
+            [sys.executable, str(HERE / "contenders.py"), setting.to_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -78,7 +87,11 @@ class Child:
             line = ""
         if not line:
             code = self.process.wait()
-            raise Failed("out of memory (killed)" if code == -9 else f"ended with code {code}; see {self.errors.name}")
+            raise Failed(
+                "out of memory (killed)"
+                if code == -9
+                else f"ended with code {code}; see {self.errors.name}"
+            )
         answer = json.loads(line)
         if answer["event"] == "error":
             self.process.wait()
@@ -112,36 +125,70 @@ class Run:
 
     def record(self, scenario: Scenario, setting: Setting, label: str, **fields: Any) -> None:
         """Keep and write one record, and say in a line what it is."""
-        shape = {"microbatch": setting.microbatch} if setting.contender != "plumb" else {"budget": setting.budget}
-        record = {"scenario": scenario.name, "label": label, "contender": setting.contender, **fields, **shape}
+        shape = (
+            {"microbatch": setting.microbatch}
+            if setting.contender != "plumb"
+            else {"budget": setting.budget}
+        )
+        record = {
+            "scenario": scenario.name,
+            "label": label,
+            "contender": setting.contender,
+            **fields,
+            **shape,
+        }
         self.records.append(record)
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
         if fields["event"] == "step":
-            what = f"{fields['pairs_per_sec']:8.2f} pairs/s  {fields['secs']:7.2f} s  loss {fields['loss']:.5f}"
+            what = (
+                f"{fields['pairs_per_sec']:8.2f} pairs/s  {fields['secs']:7.2f} s  loss"
+                f" {fields['loss']:.5f}"
+            )
         elif fields["event"] == "check":
             what = f"check: loss {fields['loss']:.6f}, gradient norm {fields['grad_norm']:.5f}"
         else:
             what = " ".join(f"{k}={v}" for k, v in fields.items())
-        print(f"[{time.monotonic() - self.started:5.0f} s] {scenario.name:9s} {label:28s} {what}", flush=True)
+        print(
+            f"[{time.monotonic() - self.started:5.0f} s] {scenario.name:9s} {label:28s} {what}",
+            flush=True,
+        )
 
 
 def agree(run: Run, scenario: Scenario) -> None:
-    """Compare checks with the first contender's. Raises SystemExit in float32 where they differ by more than the tolerance."""
+    """Compare checks with the first contender's. Raises SystemExit in float32 where they differ by
+    more than the tolerance.
+    """
     checks = [r for r in run.records if r["scenario"] == scenario.name and r["event"] == "check"]
     dtype = scenario.settings[0].dtype
     for other in checks[1:]:
         if other["n_check"] != checks[0]["n_check"]:
             continue
         worst = max(abs(other[key] / checks[0][key] - 1) for key in ("loss", "grad_norm"))
-        verdict = f"{other['label']}: loss and gradient norm within {worst:.1e} of {checks[0]['label']}'s"
-        run.record(scenario, scenario.settings[0], other["label"], event="agrees", within=worst, tolerance=TOLERANCE[dtype])
+        verdict = (
+            f"{other['label']}: loss and gradient norm within {worst:.1e} of {checks[0]['label']}'s"
+        )
+        run.record(
+            scenario,
+            scenario.settings[0],
+            other["label"],
+            event="agrees",
+            within=worst,
+            tolerance=TOLERANCE[dtype],
+        )
         if worst > TOLERANCE[dtype] and dtype == "float32":
-            raise SystemExit(f"the contenders do not compute the same thing: {verdict} (tolerance {TOLERANCE[dtype]:.0e})")
+            raise SystemExit(
+                f"the contenders do not compute the same thing: {verdict} (tolerance"
+                f" {TOLERANCE[dtype]:.0e})"
+            )
 
 
-def start(run: Run, scenario: Scenario, setting: Setting, child: Child | None = None) -> tuple[Child, Setting] | None:
-    """Start, build and check a contender, halving its microbatch when out of memory; None, recorded, when that does not help."""
+def start(
+    run: Run, scenario: Scenario, setting: Setting, child: Child | None = None
+) -> tuple[Child, Setting] | None:
+    """Start, build and check a contender, halving its microbatch when out of memory; None,
+    recorded, when that does not help.
+    """
     while True:
         child = child or Child(setting, run.errors)
         try:
@@ -160,14 +207,18 @@ def start(run: Run, scenario: Scenario, setting: Setting, child: Child | None = 
 
 
 def halved(setting: Setting) -> Setting | None:
-    """The same with half the microbatch; None at one pair, or at 512 tokens, or where the contender chose it."""
+    """The same with half the microbatch; None at one pair, or at 512 tokens, or where the contender
+    chose it.
+    """
     if setting.contender == "plumb":
         return replace(setting, budget=setting.budget // 2) if setting.budget > 512 else None
     return replace(setting, microbatch=setting.microbatch // 2) if setting.microbatch > 1 else None
 
 
 def alternate(run: Run, scenario: Scenario, rounds: int) -> None:
-    """All contenders at once, a step each in turn, for `rounds` rounds or until the scenario's share of the time is used."""
+    """All contenders at once, a step each in turn, for `rounds` rounds or until the scenario's
+    share of the time is used.
+    """
     deadline = time.monotonic() + scenario.share * run.minutes * 60
     started = [start(run, scenario, setting) for setting in scenario.settings]
     children = [pair for pair in started if pair is not None]
@@ -185,14 +236,18 @@ def alternate(run: Run, scenario: Scenario, rounds: int) -> None:
                 run.record(scenario, setting, setting.label, **child.ask(step=i))
             longest = max(longest, time.monotonic() - begun)
     except Failed as failure:
-        run.record(scenario, scenario.settings[0], scenario.name, event="failed", error=str(failure))
+        run.record(
+            scenario, scenario.settings[0], scenario.name, event="failed", error=str(failure)
+        )
     finally:
         for child, _ in children:
             child.stop()
 
 
 def in_turn(run: Run, scenario: Scenario) -> None:
-    """One contender after the other; the next one's imports run meanwhile, but it builds nothing yet."""
+    """One contender after the other; the next one's imports run meanwhile, but it builds nothing
+    yet.
+    """
     waiting: Child | None = None
     for i, setting in enumerate(scenario.settings):
         if run.left() < 20:
@@ -200,12 +255,17 @@ def in_turn(run: Run, scenario: Scenario) -> None:
             continue
         setting = replace(setting, microbatch=setting.microbatch or fastest(run, setting))
         child, waiting = waiting, None
-        pair = start(run, scenario, replace(setting, timeout=min(setting.timeout, run.left())), child)
+        pair = start(
+            run, scenario, replace(setting, timeout=min(setting.timeout, run.left())), child
+        )
         if pair is None:
             continue
         if setting.device != "cpu" and i + 1 < len(scenario.settings):
             following = scenario.settings[i + 1]
-            waiting = Child(replace(following, microbatch=following.microbatch or fastest(run, following)), run.errors)
+            waiting = Child(
+                replace(following, microbatch=following.microbatch or fastest(run, following)),
+                run.errors,
+            )
         child, setting = pair
         try:
             measure(run, scenario, setting, child)
@@ -222,28 +282,50 @@ def fastest(run: Run, setting: Setting) -> int:
     """The microbatch with which the contender, tuned, was fastest so far."""
     rates: dict[int, list[float]] = {}
     for r in run.records:
-        if r["event"] == "step" and r["contender"] == setting.contender and "default" not in r["label"]:
+        if (
+            r["event"] == "step"
+            and r["contender"] == setting.contender
+            and "default" not in r["label"]
+        ):
             rates.setdefault(r["microbatch"], []).append(r["pairs_per_sec"])
     return max(rates, key=lambda size: statistics.median(rates[size]), default=4)
 
 
 def check_device(run: Run, device: str) -> None:
     """Record what checks.py finds."""
-    done = subprocess.run([sys.executable, str(HERE / "checks.py"), "--device", device], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "checks.py"), "--device", device],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in done.stdout.splitlines():
         run.log.write(json.dumps({"event": "device", **json.loads(line)}) + "\n")
         print(f"          {line}", flush=True)
     if done.returncode:
-        print("          THE DEVICE'S CHECKS FAILED: what Plumb is timed on below is not right", flush=True)
+        print(
+            "          THE DEVICE'S CHECKS FAILED: what Plumb is timed on below is not right",
+            flush=True,
+        )
 
 
 def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> None:
-    """Warm-up steps, counted steps, one under the profiler for the first contender; then the same for each variant."""
+    """Warm-up steps, counted steps, one under the profiler for the first contender; then the same
+    for each variant.
+    """
     for change in [{}, *setting.then]:
-        label = ", ".join(x for x in (setting.label, change.get("label")) if x) if scenario.name != "sweep" else ""
+        label = (
+            ", ".join(x for x in (setting.label, change.get("label")) if x)
+            if scenario.name != "sweep"
+            else ""
+        )
         label = label or change.get("label", setting.label)
         if change:
-            run.record(scenario, setting, label, **child.ask(step=0, **{k: v for k, v in change.items() if k != "label"}))
+            run.record(
+                scenario,
+                setting,
+                label,
+                **child.ask(step=0, **{k: v for k, v in change.items() if k != "label"}),
+            )
             setting = replace(setting, **{k: v for k, v in change.items() if k != "label"})
         for i in range(setting.n_warm + setting.n_measured):
             answer = child.ask(step=i)
@@ -280,27 +362,62 @@ def chosen(options: argparse.Namespace) -> list[Scenario]:
     if options.smoke:
         every = scenarios.smoke()
     elif options.device == "cuda":
-        every = scenarios.gpu(options.tokens, scenarios.PYTHIA_1B, scenarios.PYTHIA_3B, "cuda", "bfloat16", (8, 4, 16))
+        every = scenarios.gpu(
+            options.tokens, scenarios.PYTHIA_1B, scenarios.PYTHIA_3B, "cuda", "bfloat16", (8, 4, 16)
+        )
     else:
         every = scenarios.cpu(options.tokens, options.whole)
     short = options.device == "cpu" and not options.smoke and not options.whole
-    wanted = (options.scenarios or ("dpo,sft,reward" if short else ",".join(s.name for s in every))).split(",")
+    wanted = (
+        options.scenarios or ("dpo,sft,reward" if short else ",".join(s.name for s in every))
+    ).split(",")
     unknown = set(wanted) - {s.name for s in every}
     if unknown:
-        raise SystemExit(f"--scenarios {','.join(sorted(unknown))}: there are {','.join(s.name for s in every)}")
+        raise SystemExit(
+            f"--scenarios {','.join(sorted(unknown))}: there are {','.join(s.name for s in every)}"
+        )
     return [s for s in every if s.name in wanted]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="synthetic:1", help="ids made by make_tokens.py (default: random, of like lengths)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens",
+        default="synthetic:1",
+        help="ids made by make_tokens.py (default: random, of like lengths)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--whole", action="store_true", help="CPU: whole steps for all contenders, all scenarios, no time limit")
-    parser.add_argument("--scenarios", help="comma-separated (default: dpo,sft,reward; with --whole, --smoke or a GPU: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="CPU: steps per contender, if time allows (default %(default)s)")
-    parser.add_argument("--minutes", type=float, help="time limit (default: 5.5 on a CPU, 7.5 on a GPU)")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU: tests the code, measures nothing")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmarks/throughput"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="CPU: whole steps for all contenders, all scenarios, no time limit",
+    )
+    parser.add_argument(
+        "--scenarios",
+        help="comma-separated (default: dpo,sft,reward; with --whole, --smoke or a GPU: all)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="CPU: steps per contender, if time allows (default %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="time limit (default: 5.5 on a CPU, 7.5 on a GPU)"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="tiny shapes on a CPU: tests the code, measures nothing",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache/benchmarks/throughput"),
+        help="folder (default %(default)s)",
+    )
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -315,11 +432,17 @@ def main() -> None:
             alternate(run, scenario, options.rounds)
     import charts  # matplotlib, only now
 
-    head = [f"`python benchmarks/throughput.py {' '.join(sys.argv[1:])}`", f"{hardware(options.device)}; {', '.join(versions())}"]
+    head = [
+        f"`python benchmarks/throughput.py {' '.join(sys.argv[1:])}`",
+        f"{hardware(options.device)}; {', '.join(versions())}",
+    ]
     table = charts.tables(run.records, chosen(options))
     (run.folder / "throughput.md").write_text("\n\n".join([*head, table]) + "\n")
     charts.bars(run.records, chosen(options), run.folder / "throughput.png")
-    print(f"\n{table}\n\n{time.monotonic() - run.started:.0f} s; {run.folder}/throughput.jsonl, .md and .png")
+    print(
+        f"\n{table}\n\n{time.monotonic() - run.started:.0f} s; {run.folder}/throughput.jsonl, .md"
+        " and .png"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""trl.DPOTrainer as a contender: its own training loop, fed the ids of the other contenders (see contenders.py).
+"""trl.DPOTrainer as a contender: its own training loop, fed the ids of the other contenders (see
+contenders.py).
 
-DPOTrainer 1.16 tokenizes in `_prepare_dataset`; what its collator then reads are the columns prompt_ids, chosen_ids and
-rejected_ids. The data set is built with these columns and `_prepare_dataset` is skipped, so that ids, EOS and truncation are
-ours exactly. Logging, saving and evaluation are off, the order is the data set's. Its time runs from the end of one optimizer
-step to the end of the next: batches fetched and collated, forward, backward, reference, clipping, step.
+DPOTrainer 1.16 tokenizes in `_prepare_dataset`; what its collator then reads are the columns
+prompt_ids, chosen_ids and rejected_ids. The data set is built with these columns and
+`_prepare_dataset` is skipped, so that ids, EOS and truncation are ours exactly. Logging, saving and
+evaluation are off, the order is the data set's. Its time runs from the end of one optimizer step to
+the end of the next: batches fetched and collated, forward, backward, reference, clipping, step.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ datasets.disable_progress_bars()
 
 
 class PreTokenized(DPOTrainer):
-    """DPOTrainer on ready ids, keeping the loss and the gradient norm of each step on the device for the check."""
+    """DPOTrainer on ready ids, keeping the loss and the gradient norm of each step on the device
+    for the check.
+    """
 
     def __init__(self, *arguments: Any, **options: Any):
         self.losses: list[Tensor] = []
@@ -62,9 +66,13 @@ class Stamps(TrainerCallback):
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]], pipe: Pipe):
         self.setting, self.batches, self.pipe = setting, batches, pipe
-        self.clock, self.memory = Clock(torch.device(setting.device)), Memory(torch.device(setting.device))
+        self.clock, self.memory = (
+            Clock(torch.device(setting.device)),
+            Memory(torch.device(setting.device)),
+        )
         self.trainer: Any = None
-        self.prepared_secs = 0.0  # what building the trainer took: with precompute_ref_log_probs, a pass over the data
+        # what building the trainer took: with precompute_ref_log_probs, a pass over the data
+        self.prepared_secs = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **_):
         self.memory.reset()
@@ -75,7 +83,9 @@ class Stamps(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         secs, trainer = self.clock.read(), self.trainer
         i, loss = state.global_step - 1, torch.stack(trainer.losses).mean()
-        record = report(self.setting, self.batches[i], i, secs, loss, trainer.norm, trainer.processed)
+        record = report(
+            self.setting, self.batches[i], i, secs, loss, trainer.norm, trainer.processed
+        )
         self.pipe.tell(**record, **self.memory.peaks(trainer.model, trainer.ref_model))
         self.await_go()
 
@@ -88,7 +98,9 @@ class Stamps(TrainerCallback):
 
 
 def check(trainer: PreTokenized, model: nn.Module, setting: Setting) -> tuple[float, float]:
-    """Mean loss and gradient norm of the check's pairs, the data set's last, by TRL's collator and loss, without an update."""
+    """Mean loss and gradient norm of the check's pairs, the data set's last, by TRL's collator and
+    loss, without an update.
+    """
     data: Any = trainer.train_dataset
     rows = [data[len(data) - setting.n_check + i] for i in range(setting.n_check)]
     total = 0.0
@@ -99,7 +111,9 @@ def check(trainer: PreTokenized, model: nn.Module, setting: Setting) -> tuple[fl
         loss = trainer.compute_loss(model, inputs) * (len(part) / len(rows))
         loss.backward()
         total += float(loss.detach())
-    norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm = float(
+        nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    )
     model.zero_grad()
     return total, norm
 
@@ -110,7 +124,9 @@ def as_row(pair: Pair) -> dict[str, list[int]]:
 
 def pad_only_tokenizer() -> PreTrainedTokenizerFast:
     """DPOTrainer wants a tokenizer, and takes only the padding id from it: 0, which is masked."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>"
+    )
 
 
 def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
@@ -118,29 +134,54 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
     n_timed = setting.n_timed or setting.n_pairs
     if n_timed % setting.microbatch:
         raise SystemExit(f"{n_timed} pairs are no multiple of microbatches of {setting.microbatch}")
-    if setting.responses_only:  # the name that decides which rows the head sees; its kernels keep their own
+    if (
+        setting.responses_only
+    ):  # the name that decides which rows the head sees; its kernels keep their own
         trl.trainer.utils._use_triton = lambda device: True
     stamps = Stamps(setting, batches, pipe)
     policy, reference = build_model(setting, seed=0), build_model(setting, seed=1)
-    rows = [as_row(pair) for step, batch in enumerate(batches) for pair in timed(setting, batch, step)]
-    rows += [as_row(pair) for pair in batches[0][: setting.n_check]]  # beyond the last step: for the check alone
+    rows = [
+        as_row(pair) for step, batch in enumerate(batches) for pair in timed(setting, batch, step)
+    ]
+    rows += [
+        as_row(pair) for pair in batches[0][: setting.n_check]
+    ]  # beyond the last step: for the check alone
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
-            output_dir=folder, use_cpu=setting.device == "cpu", bf16=False, beta=BETA, max_length=None,
-            per_device_train_batch_size=setting.microbatch, gradient_accumulation_steps=n_timed // setting.microbatch,
-            max_steps=setting.n_steps, gradient_checkpointing=setting.checkpointing,
-            precompute_ref_log_probs=setting.reference == "cached", torch_compile=setting.compile,
-            max_grad_norm=setting.max_grad_norm, learning_rate=setting.lr, lr_scheduler_type="constant",
-            report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, dataset_num_proc=None,
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=setting.device == "cpu",
+            bf16=False,
+            beta=BETA,
+            max_length=None,
+            per_device_train_batch_size=setting.microbatch,
+            gradient_accumulation_steps=n_timed // setting.microbatch,
+            max_steps=setting.n_steps,
+            gradient_checkpointing=setting.checkpointing,
+            precompute_ref_log_probs=setting.reference == "cached",
+            torch_compile=setting.compile,
+            max_grad_norm=setting.max_grad_norm,
+            learning_rate=setting.lr,
+            lr_scheduler_type="constant",
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataset_num_proc=None,
+        )
         stamps.clock.start()
         trainer = PreTokenized(
-            model=policy, ref_model=reference, args=arguments, processing_class=pad_only_tokenizer(),
-            train_dataset=datasets.Dataset.from_list(rows), callbacks=[stamps],
+            model=policy,
+            ref_model=reference,
+            args=arguments,
+            processing_class=pad_only_tokenizer(),
+            train_dataset=datasets.Dataset.from_list(rows),
+            callbacks=[stamps],
             optimizers=(make_optimizer(list(policy.parameters()), setting), None),
-        )  # fmt: skip
+        )
         stamps.trainer, stamps.prepared_secs = trainer, stamps.clock.read().wall
-        if setting.reference == "cached":  # as it is when no reference is given: the precomputed columns take its place
+        if (
+            setting.reference == "cached"
+        ):  # as it is when no reference is given: the precomputed columns take its place
             trainer.ref_model = None
             del reference
             gc.collect()
@@ -150,5 +191,11 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
 def timed(setting: Setting, batch: Sequence[Pair], step: int) -> list[Pair]:
     """The pairs of a batch that a step runs, in the order of their microbatches."""
     if setting.by_length:
-        batch = sorted(batch, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)), reverse=True)
-    return [pair for start in setting.starts(step) for pair in batch[start : start + setting.microbatch]]
+        batch = sorted(
+            batch,
+            key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)),
+            reverse=True,
+        )
+    return [
+        pair for start in setting.starts(step) for pair in batch[start : start + setting.microbatch]
+    ]

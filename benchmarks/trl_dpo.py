@@ -1,9 +1,12 @@
-"""DPO with trl.DPOTrainer as its documentation shows it, saving after every step: the other contender of reliability_trl.py.
+"""DPO with trl.DPOTrainer as its documentation shows it, saving after every step: the other
+contender of reliability_trl.py.
 
-    python benchmarks/trl_dpo.py MODEL DATA.jsonl RUN_DIR N_STEPS [--resume] [--lr X] [--batch N] [--jit]
+    python benchmarks/trl_dpo.py MODEL DATA.jsonl RUN_DIR N_STEPS
+        [--resume] [--lr X] [--batch N] [--jit]
 
---resume: `resume_from_checkpoint=True`, when there is a checkpoint (without one TRL refuses, and a script would begin anew).
---jit: transformers' `enable_jit_checkpoint`, which is its answer to SIGTERM.
+--resume: `resume_from_checkpoint=True`, when there is a checkpoint (without one TRL refuses, and a
+script would begin anew). --jit: transformers' `enable_jit_checkpoint`, which is its answer to
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,15 +31,35 @@ def main() -> None:
     parser.add_argument("--jit", action="store_true")
     at = parser.parse_args()
     arguments = DPOConfig(
-        output_dir=str(at.run_dir), per_device_train_batch_size=at.batch, max_steps=at.n_steps, learning_rate=at.lr,
-        warmup_steps=2, max_length=96, seed=0,
-        save_strategy="steps", save_steps=1, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
-        enable_jit_checkpoint=at.jit, disable_tqdm=True,
-    )  # fmt: skip
-    rows = load_dataset("json", data_files=at.data, split="train", cache_dir=str(at.run_dir.with_suffix(".cache")))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(at.model), AutoTokenizer.from_pretrained(at.model)
-    trainer = DPOTrainer(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=True if at.resume and any(at.run_dir.glob("checkpoint-*")) else None)
+        output_dir=str(at.run_dir),
+        per_device_train_batch_size=at.batch,
+        max_steps=at.n_steps,
+        learning_rate=at.lr,
+        warmup_steps=2,
+        max_length=96,
+        seed=0,
+        save_strategy="steps",
+        save_steps=1,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        enable_jit_checkpoint=at.jit,
+        disable_tqdm=True,
+    )
+    rows = load_dataset(
+        "json", data_files=at.data, split="train", cache_dir=str(at.run_dir.with_suffix(".cache"))
+    )
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(at.model),
+        AutoTokenizer.from_pretrained(at.model),
+    )
+    trainer = DPOTrainer(
+        model=model, args=arguments, processing_class=tokenizer, train_dataset=rows
+    )
+    trainer.train(
+        resume_from_checkpoint=True if at.resume and any(at.run_dir.glob("checkpoint-*")) else None
+    )
 
 
 if __name__ == "__main__":

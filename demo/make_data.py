@@ -1,8 +1,10 @@
-"""Write the demo preference set beside this script: train.jsonl, test.jsonl and tokenizer/. Seeded: every run gives the same bytes.
+"""Write the demo preference set beside this script: train.jsonl, test.jsonl and tokenizer/. Seeded:
+every run gives the same bytes.
 
-The preference: `chosen` is courteous and gives a step with its reason; `rejected` is curt or vague. Nothing else tells them apart:
-the two have one distribution of lengths and one last character, and both speak of the subject. `sft_target` is either of the two
-with equal odds, so a model fine-tuned on it holds both styles for equally likely, and the preference is left for DPO to learn.
+The preference: `chosen` is courteous and gives a step with its reason; `rejected` is curt or vague.
+Nothing else tells them apart: the two have one distribution of lengths and one last character, and
+both speak of the subject. `sft_target` is either of the two with equal odds, so a model fine-tuned
+on it holds both styles for equally likely, and the preference is left for DPO to learn.
 """
 
 import json
@@ -18,9 +20,12 @@ VOCAB_SIZE = 2000
 TRAIN_PER_SUBJECT = 36  # questions
 PROMPT_WORDS = (6, 20)  # the fewest and the most
 RESPONSE_WORDS = (12, 35)
-CANDIDATES = 80  # rejected responses drawn for each chosen one; the nearest to the wanted length is kept
+CANDIDATES = (
+    80  # rejected responses drawn for each chosen one; the nearest to the wanted length is kept
+)
 
-# Two lines a subject: task | topic | two vague remarks, then two facts "step ; reason". A `*` marks a subject of the test set only.
+# Two lines a subject: task | topic | two vague remarks, then two facts "step ; reason". A `*` marks
+# a subject of the test set only.
 SUBJECTS = """
 grow basil on a windowsill | basil | basil does well in some kitchens and not in others | a pot and some water are all there is to it
   pinch off the top leaves of each stem every week ; a cut stem branches and grows bushier | water the pot only when the top inch of soil feels dry ; basil roots rot in soggy soil
@@ -160,7 +165,8 @@ def split(text):
     return [piece.strip() for line in text.strip().splitlines() for piece in line.split(" | ")]
 
 
-# Frames take {task} (a verb phrase), {doing} (its gerund) and {topic} (a noun phrase that never is a subject). The last five are test only.
+# Frames take {task} (a verb phrase), {doing} (its gerund) and {topic} (a noun phrase that never is
+# a subject). The last five are test only.
 FRAMES = split("""How do I {task}? | What is the best way to {task}? | Can you tell me how to {task}? | How can a beginner {task}?
 I would like to {task}. Where should I start? | What should I know about {doing}? | Please help me {task}.
 My friend asked me how to {task}. What should I say? | I am not very good at {doing}. Do you have any advice?
@@ -173,9 +179,17 @@ I have never tried to {task} before. What comes first? | What would you tell a c
 My brother says that {doing} takes no skill. What should I try? | Quick question about {topic}: how does one {task}?
 Next month I hope to get better at {doing}. Where do I begin?""")
 TEST_FRAMES = 5
-HELLOS = ["", "Hello. ", "Hi there. ", "Good morning. ", "Good evening. ", "Sorry to bother you. "]  # in front of a frame
+HELLOS = [
+    "",
+    "Hello. ",
+    "Hi there. ",
+    "Good morning. ",
+    "Good evening. ",
+    "Sorry to bother you. ",
+]  # in front of a frame
 
-# A response is an opening, a core and perhaps a closing. {x} is the text as it stands, {X} the same with a capital.
+# A response is an opening, a core and perhaps a closing. {x} is the text as it stands, {X} the same
+# with a capital.
 CHOSEN = {
     "open": split("""Happy to help. | I am happy to help with {topic}. | Thank you for asking about {topic}. | What a nice question. | Gladly.
         Of course, with pleasure. | I am glad that you asked. | That is a lovely thing to ask. | It would be a pleasure to help.
@@ -223,7 +237,13 @@ DOUBLED = {"get", "plan", "repot", "set", "sit"}  # verbs that double the last l
 def gerund(task):
     """`bake a loaf` -> `baking a loaf`."""
     verb, _, rest = task.partition(" ")
-    stem = verb + verb[-1] if verb in DOUBLED else verb[:-1] if verb[-1] == "e" and verb[-2:] != "ee" else verb
+    stem = (
+        verb + verb[-1]
+        if verb in DOUBLED
+        else verb[:-1]
+        if verb[-1] == "e" and verb[-2:] != "ee"
+        else verb
+    )
     return f"{stem}ing {rest}"
 
 
@@ -233,15 +253,26 @@ def read_subjects():
     for head, facts in zip(lines[::2], lines[1::2], strict=False):
         task, topic, *remarks = split(head.lstrip("*"))
         facts = [fact.split(" ; ") for fact in split(facts)]
-        yield {"task": task, "topic": topic, "doing": gerund(task), "remarks": remarks, "facts": facts, "test_only": head[0] == "*"}
+        yield {
+            "task": task,
+            "topic": topic,
+            "doing": gerund(task),
+            "remarks": remarks,
+            "facts": facts,
+            "test_only": head[0] == "*",
+        }
 
 
 def write_response(rng, style, subject, closed):
-    """One response in a style: opening and core, with a closing in a share `closed` of the cases, within RESPONSE_WORDS."""
+    """One response in a style: opening and core, with a closing in a share `closed` of the cases,
+    within RESPONSE_WORDS.
+    """
     while True:
         step, reason = rng.choice(subject["facts"])
         vague, vague2 = rng.sample(subject["remarks"], 2)
-        slots = {k: subject[k] for k in ("task", "topic", "doing")} | dict(step=step, reason=reason, vague=vague, vague2=vague2)
+        slots = {k: subject[k] for k in ("task", "topic", "doing")} | dict(
+            step=step, reason=reason, vague=vague, vague2=vague2
+        )
         slots |= {k.capitalize(): v[0].upper() + v[1:] for k, v in slots.items()}
         parts = ["open", "core", "close"] if rng.random() < closed else ["open", "core"]
         text = " ".join(rng.choice(style[part]) for part in parts).format(**slots)
@@ -250,12 +281,20 @@ def write_response(rng, style, subject, closed):
 
 
 def make_questions(rng, subjects):
-    """(subject, question) pairs for train and test. A test pair has an unseen frame, an unseen subject, or both."""
+    """(subject, question) pairs for train and test. A test pair has an unseen frame, an unseen
+    subject, or both.
+    """
     pairs = {"train": [], "test": []}
     for s in subjects:
         asked = {frame: [hello + frame.format(**s) for hello in HELLOS] for frame in FRAMES}
-        asked = {frame: [q for q in asks if PROMPT_WORDS[0] <= len(q.split()) <= PROMPT_WORDS[1]] for frame, asks in asked.items()}
-        seen, unseen = (sum((asked[frame] for frame in frames), []) for frames in (FRAMES[:-TEST_FRAMES], FRAMES[-TEST_FRAMES:]))
+        asked = {
+            frame: [q for q in asks if PROMPT_WORDS[0] <= len(q.split()) <= PROMPT_WORDS[1]]
+            for frame, asks in asked.items()
+        }
+        seen, unseen = (
+            sum((asked[frame] for frame in frames), [])
+            for frames in (FRAMES[:-TEST_FRAMES], FRAMES[-TEST_FRAMES:])
+        )
         if s["test_only"]:
             pairs["test"] += [(s, q) for q in rng.sample(seen, 2) + rng.sample(unseen, 2)]
         else:
@@ -272,26 +311,56 @@ def train_tokenizer(texts):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False)
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=[EOS],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
+    )
 
 
 def main():
     rng = random.Random(0)
     drafts = {}
     for name, questions in make_questions(rng, list(read_subjects())).items():
-        drafts[name] = [(f"\n\nHuman: {question}\n\nAssistant:", write_response(rng, CHOSEN, subject, closed=0.5),
-                         [write_response(rng, REJECTED, subject, closed=0.6) for _ in range(CANDIDATES)]) for subject, question in questions]
-    tokenizer = train_tokenizer([text for prompt, chosen, others in drafts["train"] for text in (prompt, chosen, *others[:2])])
+        drafts[name] = [
+            (
+                f"\n\nHuman: {question}\n\nAssistant:",
+                write_response(rng, CHOSEN, subject, closed=0.5),
+                [write_response(rng, REJECTED, subject, closed=0.6) for _ in range(CANDIDATES)],
+            )
+            for subject, question in questions
+        ]
+    tokenizer = train_tokenizer(
+        [
+            text
+            for prompt, chosen, others in drafts["train"]
+            for text in (prompt, chosen, *others[:2])
+        ]
+    )
     tokenizer.save_pretrained(HERE / "tokenizer")
     for name, part in drafts.items():
         rows = []
         for prompt, chosen, others in part:
             length = {text: len(tokenizer(text).input_ids) for text in (chosen, *others)}
-            wanted = length[chosen] + rng.choice([-4, -3, -2, -1, 1, 2, 3, 4, 5])  # long ones are rare, so ask for more of them
+            wanted = length[chosen] + rng.choice(
+                [-4, -3, -2, -1, 1, 2, 3, 4, 5]
+            )  # long ones are rare, so ask for more of them
             rejected = min(others, key=lambda text: abs(length[text] - wanted))
-            rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, sft_target=rng.choice([chosen, rejected])))
+            rows.append(
+                dict(
+                    prompt=prompt,
+                    chosen=chosen,
+                    rejected=rejected,
+                    sft_target=rng.choice([chosen, rejected]),
+                )
+            )
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{name}: {len(rows)} rows")
 

@@ -1,5 +1,6 @@
-"""What is printed: by rank 0, in one line, without secrets. Imports neither torch nor transformers."""
-
+"""What is printed: by rank 0, in one line, without secrets. Imports neither torch nor
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +16,19 @@ def plain(config: Any) -> dict[str, Any]:
     """An OmegaConf node as a plain dict, its interpolations resolved; {} for None."""
     from omegaconf import OmegaConf
 
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)) if config is not None else {}
+    return (
+        cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        if config is not None
+        else {}
+    )
 
 
-# What passes for a key or a password: of the hub, of OpenAI and its like, GitHub, GitLab, Slack, AWS; of wandb (40 hexadecimal
-# digits, but not a commit, which stands after "revision=" or a slash); and in a URL.
+# What passes for a key or a password: of the hub, of OpenAI and its like, GitHub, GitLab, Slack,
+# AWS; of wandb (40 hexadecimal digits, but not a commit, which stands after "revision=" or a
+# slash); and in a URL.
 SECRET = re.compile(
-    r"""\b(?:hf_[A-Za-z0-9]{16,} | sk-[\w-]{16,} | gh[opsru]_\w{20,} | github_pat_\w{20,} | glpat-[\w-]{16,}
+    r"""\b(?:hf_[A-Za-z0-9]{16,} | sk-[\w-]{16,} | gh[opsru]_\w{20,}
+        | github_pat_\w{20,} | glpat-[\w-]{16,}
         | xox[abprs]-[\w-]{10,} | AKIA[0-9A-Z]{16} | wandb_v\d_\w{20,})
     | (?<![\w/])(?<!revision=)[0-9a-f]{40}(?!\w) | (?<=://)[^/\s@]+(?=@)""",
     re.X,
@@ -44,19 +51,25 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(inner) for inner in value]
     if isinstance(value, dict):
-        return {redacted(key): inner if key == "revision" else redacted(inner) for key, inner in value.items()}
+        return {
+            redacted(key): inner if key == "revision" else redacted(inner)
+            for key, inner in value.items()
+        }
     return redacted(plain(value)) if hasattr(value, "_metadata") else value
 
 
 def said(error: object) -> str:
-    """An error as one line that a terminal shows as it is, whatever the file or knob that it quotes holds."""
+    """An error as one line that a terminal shows as it is, whatever the file or knob that it quotes
+    holds.
+    """
     line = redact(" ".join(str(error).split("\n")))
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= 1000 else f"{line[:800]} ... {line[-190:]}"
 
 
 def rank() -> int:
-    """This process's rank in its group; before the group exists, the one torchrun gave it; 0 when there is one process.
+    """This process's rank in its group; before the group exists, the one torchrun gave it; 0 when
+    there is one process.
 
     A stray RANK in the environment means nothing.
     """
@@ -77,5 +90,7 @@ def rank0_print(text: str) -> None:
 
 
 def quiet() -> bool | None:
-    """tqdm's `disable`: one process draws bars, and only on a terminal; elsewhere the log lines say how much is left."""
+    """tqdm's `disable`: one process draws bars, and only on a terminal; elsewhere the log lines say
+    how much is left.
+    """
     return True if rank() != 0 else None

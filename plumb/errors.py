@@ -1,11 +1,11 @@
 """The errors that end a command in one line, and their exit codes."""
 
-
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can mend. `train.py` prints it as one line and exits with code 2, without a traceback.
+    """A mistake the user can mend. `train.py` prints it as one line and exits with code 2, without
+    a traceback.
 
     The message names the knob, or the file, row and field; its value; and the fix.
     """
@@ -14,13 +14,17 @@ class UserError(Exception):
 
 
 class UnsafeFile(UserError):
-    """A file that would run code, or a checkpoint that is damaged with no whole one beside it: refused."""
+    """A file that would run code, or a checkpoint that is damaged with no whole one beside it:
+    refused.
+    """
 
     exit_code = 3
 
 
 class NonFinite(UserError):
-    """Loss, gradients or the check of the first step are not what they must be: stopped before the optimizer spreads it."""
+    """Loss, gradients or the check of the first step are not what they must be: stopped before the
+    optimizer spreads it.
+    """
 
     exit_code = 4
 

@@ -1,4 +1,6 @@
-"""Where things lie: the checkout with its config tree, the directory of a user's runs and caches; and new files."""
+"""Where things lie: the checkout with its config tree, the directory of a user's runs and caches;
+and new files.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CONFIG = ROOT / "config"
 
 
 def get_local_dir(local_dirs: Sequence[str]) -> Path:
-    """`<first of local_dirs that exists>/<user>`; the last of them stands in when none exists. Creates nothing."""
+    """`<first of local_dirs that exists>/<user>`; the last of them stands in when none exists.
+    Creates nothing.
+    """
     return local_root(local_dirs) / getpass.getuser()
 
 
@@ -36,7 +40,9 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
-    """A file that has its name once all of it is written, and replaces an older one then. UserError where it can't be."""
+    """A file that has its name once all of it is written, and replaces an older one then. UserError
+    where it can't be.
+    """
     temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         if path.is_dir():  # said now, not when all is written
@@ -46,7 +52,9 @@ def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
             yield file
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{option}={path}: cannot be written ({error.strerror}); give another file") from None
+        raise UserError(
+            f"{option}={path}: cannot be written ({error.strerror}); give another file"
+        ) from None
     finally:
         with suppress(OSError):  # not there, or its folder is none
             temporary.unlink()

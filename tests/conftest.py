@@ -1,4 +1,5 @@
-"""What tests share: the real data beside the checkout, a tiny model, and three ways to run train.py.
+"""What tests share: the real data beside the checkout, a tiny model, and three ways to run
+train.py.
 
 No test needs the network, a GPU, or a path of one machine.
 """
@@ -12,10 +13,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers or datasets
 os.environ["WANDB_MODE"] = "offline"
 if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
-    # Another machine is emulated: oneDNN must not see AVX-512 either, or SDPA in bfloat16 asks torch for a kernel it lacks.
+    # Another machine is emulated: oneDNN must not see AVX-512 either, or SDPA in bfloat16 asks
+    # torch for a kernel it lacks.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-# One thread to each process, whatever the caller has set: another number sums in another order, several pytest workers share the
-# machine, and tests fork, which threads do not survive. TEST_THREADS=2 tries whether the tests' bounds hold for others.
+# One thread to each process, whatever the caller has set: another number sums in another order,
+# several pytest workers share the machine, and tests fork, which threads do not survive.
+# TEST_THREADS=2 tries whether the tests' bounds hold for others.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 import hypothesis
@@ -24,7 +27,9 @@ import torch
 from runs import FAST, ROWS
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # where torch was imported before
-hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one has paused within an example
+hypothesis.settings.register_profile(
+    "any machine", deadline=None
+)  # a busy one has paused within an example
 hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +38,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared():
-    """`shared("data/hh")`: that path among the real data beside the checkout; skips the test where it is absent."""
+    """`shared("data/hh")`: that path among the real data beside the checkout; skips the test where
+    it is absent.
+    """
 
     def find(relative="."):
         path = SHARED / relative
@@ -54,13 +61,17 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path):
-    """What every run of a test is given: run directories under tmp_path, no wandb. Later overrides win."""
+    """What every run of a test is given: run directories under tmp_path, no wandb. Later overrides
+    win.
+    """
     return [f"local_dirs=[{tmp_path}/runs]", "wandb.enabled=false"]
 
 
 @pytest.fixture
 def run_train(here):
-    """`run_train(*overrides, **environment)`: the real command, in a process of its own. -> CompletedProcess with text."""
+    """`run_train(*overrides, **environment)`: the real command, in a process of its own. ->
+    CompletedProcess with text.
+    """
 
     return lambda *overrides, **environment: run_command([*here, *overrides], **environment)
 
@@ -68,14 +79,21 @@ def run_train(here):
 def run_command(overrides, timeout=900, **environment):
     command = [sys.executable, "train.py", *map(str, overrides)]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
 def compose():
-    """`compose(*overrides)`: the config of `python train.py <overrides>`, neither validated nor resolved."""
+    """`compose(*overrides)`: the config of `python train.py <overrides>`, neither validated nor
+    resolved.
+    """
     import train  # noqa: F401  registers the resolver
 
     return compose_config
@@ -92,7 +110,8 @@ def compose_config(*overrides):
 
 @pytest.fixture
 def train_here(here, compose, monkeypatch):
-    """`train_here(*overrides)`: compose, validate and train in this process, which is fast. -> the run directory.
+    """`train_here(*overrides)`: compose, validate and train in this process, which is fast. -> the
+    run directory.
 
     exp_name is given; a UserError comes through as the exception.
     """
@@ -128,8 +147,14 @@ def train(tmp_path, data, tiny_model, train_here):
 
     def run(name, *overrides):
         run_dir = tmp_path / name
-        train_here(f"exp_name={name}", f"local_run_dir={run_dir}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
-                   *FAST, *overrides)  # fmt: skip
+        train_here(
+            f"exp_name={name}",
+            f"local_run_dir={run_dir}",
+            f"model.name_or_path={tiny_model}",
+            f"datasets=[{data}]",
+            *FAST,
+            *overrides,
+        )
         return run_dir
 
     return run

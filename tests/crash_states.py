@@ -1,10 +1,14 @@
-"""Every state that a power loss may leave of a directory in which something was being written (after ALICE, OSDI 2014).
+"""Every state that a power loss may leave of a directory in which something was being written
+(after ALICE, OSDI 2014).
 
-A `Recorder` notes what a writer does beneath a root: entries made, replaced and removed in directories, bytes written, fsyncs.
-`states` cuts that list after each operation and asks what a POSIX file system may have kept:
+A `Recorder` notes what a writer does beneath a root: entries made, replaced and removed in
+directories, bytes written, fsyncs. `states` cuts that list after each operation and asks what a
+POSIX file system may have kept:
 
-- of a file's contents, what was there at its last fsync; all, half or nothing of what came later, or zeros in its place;
-- of a directory's entries, those of its last fsync, and any choice among later changes. A rename within a directory happens or
+- of a file's contents, what was there at its last fsync; all, half or nothing of what came later,
+  or zeros in its place;
+- of a directory's entries, those of its last fsync, and any choice among later changes. A rename
+  within a directory happens or
   does not, as a whole. An fsync of a file says nothing about its name.
 
 A fresh directory of each such state goes to whoever has to live with it.
@@ -22,7 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
-Tree = dict[str, Union[bytes, "Link", None]]  # relative path -> a file's bytes, a link, None for a directory
+Tree = dict[
+    str, Union[bytes, "Link", None]
+]  # relative path -> a file's bytes, a link, None for a directory
 EVERY_CHOICE = 8  # pending changes of entries up to which every choice among them is tried
 CHOICES = 48  # beyond: this many, drawn
 
@@ -66,22 +72,34 @@ Operation = Entries | Data | Sync | Promise
 
 
 class Recorder:
-    """What is done beneath `root` while `recording()`. Writes past it (another process, a library in C) are an error."""
+    """What is done beneath `root` while `recording()`. Writes past it (another process, a library
+    in C) are an error.
+    """
 
     def __init__(self, root: Path):
         self.path = os.path.realpath(root)
         self.operations: list[Operation] = []
         self.root = as_node(read_tree(root))
-        self.start = {node: (node.content, dict(node.entries)) for node in walk(self.root)}  # taken to be on the disk
+        self.start = {
+            node: (node.content, dict(node.entries)) for node in walk(self.root)
+        }  # taken to be on the disk
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
         replaced: list[tuple[Any, str, Any]] = []
         for module, name, new in (
-            (builtins, "open", self.open), (io, "open", self.open), (os, "fsync", self.fsync), (os, "fdatasync", self.fsync),
-            (os, "rename", self.rename), (os, "replace", self.rename), (os, "symlink", self.symlink), (os, "unlink", self.remove),
-            (os, "remove", self.remove), (os, "rmdir", self.rmdir), (os, "mkdir", self.mkdir),
-        ):  # fmt: skip
+            (builtins, "open", self.open),
+            (io, "open", self.open),
+            (os, "fsync", self.fsync),
+            (os, "fdatasync", self.fsync),
+            (os, "rename", self.rename),
+            (os, "replace", self.rename),
+            (os, "symlink", self.symlink),
+            (os, "unlink", self.remove),
+            (os, "remove", self.remove),
+            (os, "rmdir", self.rmdir),
+            (os, "mkdir", self.mkdir),
+        ):
             replaced.append((module, name, getattr(module, name)))
             setattr(module, name, _with_real(new, getattr(module, name)))
         try:
@@ -89,12 +107,14 @@ class Recorder:
         finally:
             for module, name, old in reversed(replaced):
                 setattr(module, name, old)
-        assert as_tree(self.root) == read_tree(Path(self.path)), "something was written past the recorder"
+        assert as_tree(self.root) == read_tree(Path(self.path)), (
+            "something was written past the recorder"
+        )
 
     def promise(self, what: int) -> None:
         self.operations.append(Promise(what))
 
-    # ------------------------------------------------------------------------------------------------------ the system calls
+    # ---- the system calls ----
 
     def find(self, path: Any, dir_fd: int | None = None) -> tuple[Node, str] | None:
         """The directory and the name in it, if that lies beneath the root."""
@@ -122,7 +142,15 @@ class Recorder:
         file.content = content
         self.operations.append(Data(file, content))
 
-    def open(self, real: Callable, file: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **options: Any) -> Any:
+    def open(
+        self,
+        real: Callable,
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
         where = None if isinstance(file, int) or not set(mode) & set("wxa+") else self.find(file)
         if where is None:
             return real(file, mode, buffering, *arguments, **options)
@@ -135,7 +163,11 @@ class Recorder:
             self.wrote(raw.node, b"")
         if buffering == 0:
             return raw
-        return io.BufferedWriter(raw) if "b" in mode else io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
+        return (
+            io.BufferedWriter(raw)
+            if "b" in mode
+            else io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
+        )
 
     def fsync(self, real: Callable, fd: Any) -> None:
         real(fd)
@@ -144,16 +176,25 @@ class Recorder:
         if path == self.path:
             self.operations.append(Sync(self.root, "."))
         elif where := self.find(path):
-            self.operations.append(Sync(where[0].entries[where[1]], os.path.relpath(path, self.path)))
+            self.operations.append(
+                Sync(where[0].entries[where[1]], os.path.relpath(path, self.path))
+            )
 
     def rename(self, real: Callable, old: Any, new: Any, **options: Any) -> None:
-        where, to = self.find(old, options.get("src_dir_fd")), self.find(new, options.get("dst_dir_fd"))
+        where, to = (
+            self.find(old, options.get("src_dir_fd")),
+            self.find(new, options.get("dst_dir_fd")),
+        )
         real(old, new, **options)
         if where or to:
-            assert where and to and where[0] is to[0], "a rename from one directory to another is not modelled"
+            assert where and to and where[0] is to[0], (
+                "a rename from one directory to another is not modelled"
+            )
             self.change(where[0], {to[1]: where[0].entries[where[1]], where[1]: None})
 
-    def symlink(self, real: Callable, target: Any, link: Any, *arguments: Any, **options: Any) -> None:
+    def symlink(
+        self, real: Callable, target: Any, link: Any, *arguments: Any, **options: Any
+    ) -> None:
         where = self.find(link, options.get("dir_fd"))
         real(target, link, *arguments, **options)
         if where:
@@ -179,18 +220,22 @@ def _with_real(new: Callable, real: Callable) -> Callable:
 
 
 class RecordedFile(io.FileIO):
-    """A file without a buffer that tells what is written into it, from its start or its end onwards."""
+    """A file without a buffer that tells what is written into it, from its start or its end
+    onwards.
+    """
 
     recorder: Recorder
     node: Node
 
     def write(self, data: Any) -> int:
         n = super().write(data)
-        self.recorder.wrote(self.node, (self.node.content or b"") + bytes(memoryview(data).cast("B")[:n]))
+        self.recorder.wrote(
+            self.node, (self.node.content or b"") + bytes(memoryview(data).cast("B")[:n])
+        )
         return n
 
 
-# ------------------------------------------------------------------------------------------------------------------ the states
+# ---- the states ----
 
 
 class State(NamedTuple):
@@ -200,20 +245,28 @@ class State(NamedTuple):
     promised: int
 
 
-def states(recorder: Recorder, seed: int = 0, without: int | None = None, after: int = 0) -> Iterator[State]:
-    """Each state once after each promise. `without`: as if the operation of that index were not there. `after`: that promise."""
+def states(
+    recorder: Recorder, seed: int = 0, without: int | None = None, after: int = 0
+) -> Iterator[State]:
+    """Each state once after each promise. `without`: as if the operation of that index were not
+    there. `after`: that promise.
+    """
     rng, seen = random.Random(seed), set()
     operations = [o for i, o in enumerate(recorder.operations) if i != without]
     entries: dict[Node, dict[str, Node]] = {}  # of each directory, those that the disk has
     synced: dict[Node, Any] = {}  # of each file, what the disk has
     for node in nodes(recorder):
-        content, there = recorder.start.get(node, (b"" if isinstance(node.content, bytes) else node.content, {}))
+        content, there = recorder.start.get(
+            node, (b"" if isinstance(node.content, bytes) else node.content, {})
+        )
         entries[node], synced[node] = dict(there), content
     current = dict(synced)
     pending: list[Entries] = []
     promised = 0
     for cut in range(len(operations) + 1):
-        within = {Data} == {type(o) for o in operations[cut - 1 : cut + 1]} and cut % 4  # a file is written in many pieces
+        within = {Data} == {
+            type(o) for o in operations[cut - 1 : cut + 1]
+        } and cut % 4  # a file is written in many pieces
         for choice in choices(len(pending), rng) if promised >= after and not within else ():
             for contents in torn(synced, current):
                 tree = assemble(recorder.root, entries, [pending[i] for i in choice], contents)
@@ -239,7 +292,9 @@ def states(recorder: Recorder, seed: int = 0, without: int | None = None, after:
 
 
 def choices(n: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Which of n pending changes the disk has: every choice where they are few, else none, all, one, all but one, some drawn."""
+    """Which of n pending changes the disk has: every choice where they are few, else none, all,
+    one, all but one, some drawn.
+    """
     if n <= EVERY_CHOICE:
         for size in range(n + 1):
             yield from itertools.combinations(range(n), size)
@@ -254,12 +309,16 @@ def choices(n: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
 
 
 def torn(synced: Mapping[Node, Any], current: Mapping[Node, Any]) -> Iterator[dict[Node, Any]]:
-    """Contents of all files: those of the last fsync, of now, and what may lie between, all alike and one file at a time."""
+    """Contents of all files: those of the last fsync, of now, and what may lie between, all alike
+    and one file at a time.
+    """
     loose = [node for node in current if current[node] != synced[node]]
     ways: list[Callable[[Node], bytes]] = [
-        lambda node: current[node], lambda node: synced[node], lambda node: current[node][: len(current[node]) // 2],
+        lambda node: current[node],
+        lambda node: synced[node],
+        lambda node: current[node][: len(current[node]) // 2],
         lambda node: bytes(len(current[node])),
-    ]  # fmt: skip
+    ]
     yield dict(current)
     for way in ways[1:] if loose else []:
         yield dict(current) | {node: way(node) for node in loose}
@@ -276,7 +335,12 @@ def apply(entries: dict[str, Node], change: Entries) -> None:
             entries[name] = node
 
 
-def assemble(root: Node, durable: Mapping[Node, dict[str, Node]], changes: list[Entries], contents: Mapping[Node, Any]) -> Tree:
+def assemble(
+    root: Node,
+    durable: Mapping[Node, dict[str, Node]],
+    changes: list[Entries],
+    contents: Mapping[Node, Any],
+) -> Tree:
     late: dict[Node, dict[str, Node]] = {}
     for change in changes:
         apply(late.setdefault(change.directory, dict(durable[change.directory])), change)
@@ -289,7 +353,7 @@ def assemble(root: Node, durable: Mapping[Node, dict[str, Node]], changes: list[
     return dict(below(root, ""))
 
 
-# --------------------------------------------------------------------------------------------------------------------- trees
+# ---- trees ----
 
 
 def read_tree(folder: Path) -> Tree:

@@ -1,8 +1,9 @@
-"""Tiny random models of the families that transformers has, with the demo's tokenizer: `family_model(name)`, `save_family`.
+"""Tiny random models of the families that transformers has, with the demo's tokenizer:
+`family_model(name)`, `save_family`.
 
-Two layers of width 48; windows and chunks of 16 tokens, and ropes that change at 64, so that short texts reveal them. Matrices
-are three times as large as they are drawn, so that differences of computation show.
-As a program: `python tests/families.py OUT [NAME ...]` writes a folder of each.
+Two layers of width 48; windows and chunks of 16 tokens, and ropes that change at 64, so that short
+texts reveal them. Matrices are three times as large as they are drawn, so that differences of
+computation show. As a program: `python tests/families.py OUT [NAME ...]` writes a folder of each.
 """
 
 import shutil
@@ -376,7 +377,9 @@ def family_config(name: str) -> Any:
 
 
 def family_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of this family, in train mode; the same weights at each call, rounded to `dtype`."""
+    """A random model of this family, in train mode; the same weights at each call, rounded to
+    `dtype`.
+    """
     config = family_config(name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

@@ -5,14 +5,21 @@ from pathlib import Path
 import gguf
 
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
-}  # fmt: skip
+}
 
 
 def write_gguf(model, path: Path) -> None:
@@ -35,7 +42,11 @@ def write_gguf(model, path: Path) -> None:
             short = NAMES[".".join(rest[:-1])]
             target = f"blk.{layer}.{short}.weight"
             if short in heads:  # llama.cpp rotates neighbouring pairs, transformers halves
-                tensor = tensor.view(heads[short], 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+                tensor = (
+                    tensor.view(heads[short], 2, -1, tensor.shape[-1])
+                    .transpose(1, 2)
+                    .reshape(tensor.shape)
+                )
         writer.add_tensor(target, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,4 +1,6 @@
-"""The golden values of the 2023 code, in ../shared beside the checkout. Their texts never enter this repository."""
+"""The golden values of the 2023 code, in ../shared beside the checkout. Their texts never enter
+this repository.
+"""
 
 import gzip
 import json
@@ -7,7 +9,9 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden values of the 2023 code: ../shared/golden is absent")
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="golden values of the 2023 code: ../shared/golden is absent"
+)
 
 
 def load(name: str):

@@ -1,4 +1,6 @@
-"""Groups of gloo processes for tests: forked, which saves them all imports, and ended when one of them fails or hangs."""
+"""Groups of gloo processes for tests: forked, which saves them all imports, and ended when one of
+them fails or hangs.
+"""
 
 import os
 import socket
@@ -13,13 +15,19 @@ import torch.multiprocessing as mp
 
 
 def run_in_group(n, work, *arguments, timeout=600):
-    """`work(*arguments)` in each of n processes of one gloo group. Fails with the first traceback, or when time is up: that
-    is for a hang, which no bound on time tells from a busy machine but a long one."""
-    context = mp.start_processes(_member, args=(work, n, _free_port(), arguments), nprocs=n, join=False, start_method="fork")
+    """`work(*arguments)` in each of n processes of one gloo group. Fails with the first traceback,
+    or when time is up: that is for a hang, which no bound on time tells from a busy machine but a
+    long one.
+    """
+    context = mp.start_processes(
+        _member, args=(work, n, _free_port(), arguments), nprocs=n, join=False, start_method="fork"
+    )
     end = time.monotonic() + timeout
     try:
         while not context.join(timeout=1):
-            assert time.monotonic() < end, f"{work.__name__} on {n} processes: no end after {timeout} s"
+            assert time.monotonic() < end, (
+                f"{work.__name__} on {n} processes: no end after {timeout} s"
+            )
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -27,8 +35,15 @@ def run_in_group(n, work, *arguments, timeout=600):
 
 
 def _member(rank, work, n, port, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(n)}
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the threads that the parent's tokenizers wait for
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(n),
+    }
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # a fork has none of the threads that the parent's tokenizers wait for
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     try:
@@ -45,4 +60,3 @@ def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-

@@ -1,8 +1,10 @@
-"""Malformed and suspicious preference files, for our tests and for benchmarks that feed them to other trainers.
+"""Malformed and suspicious preference files, for our tests and for benchmarks that feed them to
+other trainers.
 
-Each case writes one file of pairs whose first two rows are good; what is wrong stands in line 3 unless `line` says otherwise.
-`CASES` is a list of (name, write(path), suffix, says, line): `says` are words of the line that refuses it. `LEGAL` are files
-that may be trained on, but not in silence: `says` then stands in the summary.
+Each case writes one file of pairs whose first two rows are good; what is wrong stands in line 3
+unless `line` says otherwise. `CASES` is a list of (name, write(path), suffix, says, line): `says`
+are words of the line that refuses it. `LEGAL` are files that may be trained on, but not in silence:
+`says` then stands in the summary.
 """
 
 import gzip
@@ -16,7 +18,10 @@ from typing import NamedTuple
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 GOOD = [PAIR, {"prompt": "Name a hill:", "chosen": " the Brocken", "rejected": " the Po"}]
 HUMAN = {"role": "user", "content": "Name a sea."}
-REPLY, OTHER = {"role": "assistant", "content": "The Baltic."}, {"role": "assistant", "content": "The Alps."}
+REPLY, OTHER = (
+    {"role": "assistant", "content": "The Baltic."},
+    {"role": "assistant", "content": "The Alps."},
+)
 CHAT = {"prompt": [HUMAN], "chosen": [REPLY], "rejected": [OTHER]}
 CHATS = [CHAT, CHAT | {"prompt": [{"role": "user", "content": "And a hill?"}]}]
 
@@ -34,19 +39,25 @@ LEGAL: list[Case] = []
 
 
 def lines(*rows: object) -> bytes:
-    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+    return b"".join(
+        (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+    )
 
 
 def raw(name: str, content: bytes, *says: str, good: list = GOOD, **more) -> None:
     """`content` behind the good rows, as it stands."""
-    CASES.append(Case(name, lambda path: path.write_bytes(lines(*good) + content), says=says, **more))
+    CASES.append(
+        Case(name, lambda path: path.write_bytes(lines(*good) + content), says=says, **more)
+    )
 
 
 def row(name: str, fields: object, *says: str, good: list = GOOD, to: list = CASES, **more) -> None:
     to.append(Case(name, lambda path: path.write_bytes(lines(*good, fields)), says=says, **more))
 
 
-def file(name: str, write: Callable[[Path], object], *says: str, line: int | None = None, **more) -> None:
+def file(
+    name: str, write: Callable[[Path], object], *says: str, line: int | None = None, **more
+) -> None:
     CASES.append(Case(name, write, says=says, line=line, **more))
 
 
@@ -84,10 +95,22 @@ SYNTAX = {
 }
 for name, content in SYNTAX.items():
     raw(f"syntax: {name}", content + b"\n", "JSON")
-VALUES = {"array": b"[1, 2]", "text": b'"x"', "number": b"7", "null": b"null", "NaN": b"NaN", "true": b"true"}
+VALUES = {
+    "array": b"[1, 2]",
+    "text": b'"x"',
+    "number": b"7",
+    "null": b"null",
+    "NaN": b"NaN",
+    "true": b"true",
+}
 for name, content in VALUES.items():
     raw(f"syntax: {name} for a row", content + b"\n", "not an object")
-raw("syntax: field twice", b'{"prompt": "x", "chosen": "a", "rejected": "b", "chosen": "c"}\n', "'chosen'", "twice")
+raw(
+    "syntax: field twice",
+    b'{"prompt": "x", "chosen": "a", "rejected": "b", "chosen": "c"}\n',
+    "'chosen'",
+    "twice",
+)
 
 # ---- encoding ----
 
@@ -113,14 +136,31 @@ raw("encoding: cut at the end of the file", b'{"prompt": "x", "chosen": "\xe6\xb
 row("encoding: half a pair", PAIR | {"chosen": " \ud83d"}, "'chosen'", "surrogate", "\\ud83d")
 row("encoding: half a pair in a name", without("chosen") | {"chosen\udc00": "x"}, "'chosen'")
 raw("encoding: NUL bytes", b"\0\0\0\0\n", "JSON")
-file("encoding: UTF-16", lambda p: p.write_bytes(lines(*GOOD).decode().encode("utf-16")), "UTF-8", line=1)
-file("encoding: UTF-32", lambda p: p.write_bytes(lines(*GOOD).decode().encode("utf-32")), "UTF-8", line=1)
+file(
+    "encoding: UTF-16",
+    lambda p: p.write_bytes(lines(*GOOD).decode().encode("utf-16")),
+    "UTF-8",
+    line=1,
+)
+file(
+    "encoding: UTF-32",
+    lambda p: p.write_bytes(lines(*GOOD).decode().encode("utf-32")),
+    "UTF-8",
+    line=1,
+)
 
 # ---- fields ----
 
 for field in PAIR:
     row(f"fields: no {field}", without(field), f"'{field}'")
-    for name, value in {"null": None, "a number": 7, "true": True, "a float": 0.5, "an empty list": [], "an object": {}}.items():
+    for name, value in {
+        "null": None,
+        "a number": 7,
+        "true": True,
+        "a float": 0.5,
+        "an empty list": [],
+        "an object": {},
+    }.items():
         row(f"fields: {field} is {name}", PAIR | {field: value}, f"'{field}")
     if field != "rejected":  # of which there may be several
         row(f"fields: {field} is a list of texts", PAIR | {field: ["x"]}, f"'{field}[0]'")
@@ -145,10 +185,21 @@ for name, changed in {
     field = next(iter(changed))
     row(f"messages: {name}", CHAT | changed, f"'{field}", good=CHATS)
 row("messages: no user", CHAT | {"prompt": []}, "'prompt'", good=CHATS)
-row("messages: only a system turn", CHAT | {"prompt": [{"role": "system", "content": "a"}]}, "user", good=CHATS)
+row(
+    "messages: only a system turn",
+    CHAT | {"prompt": [{"role": "system", "content": "a"}]},
+    "user",
+    good=CHATS,
+)
 row("messages: text in a file of messages", PAIR, "mixed", good=CHATS)
 row("messages: messages in a file of text", CHAT, "mixed")
-TRANSCRIPTS = [{"chosen": f"\n\nHuman: {n}?\n\nAssistant: yes", "rejected": f"\n\nHuman: {n}?\n\nAssistant: no"} for n in "ab"]
+TRANSCRIPTS = [
+    {
+        "chosen": f"\n\nHuman: {n}?\n\nAssistant: yes",
+        "rejected": f"\n\nHuman: {n}?\n\nAssistant: no",
+    }
+    for n in "ab"
+]
 row(
     "transcripts: no assistant",
     {"chosen": "\n\nHuman: c?", "rejected": "\n\nHuman: c?"},
@@ -156,7 +207,9 @@ row(
     "Assistant:",
     good=TRANSCRIPTS,
 )
-row("transcripts: no rejected", {"chosen": TRANSCRIPTS[0]["chosen"]}, "'rejected'", good=TRANSCRIPTS)
+row(
+    "transcripts: no rejected", {"chosen": TRANSCRIPTS[0]["chosen"]}, "'rejected'", good=TRANSCRIPTS
+)
 SCORED = [{"prompt": f"{n}?", "responses": ["yes", "no"], "scores": [1, 0]} for n in "ab"]
 for name, changed in {
     "too few": {"scores": [1]},
@@ -171,7 +224,12 @@ for name, changed in {
     "null among responses": {"responses": ["yes", None]},
 }.items():
     row(f"scores: {name}", SCORED[0] | changed, f"'{next(iter(changed))}", good=SCORED)
-raw("scores: 1e999", b'{"prompt": "c?", "responses": ["yes", "no"], "scores": [1e999, 0]}\n', "'scores[0]'", good=SCORED)
+raw(
+    "scores: 1e999",
+    b'{"prompt": "c?", "responses": ["yes", "no"], "scores": [1e999, 0]}\n',
+    "'scores[0]'",
+    good=SCORED,
+)
 
 # ---- files ----
 
@@ -203,7 +261,12 @@ file("file: a pipe", fifo, "not a file")
 file("file: a device", lambda p: p.symlink_to("/dev/zero"), "not a file")
 file("file: zip", archive, "", line=1)
 file("file: parquet by another name", parquet, "", line=1)
-file("file: gzip cut short", lambda p: p.write_bytes(gzip.compress(lines(*GOOD) * 1000)[:-30]), "cut short", suffix=".jsonl.gz")
+file(
+    "file: gzip cut short",
+    lambda p: p.write_bytes(gzip.compress(lines(*GOOD) * 1000)[:-30]),
+    "cut short",
+    suffix=".jsonl.gz",
+)
 file(
     "file: gzip with a wrong sum",
     lambda p: p.write_bytes(gzip.compress(lines(*GOOD))[:-8] + bytes(8)),
@@ -220,21 +283,67 @@ file(
 )
 file("file: unknown ending", lambda p: p.write_bytes(lines(*GOOD)), "its format", suffix=".xlsx")
 file("json: cut", lambda p: p.write_text(json.dumps(GOOD)[:-20]), "JSON", line=1, suffix=".json")
-file("json: an object", lambda p: p.write_text(json.dumps({"rows": GOOD}, indent=1)), "a list of rows", suffix=".json")
+file(
+    "json: an object",
+    lambda p: p.write_text(json.dumps({"rows": GOOD}, indent=1)),
+    "a list of rows",
+    suffix=".json",
+)
 file("json: a text", lambda p: p.write_text('"x"'), "a list of rows", suffix=".json")
 file("json: empty list", lambda p: p.write_text("[]"), "empty", suffix=".json")
-file("json: null among rows", lambda p: p.write_text(json.dumps([*GOOD, None])), "not an object", line=3, suffix=".json")
+file(
+    "json: null among rows",
+    lambda p: p.write_text(json.dumps([*GOOD, None])),
+    "not an object",
+    line=3,
+    suffix=".json",
+)
 file("json: deep", lambda p: p.write_text("[" * 100_000), "JSON", line=1, suffix=".json")
 CSV = "prompt,chosen,rejected\na,b,c\n"
-file("csv: a cell more", lambda p: p.write_text(CSV + "a,b,c,d\n"), "4 cells", line=3, suffix=".csv")
+file(
+    "csv: a cell more", lambda p: p.write_text(CSV + "a,b,c,d\n"), "4 cells", line=3, suffix=".csv"
+)
 file("csv: a cell less", lambda p: p.write_text(CSV + "a,b\n"), "2 cells", line=3, suffix=".csv")
 file("csv: an open quote", lambda p: p.write_text(CSV + 'a,"b,c\n'), "CSV", line=3, suffix=".csv")
-file("csv: a field twice", lambda p: p.write_text("prompt,chosen,chosen\na,b,c\n"), "more than once", line=1, suffix=".csv")
-file("csv: a header alone", lambda p: p.write_text("prompt,chosen,rejected\n"), "empty", suffix=".csv")
-file("csv: no header", lambda p: p.write_text("a,b,c\nd,e,f\n"), "no known fields", line=2, suffix=".csv")
-file("json: a field twice", lambda p: p.write_text('[{"prompt": "x", "prompt": "y"}]'), "twice", suffix=".json")
-file("csv: latin-1", lambda p: p.write_bytes(CSV.encode() + b"caf\xe9,b,c\n"), "UTF-8", line=3, suffix=".csv")
-file("parquet: cut", lambda p: (parquet(p), p.write_bytes(p.read_bytes()[:-50])), "parquet", suffix=".parquet")
+file(
+    "csv: a field twice",
+    lambda p: p.write_text("prompt,chosen,chosen\na,b,c\n"),
+    "more than once",
+    line=1,
+    suffix=".csv",
+)
+file(
+    "csv: a header alone",
+    lambda p: p.write_text("prompt,chosen,rejected\n"),
+    "empty",
+    suffix=".csv",
+)
+file(
+    "csv: no header",
+    lambda p: p.write_text("a,b,c\nd,e,f\n"),
+    "no known fields",
+    line=2,
+    suffix=".csv",
+)
+file(
+    "json: a field twice",
+    lambda p: p.write_text('[{"prompt": "x", "prompt": "y"}]'),
+    "twice",
+    suffix=".json",
+)
+file(
+    "csv: latin-1",
+    lambda p: p.write_bytes(CSV.encode() + b"caf\xe9,b,c\n"),
+    "UTF-8",
+    line=3,
+    suffix=".csv",
+)
+file(
+    "parquet: cut",
+    lambda p: (parquet(p), p.write_bytes(p.read_bytes()[:-50])),
+    "parquet",
+    suffix=".parquet",
+)
 file("parquet: text", lambda p: p.write_bytes(lines(*GOOD)), "parquet", suffix=".parquet")
 
 # ---- legal, and worth a word ----
@@ -249,7 +358,12 @@ row("legal: EOS in a response", PAIR | {"chosen": " a<|end|> b"}, "eos in text",
 row("legal: a long prompt", PAIR | {"prompt": "sea " * 2000}, "prompt truncated", to=LEGAL)
 row("legal: a long response", PAIR | {"chosen": " sea" * 2000}, "response truncated", to=LEGAL)
 LONG = " sea" * 2000
-row("legal: the same after truncation", PAIR | {"chosen": LONG, "rejected": LONG + "s"}, "identical after truncation", to=LEGAL)
+row(
+    "legal: the same after truncation",
+    PAIR | {"chosen": LONG, "rejected": LONG + "s"},
+    "identical after truncation",
+    to=LEGAL,
+)
 SWAPPED = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
 row("legal: the pair the other way round", SWAPPED, "contradictory", to=LEGAL)
 row("legal: equal scores", SCORED[0] | {"scores": [1, 1]}, "equal scores", good=SCORED, to=LEGAL)
@@ -260,7 +374,21 @@ row(
     good=TRANSCRIPTS,
     to=LEGAL,
 )
-row("legal: fields of no use", PAIR | {"prompt": "New:", "id": 7, "extra": None}, "prompt / chosen / rejected", to=LEGAL)
-BYTES = {"a byte-order mark": b"\xef\xbb\xbf" + lines(*GOOD), "Windows lines": lines(*GOOD).replace(b"\n", b"\r\n")}
+row(
+    "legal: fields of no use",
+    PAIR | {"prompt": "New:", "id": 7, "extra": None},
+    "prompt / chosen / rejected",
+    to=LEGAL,
+)
+BYTES = {
+    "a byte-order mark": b"\xef\xbb\xbf" + lines(*GOOD),
+    "Windows lines": lines(*GOOD).replace(b"\n", b"\r\n"),
+}
 for name, content in (BYTES | {"no line end at the end": lines(*GOOD)[:-1]}).items():
-    LEGAL.append(Case(f"legal: {name}", lambda p, content=content: p.write_bytes(content), says=("prompt / chosen",)))
+    LEGAL.append(
+        Case(
+            f"legal: {name}",
+            lambda p, content=content: p.write_bytes(content),
+            says=("prompt / chosen",),
+        )
+    )

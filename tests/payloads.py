@@ -1,6 +1,7 @@
 """Files that would run code, fill the memory, or take forever, if they were read without care.
 
-Each maker is called with (path, mark): it writes a file in policy.pt's place; code that runs leaves the file `mark` behind.
+Each maker is called with (path, mark): it writes a file in policy.pt's place; code that runs leaves
+the file `mark` behind.
 """
 
 import io
@@ -35,13 +36,17 @@ def save(path, state, metrics=None, **options):
 
 
 def forge(path, pickled, *more, compress=zipfile.ZIP_STORED, rename=lambda name: name):
-    """What torch.save writes for 16 zeros, its pickle replaced by `pickled(it)`; `more` (name, content) behind."""
+    """What torch.save writes for 16 zeros, its pickle replaced by `pickled(it)`; `more` (name,
+    content) behind.
+    """
     buffer = io.BytesIO()
     torch.save({"state": {"w": torch.zeros(16)}}, buffer)
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(path, "w", compress) as forged:
         for name in whole.namelist():
             content = whole.read(name)
-            forged.writestr(rename(name), pickled(content) if name.endswith("data.pkl") else content)
+            forged.writestr(
+                rename(name), pickled(content) if name.endswith("data.pkl") else content
+            )
         for name, content in more:
             forged.writestr(name, content)
 
@@ -61,7 +66,9 @@ CALLS = {
     "os.mkdir": lambda mark: Payload(os.mkdir, str(mark)),
     "open": lambda mark: Payload(open, str(mark), "w"),
     "shutil.copy": lambda mark: Payload(shutil.copy, __file__, str(mark)),
-    "getattr": lambda mark: Payload(Payload(getattr, Payload(__import__, "os"), "system"), f"touch {mark}"),
+    "getattr": lambda mark: Payload(
+        Payload(getattr, Payload(__import__, "os"), "system"), f"touch {mark}"
+    ),
     "an argument": lambda mark: Payload(OrderedDict, [("x", touch(mark))]),
     "torch's own loader": lambda mark: Payload(torch.storage._load_from_bytes, _saved(touch(mark))),
     "numpy": lambda mark: np.array([touch(mark)], dtype=object),
@@ -79,9 +86,14 @@ def _saved(payload):
 
 def _two_pickles(path, mark):
     """The reader of one library may take the first, that of another the second."""
-    forge(path, lambda content: content, ("archive/data.pkl", pickle.dumps({"state": touch(mark)}, 2)))
+    forge(
+        path, lambda content: content, ("archive/data.pkl", pickle.dumps({"state": touch(mark)}, 2))
+    )
     with zipfile.ZipFile(path, "a") as file:
-        file.writestr(next(n for n in file.namelist() if n.endswith("data.pkl")), pickle.dumps({"state": touch(mark)}, 2))
+        file.writestr(
+            next(n for n in file.namelist() if n.endswith("data.pkl")),
+            pickle.dumps({"state": touch(mark)}, 2),
+        )
 
 
 def _tar(path, mark):
@@ -101,23 +113,36 @@ def _script(path, mark):
 PLACES = {
     "a weight": lambda path, mark: save(path, {"w": torch.zeros(4), "x": touch(mark)}),
     "a name": lambda path, mark: save(path, {"w": torch.zeros(4)}, metrics={touch(mark): 1.0}),
-    "the metrics": lambda path, mark: save(path, {"w": torch.zeros(4)}, metrics={"loss": touch(mark)}),
+    "the metrics": lambda path, mark: save(
+        path, {"w": torch.zeros(4)}, metrics={"loss": touch(mark)}
+    ),
     "the whole": lambda path, mark: torch.save(touch(mark), path),
     "protocol 0": lambda path, mark: forge(path, lambda _: pickle.dumps({"state": touch(mark)}, 0)),
     "protocol 4": lambda path, mark: forge(path, lambda _: pickle.dumps({"state": touch(mark)}, 4)),
     "protocol 5": lambda path, mark: forge(path, lambda _: pickle.dumps({"state": touch(mark)}, 5)),
-    "opcode INST": lambda path, mark: forge(path, lambda _: f"(S'touch {mark}'\nios\nsystem\n.".encode()),
-    "opcode OBJ": lambda path, mark: forge(path, lambda _: f"(cos\nsystem\nS'touch {mark}'\no.".encode()),
-    "before 1.6": lambda path, mark: save(path, {"x": touch(mark)}, _use_new_zipfile_serialization=False),
+    "opcode INST": lambda path, mark: forge(
+        path, lambda _: f"(S'touch {mark}'\nios\nsystem\n.".encode()
+    ),
+    "opcode OBJ": lambda path, mark: forge(
+        path, lambda _: f"(cos\nsystem\nS'touch {mark}'\no.".encode()
+    ),
+    "before 1.6": lambda path, mark: save(
+        path, {"x": touch(mark)}, _use_new_zipfile_serialization=False
+    ),
     "a bare pickle": lambda path, mark: path.write_bytes(pickle.dumps({"state": touch(mark)})),
     "two pickles": _two_pickles,
     "a tar": _tar,
     "names that climb": lambda path, mark: forge(
-        path, lambda _: pickle.dumps(touch(mark), 2), rename=lambda name: "../" + name.partition("/")[2]
+        path,
+        lambda _: pickle.dumps(touch(mark), 2),
+        rename=lambda name: "../" + name.partition("/")[2],
     ),
     "TorchScript": _script,
 }
-CODE = {name: lambda path, mark, call=call: save(path, {"x": call(mark)}) for name, call in CALLS.items()} | PLACES
+CODE = {
+    name: lambda path, mark, call=call: save(path, {"x": call(mark)})
+    for name, call in CALLS.items()
+} | PLACES
 # A trusting torch.load runs these; the others need another door, or are refused for what they are.
 LOADED = CALLS.keys() | {"a weight", "a name", "the metrics", "the whole", "before 1.6"}
 LOADED |= {"protocol 0", "protocol 4", "protocol 5", "opcode INST", "opcode OBJ"}
@@ -141,18 +166,32 @@ BOMBS = {
     "stride 0": lambda path, mark: save(path, {"w": torch.zeros(1).expand(1 << 20, 1 << 20)}),
     "bytearray": lambda path, mark: save(path, {"w": Payload(bytearray, 10**10)}),
     "torch.Tensor": lambda path, mark: save(path, {"w": Payload(torch.Tensor, 10**5, 10**6)}),
-    "compressed": lambda path, mark: forge(path, lambda _: pickle.dumps("x" * 10**8, 2), compress=zipfile.ZIP_DEFLATED),
-    "compressed weights": lambda path, mark: forge(path, lambda content: content, compress=zipfile.ZIP_DEFLATED),
-    "millions of dicts": lambda path, mark: forge(path, lambda _: b"\x80\x02(" + b"}" * 8_000_000 + b"l."),
-    "deep": lambda path, mark: forge(path, lambda _: b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."),
-    "deep, as small as weights": lambda path, mark: forge(path, lambda _: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."),
+    "compressed": lambda path, mark: forge(
+        path, lambda _: pickle.dumps("x" * 10**8, 2), compress=zipfile.ZIP_DEFLATED
+    ),
+    "compressed weights": lambda path, mark: forge(
+        path, lambda content: content, compress=zipfile.ZIP_DEFLATED
+    ),
+    "millions of dicts": lambda path, mark: forge(
+        path, lambda _: b"\x80\x02(" + b"}" * 8_000_000 + b"l."
+    ),
+    "deep": lambda path, mark: forge(
+        path, lambda _: b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."
+    ),
+    "deep, as small as weights": lambda path, mark: forge(
+        path, lambda _: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
+    ),
     "size declared": _declared,
-    "sparse": lambda path, mark: save(path, {"w": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}),
+    "sparse": lambda path, mark: save(
+        path, {"w": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}
+    ),
     "no storage": lambda path, mark: save(path, {"w": torch.empty(10**6, 10**6, device="meta")}),
     "windows": lambda path, mark: save(path, {"w": torch.zeros(1000).unfold(0, 500, 1)}),
     "whole numbers": lambda path, mark: save(path, {"w": torch.zeros(4, dtype=torch.int64)}),
     "complex": lambda path, mark: save(path, {"w": torch.zeros(4, dtype=torch.complex64)}),
-    "quantized": lambda path, mark: save(path, {"w": torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8)}),
+    "quantized": lambda path, mark: save(
+        path, {"w": torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8)}
+    ),
     "a number for a name": lambda path, mark: save(path, {7: torch.zeros(4)}),
     "state of lists": lambda path, mark: save(path, [("w", torch.zeros(4))]),
     "attributes": _attributes,

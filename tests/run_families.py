@@ -1,8 +1,10 @@
-"""All families of families.py through SFT, DPO, reward and export with the real code, as a table: `make families`.
+"""All families of families.py through SFT, DPO, reward and export with the real code, as a table:
+`make families`.
 
-Each run is of a few steps, in this process; SFT is trained a second time by FSDPTrainer in two processes, and its first step
-must be that of BasicTrainer. What fails is caught, and its message stands in the table.
-`--only llama,gemma4` takes some families, `--report docs/models.md` puts the table there, between its two marks.
+Each run is of a few steps, in this process; SFT is trained a second time by FSDPTrainer in two
+processes, and its first step must be that of BasicTrainer. What fails is caught, and its message
+stands in the table. `--only llama,gemma4` takes some families, `--report docs/models.md` puts the
+table there, between its two marks.
 """
 
 from __future__ import annotations
@@ -33,13 +35,38 @@ from omegaconf import OmegaConf  # noqa: E402
 from runs import records  # noqa: E402
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
-HEAD = "| family | class | batches | to | FSDP | SFT | DPO | reward | export |\n|---|---|---|---|---|---|---|---|---|\n"
-WORDS = ["harbour", "lantern", "gravel", "willow", "copper", "saddle", "meadow", "ribbon", "anchor", "thistle"]
+HEAD = (
+    "| family | class | batches | to | FSDP | SFT | DPO | reward | export"
+    " |\n|---|---|---|---|---|---|---|---|---|\n"
+)
+WORDS = [
+    "harbour",
+    "lantern",
+    "gravel",
+    "willow",
+    "copper",
+    "saddle",
+    "meadow",
+    "ribbon",
+    "anchor",
+    "thistle",
+]
 SETTINGS = [
-    "wandb.enabled=false", "max_length=64", "max_prompt_length=40", "batch_size=4", "eval_batch_size=4", "n_examples=8",
-    "eval_every=8", "eval_share=0.2", "lr=1e-4", "warmup_steps=0", "do_first_eval=false", "minimum_log_interval_secs=-1",
-    "n_eval_model_samples=1", "sample_max_new_tokens=3",
-]  # fmt: skip
+    "wandb.enabled=false",
+    "max_length=64",
+    "max_prompt_length=40",
+    "batch_size=4",
+    "eval_batch_size=4",
+    "n_examples=8",
+    "eval_every=8",
+    "eval_share=0.2",
+    "lr=1e-4",
+    "warmup_steps=0",
+    "do_first_eval=false",
+    "minimum_log_interval_secs=-1",
+    "n_eval_model_samples=1",
+    "sample_max_new_tokens=3",
+]
 
 
 class Row(NamedTuple):
@@ -73,7 +100,11 @@ def caught(work: Callable[[], str]) -> str:
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[-1].replace("|", "/")
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if type(error).__name__ == "UserError" else f" ({Path(last.filename).name}:{last.lineno})"
+        where = (
+            ""
+            if type(error).__name__ == "UserError"
+            else f" ({Path(last.filename).name}:{last.lineno})"
+        )
         return f"**{type(error).__name__}** {text[:160]}{where}"
 
 
@@ -83,7 +114,12 @@ def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
     from plumb.runs import directory
     from plumb.settings.validation import validate
 
-    given = [f"exp_name={name}", f"local_dirs=[{folder}]", f"local_run_dir={folder / name}", f"datasets=[{folder}/pairs.jsonl]"]
+    given = [
+        f"exp_name={name}",
+        f"local_dirs=[{folder}]",
+        f"local_run_dir={folder / name}",
+        f"datasets=[{folder}/pairs.jsonl]",
+    ]
     config = compose_config(*given, f"model.name_or_path={folder}/model", *SETTINGS, *options)
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(io.StringIO()):
@@ -110,20 +146,42 @@ def one(family: str) -> Row:
         first: list[dict[str, float]] = []
 
         def sft() -> str:
-            path, _ = run("sft", folder, "loss=sft", "debug=true", "sample_during_eval=false", "do_last_eval=false")
+            path, _ = run(
+                "sft",
+                folder,
+                "loss=sft",
+                "debug=true",
+                "sample_during_eval=false",
+                "do_last_eval=false",
+            )
             first.extend(records(path, "train"))
             return "yes"
 
         def fsdp() -> str:
-            options = ["trainer=FSDPTrainer", "loss=sft", "debug=true", "sample_during_eval=false", "do_last_eval=false"]
+            options = [
+                "trainer=FSDPTrainer",
+                "loss=sft",
+                "debug=true",
+                "sample_during_eval=false",
+                "do_last_eval=false",
+            ]
             path, _ = run("fsdp", folder, *options)
             there = records(path, "train")[0]
-            off = max(abs(there[key] - first[0][key]) / abs(first[0][key]) for key in ("loss/train", "grad_norm"))
+            off = max(
+                abs(there[key] - first[0][key]) / abs(first[0][key])
+                for key in ("loss/train", "grad_norm")
+            )
             return "yes" if off < 1e-4 else f"off by {off:.0e}"
 
         def dpo() -> str:
             nonlocal row
-            options = ["loss=dpo", "loss.beta=0.1", "reference=live", "export=hf", "do_first_eval=true"]
+            options = [
+                "loss=dpo",
+                "loss.beta=0.1",
+                "reference=live",
+                "export=hf",
+                "do_first_eval=true",
+            ]
             path, said = run("dpo", folder, *options)
             layout = next(line for line in said.splitlines() if line.startswith("batches: "))
             off = re.search(r"(equal to|off from) each response alone to (\S+)", layout)
@@ -144,7 +202,9 @@ def one(family: str) -> Row:
 
 
 def exported(path: Path) -> str:
-    """Whether the exported folder, read by transformers, gives the logits of the run's last checkpoint."""
+    """Whether the exported folder, read by transformers, gives the logits of the run's last
+    checkpoint.
+    """
     from transformers import AutoModelForCausalLM
 
     from plumb.models.find import find_model, open_model
@@ -153,7 +213,11 @@ def exported(path: Path) -> str:
     ids = torch.arange(5, 45)[None]
     with torch.no_grad(), redirect_stdout(io.StringIO()):
         ours = open_model(find_model(str(path)), "cpu").model.eval()(ids, use_cache=False).logits
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).eval()(ids, use_cache=False).logits
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
+            .eval()(ids, use_cache=False)
+            .logits
+        )
     off = float((ours - theirs).abs().max())
     return "same logits" if off <= 1e-5 * float(ours.abs().max()) else f"**off by {off:.0e}**"
 
@@ -165,7 +229,9 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="families, with commas")
-    parser.add_argument("--report", type=Path, help="a file with the two marks, between which the table is put")
+    parser.add_argument(
+        "--report", type=Path, help="a file with the two marks, between which the table is put"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     names, start = given.only.split(",") if given.only else list(FAMILIES), time.monotonic()

@@ -1,4 +1,6 @@
-"""align.sh: what it asks of each command, what it skips, and the whole chain for real, at its smallest."""
+"""align.sh: what it asks of each command, what it skips, and the whole chain for real, at its
+smallest.
+"""
 
 import json
 import os
@@ -24,38 +26,66 @@ PARSERS = {"eval.py": eval_command, "sample.py": sample, "score.py": score, "rep
 def asked(tmp_path):
     """`asked(*arguments, **environment)`: the command lines that the script would run."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\" >> \"$ASKED\"\nprintf '\\n' >> \"$ASKED\"\n")
+    python.write_text('#!/bin/sh\nprintf \'%s\\0\' "$@" >> "$ASKED"\nprintf \'\\n\' >> "$ASKED"\n')
     python.chmod(0o755)
 
     def run(*arguments, **environment):
         log = tmp_path / "asked"
         log.unlink(missing_ok=True)
-        env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "ASKED": str(log), "OUT": str(tmp_path / "out")} | environment
-        done = subprocess.run([BASH, ROOT / "align.sh", *arguments], env=env, capture_output=True, text=True)
-        lines = [line.split("\0")[:-1] for line in log.read_text().splitlines()] if log.exists() else []
+        env = {
+            "PATH": "/usr/bin:/bin",
+            "PYTHON": str(python),
+            "ASKED": str(log),
+            "OUT": str(tmp_path / "out"),
+        } | environment
+        done = subprocess.run(
+            [BASH, ROOT / "align.sh", *arguments], env=env, capture_output=True, text=True
+        )
+        lines = (
+            [line.split("\0")[:-1] for line in log.read_text().splitlines()] if log.exists() else []
+        )
         return done, [line for line in lines if line]
 
     return run
 
 
 def test_every_command_composes(asked, compose, tmp_path, monkeypatch):
-    """Of the demo, and of a model and data of one's own; what follows the script's name goes to every stage."""
+    """Of the demo, and of a model and data of one's own; what follows the script's name goes to
+    every stage.
+    """
     monkeypatch.chdir(ROOT)
-    for environment in ({}, {"MODEL": "gpt2-large", "DATASETS": "hh,shp", "REWARD_ARGS": "lr=1e-4 n_epochs=2", "BETA": "0.3"}):
+    for environment in (
+        {},
+        {
+            "MODEL": "gpt2-large",
+            "DATASETS": "hh,shp",
+            "REWARD_ARGS": "lr=1e-4 n_epochs=2",
+            "BETA": "0.3",
+        },
+    ):
         done, lines = asked("seed=7", **environment)
         assert done.returncode == 0, done.stderr
         stages = [line for line in lines if line[:2] == ["-u", "train.py"]]
         names = [("sft", "sft"), ("reward", "reward"), ("dpo", "policy")]
         for line, (name, stage) in zip(stages, names, strict=True):
             config = compose(*line[2:])
-            assert (config.loss.name, config.stage, config.data_split, config.seed) == (name, stage, "4,1,1", 7)
+            assert (config.loss.name, config.stage, config.data_split, config.seed) == (
+                name,
+                stage,
+                "4,1,1",
+                7,
+            )
             assert config.local_run_dir == f"{tmp_path}/out/{name}" and config.resume == "auto"
             assert config.model.archive == (None if name == "sft" else f"{tmp_path}/out/sft")
         if environment:
             assert config.loss.beta == 0.3 and list(config.datasets) == ["hh", "shp"]
             assert compose(*stages[1][2:]).n_epochs == 2
         others = [line for line in lines if line not in stages]
-        assert [line[0] for line in others] == ["eval.py"] * 3 + ["sample.py", "score.py", "report.py"]
+        assert [line[0] for line in others] == ["eval.py"] * 3 + [
+            "sample.py",
+            "score.py",
+            "report.py",
+        ]
         for script, *words in others:
             PARSERS[script].parser().parse_args(words)
     done, lines = asked(MODEL="gpt2-large")
@@ -74,22 +104,53 @@ def test_what_is_there_is_not_done_again(asked, tmp_path):
     late = (out / "samples.jsonl").stat().st_mtime + 5
     os.utime(out / "dpo/LATEST/policy.pt", (late, late))  # trained anew
     _, lines = asked()
-    assert [line[0] for line in lines if line[0] != "-u"] == ["eval.py", "sample.py", "score.py", "report.py"]
+    assert [line[0] for line in lines if line[0] != "-u"] == [
+        "eval.py",
+        "sample.py",
+        "score.py",
+        "report.py",
+    ]
 
 
 def test_the_whole_chain(tmp_path):
-    small = {"SFT_ARGS": "n_epochs=null n_examples=64", "REWARD_ARGS": "n_epochs=null n_examples=32",
-             "DPO_ARGS": "n_epochs=null n_examples=32"}  # fmt: skip
-    env = os.environ | small | {"PYTHON": sys.executable, "OUT": f"{tmp_path}/a b", "N_PROMPTS": "6", "MAX_NEW_TOKENS": "6"}
-    words = ["sample_during_eval=false", "do_first_eval=false", "n_eval_examples=10", f"local_dirs=['{tmp_path}']"]
-    done = subprocess.run([BASH, "align.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    small = {
+        "SFT_ARGS": "n_epochs=null n_examples=64",
+        "REWARD_ARGS": "n_epochs=null n_examples=32",
+        "DPO_ARGS": "n_epochs=null n_examples=32",
+    }
+    env = (
+        os.environ
+        | small
+        | {
+            "PYTHON": sys.executable,
+            "OUT": f"{tmp_path}/a b",
+            "N_PROMPTS": "6",
+            "MAX_NEW_TOKENS": "6",
+        }
+    )
+    words = [
+        "sample_during_eval=false",
+        "do_first_eval=false",
+        "n_eval_examples=10",
+        f"local_dirs=['{tmp_path}']",
+    ]
+    done = subprocess.run(
+        [BASH, "align.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+    )
     out = tmp_path / "a b"
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(status(out / name)["state"] == "finished" for name in ("sft", "reward", "dpo"))
     (figures,) = json.loads((out / "winrate.json").read_text())["win_rates"].values()
-    assert figures["n_prompts"] == 6 and 0 <= figures["low"] <= figures["value"] <= figures["high"] <= 1
+    assert (
+        figures["n_prompts"] == 6
+        and 0 <= figures["low"] <= figures["value"] <= figures["high"] <= 1
+    )
     for name in ("reward", "dpo"):
-        assert 0 <= json.loads((out / f"{name}.json").read_text())["metrics"]["rewards_eval/accuracies"] <= 1
+        assert (
+            0
+            <= json.loads((out / f"{name}.json").read_text())["metrics"]["rewards_eval/accuracies"]
+            <= 1
+        )
     page = (out / "report.html").read_text()
     assert all(f"{out}/{name}" in page for name in ("sft", "reward", "dpo"))
     assert "win rate" in done.stdout

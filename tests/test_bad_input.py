@@ -1,8 +1,8 @@
-"""What a user can get wrong: exit code 2 (3 for a policy.pt that is refused) and one line that names the knob, file, row or
-field, its value and the fix.
+"""What a user can get wrong: exit code 2 (3 for a policy.pt that is refused) and one line that
+names the knob, file, row or field, its value and the fix.
 
-No traceback, and no run directory. Most cases go through train.main() in this process, which is what `python train.py`
-does; those of `test_the_real_command` run in a process of their own.
+No traceback, and no run directory. Most cases go through train.main() in this process, which is
+what `python train.py` does; those of `test_the_real_command` run in a process of their own.
 """
 
 import gzip
@@ -40,7 +40,9 @@ def one_line(returned, stderr, runs, code=2):
 def refused(here, tmp_path, monkeypatch, capfd):
     """`refused(*overrides)`: `train.main()` refuses them as `one_line` says. -> the line"""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # Hydra then finds config/ beside train.py, as for a script
+    monkeypatch.setenv(
+        "HYDRA_MAIN_MODULE", "__main__"
+    )  # Hydra then finds config/ beside train.py, as for a script
 
     def run(*overrides, code=2):
         monkeypatch.setattr(sys, "argv", ["train.py", *here, *map(str, overrides)])
@@ -86,23 +88,38 @@ COMMANDS = {
     "no GPU": ("device=cuda", "null picks one"),
     "no GPU to shard over": ("trainer=FSDPTrainer", "trainer=BasicTrainer", "n_cpu_processes=2"),
     "bad row": ("cut.jsonl, line 2", "rejected", "add it"),
-    "bad row, two processes": ("cut.jsonl, line 2", "rejected", "add it"),  # met by both, said by one
+    "bad row, two processes": (
+        "cut.jsonl, line 2",
+        "rejected",
+        "add it",
+    ),  # met by both, said by one
     "code in policy.pt": ("policy.pt", "refused", "code"),
 }
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory, good):
-    """case -> what its process returned, and its runs. They run side by side: starting up takes seconds."""
+    """case -> what its process returned, and its runs. They run side by side: starting up takes
+    seconds.
+    """
     folder = tmp_path_factory.mktemp("commands")
     rows = write(folder / "cut.jsonl", PAIR, {"prompt": "Name a sea:", "chosen": " the Baltic"})
-    torch.save({"step_idx": 1, "state": Payload(os.system, f"touch {folder}/ran"), "metrics": {}}, folder / "policy.pt")
+    torch.save(
+        {"step_idx": 1, "state": Payload(os.system, f"touch {folder}/ran"), "metrics": {}},
+        folder / "policy.pt",
+    )
     overrides = {
         "bare": [],
         "no GPU": [*good, "device=cuda"],
         "no GPU to shard over": [*good, "trainer=FSDPTrainer"],
         "bad row": [*good, *DPO, f"datasets=[{rows}]"],
-        "bad row, two processes": [*good, *DPO, f"datasets=[{rows}]", "trainer=FSDPTrainer", "n_cpu_processes=2"],
+        "bad row, two processes": [
+            *good,
+            *DPO,
+            f"datasets=[{rows}]",
+            "trainer=FSDPTrainer",
+            "n_cpu_processes=2",
+        ],
         "code in policy.pt": [*good, f"model.archive={folder}/policy.pt"],
     }
     environment = {"CUDA_VISIBLE_DEVICES": "", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
@@ -121,7 +138,10 @@ def commands(tmp_path_factory, good):
 def test_the_real_command(commands, case):
     """The whole way through the interpreter's exit, and what only a process without a GPU shows."""
     done, runs = commands[case]
-    says(one_line(done.returncode, done.stderr, runs, 3 if case == "code in policy.pt" else 2), *COMMANDS[case])
+    says(
+        one_line(done.returncode, done.stderr, runs, 3 if case == "code in policy.pt" else 2),
+        *COMMANDS[case],
+    )
 
 
 # ---- knobs ----
@@ -169,7 +189,12 @@ KNOBS = {
     "data_rules.duplicate=maybe": ("data_rules.duplicate=maybe", "keep, drop, stop"),
     "truncation_mode=middle": ("truncation_mode=middle", "keep_start, keep_end", "null"),
     "model.policy_dtype=int8": ("model.policy_dtype=int8", "float32"),
-    "model.policy_dtype=float16": ("model.policy_dtype=float16", "eps", "set float32", "fsdp_policy_mp=bfloat16"),
+    "model.policy_dtype=float16": (
+        "model.policy_dtype=float16",
+        "eps",
+        "set float32",
+        "fsdp_policy_mp=bfloat16",
+    ),
     "model.fsdp_policy_mp=float16": ("model.fsdp_policy_mp=float16", "not scaled", "set bfloat16"),
     "model.fsdp_policy_mp=float32": ("model.fsdp_policy_mp=float32", "bfloat16", "null"),
     "optimizer=Nosuch": ("optimizer=Nosuch", "RMSprop", "AdamW"),
@@ -188,12 +213,16 @@ KNOBS = {
     "activation_checkpointing=2": ("activation_checkpointing=2", "a share in (0, 1)"),
     "activation_checkpointing=0.5": ("activation_checkpointing=0.5", "compile=true"),
     "reference=never": ("reference=never", "auto, live, cached"),
-    "reference=cached": ("reference=cached", "sft", "reference=auto"),  # `good` runs SFT, which has no use for it
+    "reference=cached": (
+        "reference=cached",
+        "sft",
+        "reference=auto",
+    ),  # `good` runs SFT, which has no use for it
     "device=nosuch": ("device=nosuch", "null picks one"),
     "chat_template=nosuch.jinja": ("chat_template=nosuch.jinja", "No such file"),
     "plugins=[nosuch.py]": ("plugins=nosuch.py", "no such file"),
     "model.name_or_path=null": ("model.name_or_path=null", "model.architecture"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("override", KNOBS)
@@ -225,10 +254,14 @@ def test_loss_knob_that_must_be_given(refused, good):
 
 
 def test_another_loss_than_the_experiments(refused, good, monkeypatch, tmp_path):
-    """An experiment's loss knobs reach a loss that was chosen over its own: refused, not ignored."""
+    """An experiment's loss knobs reach a loss that was chosen over its own: refused, not
+    ignored.
+    """
     experiment = tmp_path / "exp" / "mine.yaml"
     experiment.parent.mkdir()
-    experiment.write_text("# @package _global_\ndefaults:\n- override /loss: dpo\n\nloss:\n  beta: 0.1\n")
+    experiment.write_text(
+        "# @package _global_\ndefaults:\n- override /loss: dpo\n\nloss:\n  beta: 0.1\n"
+    )
     says(refused(*good, "exp=mine", "loss=sft", f"--config-dir={tmp_path}"), "loss.beta=0.1", "sft")
 
 
@@ -247,7 +280,11 @@ def bad_file(tmp_path, case):
         path.write_text(json.dumps(PAIR) + "\n{prompt: no}\n")
     elif case == "truncated gzip":
         path = path.with_suffix(".jsonl.gz")
-        path.write_bytes(gzip.compress("".join(json.dumps(PAIR | {"n": i}) + "\n" for i in range(1000)).encode())[:-40])
+        path.write_bytes(
+            gzip.compress(
+                "".join(json.dumps(PAIR | {"n": i}) + "\n" for i in range(1000)).encode()
+            )[:-40]
+        )
     elif case == "no rejected":
         write(path, PAIR, {k: v for k, v in PAIR.items() if k != "rejected"})
     elif case == "number":
@@ -284,7 +321,11 @@ def test_data_set_of_the_hub_offline(refused, good):
 
 
 def test_dataset_paths(refused, good, tmp_path):
-    says(refused(*good, "datasets=[shp]", f"dataset_paths.shp={tmp_path}/nosuch"), "nosuch", "no such file or folder")
+    says(
+        refused(*good, "datasets=[shp]", f"dataset_paths.shp={tmp_path}/nosuch"),
+        "nosuch",
+        "no such file or folder",
+    )
 
 
 def test_field_map(refused, good, tmp_path):
@@ -293,7 +334,9 @@ def test_field_map(refused, good, tmp_path):
 
 
 def test_sft_file_for_a_loss_of_pairs(refused, good, tmp_path):
-    path = write(tmp_path / "sft.jsonl", *({"prompt": f"{i}?", "completion": f" {i}"} for i in range(20)))
+    path = write(
+        tmp_path / "sft.jsonl", *({"prompt": f"{i}?", "completion": f" {i}"} for i in range(20))
+    )
     says(refused(*good, *DPO, f"datasets=[{path}]"), "sft.jsonl", "pairs", "chosen and rejected")
 
 
@@ -319,13 +362,19 @@ def test_every_data_rule_has_a_case(compose):
 
 @pytest.mark.parametrize("case", CASES)
 def test_data_rule_that_says_stop(refused, good, tmp_path, case):
-    """The error names the first such row, which stands after a good one, and the way out. Of two that contradict, both count."""
+    """The error names the first such row, which stands after a good one, and the way out. Of two
+    that contradict, both count.
+    """
     path = write(tmp_path / "own.jsonl", OTHER, *CASES[case])
     held_out = write(tmp_path / "eval.jsonl", PAIR)
     files = [f"datasets=[{path}]", f"eval_datasets=[{held_out}]"]
     line = 2 if case == "contradictory" else 1 + len(CASES[case])
-    says(refused(*good, *DPO, *files, f"data_rules.{case}=stop"),
-         f"own.jsonl:{line}", f"data_rules.{case}=stop", f"data_rules.{case}=drop")  # fmt: skip
+    says(
+        refused(*good, *DPO, *files, f"data_rules.{case}=stop"),
+        f"own.jsonl:{line}",
+        f"data_rules.{case}=stop",
+        f"data_rules.{case}=drop",
+    )
 
 
 def test_data_rules_that_leave_nothing(refused, good, tmp_path):
@@ -333,15 +382,20 @@ def test_data_rules_that_leave_nothing(refused, good, tmp_path):
     says(refused(*good, *DPO, f"datasets=[{path}]", "eval_share=0"), "own.jsonl", "identical_pair")
 
 
-@pytest.mark.parametrize(("template", "part"), [
-    (b"{% for m in messages %}{{ m.content }}", "chat_template"),  # no endfor
-    (b"{{ raise_exception('only two turns') }}", "only two turns"),
-    (b"{{ messages[0].content }}\xff", "chat_template"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "part"),
+    [
+        (b"{% for m in messages %}{{ m.content }}", "chat_template"),  # no endfor
+        (b"{{ raise_exception('only two turns') }}", "only two turns"),
+        (b"{{ messages[0].content }}\xff", "chat_template"),
+    ],
+)
 def test_chat_template(refused, good, tmp_path, template, part):
     file = tmp_path / "bad.jinja"
     file.write_bytes(template)
-    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "completion": f" {i}"} for i in range(20)]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}?"}], "completion": f" {i}"} for i in range(20)
+    ]
     path = write(tmp_path / "chat.jsonl", *rows)
     says(refused(*good, f"datasets=[{path}]", f"chat_template={file}"), part)
 
@@ -349,11 +403,14 @@ def test_chat_template(refused, good, tmp_path, template, part):
 # ---- plugins and directories ----
 
 
-@pytest.mark.parametrize(("code", "parts"), [
-    ("import os\n\ndef f(:\n", ("SyntaxError", "line 3")),
-    ("x = 1\nimport nosuchmodule\n", ("line 2", "nosuchmodule")),
-    ("def f():\n    return 1 / 0\n\nf()\n", ("line 2", "ZeroDivisionError")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "parts"),
+    [
+        ("import os\n\ndef f(:\n", ("SyntaxError", "line 3")),
+        ("x = 1\nimport nosuchmodule\n", ("line 2", "nosuchmodule")),
+        ("def f():\n    return 1 / 0\n\nf()\n", ("line 2", "ZeroDivisionError")),
+    ],
+)
 def test_plugin(refused, good, tmp_path, code, parts):
     file = tmp_path / "mine.py"
     file.write_text(code)
@@ -366,24 +423,37 @@ def test_local_run_dir_that_holds_a_run(refused, good, tmp_path):
     run.mkdir()
     (run / "metrics.jsonl").write_text("kept")
     says(refused(*good, f"local_run_dir={run}"), f"local_run_dir={run}", "another directory")
-    assert [f.name for f in run.iterdir()] == ["metrics.jsonl"] and (run / "metrics.jsonl").read_text() == "kept"
+    assert [f.name for f in run.iterdir()] == ["metrics.jsonl"] and (
+        run / "metrics.jsonl"
+    ).read_text() == "kept"
 
 
 def test_local_dirs_that_cannot_be_written(refused, good, tmp_path):
     """A file in the directory's place, which stops root too."""
     (tmp_path / "file").write_text("")
-    says(refused(*good, f"local_dirs=[{tmp_path}/file/runs]"), f"{tmp_path}/file/runs", "local_dirs")
+    says(
+        refused(*good, f"local_dirs=[{tmp_path}/file/runs]"), f"{tmp_path}/file/runs", "local_dirs"
+    )
 
 
 # ---- models ----
 
 
 def test_model_name_offline(refused, good):
-    says(refused(*good, "model.name_or_path=nosuch/model"), "nosuch/model", "HF_HUB_OFFLINE", "a local folder")
+    says(
+        refused(*good, "model.name_or_path=nosuch/model"),
+        "nosuch/model",
+        "HF_HUB_OFFLINE",
+        "a local folder",
+    )
 
 
 def test_model_path_that_is_not_there(refused, good):
-    says(refused(*good, "model.name_or_path=/no/such/folder"), "model.name_or_path=/no/such/folder", "no such folder")
+    says(
+        refused(*good, "model.name_or_path=/no/such/folder"),
+        "model.name_or_path=/no/such/folder",
+        "no such folder",
+    )
 
 
 def shrink(folder):
@@ -410,20 +480,27 @@ def damage(folder, case):
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     elif case == "weights of another size":
-        config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 96'))
+        config.write_text(
+            config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 96')
+        )
     elif case == "tokenizer cut":
         whole = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])
     elif case == "an index without its shard":
         (folder / "model.safetensors").unlink()
-        index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+        index = {
+            "metadata": {},
+            "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif case == "a text for a size":
         config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": "large"'))
     elif case == "sizes that do not fit":
         config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 33'))
     elif case == "a negative size":
-        config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": -2'))
+        config.write_text(
+            config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": -2')
+        )
     elif case == "a list for a config":
         config.write_text("[]")
     elif case == "a vocabulary that is too small":
@@ -435,7 +512,9 @@ def damage(folder, case):
     elif case == "weights of text":
         (folder / "model.safetensors").write_text("weights")
     elif case == "no eos":
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "TokenizersBackend"})
+        )
 
 
 MODELS = {
@@ -469,7 +548,9 @@ def test_model_folder(refused, good, tiny_model, tmp_path, case):
 
 def test_model_architecture(refused, good, tiny_model):
     tokenizer = f"model.tokenizer_name_or_path={tiny_model}"
-    line = refused(*good, "model.name_or_path=null", tokenizer, "model.architecture={model_type: nosuch}")
+    line = refused(
+        *good, "model.name_or_path=null", tokenizer, "model.architecture={model_type: nosuch}"
+    )
     says(line, "model.architecture", "nosuch")
 
 
@@ -501,7 +582,13 @@ def bad_policy(path, weights, case):
     elif case == "state of numbers":
         saved(path, {k: 1.0 for k in weights})
     elif case == "another architecture":
-        saved(path, {"transformer.wte.weight": torch.zeros(5, 4), "transformer.wpe.weight": torch.zeros(5, 4)})
+        saved(
+            path,
+            {
+                "transformer.wte.weight": torch.zeros(5, 4),
+                "transformer.wpe.weight": torch.zeros(5, 4),
+            },
+        )
     elif case == "another size":
         saved(path, {k: torch.zeros([2 * n for n in v.shape]) for k, v in weights.items()})
     elif case == "a layer more":
@@ -518,21 +605,28 @@ POLICIES = {
     "text": ("not a readable checkpoint",),
     "bare state": ("not a policy.pt", "step_idx, state, metrics"),
     "state of numbers": ("not a policy.pt",),
-    "another architecture": ("not the weights of this LlamaForCausalLM", "the model that it was trained from"),
+    "another architecture": (
+        "not the weights of this LlamaForCausalLM",
+        "the model that it was trained from",
+    ),
     "another size": ("not the weights of this LlamaForCausalLM",),
     "a layer more": ("not the weights of this LlamaForCausalLM", "layers.2"),
     "a tensor less": ("not the weights of this LlamaForCausalLM", "up_proj"),
 }
 
 
-DAMAGED = {case for case, (what, *_) in POLICIES.items() if "readable" in what} | {"state of numbers"}
+DAMAGED = {case for case, (what, *_) in POLICIES.items() if "readable" in what} | {
+    "state of numbers"
+}
 
 
 @pytest.mark.parametrize("case", POLICIES)
 def test_policy(refused, good, weights, tmp_path, case):
     path = bad_policy(tmp_path / "policy.pt", weights, case)
     code = 3 if case in DAMAGED else 2  # else a sound file of another kind, or of another model
-    says(refused(*good, f"model.archive={path}", code=code), f"model.archive={path}", *POLICIES[case])
+    says(
+        refused(*good, f"model.archive={path}", code=code), f"model.archive={path}", *POLICIES[case]
+    )
 
 
 def test_a_good_policy_is_taken(train_here, good, weights, tmp_path):
@@ -565,7 +659,10 @@ def _missing(path):
 
 def _reward(path):
     state = tiny_llama_state()
-    torch.save({"step_idx": 1, "state": state | {"lm_head.weight": torch.zeros(1, 32)}, "metrics": {}}, path)
+    torch.save(
+        {"step_idx": 1, "state": state | {"lm_head.weight": torch.zeros(1, 32)}, "metrics": {}},
+        path,
+    )
 
 
 def _foreign(path):
@@ -573,7 +670,9 @@ def _foreign(path):
 
 
 def _another_model(path):
-    torch.save({"step_idx": 1, "state": {"transformer.wte.weight": torch.zeros(4, 4)}, "metrics": {}}, path)
+    torch.save(
+        {"step_idx": 1, "state": {"transformer.wte.weight": torch.zeros(4, 4)}, "metrics": {}}, path
+    )
 
 
 def _cut_short(path):
@@ -596,27 +695,46 @@ def tiny_llama_state(**sizes):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     n = len(AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer"))
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=n, num_key_value_heads=1, **(small | sizes))).state_dict()
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=n, num_key_value_heads=1, **(small | sizes))
+    ).state_dict()
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_an_archive_of_something_else_is_refused_before_data_are_read(refused_early, good, tmp_path, case):
+def test_an_archive_of_something_else_is_refused_before_data_are_read(
+    refused_early, good, tmp_path, case
+):
     make, said, code = ARCHIVES[case]
     make(path := tmp_path / "policy.pt")
     line = refused_early(*good, f"model.archive={path}", code=code)
     assert line.startswith(f"model.archive={path}: ") and said in line
 
 
-def test_a_folder_that_lacks_weights_is_refused_before_data_are_read(refused_early, good, tiny_model, tmp_path):
+def test_a_folder_that_lacks_weights_is_refused_before_data_are_read(
+    refused_early, good, tiny_model, tmp_path
+):
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     state = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in state.items() if "norm" not in k}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in state.items() if "norm" not in k},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     line = refused_early(*good, f"model.name_or_path={folder}")
-    assert str(folder) in line and "missing keys, e.g. model.layers.0.input_layernorm.weight" in line
-    (folder / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:50_000])
+    assert (
+        str(folder) in line and "missing keys, e.g. model.layers.0.input_layernorm.weight" in line
+    )
+    (folder / "model.safetensors").write_bytes(
+        (tiny_model / "model.safetensors").read_bytes()[:50_000]
+    )
     assert str(folder) in refused_early(*good, f"model.name_or_path={folder}")
 
 
@@ -624,7 +742,9 @@ def test_an_export_that_cannot_work_is_refused_before_data_are_read(refused_earl
     """No class for its scores, a template that is none, and places where no folder can be."""
     granite = save_family(tmp_path / "granite", "granite")
     line = refused_early(*good, f"model.name_or_path={granite}", "loss=reward", "export=hf")
-    assert line.startswith("export=hf: GraniteForCausalLM: transformers has no sequence-classification model")
+    assert line.startswith(
+        "export=hf: GraniteForCausalLM: transformers has no sequence-classification model"
+    )
     (tmp_path / "bad.jinja").write_text("{% for")
     assert "not jinja" in refused_early(*good, f"chat_template={tmp_path}/bad.jinja", "export=hf")
     (tmp_path / "file").write_text("")
@@ -632,4 +752,6 @@ def test_an_export_that_cannot_work_is_refused_before_data_are_read(refused_earl
     assert "cannot be written" in line and "local_dirs" in line
     (tmp_path / "run/hf").mkdir(parents=True)
     line = refused_early(*good, f"local_run_dir={tmp_path}/run", "export=hf")
-    assert line == f"export=hf: {tmp_path}/run/hf is there already and no model's folder; move it away"
+    assert (
+        line == f"export=hf: {tmp_path}/run/hf is there already and no model's folder; move it away"
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints: whole after a kill, readable by the 2023 code and from it, refused when they are something else."""
+"""Checkpoints: whole after a kill, readable by the 2023 code and from it, refused when they are
+something else.
+"""
 
 import os
 import subprocess
@@ -21,13 +23,25 @@ ROOT = Path(__file__).parents[1]
 def save(run_dir, examples, parts, metrics, keep=None, best_by="loss/eval", interim=False):
     """A checkpoint of these states, as a run would save it."""
     saver = checkpoints.Saver(run_dir, in_background=False, keep=keep, best_by=best_by)
-    manifest = checkpoints.Manifest(examples, examples, False, False, dict(metrics or {}), {}, {}, {}, "")
+    manifest = checkpoints.Manifest(
+        examples, examples, False, False, dict(metrics or {}), {}, {}, {}, ""
+    )
     run_dir.mkdir(exist_ok=True)
     name = f"{'interim' if interim else 'step'}-{examples}"
-    saver.save(name, {part: partial(dict, state) for part, state in parts.items()}, {"policy.w": torch.ones(2)}, manifest, 0)
+    saver.save(
+        name,
+        {part: partial(dict, state) for part, state in parts.items()},
+        {"policy.w": torch.ones(2)},
+        manifest,
+        0,
+    )
 
 
-PARTS = {"policy": {"w": torch.arange(6.0)}, "optimizer": {"state": {}, "param_groups": []}, "scheduler": {"last_epoch": 3}}
+PARTS = {
+    "policy": {"w": torch.arange(6.0)},
+    "optimizer": {"state": {}, "param_groups": []},
+    "scheduler": {"last_epoch": 3},
+}
 
 
 def test_the_2023_form(tmp_path):
@@ -43,7 +57,9 @@ def test_the_2023_form(tmp_path):
 
 
 def test_what_is_pruned(tmp_path):
-    """Interim ones when a newer one is whole; evaluated ones beyond `keep`, but not the best; never what is not ours."""
+    """Interim ones when a newer one is whole; evaluated ones beyond `keep`, but not the best; never
+    what is not ours.
+    """
     losses = {10: 0.5, 20: 0.2, 30: 0.3, 40: 0.4, 50: 0.6}
 
     def kept(keep, metric="loss/eval"):
@@ -74,7 +90,9 @@ def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
     assert resolve(tmp_path / "sft_*") == newest and resolve(tmp_path / "*" / "LATEST") == newest
     (new / "LATEST").unlink()
     assert resolve(new) == newest  # without the pointer, the highest step
-    with pytest.raises(UserError, match="model.archive=.*nothing: no such file, run directory or pattern"):
+    with pytest.raises(
+        UserError, match="model.archive=.*nothing: no such file, run directory or pattern"
+    ):
         resolve(tmp_path / "nothing")
 
 
@@ -91,8 +109,13 @@ save(Path(sys.argv[1]), 2, {"policy": {"w": torch.zeros(1 << 20)}}, None)
 def test_a_file_size_limit_in_the_middle_of_torch_save(tmp_path):
     """A real limit, in a real process; torch's own zip writer might abort it."""
     save(tmp_path, 1, PARTS, None)
-    done = subprocess.run([sys.executable, "-c", SAVER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert "StorageError" in done.stderr and "step-2 could not be written (File too large)" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", SAVER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        "StorageError" in done.stderr
+        and "step-2 could not be written (File too large)" in done.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
 
 
@@ -103,7 +126,10 @@ def test_a_full_disk_leaves_one_line_and_the_older_checkpoint(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(durable_files.os, "fsync", full)
-    with pytest.raises(StorageError, match="step-2 could not be written .No space left on device.; it takes .* free some space"):
+    with pytest.raises(
+        StorageError,
+        match="step-2 could not be written .No space left on device.; it takes .* free some space",
+    ):
         save(tmp_path, 2, PARTS, None)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["LATEST", "step-1"]
 
@@ -132,31 +158,48 @@ def test_policy_pt_goes_round(family, old, tmp_path, compose):
         policy.load_state_dict(load.load_policy_state(str(tmp_path / "run")), strict=True)
 
 
-# What transformers 4.29.2, the 2023 repository's, has in the state dict of each model's first layer beside its parameters,
-# and its name of GPT-NeoX's head. Read off that version; policy_format=repo2023 files were loaded by it, strictly, once by hand.
+# What transformers 4.29.2, the 2023 repository's, has in the state dict of each model's first layer
+# beside its parameters, and its name of GPT-NeoX's head. Read off that version;
+# policy_format=repo2023 files were loaded by it, strictly, once by hand.
 KEPT = {
-    "gpt_neox": {"gpt_neox.layers.0.attention.bias": (1, 1, 256, 256), "gpt_neox.layers.0.attention.masked_bias": (),
-                 "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (1,), "embed_out.weight": (259, 32)},
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.bias": (1, 1, 256, 256),
+        "gpt_neox.layers.0.attention.masked_bias": (),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (1,),
+        "embed_out.weight": (259, 32),
+    },
     "gpt2": {"transformer.h.0.attn.bias": (1, 1, 256, 256), "transformer.h.0.attn.masked_bias": ()},
     "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", KEPT)
 def test_the_2023_format_has_the_names_and_buffers_of_transformers_4_29(family):
     model = tiny_model(family)
     state = policy_file.as_in_2023(model, model.state_dict())
-    extra = {k: tuple(v.shape) for k, v in state.items() if k not in model.state_dict() and ".1." not in k}
+    extra = {
+        k: tuple(v.shape)
+        for k, v in state.items()
+        if k not in model.state_dict() and ".1." not in k
+    }
     assert extra == KEPT[family]
     assert ("lm_head.weight" in state) == (family != "gpt_neox")
 
 
 def test_a_policy_pt_of_2023(tmp_path, compose):
-    """Pythia as transformers 4.29 named it: embed_out, and buffers that are computed today; an OrderedDict, plain torch.save."""
+    """Pythia as transformers 4.29 named it: embed_out, and buffers that are computed today; an
+    OrderedDict, plain torch.save.
+    """
     path = folder("gpt_neox", tmp_path / "m")
     model = load.load_policy(compose(f"model.name_or_path={path}"))
-    state = OrderedDict((k, v + 1) for k, v in policy_file.as_in_2023(model, model.state_dict()).items())
-    torch.save({"step_idx": 19968, "state": state, "metrics": {"loss/eval": 1.5}}, tmp_path / "policy.pt")
-    policy = load.load_policy(compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt"))
+    state = OrderedDict(
+        (k, v + 1) for k, v in policy_file.as_in_2023(model, model.state_dict()).items()
+    )
+    torch.save(
+        {"step_idx": 19968, "state": state, "metrics": {"loss/eval": 1.5}}, tmp_path / "policy.pt"
+    )
+    policy = load.load_policy(
+        compose(f"model.name_or_path={path}", f"model.archive={tmp_path}/policy.pt")
+    )
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(policy.get_parameter(name).data, parameter.data + 1)

@@ -1,4 +1,6 @@
-"""The config tree: every documented command composes and validates, every knob is checked and read, the 2023 names stand."""
+"""The config tree: every documented command composes and validates, every knob is checked and read,
+the 2023 names stand.
+"""
 
 import copy
 import importlib
@@ -32,7 +34,9 @@ def names(group):
 
 @pytest.fixture
 def validated(compose):
-    """`validated(*overrides)` -> (config, loss) of a command that composes and passes validation."""
+    """`validated(*overrides)` -> (config, loss) of a command that composes and passes
+    validation.
+    """
 
     def run(*overrides):
         config = compose(*overrides)
@@ -43,34 +47,63 @@ def validated(compose):
 
 @pytest.fixture
 def any_archive(monkeypatch):
-    """Takes a model.archive for granted that only exists after an earlier command of the same documentation."""
+    """Takes a model.archive for granted that only exists after an earlier command of the same
+    documentation.
+    """
     monkeypatch.setattr(validation, "resolve_archive", Path)
 
 
 # ---- documented commands ----
 
-COMMON = "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer sample_during_eval=false"
+COMMON = (
+    "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer"
+    " sample_during_eval=false"
+)
 README_2023 = {
-    "sft pythia69": f"model=pythia69 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia69 {COMMON}",
-    "sft pythia28": f"model=pythia28 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia28 {COMMON} "
-    "model.fsdp_policy_mp=bfloat16",
-    "sft pythia69 bfloat16": f"model=pythia69 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia69 {COMMON} "
-    "model.fsdp_policy_mp=bfloat16",
-    "sft llama": "model=blank_model model.name_or_path=/PATH/TO/LLAMA/WEIGHTS model.block_name=LlamaDecoderLayer "
-    f"datasets=[hh,shp] loss=sft exp_name=anthropic_shp_sft_llama_7b {COMMON}",
-    "dpo pythia28": f"model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=anthropic_dpo_pythia28 {COMMON} "
-    "model.fsdp_policy_mp=bfloat16 model.archive=ARCHIVE",
+    "sft pythia69": (
+        f"model=pythia69 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia69 {COMMON}"
+    ),
+    "sft pythia28": (
+        f"model=pythia28 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia28 {COMMON} "
+        "model.fsdp_policy_mp=bfloat16"
+    ),
+    "sft pythia69 bfloat16": (
+        f"model=pythia69 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia69 {COMMON} "
+        "model.fsdp_policy_mp=bfloat16"
+    ),
+    "sft llama": (
+        "model=blank_model model.name_or_path=/PATH/TO/LLAMA/WEIGHTS"
+        " model.block_name=LlamaDecoderLayer datasets=[hh,shp] loss=sft"
+        f" exp_name=anthropic_shp_sft_llama_7b {COMMON}"
+    ),
+    "dpo pythia28": (
+        "model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=anthropic_dpo_pythia28"
+        f" {COMMON} model.fsdp_policy_mp=bfloat16 model.archive=ARCHIVE"
+    ),
     "ipo": "model=pythia28 datasets=[hh] loss=ipo loss.beta=0.1 exp_name=ipo model.archive=ARCHIVE",
-    "ipo as in 2023": "model=pythia28 datasets=[hh] loss=dpo loss.name=ipo loss.beta=0.1 exp_name=ipo model.archive=ARCHIVE",
-    "conservative dpo": "model=pythia28 loss=dpo loss.beta=0.1 loss.label_smoothing=0.1 exp_name=cdpo model.archive=ARCHIVE",
-    "reference-free dpo": "model=pythia28 loss=dpo loss.beta=0.1 loss.reference_free=true exp_name=free",
-    "debugging": "model=pythia28 datasets=[hh,shp,se] loss=sft exp_name=x debug=true n_epochs=null n_examples=9 wandb.entity=me",
+    "ipo as in 2023": (
+        "model=pythia28 datasets=[hh] loss=dpo loss.name=ipo loss.beta=0.1 exp_name=ipo"
+        " model.archive=ARCHIVE"
+    ),
+    "conservative dpo": (
+        "model=pythia28 loss=dpo loss.beta=0.1 loss.label_smoothing=0.1 exp_name=cdpo"
+        " model.archive=ARCHIVE"
+    ),
+    "reference-free dpo": (
+        "model=pythia28 loss=dpo loss.beta=0.1 loss.reference_free=true exp_name=free"
+    ),
+    "debugging": (
+        "model=pythia28 datasets=[hh,shp,se] loss=sft exp_name=x debug=true n_epochs=null"
+        " n_examples=9 wandb.entity=me"
+    ),
 }
 
 
 @pytest.mark.parametrize("case", README_2023)
 def test_the_commands_of_2023(validated, tmp_path, case):
-    """Verbatim from the 2023 repository's README, or as its users wrote them; model.archive is a file that exists."""
+    """Verbatim from the 2023 repository's README, or as its users wrote them; model.archive is a
+    file that exists.
+    """
     archive = tmp_path / "policy.pt"
     archive.touch()
     overrides = shlex.split(README_2023[case].replace("ARCHIVE", str(archive)))
@@ -84,13 +117,18 @@ def test_the_commands_of_2023(validated, tmp_path, case):
 
 
 def documents():
-    return [f for f in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "demo/README.md"] if f.is_file()]
+    return [
+        f
+        for f in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "demo/README.md"]
+        if f.is_file()
+    ]
 
 
 def shell_commands(text, script="train"):
     """The commands of a script in a Markdown text's shell blocks, as lists of arguments.
 
-    >>> shell_commands('x\\n```bash\\n$ A=1 python -u train.py a=1 \\\\\\n  b=[c]  # why\\nls\\n```\\n`python train.py z=1`')
+    >>> block = '```bash\\n$ A=1 python -u train.py a=1 \\\\\\n  b=[c]  # why\\nls\\n```'
+    >>> shell_commands(f'x\\n{block}\\n`python train.py z=1`')
     [['a=1', 'b=[c]']]
     """
     found = []
@@ -99,16 +137,30 @@ def shell_commands(text, script="train"):
             words = shlex.split(line.removeprefix("$ "), comments=True)
             scripts = [i for i, word in enumerate(words) if word.split("/")[-1] == f"{script}.py"]
             if scripts and scripts[0] > 0:
-                found.append(list(itertools.takewhile(lambda w: w not in ("&&", "|", ";", ">", "&"), words[scripts[0] + 1 :])))
+                found.append(
+                    list(
+                        itertools.takewhile(
+                            lambda w: w not in ("&&", "|", ";", ">", "&"), words[scripts[0] + 1 :]
+                        )
+                    )
+                )
     return found
 
 
-DOCUMENTED = [(str(f.relative_to(ROOT)), command) for f in documents() for command in shell_commands(f.read_text())]
+DOCUMENTED = [
+    (str(f.relative_to(ROOT)), command)
+    for f in documents()
+    for command in shell_commands(f.read_text())
+]
 
 
-@pytest.mark.parametrize(("file", "overrides"), DOCUMENTED, ids=[f"{f}-{i}" for i, (f, _) in enumerate(DOCUMENTED)])
+@pytest.mark.parametrize(
+    ("file", "overrides"), DOCUMENTED, ids=[f"{f}-{i}" for i, (f, _) in enumerate(DOCUMENTED)]
+)
 def test_the_documented_commands(compose, any_archive, monkeypatch, file, overrides):
-    """Every `python train.py ...` in a shell block of README.md and docs/. Archives and plugins need not exist."""
+    """Every `python train.py ...` in a shell block of README.md and docs/. Archives and plugins
+    need not exist.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(validation, "import_plugins", lambda files: None)
     for job in jobs(overrides):
@@ -125,20 +177,28 @@ def jobs(overrides):
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
-SMALL = sorted(f.stem for f in ROOT.glob("*.py") if "\ndef parser(" in f.read_text())  # the commands beside train.py
+SMALL = sorted(
+    f.stem for f in ROOT.glob("*.py") if "\ndef parser(" in f.read_text()
+)  # the commands beside train.py
 
 
 @pytest.mark.parametrize("script", SMALL)
 def test_the_documented_small_commands(script):
-    """Each is shown in README.md or docs/, and its own parser takes what is shown. Files and models need not exist."""
-    shown = [arguments for file in documents() for arguments in shell_commands(file.read_text(), script)]
+    """Each is shown in README.md or docs/, and its own parser takes what is shown. Files and models
+    need not exist.
+    """
+    shown = [
+        arguments for file in documents() for arguments in shell_commands(file.read_text(), script)
+    ]
     assert shown, f"show python {script}.py in docs/"
     parser = importlib.import_module(script).parser()
     for arguments in shown:
         parser.parse_args(arguments)
 
 
-@pytest.mark.skipif(not documents() or not (ROOT / "README.md").is_file(), reason="there is no README.md yet")
+@pytest.mark.skipif(
+    not documents() or not (ROOT / "README.md").is_file(), reason="there is no README.md yet"
+)
 def test_the_readme_shows_how_to_train():
     """Else the test above would pass with nothing in it."""
     assert shell_commands((ROOT / "README.md").read_text())
@@ -152,12 +212,16 @@ SCRIPTS = {
     "dpo.sh": {"lr": 5e-7, "batch_size": 32, "loss.name": "dpo", "loss.beta": 0.1},
 }
 AMBERSAFE = {"datasets": ["saferlhf"], "n_epochs": 3, "max_length": 512, "max_prompt_length": 256}
-present = pytest.mark.skipif(BASH is None or not all((ROOT / s).is_file() for s in SCRIPTS), reason="no bash, or no scripts")
+present = pytest.mark.skipif(
+    BASH is None or not all((ROOT / s).is_file() for s in SCRIPTS), reason="no bash, or no scripts"
+)
 
 
 @pytest.fixture
 def overrides_of(tmp_path):
-    """`overrides_of(script, *arguments, **environment)`: what the script hands to train.py; nothing is trained."""
+    """`overrides_of(script, *arguments, **environment)`: what the script hands to train.py; nothing
+    is trained.
+    """
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
     python.chmod(0o755)
@@ -165,8 +229,12 @@ def overrides_of(tmp_path):
     def run(script, *arguments, **environment):
         command = [BASH, ROOT / script, *arguments]
         env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)} | environment
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-        *flags, last = (given := done.stdout.split("\0")[:-1])[: given.index(str(ROOT / "train.py")) + 1]
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        *flags, last = (given := done.stdout.split("\0")[:-1])[
+            : given.index(str(ROOT / "train.py")) + 1
+        ]
         assert flags == ["-u"] and last == str(ROOT / "train.py")
         return given[len(flags) + 1 :]
 
@@ -187,18 +255,37 @@ def test_a_script_is_ambersafes_setting(validated, overrides_of, any_archive, sc
 @present
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_scripts_variables_and_arguments(compose, overrides_of, tmp_path, script):
-    """Every variable at the top can be set from outside, whatever characters it holds; arguments that follow win."""
+    """Every variable at the top can be set from outside, whatever characters it holds; arguments
+    that follow win.
+    """
     text = (ROOT / script).read_text()
-    variables = set(re.findall(r"^([A-Z_]+)=\$\{\1:-", text, re.M)) - {"PYTHON", "TRAIN_SCRIPT_PATH"}
+    variables = set(re.findall(r"^([A-Z_]+)=\$\{\1:-", text, re.M)) - {
+        "PYTHON",
+        "TRAIN_SCRIPT_PATH",
+    }
     path = "/a b/c,d=e{f}"
     numbers = {name: str(n) for n, name in enumerate(sorted(variables), 301)}
-    given = numbers | {"MODEL": path, "RUNS": path, "DATASETS": "hh,shp", "EXP_NAME": "mine", "TRAINER": "BasicTrainer"}
+    given = numbers | {
+        "MODEL": path,
+        "RUNS": path,
+        "DATASETS": "hh,shp",
+        "EXP_NAME": "mine",
+        "TRAINER": "BasicTrainer",
+    }
     given |= {"SFT_CKPT_PATH": f"{path}/*/x"} if "SFT_CKPT_PATH" in variables else {}
     config = compose(*overrides_of(script, "eval_every=77", "n_epochs=9", **given))
-    assert config.model.name_or_path == path and config.local_dirs == [path] and config.datasets == ["hh", "shp"]
+    assert (
+        config.model.name_or_path == path
+        and config.local_dirs == [path]
+        and config.datasets == ["hh", "shp"]
+    )
     assert config.eval_every == 77 and config.n_epochs == 9
-    leaves = {str(value) for _, value in validation._leaves(config, "")} | {str(v) for v in config.loss.values()}
-    leaves |= {f"{value:g}" for _, value in validation._leaves(config, "") if isinstance(value, float)}
+    leaves = {str(value) for _, value in validation._leaves(config, "")} | {
+        str(v) for v in config.loss.values()
+    }
+    leaves |= {
+        f"{value:g}" for _, value in validation._leaves(config, "") if isinstance(value, float)
+    }
     for name, value in given.items():
         if name not in ("RUNS", "DATASETS", "N_EPOCHS"):
             assert value in leaves, f"{name} is set, and reaches no knob"
@@ -228,7 +315,9 @@ def loss_overrides(name):
 @pytest.mark.parametrize("loss", names("loss"))
 def test_every_model_with_every_loss(validated, loss):
     for model in names("model"):
-        config, built = validated("exp_name=x", f"model={model}", *GIVEN.get(model, []), *loss_overrides(loss))
+        config, built = validated(
+            "exp_name=x", f"model={model}", *GIVEN.get(model, []), *loss_overrides(loss)
+        )
         assert built.name == loss == config.loss.name
 
 
@@ -244,7 +333,9 @@ def test_every_experiment(validated, any_archive, monkeypatch, exp):
 
 @pytest.mark.parametrize("exp", names("exp"))
 def test_no_experiment_leaks_into_another_loss(compose, any_archive, monkeypatch, exp):
-    """Hydra composes exp=..._dpo loss=sft; the knobs that the experiment sets for its own loss are then refused."""
+    """Hydra composes exp=..._dpo loss=sft; the knobs that the experiment sets for its own loss are
+    then refused.
+    """
     monkeypatch.chdir(ROOT)
     knobs = yaml.safe_load((ROOT / f"config/exp/{exp}.yaml").read_text()).get("loss") or {}
     for loss in names("loss"):
@@ -256,7 +347,10 @@ def test_no_experiment_leaks_into_another_loss(compose, any_archive, monkeypatch
 
 def test_a_model_is_a_few_lines_on_the_blank_one():
     """Same fields as blank_model.yaml, and a block class that transformers has."""
-    sources = [f.read_text() for f in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")]
+    sources = [
+        f.read_text()
+        for f in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
+    ]
     blank = yaml.safe_load((ROOT / "config/model/blank_model.yaml").read_text())
     for model in set(names("model")) - {"blank_model"}:
         spec = yaml.safe_load((ROOT / f"config/model/{model}.yaml").read_text())
@@ -264,7 +358,9 @@ def test_a_model_is_a_few_lines_on_the_blank_one():
         assert set(spec) <= set(blank), model
         assert spec["name_or_path"] or spec["architecture"], model
         block = spec.get("block_name")
-        assert block is None or any(f"\nclass {block}(" in source for source in sources), f"{model}: no class {block}"
+        assert block is None or any(f"\nclass {block}(" in source for source in sources), (
+            f"{model}: no class {block}"
+        )
 
 
 @pytest.mark.parametrize("loss", sorted({*LOSSES, *names("loss")}))
@@ -278,23 +374,51 @@ def test_a_loss_file_holds_its_functions_knobs(loss):
 # ---- the option names and defaults of 2023 ----
 
 FROM_2023 = {
-    "seed": 0, "batch_size": 4, "eval_batch_size": 16, "debug": False, "fsdp_port": None, "datasets": ["hh"],
-    "wandb.enabled": True, "wandb.entity": None, "wandb.project": "direct-preference-optimization",
-    "local_dirs": ["/scr-ssd", "/scr", ".cache"], "sample_during_eval": True, "n_eval_model_samples": 16,
-    "do_first_eval": True, "lr": 5e-7, "gradient_accumulation_steps": 1, "max_grad_norm": 10.0, "max_length": 512,
-    "max_prompt_length": 256, "n_epochs": 1, "n_examples": None, "n_eval_examples": 256, "trainer": "BasicTrainer",
-    "optimizer": "RMSprop", "warmup_steps": 150, "activation_checkpointing": False, "eval_every": 20_000,
+    "seed": 0,
+    "batch_size": 4,
+    "eval_batch_size": 16,
+    "debug": False,
+    "fsdp_port": None,
+    "datasets": ["hh"],
+    "wandb.enabled": True,
+    "wandb.entity": None,
+    "wandb.project": "direct-preference-optimization",
+    "local_dirs": ["/scr-ssd", "/scr", ".cache"],
+    "sample_during_eval": True,
+    "n_eval_model_samples": 16,
+    "do_first_eval": True,
+    "lr": 5e-7,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 10.0,
+    "max_length": 512,
+    "max_prompt_length": 256,
+    "n_epochs": 1,
+    "n_examples": None,
+    "n_eval_examples": 256,
+    "trainer": "BasicTrainer",
+    "optimizer": "RMSprop",
+    "warmup_steps": 150,
+    "activation_checkpointing": False,
+    "eval_every": 20_000,
     "minimum_log_interval_secs": 1.0,
-    "model.tokenizer_name_or_path": None, "model.archive": None, "model.block_name": None,
-    "model.policy_dtype": "float32", "model.fsdp_policy_mp": None,
-    "loss.name": "dpo", "loss.label_smoothing": 0, "loss.reference_free": False,
-}  # fmt: skip
+    "model.tokenizer_name_or_path": None,
+    "model.archive": None,
+    "model.block_name": None,
+    "model.policy_dtype": "float32",
+    "model.fsdp_policy_mp": None,
+    "loss.name": "dpo",
+    "loss.label_smoothing": 0,
+    "loss.reference_free": False,
+}
 MUST_BE_GIVEN = ["exp_name", "model.name_or_path", "loss.beta"]
 MODELS_OF_2023 = {
-    "gpt2-large": ("gpt2-large", "GPT2Block"), "gpt2-xl": ("gpt2-xl", "GPT2Block"), "gptj": ("EleutherAI/gpt-j-6B", "GPTJBlock"),
-    "llama7b": ("huggyllama/llama-7b", "LlamaDecoderLayer"), "pythia28": ("EleutherAI/pythia-2.8b", "GPTNeoXLayer"),
+    "gpt2-large": ("gpt2-large", "GPT2Block"),
+    "gpt2-xl": ("gpt2-xl", "GPT2Block"),
+    "gptj": ("EleutherAI/gpt-j-6B", "GPTJBlock"),
+    "llama7b": ("huggyllama/llama-7b", "LlamaDecoderLayer"),
+    "pythia28": ("EleutherAI/pythia-2.8b", "GPTNeoXLayer"),
     "pythia69": ("EleutherAI/pythia-6.9b", "GPTNeoXLayer"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("knob", FROM_2023)
@@ -306,7 +430,9 @@ def test_a_default_of_2023(compose, knob):
 
 def test_what_had_to_be_given_in_2023_still_has_to_be(compose):
     config = compose("loss=dpo")
-    missing = OmegaConf.missing_keys(OmegaConf.masked_copy(config, [k for k in config if k != "local_run_dir"]))
+    missing = OmegaConf.missing_keys(
+        OmegaConf.masked_copy(config, [k for k in config if k != "local_run_dir"])
+    )
     assert missing == set(MUST_BE_GIVEN)
 
 
@@ -317,15 +443,18 @@ def test_a_model_of_2023(compose, model):
 
 
 def test_the_two_defaults_that_differ_from_2023(compose):
-    """model: 2023 named blank_model_fp32, which did not exist. reference_dtype: 2023 had float16, so that the reference
-    was not the policy, and rewards were not zero at the first step."""
+    """model: 2023 named blank_model_fp32, which did not exist. reference_dtype: 2023 had float16,
+    so that the reference was not the policy, and rewards were not zero at the first step.
+    """
     defaults = yaml.safe_load((ROOT / "config/config.yaml").read_text())["defaults"]
     assert {"model": "blank_model"} in defaults and {"loss": "sft"} in defaults
     assert compose().model.reference_dtype is None
 
 
 def test_composing_makes_no_directory(compose, tmp_path):
-    """The resolver of local_run_dir only names it (2023: it made the directory, before missing keys were reported)."""
+    """The resolver of local_run_dir only names it (2023: it made the directory, before missing keys
+    were reported).
+    """
     config = compose("exp_name=mine", "model=pythia28", f"local_dirs=[/nosuch,{tmp_path}/runs]")
     validation.validate(config)
     assert re.fullmatch(rf"{tmp_path}/runs/[^/]+/mine_[\d_-]+", config.local_run_dir)
@@ -337,10 +466,14 @@ def test_composing_makes_no_directory(compose, tmp_path):
 
 
 def leaves(config, prefix=""):
-    """Dotted names of all knobs outside `loss`; a mapping that is itself a value (checked as one) is one knob."""
+    """Dotted names of all knobs outside `loss`; a mapping that is itself a value (checked as one)
+    is one knob.
+    """
     for key in config:
         name = f"{prefix}{key}"
-        value = None if OmegaConf.is_missing(config, key) or name == "local_run_dir" else config[key]
+        value = (
+            None if OmegaConf.is_missing(config, key) or name == "local_run_dir" else config[key]
+        )
         if isinstance(value, DictConfig) and name not in validation.KNOBS:
             yield from leaves(value, f"{name}.")
         else:
@@ -370,33 +503,51 @@ def test_every_check_is_in_force(compose, knobs):
             validation.validate(config)
 
 
-CODE = {f.name: f.read_text() for f in [*ROOT.glob("*.py"), *ROOT.glob("plumb/**/*.py")] if f.name != "validation.py"}
+CODE = {
+    f.name: f.read_text()
+    for f in [*ROOT.glob("*.py"), *ROOT.glob("plumb/**/*.py")]
+    if f.name != "validation.py"
+}
 
 
 def test_every_knob_is_read(knobs):
-    """`config.lr`, `spec.archive`, `options["entity"]`: somewhere in the code that is not its check."""
+    """`config.lr`, `spec.archive`, `options["entity"]`: somewhere in the code that is not its
+    check.
+    """
     dead = []
     for knob in sorted(knobs):
         group, _, key = knob.rpartition(".")
         if group not in ("data_rules", "dataset_paths"):  # see the next test
             owner = {"": "config", "model": "(?:model|spec)", "wandb": "wandb"}[group]
-            if not any(re.search(rf'\b{owner}\.{key}\b|\["{key}"\]', text) for text in CODE.values()):
+            if not any(
+                re.search(rf'\b{owner}\.{key}\b|\["{key}"\]', text) for text in CODE.values()
+            ):
                 dead.append(knob)
     assert not dead
 
 
 def test_every_key_of_a_group_means_something(knobs):
-    """data_rules names the cases that data/examples.py and data/prepare.py find; dataset_paths the sets that take a path."""
+    """data_rules names the cases that data/examples.py and data/prepare.py find; dataset_paths the
+    sets that take a path.
+    """
     rules = {knob.partition(".")[2] for knob in knobs if knob.startswith("data_rules.")}
     assert all(f'"{rule}"' in CODE["examples.py"] + CODE["prepare.py"] for rule in rules)
     paths = {knob.partition(".")[2] for knob in knobs if knob.startswith("dataset_paths.")}
-    shipped = {name for name, loader in LOADERS.items() if loader.load.__module__.endswith("_datasets")}
-    assert paths == shipped and all("path" in inspect.signature(LOADERS[name].load).parameters for name in shipped)
+    shipped = {
+        name for name, loader in LOADERS.items() if loader.load.__module__.endswith("_datasets")
+    }
+    assert paths == shipped and all(
+        "path" in inspect.signature(LOADERS[name].load).parameters for name in shipped
+    )
 
 
 def test_every_knob_has_a_comment():
     """Above it, or above the paragraph of knobs that it stands in."""
-    for file in ("config.yaml", "model/blank_model.yaml", *(f"loss/{loss}.yaml" for loss in names("loss"))):
+    for file in (
+        "config.yaml",
+        "model/blank_model.yaml",
+        *(f"loss/{loss}.yaml" for loss in names("loss")),
+    ):
         text = (ROOT / "config" / file).read_text().partition("\nhydra:")[0]
         for paragraph in re.split(r"\n\s*\n", text):
             if re.search(r"^\w+:", paragraph, re.M):
@@ -405,7 +556,9 @@ def test_every_knob_has_a_comment():
 
 @pytest.mark.parametrize("optimizer", validation.OPTIMIZERS)
 def test_every_optimizer_takes_a_step(compose, optimizer):
-    """What validation lets through works on biases and matrices with dense gradients and torch's default arguments."""
+    """What validation lets through works on biases and matrices with dense gradients and torch's
+    default arguments.
+    """
     import torch
 
     layer = torch.nn.Linear(2, 2)

@@ -1,4 +1,6 @@
-"""Lines of the core that a wrong sign or a missing weight would leave unseen elsewhere: each number is derived by hand."""
+"""Lines of the core that a wrong sign or a missing weight would leave unseen elsewhere: each number
+is derived by hand.
+"""
 
 from types import SimpleNamespace
 
@@ -29,10 +31,14 @@ def tensor(*values):
 
 
 def test_an_accuracy_counts_no_ties():
-    """Three pairs, chosen above, equal to and below rejected: 1, 0, 0. A policy that gives everything the same score ranks
-    nothing right; counting ties would show 100 % at step 0, where all rewards are 0."""
+    """Three pairs, chosen above, equal to and below rejected: 1, 0, 0. A policy that gives
+    everything the same score ranks nothing right; counting ties would show 100 % at step 0, where
+    all rewards are 0.
+    """
     output = LossOutput(tensor(1, 2, 3), tensor(0.5, 0, -2), tensor(0.25, 0, 1))
-    policy = Pairs(Logps(tensor(-1, -5, -9), tensor(1, 1, 1)), Logps(tensor(-4, -5, -2), tensor(1, 1, 1)))
+    policy = Pairs(
+        Logps(tensor(-1, -5, -9), tensor(1, 1, 1)), Logps(tensor(-4, -5, -2), tensor(1, 1, 1))
+    )
     found = {name: value.tolist() for name, value in _metrics(output, policy).items()}
     assert found == {
         "loss/{}": [1, 2, 3],
@@ -55,7 +61,9 @@ def test_the_metrics_of_scores():
 
 
 def test_means_leave_out_what_has_no_weight():
-    """Values 1 and 2 of weight 1, and 9 of weight 0: (1 + 2) / 2; over 6 tokens, 3 / 6. Counting the 9, the first would be 1."""
+    """Values 1 and 2 of weight 1, and 9 of weight 0: (1 + 2) / 2; over 6 tokens, 3 / 6. Counting
+    the 9, the first would be 1.
+    """
     means = Means()
     means.add({"a": tensor(1, 2), "b": tensor(1, 2)}, 1.0, {"b": 6})
     means.add({"a": tensor(9), "b": tensor(9)}, 0.0, {"b": 4})
@@ -63,7 +71,9 @@ def test_means_leave_out_what_has_no_weight():
 
 
 def test_means_are_summed_in_float64():
-    """100,000,000 + 1: float32 numbers have a spacing of 8 there, so that the 1 would be lost, as small ones are in long sums."""
+    """100,000,000 + 1: float32 numbers have a spacing of 8 there, so that the 1 would be lost, as
+    small ones are in long sums.
+    """
     means = Means()
     means.add({"a": torch.tensor([1e8, 1.0])})
     assert means.reduce() == {"a": 50_000_000.5}
@@ -75,13 +85,17 @@ def test_means_are_summed_in_float64():
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5, 6, 9])
 @pytest.mark.parametrize("n_queries, n_keys", [(1, 1), (3, 3), (1, 5), (2, 5), (5, 5), (4, 6)])
 def test_a_mask_by_definition(n_queries, n_keys, window):
-    """The last query stands at the last key, so query i at key i + n_keys - n_queries; it sees the `window` keys up to itself."""
+    """The last query stands at the last key, so query i at key i + n_keys - n_queries; it sees the
+    `window` keys up to itself.
+    """
     segments = Segments([n_queries], [n_keys], *[torch.empty(0)] * 3, 16)
     found = segments.mask(n_queries, n_keys, window, torch.empty(0))
     behind = [[i + n_keys - n_queries - j for j in range(n_keys)] for i in range(n_queries)]
     seen = torch.tensor([[0 <= d < (window or 99) for d in row] for row in behind])
     if found is None:  # plain causal attention, for which kernels need no mask
-        assert n_queries == n_keys and torch.equal(seen, torch.ones(n_queries, n_keys).tril().bool())
+        assert n_queries == n_keys and torch.equal(
+            seen, torch.ones(n_queries, n_keys).tril().bool()
+        )
     else:
         assert torch.equal(found == 0, seen) and torch.equal(found == -torch.inf, ~seen)
 
@@ -89,14 +103,21 @@ def test_a_mask_by_definition(n_queries, n_keys, window):
 # ---- clipping ----
 
 
-@pytest.mark.parametrize("most, expected", [(1.0, [0.6, 0.8]), (2.5, [1.5, 2.0]), (5.0, [3, 4]), (10.0, [3, 4])])
+@pytest.mark.parametrize(
+    "most, expected", [(1.0, [0.6, 0.8]), (2.5, [1.5, 2.0]), (5.0, [3, 4]), (10.0, [3, 4])]
+)
 def test_clipping_by_hand(most, expected):
-    """The gradient (3, 4) has norm 5: times most / 5 where that is below 1, else left as it is to the bit. As in PyTorch, the
-    factor is most / (5 + 1e-6), by 2e-7 too small."""
+    """The gradient (3, 4) has norm 5: times most / 5 where that is below 1, else left as it is to
+    the bit. As in PyTorch, the factor is most / (5 + 1e-6), by 2e-7 too small.
+    """
     policy = nn.Linear(2, 1, bias=False)
     policy.weight.grad = torch.tensor([[3.0, 4]])
-    norm = BasicTrainer.clip(SimpleNamespace(policy=policy, config=SimpleNamespace(max_grad_norm=most)))
-    assert norm == 5 and policy.weight.grad[0].tolist() == (expected if most >= 5 else pytest.approx(expected, rel=3e-7))
+    norm = BasicTrainer.clip(
+        SimpleNamespace(policy=policy, config=SimpleNamespace(max_grad_norm=most))
+    )
+    assert norm == 5 and policy.weight.grad[0].tolist() == (
+        expected if most >= 5 else pytest.approx(expected, rel=3e-7)
+    )
 
 
 # ---- evaluating ----
@@ -105,7 +126,9 @@ FIVE = [Example(np.array([1], np.int32), (np.array([10 * i, 7], np.int32),), "")
 
 
 class OfIds:
-    """In place of a Scorer: what it gives a response is the sum of its ids; it notes in which mode the policy was."""
+    """In place of a Scorer: what it gives a response is the sum of its ids; it notes in which mode
+    the policy was.
+    """
 
     device, reference = torch.device("cpu"), None
 
@@ -130,9 +153,11 @@ def feeds(examples, n):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_counts_each_example_once(training):
-    """Five examples in batches of two on three ranks. A batch has a part for two ranks, or one, so the third computes an example
-    that is not its own, to make the same calls as the others, and with weight 0. What the ranks found adds up to 10 i + 7, in
-    the examples' order. Ranks beyond the first of a tensor-parallel group see the same rows and count nothing."""
+    """Five examples in batches of two on three ranks. A batch has a part for two ranks, or one, so
+    the third computes an example that is not its own, to make the same calls as the others, and
+    with weight 0. What the ranks found adds up to 10 i + 7, in the examples' order. Ranks beyond
+    the first of a tensor-parallel group see the same rows and count nothing.
+    """
     scorer, found, n_tokens = OfIds(training), np.zeros(5), np.zeros(5)
     for feed in feeds(FIVE, 3):
         part = evaluate(scorer, feed, batch_size=2)
@@ -165,13 +190,17 @@ def sum_of_gradients(shard_size, dtype):
     body(torch.full((1, 4), x)).sum().backward()
     gradient = body[0].weight.grad
     expected = 1 + (dist.get_world_size() - 1) * 2.0**-9
-    assert torch.equal(sharding.whole(gradient), torch.full((4, 4), expected)), sharding.whole(gradient)
+    assert torch.equal(sharding.whole(gradient), torch.full((4, 4), expected)), sharding.whole(
+        gradient
+    )
     # 16 numbers g: the norm is 4 g, and the copies that other replicas hold are not counted again.
     assert sharding.total_norm([gradient]).item() == pytest.approx(4 * expected, rel=1e-15)
 
 
 @pytest.mark.parametrize("n, shard_size", [(2, None), (4, 2), (4, 1)])
 def test_gradients_are_summed_in_float32(n, shard_size):
-    """d loss / d weight is the input: 1 on rank 0, 2^-9 on the others. Both are bfloat16 numbers, and their sum over ranks,
-    1 + (n - 1) 2^-9, is none, as their spacing above 1 is 2^-7: in float32 it is exact. A sum, and no mean."""
+    """d loss / d weight is the input: 1 on rank 0, 2^-9 on the others. Both are bfloat16 numbers,
+    and their sum over ranks, 1 + (n - 1) 2^-9, is none, as their spacing above 1 is 2^-7: in
+    float32 it is exact. A sum, and no mean.
+    """
     run_in_group(n, sum_of_gradients, shard_size, torch.bfloat16)

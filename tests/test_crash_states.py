@@ -1,6 +1,8 @@
-"""A power loss at any moment of a save, whatever the disk kept of it: the newest verified checkpoint is the old or the new one.
+"""A power loss at any moment of a save, whatever the disk kept of it: the newest verified
+checkpoint is the old or the new one.
 
-And the controls: without any one fsync of a save, without the rename, without reading back, the same check fails.
+And the controls: without any one fsync of a save, without the rename, without reading back, the
+same check fails.
 """
 
 import os
@@ -14,7 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash_states import Entries, Promise, Recorder, State, Sync, Tree, read_tree, states, write_tree
+from crash_states import (
+    Entries,
+    Promise,
+    Recorder,
+    State,
+    Sync,
+    Tree,
+    read_tree,
+    states,
+    write_tree,
+)
 
 from plumb.errors import StorageError, UnsafeFile, UserError
 from plumb.runs import checkpoints, durable_files
@@ -23,13 +35,25 @@ FILES = ("policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors"
 
 
 def save(run_dir: Path, step: int) -> None:
-    """As a trainer does, with keep_checkpoints=1: no older checkpoint will help if this one is not whole."""
+    """As a trainer does, with keep_checkpoints=1: no older checkpoint will help if this one is not
+    whole.
+    """
     state = {"weight": torch.arange(12.0).view(3, 4) * step, "bias": torch.ones(4) * step}
     parts = {name: (lambda: dict(state)) for name in ("policy", "optimizer", "scheduler")}
     manifest = checkpoints.Manifest(
-        step=step, examples=4 * step, finished=False, evaluation_due=False, metrics={}, recipe={}, found={}, logs={}, order="00"
+        step=step,
+        examples=4 * step,
+        finished=False,
+        evaluation_due=False,
+        metrics={},
+        recipe={},
+        found={},
+        logs={},
+        order="00",
     )
-    checkpoints.Saver(run_dir, in_background=False, keep=1, best_by="loss/eval").save(f"step-{step}", parts, state, manifest, 0)
+    checkpoints.Saver(run_dir, in_background=False, keep=1, best_by="loss/eval").save(
+        f"step-{step}", parts, state, manifest, 0
+    )
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -50,7 +74,9 @@ def folder(tmp_path):
         yield Path(memory)
 
 
-def recorded(folder: Path, control: Callable[[], AbstractContextManager] = nullcontext) -> tuple[Recorder, dict[int, Tree]]:
+def recorded(
+    folder: Path, control: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[Recorder, dict[int, Tree]]:
     """Three saves from nothing on: what they did, and what each checkpoint holds."""
     run_dir = folder / "run"
     run_dir.mkdir()
@@ -60,12 +86,16 @@ def recorded(folder: Path, control: Callable[[], AbstractContextManager] = nullc
             with control():
                 save(run_dir, step)
             recorder.promise(step)
-            known[step] = read_tree(run_dir / f"step-{step}") if (run_dir / f"step-{step}").is_dir() else {}
+            known[step] = (
+                read_tree(run_dir / f"step-{step}") if (run_dir / f"step-{step}").is_dir() else {}
+            )
     return recorder, known
 
 
 def problem(run_dir: Path, known: dict[int, Tree], promised: int) -> str | None:
-    """What is wrong with what a power loss left after the save of step `promised` had returned; None: nothing."""
+    """What is wrong with what a power loss left after the save of step `promised` had returned;
+    None: nothing.
+    """
     found, link = newest(run_dir), run_dir / "LATEST"
     if found is None and not promised:
         return None
@@ -73,7 +103,9 @@ def problem(run_dir: Path, known: dict[int, Tree], promised: int) -> str | None:
         return f"{found and found.name} instead of step-{promised}"
     if read_tree(found) != known[step_of(found)]:
         return f"{found.name} passes for whole and is not"
-    if promised and (not link.is_dir() or read_tree(link.resolve()) != known[step_of(link.resolve())]):
+    if promised and (
+        not link.is_dir() or read_tree(link.resolve()) != known[step_of(link.resolve())]
+    ):
         return "LATEST leads nowhere, or to what is not whole"
     return None
 
@@ -118,9 +150,15 @@ def test_without_any_one_fsync_the_check_fails(folder):
     recorder, known = recorded(folder)
     operations = recorder.operations
     first = operations.index(Promise(1))  # the second save is like all later ones
-    removal = next(i for i, o in enumerate(operations) if isinstance(o, Entries) and o.changes.get("step-1", o) is None)
+    removal = next(
+        i
+        for i, o in enumerate(operations)
+        if isinstance(o, Entries) and o.changes.get("step-1", o) is None
+    )
     fsyncs = [i for i, o in enumerate(operations) if isinstance(o, Sync) and first < i < removal]
-    assert len(fsyncs) == len(FILES) + len(["manifest", "the checkpoint", "the run directory: its name", "LATEST"])
+    assert len(fsyncs) == len(FILES) + len(
+        ["manifest", "the checkpoint", "the run directory: its name", "LATEST"]
+    )
     for i in fsyncs:
         harm = next(problems(states(recorder, without=i, after=1), known, folder), None)
         assert harm, f"without the fsync of {operations[i].label} nothing is lost"
@@ -128,13 +166,19 @@ def test_without_any_one_fsync_the_check_fails(folder):
 
 def no_fsync_of_files(patch):
     real = os.fsync
-    patch.setattr(os, "fsync", lambda fd: real(fd) if os.path.isdir(f"/proc/self/fd/{fd}") else None)
+    patch.setattr(
+        os, "fsync", lambda fd: real(fd) if os.path.isdir(f"/proc/self/fd/{fd}") else None
+    )
 
 
 CONTROLS = {
     "files are not fsynced": no_fsync_of_files,
-    "directories are not fsynced": lambda patch: patch.setattr(durable_files, "sync_directory", lambda directory: None),
-    "nothing is renamed": lambda patch: patch.setattr(durable_files, "rename", lambda old, new: None),
+    "directories are not fsynced": lambda patch: patch.setattr(
+        durable_files, "sync_directory", lambda directory: None
+    ),
+    "nothing is renamed": lambda patch: patch.setattr(
+        durable_files, "rename", lambda old, new: None
+    ),
 }
 
 
@@ -153,7 +197,9 @@ def test_controls(name, folder, monkeypatch):
 
 
 def test_a_disk_that_keeps_something_else(folder, monkeypatch):
-    """One bit of a file is not what was written. Reading back finds it before the older checkpoint goes; else all is lost."""
+    """One bit of a file is not what was written. Reading back finds it before the older checkpoint
+    goes; else all is lost.
+    """
     write = durable_files.write
 
     def worn(path, fill):

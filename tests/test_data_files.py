@@ -13,7 +13,9 @@ from plumb.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared/data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data of {SHARED} isn't here")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the real data of {SHARED} isn't here"
+)
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 
@@ -81,7 +83,9 @@ FORMATS = {
     "own.json": write_json,
     "lines.json": write_json_lines,
     "data.json": lambda path, rows: write_json(path, {"data": rows}),
-    "bom.jsonl": lambda path, rows: path.write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)), newline=""),
+    "bom.jsonl": lambda path, rows: path.write_text(
+        "\ufeff" + "\r\n".join(map(json.dumps, rows)), newline=""
+    ),
     "indented.json": lambda path, rows: path.write_text(json.dumps(rows, indent=2)),
     "own.csv": write_csv,
     "own.parquet": write_parquet,
@@ -98,9 +102,17 @@ def test_formats(tmp_path, name):
     FORMATS[name](tmp_path / name, rows)
     loaded = load(tmp_path / name)
     assert [row.prompt for row in loaded.rows] == [row["prompt"] for row in rows]
-    assert loaded.rows[0].responses == [" the Baltic", " the Alps"] and loaded.rows[0].pairs == [(0, 1)]
+    assert loaded.rows[0].responses == [" the Baltic", " the Alps"] and loaded.rows[0].pairs == [
+        (0, 1)
+    ]
     numbers = [row.source.removeprefix(f"{tmp_path}/{name}:") for row in loaded.rows]
-    by_line = {"own.jsonl": "135", "lines.json": "135", "own.jsonl.gz": "135", "own.csv": "234", "own.csv.gz": "234"}
+    by_line = {
+        "own.jsonl": "135",
+        "lines.json": "135",
+        "own.jsonl.gz": "135",
+        "own.csv": "234",
+        "own.csv.gz": "234",
+    }
     assert numbers == list(by_line.get(name, "123"))
 
 
@@ -112,19 +124,25 @@ def test_csv_cells_with_line_breaks_are_called_by_their_first_line():
 
 def test_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
-    both = {"train": datasets.Dataset.from_list([PAIR] * 3), "test": datasets.Dataset.from_list([PAIR])}
+    both = {
+        "train": datasets.Dataset.from_list([PAIR] * 3),
+        "test": datasets.Dataset.from_list([PAIR]),
+    }
     datasets.DatasetDict(both).save_to_disk(str(tmp_path / "both"))
     both["train"].save_to_disk(str(tmp_path / "one"))
     assert [len(load(tmp_path / "both", split).rows) for split in ("train", "test")] == [3, 1]
     assert len(load(tmp_path / "one").rows) == 3
 
 
-@pytest.mark.parametrize("names, train, test", [
-    (("train.jsonl", "test.jsonl"), "train", "test"),
-    (("sub/train_0.jsonl", "sub/eval_0.jsonl"), "sub/train_0", "sub/eval_0"),
-    (("train.jsonl", "validation.jsonl", "test.jsonl"), "train", "test"),
-    (("train.jsonl", "dev.jsonl", ".cache/test.jsonl", "README.md"), "train", "dev"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, train, test",
+    [
+        (("train.jsonl", "test.jsonl"), "train", "test"),
+        (("sub/train_0.jsonl", "sub/eval_0.jsonl"), "sub/train_0", "sub/eval_0"),
+        (("train.jsonl", "validation.jsonl", "test.jsonl"), "train", "test"),
+        (("train.jsonl", "dev.jsonl", ".cache/test.jsonl", "README.md"), "train", "dev"),
+    ],
+)
 def test_folders(tmp_path, names, train, test):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -134,8 +152,13 @@ def test_folders(tmp_path, names, train, test):
 
 
 def test_folder_with_one_split_is_split(tmp_path):
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(PAIR | {"prompt": str(n)}) for n in range(10)))
-    assert [len(load(tmp_path, split, eval_share=0.3).rows) for split in ("train", "test")] == [7, 3]
+    (tmp_path / "test.jsonl").write_text(
+        "\n".join(json.dumps(PAIR | {"prompt": str(n)}) for n in range(10))
+    )
+    assert [len(load(tmp_path, split, eval_share=0.3).rows) for split in ("train", "test")] == [
+        7,
+        3,
+    ]
     assert "eval_share=0.3" in load(tmp_path, eval_share=0.3).form
 
 
@@ -151,7 +174,12 @@ FORMS = {
     ),
     "empty strings": (dict.fromkeys(PAIR, ""), ("", ["", ""], [(0, 1)], "")),
     "strings with a system": (
-        {"prompt": Q["content"], "chosen": "The Baltic.", "rejected": "The Alps.", "system": "Be brief."},
+        {
+            "prompt": Q["content"],
+            "chosen": "The Baltic.",
+            "rejected": "The Alps.",
+            "system": "Be brief.",
+        },
         ([SYSTEM, Q], *CHAT[1:]),
     ),
     "strings, empty system": (
@@ -160,17 +188,42 @@ FORMS = {
     ),
     "message lists": ({"prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}, CHAT),
     "single messages": ({"prompt": [Q], "chosen": GOOD, "rejected": BAD}, CHAT),
-    "lists that start with the prompt": ({"prompt": Q["content"], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, CHAT),
+    "lists that start with the prompt": (
+        {"prompt": Q["content"], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        CHAT,
+    ),
     "lists with a system before the prompt": (
         {"prompt": Q["content"], "chosen": [SYSTEM, Q, GOOD], "rejected": [SYSTEM, Q, BAD]},
         ([SYSTEM, Q], *CHAT[1:]),
     ),
-    "whole dialogues": ({"chosen": [Q, GOOD, Q, GOOD], "rejected": [Q, GOOD, Q, BAD]}, ([Q, GOOD, Q], *CHAT[1:])),
+    "whole dialogues": (
+        {"chosen": [Q, GOOD, Q, GOOD], "rejected": [Q, GOOD, Q, BAD]},
+        ([Q, GOOD, Q], *CHAT[1:]),
+    ),
     "transcripts": ({"chosen": HH[0] + " d", "rejected": HH[0] + " e"}, HH),
-    "sharegpt": ({"conversations": [shown(Q)], "chosen": shown(GOOD), "rejected": shown(BAD), "system": None}, CHAT),
+    "sharegpt": (
+        {
+            "conversations": [shown(Q)],
+            "chosen": shown(GOOD),
+            "rejected": shown(BAD),
+            "system": None,
+        },
+        CHAT,
+    ),
     "instruction pair": (
-        {"instruction": "Name", "input": "a sea", "chosen": "yes", "rejected": "no", "output": "out"},
-        ([user("Name\n\na sea")], [[assistant("yes")], [assistant("no")]], [(0, 1)], [assistant("out")]),
+        {
+            "instruction": "Name",
+            "input": "a sea",
+            "chosen": "yes",
+            "rejected": "no",
+            "output": "out",
+        },
+        (
+            [user("Name\n\na sea")],
+            [[assistant("yes")], [assistant("no")]],
+            [(0, 1)],
+            [assistant("out")],
+        ),
     ),
     "scores": (
         {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 2.5, 1]},
@@ -185,16 +238,32 @@ FORMS = {
         ("\n\nHuman: q\n\nAssistant:", [" good", " bad"], [(0, 1)], " good"),
     ),
     "orca": (
-        {"question": "Name a sea.", "chosen": "The Baltic.", "rejected": "The Alps.", "system": "Be brief."},
+        {
+            "question": "Name a sea.",
+            "chosen": "The Baltic.",
+            "rejected": "The Alps.",
+            "system": "Be brief.",
+        },
         ([SYSTEM, Q], *CHAT[1:]),
     ),
-    "distilabel's orca": ({"input": "Name a sea.", "chosen": "The Baltic.", "rejected": "The Alps.", "system": ""}, CHAT),
+    "distilabel's orca": (
+        {"input": "Name a sea.", "chosen": "The Baltic.", "rejected": "The Alps.", "system": ""},
+        CHAT,
+    ),
     "openai": (
-        {"input": {"messages": [Q], "tools": []}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        {
+            "input": {"messages": [Q], "tools": []},
+            "preferred_output": [GOOD],
+            "non_preferred_output": [BAD],
+        },
         CHAT,
     ),
     "openai, strings": (
-        {"input": "Name a sea.", "preferred_output": "The Baltic.", "non_preferred_output": "The Alps."},
+        {
+            "input": "Name a sea.",
+            "preferred_output": "The Baltic.",
+            "non_preferred_output": "The Alps.",
+        },
         CHAT,
     ),
     "several rejected": (
@@ -207,26 +276,61 @@ FORMS = {
     ),
     "text": ({"text": "a b"}, ("", ["a b"], [], "a b")),
     "a list of parts": (
-        {"prompt": [user([{"type": "text", "text": "Name "}, {"type": "text", "text": "a sea."}])], "chosen": [GOOD],
-         "rejected": [BAD]},
+        {
+            "prompt": [
+                user([{"type": "text", "text": "Name "}, {"type": "text", "text": "a sea."}])
+            ],
+            "chosen": [GOOD],
+            "rejected": [BAD],
+        },
         CHAT,
     ),
     "lists of roles and contents": (
         {"messages": {"role": ["user", "assistant"], "content": ["Name a sea.", "The Baltic."]}},
         ([Q], [[GOOD]], [], [GOOD]),
     ),
-    "null beside a message": ({"messages": [Q | {"name": None}, GOOD | {"tool_calls": None}]}, ([Q], [[GOOD]], [], [GOOD])),
+    "null beside a message": (
+        {"messages": [Q | {"name": None}, GOOD | {"tool_calls": None}]},
+        ([Q], [[GOOD]], [], [GOOD]),
+    ),
     "a call without content": (
         {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-        ([Q], [[assistant("") | {"tool_calls": [{"id": 1}]}]], [], [assistant("") | {"tool_calls": [{"id": 1}]}]),
+        (
+            [Q],
+            [[assistant("") | {"tool_calls": [{"id": 1}]}]],
+            [],
+            [assistant("") | {"tool_calls": [{"id": 1}]}],
+        ),
     ),
     "roles of tools": (
-        {"conversations": [shown(Q), {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "1"},
-                           shown(GOOD)]},
-        ([Q, {"role": "function_call", "content": "{}"}, {"role": "observation", "content": "1"}], [[GOOD]], [], [GOOD]),
+        {
+            "conversations": [
+                shown(Q),
+                {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "1"},
+                shown(GOOD),
+            ]
+        },
+        (
+            [
+                Q,
+                {"role": "function_call", "content": "{}"},
+                {"role": "observation", "content": "1"},
+            ],
+            [[GOOD]],
+            [],
+            [GOOD],
+        ),
     ),
     "a weight of 0": (
-        {"conversations": [shown(Q), shown(GOOD) | {"weight": 1}, shown(Q), shown(BAD) | {"weight": 0}]},
+        {
+            "conversations": [
+                shown(Q),
+                shown(GOOD) | {"weight": 1},
+                shown(Q),
+                shown(BAD) | {"weight": 0},
+            ]
+        },
         ([Q], [[GOOD]], [], [GOOD]),
     ),
     "train: false": (
@@ -237,7 +341,10 @@ FORMS = {
     "completion, empty prompt": ({"prompt": "", "completion": "c"}, ("", ["c"], [], "c")),
     "response": ({"prompt": "p", "response": " c"}, ("p", [" c"], [], " c")),
     "completion, chat": ({"prompt": [Q], "completion": [GOOD]}, ([Q], [[GOOD]], [], [GOOD])),
-    "messages": ({"messages": [SYSTEM, Q, BAD, Q, GOOD, Q]}, ([SYSTEM, Q, BAD, Q], [[GOOD]], [], [GOOD])),
+    "messages": (
+        {"messages": [SYSTEM, Q, BAD, Q, GOOD, Q]},
+        ([SYSTEM, Q, BAD, Q], [[GOOD]], [], [GOOD]),
+    ),
     "conversations": (
         {"conversations": [shown(Q), shown(GOOD)], "system": "Be brief."},
         ([SYSTEM, Q], [[GOOD]], [], [GOOD]),
@@ -246,7 +353,7 @@ FORMS = {
         {"instruction": "Name", "input": "", "output": "x"},
         ([user("Name")], [[assistant("x")]], [], [assistant("x")]),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORMS)
@@ -261,12 +368,17 @@ def test_forms(tmp_path, case):
 
 
 def test_every_form_is_tested(tmp_path):
-    used = {formats.recognise(files.RawRow(fields, "x", 1, "row")).name for fields, _ in FORMS.values()}
+    used = {
+        formats.recognise(files.RawRow(fields, "x", 1, "row")).name for fields, _ in FORMS.values()
+    }
     assert used == {form.name for form in formats.FORMS}
 
 
 def test_pairs_whose_prompts_differ_and_equal_scores_are_counted(tmp_path):
-    rows = [{"chosen": [Q, GOOD], "rejected": [Q, BAD]}, {"chosen": [Q, GOOD], "rejected": [user("?"), BAD]}]
+    rows = [
+        {"chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        {"chosen": [Q, GOOD], "rejected": [user("?"), BAD]},
+    ]
     loaded = load(jsonl(tmp_path, *rows))
     assert len(loaded.rows) == 1 and loaded.skipped == {"prompts of the pair differ": 1}
     loaded = load(jsonl(tmp_path, {"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}))
@@ -293,38 +405,67 @@ BAD_FILES = {
     "blank": ("own.json", b" \n", "own.json: the file is empty"),
     "no rows": ("own.csv", b"prompt,chosen,rejected\n", "own.csv: the file is empty"),
     "bad json": (
-        "own.jsonl", f"{LINE}\n{{oops\n{LINE}\n[1\n{{\n".encode(),
+        "own.jsonl",
+        f"{LINE}\n{{oops\n{LINE}\n[1\n{{\n".encode(),
         "own.jsonl, line 2: not valid JSON: Expecting",
     ),
-    "bad json array": ("own.json", f"[{LINE},\n{LINE[:-1]}".encode(), "own.json, line 2: not valid JSON"),
+    "bad json array": (
+        "own.json",
+        f"[{LINE},\n{LINE[:-1]}".encode(),
+        "own.json, line 2: not valid JSON",
+    ),
     "nested": ("own.jsonl", b"[" * 100_000, "line 1: not valid JSON: nested too deeply"),
     "not a list": ("own.json", b"7", "own.json: the file holds a number (7)"),
-    "not an object": ("own.jsonl", f"{LINE}\n[1]".encode(), "line 2: the row is a list ([1]), not an object"),
-    "not an object in json": ("own.json", f'[{LINE}, "x"]'.encode(), "own.json, row 2: the row is a string ('x')"),
+    "not an object": (
+        "own.jsonl",
+        f"{LINE}\n[1]".encode(),
+        "line 2: the row is a list ([1]), not an object",
+    ),
+    "not an object in json": (
+        "own.json",
+        f'[{LINE}, "x"]'.encode(),
+        "own.json, row 2: the row is a string ('x')",
+    ),
     "latin-1": (
-        "own.jsonl", f"{LINE}\n".encode() + '{"prompt": "Käse"}'.encode("latin-1"),
+        "own.jsonl",
+        f"{LINE}\n".encode() + '{"prompt": "Käse"}'.encode("latin-1"),
         "line 2: byte 14 of the line (0xe4) isn't UTF-8",
     ),
     "utf-16": ("own.jsonl", LINE.encode("utf-16"), "line 1: byte 1 of the line (0xff) isn't UTF-8"),
     "surrogate": (
-        "own.jsonl", json.dumps(PAIR | {"chosen": "ok \ud83d"}).encode(),
+        "own.jsonl",
+        json.dumps(PAIR | {"chosen": "ok \ud83d"}).encode(),
         "line 1: field 'chosen' holds half a surrogate pair (\\ud83d at character 3)",
     ),
     "truncated gzip": (
-        "own.jsonl.gz", gzip.compress(LINE.encode() * 999)[:-12],
+        "own.jsonl.gz",
+        gzip.compress(LINE.encode() * 999)[:-12],
         "own.jsonl.gz: the gzip file is damaged or cut short",
     ),
-    "corrupt gzip": ("own.jsonl.gz", b"\x1f\x8b" + b"x" * 50, "own.jsonl.gz: the gzip file is damaged"),
+    "corrupt gzip": (
+        "own.jsonl.gz",
+        b"\x1f\x8b" + b"x" * 50,
+        "own.jsonl.gz: the gzip file is damaged",
+    ),
     "not gzip": ("own.jsonl.gz", LINE.encode(), "own.jsonl.gz: not a gzip file"),
     "not parquet": ("own.parquet", b"PAR1 no", "own.parquet: not a readable parquet file"),
     "duplicate header": (
-        "own.csv", b"prompt,chosen,chosen\na,b,c\n",
+        "own.csv",
+        b"prompt,chosen,chosen\na,b,c\n",
         "line 1: the header names 'chosen' more than once",
     ),
-    "ragged": ("own.csv", b"prompt,chosen,rejected\na,b,c\na,b\n", "line 3: the row has 2 cells, the header 3"),
+    "ragged": (
+        "own.csv",
+        b"prompt,chosen,rejected\na,b,c\na,b\n",
+        "line 3: the row has 2 cells, the header 3",
+    ),
     "open quote": ("own.csv", b'prompt,chosen,rejected\na,b,c\na,"b,c\n', "line 3: not valid CSV"),
-    "suffix": ("sub/own.txt", b"x", "own.txt: can't tell its format; name it as one of .jsonl, .json"),
-}  # fmt: skip
+    "suffix": (
+        "sub/own.txt",
+        b"x",
+        "own.txt: can't tell its format; name it as one of .jsonl, .json",
+    ),
+}
 
 
 def check_message(caught, message):
@@ -351,29 +492,50 @@ BAD_ROWS = {  # rows, message; row n stands on line n
     ),
     "no rejected in one": (
         [PAIR, {"prompt": "p", "chosen": "c"}],
-        "line 2: no field 'rejected' (the row has: prompt, chosen), but the file began as prompt / chosen / rejected",
+        (
+            "line 2: no field 'rejected' (the row has: prompt, chosen), but the file began as"
+            " prompt / chosen / rejected"
+        ),
     ),
     "unknown fields": ([{"a": 1, "b": 2}], "line 1: no known fields (the row has: a, b)"),
     "no fields": ([{}], "line 1: no known fields"),
-    "another form": ([PAIR, {"messages": [Q, GOOD]}], "line 2: no field 'prompt' (the row has: messages)"),
+    "another form": (
+        [PAIR, {"messages": [Q, GOOD]}],
+        "line 2: no field 'prompt' (the row has: messages)",
+    ),
     "text, then chat": ([PAIR, CHAT_PAIR], "line 2: mixed forms: the file began with text"),
     "chat, then text": ([CHAT_PAIR, PAIR], "line 2: mixed forms: the file began with messages"),
     "null": ([PAIR, PAIR | {"chosen": None}], "line 2: field 'chosen' is null, not a string"),
     "number": ([PAIR | {"prompt": 17}], "line 1: field 'prompt' is a number (17), not a string"),
     "boolean": ([PAIR | {"prompt": True}], "field 'prompt' is a boolean (True)"),
-    "list of strings": ([PAIR | {"chosen": ["a"]}], "field 'chosen[0]' is a string ('a'), not a message"),
-    "empty list": ([CHAT_PAIR | {"chosen": []}], "field 'chosen' is a list ([]), not a list of messages"),
+    "list of strings": (
+        [PAIR | {"chosen": ["a"]}],
+        "field 'chosen[0]' is a string ('a'), not a message",
+    ),
+    "empty list": (
+        [CHAT_PAIR | {"chosen": []}],
+        "field 'chosen' is a list ([]), not a list of messages",
+    ),
     "several": (
         [PAIR | {"chosen": None}] * 4,
-        "line 1: field 'chosen' is null, not a string; mend or remove it (and 3 more rows with problems)",
+        (
+            "line 1: field 'chosen' is null, not a string; mend or remove it (and 3 more rows with"
+            " problems)"
+        ),
     ),
-    "long value": ([PAIR | {"prompt": {"x": "y" * 999}}], "field 'prompt[0]' is an object ({'x': 'yyyyyyyy"),
+    "long value": (
+        [PAIR | {"prompt": {"x": "y" * 999}}],
+        "field 'prompt[0]' is an object ({'x': 'yyyyyyyy",
+    ),
     "kto messages": (
         [{"messages": [Q, GOOD], "label": True}],
         "line 1: unpaired data (field 'label' is a boolean); pairs are needed",
     ),
     "kto completion": ([{"prompt": "p", "completion": "c", "label": False}], "unpaired data"),
-    "role": ([CHAT_PAIR | {"chosen": [{"role": 7, "content": "x"}]}], "field 'chosen[0].role' is a number (7), not a role"),
+    "role": (
+        [CHAT_PAIR | {"chosen": [{"role": 7, "content": "x"}]}],
+        "field 'chosen[0].role' is a number (7), not a role",
+    ),
     "a tool's answer": (
         [CHAT_PAIR | {"chosen": [{"role": "tool", "content": "x"}]}],
         "field 'chosen' has no assistant's turn at its end",
@@ -383,20 +545,44 @@ BAD_ROWS = {  # rows, message; row n stands on line n
         "field 'messages[0].content[0]' is a part of type 'image_url', and only text is read",
     ),
     "audio": (
-        [{"messages": [Q, assistant([{"type": "text", "text": "a"}, {"type": "input_audio", "data": "x"}])]}],
+        [
+            {
+                "messages": [
+                    Q,
+                    assistant(
+                        [{"type": "text", "text": "a"}, {"type": "input_audio", "data": "x"}]
+                    ),
+                ]
+            }
+        ],
         "field 'messages[1].content[1]' is a part of type 'input_audio'",
     ),
-    "a part without text": ([{"messages": [user([{"type": "text"}]), GOOD]}], "field 'messages[0].content[0].text' is null"),
+    "a part without text": (
+        [{"messages": [user([{"type": "text"}]), GOOD]}],
+        "field 'messages[0].content[0].text' is null",
+    ),
     "content": (
         [CHAT_PAIR | {"chosen": [{"role": "assistant", "content": None}]}],
         "field 'chosen[0].content' is null",
     ),
-    "no content": ([CHAT_PAIR | {"chosen": [{"role": "assistant"}]}], "field 'chosen[0]' is an object"),
-    "ends with user": ([CHAT_PAIR | {"rejected": [BAD, Q]}], "field 'rejected' has no assistant's turn at its end"),
-    "other prompt": ([CHAT_PAIR | {"rejected": [user("?"), BAD]}], "field 'rejected' begins with another prompt"),
+    "no content": (
+        [CHAT_PAIR | {"chosen": [{"role": "assistant"}]}],
+        "field 'chosen[0]' is an object",
+    ),
+    "ends with user": (
+        [CHAT_PAIR | {"rejected": [BAD, Q]}],
+        "field 'rejected' has no assistant's turn at its end",
+    ),
+    "other prompt": (
+        [CHAT_PAIR | {"rejected": [user("?"), BAD]}],
+        "field 'rejected' begins with another prompt",
+    ),
     "no user": ([{"messages": [GOOD]}], "field 'messages' has no user's turn"),
     "no assistant": ([{"messages": [Q]}], "field 'messages' has no assistant's turn"),
-    "messages is text": ([{"messages": "hello"}], "field 'messages' is a string ('hello'), not a list of messages"),
+    "messages is text": (
+        [{"messages": "hello"}],
+        "field 'messages' is a string ('hello'), not a list of messages",
+    ),
     "no marker": ([{"chosen": "a", "rejected": "b"}], "field 'chosen' holds no '\\n\\nAssistant:'"),
     "scores, too few": (
         [{"prompt": "p", "responses": ["a", "b"], "scores": [1]}],
@@ -406,10 +592,16 @@ BAD_ROWS = {  # rows, message; row n stands on line n
         [{"prompt": "p", "responses": ["a"], "scores": [float("nan")]}],
         "field 'scores[0]' is a number (nan), not a finite number",
     ),
-    "responses": ([{"prompt": "p", "responses": "a", "scores": [1]}], "field 'responses' is a string ('a')"),
+    "responses": (
+        [{"prompt": "p", "responses": "a", "scores": [1]}],
+        "field 'responses' is a string ('a')",
+    ),
     "input": ([{"instruction": "i", "input": 3, "output": "o"}], "field 'input' is a number (3)"),
-    "history": ([{"instruction": "i", "output": "o", "history": [["a", "b"]]}], "field 'history' isn't read"),
-}  # fmt: skip
+    "history": (
+        [{"instruction": "i", "output": "o", "history": [["a", "b"]]}],
+        "field 'history' isn't read",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
@@ -419,27 +611,38 @@ def test_bad_rows(tmp_path, case):
     with pytest.raises(UserError) as caught:
         load(path)
     check_message(caught, message)
-    assert str(caught.value).startswith(f"{path}, line ") and len(str(caught.value)) < 300 + len(str(path))
+    assert str(caught.value).startswith(f"{path}, line ") and len(str(caught.value)) < 300 + len(
+        str(path)
+    )
 
 
-@pytest.mark.parametrize("field_map, message", [
-    ({"prompt": "quest"}, "line 1: no field 'quest', which field_map.prompt names (the row has: prompt, chosen,"),
-    ({"promt": "prompt"}, "field_map.promt: no form has such a field"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field_map, message",
+    [
+        (
+            {"prompt": "quest"},
+            "line 1: no field 'quest', which field_map.prompt names (the row has: prompt, chosen,",
+        ),
+        ({"promt": "prompt"}, "field_map.promt: no form has such a field"),
+    ],
+)
 def test_bad_field_map(tmp_path, field_map, message):
     with pytest.raises(UserError) as caught:
         load(jsonl(tmp_path, PAIR), field_map=field_map)
     check_message(caught, message)
 
 
-@pytest.mark.parametrize("name, content, line", [
-    ("own.jsonl", f"{LINE}\n{{oops\n{LINE}\n", 2),
-    ("own.jsonl", f"{LINE}\n[1]\n{LINE}\n", 2),
-    ("own.jsonl", f"{LINE}\n{json.dumps(PAIR | {'chosen': None})}\n{LINE}\n", 2),
-    ("own.jsonl", f"{LINE}\n".encode() + b'{"prompt": "\xe4"}\n' + LINE.encode(), 2),
-    ("own.csv", "prompt,chosen,rejected\na,b,c\na,b\nd,e,f\n", 3),
-    ("own.json", f"[{LINE}, null, {LINE}]", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        ("own.jsonl", f"{LINE}\n{{oops\n{LINE}\n", 2),
+        ("own.jsonl", f"{LINE}\n[1]\n{LINE}\n", 2),
+        ("own.jsonl", f"{LINE}\n{json.dumps(PAIR | {'chosen': None})}\n{LINE}\n", 2),
+        ("own.jsonl", f"{LINE}\n".encode() + b'{"prompt": "\xe4"}\n' + LINE.encode(), 2),
+        ("own.csv", "prompt,chosen,rejected\na,b,c\na,b\nd,e,f\n", 3),
+        ("own.json", f"[{LINE}, null, {LINE}]", 2),
+    ],
+)
 def test_bad_rows_may_be_dropped(tmp_path, name, content, line):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -448,7 +651,9 @@ def test_bad_rows_may_be_dropped(tmp_path, name, content, line):
     for share in (0, 0.5):  # with a pass before, that holds prompts out, a row is counted once
         loaded = load(path, reading=Reading(bad_row="drop"), eval_share=share)
         assert loaded.skipped == {"bad rows": 1}
-        assert loaded.first_bad.startswith(f"{path}, {'row' if name == 'own.json' else 'line'} {line}: ")
+        assert loaded.first_bad.startswith(
+            f"{path}, {'row' if name == 'own.json' else 'line'} {line}: "
+        )
     assert len(load(path, reading=Reading(bad_row="drop")).rows) == 2
 
 
@@ -468,30 +673,49 @@ def test_turns_that_are_not_trained_are_counted(tmp_path):
     rows = [{"messages": [Q, GOOD, Q, Q]}, {"messages": [Q, GOOD | {"weight": 0}]}]
     loaded = load(jsonl(tmp_path, *rows))
     assert len(loaded.rows) == 1
-    assert loaded.skipped == {"turns behind the last answer": 2, "no answer with a weight above 0": 1}
+    assert loaded.skipped == {
+        "turns behind the last answer": 2,
+        "no answer with a weight above 0": 1,
+    }
 
 
 def test_fields_that_no_form_reads_go_with_the_row(tmp_path):
     more = {"tools": "[1]", "id": 7, "empty": [], "score_chosen": 2, "score_rejected": 1}
     (row,) = load(jsonl(tmp_path, CHAT_PAIR | more)).rows
     assert row.more == {"tools": "[1]", "id": 7} and row.scores == [2, 1]
-    given = {"input": {"messages": [Q], "tools": [{"name": "f"}], "n": 1}, "preferred_output": GOOD, "non_preferred_output": BAD}
+    given = {
+        "input": {"messages": [Q], "tools": [{"name": "f"}], "n": 1},
+        "preferred_output": GOOD,
+        "non_preferred_output": BAD,
+    }
     assert load(jsonl(tmp_path, given)).rows[0].more == {"tools": [{"name": "f"}], "n": 1}
 
 
 def test_nulls_within_a_table_are_absent(tmp_path):
     """Every struct of a Parquet column has the fields of all others."""
-    calls = [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}, {"function": {"name": "g", "arguments": {"y": 2}}}]
-    rows = [{"messages": [Q, assistant("") | {"tool_calls": [call]}], "tools": None} for call in calls]
+    calls = [
+        {"function": {"name": "f", "arguments": {"x": 1, "y": None}}},
+        {"function": {"name": "g", "arguments": {"y": 2}}},
+    ]
+    rows = [
+        {"messages": [Q, assistant("") | {"tool_calls": [call]}], "tools": None} for call in calls
+    ]
     write_parquet(tmp_path / "own.parquet", rows)
-    ours = [row.sft_target[0]["tool_calls"][0]["function"]["arguments"] for row in load(tmp_path / "own.parquet").rows]
+    ours = [
+        row.sft_target[0]["tool_calls"][0]["function"]["arguments"]
+        for row in load(tmp_path / "own.parquet").rows
+    ]
     assert ours == [{"x": 1}, {"y": 2}]
 
 
-@pytest.mark.parametrize("text", [
-    "prompt;chosen;rejected\np; a, b; c\n", "prompt\tchosen\trejected\np\t a, b\t c\n",
-    "\ufeff,prompt,chosen,rejected\n0,p,\" a, b\", c\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt;chosen;rejected\np; a, b; c\n",
+        "prompt\tchosen\trejected\np\t a, b\t c\n",
+        '\ufeff,prompt,chosen,rejected\n0,p," a, b", c\n',
+    ],
+)
 def test_csv_as_people_have_it(tmp_path, text):
     (tmp_path / "own.csv").write_text(text)
     assert tuple(load(tmp_path / "own.csv").rows[0])[:2] == ("p", [" a, b", " c"])
@@ -511,12 +735,18 @@ def ufb(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("reading, names", [
-    (Reading(pairs=True), ("train_prefs", "test_prefs")),
-    (Reading(pairs=False), ("train_sft", "test_sft")),
-    (Reading(pairs=True, split_names={"train": "train_gen"}), ("train_gen", "test_gen")),
-    (Reading(pairs=True, split_names={"train": "train_gen", "test": "test_sft"}), ("train_gen", "test_sft")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reading, names",
+    [
+        (Reading(pairs=True), ("train_prefs", "test_prefs")),
+        (Reading(pairs=False), ("train_sft", "test_sft")),
+        (Reading(pairs=True, split_names={"train": "train_gen"}), ("train_gen", "test_gen")),
+        (
+            Reading(pairs=True, split_names={"train": "train_gen", "test": "test_sft"}),
+            ("train_gen", "test_sft"),
+        ),
+    ],
+)
 def test_one_split_of_several_is_read(ufb, reading, names):
     for split, name in zip(("train", "test"), names, strict=True):
         loaded = load(ufb, split, reading=reading)
@@ -532,10 +762,19 @@ def test_splits_are_told_apart_by_their_form(tmp_path):
     assert load(tmp_path, reading=Reading(pairs=False)).rows[0].prompt == [Q]
 
 
-@pytest.mark.parametrize("reading, message", [
-    (Reading(), "the folder has several train splits, train_gen, train_prefs, train_sft; choose one with split_names='{train: "),
-    (Reading(split_names={"train": "train_x"}), "split_names.train=train_x: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reading, message",
+    [
+        (
+            Reading(),
+            (
+                "the folder has several train splits, train_gen, train_prefs, train_sft; choose one"
+                " with split_names='{train: "
+            ),
+        ),
+        (Reading(split_names={"train": "train_x"}), "split_names.train=train_x: "),
+    ],
+)
 def test_which_split_must_be_clear(ufb, reading, message):
     with pytest.raises(UserError) as caught:
         load(ufb, reading=reading)
@@ -544,14 +783,21 @@ def test_which_split_must_be_clear(ufb, reading, message):
 
 def test_one_split_of_a_saved_set(tmp_path):
     datasets = pytest.importorskip("datasets")
-    splits = {f"train_{kind}": datasets.Dataset.from_list([PAIR | {"prompt": kind}]) for kind in ("prefs", "sft")}
+    splits = {
+        f"train_{kind}": datasets.Dataset.from_list([PAIR | {"prompt": kind}])
+        for kind in ("prefs", "sft")
+    }
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
-    assert [row.prompt for row in load(tmp_path / "set", reading=Reading(pairs=True)).rows] == ["prefs"]
+    assert [row.prompt for row in load(tmp_path / "set", reading=Reading(pairs=True)).rows] == [
+        "prefs"
+    ]
 
 
 def test_parts_of_one_split_are_one(tmp_path):
     for i in range(2):
-        (tmp_path / f"train-0000{i}-of-00002.jsonl").write_text(json.dumps(PAIR | {"prompt": str(i)}))
+        (tmp_path / f"train-0000{i}-of-00002.jsonl").write_text(
+            json.dumps(PAIR | {"prompt": str(i)})
+        )
     loaded = load(tmp_path, reading=Reading(pairs=True))
     assert [row.prompt for row in loaded.rows] == ["0", "1"] and not loaded.taken
 
@@ -566,7 +812,9 @@ def test_bad_json_counts_the_lines_after_it(tmp_path):
     with pytest.raises(UserError) as caught:
         load(tmp_path / "own.jsonl")
     check_message(caught, "line 2: not valid JSON: Expecting property name")
-    check_message(caught, "at character 2; write one object a line (and 2 more lines with problems)")
+    check_message(
+        caught, "at character 2; write one object a line (and 2 more lines with problems)"
+    )
 
 
 def test_a_whole_file_may_be_for_evaluation(tmp_path):

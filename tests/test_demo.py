@@ -1,4 +1,6 @@
-"""The demo: its data is what its README says, the generator makes these bytes, and its two stages run end to end."""
+"""The demo: its data is what its README says, the generator makes these bytes, and its two stages
+run end to end.
+"""
 
 import json
 import shutil
@@ -14,7 +16,10 @@ from plumb.runs import history
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"
-SPLITS = {name: [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test")}
+SPLITS = {
+    name: [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text().splitlines()]
+    for name in ("train", "test")
+}
 
 
 def test_enough_prompts_and_none_of_the_held_out_ones_in_training():
@@ -25,15 +30,23 @@ def test_enough_prompts_and_none_of_the_held_out_ones_in_training():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_preference_is_not_built_in(split):
-    """No cue but the words: like lengths in tokens, the same last character, and SFT targets of both kinds in equal shares."""
+    """No cue but the words: like lengths in tokens, the same last character, and SFT targets of
+    both kinds in equal shares.
+    """
     from transformers import AutoTokenizer
 
     rows, tokenizer = SPLITS[split], AutoTokenizer.from_pretrained(DEMO / "tokenizer")
-    chosen, rejected = ([len(ids) for ids in tokenizer([r[key] for r in rows])["input_ids"]] for key in ("chosen", "rejected"))
+    chosen, rejected = (
+        [len(ids) for ids in tokenizer([r[key] for r in rows])["input_ids"]]
+        for key in ("chosen", "rejected")
+    )
     assert 0.45 < sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(rows) < 0.55
     assert abs(sum(chosen) / sum(rejected) - 1) < 0.05
     assert {r[key][-1] for r in rows for key in ("chosen", "rejected")} == {"."}
-    assert all(r["sft_target"] in (r["chosen"], r["rejected"]) and r["chosen"] != r["rejected"] for r in rows)
+    assert all(
+        r["sft_target"] in (r["chosen"], r["rejected"]) and r["chosen"] != r["rejected"]
+        for r in rows
+    )
     assert 0.4 < sum(r["sft_target"] == r["chosen"] for r in rows) / len(rows) < 0.6
 
 
@@ -52,17 +65,31 @@ def test_both_stages_and_the_summary(tmp_path, monkeypatch, capsys):
     short = ["n_examples=32", "n_epochs=null", "eval_every=16", "sample_max_new_tokens=8"]
     run.stage("SFT", "exp=demo_sft", tmp_path / "sft", *short)
     run.stage("DPO", "exp=demo_dpo", tmp_path / "dpo", f"model.archive='{tmp_path}/sft'", *short)
-    run.summary(tmp_path / "sft", tmp_path / "dpo", run.draw_curves([tmp_path / "sft", tmp_path / "dpo"]))
+    run.summary(
+        tmp_path / "sft", tmp_path / "dpo", run.draw_curves([tmp_path / "sft", tmp_path / "dpo"])
+    )
     out = capsys.readouterr().out
-    assert "on 150 held-out pairs" in out and "reward accuracy" in out and out.count("before  ") == 6
+    assert (
+        "on 150 held-out pairs" in out and "reward accuracy" in out and out.count("before  ") == 6
+    )
     assert (tmp_path / "dpo/LATEST/policy.pt").is_file()
 
-    report.main(report.parser().parse_args([str(tmp_path / "dpo")]))  # it knows the names and files that training writes
+    report.main(
+        report.parser().parse_args([str(tmp_path / "dpo")])
+    )  # it knows the names and files that training writes
     page = (tmp_path / "dpo/report.html").read_text()
-    missing = [p.title for p in (*curves.LEARNING, *curves.FURTHER) if f'alt="{p.title} over' not in page]
+    missing = [
+        p.title for p in (*curves.LEARNING, *curves.FURTHER) if f'alt="{p.title} over' not in page
+    ]
     assert not missing and "policy, after 32 examples" in page and "no metrics" not in page
     chain = history.lineage(history.read_run(tmp_path / "dpo"))
-    assert [stage.name for stage in chain] == ["demo_dpo", "demo_sft", "a new model"] and "step-32" in chain[1].what
+    assert [stage.name for stage in chain] == [
+        "demo_dpo",
+        "demo_sft",
+        "a new model",
+    ] and "step-32" in chain[1].what
     with pytest.raises(SystemExit) as error:
-        run.stage("again", "exp=demo_sft", tmp_path / "sft")  # a stage that fails stops the demo with its exit code
+        run.stage(
+            "again", "exp=demo_sft", tmp_path / "sft"
+        )  # a stage that fails stops the demo with its exit code
     assert error.value.code == 2

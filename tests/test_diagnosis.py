@@ -1,4 +1,6 @@
-"""Each rule of the diagnosis on curves that it is for, and on curves that look a little like them; a healthy run."""
+"""Each rule of the diagnosis on curves that it is for, and on curves that look a little like them;
+a healthy run.
+"""
 
 import math
 
@@ -12,7 +14,14 @@ from plumb.runs.history import Run, Sample
 NAN = math.nan
 BATCH, N = 16, 60  # examples of a step, steps
 SAMPLE = "To {prompt}, take it slowly and look at it twice."
-PROMPTS = ["plant a bulb", "grow basil", "hang a picture", "sit at a desk", "remember names", "repot a plant"]
+PROMPTS = [
+    "plant a bulb",
+    "grow basil",
+    "hang a picture",
+    "sit at a desk",
+    "remember names",
+    "repot a plant",
+]
 
 
 def wave(i):
@@ -33,24 +42,58 @@ HEALTHY = {  # of the share t of the run that is over
 
 
 def samples(text, step, prompts=PROMPTS):
-    return [Sample("policy_samples", step, prompt, text.format(i=i, prompt=prompt)) for i, prompt in enumerate(prompts)]
+    return [
+        Sample("policy_samples", step, prompt, text.format(i=i, prompt=prompt))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def run(n=N, status=None, texts=(SAMPLE, SAMPLE), config=None, silent_secs=5.0, **changed):
-    """A healthy run of n steps and 6 evaluations, less what is changed: train={metric: f(t)}, held_out={metric: f(t)}; f is None
-    for a metric that is not there."""
+    """A healthy run of n steps and 6 evaluations, less what is changed: train={metric: f(t)},
+    held_out={metric: f(t)}; f is None for a metric that is not there.
+    """
     curves = {split: HEALTHY | changed.get(split, {}) for split in ("train", "held_out")}
-    record = lambda split, name, t: {key.format(name): f(t) for key, f in curves[split].items() if f is not None}
-    steps = [{"step": BATCH * (i + 1), **record("train", "train", i / max(1, n - 1))} for i in range(n)]
+    record = lambda split, name, t: {
+        key.format(name): f(t) for key, f in curves[split].items() if f is not None
+    }
+    steps = [
+        {"step": BATCH * (i + 1), **record("train", "train", i / max(1, n - 1))} for i in range(n)
+    ]
     for i, step in enumerate(steps):
         step |= {"loss/train": step["loss/train"] * (1 + 0.03 * wave(i)), "counters/updates": i + 1}
     at = sorted({round(k * n / 5) for k in range(6)})
-    evaluations = [{"step": BATCH * i, **record("held_out", "eval", i / max(1, n))} for i in at if changed.get("held_out") != {}]
-    evaluations = [{k: v for k, v in r.items() if k not in ("grad_norm", "lr")} for r in evaluations]
-    settings = {"loss": {"name": "dpo", "beta": 0.1}, "lr": 1e-5, "warmup_steps": 10, "max_grad_norm": 10.0}
-    rows = [s for text, step in zip(texts, (0, BATCH * n), strict=True) for s in samples(text, step)]
+    evaluations = [
+        {"step": BATCH * i, **record("held_out", "eval", i / max(1, n))}
+        for i in at
+        if changed.get("held_out") != {}
+    ]
+    evaluations = [
+        {k: v for k, v in r.items() if k not in ("grad_norm", "lr")} for r in evaluations
+    ]
+    settings = {
+        "loss": {"name": "dpo", "beta": 0.1},
+        "lr": 1e-5,
+        "warmup_steps": 10,
+        "max_grad_norm": 10.0,
+    }
+    rows = [
+        s for text, step in zip(texts, (0, BATCH * n), strict=True) for s in samples(text, step)
+    ]
     status = {"state": "finished", "code": 0} | (status or {})
-    return Run(ROOT, "mine", settings | (config or {}), status, {}, 1, steps, evaluations, rows, 90.0, silent_secs, [])
+    return Run(
+        ROOT,
+        "mine",
+        settings | (config or {}),
+        status,
+        {},
+        1,
+        steps,
+        evaluations,
+        rows,
+        90.0,
+        silent_secs,
+        [],
+    )
 
 
 def falling(start, end):
@@ -59,26 +102,36 @@ def falling(start, end):
 
 def bent(top, bottom, end):
     """From top to bottom at the middle, and on to the end."""
-    return lambda t: top + (bottom - top) * 2 * t if t < 0.5 else bottom + (end - bottom) * (2 * t - 1)
+    return lambda t: (
+        top + (bottom - top) * 2 * t if t < 0.5 else bottom + (end - bottom) * (2 * t - 1)
+    )
 
 
 ALWAYS = lambda value: lambda t: value
 LENGTH = "rewards_{}/accuracies/length "
 TWICE = "To {prompt} is fine. To {prompt} is fine, I think, but look around."
 WRONG = {  # rule -> runs that it is for
-    "stopped": [run(status={"state": "failed", "code": 5, "reason": "no space"}), run(status={"state": "stopped", "code": 143})],
+    "stopped": [
+        run(status={"state": "failed", "code": 5, "reason": "no space"}),
+        run(status={"state": "stopped", "code": 143}),
+    ],
     "silent": [run(status={"state": "running"}, silent_secs=2 * 3600)],
     "not_finite": [
         run(train={"loss/{}": lambda t: NAN if t > 0.9 else 0.5}),
         run(train={"grad_norm": lambda t: math.inf if t == 1 else 1}),
         run(status={"state": "failed", "code": 4}),
     ],
-    "no_gradient": [run(train={"grad_norm": ALWAYS(0.0)}), run(train={"grad_norm": lambda t: 1.0 if t < 0.5 else 1e-12})],
+    "no_gradient": [
+        run(train={"grad_norm": ALWAYS(0.0)}),
+        run(train={"grad_norm": lambda t: 1.0 if t < 0.5 else 1e-12}),
+    ],
     "flat": [
         run(held_out={"loss/{}": ALWAYS(0.6931)}),
         run(held_out={"loss/{}": falling(0.6931, 0.6930)}, train={"lr": ALWAYS(5e-7)}),
     ],
-    "at_chance": [run(held_out={"rewards_{}/accuracies": ALWAYS(value)}) for value in (0.5, 0.54, 0.1)],
+    "at_chance": [
+        run(held_out={"rewards_{}/accuracies": ALWAYS(value)}) for value in (0.5, 0.54, 0.1)
+    ],
     "chosen_falls": [
         run(held_out={"logps_{}/chosen": falling(-59, -95)}),
         run(held_out={"logps_{}/chosen": falling(-70, -78)}),
@@ -90,56 +143,115 @@ WRONG = {  # rule -> runs that it is for
         run(held_out={"loss/{}": falling(0.69, 0.8)}),
         run(held_out={"loss/{}": bent(300, 280, 290)}),
     ],
-    "by_heart": [run(train={"rewards_{}/accuracies": ALWAYS(1.0)}, held_out={"rewards_{}/accuracies": ALWAYS(0.7)})],
-    "diverges": [run(train={"loss/{}": bent(0.7, 0.5, 2.0)}), run(train={"loss/{}": falling(200, 260)})],
+    "by_heart": [
+        run(
+            train={"rewards_{}/accuracies": ALWAYS(1.0)},
+            held_out={"rewards_{}/accuracies": ALWAYS(0.7)},
+        )
+    ],
+    "diverges": [
+        run(train={"loss/{}": bent(0.7, 0.5, 2.0)}),
+        run(train={"loss/{}": falling(200, 260)}),
+    ],
     "in_warmup": [run(n=40, config={"warmup_steps": 150})],
     "clipped": [run(train={"grad_norm": ALWAYS(50)})],
     "by_length": [run(held_out={f"{LENGTH}32-63": ALWAYS(0.5), f"{LENGTH}64-127": ALWAYS(0.9)})],
-    "longer": [run(texts=("To {prompt}, be slow.", "To {prompt}, be slow and careful and kind, whoever asks you for it."))],
+    "longer": [
+        run(
+            texts=(
+                "To {prompt}, be slow.",
+                "To {prompt}, be slow and careful and kind, whoever asks you for it.",
+            )
+        )
+    ],
     "repeats": [
         run(texts=("To {prompt}, be slow.", "helps helps helps helps helps helps helps helps {i}")),
         run(texts=("To {prompt}, be slow.", "水水水水水水水水水{i}")),
     ],
-    "alike": [run(texts=("To {prompt}, be slow.", "I can not help.")), run(texts=("To {prompt}, be slow.", " "))],
+    "alike": [
+        run(texts=("To {prompt}, be slow.", "I can not help.")),
+        run(texts=("To {prompt}, be slow.", " ")),
+    ],
     "not_held_out": [run(held_out={})],
     "too_short": [run(n=5, config={"warmup_steps": 2}), run(n=0)],
 }
 RIGHT = {  # rule -> runs that are not to be confused with those; the healthy one is none for any
     "stopped": [run(status={"state": "running"})],
     "silent": [run(status={"state": "running"}, silent_secs=60), run(silent_secs=10**6)],
-    "not_finite": [run(train={"logps_{}/rejected": ALWAYS(-math.inf)})],  # no answer left: odd, and not this
-    "no_gradient": [run(train={"grad_norm": lambda t: 1e-12 if t < 0.5 else 1e-3}), run(train={"grad_norm": None})],
+    "not_finite": [
+        run(train={"logps_{}/rejected": ALWAYS(-math.inf)})
+    ],  # no answer left: odd, and not this
+    "no_gradient": [
+        run(train={"grad_norm": lambda t: 1e-12 if t < 0.5 else 1e-3}),
+        run(train={"grad_norm": None}),
+    ],
     "flat": [
         run(held_out={"loss/{}": falling(0.6931, 0.685)}),
         run(held_out={"loss/{}": bent(0.6931, 0.6, 0.6931)}),  # it did move
         run(held_out={}),
     ],
-    "at_chance": [run(held_out={"rewards_{}/accuracies": lambda t: 0 if t == 0 else 0.6}), run(held_out={})],
+    "at_chance": [
+        run(held_out={"rewards_{}/accuracies": lambda t: 0 if t == 0 else 0.6}),
+        run(held_out={}),
+    ],
     "chosen_falls": [
         run(held_out={"logps_{}/chosen": falling(-70, -74)}),  # common in DPO
         run(held_out={"logps_{}/chosen": falling(-700, -710)}),
         run(held_out={"logps_{}/chosen": falling(-70, -95), "rewards_{}/margins": falling(0, -1)}),
-        run(train={"logps_{}/chosen": falling(-20, -40)}),  # by another batch; the held-out ones rise
+        run(
+            train={"logps_{}/chosen": falling(-20, -40)}
+        ),  # by another batch; the held-out ones rise
     ],
-    "huge_margin": [run(train={"rewards_{}/margins": falling(0, 8)}), run(train={"rewards_{}/margins": None})],
+    "huge_margin": [
+        run(train={"rewards_{}/margins": falling(0, 8)}),
+        run(train={"rewards_{}/margins": None}),
+    ],
     "overfits": [
         run(held_out={"loss/{}": bent(0.6931, 0.006, 0.0064)}),  # its noise
-        run(held_out={"loss/{}": bent(0.69, 0.6, 0.66)}, train={"loss/{}": bent(0.69, 0.6, 0.66)}),  # both rise
+        run(
+            held_out={"loss/{}": bent(0.69, 0.6, 0.66)}, train={"loss/{}": bent(0.69, 0.6, 0.66)}
+        ),  # both rise
         run(held_out={}),
     ],
     "by_heart": [
-        run(train={"rewards_{}/accuracies": ALWAYS(1.0)}, held_out={"rewards_{}/accuracies": ALWAYS(0.95)}),
-        run(train={"rewards_{}/accuracies": ALWAYS(0.9)}, held_out={"rewards_{}/accuracies": ALWAYS(0.7)}),
+        run(
+            train={"rewards_{}/accuracies": ALWAYS(1.0)},
+            held_out={"rewards_{}/accuracies": ALWAYS(0.95)},
+        ),
+        run(
+            train={"rewards_{}/accuracies": ALWAYS(0.9)},
+            held_out={"rewards_{}/accuracies": ALWAYS(0.7)},
+        ),
     ],
-    "diverges": [run(train={"loss/{}": lambda t: 0.5 + 0.3 * wave(round(59 * t))}), run(train={"loss/{}": bent(0.7, 0.5, 0.52)})],
-    "in_warmup": [run(n=40, config={"warmup_steps": 150}, status={"state": "running"}), run(config={"warmup_steps": 59})],
-    "clipped": [run(train={"grad_norm": lambda t: 50 if t < 0.5 else 5}), run(config={"max_grad_norm": None})],
+    "diverges": [
+        run(train={"loss/{}": lambda t: 0.5 + 0.3 * wave(round(59 * t))}),
+        run(train={"loss/{}": bent(0.7, 0.5, 0.52)}),
+    ],
+    "in_warmup": [
+        run(n=40, config={"warmup_steps": 150}, status={"state": "running"}),
+        run(config={"warmup_steps": 59}),
+    ],
+    "clipped": [
+        run(train={"grad_norm": lambda t: 50 if t < 0.5 else 5}),
+        run(config={"max_grad_norm": None}),
+    ],
     "by_length": [run(held_out={f"{LENGTH}32-63": ALWAYS(0.8), f"{LENGTH}64-127": ALWAYS(0.9)})],
     "longer": [
-        run(texts=("To {prompt}, be slow and look twice.", "To {prompt}, be slow and look at it twice.")),
-        run(texts=("rubbish", "To {prompt}, be slow."), held_out={k: None for k in HEALTHY if k.startswith("rewards")}),  # SFT
+        run(
+            texts=(
+                "To {prompt}, be slow and look twice.",
+                "To {prompt}, be slow and look at it twice.",
+            )
+        ),
+        run(
+            texts=("rubbish", "To {prompt}, be slow."),
+            held_out={k: None for k in HEALTHY if k.startswith("rewards")},
+        ),  # SFT
     ],
-    "repeats": [run(texts=(TWICE, TWICE)), run(texts=("no no no no no no no no", "To {prompt}, be slow."))],
+    "repeats": [
+        run(texts=(TWICE, TWICE)),
+        run(texts=("no no no no no no no no", "To {prompt}, be slow.")),
+    ],
     "alike": [run(texts=("To {prompt}, be slow.", "Sure: {prompt}."))],
     "not_held_out": [run(n=3, held_out={})],
     "too_short": [run(n=10)],
@@ -168,7 +280,10 @@ def test_a_rule(name):
 @pytest.mark.parametrize("n", [60, 600])
 def test_a_healthy_run(n):
     assert diagnose(run(n)) == [] and healthy([]) == "Nothing wrong was found."
-    assert verdict(run()) == "finished, 60 steps, 960 examples, 90 s, held-out loss 0.2931, accuracy 0.9, margin 1.1"
+    assert (
+        verdict(run())
+        == "finished, 60 steps, 960 examples, 90 s, held-out loss 0.2931, accuracy 0.9, margin 1.1"
+    )
 
 
 def test_the_worst_comes_first():
@@ -180,5 +295,10 @@ def test_the_worst_comes_first():
 def test_a_run_that_goes_on():
     going = run(status={"state": "running", "code": None})
     going.steps[-1]["seconds_left"] = 7200.0
-    assert verdict(going).startswith("running, 60 steps, 960 examples, last record 5 s ago, about 2.0 h left")
-    assert verdict(run(n=0, held_out={}, status={"state": None})) == "of unknown state (no status.json), no metrics yet, 90 s"
+    assert verdict(going).startswith(
+        "running, 60 steps, 960 examples, last record 5 s ago, about 2.0 h left"
+    )
+    assert (
+        verdict(run(n=0, held_out={}, status={"state": None}))
+        == "of unknown state (no status.json), no metrics yet, 90 s"
+    )

@@ -1,4 +1,6 @@
-"""Models that draw random numbers in their forward pass: those parts compute as in evaluation, whatever mode is set later."""
+"""Models that draw random numbers in their forward pass: those parts compute as in evaluation,
+whatever mode is set later.
+"""
 
 import copy
 
@@ -14,7 +16,8 @@ from plumb.models.load import no_dropout
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43)[None]
-# What draws, and the settings that make it: routers that sample, noise on their input, layers that are dropped.
+# What draws, and the settings that make it: routers that sample, noise on their input, layers that
+# are dropped.
 DRAWN = [
     ("phimoe", {}, {"PhimoeTopKRouter"}),
     ("phimoe", {"input_jitter_noise": 0.1}, {"PhimoeSparseMoeBlock", "PhimoeTopKRouter"}),
@@ -39,7 +42,9 @@ def made(family, settings):
 
 @pytest.mark.parametrize("family, settings, kinds", DRAWN)
 def test_parts_that_draw_compute_as_in_evaluation(family, settings, kinds):
-    """After the mode is changed, too, and in a copy; all else stays in train mode, and the random state where it was."""
+    """After the mode is changed, too, and in a copy; all else stays in train mode, and the random
+    state where it was.
+    """
     model = made(family, settings)
     with torch.no_grad():
         assert any(not torch.equal(logits(model), logits(model)) for _ in range(8)), (
@@ -73,7 +78,9 @@ def test_dropout_without_a_name_is_off():
 
 
 def test_blocks_are_still_recomputed():
-    """Activation checkpointing asks whether its block trains. The gradient is that of evaluation."""
+    """Activation checkpointing asks whether its block trains. The gradient is that of
+    evaluation.
+    """
     model = made("phimoe", {})
     run_without_draws(model, CPU)
     logits(model).square().sum().backward()

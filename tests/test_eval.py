@@ -1,4 +1,6 @@
-"""eval.py says of a checkpoint what its training said, and refuses in one line what it can't evaluate."""
+"""eval.py says of a checkpoint what its training said, and refuses in one line what it can't
+evaluate.
+"""
 
 import json
 import math
@@ -16,16 +18,28 @@ from plumb.losses.registry import build_loss
 from plumb.training.evaluation import Evaluation, eval_groups
 from plumb.training.metrics import SQUARES
 
-LOSSES = {"sft": ["loss=sft", "loss.average_over=tokens"], "dpo": DPO, "reward": ["loss=reward", "lr=1e-3"]}
+LOSSES = {
+    "sft": ["loss=sft", "loss.average_over=tokens"],
+    "dpo": DPO,
+    "reward": ["loss=reward", "lr=1e-3"],
+}
 
 TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture
 def trained(train_here, data, tiny_model):
-    """`trained(name, *overrides)`: a short run of this loss, with two data sets. -> its directory"""
+    """`trained(name, *overrides)`: a short run of this loss, with two data sets. -> its
+    directory
+    """
     other = shutil.copy(data, data.with_name("other.jsonl"))
-    base = [f"model.name_or_path={tiny_model}", f"datasets=[{data},{other}]", "eval_share=0.4", *FAST, "warmup_steps=0"]
+    base = [
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{data},{other}]",
+        "eval_share=0.4",
+        *FAST,
+        "warmup_steps=0",
+    ]
     return lambda name, *overrides: train_here(*base, *LOSSES[name], *overrides)
 
 
@@ -40,23 +54,48 @@ def test_what_training_said(name, trained, tmp_path, capsys):
     found = json.loads(out.read_text())
     said = records(run_dir, "eval")[-1]
     counts = found["examples"]
-    assert counts["all"] == 16 == counts["pairs.jsonl"] + counts["other.jsonl"] and found["policy"].endswith("policy.pt")
-    assert found["metrics"] == pytest.approx({k: v for k, v in said.items() if k != "step"}, rel=1e-4, abs=1e-6)
-    grouped = {"loss/eval", "perplexity/eval", "rewards_eval/accuracies", "rewards_eval/margins"} & said.keys()
+    assert counts["all"] == 16 == counts["pairs.jsonl"] + counts["other.jsonl"] and found[
+        "policy"
+    ].endswith("policy.pt")
+    assert found["metrics"] == pytest.approx(
+        {k: v for k, v in said.items() if k != "step"}, rel=1e-4, abs=1e-6
+    )
+    grouped = {
+        "loss/eval",
+        "perplexity/eval",
+        "rewards_eval/accuracies",
+        "rewards_eval/margins",
+    } & said.keys()
     assert len(grouped) == {"sft": 2, "dpo": 4, "reward": 3}[name]
-    assert all(f"{metric}/pairs.jsonl" in said and f"{metric}/other.jsonl" in said for metric in grouped)
+    assert all(
+        f"{metric}/pairs.jsonl" in said and f"{metric}/other.jsonl" in said for metric in grouped
+    )
     assert ("perplexity/eval" in said) == (name != "reward")
     printed = capsys.readouterr().out
     assert "pairs.jsonl" in printed.splitlines()[-12:][0] or "other.jsonl" in printed
 
 
 def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
-    """Not those of its training: it has ended; and other data sets go without the eval_datasets of its own."""
+    """Not those of its training: it has ended; and other data sets go without the eval_datasets of
+    its own.
+    """
     run_dir = trained("reward", f"eval_datasets=[{data}]", "eval_share=0")
     config = run_dir / "config.yaml"
-    config.write_text(config.read_text().replace("max_hours: null", "max_hours: 0.0001").replace("export: null", "export: hf"))
+    config.write_text(
+        config.read_text()
+        .replace("max_hours: null", "max_hours: 0.0001")
+        .replace("export: null", "export: hf")
+    )
     other, out = str(data.with_name("other.jsonl")), tmp_path / "new" / "numbers.json"
-    evaluate(run_dir, f"datasets=[{other}]", "eval_share=0.4", "data_split=1,0,1", "stage=sft", "--out", out)
+    evaluate(
+        run_dir,
+        f"datasets=[{other}]",
+        "eval_share=0.4",
+        "data_split=1,0,1",
+        "stage=sft",
+        "--out",
+        out,
+    )
     found = json.loads(out.read_text())
     assert found["datasets"] == [other] and found["examples"]["all"] == 4  # half of 8
     assert len(list(out.parent.glob("*.png"))) == 2
@@ -65,28 +104,60 @@ def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
 
 
 def test_the_record_by_hand():
-    """16 nats over 8 tokens: e^2, not the mean of the examples' own. Scores 3, 1, -1, 1: their standard deviation is sqrt 2."""
+    """16 nats over 8 tokens: e^2, not the mean of the examples' own. Scores 3, 1, -1, 1: their
+    standard deviation is sqrt 2.
+    """
     tokens = np.array([2.0, 6])
-    of_policy = Evaluation({"loss/{}": np.array([4.0, 12]), "logps_{}/chosen": np.array([-4.0, -12])}, tokens)
-    by_example, by_token = (build_loss({"name": "sft", "average_over": over}) for over in ("examples", "tokens"))
+    of_policy = Evaluation(
+        {"loss/{}": np.array([4.0, 12]), "logps_{}/chosen": np.array([-4.0, -12])}, tokens
+    )
+    by_example, by_token = (
+        build_loss({"name": "sft", "average_over": over}) for over in ("examples", "tokens")
+    )
     found = of_policy.record(by_token, {"short": np.array([True, False])})
-    assert found["perplexity/eval"] == pytest.approx(math.exp(2)) and found["loss/eval"] == 2 and found["loss/eval/short"] == 2
+    assert (
+        found["perplexity/eval"] == pytest.approx(math.exp(2))
+        and found["loss/eval"] == 2
+        and found["loss/eval/short"] == 2
+    )
     assert of_policy.record(by_example, {})["loss/eval"] == 8
-    hopeless = of_policy._replace(metrics={"logps_{}/chosen": np.array([-8e3, 0])})  # 1,000 nats per token: still a number
+    hopeless = of_policy._replace(
+        metrics={"logps_{}/chosen": np.array([-8e3, 0])}
+    )  # 1,000 nats per token: still a number
     assert hopeless.record(by_example, {})["perplexity/eval"] == pytest.approx(math.exp(700))
     scores = {"rewards_{}/chosen": np.array([3.0, 1]), "rewards_{}/rejected": np.array([-1.0, 1])}
-    squares = {SQUARES: (scores["rewards_{}/chosen"] ** 2 + scores["rewards_{}/rejected"] ** 2) / 2, "loss/{}": tokens}
-    assert Evaluation(scores | squares, tokens).record(by_example, {})["rewards_eval/spread"] == pytest.approx(math.sqrt(2))
+    squares = {
+        SQUARES: (scores["rewards_{}/chosen"] ** 2 + scores["rewards_{}/rejected"] ** 2) / 2,
+        "loss/{}": tokens,
+    }
+    assert Evaluation(scores | squares, tokens).record(by_example, {})[
+        "rewards_eval/spread"
+    ] == pytest.approx(math.sqrt(2))
 
 
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
     sft = trained("sft", "eval_every=8")
     first = sorted(sft.glob("step-*"))[0]
     out = tmp_path / "a.json"
-    evaluate(first, *DPO[:2], f"datasets=[{data}]", "n_eval_examples=3", "--reference", tiny_model, "--out", out)
+    evaluate(
+        first,
+        *DPO[:2],
+        f"datasets=[{data}]",
+        "n_eval_examples=3",
+        "--reference",
+        tiny_model,
+        "--out",
+        out,
+    )
     found = json.loads(out.read_text())
-    assert found["examples"]["all"] == 3 and found["loss"]["beta"] == 0.1 and found["metrics"]["rewards_eval/chosen"] != 0
-    evaluate(tiny_model, "loss=sft", f"datasets=[{data}]", "eval_share=0.4", *FAST[:2], "--out", out)
+    assert (
+        found["examples"]["all"] == 3
+        and found["loss"]["beta"] == 0.1
+        and found["metrics"]["rewards_eval/chosen"] != 0
+    )
+    evaluate(
+        tiny_model, "loss=sft", f"datasets=[{data}]", "eval_share=0.4", *FAST[:2], "--out", out
+    )
     metrics = json.loads(out.read_text())["metrics"]
     assert metrics["perplexity/eval"] > 100  # random weights, 2,000 tokens
 
@@ -95,13 +166,25 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
     for i, folder in enumerate(("a/one", "b/one", "c")):
         (tmp_path / folder).mkdir(parents=True)
         for part in (1, 2) if folder == "c" else (1,):  # "c" has two files
-            rows = [{"prompt": f"{i}{part}{j}", "chosen": "yes " * 4 ** part, "rejected": "no"} for j in range(3)]
-            (tmp_path / folder / f"test-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [
+                {"prompt": f"{i}{part}{j}", "chosen": "yes " * 4**part, "rejected": "no"}
+                for j in range(3)
+            ]
+            (tmp_path / folder / f"test-{part}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     sets = [str(tmp_path / name) for name in ("a/one", "b/one", "c")]
-    config = compose("exp_name=x", f"datasets=[{sets[2]}]", f"eval_datasets=[{','.join(sets)}]", f"local_dirs=[{tmp_path}]")
+    config = compose(
+        "exp_name=x",
+        f"datasets=[{sets[2]}]",
+        f"eval_datasets=[{','.join(sets)}]",
+        f"local_dirs=[{tmp_path}]",
+    )
     shutil.copy(tmp_path / "c/test-1.jsonl", tmp_path / "c/train.jsonl")
     groups = eval_groups(load_examples(config, TOKENIZER, pairs=True)[1])
-    found = {name: int(mask.sum()) for name, mask in groups.items() if not name.startswith("length")}
+    found = {
+        name: int(mask.sum()) for name, mask in groups.items() if not name.startswith("length")
+    }
     assert found == {"a/one": 3, "b/one": 3, "c": 6}
     assert sum(int(mask.sum()) for name, mask in groups.items() if name.startswith("length")) == 12
 
@@ -109,18 +192,30 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["{tiny}", *DPO[:2], "datasets=[{data}]", "eval_share=0.4"], "neither is its reference; give --reference"),
-        (["{tiny}", "loss=reward", "datasets=[{data}]", "eval_share=0.4"], "a policy, and loss=reward is for a reward model"),
+        (
+            ["{tiny}", *DPO[:2], "datasets=[{data}]", "eval_share=0.4"],
+            "neither is its reference; give --reference",
+        ),
+        (
+            ["{tiny}", "loss=reward", "datasets=[{data}]", "eval_share=0.4"],
+            "a policy, and loss=reward is for a reward model",
+        ),
         (["{tiny}", "datasets=[{data}]", "eval_share=0"], "nothing is held out"),
         (["{tiny}", "datasets=[{data}]", "lrr=1"], "lrr=1: no such knob"),
         (["{tiny}", "hydra.launcher=x"], "Hydra's own settings are not taken"),
         (["{tiny}", "datasets"], "missing EQUAL"),
-        (["{tiny}", "datasets=['${{oc.env:HOME}}']", "loss=sft"], "nothing is read from the environment"),
+        (
+            ["{tiny}", "datasets=['${{oc.env:HOME}}']", "loss=sft"],
+            "nothing is read from the environment",
+        ),
         (["{tiny}", "model=gpt2-xl"], "model=gpt2-xl: the model is"),
         (["{tiny}", "model.archive=x"], "model.archive=x: the model is"),
         (["{tiny}", "lr=1,2"], "one evaluation has one value"),
         (["{tiny}", "trainer=FSDPTrainer"], "leave it out"),
-        (["{tiny}", "loss=sft", "datasets=[{data}]", "--reference", "gpt2"], "needs no reference; leave it out"),
+        (
+            ["{tiny}", "loss=sft", "datasets=[{data}]", "--reference", "gpt2"],
+            "needs no reference; leave it out",
+        ),
         (["{tiny}", "loss=sft", "datasets=[{data}]", "--out", "."], "it is a folder"),
         (["nowhere/at/all"], "no such folder"),
     ],

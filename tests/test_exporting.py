@@ -1,4 +1,6 @@
-"""Folders with which transformers computes the same; reward models where padding is EOS; policy.pt -> folder -> policy.pt."""
+"""Folders with which transformers computes the same; reward models where padding is EOS; policy.pt
+-> folder -> policy.pt.
+"""
 
 import json
 import shutil
@@ -20,7 +22,14 @@ from plumb.models.model_card import public, stages
 from plumb.models.scalar_head import put_scalar_head
 from plumb.runs.policy_file import as_in_2023, load_policy_state
 
-TIED = [("llama", False), ("llama", True), ("qwen3", True), ("gpt_neox", False), ("gpt2", True), ("gpt2", False)]
+TIED = [
+    ("llama", False),
+    ("llama", True),
+    ("qwen3", True),
+    ("gpt_neox", False),
+    ("gpt2", True),
+    ("gpt2", False),
+]
 TEXTS = ["\n\nHuman: Why?\n\nAssistant: So.</s>", "Why not</s>", "a truncated answ"]
 
 
@@ -58,17 +67,23 @@ def run(*options):
 
 @pytest.mark.parametrize(("family", "tied"), TIED)
 def test_there_and_back(tmp_path, base_of, family, tied):
-    """The folder loads and gives the same logits; the policy.pt that is made of it again holds the same numbers."""
+    """The folder loads and gives the same logits; the policy.pt that is made of it again holds the
+    same numbers.
+    """
     policy = trained(base := base_of(family, tie_word_embeddings=tied))
     run_dir, folder = run_of(tmp_path, base, policy.state_dict()), tmp_path / "out"
     run(run_dir, "--out", folder, "--max-shard-gb", 3e-5)  # several files; and it is compared, too
-    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report.values())
     ids = torch.arange(3, 13)[None]
     assert torch.equal(loaded.eval()(ids).logits, policy(ids).logits)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     sizes = {file: (folder / file).stat().st_size for file in index["weight_map"].values()}
-    assert len(sizes) > 1 and 0 < sum(sizes.values()) - index["metadata"]["total_size"] < 1000 * len(sizes)
+    assert len(sizes) > 1 and 0 < sum(sizes.values()) - index["metadata"][
+        "total_size"
+    ] < 1000 * len(sizes)
     base_names = {name for f in base.glob("*.safetensors") for name in safe_open(f, "pt").keys()}  # noqa: SIM118
     assert set(index["weight_map"]) == base_names, "the names that the base model's own files have"
     run(folder, "--policy", tmp_path / "policy.pt")
@@ -97,7 +112,9 @@ def with_distinct_head(base):
 
 
 def test_a_distinct_head_beside_a_config_that_says_tied(tmp_path, base_of):
-    """The values count: what is exported computes what was trained, and says that nothing is tied."""
+    """The values count: what is exported computes what was trained, and says that nothing is
+    tied.
+    """
     policy = trained(base := with_distinct_head(base_of("llama", tie_word_embeddings=False)))
     assert not policy.lm_head.weight.equal(policy.model.embed_tokens.weight)
     run(run_of(tmp_path, base, policy.state_dict()), "--out", folder := tmp_path / "out")
@@ -116,7 +133,9 @@ def test_a_weight_that_is_stored_as_several_is_read_once(tmp_path, monkeypatch):
     """A mixture of experts: one tensor of all experts in memory, one of each in the files."""
     policy = trained(base := save_family(tmp_path / "base", "qwen3_moe"))
     read, names = export._read, []
-    monkeypatch.setattr(export, "_read", lambda source, name, *how: names.append(name) or read(source, name, *how))
+    monkeypatch.setattr(
+        export, "_read", lambda source, name, *how: names.append(name) or read(source, name, *how)
+    )
     run(run_of(tmp_path, base, policy.state_dict()), "--out", tmp_path / "out", "--no-check")
     assert sorted(names) == sorted(policy.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -128,37 +147,63 @@ def test_a_weight_that_is_stored_as_several_is_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2"])
 def test_a_reward_model(tmp_path, base_of, family, pad, side):
-    """Scores of a padded batch are our head's at the last token, EOS or not; also where the base pads with EOS, as most do."""
-    model = trained(base := base_of(family, pad, tie_word_embeddings=family == "qwen3"), scalar=True)
+    """Scores of a padded batch are our head's at the last token, EOS or not; also where the base
+    pads with EOS, as most do.
+    """
+    model = trained(
+        base := base_of(family, pad, tie_word_embeddings=family == "qwen3"), scalar=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(base)
     if pad == "</s>":  # a vocabulary in which nothing is called pad
         for file in (base / "tokenizer.json", base / "tokenizer_config.json"):
             file.write_text(file.read_text().replace("<pad>", "<nul>"))
-    expected = [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1, 0] for text in TEXTS]
+    expected = [
+        model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1, 0] for text in TEXTS
+    ]
     run(run_of(tmp_path, base, model.state_dict()), "--out", folder := tmp_path / "out")
-    loaded, report = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(report.values()) and type(loaded).__name__ in json.loads((folder / "config.json").read_text())["architectures"]
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert (
+        not any(report.values())
+        and type(loaded).__name__
+        in json.loads((folder / "config.json").read_text())["architectures"]
+    )
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.pad_token_id == loaded.config.pad_token_id != theirs.eos_token_id
     assert theirs.padding_side == "right"
     theirs.padding_side = side
     batch = theirs(TEXTS, padding=True, return_tensors="pt")
-    if family == "gpt2" and side == "left":  # whose learned positions transformers counts from the row's beginning
+    if (
+        family == "gpt2" and side == "left"
+    ):  # whose learned positions transformers counts from the row's beginning
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         scores = loaded.eval()(**batch).logits[:, 0]
     assert torch.allclose(scores, torch.stack(expected), atol=1e-5)
     rows = loaded.get_input_embeddings().weight
     assert len(rows) == (259 if pad == "<pad>" else 260) and (pad == "<pad>" or not rows[-1].any())
-    opened = open_model(find_model(str(folder)), "cpu")  # and Plumb itself reads it as a reward model
-    assert opened.found.scalar and opened.model.get_output_embeddings().weight.equal(model.get_output_embeddings().weight)
+    opened = open_model(
+        find_model(str(folder)), "cpu"
+    )  # and Plumb itself reads it as a reward model
+    assert opened.found.scalar and opened.model.get_output_embeddings().weight.equal(
+        model.get_output_embeddings().weight
+    )
 
 
-@pytest.mark.parametrize(("pad", "unk", "expected"), [
-    ("<pad>", None, "<pad>"), ("</s>", None, "<pad>"), (None, None, "<pad>"), ("<pad>", "<pad>", "<|padding|>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pad", "unk", "expected"),
+    [
+        ("<pad>", None, "<pad>"),
+        ("</s>", None, "<pad>"),
+        (None, None, "<pad>"),
+        ("<pad>", "<pad>", "<|padding|>"),
+    ],
+)
 def test_a_pad_token_that_no_text_ends_with(pad, unk, expected):
-    """The tokenizer's own, unless it is EOS or UNK; then one that the vocabulary has and calls so."""
+    """The tokenizer's own, unless it is EOS or UNK; then one that the vocabulary has and calls
+    so.
+    """
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|padding|>"], special_tokens=True)
     tokenizer.pad_token, tokenizer.unk_token = pad, unk
@@ -166,7 +211,9 @@ def test_a_pad_token_that_no_text_ends_with(pad, unk, expected):
 
 
 def test_what_stands_beside_the_weights(tmp_path, base_of):
-    """Names of this machine's folders don't; the run, what it started from, and how to load it, do."""
+    """Names of this machine's folders don't; the run, what it started from, and how to load it,
+    do.
+    """
     base = base_of("llama")
     generation = json.loads((base / "generation_config.json").read_text())
     generation |= {"eos_token_id": [2, 7], "do_sample": True, "top_k": 17}
@@ -179,14 +226,28 @@ def test_what_stands_beside_the_weights(tmp_path, base_of):
     assert [s.loss for s in stages(dpo / "step-8/policy.pt")] == ["dpo", "sft"]
     run(dpo, "--out", folder := tmp_path / "out")
     content = json.loads((folder / "config.json").read_text())
-    assert content["architectures"] == ["LlamaForCausalLM"] and content["dtype"] == "bfloat16" and "_name_or_path" not in content
+    assert (
+        content["architectures"] == ["LlamaForCausalLM"]
+        and content["dtype"] == "bfloat16"
+        and "_name_or_path" not in content
+    )
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"} and file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+        assert (
+            file.metadata() == {"format": "pt"}
+            and file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+        )
     made = json.loads((folder / "generation_config.json").read_text())
     assert made["eos_token_id"] == [2, 7] and made["top_k"] == 17
     assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT
     card = (folder / "README.md").read_text()
-    for said in ("my_dpo", "my_sft/step-8/policy.pt`: sft", "base-llama", "Licence", "AutoModelForCausalLM", "exp_name: x"):
+    for said in (
+        "my_dpo",
+        "my_sft/step-8/policy.pt`: sft",
+        "base-llama",
+        "Licence",
+        "AutoModelForCausalLM",
+        "exp_name: x",
+    ):
         assert said in card, said
     assert not [f.name for f in folder.iterdir() if str(tmp_path) in f.read_text(errors="ignore")]
     assert public({"a": [f"{tmp_path}/x/y"], "local_dirs": ["/home"]}) == {"a": ["x/y"]}
@@ -201,13 +262,18 @@ def test_what_is_refused(tmp_path, base_of):
     out, empty, bad = tmp_path / "out", tmp_path / "empty.jinja", tmp_path / "bad.jinja"
     empty.write_text("")
     bad.write_text("{% for")
-    inside = Path(shutil.copytree(base, tmp_path / "folder")) / "policy.pt"  # which --overwrite would remove
+    inside = (
+        Path(shutil.copytree(base, tmp_path / "folder")) / "policy.pt"
+    )  # which --overwrite would remove
     shutil.copy(run_dir / "step-8/policy.pt", inside)
     for options, said in (
         ([base, "--out", out], "a model's folder or name already"),
         ([run_dir, "--out", base], "is there already; give another name, or --overwrite"),
         ([run_dir, "--out", base, "--overwrite"], "--overwrite replaces an exported folder only"),
-        ([run_dir, "--out", tmp_path, "--overwrite"], "--overwrite replaces an exported folder only"),
+        (
+            [run_dir, "--out", tmp_path, "--overwrite"],
+            "--overwrite replaces an exported folder only",
+        ),
         ([run_dir, "--policy", run_dir / "step-8/policy.pt"], "is there already"),
         ([run_dir, "--policy", tmp_path / "x"], "ends in .pt"),
         ([run_dir, "--out", out, "--max-shard-gb", 0], "must be above 0"),
@@ -215,8 +281,14 @@ def test_what_is_refused(tmp_path, base_of):
         ([run_dir, "--policy", tmp_path / "x.pt", "--no-check"], "--no-check: is for --out"),
         ([run_dir, "--out", out, "--chat-template", empty], "empty.jinja: is empty"),
         ([run_dir, "--out", out, "--chat-template", bad], "not jinja: line 1"),
-        ([inside, "--base", base, "--out", inside.parent, "--overwrite"], "--overwrite replaces an exported folder only"),
-        ([run_dir, "--out", out, "--base", base_of("gpt2")], "not the weights of this GPT2LMHeadModel"),
+        (
+            [inside, "--base", base, "--out", inside.parent, "--overwrite"],
+            "--overwrite replaces an exported folder only",
+        ),
+        (
+            [run_dir, "--out", out, "--base", base_of("gpt2")],
+            "not the weights of this GPT2LMHeadModel",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             run(*options)
@@ -230,7 +302,11 @@ def test_what_is_refused(tmp_path, base_of):
 def test_a_folder_that_computes_otherwise_is_not_kept(tmp_path, base_of, monkeypatch):
     base = base_of("llama")
     real = export._read
-    monkeypatch.setattr(export, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
+    monkeypatch.setattr(
+        export,
+        "_read",
+        lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)),
+    )
     with pytest.raises(UserError, match="computes otherwise"):
         run(run_of(tmp_path, base, trained(base).state_dict()), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -238,8 +314,17 @@ def test_a_folder_that_computes_otherwise_is_not_kept(tmp_path, base_of, monkeyp
 
 
 def test_at_the_end_of_training(train, tmp_path):
-    """export=hf: the last checkpoint; written again when the run went on, or a kill came before it, and not otherwise."""
-    same = ["n_examples=8", "n_epochs=null", "batch_size=4", "do_first_eval=false", "loss=sft", "lr=1e-3"]
+    """export=hf: the last checkpoint; written again when the run went on, or a kill came before it,
+    and not otherwise.
+    """
+    same = [
+        "n_examples=8",
+        "n_epochs=null",
+        "batch_size=4",
+        "do_first_eval=false",
+        "loss=sft",
+        "lr=1e-3",
+    ]
     run_dir = train("run", *same, "export=hf")
     folder = run_dir / "hf"
 
@@ -259,10 +344,20 @@ def test_at_the_end_of_training(train, tmp_path):
     assert as_saved() and not [p.name for p in run_dir.iterdir() if p.name.startswith(".hf")]
 
 
-def test_at_the_end_of_training_a_distinct_head_is_exported_and_compared(train, tmp_path, tiny_model, capsys, monkeypatch):
+def test_at_the_end_of_training_a_distinct_head_is_exported_and_compared(
+    train, tmp_path, tiny_model, capsys, monkeypatch
+):
     base = with_distinct_head(Path(shutil.copytree(tiny_model, tmp_path / "base")))
-    short = [f"model.name_or_path={base}", "n_examples=4", "n_epochs=null", "batch_size=4", "do_first_eval=false", "loss=sft",
-             "lr=1e-2", "export=hf"]  # fmt: skip
+    short = [
+        f"model.name_or_path={base}",
+        "n_examples=4",
+        "n_epochs=null",
+        "batch_size=4",
+        "do_first_eval=false",
+        "loss=sft",
+        "lr=1e-2",
+        "export=hf",
+    ]
     run_dir = train("run", *short)
     assert "checked: LlamaForCausalLM" in capsys.readouterr().out
     state = load_policy_state(str(run_dir))
@@ -270,7 +365,11 @@ def test_at_the_end_of_training_a_distinct_head_is_exported_and_compared(train, 
     assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in state.items())
     assert not loaded.lm_head.weight.equal(loaded.model.embed_tokens.weight)
     real = export._read
-    monkeypatch.setattr(export, "_read", lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)))
+    monkeypatch.setattr(
+        export,
+        "_read",
+        lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)),
+    )
     with pytest.raises(UserError, match="computes otherwise"):
         train("broken", *short)
     assert not (tmp_path / "broken/hf").exists() and (tmp_path / "broken/LATEST").exists()
@@ -290,7 +389,10 @@ def validate_only(compose):
 
 def test_named_templates_are_exported_again(tmp_path, base_of):
     """All of them; the one that the run was trained with, or that is asked for, is the default."""
-    base, named = base_of("llama"), {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")}
+    base, named = (
+        base_of("llama"),
+        {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")},
+    )
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = named
     tokenizer.save_pretrained(base)
@@ -300,6 +402,8 @@ def test_named_templates_are_exported_again(tmp_path, base_of):
     run(run_dir, "--out", tmp_path / "tools", "--no-check", "--chat-template", "tool_use")
     exported = AutoTokenizer.from_pretrained(tmp_path / "tools").chat_template
     assert exported == named | {"default": named["tool_use"]}
-    with pytest.raises(UserError, match="--chat-template tols: neither a file .*: default, tool_use"):
+    with pytest.raises(
+        UserError, match="--chat-template tols: neither a file .*: default, tool_use"
+    ):
         run(run_dir, "--out", tmp_path / "none", "--no-check", "--chat-template", "tols")
     assert not (tmp_path / "none").exists()

@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_estimate_ends_no_run(family):
-    """What a step costs, and the default budget; a model whose layers have heads of different sizes has no one head size."""
+    """What a step costs, and the default budget; a model whose layers have heads of different sizes
+    has no one head size.
+    """
     config = family_config(family)
     model = activations.blank_model(config, torch.float32)
     cost = sizing.cost_of(model)
@@ -39,7 +41,9 @@ def test_an_estimate_ends_no_run(family):
 
 
 def test_layers_with_heads_of_their_own():
-    """Gemma 4: windows of 4 heads of 12, and global attention of 4 heads of 512, whose sum has no single factor."""
+    """Gemma 4: windows of 4 heads of 12, and global attention of 4 heads of 512, whose sum has no
+    single factor.
+    """
     spec = family_config("gemma4").get_text_config()
     assert sizing.attention_width(spec) == 4 * 12 + 4 * 512
     assert sizing.attention_width(family_config("llama")) == 2 * 4 * 12
@@ -49,7 +53,9 @@ def test_layers_with_heads_of_their_own():
 
 
 def lone(model, batch):
-    """Each prompt with one response in a row of its own, through transformers alone.  -> [R] nats"""
+    """Each prompt with one response in a row of its own, through transformers alone.  -> [R]
+    nats
+    """
     sums = []
     for prompt, n_prompt, start, length in batch.spans.tolist():
         ids = torch.cat(
@@ -71,9 +77,11 @@ def gradients(model, sums, weights):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_those_of_each_response_alone(family):
-    """In the layout that a run chooses: values and gradients, whoever the neighbours are and in whichever order they stand.
+    """In the layout that a run chooses: values and gradients, whoever the neighbours are and in
+    whichever order they stand.
 
-    Sequences of 3 to 60 tokens: longer than windows and chunks of 16, below the 64 at which some ropes change.
+    Sequences of 3 to 60 tokens: longer than windows and chunks of 16, below the 64 at which some
+    ropes change.
     """
     model, plain = family_model(family), family_model(family)
     run_without_draws(plain, CPU)
@@ -121,4 +129,6 @@ def test_one_family_through_everything():
     def failing():
         raise ValueError("two lines\nof which the last | says it")
 
-    assert run_families.caught(failing).startswith("**ValueError** of which the last / says it (test_families.py:")
+    assert run_families.caught(failing).startswith(
+        "**ValueError** of which the last / says it (test_families.py:"
+    )

@@ -1,4 +1,6 @@
-"""Every family's weights as each trainer loads them, from a folder whose config says the head is tied, be that so or not."""
+"""Every family's weights as each trainer loads them, from a folder whose config says the head is
+tied, be that so or not.
+"""
 
 import json
 
@@ -15,7 +17,14 @@ from plumb.models import load
 from plumb.models.weight_files import Weights
 from trainers import FSDPTrainer
 
-MERGED = ("mixtral", "qwen3_moe", "deepseek_v3", "jamba", "ernie4_5_moe", "minimax")  # an expert has a tensor of its own
+MERGED = (
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "jamba",
+    "ernie4_5_moe",
+    "minimax",
+)  # an expert has a tensor of its own
 TOKENS = torch.arange(3, 27)[None]
 
 
@@ -37,7 +46,9 @@ def stored(folder):
 
 @torch.no_grad()
 def check(folders, expected_logits):
-    """Weights and first evaluation of FSDPTrainer and BasicTrainer are those of transformers, in one process or several."""
+    """Weights and first evaluation of FSDPTrainer and BasicTrainer are those of transformers, in
+    one process or several.
+    """
     wrong = {}
     for name, folder in folders.items():
         try:
@@ -51,23 +62,31 @@ def check(folders, expected_logits):
                 for state in states[1:]:
                     assert torch.equal(sharding.whole(state[key].detach()), tensor), key
             tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-            can_tie = bool(getattr(theirs, "_tied_weights_keys", None))  # of others the entry says nothing
+            can_tie = bool(
+                getattr(theirs, "_tied_weights_keys", None)
+            )  # of others the entry says nothing
             for model in (whole, policy):
-                assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+                assert (
+                    model.get_output_embeddings().weight is model.get_input_embeddings().weight
+                ) == tied
                 assert bool(model.config.tie_word_embeddings) == tied or not can_tie
             if expected_logits:
                 expected = theirs.eval()(TOKENS, use_cache=False).logits
                 for model in (whole, policy):
                     found = model.eval()(TOKENS, use_cache=False).logits
                     off = float((found - expected).abs().max() / expected.abs().max())
-                    assert off < 1e-5, f"logits off by {off:.1e} of the largest"  # some roundings of float32, 6e-8 each
+                    assert off < 1e-5, (
+                        f"logits off by {off:.1e} of the largest"
+                    )  # some roundings of float32, 6e-8 each
         except Exception as error:  # all are named, not the first alone
             wrong[name] = f"{type(error).__name__}: {error}"[:300]
     assert not wrong, wrong
 
 
 def check_read(folders):
-    """No process reads more of a mixture of experts than its part, and a whole weight only where it is small."""
+    """No process reads more of a mixture of experts than its part, and a whole weight only where it
+    is small.
+    """
     check(folders, expected_logits=False)
     read = Weights.read
     for name, folder in folders.items():
@@ -97,4 +116,6 @@ def test_every_family_is_loaded_as_transformers_loads_it(tmp_path):
 
 
 def test_experts_are_read_part_by_part(tmp_path):
-    run_in_group(2, check_read, {name: save_family(tmp_path / name, name) for name in MERGED}, timeout=300)
+    run_in_group(
+        2, check_read, {name: save_family(tmp_path / name, name) for name in MERGED}, timeout=300
+    )

@@ -1,4 +1,6 @@
-"""Judges: rules, and a language model behind a URL, which is a small server on this machine that behaves well, or badly."""
+"""Judges: rules, and a language model behind a URL, which is a small server on this machine that
+behaves well, or badly.
+"""
 
 import json
 import threading
@@ -14,7 +16,9 @@ from plumb.scoring.judges import Comparison, Endpoint, Verdicts, fill, read_temp
 
 
 class Server:
-    """Chat completions on a free port. `say(prompt)` is the reply: a text, or (status, body); a ConnectionError ends the talk."""
+    """Chat completions on a free port. `say(prompt)` is the reply: a text, or (status, body); a
+    ConnectionError ends the talk.
+    """
 
     def __init__(self, say):
         self.asked, lock = [], threading.Lock()
@@ -56,7 +60,10 @@ def completion(text):
 def politer(prompt):
     """Prefers the answer that says please, wherever it stands; neither or both: A."""
     first, second = (prompt.partition(f"Response {x}:\n")[2].partition("\n\n")[0] for x in "AB")
-    return f'Comparison: one is kinder.\nMore helpful: "{"B" if "please" in second and "please" not in first else "A"}"'
+    return (
+        "Comparison: one is kinder.\nMore helpful:"
+        f' "{"B" if "please" in second and "please" not in first else "A"}"'
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +88,27 @@ def test_the_shipped_prompts_ask_for_what_is_read():
         assert filled.index("Is {a} {b}?") < filled.index("{prompt}") < filled.index("second")
 
 
-@pytest.mark.parametrize("reply, verdict", [
-    ("Comparison: x.\nMore helpful: A", "a"), ("Comparison: B.\nPreferred: \"B\".", "b"), ("B", "b"), ("**B**", "b"),
-    ("Preferred: A\n", "a"), ("Comparison: A is short.\nMore helpful: tie", "tie"), ("A is better.", None), ("", None),
-    ("**More helpful:** A", "a"), ("More helpful: A or B", None), ("Comparison: A\nMore helpful: B", "b"),
-    ('More helpful: <"A">', "a"), ("**Preferred:** Summary B", "b"), ("More helpful: [B]\r\n", "b"), ("Response A:\nfine", None),
-    ("* " * 3000 + "x", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [
+        ("Comparison: x.\nMore helpful: A", "a"),
+        ('Comparison: B.\nPreferred: "B".', "b"),
+        ("B", "b"),
+        ("**B**", "b"),
+        ("Preferred: A\n", "a"),
+        ("Comparison: A is short.\nMore helpful: tie", "tie"),
+        ("A is better.", None),
+        ("", None),
+        ("**More helpful:** A", "a"),
+        ("More helpful: A or B", None),
+        ("Comparison: A\nMore helpful: B", "b"),
+        ('More helpful: <"A">', "a"),
+        ("**Preferred:** Summary B", "b"),
+        ("More helpful: [B]\r\n", "b"),
+        ("Response A:\nfine", None),
+        ("* " * 3000 + "x", None),
+    ],
+)
 def test_what_a_reply_says(reply, verdict):
     assert verdict_of(reply) == verdict
 
@@ -96,7 +117,10 @@ def test_verdicts_are_kept_and_not_asked_for_again(tmp_path):
     with Server(politer) as server:
         assert endpoint(server.url, tmp_path, key="sk-very-secret-key-123").judge(TWO) == ["a", "b"]
         path, headers, body = server.asked[0]
-        assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-very-secret-key-123"
+        assert (
+            path == "/v1/chat/completions"
+            and headers["Authorization"] == "Bearer sk-very-secret-key-123"
+        )
         assert body["model"] == "m" and body["temperature"] == 0
         assert body["messages"] == [{"role": "user", "content": fill(read_template("hh"), TWO[0])}]
     kept = (tmp_path / "verdicts.jsonl").read_text()
@@ -105,7 +129,9 @@ def test_verdicts_are_kept_and_not_asked_for_again(tmp_path):
     (tmp_path / "verdicts.jsonl").write_text(kept[:-20])  # as a crash leaves it
     with Server(politer) as server:
         assert endpoint(server.url, tmp_path).judge(TWO) == ["a", "b"] and len(server.asked) == 1
-        assert endpoint(server.url, tmp_path)._replace(template=read_template("tldr")).judge(TWO[:1]) == ["a"]  # another question
+        assert endpoint(server.url, tmp_path)._replace(template=read_template("tldr")).judge(
+            TWO[:1]
+        ) == ["a"]  # another question
         assert len(server.asked) == 2
     lines = (tmp_path / "verdicts.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[2])["verdict"] == "b"
@@ -143,12 +169,15 @@ def test_a_reply_without_a_verdict_is_none_and_not_kept(tmp_path):
     assert (tmp_path / "verdicts.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("say, n, said", [
-    (lambda _: (401, "bad key sk-abc-def-ghi-jkl-mno"), 1, "HTTP 401: bad key <secret>"),
-    (lambda _: (404, "no such model"), 1, "HTTP 404: no such model"),
-    (lambda _: (200, "<html>hello"), 5, "not a chat completion: '<html>hello'"),
-    (lambda _: (503, "busy"), 5, "HTTP 503: busy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "say, n, said",
+    [
+        (lambda _: (401, "bad key sk-abc-def-ghi-jkl-mno"), 1, "HTTP 401: bad key <secret>"),
+        (lambda _: (404, "no such model"), 1, "HTTP 404: no such model"),
+        (lambda _: (200, "<html>hello"), 5, "not a chat completion: '<html>hello'"),
+        (lambda _: (503, "busy"), 5, "HTTP 503: busy"),
+    ],
+)
 def test_an_endpoint_that_will_not_do_is_one_line(tmp_path, say, n, said):
     with Server(say) as server:
         with pytest.raises(UserError, match=said) as error:
@@ -170,16 +199,25 @@ def test_an_endpoint_that_dies_on_the_way_leaves_what_it_said(tmp_path):
 
 
 def samples(path, model, answers):
-    lines = [{"prompt": f"\n\nHuman: Question {i}?\n\nAssistant:", "model": model, "answers": a} for i, a in enumerate(answers)]
+    lines = [
+        {"prompt": f"\n\nHuman: Question {i}?\n\nAssistant:", "model": model, "answers": a}
+        for i, a in enumerate(answers)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Against `sft`, `dpo` says please in 3 of 4 prompts, and the same in one; a fifth prompt is its own."""
+    """Against `sft`, `dpo` says please in 3 of 4 prompts, and the same in one; a fifth prompt is
+    its own.
+    """
     sft = samples(tmp_path / "sft.jsonl", "sft", [[" no"], [" no way"], [" never"], [" well"]])
-    dpo = samples(tmp_path / "dpo.jsonl", "dpo", [[" please sit"], [" please do"], [" oh please"], [" well"], [" more"]])
+    dpo = samples(
+        tmp_path / "dpo.jsonl",
+        "dpo",
+        [[" please sit"], [" please do"], [" oh please"], [" well"], [" more"]],
+    )
     return [str(sft), str(dpo)]
 
 
@@ -189,29 +227,64 @@ def winrate(files, *options):
 
 def test_win_rates_by_an_endpoint(files, tmp_path, capsys):
     with Server(politer) as server:
-        how = ["--baseline", "sft", "--judge", server.url, "--judge-model", "m", "--verdicts", tmp_path / "v.jsonl"]
+        how = [
+            "--baseline",
+            "sft",
+            "--judge",
+            server.url,
+            "--judge-model",
+            "m",
+            "--verdicts",
+            tmp_path / "v.jsonl",
+        ]
         winrate(files, *how, "--out", tmp_path / "out.jsonl", "--json", tmp_path / "out.json")
-        assert len(server.asked) == 6  # three pairs in both orders; of equal answers nobody is asked
+        assert (
+            len(server.asked) == 6
+        )  # three pairs in both orders; of equal answers nobody is asked
         assert "Query: Question 0?\n" in server.asked[0][2]["messages"][0]["content"]
     found = json.loads((tmp_path / "out.json").read_text())["win_rates"]["dpo"]
-    assert (found["wins"], found["ties"], found["losses"], found["n_prompts"], found["swayed"]) == (3, 1, 0, 4, 0)
+    assert (found["wins"], found["ties"], found["losses"], found["n_prompts"], found["swayed"]) == (
+        3,
+        1,
+        0,
+        4,
+        0,
+    )
     assert found["value"] == 0.875 and found["low"] < 0.875 < found["high"]
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["points"] for line in lines] == [1, 1, 1, 0.5] and lines[0]["verdict_swapped"] == "b"
+    assert [line["points"] for line in lines] == [1, 1, 1, 0.5] and lines[0][
+        "verdict_swapped"
+    ] == "b"
     assert "1 prompts that only dpo or only sft" in capsys.readouterr().out
 
 
 def test_a_judge_that_takes_what_stands_first_decides_nothing(files, tmp_path):
     with Server(lambda _: "Comparison: both.\nMore helpful: A") as server:
-        winrate(files, "--baseline", files[0], "--judge", server.url, "--judge-model", "m", "--verdicts", tmp_path / "v.jsonl",
-                "--json", tmp_path / "out.json")  # fmt: skip
+        winrate(
+            files,
+            "--baseline",
+            files[0],
+            "--judge",
+            server.url,
+            "--judge-model",
+            "m",
+            "--verdicts",
+            tmp_path / "v.jsonl",
+            "--json",
+            tmp_path / "out.json",
+        )
     found = json.loads((tmp_path / "out.json").read_text())["win_rates"]["dpo"]
     assert (found["wins"], found["ties"], found["losses"], found["swayed"]) == (0, 4, 0, 0.75)
 
 
-@pytest.mark.parametrize("rule, counts", [
-    ("rule:contains=PLEASE", (3, 1, 0)), ("rule:longer", (3, 1, 0)), ("rule:shorter", (0, 1, 3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, counts",
+    [
+        ("rule:contains=PLEASE", (3, 1, 0)),
+        ("rule:longer", (3, 1, 0)),
+        ("rule:shorter", (0, 1, 3)),
+    ],
+)
 def test_win_rates_by_a_rule(files, tmp_path, rule, counts):
     winrate(files, "--baseline", "sft", "--judge", rule, "--json", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())["win_rates"]["dpo"]
@@ -221,19 +294,34 @@ def test_win_rates_by_a_rule(files, tmp_path, rule, counts):
 BEHIND_A_URL = ["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judge-model", "m"]
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--baseline", "base", "--judge", "rule:longer"], r"--baseline=base: none of the models \(sft, dpo\) fit"),
-    (["--baseline", "sft", "--judge", "rule:nicer"], "--judge=rule:nicer: no such rule"),
-    (["--baseline", "sft", "--judge", "rule:longer", "--beta", "1"], "--beta: --judge=rule:longer has no use for it"),
-    (["--baseline", "sft", "--judge", "some-model", "--parallel", "2"], "--parallel: --judge=some-model has no use for it"),
-    (BEHIND_A_URL[:4], "give --judge-model NAME"),
-    ([*BEHIND_A_URL, "--key-env", "NO_SUCH_KEY"], "--key-env=NO_SUCH"),
-    ([*BEHIND_A_URL, "--judge-template", "x"], "template=x: cannot"),
-    (BEHIND_A_URL, "no answer from m .ConnectError"),
-    ([*BEHIND_A_URL, "--timeout", "0"], "--timeout: 0: give more"),
-    (["--baseline", "sft", "--judge", "http://[::1/v1", "--judge-model", "m"], "no answer from m"),
-    (["--baseline", "sft"], "--judge"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (
+            ["--baseline", "base", "--judge", "rule:longer"],
+            r"--baseline=base: none of the models \(sft, dpo\) fit",
+        ),
+        (["--baseline", "sft", "--judge", "rule:nicer"], "--judge=rule:nicer: no such rule"),
+        (
+            ["--baseline", "sft", "--judge", "rule:longer", "--beta", "1"],
+            "--beta: --judge=rule:longer has no use for it",
+        ),
+        (
+            ["--baseline", "sft", "--judge", "some-model", "--parallel", "2"],
+            "--parallel: --judge=some-model has no use for it",
+        ),
+        (BEHIND_A_URL[:4], "give --judge-model NAME"),
+        ([*BEHIND_A_URL, "--key-env", "NO_SUCH_KEY"], "--key-env=NO_SUCH"),
+        ([*BEHIND_A_URL, "--judge-template", "x"], "template=x: cannot"),
+        (BEHIND_A_URL, "no answer from m .ConnectError"),
+        ([*BEHIND_A_URL, "--timeout", "0"], "--timeout: 0: give more"),
+        (
+            ["--baseline", "sft", "--judge", "http://[::1/v1", "--judge-model", "m"],
+            "no answer from m",
+        ),
+        (["--baseline", "sft"], "--judge"),
+    ],
+)
 def test_what_is_refused(files, tmp_path, options, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
@@ -245,9 +333,14 @@ def test_a_policy_pt_is_a_models_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("policy.pt").write_bytes(b"weights")
     prompt = [{"role": "user", "content": "q"}]
-    both = [{"prompt": prompt, "model": "policy.pt", "response": "Yes"}, {"prompt": prompt, "model": "b", "response": "  Yes\n"}]
+    both = [
+        {"prompt": prompt, "model": "policy.pt", "response": "Yes"},
+        {"prompt": prompt, "model": "b", "response": "  Yes\n"},
+    ]
     Path("both.jsonl").write_text("".join(json.dumps(line) + "\n" for line in both))
-    winrate(["both.jsonl"], "--baseline", "policy.pt", "--judge", "rule:longer", "--json", "out.json")
+    winrate(
+        ["both.jsonl"], "--baseline", "policy.pt", "--judge", "rule:longer", "--json", "out.json"
+    )
     assert json.loads(Path("out.json").read_text())["win_rates"]["b"]["ties"] == 1
     lines = winrates.read_policies([Path("both.jsonl")], "b")[0].values()
     some = winrates.duels(*lines)
@@ -258,8 +351,19 @@ def test_a_policy_pt_is_a_models_name(tmp_path, monkeypatch):
 
 def test_no_verdict_at_all_is_json(files, tmp_path):
     with Server(lambda _: "Both.") as server:
-        winrate([files[0], str(samples(tmp_path / "x.jsonl", "x", [[" please"]]))], "--baseline", "sft", "--judge", server.url,
-                "--judge-model", "m", "--verdicts", tmp_path / "v.jsonl", "--json", tmp_path / "out.json")  # fmt: skip
+        winrate(
+            [files[0], str(samples(tmp_path / "x.jsonl", "x", [[" please"]]))],
+            "--baseline",
+            "sft",
+            "--judge",
+            server.url,
+            "--judge-model",
+            "m",
+            "--verdicts",
+            tmp_path / "v.jsonl",
+            "--json",
+            tmp_path / "out.json",
+        )
     assert "NaN" not in (said := (tmp_path / "out.json").read_text())
     assert json.loads(said)["win_rates"]["x"]["value"] is None
 

@@ -21,9 +21,13 @@ PACKED = Way(packed=True, plain_head=True)
 
 
 def made(family, dtype=torch.float32, **knobs):
-    """A random model with larger matrices, so that differences of computation show; its attention exchanged if it can be."""
+    """A random model with larger matrices, so that differences of computation show; its attention
+    exchanged if it can be.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | LLAMA | knobs))).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(SIZES | LLAMA | knobs))
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
@@ -45,27 +49,60 @@ def choose(model, longest=64, row_tokens=600, gradients=True, precisions=None):
     )
 
 
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "no_rope_layers": [1, 0],
-          "interleave_moe_layer_step": 1, "layer_types": ["full_attention", "full_attention"], "head_dim": 8}  # fmt: skip
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+LLAMA4 = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 64,
+    "no_rope_layers": [1, 0],
+    "interleave_moe_layer_step": 1,
+    "layer_types": ["full_attention", "full_attention"],
+    "head_dim": 8,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_that_a_model_keeps_in_its_mask_alone_is_found(dtype):
-    """Qwen2-MoE does not hand its window to the attention function; shorter sequences than the window cannot show it."""
+    """Qwen2-MoE does not hand its window to the attention function; shorter sequences than the
+    window cannot show it.
+    """
     window = MOE | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
     way, line = choose(made("qwen2_moe", dtype, **window, layer_types=["sliding_attention"] * 2))
     assert way == Way(False, True) and "packed, it would be off by 0." in line
     assert choose(made("qwen2_moe", dtype, **MOE))[0] == PACKED
 
 
-@pytest.mark.parametrize("family, knobs, why", [
-    ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "its conv layers run"),
-    ("llama4_text", LLAMA4 | {"layer_types": ["chunked_attention", "full_attention"]}, "its chunked_attention layers run"),
-    ("llama4_text", LLAMA4 | {"attn_temperature_tuning": True}, "its attention temperature counts along the row"),
-    ("falcon", {"alibi": True, "num_key_value_heads": 4}, "its ALiBi bias counts along the row"),
-    ("mamba", {"state_size": 4}, "layers run along the row"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, knobs, why",
+    [
+        (
+            "lfm2",
+            {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+            "its conv layers run",
+        ),
+        (
+            "llama4_text",
+            LLAMA4 | {"layer_types": ["chunked_attention", "full_attention"]},
+            "its chunked_attention layers run",
+        ),
+        (
+            "llama4_text",
+            LLAMA4 | {"attn_temperature_tuning": True},
+            "its attention temperature counts along the row",
+        ),
+        (
+            "falcon",
+            {"alibi": True, "num_key_value_heads": 4},
+            "its ALiBi bias counts along the row",
+        ),
+        ("mamba", {"state_size": 4}, "layers run along the row"),
+    ],
+)
 def test_what_runs_along_the_row_is_known_from_the_config(family, knobs, why):
     """Even where short rows or large steps of rounding would hide it: no row is needed to tell."""
     model = made(family, torch.bfloat16, **knobs)
@@ -76,9 +113,13 @@ def test_what_runs_along_the_row_is_known_from_the_config(family, knobs, why):
 
 @pytest.fixture
 def attend():
-    """`attend(f)`: models call f(original, *arguments, **options) in place of the attention over trees."""
+    """`attend(f)`: models call f(original, *arguments, **options) in place of the attention over
+    trees.
+    """
     original = tree_attention.tree_attention
-    yield lambda f: AttentionInterface.register(tree_attention.NAME, lambda *a, **k: f(original, *a, **k))
+    yield lambda f: AttentionInterface.register(
+        tree_attention.NAME, lambda *a, **k: f(original, *a, **k)
+    )
     AttentionInterface.register(tree_attention.NAME, original)
 
 
@@ -95,7 +136,9 @@ def test_a_neighbour_that_is_seen_is_found(attend, dtype):
 
 
 def test_what_only_a_full_microbatch_reveals_is_found(attend):
-    """Queries beyond the 400th token of the row are scaled: rows of 200 tokens are right, a microbatch of 600 is not."""
+    """Queries beyond the 400th token of the row are scaled: rows of 200 tokens are right, a
+    microbatch of 600 is not.
+    """
 
     def scaled(original, module, query, *arguments, **options):
         far = torch.arange(query.shape[2]) >= 400
@@ -124,7 +167,9 @@ def test_float32_is_held_to_its_own_rounding(attend):
     """A fault of 2e-5 to 1e-3 nats per token is twenty times what rounding makes, and refused."""
 
     def slightly(original, module, query, *arguments, segments=None, **options):
-        return original(module, query * (1.001 if segments else 1), *arguments, segments=segments, **options)
+        return original(
+            module, query * (1.001 if segments else 1), *arguments, segments=segments, **options
+        )
 
     attend(slightly)
     way, line = choose(made("llama"), gradients=False)
@@ -135,7 +180,9 @@ def test_weights_of_32_bits_show_what_autocast_hides(attend):
     """Under autocast a layout must also hold in the weights' own precision."""
 
     def slightly(original, module, query, *arguments, segments=None, **options):
-        return original(module, query * (1.001 if segments else 1), *arguments, segments=segments, **options)
+        return original(
+            module, query * (1.001 if segments else 1), *arguments, segments=segments, **options
+        )
 
     autocast = Precision(lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16)
     both = [Precision(nullcontext, torch.float32), autocast]
@@ -147,7 +194,11 @@ def test_weights_of_32_bits_show_what_autocast_hides(attend):
 
 CHANGED_LOGITS = [
     ("gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-    ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 30.0, "sliding_window": 8}, "final_logit_softcapping=30.0"),
+    (
+        "gemma3_text",
+        {"head_dim": 8, "final_logit_softcapping": 30.0, "sliding_window": 8},
+        "final_logit_softcapping=30.0",
+    ),
     ("cohere", {"logit_scale": 0.9}, "logit_scale=0.9"),
     ("granite", {"logits_scaling": 1.1}, "logits_scaling=1.1"),
 ]
@@ -156,7 +207,9 @@ CHANGED_LOGITS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family, knobs, named", CHANGED_LOGITS)
 def test_a_head_whose_logits_are_changed_stays_the_models_own(family, knobs, named, dtype):
-    """A soft cap of 30 changes these logits by less than bfloat16 rounds them; it is found all the same."""
+    """A soft cap of 30 changes these logits by less than bfloat16 rounds them; it is found all the
+    same.
+    """
     way, line = choose(made(family, dtype, **knobs))
     assert not way.plain_head and named in line
     neutral = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
@@ -185,7 +238,9 @@ def test_the_choice_knows_no_data(train, data, capsys):
     for order in (1, -1):
         data.write_text("".join(data.read_text().splitlines(keepends=True)[::order]))
         train(f"order{order}", "loss=sft", "n_examples=4", "do_first_eval=false")
-        lines += [line for line in capsys.readouterr().out.splitlines() if line.startswith("batches:")]
+        lines += [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("batches:")
+        ]
     assert len(lines) == 2 and lines[0] == lines[1]
 
 
@@ -193,7 +248,9 @@ def test_a_reward_model_is_tried_by_its_scores():
     model = made("qwen3", head_dim=8)
     put_scalar_head(model, seed=0)
     way, line = choose(model)
-    assert way == Way(True, False) and line.startswith("batches: packed trees, own head; equal to each response alone to")
+    assert way == Way(True, False) and line.startswith(
+        "batches: packed trees, own head; equal to each response alone to"
+    )
     assert "nats" not in line
 
 
@@ -208,25 +265,48 @@ def test_padding_that_changes_results_is_said(attend):
 
 
 ROPES = {
-    "longrope": ("phi3", {
-        "max_position_embeddings": 256, "original_max_position_embeddings": 32, "partial_rotary_factor": 1.0,
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
-                            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}),
-    "dynamic": ("llama", {
-        "max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
-}  # fmt: skip
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 1.0,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+            },
+        },
+    ),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_rope_that_looks_at_the_whole_batch_is_refused_beyond_its_length(kind):
-    """Up to 32 tokens a pair's log-probabilities are the same beside any neighbour. Beyond, a long one would change them."""
+    """Up to 32 tokens a pair's log-probabilities are the same beside any neighbour. Beyond, a long
+    one would change them.
+    """
     family, knobs = ROPES[kind]
     model = made(family, **knobs)
-    with pytest.raises(UserError, match=f"max_length=33: .*{kind}.* more than 32 tokens.*; set max_length=32 or less"):
+    with pytest.raises(
+        UserError,
+        match=f"max_length=33: .*{kind}.* more than 32 tokens.*; set max_length=32 or less",
+    ):
         choose(model, longest=33)
     way, _ = choose(model, longest=32)
     rng = np.random.default_rng(0)
-    some = lambda *lengths: Example(rng.integers(3, 259, 4), tuple(rng.integers(3, 259, n) for n in lengths), "")
+    some = lambda *lengths: Example(
+        rng.integers(3, 259, 4), tuple(rng.integers(3, 259, n) for n in lengths), ""
+    )
     short, fitting, long = some(5, 6), some(28, 3), some(60, 3)
 
     def logps(*neighbours):
@@ -242,7 +322,9 @@ def test_rope_is_checked_before_data_are_read(train, tmp_path):
     family, knobs = ROPES["dynamic"]
     made(family, **knobs).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="max_length=96: the model's rotary embeddings"):
-        train("rope", "loss=sft", f"model.name_or_path={tmp_path}/model", "datasets=[nowhere.jsonl]")
+        train(
+            "rope", "loss=sft", f"model.name_or_path={tmp_path}/model", "datasets=[nowhere.jsonl]"
+        )
 
 
 def test_ordinary_ids_leave_special_tokens_out(tiny_model):
@@ -251,4 +333,7 @@ def test_ordinary_ids_leave_special_tokens_out(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = layout_probe.ordinary_ids(model, tokenizer)
-    assert not set(ids.tolist()) & set(tokenizer.all_special_ids) and ids.max() < model.get_input_embeddings().num_embeddings
+    assert (
+        not set(ids.tolist()) & set(tokenizer.all_special_ids)
+        and ids.max() < model.get_input_embeddings().num_embeddings
+    )

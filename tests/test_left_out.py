@@ -20,11 +20,19 @@ def write(path, *rows):
 
 
 def test_bad_rows_that_are_dropped_are_named(compose, tmp_path, tiny_model, capsys):
-    """In the table: how many, and the first. Also where a template refuses them, and where none is left."""
+    """In the table: how many, and the first. Also where a template refuses them, and where none is
+    left.
+    """
     bad = {**PAIR, "chosen": None}
     path, rule = write(tmp_path / "own.jsonl", PAIR, bad, OTHER), "data_rules.bad_row=drop"
-    config = compose("exp_name=x", f"model.name_or_path={tiny_model}", f"datasets=[{path}]", "eval_share=0", rule,
-                     f"local_dirs=[{tmp_path}/runs]")  # fmt: skip
+    config = compose(
+        "exp_name=x",
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{path}]",
+        "eval_share=0",
+        rule,
+        f"local_dirs=[{tmp_path}/runs]",
+    )
     for _ in ("made", "from the cache"):
         assert len(load_examples(config, load_tokenizer(config), pairs=True)[0]) == 2
         shown = capsys.readouterr().out
@@ -32,7 +40,12 @@ def test_bad_rows_that_are_dropped_are_named(compose, tmp_path, tiny_model, caps
         assert f"  the first bad row: {path}, line 2: field 'chosen' is null" in shown
     turns = {"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}
     config.datasets = [str(write(tmp_path / "chat.jsonl", turns))]
-    with pytest.raises(UserError, match=r"no row of .*chat.jsonl can be used; the first: .*line 1: field 'messages\[1\].role'"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"no row of .*chat.jsonl can be used; the first: .*line 1: field 'messages\[1\].role'"
+        ),
+    ):
         load_examples(config, load_tokenizer(config), pairs=False)
 
 
@@ -40,9 +53,16 @@ def test_one_split_of_a_folder_is_named(compose, tmp_path, tiny_model, capsys):
     for kind in ("prefs", "sft"):
         write(tmp_path / f"data/train_{kind}.jsonl", PAIR, OTHER)
         write(tmp_path / f"data/test_{kind}.jsonl", PAIR | {"prompt": "And a lake?", "id": 7})
-    config = compose("exp_name=x", f"model.name_or_path={tiny_model}", f"datasets=[{tmp_path}/data]",
-                     f"local_dirs=[{tmp_path}/runs]")  # fmt: skip
-    for pairs, taken in ((True, ("train_prefs", "test_prefs", "train_sft")), (False, ("train_sft", "test_sft", "train_prefs"))):
+    config = compose(
+        "exp_name=x",
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{tmp_path}/data]",
+        f"local_dirs=[{tmp_path}/runs]",
+    )
+    for pairs, taken in (
+        (True, ("train_prefs", "test_prefs", "train_sft")),
+        (False, ("train_sft", "test_sft", "train_prefs")),
+    ):
         train, evaluation = load_examples(config, load_tokenizer(config), pairs)
         assert (len(train), len(evaluation)) == (2, 1)
         shown = capsys.readouterr().out

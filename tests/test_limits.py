@@ -16,7 +16,11 @@ from plumb.rollouts.hf_engine import sample
 SMALL = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LIMITED = {  # family -> (its config, positions, what limits them)
     "gpt2": (FAMILIES["gpt2"] | {"n_positions": 48}, 48, "table"),
-    "opt": (SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 48}, 48, "table"),
+    "opt": (
+        SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 48},
+        48,
+        "table",
+    ),
     "gptj": (FAMILIES["gptj"] | {"n_positions": 48}, 48, "table"),
     "gpt_bigcode": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}, 48, "table"),
     "llama": (LLAMA | {"max_position_embeddings": 48}, 48, "rotary"),
@@ -43,7 +47,9 @@ def test_positions(family):
     known = positions_of(model)
     assert known and known[0] == n and kind in known[1]
     check_positions(model, 48, "max_length")
-    with pytest.raises(UserError, match="^max_length=49: the model has 48 positions .*; give max_length=48 or less"):
+    with pytest.raises(
+        UserError, match="^max_length=49: the model has 48 positions .*; give max_length=48 or less"
+    ):
         check_positions(model, 49, "max_length")
 
 
@@ -57,26 +63,50 @@ def test_no_limit(family):
     [
         ({"rope_type": "linear", "factor": 4.0}, 192),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}, 192),
-        ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0}, 48),  # 48 already are the stretched ones
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            48,
+        ),  # 48 already are the stretched ones
     ],
-)  # fmt: skip
+)
 def test_scaling_stretches_rotary_positions(rope, n):
-    given = LLAMA | {"max_position_embeddings": 48, "rope_parameters": rope | {"rope_theta": 10000.0}}
+    given = LLAMA | {
+        "max_position_embeddings": 48,
+        "rope_parameters": rope | {"rope_theta": 10000.0},
+    }
     known = positions_of(on_meta("llama", **given))
     assert known and known[0] == n
 
 
 def test_max_length_is_checked_before_the_data_are_read(train_here, tiny_model):
     with pytest.raises(UserError, match="max_length=513: the model has 512 positions .rotary"):
-        train_here(f"model.name_or_path={tiny_model}", "datasets=[hh]", "max_length=513", "loss=sft")
+        train_here(
+            f"model.name_or_path={tiny_model}", "datasets=[hh]", "max_length=513", "loss=sft"
+        )
 
 
 def test_an_answer_ends_with_the_positions():
     """GPT-2 would fail in the middle of a run: its table has no more rows."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **(SIZES | FAMILIES["gpt2"] | {"n_positions": 16})))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", **(SIZES | FAMILIES["gpt2"] | {"n_positions": 16}))
+    )
     prompt = np.arange(3, 15)
-    (text,) = sample(model, tiny_tokenizer(), [prompt], batch_size=1, max_length=16, max_new_tokens=9, temperature=0, seed=0)
+    (text,) = sample(
+        model,
+        tiny_tokenizer(),
+        [prompt],
+        batch_size=1,
+        max_length=16,
+        max_new_tokens=9,
+        temperature=0,
+        seed=0,
+    )
     assert isinstance(text, str)
 
 
@@ -100,7 +130,12 @@ def test_pad_without_an_embedding_is_no_hindrance(capsys):
 
 
 @pytest.mark.parametrize(
-    ("role", "where"), [("eos_token", "its EOS, which ends every"), ("bos_token", "its BOS"), (None, "stands in the data")]
+    ("role", "where"),
+    [
+        ("eos_token", "its EOS, which ends every"),
+        ("bos_token", "its BOS"),
+        (None, "stands in the data"),
+    ],
 )
 def test_a_token_without_an_embedding_is_named(role, where):
     tokenizer = with_token("<x>", role or "pad_token")
@@ -108,7 +143,9 @@ def test_a_token_without_an_embedding_is_named(role, where):
         tokenizer.pad_token = "<pad>"
     ids = np.array([5, 259])
     examples = [Example(ids[:1], (ids[:1],), "d:1"), Example(ids[:1], (ids,), "d:2")]
-    with pytest.raises(UserError, match=f"knows 259 tokens.*number 259: '<x>', .*{where}.*first in d:2; give"):
+    with pytest.raises(
+        UserError, match=f"knows 259 tokens.*number 259: '<x>', .*{where}.*first in d:2; give"
+    ):
         check_vocabulary(tiny_model("llama"), tokenizer, 259, "m", examples)
 
 
@@ -118,6 +155,17 @@ def test_a_run_with_pad_beyond(train_here, tmp_path, data, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
-    run_dir = train_here(f"model.name_or_path={folder}", f"datasets=[{data}]", "n_examples=4", "n_eval_examples=2",
-                         "loss=dpo", "loss.beta=0.1", "sample_max_new_tokens=3", "n_eval_model_samples=2")  # fmt: skip
-    assert all(np.isfinite(json.loads(line).get("loss/train", 0)) for line in (run_dir / "metrics.jsonl").open())
+    run_dir = train_here(
+        f"model.name_or_path={folder}",
+        f"datasets=[{data}]",
+        "n_examples=4",
+        "n_eval_examples=2",
+        "loss=dpo",
+        "loss.beta=0.1",
+        "sample_max_new_tokens=3",
+        "n_eval_model_samples=2",
+    )
+    assert all(
+        np.isfinite(json.loads(line).get("loss/train", 0))
+        for line in (run_dir / "metrics.jsonl").open()
+    )

@@ -1,4 +1,6 @@
-"""A sharded model holds, part by part, exactly what a model loaded in one piece holds; and no rank holds more than its part."""
+"""A sharded model holds, part by part, exactly what a model loaded in one piece holds; and no rank
+holds more than its part.
+"""
 
 import hashlib
 import shutil
@@ -19,15 +21,24 @@ from trainers import FSDPTrainer, TensorParallelTrainer
 
 
 def same(cases, trainer, options):
-    """The model as `trainer` loads it is the one that BasicTrainer loads, and so are references to it."""
+    """The model as `trainer` loads it is the one that BasicTrainer loads, and so are references to
+    it.
+    """
     for overrides in cases:
         config = compose_config("exp_name=x", *overrides, *options)
         layout = trainer.make_layout(config)
         expected, policy = load.load_policy(config), load.load_policy(config, layout=layout)
         compare(expected, policy)
-        for a, b in ((policy.generation_config, expected.generation_config), (policy.config, expected.config)):
+        for a, b in (
+            (policy.generation_config, expected.generation_config),
+            (policy.config, expected.config),
+        ):
             a, b = a.to_dict() | {"_name_or_path": ""}, b.to_dict() | {"_name_or_path": ""}
-            assert a == b, {key: (a.get(key), b.get(key)) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+            assert a == b, {
+                key: (a.get(key), b.get(key))
+                for key in a.keys() | b.keys()
+                if a.get(key) != b.get(key)
+            }
         for dtype in (None, torch.bfloat16):
             of_whole = load.load_reference(expected, dtype, config, None)
             compare(of_whole, load.load_reference(policy, dtype, config, layout))
@@ -43,11 +54,20 @@ def compare(expected, found):
     buffers = dict(found.named_buffers())
     for name, buffer in expected.named_buffers():
         assert buffers[name].dtype == buffer.dtype and torch.equal(buffers[name], buffer), name
-    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in expected.parameters()]
-    n = {name: sum(p.numel() for p in m.parameters()) for name, m in (("expected", expected), ("found", found))}
+    assert [p.requires_grad for p in found.parameters()] == [
+        p.requires_grad for p in expected.parameters()
+    ]
+    n = {
+        name: sum(p.numel() for p in m.parameters())
+        for name, m in (("expected", expected), ("found", found))
+    }
     assert n["expected"] == n["found"]  # tied weights stay tied
     if dist.get_world_size() > 1:
-        kept = sum(part.numel() for name, part, _ in sharding.parts(found) if name in dict(found.named_parameters()))
+        kept = sum(
+            part.numel()
+            for name, part, _ in sharding.parts(found)
+            if name in dict(found.named_parameters())
+        )
         assert kept < 0.75 * n["found"]
     assert weights_digest(found) == digest(expected)
 
@@ -56,7 +76,9 @@ def digest(model):
     """As one process computes it, written down once more."""
     of_all = b""
     for name, tensor in sorted(model.state_dict().items()):
-        content = f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + bytes(tensor.contiguous().view(-1).view(torch.uint8))
+        content = f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + bytes(
+            tensor.contiguous().view(-1).view(torch.uint8)
+        )
         of_all += hashlib.blake2b(content).digest()
     return hashlib.blake2b(of_all).hexdigest()[:32]
 
@@ -73,15 +95,26 @@ def sources(tmp_path_factory):
     assert len(list((folder / "many").glob("*.safetensors"))) > 2
     found["several files"] = [f"model.name_or_path={folder / 'many'}"]
     tiny_model("llama").to(torch.bfloat16).save_pretrained(folder / "bfloat16")
-    found["other precision"] = [f"model.name_or_path={folder / 'bfloat16'}", "model.policy_dtype=float64"]
-    shutil.copytree(folder / "gpt2", folder / "bare")  # as GPT-2 is on the hub: names of the body, without its prefix
-    state = {k.removeprefix("transformer."): v for k, v in load_file(folder / "bare/model.safetensors").items()}
+    found["other precision"] = [
+        f"model.name_or_path={folder / 'bfloat16'}",
+        "model.policy_dtype=float64",
+    ]
+    shutil.copytree(
+        folder / "gpt2", folder / "bare"
+    )  # as GPT-2 is on the hub: names of the body, without its prefix
+    state = {
+        k.removeprefix("transformer."): v
+        for k, v in load_file(folder / "bare/model.safetensors").items()
+    }
     save_file(state, folder / "bare/model.safetensors", {"format": "pt"})
     found["no prefix"] = [f"model.name_or_path={folder / 'bare'}"]
     policy = tiny_model("gpt_neox")
     torch.save({"step_idx": 1, "state": policy.state_dict(), "metrics": {}}, folder / "policy.pt")
     found["archive"] = [*found["gpt_neox"], f"model.archive={folder / 'policy.pt'}"]
-    torch.save({"step_idx": 1, "state": as_in_2023(policy, policy.state_dict()), "metrics": {}}, folder / "2023.pt")
+    torch.save(
+        {"step_idx": 1, "state": as_in_2023(policy, policy.state_dict()), "metrics": {}},
+        folder / "2023.pt",
+    )
     found["archive of 2023"] = [*found["gpt_neox"], f"model.archive={folder / '2023.pt'}"]
     tiny_model("llama").save_pretrained(folder / "pickled")
     state = load_file(folder / "pickled/model.safetensors")
@@ -92,17 +125,26 @@ def sources(tmp_path_factory):
         sizes = ", ".join(f"{k}: {v}" for k, v in (SIZES | FAMILIES[family]).items())
         tied = ", tie_word_embeddings: true" if family == "qwen3" else ""
         found[f"random {family}"] = [
-            "model.name_or_path=null", f"model.tokenizer_name_or_path={tokenizer}", "seed=3",
+            "model.name_or_path=null",
+            f"model.tokenizer_name_or_path={tokenizer}",
+            "seed=3",
             f"model.architecture={{model_type: {family}, {sizes}{tied}}}",
-        ]  # fmt: skip
+        ]
     return found
 
 
-@pytest.mark.parametrize("n, trainer, options", [
-    (3, FSDPTrainer, []), (4, TensorParallelTrainer, ["tp_size=2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, trainer, options",
+    [
+        (3, FSDPTrainer, []),
+        (4, TensorParallelTrainer, ["tp_size=2"]),
+    ],
+)
 def test_the_same_weights_part_by_part(n, trainer, options, sources):
     cases = list(sources.values())
     if trainer is TensorParallelTrainer:
-        cases = [sources[name] for name in ("llama", "gpt_neox", "qwen3", "archive of 2023", "random llama")]
+        cases = [
+            sources[name]
+            for name in ("llama", "gpt_neox", "qwen3", "archive of 2023", "random llama")
+        ]
     run_in_group(n, same, cases, trainer, options)

@@ -23,7 +23,9 @@ IPO = DPO | {"name": "ipo"}
 
 
 def test_dpo_by_hand():
-    """h = (-10 - -20) - (-30 - -20) = 20; beta h = 2; loss = log(1 + e^-2); rewards 0.1 * 10 and 0.1 * -10."""
+    """h = (-10 - -20) - (-30 - -20) = 20; beta h = 2; loss = log(1 + e^-2); rewards 0.1 * 10 and
+    0.1 * -10.
+    """
     out = build_loss(DPO).compute(pairs([-10], [-30]), pairs([-20], [-20]))
     assert out.losses.item() == pytest.approx(math.log1p(math.exp(-2)))
     assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == pytest.approx((1.0, -1.0))
@@ -31,14 +33,25 @@ def test_dpo_by_hand():
 
 def test_conservative_dpo_by_hand():
     """(1 - e) log(1 + e^-2) + e log(1 + e^2), e = 0.25."""
-    out = build_loss(DPO | {"label_smoothing": 0.25}).compute(pairs([-10], [-30]), pairs([-20], [-20]))
-    assert out.losses.item() == pytest.approx(0.75 * math.log1p(math.exp(-2)) + 0.25 * math.log1p(math.exp(2)))
+    out = build_loss(DPO | {"label_smoothing": 0.25}).compute(
+        pairs([-10], [-30]), pairs([-20], [-20])
+    )
+    assert out.losses.item() == pytest.approx(
+        0.75 * math.log1p(math.exp(-2)) + 0.25 * math.log1p(math.exp(2))
+    )
 
 
 def test_nll_keeps_the_chosen_likely():
-    """log(1 + e^-2) as above, + 0.5 * 10 nats over 4 tokens; its gradient pulls the chosen log-probability up by 0.5 / 4."""
-    chosen, rejected = Logps(torch.tensor([-10.0], requires_grad=True), torch.tensor([4])), logps(-30)
-    losses = build_loss(DPO | {"nll": 0.5}).compute(Pairs(chosen, rejected), pairs([-20], [-20])).losses
+    """log(1 + e^-2) as above, + 0.5 * 10 nats over 4 tokens; its gradient pulls the chosen
+    log-probability up by 0.5 / 4.
+    """
+    chosen, rejected = (
+        Logps(torch.tensor([-10.0], requires_grad=True), torch.tensor([4])),
+        logps(-30),
+    )
+    losses = (
+        build_loss(DPO | {"nll": 0.5}).compute(Pairs(chosen, rejected), pairs([-20], [-20])).losses
+    )
     assert losses.item() == pytest.approx(math.log1p(math.exp(-2)) + 0.5 * 10 / 4)
     losses.backward()
     assert chosen.sum.grad.item() == pytest.approx(-0.1 / (1 + math.exp(2)) - 0.5 / 4)
@@ -47,14 +60,20 @@ def test_nll_keeps_the_chosen_likely():
 
 
 def test_ipo_by_hand():
-    """h = 20, 1 / (2 beta) = 5: (20 - 5)^2 = 225; smoothed by 0.25: 0.75 * 225 + 0.25 * (20 + 5)^2 = 325."""
+    """h = 20, 1 / (2 beta) = 5: (20 - 5)^2 = 225; smoothed by 0.25: 0.75 * 225 + 0.25 * (20 + 5)^2
+    = 325.
+    """
     policy, reference = pairs([-10], [-30]), pairs([-20], [-20])
     assert build_loss(IPO).compute(policy, reference).losses.item() == pytest.approx(225)
-    assert build_loss(IPO | {"label_smoothing": 0.25}).compute(policy, reference).losses.item() == pytest.approx(325)
+    assert build_loss(IPO | {"label_smoothing": 0.25}).compute(
+        policy, reference
+    ).losses.item() == pytest.approx(325)
 
 
 def test_dpo_gradient_is_the_papers():
-    """d loss / d log pi(y_w) = -beta sigmoid(r_l - r_w), and minus that for y_l (below Eq. 7 of arXiv:2305.18290)."""
+    """d loss / d log pi(y_w) = -beta sigmoid(r_l - r_w), and minus that for y_l (below Eq. 7 of
+    arXiv:2305.18290).
+    """
     policy, reference = pairs([-10.0, -3], [-12.0, -1]), pairs([-11.0, -3.5], [-11.0, -4])
     policy.chosen.sum.requires_grad_(), policy.rejected.sum.requires_grad_()
     out = build_loss(DPO).compute(policy, reference)
@@ -64,7 +83,10 @@ def test_dpo_gradient_is_the_papers():
     torch.testing.assert_close(policy.rejected.sum.grad, 0.1 * weight)
 
 
-@pytest.mark.parametrize("knobs, expected", [(DPO, math.log(2)), (DPO | {"label_smoothing": 0.3}, math.log(2)), (IPO, 25.0)])
+@pytest.mark.parametrize(
+    "knobs, expected",
+    [(DPO, math.log(2)), (DPO | {"label_smoothing": 0.3}, math.log(2)), (IPO, 25.0)],
+)
 def test_policy_equal_to_reference(knobs, expected):
     """h = 0: DPO gives log 2 whatever the smoothing, IPO 1 / (2 beta)^2; all rewards 0."""
     same = pairs([-7, -90], [-3, -2])
@@ -78,7 +100,9 @@ def test_reference_free_needs_no_reference():
     assert not bound.needs_reference and build_loss(DPO).needs_reference
     constant = pairs([-5, -5], [-5, -5])
     policy = pairs([-10, -4], [-8, -9])
-    torch.testing.assert_close(bound.compute(policy, None).losses, build_loss(DPO).compute(policy, constant).losses)
+    torch.testing.assert_close(
+        bound.compute(policy, None).losses, build_loss(DPO).compute(policy, constant).losses
+    )
 
 
 def test_sft_is_the_summed_negative_log_probability():
@@ -116,27 +140,38 @@ def test_every_loss_says_where_it_comes_from():
 
 @needs_golden
 def test_preference_losses_equal_the_2023_code():
-    """32 rows x 7 variants x 3 betas x 2 precisions: losses and gradients of the mean; rewards except reference_free's.
+    """32 rows x 7 variants x 3 betas x 2 precisions: losses and gradients of the mean; rewards
+    except reference_free's.
 
-    reference_free rewards differ on purpose: 2023 reported them against a reference that the loss did not use.
+    reference_free rewards differ on purpose: 2023 reported them against a reference that the loss
+    did not use.
     """
     golden = load("preference_loss.json.gz")
     for case in golden["cases"]:
         dtype = getattr(torch, case["dtype"])
-        inputs = {k: torch.tensor(v, dtype=dtype) for k, v in golden["inputs"][case["dtype"]].items()}
+        inputs = {
+            k: torch.tensor(v, dtype=dtype) for k, v in golden["inputs"][case["dtype"]].items()
+        }
         free = case["kwargs"].get("reference_free", False)
         smoothing = case["kwargs"].get("label_smoothing", 0.0)
         knobs = DPO | {"beta": case["beta"], "label_smoothing": smoothing, "reference_free": free}
         bound = build_loss(knobs | ({"name": "ipo"} if case["kwargs"].get("ipo") else {}))
-        policy = [inputs[f"policy_{side}_logps"].clone().requires_grad_() for side in ("chosen", "rejected")]
+        policy = [
+            inputs[f"policy_{side}_logps"].clone().requires_grad_()
+            for side in ("chosen", "rejected")
+        ]
         n = torch.ones(len(policy[0]))
-        reference = Pairs(*(Logps(inputs[f"reference_{side}_logps"], n) for side in ("chosen", "rejected")))
+        reference = Pairs(
+            *(Logps(inputs[f"reference_{side}_logps"], n) for side in ("chosen", "rejected"))
+        )
         out = bound.compute(Pairs(*(Logps(p, n) for p in policy)), None if free else reference)
         out.losses.mean().backward()
         rtol = 1e-5 if dtype == torch.float32 else 1e-12
 
         def same(ours, theirs, rtol=rtol, dtype=dtype):
-            torch.testing.assert_close(ours, torch.tensor(theirs, dtype=dtype), rtol=rtol, atol=rtol)
+            torch.testing.assert_close(
+                ours, torch.tensor(theirs, dtype=dtype), rtol=rtol, atol=rtol
+            )
 
         same(out.losses.detach(), case["losses"])
         same(policy[0].grad, case["grad_policy_chosen_of_mean"])
@@ -148,7 +183,9 @@ def test_preference_losses_equal_the_2023_code():
 
 @needs_golden
 def test_losses_equal_the_peers_where_they_agree():
-    """The same pairs through the 2023 code, TRL and torchtune: plain DPO by all of them, cDPO by the 2023 code and torchtune."""
+    """The same pairs through the 2023 code, TRL and torchtune: plain DPO by all of them, cDPO by
+    the 2023 code and torchtune.
+    """
     golden = load("losses.json.gz")
     checked = 0
     for case in golden["cases"]:
@@ -160,11 +197,18 @@ def test_losses_equal_the_peers_where_they_agree():
         inputs = golden["inputs"][case["dtype"]]
         n = torch.ones(golden["pairs"])
         policy, reference = (
-            Pairs(*(Logps(torch.tensor(inputs[f"{m}_{s}_logps"], dtype=dtype), n) for s in ("chosen", "rejected")))
+            Pairs(
+                *(
+                    Logps(torch.tensor(inputs[f"{m}_{s}_logps"], dtype=dtype), n)
+                    for s in ("chosen", "rejected")
+                )
+            )
             for m in ("policy", "reference")
         )
         knobs = DPO | hyper | {"name": "ipo" if name == "ipo" else "dpo"}
         out = build_loss(knobs).compute(policy, reference)
-        torch.testing.assert_close(out.losses, torch.tensor(case["losses"], dtype=dtype), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            out.losses, torch.tensor(case["losses"], dtype=dtype), rtol=1e-5, atol=1e-6
+        )
         checked += 1
     assert checked >= 6

@@ -1,7 +1,9 @@
-"""About 200 malformed files: each ends in one line with file, row and field, exit code 2, and nothing written.
+"""About 200 malformed files: each ends in one line with file, row and field, exit code 2, and
+nothing written.
 
-The rest of the 200, knobs, model folders and policy.pt, stands in test_bad_input.py, test_security.py and test_unsafe_files.py.
-The cases run through `load_examples`, which is what train.py calls before it loads a model.
+The rest of the 200, knobs, model folders and policy.pt, stands in test_bad_input.py,
+test_security.py and test_unsafe_files.py. The cases run through `load_examples`, which is what
+train.py calls before it loads a model.
 """
 
 import time
@@ -18,7 +20,12 @@ from plumb.models.load import load_tokenizer
 @pytest.fixture(scope="module")
 def prepared(compose, tiny_model):
     config = compose(
-        "exp_name=x", f"model.name_or_path={tiny_model}", "loss=dpo", "loss.beta=0.1", "eval_share=0", "n_eval_examples=0"
+        "exp_name=x",
+        f"model.name_or_path={tiny_model}",
+        "loss=dpo",
+        "loss.beta=0.1",
+        "eval_share=0",
+        "n_eval_examples=0",
     )
     return config, load_tokenizer(config)
 
@@ -44,7 +51,9 @@ def test_malformed(read, tmp_path, case):
         load()
     line = said(error.value)
     assert error.value.exit_code == 2 and line.isprintable() and len(line) <= 1000
-    where = str(path) + (f", line {case.line}" if case.line and path.suffix not in (".json", ".parquet") else "")
+    where = str(path) + (
+        f", line {case.line}" if case.line and path.suffix not in (".json", ".parquet") else ""
+    )
     assert line.startswith(where), line
     for part in case.says:
         assert part in line, line

@@ -1,4 +1,6 @@
-"""Scores of a pair's responses: read where a row has them, kept with its tokens, and carried to the batch as their difference."""
+"""Scores of a pair's responses: read where a row has them, kept with its tokens, and carried to the
+batch as their difference.
+"""
 
 import gzip
 import json
@@ -16,7 +18,13 @@ from plumb.data.tokenization import TextRules
 from plumb.errors import UserError
 from plumb.runs import directory
 
-RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
+RULES = TextRules(
+    max_length=64,
+    max_prompt_length=32,
+    response_truncation="fixed",
+    add_bos=True,
+    eos_in_text="strip",
+)
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 CHAT = [{"role": "user", "content": "Name a sea."}]
 DIALOGUES = {x: f"\n\nHuman: Name a sea.\n\nAssistant: {x}" for x in ("chosen", "rejected")}
@@ -34,7 +42,9 @@ def rows_of(path, **options):
 
 def view_of(path, folder, pairs=True):
     data = get_dataset(str(path), "train", eval_share=0)
-    place, _ = find_or_make(Recipe(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder)
+    place, _ = find_or_make(
+        Recipe(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder
+    )
     return examples.view(TokenStore(place), pairs, RULES, "keep_start", None)
 
 
@@ -48,7 +58,16 @@ ROWS = {
     "other metadata": (PAIR | {"metadata": "score_chosen"}, None),
     "transcripts": (DIALOGUES | {"score_chosen": 2, "score_rejected": 1}, [2, 1]),
     "messages": (PAIR | {"prompt": CHAT, "score_chosen": 2, "score_rejected": 1}, [2, 1]),
-    "instruction": ({"instruction": "a", "chosen": "b", "rejected": "c", "score_chosen": 2, "score_rejected": 1}, [2, 1]),
+    "instruction": (
+        {
+            "instruction": "a",
+            "chosen": "b",
+            "rejected": "c",
+            "score_chosen": 2,
+            "score_rejected": 1,
+        },
+        [2, 1],
+    ),
     "responses": ({"prompt": "a", "responses": ["b", "c", "d"], "scores": [2, 1, 4]}, [2, 1, 4]),
 }
 
@@ -69,26 +88,43 @@ def test_scores_of_a_csv_and_under_other_names(tmp_path):
 
 @pytest.mark.parametrize("bad", ["much", math.nan, 10**400, True, [1]])
 def test_a_score_that_is_none_is_named(tmp_path, bad):
-    with pytest.raises(UserError, match=r"line 2: field 'score_chosen, score_rejected\[1\]' is .*, not a finite number; mend"):
+    with pytest.raises(
+        UserError,
+        match=r"line 2: field 'score_chosen, score_rejected\[1\]' is .*, not a finite number; mend",
+    ):
         rows_of(write(tmp_path, PAIR, PAIR | {"score_chosen": 1, "score_rejected": bad}))
 
 
 def test_the_real_ultrafeedback(shared):
     for name in ("processed/train_clean", "noisy/label_flip_30"):
         path = shared(f"data/ultrafeedback/{name}.jsonl.gz")
-        raw = [json.loads(line)["metadata"] for line in gzip.decompress(path.read_bytes()).splitlines()]
+        raw = [
+            json.loads(line)["metadata"] for line in gzip.decompress(path.read_bytes()).splitlines()
+        ]
         scores = [row.scores for row in rows_of(path)]
         assert scores == [[row["score_chosen"], row["score_rejected"]] for row in raw]
-        gaps = [row["noise"] for row in raw if row.get("noise", {}).get("selected")]  # the labels flipped on purpose
-        assert sum(chosen < rejected for chosen, rejected in scores) == sum(noise["original_score_gap"] > 0 for noise in gaps)
+        gaps = [
+            row["noise"] for row in raw if row.get("noise", {}).get("selected")
+        ]  # the labels flipped on purpose
+        assert sum(chosen < rejected for chosen, rejected in scores) == sum(
+            noise["original_score_gap"] > 0 for noise in gaps
+        )
 
 
 def test_margins_reach_the_batch(tmp_path):
     """Pair by pair, through the store, a view of several stores in another order, and packing."""
-    scored = write(tmp_path, {"prompt": "a", "responses": ["b", "c", "d"], "scores": [2, 1, 4.25]},
-                   {"prompt": "e", "responses": ["f", "f"], "scores": [1, 0]})  # fmt: skip
+    scored = write(
+        tmp_path,
+        {"prompt": "a", "responses": ["b", "c", "d"], "scores": [2, 1, 4.25]},
+        {"prompt": "e", "responses": ["f", "f"], "scores": [1, 0]},
+    )
     some = view_of(scored, tmp_path / "a")
-    assert [e.margin for e in some] == some.margins().tolist() == [1.0, 2.25, 3.25, 1.0] and some.margins().dtype == np.float32
+    assert [e.margin for e in some] == some.margins().tolist() == [
+        1.0,
+        2.25,
+        3.25,
+        1.0,
+    ] and some.margins().dtype == np.float32
     unscored = view_of(write(tmp_path, PAIR), tmp_path / "b")
     both = examples.concatenate([unscored, some]).select(np.array([3, 0, 1]))
     np.testing.assert_array_equal(both.margins(), [3.25, np.nan, 1.0])
@@ -96,12 +132,18 @@ def test_margins_reach_the_batch(tmp_path):
     np.testing.assert_array_equal(batch.margins, [3.25, np.nan, 1.0])
     assert pack([unscored[0]], pad_token_id=0, longest=64).margins is None
     targets = view_of(scored, tmp_path / "c", pairs=False)
-    assert np.isnan(targets.margins()).all() and pack([targets[0]], pad_token_id=0, longest=64).margins is None
+    assert (
+        np.isnan(targets.margins()).all()
+        and pack([targets[0]], pad_token_id=0, longest=64).margins is None
+    )
 
 
 def test_resume_sees_that_scores_changed(tmp_path):
     digests = []
     for i, score in enumerate([1, 2, None, 1]):
-        some = view_of(write(tmp_path, PAIR | {"score_chosen": 3, "score_rejected": score}, PAIR), tmp_path / str(i))
+        some = view_of(
+            write(tmp_path, PAIR | {"score_chosen": 3, "score_rejected": score}, PAIR),
+            tmp_path / str(i),
+        )
         digests.append(directory.digest_of(some))
     assert len(set(digests)) == 3 and digests[0] == digests[3]

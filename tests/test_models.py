@@ -33,18 +33,32 @@ def choose_way(model):
     """As a run would, for sequences of up to 48 tokens."""
     exact = [layout_probe.Precision(nullcontext, torch.float32)]
     return layout_probe.choose_way(
-        model, device=torch.device("cpu"), longest=48, vocabulary=np.arange(3, 259), row_tokens=lambda way: 300,
-        precisions=exact, gradients=True,
-    )  # fmt: skip
+        model,
+        device=torch.device("cpu"),
+        longest=48,
+        vocabulary=np.arange(3, 259),
+        row_tokens=lambda way: 300,
+        precisions=exact,
+        gradients=True,
+    )
 
 
 def plain_logps(model, batch):
-    """The straightforward computation, one unpadded response at a time, logits at every position: the oracle."""
+    """The straightforward computation, one unpadded response at a time, logits at every position:
+    the oracle.
+    """
     sums = []
     for prompt, n_prompt, start, length in batch.spans.tolist():
-        ids = torch.cat([batch.input_ids[0, prompt : prompt + n_prompt], batch.input_ids[0, start : start + length]])
+        ids = torch.cat(
+            [
+                batch.input_ids[0, prompt : prompt + n_prompt],
+                batch.input_ids[0, start : start + length],
+            ]
+        )
         logps = model(ids[None]).logits[0].float().log_softmax(-1)
-        sums.append(sum(logps[t - 1, ids[t]] for t in range(max(n_prompt, 1), len(ids))) + 0 * logps.sum())
+        sums.append(
+            sum(logps[t - 1, ids[t]] for t in range(max(n_prompt, 1), len(ids))) + 0 * logps.sum()
+        )
     return torch.stack(sums)
 
 
@@ -52,11 +66,15 @@ def with_gradients(model, compute):
     model.zero_grad()
     sums = compute()
     (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
-    return sums.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return sums.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_equal(ours, theirs):
-    """log-probabilities to 1e-4, gradients to 1e-5 of the largest parameter's (of 1, where all cancel)."""
+    """log-probabilities to 1e-4, gradients to 1e-5 of the largest parameter's (of 1, where all
+    cancel).
+    """
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=0)
     scale = max(1, *(g.norm() for g in theirs[1].values()))
     for name, gradient in theirs[1].items():
@@ -65,7 +83,9 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_equals_the_plain_computation(family):
-    """Log-probabilities and gradients; in trees too, of one, two and five responses, with and without padding at the end."""
+    """Log-probabilities and gradients; in trees too, of one, two and five responses, with and
+    without padding at the end.
+    """
     model = tiny_model(family).eval()
     forward_path.allow_trees(model)
     way, said = choose_way(model)
@@ -76,24 +96,40 @@ def test_every_way_equals_the_plain_computation(family):
         for candidate in {way, Way(way.packed, False), Way(False, way.plain_head), ORACLE}:
             logps = models.response_logps(model, b, candidate)
             assert logps.tokens.tolist() == [length for *_, length in b.spans.tolist()]
-            assert_equal(with_gradients(model, lambda b=b, c=candidate: models.response_logps(model, b, c).sum), plain)
+            assert_equal(
+                with_gradients(
+                    model, lambda b=b, c=candidate: models.response_logps(model, b, c).sum
+                ),
+                plain,
+            )
 
 
 tokens = lambda low, high: st.lists(st.integers(3, 258), min_size=low, max_size=high)
 trees = st.integers(1, 5).flatmap(
-    lambda k: st.lists(st.tuples(tokens(1, 12), st.lists(tokens(0, 12), min_size=k, max_size=k)), min_size=1, max_size=4)
+    lambda k: st.lists(
+        st.tuples(tokens(1, 12), st.lists(tokens(0, 12), min_size=k, max_size=k)),
+        min_size=1,
+        max_size=4,
+    )
 )
 
 
 @settings(max_examples=40, deadline=None)
 @given(rows=trees, family=st.sampled_from(TREES), n_padding=st.sampled_from([0, 1, 60]))
 def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
-    """Empty responses, prompts of one token, one to five responses, rows exactly full (no padding) and not."""
+    """Empty responses, prompts of one token, one to five responses, rows exactly full (no padding)
+    and not.
+    """
     model = tiny_model(family).eval()
     forward_path.allow_trees(model)
     array = lambda x: np.array(x, np.int32)
     examples = [Example(array(p), tuple(map(array, r)), "") for p, r in rows]
-    b = pack(examples, pad_token_id=0, longest=32, row_length=lengths_of(examples).tokens().sum() + n_padding)
+    b = pack(
+        examples,
+        pad_token_id=0,
+        longest=32,
+        row_length=lengths_of(examples).tokens().sum() + n_padding,
+    )
     ours = with_gradients(model, lambda: models.response_logps(model, b, Way(True, True)).sum)
     if b.n_scored:
         assert_equal(ours, with_gradients(model, lambda: plain_logps(model, b)))
@@ -105,13 +141,20 @@ def test_sampling_and_plain_calls_are_as_without_trees():
     forward_path.allow_trees(ours)
     ids, mask = torch.arange(3, 43).reshape(2, 20), torch.ones(2, 20, dtype=torch.int64)
     mask[0, :7] = 0
-    assert torch.equal(plain(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits)
-    texts = [m.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (plain, ours)]
+    assert torch.equal(
+        plain(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
+    )
+    texts = [
+        m.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for m in (plain, ours)
+    ]
     assert torch.equal(*texts)
 
 
 def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
-    """The GPU's call, with a plain stand-in for its kernel (there is no GPU here): bottom-right causal over cu_seqlens."""
+    """The GPU's call, with a plain stand-in for its kernel (there is no GPU here): bottom-right
+    causal over cu_seqlens.
+    """
     from plumb.models import tree_attention
 
     def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
@@ -124,7 +167,9 @@ def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
             back, ahead = (w if w >= 0 else torch.inf for w in window_size)  # -1: without a limit
             seen = (behind <= back) & (behind >= -ahead)
             scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-            out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
+            out[a:b] = torch.einsum(
+                "hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values
+            )
         return out
 
     b = batch(row_length=300)
@@ -132,12 +177,16 @@ def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
     loops = [tree_attention._loop(q, k, v, b.segments, 0.3, window) for window in (None, 8)]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     for window, expected in zip((None, 8), loops, strict=True):
-        torch.testing.assert_close(tree_attention._varlen(q, k, v, b.segments, 0.3, window), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            tree_attention._varlen(q, k, v, b.segments, 0.3, window), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 @needs_golden
 def test_token_log_probabilities_equal_the_2023_code():
-    """_get_batch_logps at three logit scales: sums, averages, and the gradient of the sum; a fully masked row sums to 0."""
+    """_get_batch_logps at three logit scales: sums, averages, and the gradient of the sum; a fully
+    masked row sums to 0.
+    """
     golden = np.load(GOLDEN / "get_batch_logps.npz")
     for i in range(3):
         logits = torch.from_numpy(golden[f"{i}_logits"]).requires_grad_()
@@ -155,13 +204,18 @@ def test_token_log_probabilities_equal_the_2023_code():
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
-    """Values and gradients of hidden states, weight and bias, with and without keeping the softmax. Logits of +-100 too."""
+    """Values and gradients of hidden states, weight and bias, with and without keeping the softmax.
+    Logits of +-100 too.
+    """
     torch.manual_seed(0)
     n, d, v = 20, 8, 50
     if rows:
         monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * v * rows)
     monkeypatch.setattr(chunked_head, "KEPT_BYTES", 1 << 30 if keep else 0)
-    leaves = [x.to(dtype).requires_grad_() for x in (10 * torch.randn(n, d), torch.randn(v, d), torch.randn(v))]
+    leaves = [
+        x.to(dtype).requires_grad_()
+        for x in (10 * torch.randn(n, d), torch.randn(v, d), torch.randn(v))
+    ]
     targets, upstream = torch.randint(0, v, (n,)), torch.randn(n)
 
     def run(f):
@@ -179,7 +233,9 @@ def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_head_under_autocast(keep, monkeypatch):
-    """Float32 weights with a bias, computed in bfloat16: the gradients come back in float32, and near those of float32."""
+    """Float32 weights with a bias, computed in bfloat16: the gradients come back in float32, and
+    near those of float32.
+    """
     monkeypatch.setattr(chunked_head, "KEPT_BYTES", 1 << 30 if keep else 0)
     torch.manual_seed(0)
     leaves = [x.requires_grad_() for x in (torch.randn(20, 8), torch.randn(50, 8), torch.randn(50))]
@@ -202,7 +258,10 @@ def test_the_head_runs_on_scored_positions_only():
         models.response_logps(model, b, way)
         assert seen[-1] == (1, b.n_scored, 1 if way.plain_head else 259)
     handle.remove()
-    assert model(b.input_ids).logits.shape == (*b.input_ids.shape, 259)  # and whole again afterwards
+    assert model(b.input_ids).logits.shape == (
+        *b.input_ids.shape,
+        259,
+    )  # and whole again afterwards
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
@@ -226,19 +285,31 @@ def test_reference_is_the_policy_before_training():
         policy.lm_head.weight.add_(1)
     assert not torch.equal(policy(ids).logits, reference(ids).logits)
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
-    assert next(load.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype == torch.bfloat16
+    assert (
+        next(load.load_reference(policy, torch.bfloat16, None, None).parameters()).dtype
+        == torch.bfloat16
+    )
 
 
-@pytest.mark.parametrize("family, block", [("llama", "LlamaDecoderLayer"), ("gpt_neox", "GPTNeoXLayer"), ("gpt2", "GPT2Block")])
+@pytest.mark.parametrize(
+    "family, block",
+    [("llama", "LlamaDecoderLayer"), ("gpt_neox", "GPTNeoXLayer"), ("gpt2", "GPT2Block")],
+)
 def test_the_block_is_found_from_the_model(family, block):
     model = tiny_model(family)
-    assert blocks.block_class(model, None).__name__ == blocks.block_class(model, block).__name__ == block
+    assert (
+        blocks.block_class(model, None).__name__
+        == blocks.block_class(model, block).__name__
+        == block
+    )
     with pytest.raises(UserError, match=f"model.block_name=Nope: .* it has: .*{block}"):
         blocks.block_class(model, "Nope")
 
 
 def test_a_gguf_file_is_a_model(tmp_path, compose):
-    """A small Llama written as GGUF in float32, with its tokenizer, comes back with the same weights."""
+    """A small Llama written as GGUF in float32, with its tokenizer, comes back with the same
+    weights.
+    """
     from gguf_writer import write_gguf
 
     source = tiny_model().eval()
@@ -246,5 +317,7 @@ def test_a_gguf_file_is_a_model(tmp_path, compose):
     for name in (tmp_path / "tiny.gguf", tmp_path):  # the file, or a folder with just that
         policy = load.load_policy(compose(f"model.name_or_path={name}"))
         ids = torch.arange(3, 40)[None]
-        torch.testing.assert_close(policy.eval()(ids).logits, source(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            policy.eval()(ids).logits, source(ids).logits, atol=1e-4, rtol=1e-4
+        )
         policy.save_pretrained(tmp_path / "plain")  # no trace of quantisation is left

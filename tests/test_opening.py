@@ -15,7 +15,9 @@ def run_of(tmp_path, base, state, name="run"):
     """What a run leaves: config.yaml and step-8/policy.pt."""
     step = tmp_path / name / "step-8"
     step.mkdir(parents=True)
-    (step.parent / "config.yaml").write_text(f"exp_name: x\nseed: 3\nloss: {{name: sft}}\nmodel: {{name_or_path: {base}}}\n")
+    (step.parent / "config.yaml").write_text(
+        f"exp_name: x\nseed: 3\nloss: {{name: sft}}\nmodel: {{name_or_path: {base}}}\n"
+    )
     torch.save({"step_idx": 8, "state": state, "metrics": {}}, step / "policy.pt")
     return step.parent
 
@@ -26,8 +28,12 @@ def test_a_policy_by_each_of_its_names(tmp_path):
     run_dir = run_of(tmp_path, base, state)
     for name in (run_dir, run_dir / "step-8", run_dir / "step-8/policy.pt", tmp_path / "r*n"):
         opened = open_model(find_model(str(name)), "cpu")
-        assert opened.found.run_dir == run_dir and opened.found.config.add_bos is False  # its config, like 2023's, does not say
-        assert not opened.found.scalar and opened.model.state_dict()["lm_head.weight"].equal(state["lm_head.weight"])
+        assert (
+            opened.found.run_dir == run_dir and opened.found.config.add_bos is False
+        )  # its config, like 2023's, does not say
+        assert not opened.found.scalar and opened.model.state_dict()["lm_head.weight"].equal(
+            state["lm_head.weight"]
+        )
     assert open_model(find_model(str(base)), "cpu").found.archive is None
     loose = tmp_path / "loose.pt"
     loose.write_bytes((run_dir / "step-8/policy.pt").read_bytes())
@@ -46,19 +52,29 @@ def test_a_policy_by_each_of_its_names(tmp_path):
 
 def test_a_relative_path_of_a_run_starts_at_the_repository(tmp_path, monkeypatch):
     """Where train.py is started; the model may be looked at from anywhere."""
-    run_dir = run_of(tmp_path, save_tiny_llama(tmp_path / "base"), {"lm_head.weight": torch.zeros(2, 2)})
+    run_dir = run_of(
+        tmp_path, save_tiny_llama(tmp_path / "base"), {"lm_head.weight": torch.zeros(2, 2)}
+    )
     text = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(text.replace("model: {", "model: {tokenizer_name_or_path: demo/tokenizer, "))
+    (run_dir / "config.yaml").write_text(
+        text.replace("model: {", "model: {tokenizer_name_or_path: demo/tokenizer, ")
+    )
     monkeypatch.chdir(tmp_path)
-    assert find_model(str(run_dir)).config.model.tokenizer_name_or_path == str(ROOT / "demo/tokenizer")
+    assert find_model(str(run_dir)).config.model.tokenizer_name_or_path == str(
+        ROOT / "demo/tokenizer"
+    )
 
 
 def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
-    """A new head on a causal LM and on its policy.pt; the head that a reward model's policy.pt or a classifier's folder has."""
+    """A new head on a causal LM and on its policy.pt; the head that a reward model's policy.pt or a
+    classifier's folder has.
+    """
     base = save_tiny_llama(tmp_path / "base")
     body = AutoModelForCausalLM.from_pretrained(base).model.state_dict()
     new = load.load_policy(compose(f"model.name_or_path={base}"), scalar=True)
-    assert scalar_head.scores(new) and new.get_output_embeddings().weight.equal(scalar_head.initial_weight(32, seed=0))
+    assert scalar_head.scores(new) and new.get_output_embeddings().weight.equal(
+        scalar_head.initial_weight(32, seed=0)
+    )
     assert all(new.model.state_dict()[k].equal(v) for k, v in body.items())
 
     reward_run = run_of(tmp_path, base, {k: v * 2 for k, v in new.state_dict().items()}, "reward")
@@ -68,18 +84,24 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     assert all(opened.state_dict()[k].equal(v * 2) for k, v in new.state_dict().items())
     with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
         load.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"))
-    going_on = load.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"), scalar=True)
+    going_on = load.load_policy(
+        compose(f"model.name_or_path={base}", f"model.archive={reward_run}"), scalar=True
+    )
     assert going_on.get_output_embeddings().weight.equal(opened.get_output_embeddings().weight)
 
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     classifier.save_pretrained(tmp_path / "classifier")
     (tmp_path / "classifier/tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
-    (tmp_path / "classifier/tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
+    (tmp_path / "classifier/tokenizer_config.json").write_bytes(
+        (base / "tokenizer_config.json").read_bytes()
+    )
     with pytest.raises(UserError, match="hold no lm_head.weight .* no whole LlamaForCausalLM"):
         load.load_policy(compose(f"model.name_or_path={tmp_path}/classifier"))
     opened = open_model(find_model(str(tmp_path / "classifier")), "cpu").model
     assert opened.get_output_embeddings().weight.equal(classifier.score.weight)
-    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(tmp_path / "two")
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(
+        tmp_path / "two"
+    )
     with pytest.raises(UserError, match="without exactly one score"):
         load.load_policy(compose(f"model.name_or_path={tmp_path}/two"), scalar=True)
 
@@ -88,7 +110,10 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
 def test_a_scalar_head_scores_in_float32(family):
     model = tiny_model(family).bfloat16().eval()
     name = scalar_head.put_scalar_head(model, seed=1)
-    assert model.state_dict()[name].shape == (1, 32) and model.state_dict()[name].dtype == torch.float32
+    assert (
+        model.state_dict()[name].shape == (1, 32)
+        and model.state_dict()[name].dtype == torch.float32
+    )
     ids = torch.arange(3, 9)[None]
     out = model(ids).logits
     assert out.shape == (1, 6, 1) and out.dtype == torch.float32

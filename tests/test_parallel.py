@@ -10,7 +10,15 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from plumb.distributed import collectives, sharding
 
-SHAPES = [(8, 8), (7, 8), (5, 6), (1, 4), (3, 4), (9, 12), (12, 5)]  # even, uneven, and with nothing left for some ranks
+SHAPES = [
+    (8, 8),
+    (7, 8),
+    (5, 6),
+    (1, 4),
+    (3, 4),
+    (9, 12),
+    (12, 5),
+]  # even, uneven, and with nothing left for some ranks
 
 
 def tile(sizes):
@@ -31,16 +39,25 @@ def tile(sizes):
 
 
 def check(module, expected):
-    parts = [part for part in collectives.from_all(sharding.local_part(module.weight)) if part is not None]
+    parts = [
+        part
+        for part in collectives.from_all(sharding.local_part(module.weight))
+        if part is not None
+    ]
     times, put_together = torch.zeros_like(expected), torch.full_like(expected, torch.nan)
     for start, values in parts:
         where = tuple(slice(a, a + n) for a, n in zip(start, values.shape, strict=True))
         times[where] += 1
         put_together[where] = values
-    assert (times == 1).all() and torch.equal(put_together, expected), (module.weight.placements, times)
+    assert (times == 1).all() and torch.equal(put_together, expected), (
+        module.weight.placements,
+        times,
+    )
     assert torch.equal(sharding.whole(module.weight), expected)
     ((name, full),) = sharding.gathered(module.state_dict(keep_vars=True).items())
-    assert name == "weight" and (torch.equal(full, expected) if dist.get_rank() == 0 else full is None)
+    assert name == "weight" and (
+        torch.equal(full, expected) if dist.get_rank() == 0 else full is None
+    )
     plain = collectives.from_all(sharding.local_part(expected))
     assert plain[0][0] == (0, 0) and torch.equal(plain[0][1], expected) and not any(plain[1:])
 
@@ -50,12 +67,23 @@ def tile_all(meshes):
         tile(sizes)
 
 
-@pytest.mark.parametrize("n, meshes", [
-    (2, [{"shard": 2}, {"tp": 2}]),
-    (3, [{"shard": 3}, {"tp": 3}]),
-    (4, [{"shard": 4}, {"replicate": 2, "shard": 2}, {"shard": 2, "tp": 2}, {"shard": 1, "tp": 4}]),
-    (6, [{"shard": 3, "tp": 2}, {"shard": 2, "tp": 3}]),
-    (8, [{"replicate": 2, "shard": 2, "tp": 2}]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, meshes",
+    [
+        (2, [{"shard": 2}, {"tp": 2}]),
+        (3, [{"shard": 3}, {"tp": 3}]),
+        (
+            4,
+            [
+                {"shard": 4},
+                {"replicate": 2, "shard": 2},
+                {"shard": 2, "tp": 2},
+                {"shard": 1, "tp": 4},
+            ],
+        ),
+        (6, [{"shard": 3, "tp": 2}, {"shard": 2, "tp": 3}]),
+        (8, [{"replicate": 2, "shard": 2, "tp": 2}]),
+    ],
+)
 def test_the_parts_of_all_ranks_tile_the_whole(n, meshes):
     run_in_group(n, tile_all, meshes)

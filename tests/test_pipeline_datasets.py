@@ -1,4 +1,6 @@
-"""Every set of the pipeline, from a row in its real schema to the very text that the pipeline trains on."""
+"""Every set of the pipeline, from a row in its real schema to the very text that the pipeline
+trains on.
+"""
 
 import json
 import re
@@ -17,75 +19,140 @@ from plumb.settings import validation
 ROWS = json.loads((Path(__file__).parent / "fixtures/pipeline.json").read_text(encoding="utf-8"))
 TREE = "\n\nHuman: Name a tree.\n\nAssistant:"
 HH = (TREE, TREE + " The oak.", TREE + " A what?")
-POST = "\n\nHuman: Please summarize the following text:\nSUBREDDIT: r/trees\n\nPOST: I planted an oak.\n\nAssistant:"
-# of each row that is loaded: the prompt, prompt + chosen, and prompt + rejected, which SFT sets don't have
+POST = (
+    "\n\nHuman: Please summarize the following text:\nSUBREDDIT: r/trees\n\nPOST: I planted an"
+    " oak.\n\nAssistant:"
+)
+# of each row that is loaded: the prompt, prompt + chosen, and prompt + rejected, which SFT sets
+# don't have
 TEXTS = {
     "rm_static": [HH],
     "full_hh_rlhf": [HH],
     "helpful_jsonl": [HH],
     "harmless_jsonl": [HH],
     "synthetic_instruct": [
-        (" Human: Name a tree with {braces}. Assistant:", " Human: Name a tree with {braces}. Assistant: The oak.",
-         " Human: Name a tree with {braces}. Assistant: A what?"),
+        (
+            " Human: Name a tree with {braces}. Assistant:",
+            " Human: Name a tree with {braces}. Assistant: The oak.",
+            " Human: Name a tree with {braces}. Assistant: A what?",
+        ),
     ],
     "rlhf_reward_datasets": [
-        ("\n\nHuman: Name a tree. Assistant:", "\n\nHuman: Name a tree. Assistant: The oak.",
-         "\n\nHuman: Name a tree. Assistant: A what?"),
-        ("\n\nHuman: And a river?Assistant: Hm.\n\nHuman: Well?\n\nAssistant:",
-         "\n\nHuman: And a river?Assistant: Hm.\n\nHuman: Well?\n\nAssistant: The Rhine.",
-         "\n\nHuman: And a river?Assistant: Hm.\n\nHuman: Well?\n\nAssistant: No."),
+        (
+            "\n\nHuman: Name a tree. Assistant:",
+            "\n\nHuman: Name a tree. Assistant: The oak.",
+            "\n\nHuman: Name a tree. Assistant: A what?",
+        ),
+        (
+            "\n\nHuman: And a river?Assistant: Hm.\n\nHuman: Well?\n\nAssistant:",
+            "\n\nHuman: And a river?Assistant: Hm.\n\nHuman: Well?\n\nAssistant: The Rhine.",
+            "\n\nHuman: And a river?Assistant: Hm.\n\nHuman: Well?\n\nAssistant: No.",
+        ),
     ],
     "webgpt": [
-        (" Human: Why does it rain? Assistant:", " Human: Why does it rain? Assistant: Drops grow heavy.",
-         " Human: Why does it rain? Assistant: Clouds cool and let go."),
-        (" Human: Why is the sea salty? Assistant:", " Human: Why is the sea salty? Assistant: Rivers bring salt.", None),
+        (
+            " Human: Why does it rain? Assistant:",
+            " Human: Why does it rain? Assistant: Drops grow heavy.",
+            " Human: Why does it rain? Assistant: Clouds cool and let go.",
+        ),
+        (
+            " Human: Why is the sea salty? Assistant:",
+            " Human: Why is the sea salty? Assistant: Rivers bring salt.",
+            None,
+        ),
     ],
     "shp_all": [
-        (" Human: When to plant garlic? Assistant:", " Human: When to plant garlic? Assistant: In autumn.",
-         " Human: When to plant garlic? Assistant: In spring."),
-        (" Human: How deep? Assistant:", " Human: How deep? Assistant: Two inches.", " Human: How deep? Assistant: Very."),
+        (
+            " Human: When to plant garlic? Assistant:",
+            " Human: When to plant garlic? Assistant: In autumn.",
+            " Human: When to plant garlic? Assistant: In spring.",
+        ),
+        (
+            " Human: How deep? Assistant:",
+            " Human: How deep? Assistant: Two inches.",
+            " Human: How deep? Assistant: Very.",
+        ),
     ],
     "sharegpt_vicuna": [
-        ("Human: Name a tree. Assistant: The oak. Human: And another? Assistant:",
-         "Human: Name a tree. Assistant: The oak. Human: And another? Assistant: The elm.", None),
+        (
+            "Human: Name a tree. Assistant: The oak. Human: And another? Assistant:",
+            "Human: Name a tree. Assistant: The oak. Human: And another? Assistant: The elm.",
+            None,
+        ),
     ],
     "zhihu_kol": [(" Human: 树有哪些? Assistant:", " Human: 树有哪些? Assistant: 橡树。", None)],
     "hc3_chinese": [(" Human: 树有哪些? Assistant:", " Human: 树有哪些? Assistant: 橡树。", None)],
     "mkqa_zh": [(" Human: 树有哪些 Assistant:", " Human: 树有哪些 Assistant: 橡树", None)],
     "mkqa_ja": [(" Human: 木の名前は Assistant:", " Human: 木の名前は Assistant: 樫", None)],
     "miracl_zh": [
-        (" Human: 树有哪些? Assistant:", " Human: 树有哪些? Assistant: 橡树是一种树。", " Human: 树有哪些? Assistant: 河在流。"),
+        (
+            " Human: 树有哪些? Assistant:",
+            " Human: 树有哪些? Assistant: 橡树是一种树。",
+            " Human: 树有哪些? Assistant: 河在流。",
+        ),
         (" Human: 河呢? Assistant:", " Human: 河呢? Assistant: 莱茵河。", None),
     ],
     "miracl_ja": [
-        (" Human: 木の名前は? Assistant:", " Human: 木の名前は? Assistant: 樫は木です。",
-         " Human: 木の名前は? Assistant: 川が流れる。"),
+        (
+            " Human: 木の名前は? Assistant:",
+            " Human: 木の名前は? Assistant: 樫は木です。",
+            " Human: 木の名前は? Assistant: 川が流れる。",
+        ),
         (" Human: 川は? Assistant:", " Human: 川は? Assistant: ライン川。", None),
     ],
-    "jaquad_qg": [(" Human: 木の名前は? Assistant:", " Human: 木の名前は? Assistant: 樫は木です。", None)],
-    "jaquad_qag": [(" Human: 木の名前は? Assistant:", " Human: 木の名前は? Assistant: 樫は木です。川が流れる。", None)],
+    "jaquad_qg": [
+        (" Human: 木の名前は? Assistant:", " Human: 木の名前は? Assistant: 樫は木です。", None)
+    ],
+    "jaquad_qag": [
+        (
+            " Human: 木の名前は? Assistant:",
+            " Human: 木の名前は? Assistant: 樫は木です。川が流れる。",
+            None,
+        )
+    ],
     "alpaca_gpt4": [
-        ("\n\nHuman: Name a tree.\n\n\nAssistant:", "\n\nHuman: Name a tree.\n\n\nAssistant:The oak.", None),
-        ("\n\nHuman: Shorten it.\nA very long line.\n\nAssistant:",
-         "\n\nHuman: Shorten it.\nA very long line.\n\nAssistant:A line.", None),
+        (
+            "\n\nHuman: Name a tree.\n\n\nAssistant:",
+            "\n\nHuman: Name a tree.\n\n\nAssistant:The oak.",
+            None,
+        ),
+        (
+            "\n\nHuman: Shorten it.\nA very long line.\n\nAssistant:",
+            "\n\nHuman: Shorten it.\nA very long line.\n\nAssistant:A line.",
+            None,
+        ),
     ],
     "tldr": [(POST, POST + " Planted an oak.", POST + " Trees.")],
     "tldr_sft": [(POST, POST + " Planted an oak.", None)],
     "sharegpt_zh": [
-        ("<!!USR!!>树有哪些?\n<!!AST!!>", "<!!USR!!>树有哪些?\n<!!AST!!>橡树。", "<!!USR!!>树有哪些?\n<!!AST!!>不知道。"),
+        (
+            "<!!USR!!>树有哪些?\n<!!AST!!>",
+            "<!!USR!!>树有哪些?\n<!!AST!!>橡树。",
+            "<!!USR!!>树有哪些?\n<!!AST!!>不知道。",
+        ),
     ],
     "single_turn_rlhf": [
-        tuple("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-              f"### Instruction:\nName a tree.\n\n### Response:\n{response}" for response in ("", "The oak.", "A what?")),
+        tuple(
+            "Below is an instruction that describes a task. Write a response that appropriately"
+            " completes the request.\n\n### Instruction:\nName a tree.\n\n###"
+            f" Response:\n{response}"
+            for response in ("", "The oak.", "A what?")
+        ),
     ],
     "moss_harmless": [
-        tuple(f"### 用户(User):\n树有哪些?\n ### 助手(Assistant):\n{response}" for response in ("", "橡树。", "不知道。")),
+        tuple(
+            f"### 用户(User):\n树有哪些?\n ### 助手(Assistant):\n{response}"
+            for response in ("", "橡树。", "不知道。")
+        ),
     ],
     "local_json": [
-        (" Human: I have a question. Assistant:", " Human: I have a question. Assistant: Good answer.",
-         " Human: I have a question. Assistant: Bad answer."),
+        (
+            " Human: I have a question. Assistant:",
+            " Human: I have a question. Assistant: Good answer.",
+            " Human: I have a question. Assistant: Bad answer.",
+        ),
     ],
-}  # fmt: skip
+}
 SKIPPED = {
     "rlhf_reward_datasets": {"prompts of the pair differ": 1, "no 'Assistant:' in a response": 1},
     "webgpt": {"equal scores": 1},
@@ -96,12 +163,18 @@ SKIPPED = {
     "miracl_zh": {"no rejected response": 1},
     "miracl_ja": {"no rejected response": 1},
 }
-SCORES = {"webgpt": [[-0.5, 0.5], [0.0, 0.0]], "shp_all": [[30, 20], [4, 0]], "harmless_jsonl": [[2.5, 1.0]]}
+SCORES = {
+    "webgpt": [[-0.5, 0.5], [0.0, 0.0]],
+    "shp_all": [[30, 20], [4, 0]],
+    "harmless_jsonl": [[2.5, 1.0]],
+}
 OURS = [name for name, loader in LOADERS.items() if loader.load.__module__ == "pipeline_datasets"]
 
 
 def draw(name, path, split="train", **options):
-    data = registry.get_dataset(name, split, **{"path": path and str(path), "eval_share": 0.5} | options)
+    data = registry.get_dataset(
+        name, split, **{"path": path and str(path), "eval_share": 0.5} | options
+    )
     rows = list(data.rows)
     return replace(data, rows=rows)
 
@@ -178,7 +251,9 @@ def test_what_is_asked_of_the_hub(monkeypatch, name):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     if name not in HUB:
-        with pytest.raises(UserError, match=rf"^{name}: it isn't on the hub; set dataset_paths\.{name}=/path/to"):
+        with pytest.raises(
+            UserError, match=rf"^{name}: it isn't on the hub; set dataset_paths\.{name}=/path/to"
+        ):
             draw(name, None)
         return
     draw(name, None)
@@ -189,21 +264,40 @@ def test_what_is_asked_of_the_hub(monkeypatch, name):
 
 def test_real_files(shared):
     (row,) = draw("shp_all", shared("data/shp/shp_card_example.jsonl"), eval_share=0).rows
-    assert row.prompt.startswith(" Human: ") and row.prompt.endswith(" Assistant:") and row.scores[0] > row.scores[1]
+    assert (
+        row.prompt.startswith(" Human: ")
+        and row.prompt.endswith(" Assistant:")
+        and row.scores[0] > row.scores[1]
+    )
     folder = shared("data/ultrafeedback/processed")
     loaded = draw("local_json", folder / "train_clean.jsonl.gz", eval_share=0)
-    assert len(loaded.rows) == 1000 and all(row.scores for row in loaded.rows) and not loaded.skipped
+    assert (
+        len(loaded.rows) == 1000 and all(row.scores for row in loaded.rows) and not loaded.skipped
+    )
     assert all(text.startswith(" ") for row in loaded.rows for text in (row.prompt, *row.responses))
     assert len(draw("helpful_jsonl", folder, "test").rows) == 200  # eval_clean
 
 
 def test_local_json_reads_the_pipeline_s_files(tmp_path):
-    """data/train.json and data/eval.json, each one JSON list; single_turn_rlhf has the list under "data"."""
-    for name, wrap in (("local_json", lambda rows: rows), ("single_turn_rlhf", lambda rows: {"data": rows})):
-        for split, own in (("train", "train"), ("test", "eval" if name == "local_json" else "test")):
+    """data/train.json and data/eval.json, each one JSON list; single_turn_rlhf has the list under
+    "data".
+    """
+    for name, wrap in (
+        ("local_json", lambda rows: rows),
+        ("single_turn_rlhf", lambda rows: {"data": rows}),
+    ):
+        for split, own in (
+            ("train", "train"),
+            ("test", "eval" if name == "local_json" else "test"),
+        ):
             (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / f"{own}.json").write_text(json.dumps(wrap([ROWS[name][0] | {"chosen": split}])))
-        assert [draw(name, tmp_path / name, split).rows[0].sft_target.strip() for split in ("train", "test")] == ["train", "test"]
+            (tmp_path / name / f"{own}.json").write_text(
+                json.dumps(wrap([ROWS[name][0] | {"chosen": split}]))
+            )
+        assert [
+            draw(name, tmp_path / name, split).rows[0].sft_target.strip()
+            for split in ("train", "test")
+        ] == ["train", "test"]
 
 
 def test_tldr_s_folders(tmp_path):
@@ -213,18 +307,33 @@ def test_tldr_s_folders(tmp_path):
     (tmp_path / "preference_data/total.jsonl").write_text(json.dumps(ROWS["tldr"][0]) + "\n")
     assert len(draw("tldr_sft", tmp_path).rows) == 1
     assert len(draw("tldr", tmp_path / "preference_data/total.jsonl").rows) == 1
-    with pytest.raises(UserError, match=r"no train\* or test\* file \(found: total.jsonl\); give the file itself"):
+    with pytest.raises(
+        UserError, match=r"no train\* or test\* file \(found: total.jsonl\); give the file itself"
+    ):
         draw("tldr", tmp_path)
 
 
-@pytest.mark.parametrize("name, field, value, message", [
-    ("rm_static", "chosen", 7, "field 'chosen' is a number (7), not a string"),
-    ("miracl_zh", "positive_passages", "x", "field 'positive_passages.0.text' isn't there: '0' is looked for in a string ('x')"),
-    ("mkqa_zh", "queries", {"ja": "x"}, "field 'queries.zh_cn' isn't there: 'zh_cn' is looked for in an object"),
-    ("webgpt", "score_0", None, "field 'score_0, score_1[0]' is null, not a finite number"),
-    ("shp_all", "labels", 2, "field 'labels' is a number (2), not 1 (A preferred) or 0"),
-    ("rlhf_reward_datasets", "chosen", None, "field 'chosen' is null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, field, value, message",
+    [
+        ("rm_static", "chosen", 7, "field 'chosen' is a number (7), not a string"),
+        (
+            "miracl_zh",
+            "positive_passages",
+            "x",
+            "field 'positive_passages.0.text' isn't there: '0' is looked for in a string ('x')",
+        ),
+        (
+            "mkqa_zh",
+            "queries",
+            {"ja": "x"},
+            "field 'queries.zh_cn' isn't there: 'zh_cn' is looked for in an object",
+        ),
+        ("webgpt", "score_0", None, "field 'score_0, score_1[0]' is null, not a finite number"),
+        ("shp_all", "labels", 2, "field 'labels' is a number (2), not 1 (A preferred) or 0"),
+        ("rlhf_reward_datasets", "chosen", None, "field 'chosen' is null"),
+    ],
+)
 def test_a_bad_row_is_named(tmp_path, name, field, value, message):
     folder = copy(tmp_path, name, [ROWS[name][0], ROWS[name][0] | {field: value}])
     with pytest.raises(UserError) as caught:
@@ -236,8 +345,15 @@ def test_a_bad_row_is_named(tmp_path, name, field, value, message):
 
 
 def test_a_name_of_the_hub_stands_for_its_set(tmp_path, monkeypatch):
-    assert resolve("Dahoas/rm-static") == "rm_static" and resolve("mine/own") == "mine/own" and resolve("hh") == "hh"
-    for name, said in (("stanfordnlp/SHP", "shp and shp_all read it"), ("Anthropic/hh-rlhf", "harmless and helpful and hh")):
+    assert (
+        resolve("Dahoas/rm-static") == "rm_static"
+        and resolve("mine/own") == "mine/own"
+        and resolve("hh") == "hh"
+    )
+    for name, said in (
+        ("stanfordnlp/SHP", "shp and shp_all read it"),
+        ("Anthropic/hh-rlhf", "harmless and helpful and hh"),
+    ):
         with pytest.raises(UserError, match=said):
             resolve(name)
     loaded = draw("Dahoas/rm-static", copy(tmp_path, "rm_static", ROWS["rm_static"]))
@@ -249,25 +365,52 @@ def test_a_name_of_the_hub_stands_for_its_set(tmp_path, monkeypatch):
 
 def test_an_sft_set_is_refused_for_pairs_before_anything_is_read(compose):
     for name in ("zhihu_kol", "wangrui6/Zhihu-KOL"):
-        config = compose("exp_name=x", "model=pythia28", "loss=dpo", "loss.beta=0.1", f"datasets=[rm_static,{name}]")
-        with pytest.raises(UserError, match=r"zhihu_kol has SFT targets only, and this loss \(dpo\) needs pairs; train"):
+        config = compose(
+            "exp_name=x",
+            "model=pythia28",
+            "loss=dpo",
+            "loss.beta=0.1",
+            f"datasets=[rm_static,{name}]",
+        )
+        with pytest.raises(
+            UserError,
+            match=r"zhihu_kol has SFT targets only, and this loss \(dpo\) needs pairs; train",
+        ):
             validation.validate(config)
         validation.validate(compose("exp_name=x", "model=pythia28", f"datasets=[rm_static,{name}]"))
 
 
 def test_pairs_and_sft_sets_blend(train_here, tmp_path, tiny_model, capsys):
-    """rm_static by its name on the hub, alpaca_gpt4 and an own file, cut by stage; a small run of SFT."""
+    """rm_static by its name on the hub, alpaca_gpt4 and an own file, cut by stage; a small run of
+    SFT.
+    """
     for name in ("rm_static", "alpaca_gpt4"):
         (tmp_path / name).mkdir()
-        rows = [row | {f: f"{i} {row[f]}" for f in ("prompt", "instruction") if f in row} for i in range(4) for row in ROWS[name]]
+        rows = [
+            row | {f: f"{i} {row[f]}" for f in ("prompt", "instruction") if f in row}
+            for i in range(4)
+            for row in ROWS[name]
+        ]
         copy(tmp_path / name, name, rows)
     own = tmp_path / "own.jsonl"
-    own.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f" {i}"}) + "\n" for i in range(8)))
+    own.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "completion": f" {i}"}) + "\n" for i in range(8))
+    )
     train_here(
-        f"model.name_or_path={tiny_model}", f"datasets=[Dahoas/rm-static,alpaca_gpt4,{own}]", "loss=sft", "eval_share=0.25",
-        f"dataset_paths.rm_static={tmp_path}/rm_static", f"dataset_paths.alpaca_gpt4={tmp_path}/alpaca_gpt4", "warmup_steps=0",
-        "data_split=5,0,5", "stage=sft", "batch_size=4", "sample_during_eval=false", "optimizer=SGD", "device=cpu",
-    )  # fmt: skip
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[Dahoas/rm-static,alpaca_gpt4,{own}]",
+        "loss=sft",
+        "eval_share=0.25",
+        f"dataset_paths.rm_static={tmp_path}/rm_static",
+        f"dataset_paths.alpaca_gpt4={tmp_path}/alpaca_gpt4",
+        "warmup_steps=0",
+        "data_split=5,0,5",
+        "stage=sft",
+        "batch_size=4",
+        "sample_during_eval=false",
+        "optimizer=SGD",
+        "device=cpu",
+    )
     out = capsys.readouterr().out
     assert "sft: 9 examples in 3 steps" in out  # half of 4 + 8 + 6 prompts
     assert "data_split=5,0,5 stage=sft" in out and "first example (rm_static:" in out
@@ -276,13 +419,19 @@ def test_pairs_and_sft_sets_blend(train_here, tmp_path, tiny_model, capsys):
 def test_the_documented_set_of_ones_own(tmp_path, monkeypatch):
     """docs/data.md's example of a template in a plugin; its tokens depend on the plugin's file."""
     monkeypatch.setattr(registry, "LOADERS", dict(LOADERS))
-    (code,) = re.findall(r"^```python\n(from pipeline_datasets.*?)^```", (ROOT / "docs/data.md").read_text("utf-8"), re.M | re.S)
+    (code,) = re.findall(
+        r"^```python\n(from pipeline_datasets.*?)^```",
+        (ROOT / "docs/data.md").read_text("utf-8"),
+        re.M | re.S,
+    )
     plugin = tmp_path / "quiz_in_the_docs.py"
     plugin.write_text(code)
     validation.import_plugins([plugin])
     folder = tmp_path / "quiz"
     folder.mkdir()
-    (row,) = draw("quiz", copy(folder, "quiz", [{"question": "1 + 1?", "answers": ["2", "3"]}])).rows
+    (row,) = draw(
+        "quiz", copy(folder, "quiz", [{"question": "1 + 1?", "answers": ["2", "3"]}])
+    ).rows
     assert row[:4] == ("Q: 1 + 1?\nA:", [" 2", " 3"], [(0, 1)], " 2")
     assert registry.made_of("quiz", "train", None, str(folder))[1] == [plugin]
 
@@ -291,4 +440,6 @@ def test_the_table_says_what_it_reads():
     """Templates only name fields; a literal brace would be lost on whoever reads it."""
     for entry in TABLE.values():
         for template in filter(None, entry[1:]):
-            assert "{" not in deepspeed_chat.PLACE.sub("", template) and deepspeed_chat.PLACE.search(template)
+            assert "{" not in deepspeed_chat.PLACE.sub(
+                "", template
+            ) and deepspeed_chat.PLACE.search(template)

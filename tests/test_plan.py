@@ -1,4 +1,6 @@
-"""plan=true: exact numbers where they can be worked out by hand, and the same counts as real models."""
+"""plan=true: exact numbers where they can be worked out by hand, and the same counts as real
+models.
+"""
 
 import json
 import re
@@ -22,11 +24,15 @@ from plumb.training.budget import Layout, Precision, Weights
 
 SFT = {"name": "sft", "average_over": "examples"}
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
-ARCHITECTURE = "model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 2, vocab_size: 32000"
+ARCHITECTURE = (
+    "model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 2,"
+    " vocab_size: 32000"
+)
 RANDOM = [
-    f"model.architecture={{{ARCHITECTURE}, num_attention_heads: 32}}", "model.name_or_path=null",
+    f"model.architecture={{{ARCHITECTURE}, num_attention_heads: 32}}",
+    "model.name_or_path=null",
     "model.tokenizer_name_or_path=demo/tokenizer",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -34,7 +40,14 @@ def planned(compose, tmp_path):
     """`planned(*overrides)` -> (config, loss) of a plan for a wide model of two layers."""
 
     def run(*overrides):
-        config = compose("exp_name=x", f"local_dirs=[{tmp_path}]", "wandb.enabled=false", "plan=true", *RANDOM, *overrides)
+        config = compose(
+            "exp_name=x",
+            f"local_dirs=[{tmp_path}]",
+            "wandb.enabled=false",
+            "plan=true",
+            *RANDOM,
+            *overrides,
+        )
         return config, validate(config)
 
     return run
@@ -46,36 +59,75 @@ TWO = Weights([torch.Size([10, 4]), torch.Size([4])], [[torch.Size([4, 4]), torc
 
 
 def test_memory_by_hand():
-    """104 numbers: 40 + 4 of the root, 3 blocks of 16 + 4. float32, Adam, a live reference in 16 bits."""
+    """104 numbers: 40 + 4 of the root, 3 blocks of 16 + 4. float32, Adam, a live reference in 16
+    bits.
+    """
     assert TWO.n == 104
     got = budget.memory(
-        TWO, Layout(), Precision(4, 4, 2, 8.0), sharded=False, live=True, activations=1000, head=100, foreach=True
+        TWO,
+        Layout(),
+        Precision(4, 4, 2, 8.0),
+        sharded=False,
+        live=True,
+        activations=1000,
+        head=100,
+        foreach=True,
     )
     assert got.kinds == {
-        "weights": (416, 416, 416), "gradients": (416, 416, 416), "optimizer state": (832, 832, 832),
-        "reference": (208, 208, 208), "activations": (1000, 0, 0), "head and loss": (100, 0, 0),
+        "weights": (416, 416, 416),
+        "gradients": (416, 416, 416),
+        "optimizer state": (832, 832, 832),
+        "reference": (208, 208, 208),
+        "activations": (1000, 0, 0),
+        "head and loss": (100, 0, 0),
         "optimizer's temporaries": (0, 0, 416),
-    }  # fmt: skip
+    }
     assert got.moments == (2972, 1872, 2288) and got.peak == 2972
 
 
 def test_memory_of_shards_by_hand():
-    """Over 4 ranks, computing in 16 bits: 10 rows are cut into 3 each, so a rank keeps 3 * 4 + 1 + 3 * (4 + 1) = 28 numbers."""
+    """Over 4 ranks, computing in 16 bits: 10 rows are cut into 3 each, so a rank keeps 3 * 4 + 1 +
+    3 * (4 + 1) = 28 numbers.
+    """
     layout = Layout(n_gpus=4)
     assert TWO.on_one(layout) == 28
-    got = budget.memory(TWO, layout, Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=False)
-    assert got.kinds == {
-        "weights": (112, 112, 112), "gradients": (112, 112, 112), "optimizer state": (112, 112, 112),
-        "gathered weights": ((44 + 40) * 2, 44 * 2, 0), "gradients on their way": (20 * 6, 44 * 6, 0),
-    }  # fmt: skip
-    offloaded = budget.memory(
-        TWO, Layout(4, 2, offload=True), Precision(4, 2, 4, 4.0), sharded=True, live=False, activations=0, head=0, foreach=True
+    got = budget.memory(
+        TWO,
+        layout,
+        Precision(4, 2, 4, 4.0),
+        sharded=True,
+        live=False,
+        activations=0,
+        head=0,
+        foreach=False,
     )
-    assert offloaded.kinds.keys() == {"gathered weights", "gradients on their way"} and offloaded.host == 2 * 28 * 12
+    assert got.kinds == {
+        "weights": (112, 112, 112),
+        "gradients": (112, 112, 112),
+        "optimizer state": (112, 112, 112),
+        "gathered weights": ((44 + 40) * 2, 44 * 2, 0),
+        "gradients on their way": (20 * 6, 44 * 6, 0),
+    }
+    offloaded = budget.memory(
+        TWO,
+        Layout(4, 2, offload=True),
+        Precision(4, 2, 4, 4.0),
+        sharded=True,
+        live=False,
+        activations=0,
+        head=0,
+        foreach=True,
+    )
+    assert (
+        offloaded.kinds.keys() == {"gathered weights", "gradients on their way"}
+        and offloaded.host == 2 * 28 * 12
+    )
 
 
 def test_tensor_parallel_splits_the_matrices_of_blocks():
-    """2-D on 4 GPUs: the root 22 on each of 2 ranks, a block's matrix a quarter, its bias a half."""
+    """2-D on 4 GPUs: the root 22 on each of 2 ranks, a block's matrix a quarter, its bias a
+    half.
+    """
     layout = Layout(n_gpus=4, tp_size=2)
     assert (layout.ranks, layout.shards) == (2, 2)
     assert TWO.on_one(layout) == 20 + 2 + 3 * (4 + 2)
@@ -83,19 +135,30 @@ def test_tensor_parallel_splits_the_matrices_of_blocks():
 
 
 def test_traffic_by_hand():
-    """Two copies over 2 ranks each: half of 104 numbers is gathered twice per microbatch, and scattered after each or once; then
-    shards of 52 are summed, once."""
-    got = budget.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True)
+    """Two copies over 2 ranks each: half of 104 numbers is gathered twice per microbatch, and
+    scattered after each or once; then shards of 52 are summed, once.
+    """
+    got = budget.traffic(
+        TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True
+    )
     assert got == 3 * 52 * (2 + 2 + 4) + 2 * (1 / 2) * 52 * 4
-    once = budget.traffic(TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False)
+    once = budget.traffic(
+        TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False
+    )
     assert got - once == 2 * 52 * 4
 
 
 @pytest.mark.parametrize(
     ("optimizer", "arguments", "expected"),
-    [("AdamW", "null", (8, False)), ("AdamW", "{amsgrad: true}", (12, False)), ("RMSprop", "null", (4, True)),
-     ("SGD", "null", (0, False)), ("SGD", "{momentum: 0.9}", (4, False)), ("AdamW", "{foreach: true}", (8, True))],
-)  # fmt: skip
+    [
+        ("AdamW", "null", (8, False)),
+        ("AdamW", "{amsgrad: true}", (12, False)),
+        ("RMSprop", "null", (4, True)),
+        ("SGD", "null", (0, False)),
+        ("SGD", "{momentum: 0.9}", (4, False)),
+        ("AdamW", "{foreach: true}", (8, True)),
+    ],
+)
 def test_optimizer_state(planned, optimizer, arguments, expected):
     config, _ = planned(f"optimizer={optimizer}", f"optimizer_args={arguments}")
     assert plan.optimizer_state(config, torch.float32) == expected
@@ -106,17 +169,26 @@ def test_optimizer_state(planned, optimizer, arguments, expected):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_of_a_family(family, compose):
-    """The blank model's shapes are the real one's, and its activations can be counted, unless its attention says otherwise."""
+    """The blank model's shapes are the real one's, and its activations can be counted, unless its
+    attention says otherwise.
+    """
     spec = {"model_type": family} | SIZES | FAMILIES[family]
     config = compose("exp_name=x", "model.name_or_path=null", *RANDOM)
     config.model.architecture = spec
     got, real = plan.read_model(config, build_loss(SFT)), tiny_model(family)
-    scorer, n_head = plan.read_model(config, build_loss(REWARD)), real.get_output_embeddings().weight.numel()
+    scorer, n_head = (
+        plan.read_model(config, build_loss(REWARD)),
+        real.get_output_embeddings().weight.numel(),
+    )
     tied = real.config.get_text_config().tie_word_embeddings
     bias = real.get_output_embeddings().bias is not None and SIZES["vocab_size"]
-    assert scorer.n_out == 1 and scorer.weights.n == got.weights.n + 32 - (0 if tied else n_head + bias)
+    assert scorer.n_out == 1 and scorer.weights.n == got.weights.n + 32 - (
+        0 if tied else n_head + bias
+    )
     assert got.weights.n == sum(p.numel() for p in real.parameters())
-    assert len(got.weights.blocks) == sum(isinstance(m, block_class(real, None)) for m in real.modules())
+    assert len(got.weights.blocks) == sum(
+        isinstance(m, block_class(real, None)) for m in real.modules()
+    )
     assert got.cost == budget.cost_of(real)
     assert got.packed == (family not in ("gptj", "gemma2"))
     part = plan.Part((1, 64), 80, 40) if got.packed else plan.Part((4, 16), None, 40)
@@ -127,7 +199,9 @@ def test_parameters_of_a_family(family, compose):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_fake_tensors_hold_what_real_ones_do(family, autocast):
-    """The same pass with data, counted in the same way; and autograd's own count of what it saves is below, but not far."""
+    """The same pass with data, counted in the same way; and autograd's own count of what it saves
+    is below, but not far.
+    """
     config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
     no_dropout(config)
     got = activations.count(config, (1, 64), 80, torch.float32, autocast, False)
@@ -150,9 +224,14 @@ def test_fake_tensors_hold_what_real_ones_do(family, autocast):
             saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with activations._Counter(known, 32) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with (
+        activations._Counter(known, 32) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            hidden = body(input_ids=row, position_ids=row, attention_mask=mask, n_keys=80, use_cache=False)[0]
+            hidden = body(
+                input_ids=row, position_ids=row, attention_mask=mask, n_keys=80, use_cache=False
+            )[0]
         hidden.backward(torch.ones_like(hidden))
     assert sum(counter.most) == sum(got)
     assert 0.7 * sum(got) < sum(saved.values()) <= sum(got)
@@ -166,7 +245,10 @@ PAIRS = ["loss=dpo", "loss.beta=0.1", "n_examples=1000", "batch_size=32"]
 def test_a_plan_of_assumed_lengths(planned):
     text = plan.show(*planned(*PAIRS, "max_length=400", "max_prompt_length=200"))
     assert "dpo of LlamaForCausalLM, 666.9 M parameters, live reference" in text
-    assert "assumed: prompt and response of 100 tokens each, a quarter of max_length (hh not on this machine)" in text
+    assert (
+        "assumed: prompt and response of 100 tokens each, a quarter of max_length (hh not on this"
+        " machine)" in text
+    )
     assert "1,000 examples in 32 steps, 0.3 M tokens" in text
     assert re.search(r"^weights +2\.7 +2\.7 +2\.7$", text, re.M), text
     assert text.splitlines()[-1].startswith("fits: ")
@@ -184,12 +266,15 @@ def test_a_plan_of_real_lengths(planned, data, tmp_path):
 def test_the_operations_of_a_forward_pass():
     """2 N T + 2 V d H + 4 q L A with N = 100, V d = 10, q L = 1, of two pairs.
 
-    The first: prompt 4, responses 2 and 3. T = 9, H = 5; A = 4 * 4 / 2 + (4 * 2 + 2 * 2 / 2) + (4 * 3 + 3 * 3 / 2) = 34.5.
-    The second, with prompts 1 and 2 of its own and responses of 1: T = 5, H = 2; A = 1/2 + (1 + 1/2) + 4/2 + (2 + 1/2) = 6.5.
+    The first: prompt 4, responses 2 and 3. T = 9, H = 5; A = 4 * 4 / 2 + (4 * 2 + 2 * 2 / 2) + (4 *
+    3 + 3 * 3 / 2) = 34.5. The second, with prompts 1 and 2 of its own and responses of 1: T = 5, H
+    = 2; A = 1/2 + (1 + 1/2) + 4/2 + (2 + 1/2) = 6.5.
     """
     ids = lambda n: np.zeros(n, np.int32)
     pairs = [Example(ids(4), (ids(2), ids(3)), ""), Example((ids(1), ids(2)), (ids(1), ids(1)), "")]
-    assert budget.Cost(100, 10, 1).forward(lengths_of(pairs)) == 200 * (9 + 5) + 20 * (5 + 2) + 4 * (34.5 + 6.5)
+    assert budget.Cost(100, 10, 1).forward(lengths_of(pairs)) == 200 * (9 + 5) + 20 * (
+        5 + 2
+    ) + 4 * (34.5 + 6.5)
 
 
 def test_alternatives_fit(planned):
@@ -200,7 +285,10 @@ def test_alternatives_fit(planned):
     fixes = re.findall(r"^  (\S.*?)  +([\d.]+) GB \(-[\d.]+\)$", text, re.M)
     assert fixes, text
     for change, needs in fixes:
-        assert plan.show(*planned(*limited, *change.split())).splitlines()[-1] == f"fits: {needs} of 12 GB", change
+        assert (
+            plan.show(*planned(*limited, *change.split())).splitlines()[-1]
+            == f"fits: {needs} of 12 GB"
+        ), change
 
 
 def test_a_fitting_size_is_the_edge(planned):
@@ -212,8 +300,12 @@ def test_a_fitting_size_is_the_edge(planned):
 
 def test_sharding_and_precision_make_it_smaller(planned):
     def peak(*more):
-        config, loss = planned(*PAIRS, "optimizer=AdamW", "tokens_per_microbatch=1024", "reference=live", *more)
-        return plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss)).memory.peak
+        config, loss = planned(
+            *PAIRS, "optimizer=AdamW", "tokens_per_microbatch=1024", "reference=live", *more
+        )
+        return plan.make_plan(
+            config, loss, plan.read_model(config, loss), plan.read_data(config, loss)
+        ).memory.peak
 
     one, eight = peak(), peak("trainer=FSDPTrainer", "plan_gpus=8")
     assert one > eight > peak("trainer=FSDPTrainer", "plan_gpus=8", "model.fsdp_policy_mp=bfloat16")
@@ -224,7 +316,10 @@ def test_sharding_and_precision_make_it_smaller(planned):
     ("overrides", "said"),
     [
         (["plan_gpus=4"], "plan_gpus=4: BasicTrainer is planned on one GPU"),
-        (["trainer=FSDPTrainer", "plan_gpus=9", "plan_nodes=2"], "plan_gpus=9: the GPUs of all 2 nodes"),
+        (
+            ["trainer=FSDPTrainer", "plan_gpus=9", "plan_nodes=2"],
+            "plan_gpus=9: the GPUs of all 2 nodes",
+        ),
         (["plan_gpu=B52"], "plan_gpu=B52: expected one of H100"),
         (["plan_mfu=1.1"], "plan_mfu=1.1: expected a number in"),
         (["device=cpu"], "device=cpu: a plan is for GPUs"),
@@ -240,13 +335,26 @@ def test_wrong_input_is_one_line(planned, overrides, said):
 
 
 def test_the_command(run_train, tmp_path, tiny_model):
-    """Exit code 0, nothing left behind, from a folder's config.json alone, and before there is an archive."""
+    """Exit code 0, nothing left behind, from a folder's config.json alone, and before there is an
+    archive.
+    """
     folder = tmp_path / "config-only"
     folder.mkdir()
     (folder / "config.json").write_text((tiny_model / "config.json").read_text())
-    done = run_train("exp_name=x", "plan=true", f"model.name_or_path={folder}", "loss=dpo", "loss.beta=0.1", "n_examples=64",
-                     "model.archive='.cache/nosuch/*'", "trainer=FSDPTrainer", "plan_gpus=16")  # fmt: skip
+    done = run_train(
+        "exp_name=x",
+        "plan=true",
+        f"model.name_or_path={folder}",
+        "loss=dpo",
+        "loss.beta=0.1",
+        "n_examples=64",
+        "model.archive='.cache/nosuch/*'",
+        "trainer=FSDPTrainer",
+        "plan_gpus=16",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("fits: 0.")
     assert "16 x H100, nodes: 2, FSDPTrainer, a copy of the model over 16" in done.stdout
-    assert [f.name for f in tmp_path.iterdir()] == ["config-only"] and json.loads((folder / "config.json").read_text())
+    assert [f.name for f in tmp_path.iterdir()] == ["config-only"] and json.loads(
+        (folder / "config.json").read_text()
+    )

@@ -1,4 +1,6 @@
-"""The loaders by their contract, the registry, the split, and HH against the golden file of the 2023 code."""
+"""The loaders by their contract, the registry, the split, and HH against the golden file of the
+2023 code.
+"""
 
 import gzip
 import hashlib
@@ -27,7 +29,9 @@ needs_shared = pytest.mark.skipif(not HH.is_file(), reason=f"the real data of {S
 
 
 def get_dataset(*arguments, **options):
-    """preference_datasets.get_dataset with all its rows drawn; a tenth is held out, unless the test says otherwise."""
+    """preference_datasets.get_dataset with all its rows drawn; a tenth is held out, unless the test
+    says otherwise.
+    """
     data = registry.get_dataset(*arguments, **({"eval_share": 0.1} | options))
     rows = list(data.rows)
     return replace(data, rows=rows)
@@ -69,7 +73,9 @@ FIXTURE_OF = {
 
 
 def test_every_loader_is_tested():
-    assert set(FIXTURE_OF) == {name for name in dataset_names() if LOADERS[name].load.__module__ == "preference_datasets"}
+    assert set(FIXTURE_OF) == {
+        name for name in dataset_names() if LOADERS[name].load.__module__ == "preference_datasets"
+    }
 
 
 @pytest.mark.parametrize("name", FIXTURE_OF)
@@ -85,12 +91,16 @@ def test_contract(name, tmp_path):
         assert len(entry.get("scores", entry["responses"])) == len(entry["responses"])
         assert all(response == "" or response.startswith(" ") for response in entry["responses"])
         assert all(
-            0 <= i < len(entry["responses"]) and i != j for pair in entry["pairs"] for i, j in (pair, pair[::-1])
+            0 <= i < len(entry["responses"]) and i != j
+            for pair in entry["pairs"]
+            for i, j in (pair, pair[::-1])
         )
         assert entry["sft_target"] in entry["responses"]
     loaded = get_dataset(name, "train", path=path)
     assert loaded.name == name
-    assert loaded.truncation == ("keep_end" if name in ("hh", "helpful", "harmless") else "keep_start")
+    assert loaded.truncation == (
+        "keep_end" if name in ("hh", "helpful", "harmless") else "keep_start"
+    )
     assert [row.prompt for row in loaded.rows] == list(data)
     assert loaded.rows[0].source == f"{name}:1"
     assert "\n" not in loaded.form and str(path) in loaded.form
@@ -122,8 +132,13 @@ def test_shp(tmp_path):
 
 def test_se_keeps_nested_text_and_code(tmp_path):
     whole = {**rows_of("se", tmp_path)[0]}
-    row = whole["\n\nHuman: How do I reverse a list in Python?\n\n<code>a = [1, 2]\n</code>\n\nAssistant:"]
-    assert row.responses[1] == " Use <code>a[::-1]</code>, it is short & clear:\n\n<code>b = a[::-1]\n</code>"
+    row = whole[
+        "\n\nHuman: How do I reverse a list in Python?\n\n<code>a = [1, 2]\n</code>\n\nAssistant:"
+    ]
+    assert (
+        row.responses[1]
+        == " Use <code>a[::-1]</code>, it is short & clear:\n\n<code>b = a[::-1]\n</code>"
+    )
     assert row.responses[2] == " Quote\n\none\n\ntwo"
     assert row.sft_target == row.responses[1]
 
@@ -139,30 +154,47 @@ def test_se_holds_out_one_percent(tmp_path):
     answers = [{"text": "<p>yes</p>", "pm_score": 2}, {"text": "<p>no</p>", "pm_score": 1}]
     lines = [json.dumps({"question": f"<p>{n}</p>", "answers": answers}) for n in range(300)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    sizes = [len(get_dataset("se", split, path=str(tmp_path), eval_share=0.5).rows) for split in ("train", "test")]
+    sizes = [
+        len(get_dataset("se", split, path=str(tmp_path), eval_share=0.5).rows)
+        for split in ("train", "test")
+    ]
     assert sizes == [297, 3]
 
 
-@pytest.mark.parametrize("fixture, prompt, chosen", [
-    ("saferlhf_old.json", "How do I light a fire?", " In a stove, with kindling."),
-    ("saferlhf_new.jsonl", "May I swim here?", " Yes, between the flags."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fixture, prompt, chosen",
+    [
+        ("saferlhf_old.json", "How do I light a fire?", " In a stove, with kindling."),
+        ("saferlhf_new.jsonl", "May I swim here?", " Yes, between the flags."),
+    ],
+)
 def test_saferlhf_both_schemas(tmp_path, fixture, prompt, chosen):
     rows, counts = rows_of("saferlhf", tmp_path, fixture)
     row = rows[f"\n\nHuman: {prompt}\n\nAssistant:"]
     preferred, dispreferred = row.pairs[0]
     assert row.responses[preferred] == row.sft_target == chosen and dispreferred == 1 - preferred
-    assert counts == ({"both responses safe": 1, "both responses unsafe": 1} if "old" in fixture else {})
+    assert counts == (
+        {"both responses safe": 1, "both responses unsafe": 1} if "old" in fixture else {}
+    )
 
 
-@pytest.mark.parametrize("name, fixture, field, value, message", [
-    ("hh", "hh.jsonl", "rejected", None, "field 'rejected' is null, not a string"),
-    ("hh", "hh.jsonl", "chosen", "no marker", r"'chosen' holds no '\n\nAssistant:'"),
-    ("shp", "shp.jsonl", "labels", 3, "field 'labels' is a number (3)"),
-    ("shp", "shp.jsonl", "score_A", "40", "field 'score_A, score_B[0]' is a string ('40')"),
-    ("se", "se.jsonl", "answers", "x", "field 'answers' is a string ('x')"),
-    ("saferlhf", "saferlhf_new.jsonl", "is_response_0_safe", "True", "is_response_0_safe' is a string ('True')"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, fixture, field, value, message",
+    [
+        ("hh", "hh.jsonl", "rejected", None, "field 'rejected' is null, not a string"),
+        ("hh", "hh.jsonl", "chosen", "no marker", r"'chosen' holds no '\n\nAssistant:'"),
+        ("shp", "shp.jsonl", "labels", 3, "field 'labels' is a number (3)"),
+        ("shp", "shp.jsonl", "score_A", "40", "field 'score_A, score_B[0]' is a string ('40')"),
+        ("se", "se.jsonl", "answers", "x", "field 'answers' is a string ('x')"),
+        (
+            "saferlhf",
+            "saferlhf_new.jsonl",
+            "is_response_0_safe",
+            "True",
+            "is_response_0_safe' is a string ('True')",
+        ),
+    ],
+)
 def test_loader_names_row_and_field(tmp_path, name, fixture, field, value, message):
     row = json.loads((FIXTURES / fixture).read_text().splitlines()[0]) | {field: value}
     for split in ("train", "test"):
@@ -200,7 +232,9 @@ def test_loader_may_return_rows(register, arrow):
     if arrow:
         rows = pytest.importorskip("datasets").Dataset.from_list(rows)
     register()(named("get_rows", rows))
-    assert get_dataset("rows", "test").rows == [("q", [" yes", " no"], [(1, 0)], " no", "rows:1", None, None)]
+    assert get_dataset("rows", "test").rows == [
+        ("q", [" yes", " no"], [(1, 0)], " no", "rows:1", None, None)
+    ]
 
 
 def test_loader_counts_what_it_skips(register):
@@ -222,23 +256,35 @@ def named(name, returned):
     return load
 
 
-@pytest.mark.parametrize("returned, message", [
-    (None, "get_bad returned null"),
-    ({"q": 7}, "get_bad, prompt 'q', number 1: it has a number (7)"),
-    ({"q": {"responses": [" a", " b"], "pairs": [(0, 1)]}}, "prompt 'q', number 1: no field 'sft_target'"),
-    ({"q": ENTRY, "r": ENTRY | {"pairs": [(0, 2)]}}, "prompt 'r', number 2: field 'pairs[0]' is tuple ((0, 2))"),
-    ({"q": ENTRY | {"pairs": [(-1, 0)]}}, "'pairs[0]'"),
-    ({"q": ENTRY | {"pairs": [(1, 1)]}}, "'pairs[0]'"),
-    ({"q": ENTRY | {"pairs": [(0, "1")]}}, "'pairs[0]'"),
-    ({"q": ENTRY | {"pairs": None}}, "'pairs' is null"),
-    ({"q": ENTRY | {"responses": " a"}}, "'responses' is a string (' a'), not a list"),
-    ({"q": ENTRY | {"responses": [" a", 3]}}, "'responses[1]' is a number (3)"),
-    ({"q": ENTRY | {"sft_target": []}}, "'sft_target' is a list ([])"),
-    ({"q": ENTRY | {"scores": [1.0]}}, "'scores' is a list ([1.0]), not a list of 2 numbers"),
-    ({"q": ENTRY | {"scores": [1.0, float("inf")]}}, "'scores[1]' is a number (inf), not a finite number"),
-    ({7: ENTRY}, "'prompt' is a number (7)"),
-    ([{"responses": []}], "'prompt' is null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (None, "get_bad returned null"),
+        ({"q": 7}, "get_bad, prompt 'q', number 1: it has a number (7)"),
+        (
+            {"q": {"responses": [" a", " b"], "pairs": [(0, 1)]}},
+            "prompt 'q', number 1: no field 'sft_target'",
+        ),
+        (
+            {"q": ENTRY, "r": ENTRY | {"pairs": [(0, 2)]}},
+            "prompt 'r', number 2: field 'pairs[0]' is tuple ((0, 2))",
+        ),
+        ({"q": ENTRY | {"pairs": [(-1, 0)]}}, "'pairs[0]'"),
+        ({"q": ENTRY | {"pairs": [(1, 1)]}}, "'pairs[0]'"),
+        ({"q": ENTRY | {"pairs": [(0, "1")]}}, "'pairs[0]'"),
+        ({"q": ENTRY | {"pairs": None}}, "'pairs' is null"),
+        ({"q": ENTRY | {"responses": " a"}}, "'responses' is a string (' a'), not a list"),
+        ({"q": ENTRY | {"responses": [" a", 3]}}, "'responses[1]' is a number (3)"),
+        ({"q": ENTRY | {"sft_target": []}}, "'sft_target' is a list ([])"),
+        ({"q": ENTRY | {"scores": [1.0]}}, "'scores' is a list ([1.0]), not a list of 2 numbers"),
+        (
+            {"q": ENTRY | {"scores": [1.0, float("inf")]}},
+            "'scores[1]' is a number (inf), not a finite number",
+        ),
+        ({7: ENTRY}, "'prompt' is a number (7)"),
+        ([{"responses": []}], "'prompt' is null"),
+    ],
+)
 def test_what_a_loader_returns_is_checked(register, returned, message):
     register()(named("get_bad", returned))
     with pytest.raises(UserError) as caught:
@@ -256,12 +302,15 @@ def test_decorator_refuses_what_it_would_misread(register):
 # ---- names, the hub, the split ----
 
 
-@pytest.mark.parametrize("name, message", [
-    ("harmles", "unknown data set 'harmles'; did you mean 'harmless'? known are "),
-    ("zzzz", "unknown data set 'zzzz'; known are"),
-    ("none.jsonl", "none.jsonl: no such file"),
-    ("./none", "./none: no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("harmles", "unknown data set 'harmles'; did you mean 'harmless'? known are "),
+        ("zzzz", "unknown data set 'zzzz'; known are"),
+        ("none.jsonl", "none.jsonl: no such file"),
+        ("./none", "./none: no such file"),
+    ],
+)
 def test_unknown_names(name, message):
     with pytest.raises(UserError) as caught:
         get_dataset(name, "train")
@@ -290,11 +339,14 @@ def test_hub_failure_names_the_knob(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, asked", [
-    ("helpful", {"split": "test", "data_dir": "helpful-base"}),
-    ("hh", {"split": "test", "data_dir": None}),
-    ("se", {"split": "train", "data_dir": None}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("helpful", {"split": "test", "data_dir": "helpful-base"}),
+        ("hh", {"split": "test", "data_dir": None}),
+        ("se", {"split": "train", "data_dir": None}),
+    ],
+)
 def test_hub_and_local_share_their_code(monkeypatch, tmp_path, name, asked):
     datasets = pytest.importorskip("datasets")
     raw = [json.loads(line) for line in (FIXTURES / FIXTURE_OF[name]).read_text().splitlines()]
@@ -305,18 +357,24 @@ def test_hub_and_local_share_their_code(monkeypatch, tmp_path, name, asked):
         return raw
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    local = get_dataset(name, "test", path=copy(tmp_path, FIXTURE_OF[name], both=name != "se"), cache_dir="c")
+    local = get_dataset(
+        name, "test", path=copy(tmp_path, FIXTURE_OF[name], both=name != "se"), cache_dir="c"
+    )
     hub = get_dataset(name, "test", cache_dir="c")
     assert hub.rows == local.rows and hub.skipped == local.skipped
     assert calls == [asked | {"cache_dir": "c"}]
 
 
 def test_split_of_one_file_is_by_prompt_alone(tmp_path):
-    """The same prompts are held out whatever the order of the file, so that stages and files agree; a larger share adds some."""
+    """The same prompts are held out whatever the order of the file, so that stages and files agree;
+    a larger share adds some.
+    """
     rows = [{"prompt": f"p{n % 50}", "chosen": f" {n}", "rejected": " no"} for n in range(100)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "turned.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
-    read = lambda split, share=0.2, name="own": get_dataset(str(tmp_path / f"{name}.jsonl"), split, eval_share=share).rows
+    read = lambda split, share=0.2, name="own": (
+        get_dataset(str(tmp_path / f"{name}.jsonl"), split, eval_share=share).rows
+    )
     train, test = read("train"), read("test")
     assert len(test) == 20 and len(train) == 80
     held_out = {row.prompt for row in test}
@@ -333,7 +391,9 @@ def test_split_of_a_named_set_is_by_prompt(tmp_path):
     prompts = [{row.prompt for row in part.rows} for part in parts]
     assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 4
     assert sum(part.skipped.get("prompts of the pair differ", 0) for part in parts) == 1
-    assert len(get_hh("train", path=path)) + len(get_hh("test", path=path)) == 4  # called directly, too
+    assert (
+        len(get_hh("train", path=path)) + len(get_hh("test", path=path)) == 4
+    )  # called directly, too
 
 
 def test_held_out_edges():
@@ -348,7 +408,9 @@ def test_held_out_edges():
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_the_held_out_prompts_are_those_of_ever(share):
-    """Whoever trained before on the same file held out the same prompts: the rule in plain Python."""
+    """Whoever trained before on the same file held out the same prompts: the rule in plain
+    Python.
+    """
     prompts = [f"ä{n % 70}" for n in range(100)]
     keys = [hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in prompts]
     test = set(sorted(set(keys))[: round(share * 70)])
@@ -357,7 +419,9 @@ def test_the_held_out_prompts_are_those_of_ever(share):
 
 def test_named_schema_is_recognised_by_path():
     loaded = get_dataset(str(FIXTURES / "saferlhf_old.json"), "train", eval_share=0)
-    assert loaded.name.endswith("saferlhf_old.json") and loaded.form.startswith("saferlhf: 1 prompts")
+    assert loaded.name.endswith("saferlhf_old.json") and loaded.form.startswith(
+        "saferlhf: 1 prompts"
+    )
     assert loaded.skipped == {"both responses safe": 1, "both responses unsafe": 1}
 
 
@@ -376,7 +440,9 @@ def digest(text):
 
 
 def as_2023(rows):
-    """What get_hh of 2023 makes of the rows: the rejected text is cut at the chosen prompt's length."""
+    """What get_hh of 2023 makes of the rows: the rejected text is cut at the chosen prompt's
+    length.
+    """
     data = {}
     for chosen, rejected in rows:
         n = chosen.rindex("\n\nAssistant:") + len("\n\nAssistant:")
@@ -396,7 +462,10 @@ def test_hh_differs_from_2023_only_in_the_skipped_rows():
     responses = [response for entry in old.values() for response in entry["responses"]]
     assert digest("\0".join(old)) == golden["all_keys_sha256"]
     assert digest("\0".join(responses)) == golden["responses_sha256"]
-    assert digest("\0".join(entry["sft_target"] for entry in old.values())) == golden["sft_targets_sha256"]
+    assert (
+        digest("\0".join(entry["sft_target"] for entry in old.values()))
+        == golden["sft_targets_sha256"]
+    )
 
     loaded = get_dataset("harmless", "train", path=str(HH), eval_share=0)
     assert loaded.skipped == {"prompts of the pair differ": 5}
@@ -404,7 +473,9 @@ def test_hh_differs_from_2023_only_in_the_skipped_rows():
     assert len(loaded.rows) == golden["unique_prompts"] - 5 == 2305
     assert sum(len(row.pairs) for row in loaded.rows) == golden["pairs"] - 5 == 2307
     expected = as_2023(row for n, row in enumerate(rows) if n not in differ)
-    assert [tuple(row)[:4] for row in loaded.rows] == [(prompt, *entry.values()) for prompt, entry in expected.items()]
+    assert [tuple(row)[:4] for row in loaded.rows] == [
+        (prompt, *entry.values()) for prompt, entry in expected.items()
+    ]
 
     keys = [digest(row.prompt)[:16] for row in loaded.rows]
     assert keys[:20] == golden["first_20_key_hashes"] and keys[-5:] == golden["last_5_key_hashes"]

@@ -1,4 +1,6 @@
-"""The cached reference: the same numbers as the live one, found again, and never used when it is not the right one."""
+"""The cached reference: the same numbers as the live one, found again, and never used when it is
+not the right one.
+"""
 
 import hashlib
 import json
@@ -21,7 +23,13 @@ from plumb.distributed import collectives
 from plumb.errors import UserError
 from plumb.models import forward_path, logps, reference_cache
 from plumb.models.forward_path import ORACLE, Way
-from plumb.models.reference_cache import Computation, ReferenceCache, described, response_digests, weights_digest
+from plumb.models.reference_cache import (
+    Computation,
+    ReferenceCache,
+    described,
+    response_digests,
+    weights_digest,
+)
 
 
 def example(prompt, *responses):
@@ -35,17 +43,28 @@ def only_file(run):
 
 def test_a_digest_belongs_to_the_ids_alone():
     a = response_digests([example([1, 2], [3], [4]), example([1], [2, 3], [4])])
-    assert a.shape == (2, 2) and len(set(a.ravel().tolist())) == 4  # also where prompt and response join to the same ids
+    assert (
+        a.shape == (2, 2) and len(set(a.ravel().tolist())) == 4
+    )  # also where prompt and response join to the same ids
     b = response_digests([example([1], [2, 3]), example([1, 2], [4])])
     assert b.tolist() == [[a[1, 0]], [a[0, 1]]]
 
 
 def digests_by_definition(examples):
-    """The 8 bytes of blake2b over the prompt's ids as int32, "|", and the response's: the keys in every file written so far."""
+    """The 8 bytes of blake2b over the prompt's ids as int32, "|", and the response's: the keys in
+    every file written so far.
+    """
     return [
         [
-            int.from_bytes(hashlib.blake2b(p.tobytes() + b"|" + r.tobytes(), digest_size=8).digest(), sys.byteorder)
-            for p, r in zip(e.prompt if isinstance(e.prompt, tuple) else [e.prompt] * 2, e.responses, strict=True)
+            int.from_bytes(
+                hashlib.blake2b(p.tobytes() + b"|" + r.tobytes(), digest_size=8).digest(),
+                sys.byteorder,
+            )
+            for p, r in zip(
+                e.prompt if isinstance(e.prompt, tuple) else [e.prompt] * 2,
+                e.responses,
+                strict=True,
+            )
         ]
         for e in examples
     ]
@@ -56,7 +75,9 @@ def many_pairs(n):
     rng = np.random.default_rng(0)
     some = lambda most: rng.integers(0, 200_000, rng.integers(0, most)).tolist()
     pairs = [example(some(300), some(100), some(9)) for _ in range(n - 2)]
-    two_prompts = Example((np.array([1], np.int32), np.array([2, 3], np.int32)), pairs[0].responses, "")
+    two_prompts = Example(
+        (np.array([1], np.int32), np.array([2, 3], np.int32)), pairs[0].responses, ""
+    )
     return [example([], [], []), *pairs, two_prompts]
 
 
@@ -79,7 +100,9 @@ def share_digests(pairs, indices, expected):
 def test_ranks_share_the_digests():
     """Of ten pairs three ranks digest 4, 3 and 3, and each gets all of them in their order."""
     pairs, indices = many_pairs(20), np.random.default_rng(1).permutation(20)[:10]
-    run_in_group(3, share_digests, pairs, indices, digests_by_definition([pairs[i] for i in indices]))
+    run_in_group(
+        3, share_digests, pairs, indices, digests_by_definition([pairs[i] for i in indices])
+    )
 
 
 def test_the_weights_digest_sees_every_bit():
@@ -95,9 +118,14 @@ def test_a_cache_finds_what_was_added_and_nothing_else(tmp_path):
     digests = np.array([[5, 9], [2, 7]], np.uint64)
     assert np.isnan(cache.find(digests)).all()
     cache.add(digests, np.array([[-1.0, -2.0], [-3.0, -4.0]]))
-    cache.add(np.array([[1, 5]], np.uint64), np.array([[-5.0, -6.0]]))  # a later value replaces an earlier one
+    cache.add(
+        np.array([[1, 5]], np.uint64), np.array([[-5.0, -6.0]])
+    )  # a later value replaces an earlier one
     again = ReferenceCache(tmp_path, {"weights": "a"})
-    assert again.find(np.array([9, 5, 1, 3], np.uint64)).tolist()[:3] == [-2, -6, -5] and np.isnan(again.find(digests + 90)).all()
+    assert (
+        again.find(np.array([9, 5, 1, 3], np.uint64)).tolist()[:3] == [-2, -6, -5]
+        and np.isnan(again.find(digests + 90)).all()
+    )
     assert np.isnan(ReferenceCache(tmp_path, {"weights": "b"}).find(digests)).all()
 
 
@@ -110,16 +138,29 @@ def test_a_damaged_or_foreign_file_is_not_used(damage, tmp_path):
         other = ReferenceCache(tmp_path, {"weights": "b"})
         other.add(digests, np.zeros(50))
         content = other.path.read_bytes()
-    damaged = {"cut": content[:-9], "flip": content[:-1] + bytes([content[-1] ^ 1]), "nonsense": b"nothing of the kind"}
+    damaged = {
+        "cut": content[:-9],
+        "flip": content[:-1] + bytes([content[-1] ^ 1]),
+        "nonsense": b"nothing of the kind",
+    }
     cache.path.write_bytes(damaged.get(damage, content))
     again = ReferenceCache(tmp_path, {"weights": "a"})
-    assert np.isnan(again.find(digests)).all() and "not used, and written anew" in again.problem and "\n" not in again.problem
+    assert (
+        np.isnan(again.find(digests)).all()
+        and "not used, and written anew" in again.problem
+        and "\n" not in again.problem
+    )
     again.add(digests, -np.arange(50.0))
-    assert ReferenceCache(tmp_path, {"weights": "a"}).find(digests).tolist() == (-np.arange(50.0)).tolist()
+    assert (
+        ReferenceCache(tmp_path, {"weights": "a"}).find(digests).tolist()
+        == (-np.arange(50.0)).tolist()
+    )
 
 
 def test_cached_and_live_train_the_same(train, tmp_path, capsys):
-    """Two epochs: the same losses, gradient norms and evaluations; the second run computes nothing, a third what is new."""
+    """Two epochs: the same losses, gradient norms and evaluations; the second run computes nothing,
+    a third what is new.
+    """
     options = [*DPO, "n_epochs=2", "eval_every=8"]
     live = train("live", *options, "reference=live")
     cached = train("cached", *options, "reference=cached")
@@ -128,11 +169,15 @@ def test_cached_and_live_train_the_same(train, tmp_path, capsys):
             assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), key
     assert "reference: 0 of 18 examples" in capsys.readouterr().out
     before = only_file(cached).stat().st_mtime_ns
-    train("again", *options, "reference=cached", "shuffle=false", "data_rules.duplicate=drop")  # another order
+    train(
+        "again", *options, "reference=cached", "shuffle=false", "data_rules.duplicate=drop"
+    )  # another order
     said = capsys.readouterr().out
     assert "reference: 18 of 18 examples" in said and "computed now" not in said
     assert only_file(cached).stat().st_mtime_ns == before
-    train("shorter", *options, "reference=cached", "max_length=24", "max_prompt_length=8")  # other ids
+    train(
+        "shorter", *options, "reference=cached", "max_length=24", "max_prompt_length=8"
+    )  # other ids
     assert "reference: 18 of 18" not in capsys.readouterr().out
 
 
@@ -150,24 +195,46 @@ def test_another_config_is_another_reference(train, tiny_model, tmp_path, capsys
     train("as_it_was", *DPO, "n_examples=8", "reference=cached")
     other = shutil.copytree(tiny_model, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}))
+    (other / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}})
+    )
     capsys.readouterr()
     train("other_theta", *DPO, "n_examples=8", "reference=cached", f"model.name_or_path={other}")
     said = capsys.readouterr().out
     assert "reference: 0 of 8 examples" in said and "policy and reference agree" in said
 
 
-COMPUTATION = Computation("float32", "torch.float32", None, "packed trees, head in chunks", False, "cpu")
-OTHERS = {"weights_dtype": "bfloat16", "dtype": "torch.bfloat16", "cast_by": "FSDPTrainer", "layout": "padded rows, own head",
-          "compile": True, "device": "cuda"}  # fmt: skip
+COMPUTATION = Computation(
+    "float32", "torch.float32", None, "packed trees, head in chunks", False, "cpu"
+)
+OTHERS = {
+    "weights_dtype": "bfloat16",
+    "dtype": "torch.bfloat16",
+    "cast_by": "FSDPTrainer",
+    "layout": "padded rows, own head",
+    "compile": True,
+    "device": "cuda",
+}
 
 
-BESIDES = ["weights", "revision", "commit", "config", "attention", "version", "torch", "transformers"]
+BESIDES = [
+    "weights",
+    "revision",
+    "commit",
+    "config",
+    "attention",
+    "version",
+    "torch",
+    "transformers",
+]
 
 
 @pytest.mark.parametrize("part", [*Computation._fields, *BESIDES])
 def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
-    """Nothing but that part is changed, and a value that the first file has is not found in the second."""
+    """Nothing but that part is changed, and a value that the first file has is not found in the
+    second.
+    """
+
     def cache(weights="a", revision=None, computation=COMPUTATION):
         return ReferenceCache(tmp_path, described(model, weights, revision, computation))
 
@@ -177,13 +244,18 @@ def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
     model.config._name_or_path = "elsewhere"  # which is no part
     assert cache().find(digests).tolist() == [-3]
     change = {
-        "weights": lambda: {"weights": "b"}, "revision": lambda: {"revision": 40 * "a"},
+        "weights": lambda: {"weights": "b"},
+        "revision": lambda: {"revision": 40 * "a"},
         "commit": lambda: setattr(model.config, "_commit_hash", 40 * "b"),
         "config": lambda: setattr(model.config, "rms_norm_eps", 1e-3),
         "attention": lambda: model.set_attn_implementation("eager"),
-        "version": lambda: monkeypatch.setattr(reference_cache, "VERSION", reference_cache.VERSION + 1),
+        "version": lambda: monkeypatch.setattr(
+            reference_cache, "VERSION", reference_cache.VERSION + 1
+        ),
         "torch": lambda: monkeypatch.setattr(reference_cache.torch, "__version__", "9.9"),
-        "transformers": lambda: monkeypatch.setattr(reference_cache.transformers, "__version__", "9.9"),
+        "transformers": lambda: monkeypatch.setattr(
+            reference_cache.transformers, "__version__", "9.9"
+        ),
     }.get(part, lambda: {"computation": COMPUTATION._replace(**{part: OTHERS[part]})})
     assert np.isnan(cache(**(change() or {})).find(digests)).all()
 
@@ -199,15 +271,29 @@ class AnotherTrainer(trainers.BasicTrainer):
     """Which might cast in other places."""
 
 
-@pytest.mark.parametrize("before, after, found", [
-    (["model.fsdp_policy_mp=bfloat16"], "trainer", False), ([], "trainer", True),  # without a cast it is the same computation
-    ([], "model.fsdp_policy_mp=bfloat16", False), ([], "model.policy_dtype=bfloat16", False),
-    ([], "model.reference_dtype=bfloat16", False), ([], "way", False), ([], "tokens_per_microbatch=100", True),
-    ([], "loss.beta=0.3", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "before, after, found",
+    [
+        (["model.fsdp_policy_mp=bfloat16"], "trainer", False),
+        ([], "trainer", True),  # without a cast it is the same computation
+        ([], "model.fsdp_policy_mp=bfloat16", False),
+        ([], "model.policy_dtype=bfloat16", False),
+        ([], "model.reference_dtype=bfloat16", False),
+        ([], "way", False),
+        ([], "tokens_per_microbatch=100", True),
+        ([], "loss.beta=0.3", True),
+    ],
+)
 def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, capsys):
     """The key of a whole run: what changes its reference's log-probabilities, and no more."""
-    options = [*DPO, "n_examples=4", "reference=cached", "do_first_eval=false", "do_last_eval=false", *before]
+    options = [
+        *DPO,
+        "n_examples=4",
+        "reference=cached",
+        "do_first_eval=false",
+        "do_last_eval=false",
+        *before,
+    ]
     train("first", *options)
     capsys.readouterr()
     if after == "trainer":
@@ -218,25 +304,35 @@ def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, c
     assert f"reference: {4 if found else 0} of 4 examples" in capsys.readouterr().out
 
 
-# By VERSION of models/reference_cache.py: log-probabilities, in nats, of the model and the responses of `by_formula`.
+# By VERSION of models/reference_cache.py: log-probabilities, in nats, of the model and the
+# responses of `by_formula`.
 OF_VERSION = {1: [-16.959669048755323, -27.85639450930868, -10.995860099409281, 0.0]}
 
 
 def by_formula():
-    """A GPT-2 in float64 whose weights no generator draws, and a batch of two prompts with two responses each, one empty."""
+    """A GPT-2 in float64 whose weights no generator draws, and a batch of two prompts with two
+    responses each, one empty.
+    """
     model = random_model("gpt2").double().eval()
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p.copy_(0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (0.7 + 0.1 * i) + i).view_as(p))
+            p.copy_(
+                0.3
+                * torch.sin(
+                    torch.arange(p.numel(), dtype=torch.float64) * (0.7 + 0.1 * i) + i
+                ).view_as(p)
+            )
     rows = [example([5, 9, 40], [7, 8, 2], [100, 2]), example([30], [31, 32, 33, 34, 2], [])]
     return model, pack(rows, pad_token_id=0, longest=16)
 
 
 @pytest.mark.parametrize("way", [Way(True, True), ORACLE])
 def test_the_version_of_log_probabilities(way):
-    """If this fails, cached references of earlier versions are no longer what is computed: raise VERSION, and add its numbers.
+    """If this fails, cached references of earlier versions are no longer what is computed: raise
+    VERSION, and add its numbers.
 
-    To 1e-9 nats: float64 rounds sums of these sizes to some 1e-14, on any machine."""
+    To 1e-9 nats: float64 rounds sums of these sizes to some 1e-14, on any machine.
+    """
     model, batch = by_formula()
     forward_path.allow_trees(model)
     with torch.no_grad():
@@ -246,9 +342,12 @@ def test_the_version_of_log_probabilities(way):
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     """safetensors has an error of its own for it; nothing half-written is left."""
+
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr("reference.save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left.*; set local_dirs"):
@@ -266,8 +365,12 @@ def test_two_runs_that_write_keep_what_both_found(tmp_path):
 def test_a_reference_of_another_precision_is_cached_as_such(train, capsys):
     """2023 had a float16 reference beside a float32 policy: still possible, still said."""
     options = [*DPO, "n_examples=8", "model.reference_dtype=bfloat16"]
-    live, cached = (records(train(x, *options, f"reference={x}"), "train")[0] for x in ("live", "cached"))
-    assert cached["rewards_train/chosen"] == pytest.approx(live["rewards_train/chosen"], rel=0.02) != 0
+    live, cached = (
+        records(train(x, *options, f"reference={x}"), "train")[0] for x in ("live", "cached")
+    )
+    assert (
+        cached["rewards_train/chosen"] == pytest.approx(live["rewards_train/chosen"], rel=0.02) != 0
+    )
     assert capsys.readouterr().out.count("DISAGREE") == 2
 
 
@@ -275,26 +378,45 @@ def test_a_cached_reference_is_no_second_model(train, monkeypatch):
     """And its samples are those of the policy before its first step."""
     monkeypatch.setattr("train.load_reference", lambda *a: pytest.fail("a second model was made"))
     seen = []
-    monkeypatch.setattr(trainers.BasicTrainer, "step", lambda self, *a: seen.append(self.scorer.reference) or step(self, *a))
-    run = train("one_model", *DPO, "n_examples=8", "eval_every=4", "reference=cached", "sample_during_eval=true",
-                "n_eval_model_samples=2", "sample_max_new_tokens=4")  # fmt: skip
+    monkeypatch.setattr(
+        trainers.BasicTrainer,
+        "step",
+        lambda self, *a: seen.append(self.scorer.reference) or step(self, *a),
+    )
+    run = train(
+        "one_model",
+        *DPO,
+        "n_examples=8",
+        "eval_every=4",
+        "reference=cached",
+        "sample_during_eval=true",
+        "n_eval_model_samples=2",
+        "sample_max_new_tokens=4",
+    )
     assert seen == [None, None]
     tables = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    first = {name: [r["sample"] for r in tables if r["table"] == name and r["step"] == 0]
-             for name in ("policy_samples", "reference_samples")}  # fmt: skip
-    assert len(first["policy_samples"]) == 2 and first["policy_samples"] == first["reference_samples"]
+    first = {
+        name: [r["sample"] for r in tables if r["table"] == name and r["step"] == 0]
+        for name in ("policy_samples", "reference_samples")
+    }
+    assert (
+        len(first["policy_samples"]) == 2 and first["policy_samples"] == first["reference_samples"]
+    )
 
 
 step = trainers.BasicTrainer.step
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["n_epochs=1"], "live (each example comes once)"),
-    (["n_epochs=3"], "cached (examples come more than once)"),
-    (["n_epochs=3", "n_examples=18"], "live (each example comes once)"),
-    (["n_epochs=null", "n_examples=19"], "cached (examples come more than once)"),
-    (["n_epochs=3", "reference=live"], "live (as set)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["n_epochs=1"], "live (each example comes once)"),
+        (["n_epochs=3"], "cached (examples come more than once)"),
+        (["n_epochs=3", "n_examples=18"], "live (each example comes once)"),
+        (["n_epochs=null", "n_examples=19"], "cached (examples come more than once)"),
+        (["n_epochs=3", "reference=live"], "live (as set)"),
+    ],
+)
 def test_the_default_is_the_better_one_and_is_said(options, expected, train, capsys):
     train("auto", *DPO, *options)
     assert f"reference: {expected}" in capsys.readouterr().out
@@ -307,10 +429,26 @@ def test_short_memory_caches(train, capsys, monkeypatch):
 
 
 def test_two_processes_share_the_pass(run_train, tmp_path, data, tiny_model):
-    """Each computes its part; the numbers are those of one process, which finds the file that the two wrote."""
-    options = [f"model.name_or_path={tiny_model}", f"datasets=[{data}]", *FAST, *DPO, "reference=cached", "n_examples=9",
-               "batch_size=3", STEADY]  # fmt: skip
-    two = run_train("exp_name=two", f"local_run_dir={tmp_path}/two", *options, "trainer=FSDPTrainer", "n_cpu_processes=2")
+    """Each computes its part; the numbers are those of one process, which finds the file that the
+    two wrote.
+    """
+    options = [
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{data}]",
+        *FAST,
+        *DPO,
+        "reference=cached",
+        "n_examples=9",
+        "batch_size=3",
+        STEADY,
+    ]
+    two = run_train(
+        "exp_name=two",
+        f"local_run_dir={tmp_path}/two",
+        *options,
+        "trainer=FSDPTrainer",
+        "n_cpu_processes=2",
+    )
     one = run_train("exp_name=one", f"local_run_dir={tmp_path}/one", *options)
     assert two.returncode == one.returncode == 0, two.stderr + one.stderr
     assert "reference: 0 of 9 examples" in two.stdout and "reference: 9 of 9 examples" in one.stdout

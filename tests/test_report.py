@@ -1,4 +1,6 @@
-"""The page and the curves, from files in run directories, whole and broken; of runs that were trained, see test_demo.py."""
+"""The page and the curves, from files in run directories, whole and broken; of runs that were
+trained, see test_demo.py.
+"""
 
 import json
 import re
@@ -22,28 +24,60 @@ VOID = {"meta", "img", "br"}
 def write_run(folder, loss="dpo", beta=0.1, archive=None, records=None, **files):
     folder.mkdir(parents=True)
     steps = [
-        {"step": 16 * (i + 1), "loss/train": 0.69 - i / 100, "rewards_train/accuracies": 0.9, "counters/updates": i + 1}
+        {
+            "step": 16 * (i + 1),
+            "loss/train": 0.69 - i / 100,
+            "rewards_train/accuracies": 0.9,
+            "counters/updates": i + 1,
+        }
         for i in range(20)
     ]
     evaluations = [
-        {"step": step, "loss/eval": 0.69 - step / 2000, "rewards_eval/accuracies": 0.8 + beta, "rewards_eval/chosen": beta * 3,
-         "rewards_eval/accuracies/length 32-63": 0.75}
+        {
+            "step": step,
+            "loss/eval": 0.69 - step / 2000,
+            "rewards_eval/accuracies": 0.8 + beta,
+            "rewards_eval/chosen": beta * 3,
+            "rewards_eval/accuracies/length 32-63": 0.75,
+        }
         for step in (0, 320)
-    ]  # fmt: skip
-    config = f"exp_name: {folder.name}\nloss: {{name: {loss}, beta: {beta}}}\ndatasets: [mine.jsonl]\nlr: 1.0e-05\n"
-    config += f"model: {{name_or_path: gpt2, archive: {archive or 'null'}, policy_dtype: float32}}\n"
+    ]
+    config = (
+        f"exp_name: {folder.name}\nloss: {{name: {loss}, beta: {beta}}}\ndatasets:"
+        " [mine.jsonl]\nlr: 1.0e-05\n"
+    )
+    config += (
+        f"model: {{name_or_path: gpt2, archive: {archive or 'null'}, policy_dtype: float32}}\n"
+    )
     lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
     samples = [
-        {"table": table, "step": step, "prompt": f"p{i} {HOSTILE}", "sample": f"{i} {table} {step} {HOSTILE}"}
-        for step in (0, 320) for table in ("policy_samples", "reference_samples") for i in range(4)
-    ]  # fmt: skip
-    status = {"state": "finished", "code": 0, "step": 20, "examples": 320, "time": "2026-01-01T00:01:00+0000"}
+        {
+            "table": table,
+            "step": step,
+            "prompt": f"p{i} {HOSTILE}",
+            "sample": f"{i} {table} {step} {HOSTILE}",
+        }
+        for step in (0, 320)
+        for table in ("policy_samples", "reference_samples")
+        for i in range(4)
+    ]
+    status = {
+        "state": "finished",
+        "code": 0,
+        "step": 20,
+        "examples": 320,
+        "time": "2026-01-01T00:01:00+0000",
+    }
     content = {
-        "metrics.jsonl": lines([evaluations[0], *steps, evaluations[1]] if records is None else records),
+        "metrics.jsonl": lines(
+            [evaluations[0], *steps, evaluations[1]] if records is None else records
+        ),
         "config.yaml": config,
         "samples.jsonl": lines(samples),
         "status.json": json.dumps(status),
-        "env.json": json.dumps({"command": ["python", "train.py", "a=<b>"], "started": "2026-01-01T00:00:00+00:00"}),
+        "env.json": json.dumps(
+            {"command": ["python", "train.py", "a=<b>"], "started": "2026-01-01T00:00:00+00:00"}
+        ),
     } | files
     for name, text in content.items():
         if text is not None:
@@ -57,7 +91,9 @@ def runs(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser makes of it: elements, their text, pictures; the elements must close in the order they opened."""
+    """What a browser makes of it: elements, their text, pictures; the elements must close in the
+    order they opened.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -83,11 +119,18 @@ class Page(HTMLParser):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "report.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "report.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def write(*runs, **options):
-    report.main(report.parser().parse_args([*map(str, runs), *(f"--{k}={v}" for k, v in options.items())]))
+    report.main(
+        report.parser().parse_args([*map(str, runs), *(f"--{k}={v}" for k, v in options.items())])
+    )
     return Page(Path(options.get("out", runs[0] / "report.html")))
 
 
@@ -95,23 +138,41 @@ def test_a_page_that_stands_by_itself(runs, capsys):
     page = write(runs[0])
     assert (runs[0] / "report.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
-    assert out.splitlines()[0].startswith("low: finished, 20 steps, 320 examples, 60 s, held-out loss 0.53, accuracy 0.85")
-    assert out.splitlines()[1] == "  Nothing wrong was found." and f"report: {runs[0] / 'report.html'}" in out
+    assert out.splitlines()[0].startswith(
+        "low: finished, 20 steps, 320 examples, 60 s, held-out loss 0.53, accuracy 0.85"
+    )
+    assert (
+        out.splitlines()[1] == "  Nothing wrong was found."
+        and f"report: {runs[0] / 'report.html'}" in out
+    )
     assert "Nothing wrong was found." in page and "gpt2 : pretrained weights, in float32" in page
     titles = {i["alt"].split(" over")[0] for i in page.images}
     ratio = "reward / beta: log-ratio to the reference (nats)"
     assert titles == {"dpo loss", "rewards", "reward accuracy (dotted: chance)", ratio}
-    assert all(i["src"].startswith("data:image/png;base64,") and len(i["alt"]) > 30 for i in page.images)
+    assert all(
+        i["src"].startswith("data:image/png;base64,") and len(i["alt"]) > 30 for i in page.images
+    )
     assert "held-out chosen: 0.15 to 0.15" in page.images[1]["alt"]
     html = (runs[0] / "report.html").read_text()
-    assert not re.search(r"https?://|<script|<link|@import|url\(", html), "it would ask the network for something, or run it"
+    assert not re.search(r"https?://|<script|<link|@import|url\(", html), (
+        "it would ask the network for something, or run it"
+    )
 
 
 def test_what_samples_hold_is_shown_and_not_run(runs):
     page = write(*runs, out=runs[0] / "both.html")
-    assert not {"script", "link", "iframe"} & set(page.tags) and "<script>alert(1)</script><img src=x onerror=alert(2)>" in page
-    assert len(page.images) == len(curves.panels([curves.named(r) for r in history.read_runs(runs)]))
-    assert "policy, after 0 examples" in page and "policy, after 320 examples" in page and "reference_samples 320" in page
+    assert (
+        not {"script", "link", "iframe"} & set(page.tags)
+        and "<script>alert(1)</script><img src=x onerror=alert(2)>" in page
+    )
+    assert len(page.images) == len(
+        curves.panels([curves.named(r) for r in history.read_runs(runs)])
+    )
+    assert (
+        "policy, after 0 examples" in page
+        and "policy, after 320 examples" in page
+        and "reference_samples 320" in page
+    )
     assert "reference_samples 0" not in page and "python train.py a=<b>" in page
 
 
@@ -124,17 +185,24 @@ def test_several_runs_side_by_side(runs):
 
 
 def test_best_only_where_it_can_be_compared(tmp_path, runs):
-    other = write_run(tmp_path / "other", **{"config.yaml": "loss: {name: ipo, beta: 0.1}\ndatasets: [other.jsonl]\n"})
+    other = write_run(
+        tmp_path / "other",
+        **{"config.yaml": "loss: {name: ipo, beta: 0.1}\ndatasets: [other.jsonl]\n"},
+    )
     page = write(runs[0], runs[1], other)
     assert "(best)" not in page and "evaluated on different data" in page
-    assert "loss dpo/eval 0.53 0.53" in page and "loss ipo/eval 0.53" in page  # losses of different kinds have their own rows
+    assert (
+        "loss dpo/eval 0.53 0.53" in page and "loss ipo/eval 0.53" in page
+    )  # losses of different kinds have their own rows
     assert {"dpo loss", "ipo loss"} <= {i["alt"].split(" over")[0] for i in page.images}
 
 
 def test_a_stage_has_held_out_data_of_its_own(runs):
     low, high = history.read_runs(runs)
     assert report.same_data([low, high])
-    assert not report.same_data([low, high._replace(config=high.config | {"data_split": "5,0,5", "stage": "policy"})])
+    assert not report.same_data(
+        [low, high._replace(config=high.config | {"data_split": "5,0,5", "stage": "policy"})]
+    )
 
 
 def test_the_chain_back_to_the_base_model(tmp_path, runs):
@@ -142,7 +210,10 @@ def test_the_chain_back_to_the_base_model(tmp_path, runs):
     archive = sft / "step-320" / "policy.pt"
     dpo = history.read_run(write_run(tmp_path / "dpo", archive=archive))
     assert [stage.name for stage in history.lineage(dpo)] == ["dpo", "sft", "gpt2"]
-    assert history.lineage(dpo)[1].what == "sft (beta=0.1) on mine.jsonl; 320 examples in 20 steps; taken at step-320"
+    assert (
+        history.lineage(dpo)[1].what
+        == "sft (beta=0.1) on mine.jsonl; 320 examples in 20 steps; taken at step-320"
+    )
     (tmp_path / "moved").mkdir()
     for folder in ("sft", "dpo"):
         (tmp_path / folder).rename(tmp_path / "moved" / folder)
@@ -156,13 +227,24 @@ def test_the_chain_back_to_the_base_model(tmp_path, runs):
 
 
 def test_a_run_as_it_stands(tmp_path, runs):
-    """In the middle of a line, damaged, before its first record, without a config: said, and no reason to refuse."""
+    """In the middle of a line, damaged, before its first record, without a config: said, and no
+    reason to refuse.
+    """
     with open(runs[0] / "metrics.jsonl", "a") as file:
         file.write('nonsense\n{"step": 400, "loss/tr')
     page = write(runs[0])
-    assert "metrics.jsonl, line 24: cut short (still being written, or the run was killed); left out" in page
-    assert "metrics.jsonl: 1 of 24 lines are no records, the first of them line 23; left out" in page
-    new = write_run(tmp_path / "new", records=[], **{"samples.jsonl": None, "status.json": None, "env.json": None})
+    assert (
+        "metrics.jsonl, line 24: cut short (still being written, or the run was killed); left out"
+        in page
+    )
+    assert (
+        "metrics.jsonl: 1 of 24 lines are no records, the first of them line 23; left out" in page
+    )
+    new = write_run(
+        tmp_path / "new",
+        records=[],
+        **{"samples.jsonl": None, "status.json": None, "env.json": None},
+    )
     page = write(new)
     assert "no metrics yet" in page and "No metrics yet." in page and not page.images
     (runs[1] / "config.yaml").write_text("a: &b [1]\n")
@@ -172,9 +254,14 @@ def test_a_run_as_it_stands(tmp_path, runs):
 
 
 def test_numbers_that_no_run_writes(runs):
-    """A step that is none, a value that no axis holds, a setting of another kind, a folder called like a picture."""
+    """A step that is none, a value that no axis holds, a setting of another kind, a folder called
+    like a picture.
+    """
     with open(runs[0] / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1e400, "loss/train": 1}\n{"step": NaN, "loss/train": 1}\n{"step": 321, "loss/train": 1e308}\n')
+        file.write(
+            '{"step": 1e400, "loss/train": 1}\n{"step": NaN, "loss/train": 1}\n{"step": 321,'
+            ' "loss/train": 1e308}\n'
+        )
     with open(runs[0] / "config.yaml", "a") as file:
         file.write("warmup_steps: many\nmax_grad_norm: x\n")
     (runs[0] / "scores-999.png").mkdir()
@@ -186,9 +273,15 @@ def test_numbers_that_no_run_writes(runs):
 
 def test_names_tell_runs_apart(tmp_path):
     stamps = [f"x_2026-01-01_00-00-00_00000{i}" for i in range(2)]
-    a, b = (write_run(tmp_path / stamp, beta=beta) for stamp, beta in zip(stamps, (0.05, 0.1), strict=True))
+    a, b = (
+        write_run(tmp_path / stamp, beta=beta)
+        for stamp, beta in zip(stamps, (0.05, 0.1), strict=True)
+    )
     assert [run.name for run in history.read_runs([a])] == ["x"]
-    assert [run.name for run in history.read_runs([a, b, a / "." / ""])] == ["x loss.beta=0.05", "x loss.beta=0.1"]
+    assert [run.name for run in history.read_runs([a, b, a / "." / ""])] == [
+        "x loss.beta=0.05",
+        "x loss.beta=0.1",
+    ]
     c, d = write_run(tmp_path / "c" / stamps[0]), write_run(tmp_path / "d" / stamps[0])
     assert [run.name for run in history.read_runs([c, d])] == [str(c), str(d)]
 
@@ -197,30 +290,48 @@ def test_a_reward_model_s_pictures(runs):
     for name in ("scores-80.png", "scores-320.png", "calibration-320.png", "curves.png"):
         (runs[0] / name).write_bytes(b"\x89PNG\r\n" + name.encode())
     alts = [i["alt"] for i in write(runs[0]).images][-2:]
-    assert [alt.split(";")[0] for alt in alts] == [f"{x} after 320 training examples of low" for x in ("calibration", "scores")]
+    assert [alt.split(";")[0] for alt in alts] == [
+        f"{x} after 320 training examples of low" for x in ("calibration", "scores")
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         ([], "the following arguments are required: RUN; see python report.py --help"),
-        (["{tmp}/nothing"], "{tmp}/nothing: not a run directory (there is no such directory); give the directory that"),
+        (
+            ["{tmp}/nothing"],
+            (
+                "{tmp}/nothing: not a run directory (there is no such directory); give the"
+                " directory that"
+            ),
+        ),
         (["{tmp}"], "{tmp}: not a run directory (it holds neither metrics.jsonl nor config.yaml)"),
-        (["{tmp}/low", "--out={tmp}/low/config.yaml/x.html"], "--out={tmp}/low/config.yaml/x.html: cannot be written (File"),
+        (
+            ["{tmp}/low", "--out={tmp}/low/config.yaml/x.html"],
+            "--out={tmp}/low/config.yaml/x.html: cannot be written (File",
+        ),
         (["{tmp}/low", "--out=page.pdf"], "--out=page.pdf: expected a name that ends in .html"),
     ],
 )
 def test_mistakes(runs, tmp_path, monkeypatch, capsys, arguments, error):
     monkeypatch.setattr(sys, "argv", ["report.py", *(a.format(tmp=tmp_path) for a in arguments)])
     with pytest.raises(SystemExit) as end:
-        report.commands.run(report.parser(), report.main) if arguments else report.commands.run(report.parser(), None)
+        (
+            report.commands.run(report.parser(), report.main)
+            if arguments
+            else report.commands.run(report.parser(), None)
+        )
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {error.format(tmp=tmp_path)}")
 
 
 def test_the_command(runs):
     done = command(runs[0])
-    assert done.returncode == 0 and done.stdout.splitlines()[-2] == f"report: {runs[0] / 'report.html'}", done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout.splitlines()[-2] == f"report: {runs[0] / 'report.html'}"
+    ), done.stderr
 
 
 # ---- curves ----
@@ -234,18 +345,26 @@ def test_curves(runs):
 
 
 def test_what_is_drawn(runs):
-    run = curves.named(history.read_run(runs[0])._replace(config={"loss": {"name": "dpo", "beta": 0.05}}))
+    run = curves.named(
+        history.read_run(runs[0])._replace(config={"loss": {"name": "dpo", "beta": 0.05}})
+    )
     assert run.evaluations[0]["ratio_eval/chosen"] == pytest.approx(3.0)  # 0.15 / beta, nats
-    free = history.read_run(runs[0])._replace(config={"loss": {"name": "dpo", "beta": 0.05, "reference_free": True}})
+    free = history.read_run(runs[0])._replace(
+        config={"loss": {"name": "dpo", "beta": 0.05, "reference_free": True}}
+    )
     assert "ratio_eval/chosen" not in curves.named(free).evaluations[0]
     run.steps[1]["lr"] = 1e-5
     run.evaluations[1].update({"kl_eval/policy": 2.0, "perplexity/eval": 9.0})
     assert {"kl/policy", "perplexity"} <= {p.title for p in curves.panels([run])}
-    assert {"kl/policy", "learning rate"}.isdisjoint(p.title for p in curves.panels([run], further=False))
+    assert {"kl/policy", "learning rate"}.isdisjoint(
+        p.title for p in curves.panels([run], further=False)
+    )
 
 
 def test_numbers_that_are_none_are_left_out():
-    records = [{"step": i, "x": value} for i, value in enumerate([1.0, float("nan"), 3.0, float("inf")])]
+    records = [
+        {"step": i, "x": value} for i, value in enumerate([1.0, float("nan"), 3.0, float("inf")])
+    ]
     steps, values = curves.points(records, "x")
     assert steps.tolist() == [0, 2] and values.tolist() == [1, 3]
 

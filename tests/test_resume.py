@@ -1,4 +1,6 @@
-"""A run that was stopped, anywhere, ends as if it had not been: weights, optimizer, metrics, order; or it is refused."""
+"""A run that was stopped, anywhere, ends as if it had not been: weights, optimizer, metrics, order;
+or it is refused.
+"""
 
 import hashlib
 import json
@@ -31,18 +33,30 @@ def state_of(run_dir):
                 shape, offset = json.loads(place)
                 part = file.get_tensor(name)
                 whole = found.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
-                whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+                whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = (
+                    part
+                )
     return found
 
 
 def outcome(run_dir):
-    """What must be the same however often a run was interrupted: weights and optimizer, order, metrics without what is of the
-    machine, samples."""
+    """What must be the same however often a run was interrupted: weights and optimizer, order,
+    metrics without what is of the machine, samples.
+    """
     manifest = checkpoints.newest(run_dir).manifest
     rows = [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in records(run_dir)]
-    samples = (run_dir / "samples.jsonl").read_text() if (run_dir / "samples.jsonl").exists() else ""
+    samples = (
+        (run_dir / "samples.jsonl").read_text() if (run_dir / "samples.jsonl").exists() else ""
+    )
     policy = torch.load(run_dir / "LATEST/policy.pt", weights_only=True)["state"]
-    return state_of(run_dir), policy, manifest.order, (manifest.step, manifest.examples, manifest.finished), rows, samples
+    return (
+        state_of(run_dir),
+        policy,
+        manifest.order,
+        (manifest.step, manifest.examples, manifest.finished),
+        rows,
+        samples,
+    )
 
 
 def same(a, b, tolerance=0.0):
@@ -61,7 +75,9 @@ def same(a, b, tolerance=0.0):
 
 
 class Halt(BaseException):
-    """Ends a run at once, in this process, without any cleaning up: what a kill leaves on the disk."""
+    """Ends a run at once, in this process, without any cleaning up: what a kill leaves on the
+    disk.
+    """
 
 
 @pytest.fixture
@@ -87,13 +103,41 @@ def halted_at(monkeypatch):
 
 OPTIONS = {
     "dpo": [*DPO, "n_epochs=2", "save_every=4", "eval_every=12"],
-    "cached": [*DPO, "n_epochs=2", "reference=cached", "batch_size=5", "gradient_accumulation_steps=2", "eval_every=10"],
-    "sft": ["loss=sft", "lr=1e-3", "warmup_steps=2", "batch_size=4", "n_epochs=2", "save_every=8", "optimizer=AdamW",
-            "lr_schedule=cosine", "async_save=true", "eval_every=16", "sample_during_eval=true", "n_eval_model_samples=2",
-            "sample_max_new_tokens=4"],
-    "reward": ["loss=reward", "loss.centering=0.01", "lr=1e-3", "head_lr=1e-2", "warmup_steps=2", "batch_size=5", "eval_every=10",
-               "save_every=5", "model.policy_dtype=bfloat16"],
-}  # fmt: skip
+    "cached": [
+        *DPO,
+        "n_epochs=2",
+        "reference=cached",
+        "batch_size=5",
+        "gradient_accumulation_steps=2",
+        "eval_every=10",
+    ],
+    "sft": [
+        "loss=sft",
+        "lr=1e-3",
+        "warmup_steps=2",
+        "batch_size=4",
+        "n_epochs=2",
+        "save_every=8",
+        "optimizer=AdamW",
+        "lr_schedule=cosine",
+        "async_save=true",
+        "eval_every=16",
+        "sample_during_eval=true",
+        "n_eval_model_samples=2",
+        "sample_max_new_tokens=4",
+    ],
+    "reward": [
+        "loss=reward",
+        "loss.centering=0.01",
+        "lr=1e-3",
+        "head_lr=1e-2",
+        "warmup_steps=2",
+        "batch_size=5",
+        "eval_every=10",
+        "save_every=5",
+        "model.policy_dtype=bfloat16",
+    ],
+}
 
 
 def run_until(n, halted_at, train, name, *options):
@@ -114,12 +158,19 @@ def test_halted_after_any_step_it_ends_the_same(kind, train, halted_at, capsys):
 
 
 def test_the_draws_of_a_step_are_a_function_of_seed_and_step(train, halted_at, monkeypatch):
-    """What a model draws while it trains (dropout, a router's noise) is another number in each step and for each seed, and the
-    same one in a run that was halted. Gone after update 1, before any save, it begins anew; gone after update 2, it goes on from
-    the checkpoint of step 1: so the steps are 1, then 1 and 2, then 2 and 3."""
-    drawn, options = [], [*DPO, "n_examples=12", "do_first_eval=false", "do_last_eval=false", "save_every=4"]
+    """What a model draws while it trains (dropout, a router's noise) is another number in each step
+    and for each seed, and the same one in a run that was halted. Gone after update 1, before any
+    save, it begins anew; gone after update 2, it goes on from the checkpoint of step 1: so the
+    steps are 1, then 1 and 2, then 2 and 3.
+    """
+    drawn, options = (
+        [],
+        [*DPO, "n_examples=12", "do_first_eval=false", "do_last_eval=false", "save_every=4"],
+    )
     scored = Scorer.__call__
-    monkeypatch.setattr(Scorer, "__call__", lambda self, b: drawn.append(torch.rand(()).item()) or scored(self, b))
+    monkeypatch.setattr(
+        Scorer, "__call__", lambda self, b: drawn.append(torch.rand(()).item()) or scored(self, b)
+    )
 
     def draws(name, *more, halts=()):
         drawn.clear()
@@ -139,12 +190,16 @@ def test_the_draws_of_a_step_are_a_function_of_seed_and_step(train, halted_at, m
 
 
 def test_the_digest_of_the_order_by_definition(train):
-    """sha256 of the digest so far and the indices of the step as 8-byte numbers, from an empty one on: it stands for the indices
-    of all steps in their order, so that a resumed run can be compared with one that was not."""
+    """sha256 of the digest so far and the indices of the step as 8-byte numbers, from an empty one
+    on: it stands for the indices of all steps in their order, so that a resumed run can be compared
+    with one that was not.
+    """
     run = train("order", *DPO, "n_epochs=2", "n_examples=22")
     order = b""
     for indices in Schedule(18, batch_size=4, n_epochs=2, n_examples=22, shuffle=True, seed=0):
-        order = hashlib.sha256(order + b"".join(int(i).to_bytes(8, "little") for i in indices)).digest()
+        order = hashlib.sha256(
+            order + b"".join(int(i).to_bytes(8, "little") for i in indices)
+        ).digest()
     assert json.loads((run / "LATEST/manifest.json").read_text())["order"] == order.hex()
 
 
@@ -158,7 +213,9 @@ def test_a_resume_that_is_halted_is_resumed(train, halted_at):
 
 @pytest.mark.parametrize("forgotten", ["n_seen", "optimizer", "n_updates"])
 def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
-    """Negative controls: without the position, the optimizer's state or the step, the end is another one."""
+    """Negative controls: without the position, the optimizer's state or the step, the end is
+    another one.
+    """
     import trainers
 
     restore = trainers.BasicTrainer.restore
@@ -172,18 +229,24 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
         else:
             setattr(self, forgotten, 0)
             self.begun = 0
-            self.scheduler = trainers.make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
+            self.scheduler = trainers.make_scheduler(
+                self.config, self.optimizer, self.n_steps, self.n_updates
+            )
 
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     monkeypatch.setattr(trainers.BasicTrainer, "restore", forgetting)
-    monkeypatch.setattr(trainers.first_step, "FirstStep", lambda *_: None)  # which would see it, too
+    monkeypatch.setattr(
+        trainers.first_step, "FirstStep", lambda *_: None
+    )  # which would see it, too
     with pytest.raises(AssertionError):
         same(outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"])), whole)
 
 
 @pytest.fixture
 def stopped_at(monkeypatch):
-    """`stopped_at(place, n)`: within, a SIGTERM comes as `trainers.<place>` is called for the n-th time, or after update n."""
+    """`stopped_at(place, n)`: within, a SIGTERM comes as `trainers.<place>` is called for the n-th
+    time, or after update n.
+    """
     import trainers
 
     @contextmanager
@@ -212,7 +275,10 @@ def test_stopped_by_a_signal_at_any_step_it_ends_the_same(kind, train, stopped_a
     """Also at a step that an evaluation follows."""
     whole = outcome(train("whole", *OPTIONS[kind]))
     for n in range(1, whole[3][0] + 1):
-        with stopped_at("step", n), pytest.raises(launch.Stopped, match=f"SIGTERM after step {n} of") as stopped:
+        with (
+            stopped_at("step", n),
+            pytest.raises(launch.Stopped, match=f"SIGTERM after step {n} of") as stopped,
+        ):
             train(f"stopped{n}", *OPTIONS[kind], "resume=auto")
         assert stopped.value.code == 143
         assert same(outcome(train(f"stopped{n}", *OPTIONS[kind], "resume=auto")), whole)
@@ -229,17 +295,25 @@ def test_stopped_in_an_evaluation_again_and_again(train, stopped_at):
 
 def test_a_limit_that_is_reached_already(train):
     run = train("run", *DPO, "eval_every=8", "n_examples=16")
-    train("run", *DPO, "eval_every=8", "n_examples=8", "resume=auto", "resume_allow=[n_examples]")  # nothing is left to train
-    longer = train("run", *DPO, "eval_every=8", "n_examples=18", "resume=auto", "resume_allow=[n_examples]")
-    assert longer == run and checkpoints.newest(run).manifest.examples == 18  # a finished run goes on, if told to
+    train(
+        "run", *DPO, "eval_every=8", "n_examples=8", "resume=auto", "resume_allow=[n_examples]"
+    )  # nothing is left to train
+    longer = train(
+        "run", *DPO, "eval_every=8", "n_examples=18", "resume=auto", "resume_allow=[n_examples]"
+    )
+    assert (
+        longer == run and checkpoints.newest(run).manifest.examples == 18
+    )  # a finished run goes on, if told to
 
 
-# ------------------------------------------------------------------------------------------- what is refused, and what is not
+# ---- what is refused, and what is not ----
 
 
 @pytest.fixture
 def begun(train, halted_at, tmp_path):
-    """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each. -> its options"""
+    """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each.
+    -> its options
+    """
 
     def begin(*options, name="run"):
         options = [name, *DPO, "save_every=4", "eval_every=8", *options]
@@ -251,12 +325,20 @@ def begun(train, halted_at, tmp_path):
 
 
 CHANGES = {
-    "lr=2e-3": "lr: 0.001 -> 0.002", "loss.beta=0.2": "loss.beta: 0.1 -> 0.2", "batch_size=5": "batch_size: 4 -> 5",
-    "seed=1": "seed: 0 -> 1", "loss=ipo": "loss.name: dpo -> ipo", "optimizer=AdamW": "optimizer: RMSprop -> AdamW",
-    "max_length=90": "max_length: 96 -> 90", "n_epochs=2": "n_epochs: 1 -> 2", "eval_every=4": "eval_every: 8 -> 4",
-    "model.policy_dtype=bfloat16": "model.policy_dtype: float32 -> bfloat16", "shuffle=false": "shuffle: True -> False",
-    "optimizer_args={alpha: 0.9}": "optimizer_args.alpha: unset -> 0.9", "max_grad_norm=1": "max_grad_norm: 10.0 -> 1",
-}  # fmt: skip
+    "lr=2e-3": "lr: 0.001 -> 0.002",
+    "loss.beta=0.2": "loss.beta: 0.1 -> 0.2",
+    "batch_size=5": "batch_size: 4 -> 5",
+    "seed=1": "seed: 0 -> 1",
+    "loss=ipo": "loss.name: dpo -> ipo",
+    "optimizer=AdamW": "optimizer: RMSprop -> AdamW",
+    "max_length=90": "max_length: 96 -> 90",
+    "n_epochs=2": "n_epochs: 1 -> 2",
+    "eval_every=4": "eval_every: 8 -> 4",
+    "model.policy_dtype=bfloat16": "model.policy_dtype: float32 -> bfloat16",
+    "shuffle=false": "shuffle: True -> False",
+    "optimizer_args={alpha: 0.9}": "optimizer_args.alpha: unset -> 0.9",
+    "max_grad_norm=1": "max_grad_norm: 10.0 -> 1",
+}
 
 
 def test_a_changed_setting_is_refused_with_the_difference(begun, train):
@@ -265,12 +347,18 @@ def test_a_changed_setting_is_refused_with_the_difference(begun, train):
         with pytest.raises(ResumeMismatch, match="made of something else: ") as refused:
             train(*options, change, "resume=auto")
         assert said in str(refused.value) and "resume_allow=[" in str(refused.value), change
-    train(*options, "resume=auto", "save_every=null", "max_hours=99", "gradient_accumulation_steps=2")  # these change no number
+    train(
+        *options, "resume=auto", "save_every=null", "max_hours=99", "gradient_accumulation_steps=2"
+    )  # these change no number
 
 
 def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_path):
     now = directory.settings(compose("exp_name=x", "model.name_or_path=y", *DPO))
-    before = {knob: value for knob, value in now.items() if knob not in ("loss.nll", "split_seed", "stage")}
+    before = {
+        knob: value
+        for knob, value in now.items()
+        if knob not in ("loss.nll", "split_seed", "stage")
+    }
     assert len(now) - len(before) == 3
     assert directory.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
     with pytest.raises(ResumeMismatch, match="loss.nll: 0.0 -> 1"):
@@ -293,7 +381,9 @@ def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, ti
     with pytest.raises(ResumeMismatch, match="tokenizer: "):
         train(*options, f"model.tokenizer_name_or_path={tmp_path}/tokenizer", "resume=auto")
     model = AutoModelForCausalLM.from_pretrained(other)
-    train(*options, f"model.name_or_path={other}", "resume=auto", "n_examples=null")  # a copy of the same weights will do
+    train(
+        *options, f"model.name_or_path={other}", "resume=auto", "n_examples=null"
+    )  # a copy of the same weights will do
     model.lm_head.weight.data[0, 0] += 1e-3
     model.save_pretrained(other)
     with pytest.raises(ResumeMismatch, match="weights: "):
@@ -301,9 +391,13 @@ def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, ti
 
 
 def test_an_allowed_change_is_applied(begun, train):
-    """The learning rate really becomes another one; the environment's record says from which step."""
+    """The learning rate really becomes another one; the environment's record says from which
+    step.
+    """
     run = train(*begun(), "lr=5e-3", "resume_allow=[lr]", "resume=auto")
-    assert [r["lr"] for r in records(run, "train")] == pytest.approx([1e-3 / 3, 2e-3 / 3, 5e-3, 5e-3, 5e-3])
+    assert [r["lr"] for r in records(run, "train")] == pytest.approx(
+        [1e-3 / 3, 2e-3 / 3, 5e-3, 5e-3, 5e-3]
+    )
     (row,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
     assert row["step"] == 2 and row["changed"] == ["lr: 0.001 -> 0.005"] and row["packages"]
     longer = train(*begun(name="longer"), "n_epochs=2", "resume_allow=[n_epochs]", "resume=auto")
@@ -313,19 +407,33 @@ def test_an_allowed_change_is_applied(begun, train):
 def test_a_finished_run_says_so_and_stops(train, capsys):
     options = ["run", *DPO, "n_examples=4", "do_first_eval=false"]
     run = train(*options)
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")}
+    before = {
+        p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")
+    }
     train(*options, "resume=auto")
     assert "is finished: 1 steps; nothing to do" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")
+    } == before
     assert directory.status(run)["state"] == "finished"
     with pytest.raises(ResumeMismatch, match="lr: 0.001 -> 0.01"):
         train(*options, "resume=auto", "lr=1e-2")
 
 
 def test_which_run_is_gone_on_with(train_here, data, tiny_model, tmp_path, capsys):
-    """resume=auto finds the newest of the exp_name, and no other; resume=must wants one; resume=never says that there is one."""
-    options = [f"model.name_or_path={tiny_model}", f"datasets=[{data}]", *FAST, *DPO, "n_examples=8"]
-    with pytest.raises(ResumeMismatch, match="resume=must: there is no checkpoint of exp_name=test"):
+    """resume=auto finds the newest of the exp_name, and no other; resume=must wants one;
+    resume=never says that there is one.
+    """
+    options = [
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{data}]",
+        *FAST,
+        *DPO,
+        "n_examples=8",
+    ]
+    with pytest.raises(
+        ResumeMismatch, match="resume=must: there is no checkpoint of exp_name=test"
+    ):
         train_here(*options, "resume=must")
     other = train_here(*options, "exp_name=test_2")
     first = train_here(*options, "resume=auto")
@@ -334,11 +442,13 @@ def test_which_run_is_gone_on_with(train_here, data, tiny_model, tmp_path, capsy
     shutil.rmtree(first / "step-8")
     directory.write_status(first, "stopped", 143)
     assert train_here(*options) != first  # resume=never is the default
-    with pytest.raises(UserError, match="holds a run already; give another directory, or resume=auto"):
+    with pytest.raises(
+        UserError, match="holds a run already; give another directory, or resume=auto"
+    ):
         train_here(*options, f"local_run_dir={first}")
 
 
-# ----------------------------------------------------------------------------------------------- another number of processes
+# ---- another number of processes ----
 
 
 def in_group(config_of, halt):
@@ -363,15 +473,35 @@ SHARDED = ["trainer=FSDPTrainer", "n_cpu_processes=4"]
 
 
 @pytest.mark.parametrize("first, then", [(1, 2), (2, 1), (2, 4), (4, 1)])
-def test_on_another_number_of_processes(first, then, train, compose, here, data, tiny_model, tmp_path):
-    """The same examples in the same order, and weights within 1e-8 in float64: a Llama's norms are float32 whatever its weights
-    are, so that numbers which differ by 1e-16 may there be rounded apart, by 6e-8 of a term of a gradient of at most 0.1."""
-    options = [*DPO, STEADY, "n_epochs=2", "save_every=4", "model.policy_dtype=float64", "reference=cached"]
+def test_on_another_number_of_processes(
+    first, then, train, compose, here, data, tiny_model, tmp_path
+):
+    """The same examples in the same order, and weights within 1e-8 in float64: a Llama's norms are
+    float32 whatever its weights are, so that numbers which differ by 1e-16 may there be rounded
+    apart, by 6e-8 of a term of a gradient of at most 0.1.
+    """
+    options = [
+        *DPO,
+        STEADY,
+        "n_epochs=2",
+        "save_every=4",
+        "model.policy_dtype=float64",
+        "reference=cached",
+    ]
     whole = outcome(train("whole", *options))
     run = tmp_path / "run"
     for n, halt in ((first, 5), (then, None)):
-        overrides = [*here, "exp_name=run", f"local_run_dir={run}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
-                     *FAST, *options, "resume=auto", *(SHARDED if n > 1 else [])]  # fmt: skip
+        overrides = [
+            *here,
+            "exp_name=run",
+            f"local_run_dir={run}",
+            f"model.name_or_path={tiny_model}",
+            f"datasets=[{data}]",
+            *FAST,
+            *options,
+            "resume=auto",
+            *(SHARDED if n > 1 else []),
+        ]
         run_in_group(n, in_group, partial(compose, *overrides), halt)
     assert len(list((run / "LATEST").glob("state-*"))) == then
     assert checkpoints.newest(run).manifest.step == 10 and len(records(run, "train")) == 10
@@ -389,7 +519,7 @@ def test_a_directory_that_another_process_took_meanwhile_is_left_alone(tmp_path)
         owner.claim()
 
 
-# ------------------------------------------------------------------------------------------------------ damage on the disk
+# ---- damage on the disk ----
 
 
 def damages(path):
@@ -400,7 +530,10 @@ def damages(path):
             yield f"{file.name} cut to {size}", lambda f=file, s=size: os.truncate(f, s)
         yield f"{file.name} gone", file.unlink
         for i in range(8):
-            yield f"{file.name} bit {i}", lambda f=file, i=i: flip(f, (2 * i + 1) * f.stat().st_size // 16, i)
+            yield (
+                f"{file.name} bit {i}",
+                lambda f=file, i=i: flip(f, (2 * i + 1) * f.stat().st_size // 16, i),
+            )
         yield f"{file.name} a link", lambda f=file: f.symlink_to(f.rename(path.parent / "moved"))
         yield f"{file.name} a directory", lambda f=file: (f.unlink(), f.mkdir())
 
@@ -448,7 +581,9 @@ def test_a_state_file_that_is_a_pickle_is_not_loaded(train, tmp_path):
     (path,) = checkpoints.listed(run)
     manifest = checkpoints.read_manifest(path)
     (path / "state-0-of-1.safetensors").write_bytes(pickle.dumps(Payload()))
-    manifest.files["state-0-of-1.safetensors"] = durable_files.read_back(path / "state-0-of-1.safetensors")
+    manifest.files["state-0-of-1.safetensors"] = durable_files.read_back(
+        path / "state-0-of-1.safetensors"
+    )
     manifest.finished = False
     (path / "manifest.json").write_bytes(checkpoints._dump(manifest))
     with pytest.raises(UnsafeFile, match="cannot be read") as error:
@@ -456,7 +591,9 @@ def test_a_state_file_that_is_a_pickle_is_not_loaded(train, tmp_path):
     assert error.value.exit_code == 3 and not (tmp_path / "executed").exists()
 
 
-def test_after_damage_the_run_goes_on_from_the_one_before_and_never_afresh(train, halted_at, capsys, tmp_path):
+def test_after_damage_the_run_goes_on_from_the_one_before_and_never_afresh(
+    train, halted_at, capsys, tmp_path
+):
     options = ["run", *DPO, "eval_every=4"]
     whole = outcome(train("whole", *options[1:]))
     with halted_at(4), pytest.raises(Halt):

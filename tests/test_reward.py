@@ -1,4 +1,6 @@
-"""Reward models: the loss by hand, the score at the last token whatever the padding, and a run that learns a preference."""
+"""Reward models: the loss by hand, the score at the last token whatever the padding, and a run that
+learns a preference.
+"""
 
 import math
 from typing import Any
@@ -23,7 +25,14 @@ from plumb.models.find import find_model
 from plumb.models.forward_path import ORACLE, Way
 from plumb.models.layout_probe import cannot_pack
 from plumb.models.logps import read_hidden, response_scores
-from plumb.models.scalar_head import FOLDS, MIN_PAIRS, fit_head, holds_scores, initial_weight, put_scalar_head
+from plumb.models.scalar_head import (
+    FOLDS,
+    MIN_PAIRS,
+    fit_head,
+    holds_scores,
+    initial_weight,
+    put_scalar_head,
+)
 from plumb.models.tree_attention import NAME as TREES
 from plumb.scoring.scorers import knobs_of, load_scorer
 from plumb.settings.validation import validate
@@ -33,8 +42,12 @@ REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0,
 
 
 def scored(*rows, width=4):
-    """Scores of responses given as lists: the last one's score is the response's, and stands behind its end."""
-    each = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], dtype=torch.float64)
+    """Scores of responses given as lists: the last one's score is the response's, and stands behind
+    its end.
+    """
+    each = torch.tensor(
+        [[*row, *[row[-1]] * (width - len(row))] for row in rows], dtype=torch.float64
+    )
     return Scores(each[:, -1], each, torch.tensor([len(row) for row in rows]))
 
 
@@ -48,7 +61,9 @@ def softplus(x):
 
 
 def test_the_loss_by_hand():
-    """z = 3 - 1 = 2: log(1 + e^-2). Smoothed by 1/4; less half of the data's 4; plus 0.1 (3 + 1)^2."""
+    """z = 3 - 1 = 2: log(1 + e^-2). Smoothed by 1/4; less half of the data's 4; plus 0.1 (3 +
+    1)^2.
+    """
     both = pair([0, 3], [1], margin=4.0)
     loss = lambda **knobs: build_loss(REWARD | knobs).compute(both).losses.item()
     assert loss() == pytest.approx(softplus(-2))
@@ -61,28 +76,45 @@ def test_the_loss_by_hand():
 
 def test_the_gradient_is_the_papers():
     """d loss / d r_w = -sigmoid(r_l - r_w), minus that for r_l (Eq. 2 of arXiv:2305.18290)."""
-    chosen, rejected = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([0.5, -2.0], [1.5, -2.5]))
+    chosen, rejected = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([0.5, -2.0], [1.5, -2.5])
+    )
     one = torch.ones(2, dtype=torch.int64)
-    both = ScoredPairs(Scores(chosen, chosen[:, None], one), Scores(rejected, rejected[:, None], one), 0 * one, None)
+    both = ScoredPairs(
+        Scores(chosen, chosen[:, None], one),
+        Scores(rejected, rejected[:, None], one),
+        0 * one,
+        None,
+    )
     build_loss(REWARD).compute(both).losses.sum().backward()
     torch.testing.assert_close(chosen.grad, -torch.sigmoid(rejected - chosen).detach())
     torch.testing.assert_close(rejected.grad, -chosen.grad)
 
 
 def test_the_token_wise_loss_by_hand():
-    """They differ from token 1 on. Positions 1, 2, 3: 2 - 1, 3 - 4, and 5 - 4, for rejected has ended with 4. Three terms."""
+    """They differ from token 1 on. Positions 1, 2, 3: 2 - 1, 3 - 4, and 5 - 4, for rejected has
+    ended with 4. Three terms.
+    """
     out = build_loss(REWARD | {"read": "tokens"}).compute(pair([9, 2, 3, 5], [7, 1, 4], shared=1))
     assert out.losses.item() == pytest.approx((softplus(-1) + softplus(1) + softplus(-1)) / 3)
     assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (5, 4)
-    same = build_loss(REWARD | {"read": "tokens"}).compute(pair([1, 2], [3, 5], shared=2))  # equal: their last tokens
+    same = build_loss(REWARD | {"read": "tokens"}).compute(
+        pair([1, 2], [3, 5], shared=2)
+    )  # equal: their last tokens
     assert same.losses.item() == pytest.approx(softplus(3))
-    rows = ScoredPairs(scored([1], [2, 4, 6]), scored([0, 0], [1]), torch.tensor([0, 0]), None)  # rows of other lengths beside
+    rows = ScoredPairs(
+        scored([1], [2, 4, 6]), scored([0, 0], [1]), torch.tensor([0, 0]), None
+    )  # rows of other lengths beside
     by_hand = [(softplus(-1) * 2) / 2, (softplus(-1) + softplus(-3) + softplus(-5)) / 3]
-    assert build_loss(REWARD | {"read": "tokens"}).compute(rows).losses.tolist() == pytest.approx(by_hand)
+    assert build_loss(REWARD | {"read": "tokens"}).compute(rows).losses.tolist() == pytest.approx(
+        by_hand
+    )
 
 
 def test_mean_scores_by_hand():
-    """(9 + 2 + 3 + 6) / 4 - (7 + 1 + 4) / 3 = 1; a response without a token has its prompt's score; rewards are the means."""
+    """(9 + 2 + 3 + 6) / 4 - (7 + 1 + 4) / 3 = 1; a response without a token has its prompt's score;
+    rewards are the means.
+    """
     mean = build_loss(REWARD | {"read": "mean", "centering": 0.5})
     out = mean.compute(pair([9, 2, 3, 6], [7, 1, 4]))
     assert mean.read == "mean" and build_loss(REWARD).read == "last"
@@ -92,14 +124,19 @@ def test_mean_scores_by_hand():
     assert none.of("mean").tolist() == [3]
 
 
-@pytest.mark.parametrize("knob, value", [("label_smoothing", 0.5), ("margin", -1), ("centering", -0.1), ("read", "first")])
+@pytest.mark.parametrize(
+    "knob, value",
+    [("label_smoothing", 0.5), ("margin", -1), ("centering", -0.1), ("read", "first")],
+)
 def test_a_value_out_of_range_is_refused(knob, value):
     with pytest.raises(ValueError, match=f"loss.{knob}={value}"):
         build_loss(REWARD | {knob: value})
 
 
 EOS = SIZES["eos_token_id"]
-PAIRS = [  # the second answer cut, so without EOS; an answer of EOS alone; answers that begin alike; EOS within an answer
+# the second answer cut, so without EOS; an answer of EOS alone; answers that begin alike; EOS
+# within an answer
+PAIRS = [
     ([5, 6, 7], [8, 9, EOS], [8, 4]),
     ([5, 6], [EOS], [7, 7, 7, 7, 7, EOS]),
     ([9], [3, 4, 5, EOS], [3, 4, EOS]),
@@ -112,14 +149,18 @@ def rewarding(family):
     model = tiny_model(family).double().eval()
     put_scalar_head(model, seed=3)
     with torch.no_grad():
-        model.get_output_embeddings().weight.data = model.get_output_embeddings().weight.data.double()
+        model.get_output_embeddings().weight.data = (
+            model.get_output_embeddings().weight.data.double()
+        )
     forward_path.allow_trees(model)
     return model
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3", "mistral"])
 def test_the_score_is_that_of_the_last_token_alone(family):
-    """Each answer after its prompt in a row of its own, nothing else: the oracle. PAD is EOS, and EOS stands in texts too."""
+    """Each answer after its prompt in a row of its own, nothing else: the oracle. PAD is EOS, and
+    EOS stands in texts too.
+    """
     model, batch = rewarding(family), pack(EXAMPLES, pad_token_id=EOS, longest=32)
     rows = [[*p, *r] for i in (1, 2) for p, r in ((x[0], x[i]) for x in PAIRS)]
     expected = [model(torch.tensor([row])).logits[0, -1, 0].item() for row in rows]
@@ -134,19 +175,26 @@ def test_the_score_is_that_of_the_last_token_alone(family):
 
 
 def hidden_states(n, d, strength, scale=1.0, seed=0):
-    """Random ends of chosen and rejected responses, around a common point far from 0; and the direction that decides."""
+    """Random ends of chosen and rejected responses, around a common point far from 0; and the
+    direction that decides.
+    """
     draw = torch.Generator().manual_seed(seed)
     direction = torch.randn(d, generator=draw, dtype=torch.float64) / d**0.5
     a, b = torch.randn(2, n, d, generator=draw, dtype=torch.float64)
     flip = torch.rand(n, generator=draw) > torch.sigmoid(strength * (a - b) @ direction)
     far = 20 * torch.randn(d, generator=draw, dtype=torch.float64)
-    chosen, rejected = torch.where(flip[:, None], b, a) + far, torch.where(flip[:, None], a, b) + far
+    chosen, rejected = (
+        torch.where(flip[:, None], b, a) + far,
+        torch.where(flip[:, None], a, b) + far,
+    )
     return chosen * scale, rejected * scale, torch.arange(n) % FOLDS, direction
 
 
 @pytest.mark.parametrize("n, d", [(600, 20), (200, 300)])  # more pairs than coordinates, and fewer
 def test_a_head_is_fitted_to_frozen_states(n, d):
-    """It finds the direction, whatever the units of the coordinates; scores have the mean 0, and Bradley-Terry's scale."""
+    """It finds the direction, whatever the units of the coordinates; scores have the mean 0, and
+    Bradley-Terry's scale.
+    """
     scale = torch.logspace(-3, 3, d, dtype=torch.float64)
     chosen, rejected, folds, direction = hidden_states(n, d, 4.0, scale)
     fit = fit_head(chosen, rejected, folds)
@@ -155,11 +203,15 @@ def test_a_head_is_fitted_to_frozen_states(n, d):
     assert abs(float((a + b).mean())) < 1e-6 and float((a > b).double().mean()) > 0.8
     assert fit.loss < (0.4 if n > d else 0.69) and fit.accuracy > (0.8 if n > d else 0.55)
     same = fit_head(*hidden_states(n, d, 4.0)[:3])
-    assert torch.allclose(fit.weight * scale, same.weight, rtol=1e-4, atol=1e-6 * float(same.weight.abs().max()))
+    assert torch.allclose(
+        fit.weight * scale, same.weight, rtol=1e-4, atol=1e-6 * float(same.weight.abs().max())
+    )
 
 
 def test_a_head_is_fitted_to_what_can_be_learned():
-    """Of noise nearly nothing, of too few pairs nothing, of pairs that are told apart always a scale that is finite."""
+    """Of noise nearly nothing, of too few pairs nothing, of pairs that are told apart always a
+    scale that is finite.
+    """
     chosen, rejected, folds, _ = hidden_states(500, 50, 0.0)
     noise = fit_head(chosen, rejected, folds)
     margins = (chosen - rejected) @ noise.weight[0]
@@ -178,16 +230,36 @@ AFTER_THE_HEAD = {  # what models do to logits after the head
     "granite": LLAMA | {"logits_scaling": 4.0},
     "gemma2": LLAMA | {"head_dim": 8, "final_logit_softcapping": 0.5},
     "gemma3_text": LLAMA | {"head_dim": 8, "final_logit_softcapping": 0.5},
-    "falcon_h1": LLAMA | {"lm_head_multiplier": 0.1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
-                          "mamba_n_groups": 1, "mamba_expand": 1},
-    "recurrent_gemma": LLAMA | {"block_types": ["recurrent", "attention"], "attention_window_size": 16, "lru_width": 32,
-                                "logits_soft_cap": 0.5, "head_dim": 8},
-}  # fmt: skip
+    "falcon_h1": (
+        LLAMA
+        | {
+            "lm_head_multiplier": 0.1,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_expand": 1,
+        }
+    ),
+    "recurrent_gemma": (
+        LLAMA
+        | {
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": 16,
+            "lru_width": 32,
+            "logits_soft_cap": 0.5,
+            "head_dim": 8,
+        }
+    ),
+}
 
 
 @pytest.mark.parametrize("family", AFTER_THE_HEAD)
 def test_nothing_is_done_to_scores_after_the_head(family):
-    """The score is the head's product with the hidden state, exactly; and so is its gradient for the head."""
+    """The score is the head's product with the hidden state, exactly; and so is its gradient for
+    the head.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(SIZES | AFTER_THE_HEAD[family]))
     model: Any = AutoModelForCausalLM.from_config(config).eval()
@@ -200,7 +272,9 @@ def test_nothing_is_done_to_scores_after_the_head(family):
         handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
         found = response_scores(model, batch, candidate)
         handle.remove()
-        each = found.each[0, : len(PAIRS[0][1])]  # the first response's tokens are the first that the head sees
+        each = found.each[
+            0, : len(PAIRS[0][1])
+        ]  # the first response's tokens are the first that the head sees
         assert each.equal((seen[0].float() @ head.weight.T)[0, : len(each), 0])
         (gradient,) = torch.autograd.grad(found.each[0, 0], head.weight)
         assert torch.allclose(gradient, seen[0][0, 0], rtol=1e-6, atol=1e-7)
@@ -213,7 +287,9 @@ def test_the_state_that_a_score_is_of(read):
     for way in (Way(packed=True, plain_head=False), ORACLE):
         hidden = read_hidden(model, batch, way, read)
         found = response_scores(model, batch, way).of(read)
-        assert torch.allclose((hidden @ model.get_output_embeddings().weight.T)[:, 0], found, atol=1e-12)
+        assert torch.allclose(
+            (hidden @ model.get_output_embeddings().weight.T)[:, 0], found, atol=1e-12
+        )
 
 
 def test_left_padding_and_right_padding_give_the_same_score():
@@ -221,18 +297,37 @@ def test_left_padding_and_right_padding_give_the_same_score():
     model = rewarding("llama")
     row, pad = [5, 6, 7, 8, 9, EOS], [EOS] * 3
     alone = model(torch.tensor([row])).logits[0, -1, 0].item()
-    for ids, mask, at in (([*pad, *row], [0] * 3 + [1] * 6, -1), ([*row, *pad], [1] * 6 + [0] * 3, 5)):
+    for ids, mask, at in (
+        ([*pad, *row], [0] * 3 + [1] * 6, -1),
+        ([*row, *pad], [1] * 6 + [0] * 3, 5),
+    ):
         mask = torch.tensor([mask])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             model.set_attn_implementation("sdpa")
-            out = model(torch.tensor([ids]), attention_mask=mask, position_ids=positions).logits[0, at, 0].item()
+            out = (
+                model(torch.tensor([ids]), attention_mask=mask, position_ids=positions)
+                .logits[0, at, 0]
+                .item()
+            )
         assert out == pytest.approx(alone, abs=1e-9)
 
 
-LEARN = ["loss=reward", "model=demo", "datasets=[demo/train.jsonl]", "eval_datasets=[demo/test.jsonl]", "optimizer=AdamW",
-         "lr=1e-3", "warmup_steps=5", "batch_size=16", "n_epochs=null", "n_examples=240", "max_length=128",
-         "max_prompt_length=64", "do_first_eval=false"]  # fmt: skip
+LEARN = [
+    "loss=reward",
+    "model=demo",
+    "datasets=[demo/train.jsonl]",
+    "eval_datasets=[demo/test.jsonl]",
+    "optimizer=AdamW",
+    "lr=1e-3",
+    "warmup_steps=5",
+    "batch_size=16",
+    "n_epochs=null",
+    "n_examples=240",
+    "max_length=128",
+    "max_prompt_length=64",
+    "do_first_eval=false",
+]
 
 
 def head_of(run_dir):
@@ -240,31 +335,48 @@ def head_of(run_dir):
 
 
 def test_the_heads_first_values(train_here, capsys):
-    """Fitted, it ranks before the first step; zero, every score is 0 and the loss log 2; drawn, scores are of order one."""
+    """Fitted, it ranks before the first step; zero, every score is 0 and the loss log 2; drawn,
+    scores are of order one.
+    """
     frozen = ["lr=1e-12", "n_examples=16", "do_first_eval=true", "n_eval_examples=64"]
     first, heads = {}, {}
     for kind in ("fit", "zero", "random"):
-        run_dir = train_here(*LEARN, *frozen, f"head_init={kind}", "head_pairs=100", f"exp_name={kind}")
+        run_dir = train_here(
+            *LEARN, *frozen, f"head_init={kind}", "head_pairs=100", f"exp_name={kind}"
+        )
         first[kind], heads[kind] = records(run_dir, "eval")[0], head_of(run_dir)
     said = capsys.readouterr().out
     assert said.count("head: fitted to what the untrained model reads of 100 pairs") == 1
-    assert first["fit"]["rewards_eval/accuracies"] > 0.75  # four standard errors above chance, of 64 pairs
+    assert (
+        first["fit"]["rewards_eval/accuracies"] > 0.75
+    )  # four standard errors above chance, of 64 pairs
     assert first["fit"]["loss/eval"] < 0.6
-    assert first["zero"]["loss/eval"] == pytest.approx(math.log(2)) and first["zero"]["rewards_eval/spread"] == 0
+    assert (
+        first["zero"]["loss/eval"] == pytest.approx(math.log(2))
+        and first["zero"]["rewards_eval/spread"] == 0
+    )
     assert first["random"]["loss/eval"] != pytest.approx(math.log(2), abs=1e-4)
-    assert torch.allclose(heads["random"], initial_weight(heads["random"].shape[1], seed=0), atol=1e-6)
+    assert torch.allclose(
+        heads["random"], initial_weight(heads["random"].shape[1], seed=0), atol=1e-6
+    )
     on = train_here(*LEARN, *frozen, f"model.archive={run_dir}", "head_init=zero", "exp_name=on")
-    assert torch.allclose(head_of(on), heads["random"], atol=1e-6), "a head that was trained is kept"
+    assert torch.allclose(head_of(on), heads["random"], atol=1e-6), (
+        "a head that was trained is kept"
+    )
 
 
 def test_a_model_that_is_read_at_the_mean(train_here, tmp_path):
-    """score.py reads it as its run did; it has no form in transformers, which is said before anything is trained."""
+    """score.py reads it as its run did; it has no form in transformers, which is said before
+    anything is trained.
+    """
     run_dir = train_here(*LEARN, "loss.read=mean", "n_examples=16", "n_eval_examples=null")
     (record,) = records(run_dir, "eval")
     scorers_own = load_scorer(found := find_model(str(run_dir)), knobs_of(found, {}), device="cpu")
     rows = [*get_dataset(str(ROOT / "demo/test.jsonl"), "test", eval_share=1.0).rows]
     scores = scorers_own.score(rows, "keep_start").scores
-    assert float((scores[:, 0] > scores[:, 1]).mean()) == pytest.approx(record["rewards_eval/accuracies"])
+    assert float((scores[:, 0] > scores[:, 1]).mean()) == pytest.approx(
+        record["rewards_eval/accuracies"]
+    )
     assert float(scores[:, 0].mean()) == pytest.approx(record["rewards_eval/chosen"], abs=1e-5)
     with pytest.raises(UserError, match="trained with loss.read=mean"):
         export.export(found, tmp_path / "out")
@@ -274,8 +386,18 @@ def test_a_model_that_is_read_at_the_mean(train_here, tmp_path):
 
 def test_the_heads_own_rate(train_here):
     """The rest stays where it was, to the rate that it is given."""
-    frozen = ["lr=1e-12", "n_examples=48", "head_init=zero", "n_eval_examples=16", "optimizer=SGD", "warmup_steps=0"]
-    still, moved = (head_of(train_here(*LEARN, *frozen, *more, f"exp_name=rate{len(more)}")) for more in ((), ["head_lr=0.1"]))
+    frozen = [
+        "lr=1e-12",
+        "n_examples=48",
+        "head_init=zero",
+        "n_eval_examples=16",
+        "optimizer=SGD",
+        "warmup_steps=0",
+    ]
+    still, moved = (
+        head_of(train_here(*LEARN, *frozen, *more, f"exp_name=rate{len(more)}"))
+        for more in ((), ["head_lr=0.1"])
+    )
     assert still.abs().max() < 1e-9 < 1e-4 < moved.abs().max()
 
 
@@ -289,14 +411,20 @@ def test_it_learns_the_demos_preference(train_here):
     run_dir = train_here(*LEARN)
     (record,) = records(run_dir, "eval")
     assert record["rewards_eval/accuracies"] > 0.95 and record["rewards_eval/spread"] > 1
-    assert record["rewards_eval/margins"] == pytest.approx(record["rewards_eval/chosen"] - record["rewards_eval/rejected"])
+    assert record["rewards_eval/margins"] == pytest.approx(
+        record["rewards_eval/chosen"] - record["rewards_eval/rejected"]
+    )
     by_length = {k: v for k, v in record.items() if k.startswith("rewards_eval/accuracies/length ")}
     assert len(by_length) > 1 and min(by_length.values()) > 0.8
     assert all(r["rewards_train/spread"] >= 0 for r in records(run_dir, "train"))
     for name in ("scores-240.png", "calibration-240.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
-    again = train_here(*LEARN, f"model.archive={run_dir}", "n_examples=16", "do_first_eval=true", "exp_name=more")
-    assert records(again, "eval")[0]["loss/eval"] == pytest.approx(record["loss/eval"], rel=1e-5)  # its head was kept
+    again = train_here(
+        *LEARN, f"model.archive={run_dir}", "n_examples=16", "do_first_eval=true", "exp_name=more"
+    )
+    assert records(again, "eval")[0]["loss/eval"] == pytest.approx(
+        record["loss/eval"], rel=1e-5
+    )  # its head was kept
     with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
         train_here("exp=demo_dpo", f"model.archive={run_dir}")
 

@@ -1,4 +1,6 @@
-"""The routers' balancing loss: transformers' own, of each sequence alone, however the batch is laid out and cut."""
+"""The routers' balancing loss: transformers' own, of each sequence alone, however the batch is laid
+out and cut.
+"""
 
 import numpy as np
 import pytest
@@ -45,7 +47,9 @@ def laid_out(rows, **options) -> Batch:
 
 
 def expected(model, batch):
-    """transformers' function, for one layer and one sequence at a time, unpadded, and averaged over the layers.  -> [R]"""
+    """transformers' function, for one layer and one sequence at a time, unpadded, and averaged over
+    the layers.  -> [R]
+    """
     values = []
     for prompt, n_prompt, own, n in batch.spans.tolist():
         ids = torch.cat(
@@ -76,7 +80,9 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_sequence_has_the_balancing_loss_of_transformers(family):
-    """In padded rows and, where its attention can be exchanged, in trees, with padding at the row's end: values and gradients."""
+    """In padded rows and, where its attention can be exchanged, in trees, with padding at the row's
+    end: values and gradients.
+    """
     model, rows = family_model(family).eval(), examples()
     weights = torch.linspace(0.5, 2, 10)
     theirs = expected(model, laid_out(rows))
@@ -93,7 +99,9 @@ def test_each_sequence_has_the_balancing_loss_of_transformers(family):
 
 
 def test_microbatches_change_nothing():
-    """The sum over microbatches of what a step adds to its loss is that of the batch, and so is its gradient."""
+    """The sum over microbatches of what a step adds to its loss is that of the batch, and so is its
+    gradient.
+    """
     model, rows = family_model("mixtral").eval(), examples(6)
     forward_path.allow_trees(model)
     loss = build_loss({"name": "sft", "average_over": "examples"})

@@ -1,7 +1,9 @@
-"""The same numbers, however a model lies over processes: FSDP, hybrid sharding, tensor parallelism and both.
+"""The same numbers, however a model lies over processes: FSDP, hybrid sharding, tensor parallelism
+and both.
 
-Groups of gloo processes are forked, and each runs many small trainings. `SCALE=all python -m pytest tests/test_scale.py` runs
-every combination; the suite runs each layout, family, loss and precision at least once.
+Groups of gloo processes are forked, and each runs many small trainings. `SCALE=all python -m pytest
+tests/test_scale.py` runs every combination; the suite runs each layout, family, loss and precision
+at least once.
 """
 
 import itertools
@@ -21,7 +23,15 @@ import train
 from plumb.settings.validation import validate
 
 ALL = os.environ.get("SCALE") == "all"
-MATRIX = ["warmup_steps=2", "batch_size=4", "n_epochs=2", "n_examples=37", "eval_every=20", "max_grad_norm=1", STEADY]
+MATRIX = [
+    "warmup_steps=2",
+    "batch_size=4",
+    "n_epochs=2",
+    "n_examples=37",
+    "eval_every=20",
+    "max_grad_norm=1",
+    STEADY,
+]
 LOSSES = {
     "sft": ["loss=sft"],
     "live": ["loss=dpo", "loss.beta=0.1", "reference=live"],
@@ -32,21 +42,35 @@ LAYOUTS = {
         "fsdp": ["trainer=FSDPTrainer"],
         "fsdp, accumulated": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2"],
         "tp": ["trainer=TensorParallelTrainer"],
-        "fsdp, reduced each time": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2", "fsdp_reduce=each"],
+        "fsdp, reduced each time": [
+            "trainer=FSDPTrainer",
+            "gradient_accumulation_steps=2",
+            "fsdp_reduce=each",
+        ],
     },
     4: {
         "fsdp x tp": ["trainer=TensorParallelTrainer", "tp_size=2"],
-        "fsdp x tp, accumulated": ["trainer=TensorParallelTrainer", "tp_size=2", "gradient_accumulation_steps=2"],
+        "fsdp x tp, accumulated": [
+            "trainer=TensorParallelTrainer",
+            "tp_size=2",
+            "gradient_accumulation_steps=2",
+        ],
         "hsdp": ["trainer=FSDPTrainer", "fsdp_shard_size=2"],
-        "hsdp, accumulated": ["trainer=FSDPTrainer", "fsdp_shard_size=2", "gradient_accumulation_steps=2"],
+        "hsdp, accumulated": [
+            "trainer=FSDPTrainer",
+            "fsdp_shard_size=2",
+            "gradient_accumulation_steps=2",
+        ],
     },
 }
-# Losses and norms are sums of some thousand terms, through two layers, and over ten steps: each is off by some tens of units in
-# its last place, 2e-16 * 50 = 1e-14 and 6e-8 * 50 = 3e-6; what is wrong, such as a row counted twice, is so by 1e-3 and more.
+# Losses and norms are sums of some thousand terms, through two layers, and over ten steps: each is
+# off by some tens of units in its last place, 2e-16 * 50 = 1e-14 and 6e-8 * 50 = 3e-6; what is
+# wrong, such as a row counted twice, is so by 1e-3 and more.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
-# Families with an RMS norm compute it in float32 whatever their weights are. Numbers that differ by 1e-16 are mostly rounded to
-# the same one, but of the millions that pass through in ten steps one may fall to the other side: that is 6e-8 of a term of a
-# gradient, of which the largest are 0.1: 6e-9.
+# Families with an RMS norm compute it in float32 whatever their weights are. Numbers that differ by
+# 1e-16 are mostly rounded to the same one, but of the millions that pass through in ten steps one
+# may fall to the other side: that is 6e-8 of a term of a gradient, of which the largest are 0.1:
+# 6e-9.
 ROUNDED_NORMS = 1e-8
 
 
@@ -66,13 +90,17 @@ def run_all(cases):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder per family, in float32, with the demo's tokenizer; tied weights where the family has them."""
+    """A folder per family, in float32, with the demo's tokenizer; tied weights where the family has
+    them.
+    """
     tokenizer, folders = AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer"), {}
     for family in ("llama", "gpt_neox", "qwen3", "gpt2"):
         folders[family] = tmp_path_factory.mktemp("scale") / family
         torch.manual_seed(0)
         sizes = SIZES | FAMILIES[family] | {"vocab_size": len(tokenizer)}
-        config = AutoConfig.for_model(family, **sizes | ({"tie_word_embeddings": True} if family == "qwen3" else {}))
+        config = AutoConfig.for_model(
+            family, **sizes | ({"tie_word_embeddings": True} if family == "qwen3" else {})
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
@@ -84,22 +112,33 @@ def command(tmp_path, models):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return lambda name, family, *overrides: [
-        f"exp_name={name}", f"local_run_dir={tmp_path}/{name}", f"local_dirs=[{tmp_path}/runs]", "wandb.enabled=false",
-        f"model.name_or_path={models[family]}", f"datasets=[{data}]", *FAST, *overrides,
-    ]  # fmt: skip
+        f"exp_name={name}",
+        f"local_run_dir={tmp_path}/{name}",
+        f"local_dirs=[{tmp_path}/runs]",
+        "wandb.enabled=false",
+        f"model.name_or_path={models[family]}",
+        f"datasets=[{data}]",
+        *FAST,
+        *overrides,
+    ]
 
 
 def differences(expected, found, rounding=TOLERANCE["float64"]):
     """The largest relative difference of any number of two runs' records.
 
-    An accuracy counts signs of margins. Before the first update those to a cached reference are nothing but rounding, whose sign
-    is the machine's; so accuracies are compared where the mean margin is a thousand times what `rounding` makes of it, or more.
+    An accuracy counts signs of margins. Before the first update those to a cached reference are
+    nothing but rounding, whose sign is the machine's; so accuracies are compared where the mean
+    margin is a thousand times what `rounding` makes of it, or more.
     """
     assert len(expected) == len(found) > 0
     worst = {}
     for a, b in zip(expected, found, strict=True):
         for key in a.keys() - OF_THE_MACHINE:
-            if "rewards" in key and "accuracies" in key and abs(a[key.replace("accuracies", "margins")]) < 1000 * rounding:
+            if (
+                "rewards" in key
+                and "accuracies" in key
+                and abs(a[key.replace("accuracies", "margins")]) < 1000 * rounding
+            ):
                 continue
             worst[key] = max(worst.get(key, 0), abs(a[key] - b[key]) / max(1, abs(a[key])))
     return worst
@@ -110,45 +149,85 @@ def chosen(layouts):
     whole = itertools.product(layouts, ("llama", "gpt_neox"), LOSSES, TOLERANCE)
     if ALL:
         return list(whole)
-    turns = itertools.cycle([("llama", "live", "float64"), ("gpt_neox", "cached", "float32"), ("gpt_neox", "sft", "float64"),
-                             ("llama", "cached", "float64"), ("gpt_neox", "live", "float64")])  # fmt: skip
+    turns = itertools.cycle(
+        [
+            ("llama", "live", "float64"),
+            ("gpt_neox", "cached", "float32"),
+            ("gpt_neox", "sft", "float64"),
+            ("llama", "cached", "float64"),
+            ("gpt_neox", "live", "float64"),
+        ]
+    )
     return [(layout, *turn) for layout, turn in zip(layouts, turns, strict=False)]
 
 
 @pytest.mark.parametrize("n", LAYOUTS)
 def test_the_numbers_of_one_process(n, command, tmp_path):
-    """Ten steps and an evaluation between them and after: every number of metrics.jsonl that is not of the machine."""
+    """Ten steps and an evaluation between them and after: every number of metrics.jsonl that is not
+    of the machine.
+    """
     cases = chosen(LAYOUTS[n])
-    options = {case: [*MATRIX, *LOSSES[case[2]], f"model.policy_dtype={case[3]}", "lr=1e-3"] for case in cases}
-    run_all(command("-".join(x), x[0], *options[case]) for x, case in {case[1:]: case for case in cases}.items())
-    run_in_group(n, run_all, [
-        command(f"case{i}", case[1], *options[case], *LAYOUTS[n][case[0]]) for i, case in enumerate(cases)
-    ], timeout=600 + 60 * len(cases))  # fmt: skip
+    options = {
+        case: [*MATRIX, *LOSSES[case[2]], f"model.policy_dtype={case[3]}", "lr=1e-3"]
+        for case in cases
+    }
+    run_all(
+        command("-".join(x), x[0], *options[case])
+        for x, case in {case[1:]: case for case in cases}.items()
+    )
+    run_in_group(
+        n,
+        run_all,
+        [
+            command(f"case{i}", case[1], *options[case], *LAYOUTS[n][case[0]])
+            for i, case in enumerate(cases)
+        ],
+        timeout=600 + 60 * len(cases),
+    )
     for i, (layout, *rest) in enumerate(cases):
         expected = records(tmp_path / "-".join(rest))
-        worst = differences(expected, records(tmp_path / f"case{i}"), bound := bound_of(rest[0], rest[-1]))
+        worst = differences(
+            expected, records(tmp_path / f"case{i}"), bound := bound_of(rest[0], rest[-1])
+        )
         assert len([r for r in expected if "loss/train" in r]) == 10
         assert {"grad_norm", "loss/train", "loss/eval"} <= worst.keys()
         print(f"{layout:24} {' '.join(rest):24}: {max(worst.values()):.1e}")
         # Rewards are small differences of large log-probabilities.
-        bounds = {key: bound if key.startswith(("loss", "grad_norm")) else 4 * bound for key in worst}
-        assert not (over := {key: x for key, x in worst.items() if x > bounds[key]}), (layout, rest, over)
+        bounds = {
+            key: bound if key.startswith(("loss", "grad_norm")) else 4 * bound for key in worst
+        }
+        assert not (over := {key: x for key, x in worst.items() if x > bounds[key]}), (
+            layout,
+            rest,
+            over,
+        )
 
 
 def test_a_reward_model_over_processes(command, tmp_path):
-    """Its head, one row, lies on one process of several; it stays in float32 where the model computes in bfloat16."""
+    """Its head, one row, lies on one process of several; it stays in float32 where the model
+    computes in bfloat16.
+    """
     options = [*MATRIX, "loss=reward", "loss.read=tokens", "lr=1e-3"]
     kinds = {"fsdp": ["trainer=FSDPTrainer"], "tp": ["trainer=TensorParallelTrainer"]}
-    exact, mixed = [*options, "model.policy_dtype=float64"], [*options, "model.fsdp_policy_mp=bfloat16", "n_examples=8"]
+    exact, mixed = (
+        [*options, "model.policy_dtype=float64"],
+        [*options, "model.fsdp_policy_mp=bfloat16", "n_examples=8"],
+    )
     run_all([command("one", "gpt_neox", *exact)])
-    run_in_group(2, run_all, [
-        *(command(kind, "gpt_neox", *exact, *more) for kind, more in kinds.items()),
-        *(command(f"{kind}-mixed", "llama", *mixed, *more) for kind, more in kinds.items()),
-    ])  # fmt: skip
+    run_in_group(
+        2,
+        run_all,
+        [
+            *(command(kind, "gpt_neox", *exact, *more) for kind, more in kinds.items()),
+            *(command(f"{kind}-mixed", "llama", *mixed, *more) for kind, more in kinds.items()),
+        ],
+    )
     a = torch.load(tmp_path / "one/LATEST/policy.pt", weights_only=True)["state"]
     assert a["lm_head.weight"].shape == (1, 32)
     for kind in kinds:
-        assert max(differences(records(tmp_path / "one"), records(tmp_path / kind)).values()) <= 1e-12, kind
+        assert (
+            max(differences(records(tmp_path / "one"), records(tmp_path / kind)).values()) <= 1e-12
+        ), kind
         b = torch.load(tmp_path / kind / "LATEST/policy.pt", weights_only=True)["state"]
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 1e-12 for k in a), kind
         assert all(r["loss/eval"] > 0 for r in records(tmp_path / f"{kind}-mixed", "eval"))
@@ -157,14 +236,28 @@ def test_a_reward_model_over_processes(command, tmp_path):
 def test_a_head_is_fitted_over_processes(command, tmp_path, monkeypatch):
     """Every process computes its part of the frozen states, and keeps its part of one fit."""
     monkeypatch.setattr("plumb.models.scalar_head.MIN_PAIRS", 5)
-    options = ["loss=reward", "lr=1e-12", "n_examples=4", "batch_size=4", "model.policy_dtype=float64", "do_first_eval=false"]
+    options = [
+        "loss=reward",
+        "lr=1e-12",
+        "n_examples=4",
+        "batch_size=4",
+        "model.policy_dtype=float64",
+        "do_first_eval=false",
+    ]
     kinds = {"fsdp": ["trainer=FSDPTrainer"], "tp": ["trainer=TensorParallelTrainer"]}
     run_all([command("one", "llama", *options)])
-    run_in_group(2, run_all, [command(kind, "llama", *options, *more) for kind, more in kinds.items()])
-    heads = [torch.load(tmp_path / run / "LATEST/policy.pt", weights_only=True)["state"]["lm_head.weight"]
-             for run in ("one", *kinds)]  # fmt: skip
+    run_in_group(
+        2, run_all, [command(kind, "llama", *options, *more) for kind, more in kinds.items()]
+    )
+    heads = [
+        torch.load(tmp_path / run / "LATEST/policy.pt", weights_only=True)["state"][
+            "lm_head.weight"
+        ]
+        for run in ("one", *kinds)
+    ]
     assert heads[0].abs().max() > 1e-3
-    # The states agree to 1e-14 or so; a regression may blow that up by its condition, at most 1e3 at the least ridge.
+    # The states agree to 1e-14 or so; a regression may blow that up by its condition, at most 1e3
+    # at the least ridge.
     assert all((head - heads[0]).abs().max() <= 1e-9 * heads[0].abs().max() for head in heads[1:])
 
 
@@ -173,12 +266,33 @@ GPT2_PLAN = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/gpt2-larg
 
 @pytest.mark.parametrize("layout", ["trainer=FSDPTrainer", "trainer=TensorParallelTrainer"])
 def test_other_families(layout, command, tmp_path):
-    """Tied weights and norms within heads (Qwen 3), and matrices that lie the other way round, with a plan of our own (GPT-2)."""
-    families = {"qwen3": [], "gpt2": [f"model.tp_plan={json.dumps(GPT2_PLAN).replace(chr(34), '')}"]}
-    options = [*MATRIX, *LOSSES["live"], "lr=1e-3", "model.policy_dtype=float64", "optimizer=AdamW", "sample_during_eval=true",
-               "n_eval_model_samples=2", "sample_max_new_tokens=4", "sample_temperature=0"]  # fmt: skip
+    """Tied weights and norms within heads (Qwen 3), and matrices that lie the other way round, with
+    a plan of our own (GPT-2).
+    """
+    families = {
+        "qwen3": [],
+        "gpt2": [f"model.tp_plan={json.dumps(GPT2_PLAN).replace(chr(34), '')}"],
+    }
+    options = [
+        *MATRIX,
+        *LOSSES["live"],
+        "lr=1e-3",
+        "model.policy_dtype=float64",
+        "optimizer=AdamW",
+        "sample_during_eval=true",
+        "n_eval_model_samples=2",
+        "sample_max_new_tokens=4",
+        "sample_temperature=0",
+    ]
     run_all(command(f"one-{family}", family, *options) for family in families)
-    run_in_group(2, run_all, [command(f"two-{family}", family, *options, *more, layout) for family, more in families.items()])
+    run_in_group(
+        2,
+        run_all,
+        [
+            command(f"two-{family}", family, *options, *more, layout)
+            for family, more in families.items()
+        ],
+    )
     for family in families:
         one, two = tmp_path / f"one-{family}", tmp_path / f"two-{family}"
         bound = bound_of(family, "float64")
@@ -188,26 +302,54 @@ def test_other_families(layout, command, tmp_path):
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= bound for k in a), family
 
 
-@pytest.mark.parametrize("n, trainer", [
-    *([(2, ["trainer=FSDPTrainer"]), (4, ["trainer=FSDPTrainer", "fsdp_shard_size=2"])] if ALL else []),
-    (3, ["trainer=FSDPTrainer"]), (4, ["trainer=TensorParallelTrainer", "tp_size=2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, trainer",
+    [
+        *(
+            [(2, ["trainer=FSDPTrainer"]), (4, ["trainer=FSDPTrainer", "fsdp_shard_size=2"])]
+            if ALL
+            else []
+        ),
+        (3, ["trainer=FSDPTrainer"]),
+        (4, ["trainer=TensorParallelTrainer", "tp_size=2"]),
+    ],
+)
 def test_uneven_rows(n, trainer, command, tmp_path):
-    """Rows to train and to evaluate on that don't divide by anything: no hang, every row once, the numbers of one process.
+    """Rows to train and to evaluate on that don't divide by anything: no hang, every row once, the
+    numbers of one process.
 
-    Of two rows on three ranks, one rank has none. It computes the first a second time, to make the same calls as the others, with
-    weight 0: counted, the means would be (2 a + b) / 3 instead of (a + b) / 2.
+    Of two rows on three ranks, one rank has none. It computes the first a second time, to make the
+    same calls as the others, with weight 0: counted, the means would be (2 a + b) / 3 instead of (a
+    + b) / 2.
     """
     sizes = range(1, 18) if ALL else (1, 2, 5, 17)
     runs = {}
     for rows in sizes:
         path = tmp_path / f"{rows}.jsonl"
-        path.write_text("".join(json.dumps(row | {"prompt": f"{row['prompt']} {i}"}) + "\n" for i, row in enumerate(ROWS[:rows])))
-        runs[rows] = [*LOSSES["live"], f"datasets=[{path}]", f"eval_datasets=[{path}]", "batch_size=6", "eval_batch_size=7",
-                      "data_rules.prompt_in_eval=keep", "eval_every=6", "lr=1e-3", "model.policy_dtype=float64",
-                      "gradient_accumulation_steps=2"]  # fmt: skip
+        path.write_text(
+            "".join(
+                json.dumps(row | {"prompt": f"{row['prompt']} {i}"}) + "\n"
+                for i, row in enumerate(ROWS[:rows])
+            )
+        )
+        runs[rows] = [
+            *LOSSES["live"],
+            f"datasets=[{path}]",
+            f"eval_datasets=[{path}]",
+            "batch_size=6",
+            "eval_batch_size=7",
+            "data_rules.prompt_in_eval=keep",
+            "eval_every=6",
+            "lr=1e-3",
+            "model.policy_dtype=float64",
+            "gradient_accumulation_steps=2",
+        ]
     run_all(command(f"one{rows}", "llama", *options) for rows, options in runs.items())
-    run_in_group(n, run_all, [command(f"many{rows}", "llama", *options, *trainer) for rows, options in runs.items()])
+    run_in_group(
+        n,
+        run_all,
+        [command(f"many{rows}", "llama", *options, *trainer) for rows, options in runs.items()],
+    )
     for rows in sizes:
         one, many = records(tmp_path / f"one{rows}"), records(tmp_path / f"many{rows}")
         bound = bound_of("llama", "float64")

@@ -7,7 +7,12 @@ import pytest
 import torch
 from test_opening import run_of
 from tiny import save_tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+)
 from transformers import BertForSequenceClassification as Bert
 
 import score
@@ -19,8 +24,16 @@ from plumb.scoring.scorers import Causal, Classifier, knobs_of, load_scorer
 
 ROWS = [
     ("\n\nHuman: Where is it?\n\nAssistant:", " Over there, by the old house.", " No idea."),
-    ("\n\nHuman: Why is the sky blue on most days of the year?\n\nAssistant:", " Light scatters.", ""),
-    ("\n\nHuman: Go on.\n\nAssistant:", " a" * 60, " Fine, and then we went on and on until it was dark and cold."),
+    (
+        "\n\nHuman: Why is the sky blue on most days of the year?\n\nAssistant:",
+        " Light scatters.",
+        "",
+    ),
+    (
+        "\n\nHuman: Go on.\n\nAssistant:",
+        " a" * 60,
+        " Fine, and then we went on and on until it was dark and cold.",
+    ),
 ]
 
 
@@ -44,11 +57,16 @@ def opened(name):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A base, a policy that differs from it (of a run with beta 0.3), and a reward model, each as a run leaves it."""
+    """A base, a policy that differs from it (of a run with beta 0.3), and a reward model, each as a
+    run leaves it.
+    """
     folder = tmp_path_factory.mktemp("models")
     base = save_tiny_llama(folder / "base")
     torch.manual_seed(1)
-    state = {k: v + 0.05 * torch.randn_like(v) for k, v in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}
+    state = {
+        k: v + 0.05 * torch.randn_like(v)
+        for k, v in AutoModelForCausalLM.from_pretrained(base).state_dict().items()
+    }
     knobs = "max_length: 64\nmax_prompt_length: 32\nadd_bos: true\n"
     dpo = run_of(folder, base, state, "dpo")
     model = f"model: {{name_or_path: {base}, archive: null}}\n"
@@ -60,11 +78,16 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def pairs(tmp_path):
-    return write(tmp_path / "pairs.jsonl", [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in ROWS])
+    return write(
+        tmp_path / "pairs.jsonl",
+        [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in ROWS],
+    )
 
 
 def as_read(tokenizer, prompt, response, longest):
-    """Token ids by the rules of training, written out: dialogues lose their start, and a response that is cut its EOS."""
+    """Token ids by the rules of training, written out: dialogues lose their start, and a response
+    that is cut its EOS.
+    """
     p = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     r = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     if len(p) + longest > 64 and len(p) > 32:
@@ -76,7 +99,9 @@ def by_hand(tokenizer, value):
     """What `value(ids, n_prompt)` gives each response of ROWS, read alone.  [3, 2]"""
     table = []
     for prompt, *responses in ROWS:
-        longest = max(len(tokenizer(r, add_special_tokens=False)["input_ids"]) + 1 for r in responses)
+        longest = max(
+            len(tokenizer(r, add_special_tokens=False)["input_ids"]) + 1 for r in responses
+        )
         read = [as_read(tokenizer, prompt, r, longest) for r in responses]
         table.append([value(torch.tensor([p + r]), len(p)) for p, r in read])
     return np.array(table)
@@ -85,15 +110,30 @@ def by_hand(tokenizer, value):
 @torch.no_grad()
 def test_a_reward_is_read_at_the_last_token(models, pairs, tmp_path, capsys):
     """Also of an answer that was cut, and of one that is empty."""
-    run("pairs", models / "reward", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl", "--json", tmp_path / "out.json",
-        "--plots", tmp_path / "plots")  # fmt: skip
+    run(
+        "pairs",
+        models / "reward",
+        pairs,
+        "--eval-share",
+        1,
+        "--out",
+        tmp_path / "out.jsonl",
+        "--json",
+        tmp_path / "out.json",
+        "--plots",
+        tmp_path / "plots",
+    )
     model = opened(str(models / "reward")).model
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
     model.set_attn_implementation("sdpa")
     expected = by_hand(tokenizer, lambda ids, n: model(ids).logits[0, -1, 0].item())
     got = lines(tmp_path / "out.jsonl")
-    np.testing.assert_allclose([[r["chosen_score"], r["rejected_score"]] for r in got], expected, atol=1e-4)
-    assert [r["chosen"] for r in got] == [row[1] for row in ROWS] and got[0]["source"].endswith("pairs.jsonl:1")
+    np.testing.assert_allclose(
+        [[r["chosen_score"], r["rejected_score"]] for r in got], expected, atol=1e-4
+    )
+    assert [r["chosen"] for r in got] == [row[1] for row in ROWS] and got[0]["source"].endswith(
+        "pairs.jsonl:1"
+    )
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert figures["all"]["accuracy"] == np.mean(expected[:, 0] > expected[:, 1])
     assert figures["all"]["longer_accuracy"] == 1
@@ -109,7 +149,9 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(models, pairs, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
 
     def logps(model):
-        given = lambda ids, n: model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None])
+        given = lambda ids, n: (
+            model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None])
+        )
         return by_hand(tokenizer, lambda ids, n: given(ids, n).sum().item())
 
     base = AutoModelForCausalLM.from_pretrained(models / "base").eval()
@@ -119,28 +161,62 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(models, pairs, tmp_path)
     run("pairs", models / "dpo", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl")
     scores = [[r["chosen_score"], r["rejected_score"]] for r in lines(tmp_path / "out.jsonl")]
     np.testing.assert_allclose(scores, 0.3 * ratio, atol=1e-3)
-    run("pairs", models / "base", pairs, "--eval-share", 1, "--out", tmp_path / "out.jsonl", "--reference", models / "dpo",
-        "--beta", 2, "--max-length", 64, "--max-prompt-length", 32, "--tokens-per-microbatch", 1)  # fmt: skip
+    run(
+        "pairs",
+        models / "base",
+        pairs,
+        "--eval-share",
+        1,
+        "--out",
+        tmp_path / "out.jsonl",
+        "--reference",
+        models / "dpo",
+        "--beta",
+        2,
+        "--max-length",
+        64,
+        "--max-prompt-length",
+        32,
+        "--tokens-per-microbatch",
+        1,
+    )
     scores = [[r["chosen_score"], r["rejected_score"]] for r in lines(tmp_path / "out.jsonl")]
     np.testing.assert_allclose(scores, -2 * ratio, atol=5e-3)
 
 
 def test_a_policy_against_itself_ties_and_a_tie_is_no_hit(models, pairs, tmp_path):
-    run("pairs", models / "base", pairs, "--eval-share", 1, "--json", tmp_path / "out.json", "--reference", models / "base",
-        "--beta", 1)  # fmt: skip
+    run(
+        "pairs",
+        models / "base",
+        pairs,
+        "--eval-share",
+        1,
+        "--json",
+        tmp_path / "out.json",
+        "--reference",
+        models / "base",
+        "--beta",
+        1,
+    )
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]["all"]
     assert (figures["accuracy"], figures["ties"], figures["calibration_error"]) == (0, 3, 0)
 
 
 def test_a_run_is_scored_as_its_evaluation_did(train, data, tmp_path):
-    """Accuracy and margin of a DPO run on its held-out pairs, to the last decimals that are logged."""
+    """Accuracy and margin of a DPO run on its held-out pairs, to the last decimals that are
+    logged.
+    """
     run_dir = train("sft", "loss=sft")
-    dpo = train("dpo", "loss=dpo", "loss.beta=0.5", f"model.archive={run_dir}", "lr=1e-3", "eval_every=8")
+    dpo = train(
+        "dpo", "loss=dpo", "loss.beta=0.5", f"model.archive={run_dir}", "lr=1e-3", "eval_every=8"
+    )
     run("pairs", dpo, data, "--json", tmp_path / "out.json")
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]["all"]
     last = [r for r in lines(dpo / "metrics.jsonl") if "rewards_eval/margins" in r][-1]
     assert figures["margin"] == pytest.approx(last["rewards_eval/margins"], abs=1e-5)
-    assert figures["accuracy"] == last["rewards_eval/accuracies"] and last["rewards_eval/margins"] != 0
+    assert (
+        figures["accuracy"] == last["rewards_eval/accuracies"] and last["rewards_eval/margins"] != 0
+    )
 
 
 # ---- other people's models ----
@@ -153,9 +229,16 @@ def bert(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=96, num_labels=1, pad_token_id=0, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=96,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
     Bert(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -168,13 +251,29 @@ def test_an_encoder_scores_in_batches_as_alone(bert, tmp_path):
     scorer = opened(str(bert))
     assert isinstance(scorer, Classifier) and not scorer.alone
     scored = scorer.score(rows, "keep_end")
-    alone = [[model(**tokenizer(p + r, return_tensors="pt")).logits.item() for r in (a, b)] for p, a, b in ROWS[:2]]
+    alone = [
+        [model(**tokenizer(p + r, return_tensors="pt")).logits.item() for r in (a, b)]
+        for p, a, b in ROWS[:2]
+    ]
     np.testing.assert_allclose(scored.scores, alone, atol=1e-4)
-    assert scored.tokens.tolist() == [[len(a), len(b)] for _, a, b in ROWS[:2]] and not scored.cut.any()
-    (long,) = scorer.score([Row(*ROWS[2][:1], [ROWS[2][1]], [], ROWS[2][1], "x:1")], "keep_end").scores
+    assert (
+        scored.tokens.tolist() == [[len(a), len(b)] for _, a, b in ROWS[:2]]
+        and not scored.cut.any()
+    )
+    (long,) = scorer.score(
+        [Row(*ROWS[2][:1], [ROWS[2][1]], [], ROWS[2][1], "x:1")], "keep_end"
+    ).scores
     text = (ROWS[2][0] + ROWS[2][1])[-96:]  # a byte to a token: its start is lost
-    assert long[0] == pytest.approx(model(**tokenizer(text, return_tensors="pt")).logits.item(), abs=1e-4)
-    messages = Row([{"role": "user", "content": "Why?"}], [[{"role": "assistant", "content": "So."}]], [], None, "x:1")
+    assert long[0] == pytest.approx(
+        model(**tokenizer(text, return_tensors="pt")).logits.item(), abs=1e-4
+    )
+    messages = Row(
+        [{"role": "user", "content": "Why?"}],
+        [[{"role": "assistant", "content": "So."}]],
+        [],
+        None,
+        "x:1",
+    )
     hh = "\n\nHuman: Why?\n\nAssistant: So."
     expected = model(**tokenizer(hh, return_tensors="pt")).logits.item()
     assert scorer.score([messages], "keep_end").scores.item() == pytest.approx(expected, abs=1e-4)
@@ -188,7 +287,9 @@ def test_where_pad_could_be_text_each_text_is_a_batch(bert, tmp_path):
     rows = [Row(prompt, [a], [], a, "x:1") for prompt, a, _ in ROWS[:2]]
     scorer, other = (opened(str(path)) for path in (tmp_path / "model", bert))
     assert scorer.alone and max(map(len, scorer._batches(np.array([3, 3])))) == 1
-    np.testing.assert_allclose(scorer.score(rows, "keep_end").scores, other.score(rows, "keep_end").scores, atol=1e-4)
+    np.testing.assert_allclose(
+        scorer.score(rows, "keep_end").scores, other.score(rows, "keep_end").scores, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -215,13 +316,16 @@ def test_scores_are_added_to_answers(models, tmp_path):
     """All forms give the same question and answer the same score; what else a line holds stays."""
     question = [{"role": "user", "content": "Why?\n\nNow."}]
     hh = "\n\nHuman: Why?\n\nNow.\n\nAssistant:"
-    file = write(tmp_path / "in.jsonl", [
-        {"prompt": hh, "answers": [" So.", " Never"], "model": "m", "more": 1},
-        {"prompt": hh, "response": " So."},
-        {"prompt": question, "answers": [" So. "]},
-        {"instruction": "Why?", "input": "Now.", "output_1": "So.", "output_2": "Never"},
-        {"instruction": hh, "output": " So."},
-    ])  # fmt: skip
+    file = write(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": hh, "answers": [" So.", " Never"], "model": "m", "more": 1},
+            {"prompt": hh, "response": " So."},
+            {"prompt": question, "answers": [" So. "]},
+            {"instruction": "Why?", "input": "Now.", "output_1": "So.", "output_2": "Never"},
+            {"instruction": hh, "output": " So."},
+        ],
+    )
     run("answers", models / "reward", file, "--out", tmp_path / "out.jsonl")
     a, b, c, d, e = lines(tmp_path / "out.jsonl")
     assert a["more"] == 1 and len(a["scores"]) == 2 and abs(a["scores"][0] - a["scores"][1]) > 1e-3
@@ -233,72 +337,183 @@ def test_scores_are_added_to_answers(models, tmp_path):
 def test_win_rates_by_a_reward_model(models, tmp_path):
     prompts = [row[0] for row in ROWS]
     write(tmp_path / "a.jsonl", [{"prompt": p, "answers": [" So.", " Yes"]} for p in prompts])
-    write(tmp_path / "b.jsonl", [{"prompt": p, "answers": [" So.", " No, never."]} for p in prompts])
-    run("winrate", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--baseline", "a", "--judge", models / "reward",
-        "--json", tmp_path / "out.json", "--out", tmp_path / "out.jsonl")  # fmt: skip
+    write(
+        tmp_path / "b.jsonl", [{"prompt": p, "answers": [" So.", " No, never."]} for p in prompts]
+    )
+    run(
+        "winrate",
+        tmp_path / "a.jsonl",
+        tmp_path / "b.jsonl",
+        "--baseline",
+        "a",
+        "--judge",
+        models / "reward",
+        "--json",
+        tmp_path / "out.json",
+        "--out",
+        tmp_path / "out.jsonl",
+    )
     run("answers", models / "reward", tmp_path / "b.jsonl", "--out", tmp_path / "scored.jsonl")
     scores = [r["scores"] for r in lines(tmp_path / "scored.jsonl")]
     out = lines(tmp_path / "out.jsonl")
     np.testing.assert_allclose([r["score"] for r in out], np.ravel(scores), atol=1e-5)
-    wins = [(r["score"] > r["baseline_score"]) + (r["score"] == r["baseline_score"]) / 2 for r in out]
+    wins = [
+        (r["score"] > r["baseline_score"]) + (r["score"] == r["baseline_score"]) / 2 for r in out
+    ]
     assert [r["points"] for r in out] == wins
     found = json.loads((tmp_path / "out.json").read_text())["win_rates"]["b"]
-    assert found["n"] == 6 and found["n_prompts"] == 3 and found["ties"] >= 3 and found["swayed"] is None
+    assert (
+        found["n"] == 6
+        and found["n_prompts"] == 3
+        and found["ties"] >= 3
+        and found["swayed"] is None
+    )
 
 
 def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
-    file = write(tmp_path / "in.jsonl", [
-        {"prompt": "p1", "chosen": " c", "rejected": " r", "chosen_score": 0.5, "rejected_score": 0.0, "margin": 0.5},
-        {"prompt": "p2", "answers": [" low", " high"], "scores": [1, 2]},
-        {"prompt": "p3", "answers": [" x", " y", " z"], "scores": [0.5, 4.5, -1]},
-        {"instruction": "p4", "output_1": "same", "output_2": "same", "output_1_score": 2, "output_2_score": 2},
-        {"instruction": "p5", "output_1": "bad", "output_2": " good\n", "output_1_score": -2, "output_2_score": 0.2},
-    ])  # fmt: skip
-    run("split", file, "--threshold", 1.0, "--easy", tmp_path / "easy.jsonl", "--hard", tmp_path / "hard.jsonl", "--sort")
+    file = write(
+        tmp_path / "in.jsonl",
+        [
+            {
+                "prompt": "p1",
+                "chosen": " c",
+                "rejected": " r",
+                "chosen_score": 0.5,
+                "rejected_score": 0.0,
+                "margin": 0.5,
+            },
+            {"prompt": "p2", "answers": [" low", " high"], "scores": [1, 2]},
+            {"prompt": "p3", "answers": [" x", " y", " z"], "scores": [0.5, 4.5, -1]},
+            {
+                "instruction": "p4",
+                "output_1": "same",
+                "output_2": "same",
+                "output_1_score": 2,
+                "output_2_score": 2,
+            },
+            {
+                "instruction": "p5",
+                "output_1": "bad",
+                "output_2": " good\n",
+                "output_1_score": -2,
+                "output_2_score": 0.2,
+            },
+        ],
+    )
+    run(
+        "split",
+        file,
+        "--threshold",
+        1.0,
+        "--easy",
+        tmp_path / "easy.jsonl",
+        "--hard",
+        tmp_path / "hard.jsonl",
+        "--sort",
+    )
     assert [r["margin"] for r in lines(tmp_path / "easy.jsonl")] == [5.5, 2.2, 1]
     assert "3 easy" in (said := capsys.readouterr().out) and "1 hard" in said and "1 ties" in said
     easy, *_ = get_dataset(str(tmp_path / "hard.jsonl"), "test", eval_share=1.0).rows
     assert (easy.prompt, easy.responses, easy.pairs) == ("p1", [" c", " r"], [(0, 1)])
     rows = lines(tmp_path / "easy.jsonl")
-    assert [(r["chosen"], r["rejected"]) for r in rows] == [(" y", " z"), ("good", "bad"), (" high", " low")]
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [
+        (" y", " z"),
+        ("good", "bad"),
+        (" high", " low"),
+    ]
     assert rows[1]["prompt"] == [{"role": "user", "content": "p5"}]
 
 
 # ---- what a user gets wrong ----
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["pairs", "{base}", "{pairs}"], "neither a reward model nor a run whose loss has a beta"),
-    (["pairs", "{base}", "{pairs}", "--beta", "1"], "give --reference MODEL"),
-    (["pairs", "{base}", "{pairs}", "--beta", "1", "--reference", "{reward}"], "a reward model has no log-probabilities"),
-    (["pairs", "{reward}", "{pairs}", "--beta", "1"], "--beta=1.0: .* is a reward model, which needs none"),
-    (["pairs", "{reward}", "{pairs}", "--max-length", "16"], "--max-prompt-length=32: must be at least 1 and below max_length"),
-    (["pairs", "{reward}", "nothing"], "unknown data set 'nothing'"),
-    (["pairs", "{reward}", "Dahoas/rm-static", "--dataset-path", "rm_static={tmp}/none"], "none: no such file or folder"),
-    (["pairs", "{reward}", "{answers}"], "no pairs .chosen and rejected. in its test split"),
-    (["pairs", "{reward}", "{pairs}", "--eval-share", "2"], "eval_share=2.0"),
-    (["pairs", "{reward}", "{pairs}", "--chat-template", "none.jinja"], "--chat-template=none.jinja: cannot be read"),
-    (["pairs", "{reward}", "{pairs}", "--eval-share", "1", "--out", "{pairs}/x"], "--out=.*: cannot be written"),
-    (["pairs", "{reward}", "{pairs}", "--eval-share", "1", "--plots", "{pairs}"], "--plots=.*: cannot be written"),
-    (["pairs", "{reward}", "{pairs}", "--n-examples", "0"], "--n-examples: 0: give at least 1"),
-    (["pairs", "{reward}", "{pairs}", "--field", "prompt"], "--field: 'prompt' is not of the form NAME=VALUE"),
-    (["pairs", "{tmp}", "{pairs}"], "no model's folder, run, checkpoint or policy.pt"),
-    (["answers", "{reward}", "{tmp}/none.jsonl", "--out", "{tmp}/o"], "none.jsonl: no such file"),
-    (["answers", "{reward}", "{pairs}", "--out", "{tmp}/o"], "pairs.jsonl, line 1: no answers .the row has: prompt, chosen"),
-    (["split", "{answers}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"], "answers.jsonl, line 1: no field 'score'"),
-    (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"], "pairs.jsonl, line 1: no field 'chosen_score'"),
-    (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h", "--threshold", "0"], "--threshold=0.0: must be above 0"),
-    (["pairs", "{reward}", "{pairs}", "--json", "{tmp}"], "--json=.*: cannot be written .it is a folder"),
-    (["pairs", "{dpo}", "{pairs}", "--beta", "0"], "--beta=0.0: must be above 0"),
-    (["pairs", "{dpo}", "{pairs}", "--beta", "nan"], "--beta=nan: must be above 0"),
-    (["pairs", "{reward}", "{pairs}", "--dataset-path", "hh=x"], "--dataset-path=hh=x: is for a named set among DATA"),
-    (["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/e"], "--hard=.*/e: is read, or written by another option"),
-    (["split", "{pairs}", "--easy", "{pairs}", "--hard", "{tmp}/h"], "--easy=.*: is read"),
-    ([], "are required"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["pairs", "{base}", "{pairs}"], "neither a reward model nor a run whose loss has a beta"),
+        (["pairs", "{base}", "{pairs}", "--beta", "1"], "give --reference MODEL"),
+        (
+            ["pairs", "{base}", "{pairs}", "--beta", "1", "--reference", "{reward}"],
+            "a reward model has no log-probabilities",
+        ),
+        (
+            ["pairs", "{reward}", "{pairs}", "--beta", "1"],
+            "--beta=1.0: .* is a reward model, which needs none",
+        ),
+        (
+            ["pairs", "{reward}", "{pairs}", "--max-length", "16"],
+            "--max-prompt-length=32: must be at least 1 and below max_length",
+        ),
+        (["pairs", "{reward}", "nothing"], "unknown data set 'nothing'"),
+        (
+            ["pairs", "{reward}", "Dahoas/rm-static", "--dataset-path", "rm_static={tmp}/none"],
+            "none: no such file or folder",
+        ),
+        (["pairs", "{reward}", "{answers}"], "no pairs .chosen and rejected. in its test split"),
+        (["pairs", "{reward}", "{pairs}", "--eval-share", "2"], "eval_share=2.0"),
+        (
+            ["pairs", "{reward}", "{pairs}", "--chat-template", "none.jinja"],
+            "--chat-template=none.jinja: cannot be read",
+        ),
+        (
+            ["pairs", "{reward}", "{pairs}", "--eval-share", "1", "--out", "{pairs}/x"],
+            "--out=.*: cannot be written",
+        ),
+        (
+            ["pairs", "{reward}", "{pairs}", "--eval-share", "1", "--plots", "{pairs}"],
+            "--plots=.*: cannot be written",
+        ),
+        (["pairs", "{reward}", "{pairs}", "--n-examples", "0"], "--n-examples: 0: give at least 1"),
+        (
+            ["pairs", "{reward}", "{pairs}", "--field", "prompt"],
+            "--field: 'prompt' is not of the form NAME=VALUE",
+        ),
+        (["pairs", "{tmp}", "{pairs}"], "no model's folder, run, checkpoint or policy.pt"),
+        (
+            ["answers", "{reward}", "{tmp}/none.jsonl", "--out", "{tmp}/o"],
+            "none.jsonl: no such file",
+        ),
+        (
+            ["answers", "{reward}", "{pairs}", "--out", "{tmp}/o"],
+            "pairs.jsonl, line 1: no answers .the row has: prompt, chosen",
+        ),
+        (
+            ["split", "{answers}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"],
+            "answers.jsonl, line 1: no field 'score'",
+        ),
+        (
+            ["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h"],
+            "pairs.jsonl, line 1: no field 'chosen_score'",
+        ),
+        (
+            ["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/h", "--threshold", "0"],
+            "--threshold=0.0: must be above 0",
+        ),
+        (
+            ["pairs", "{reward}", "{pairs}", "--json", "{tmp}"],
+            "--json=.*: cannot be written .it is a folder",
+        ),
+        (["pairs", "{dpo}", "{pairs}", "--beta", "0"], "--beta=0.0: must be above 0"),
+        (["pairs", "{dpo}", "{pairs}", "--beta", "nan"], "--beta=nan: must be above 0"),
+        (
+            ["pairs", "{reward}", "{pairs}", "--dataset-path", "hh=x"],
+            "--dataset-path=hh=x: is for a named set among DATA",
+        ),
+        (
+            ["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/e"],
+            "--hard=.*/e: is read, or written by another option",
+        ),
+        (["split", "{pairs}", "--easy", "{pairs}", "--hard", "{tmp}/h"], "--easy=.*: is read"),
+        ([], "are required"),
+    ],
+)
 def test_what_is_refused(models, pairs, tmp_path, arguments, said):
     answers = write(tmp_path / "answers.jsonl", [{"prompt": "p", "response": "r"}] * 12)
-    names = {name: models / name for name in ("base", "reward", "dpo")} | {"pairs": pairs, "answers": answers, "tmp": tmp_path}
+    names = {name: models / name for name in ("base", "reward", "dpo")} | {
+        "pairs": pairs,
+        "answers": answers,
+        "tmp": tmp_path,
+    }
     with pytest.raises(UserError, match=said) as error:
         run(*(a.format(**names) for a in arguments))
     assert "\n" not in str(error.value)

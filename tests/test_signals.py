@@ -1,4 +1,6 @@
-"""Real processes that are stopped, killed, or lose one another: exit codes, one line, status.json, and a run that goes on."""
+"""Real processes that are stopped, killed, or lose one another: exit codes, one line, status.json,
+and a run that goes on.
+"""
 
 import os
 import signal
@@ -26,27 +28,47 @@ trainers.BasicTrainer.step = slow
 
 
 def as_on_a_terminal():
-    """A shell starts what it puts in the background with SIGINT ignored, and nohup with SIGHUP; children inherit it, and a run
-    leaves an ignored signal ignored."""
+    """A shell starts what it puts in the background with SIGINT ignored, and nohup with SIGHUP;
+    children inherit it, and a run leaves an ignored signal ignored.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
 def start(tmp_path, data, tiny_model, here):
-    """`start(*overrides)`: the real command, running, its steps 0.3 s apart. -> (process, run directory)"""
+    """`start(*overrides)`: the real command, running, its steps 0.3 s apart. -> (process, run
+    directory)
+    """
     plugin = tmp_path / "slow.py"
     plugin.write_text(SLOW_STEPS)
     started = []
 
     def begin(*overrides, **environment):
         run_dir = tmp_path / "run"
-        options = [*here, "exp_name=run", f"local_run_dir={run_dir}", f"model.name_or_path={tiny_model}", f"datasets=[{data}]",
-                   *FAST, *DPO, "n_epochs=20", "save_every=4", f"plugins=[{plugin}]", "resume=auto", *overrides]  # fmt: skip
+        options = [
+            *here,
+            "exp_name=run",
+            f"local_run_dir={run_dir}",
+            f"model.name_or_path={tiny_model}",
+            f"datasets=[{data}]",
+            *FAST,
+            *DPO,
+            "n_epochs=20",
+            "save_every=4",
+            f"plugins=[{plugin}]",
+            "resume=auto",
+            *overrides,
+        ]
         process = subprocess.Popen(
-            [sys.executable, "train.py", *map(str, options)], cwd=ROOT, env=os.environ | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_on_a_terminal,
-        )  # fmt: skip
+            [sys.executable, "train.py", *map(str, options)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=as_on_a_terminal,
+        )
         started.append(process)
         return process, run_dir
 
@@ -71,11 +93,16 @@ def errors(text):
 
 
 def children(process):
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def workers(process, n=2):
-    """The ranks of a launcher, in their order; multiprocessing has a process of its own beside them."""
+    """The ranks of a launcher, in their order; multiprocessing has a process of its own beside
+    them.
+    """
     found = []
     for pid in children(process):
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -86,10 +113,17 @@ def workers(process, n=2):
 TWO = ["trainer=FSDPTrainer", "n_cpu_processes=2"]
 
 
-@pytest.mark.parametrize("number, code, where", [
-    (signal.SIGTERM, 143, []), (signal.SIGINT, 130, []), (signal.SIGTERM, 143, TWO),
-])  # fmt: skip
-def test_a_signal_finishes_the_step_saves_and_says_so(number, code, where, start, train, train_here):
+@pytest.mark.parametrize(
+    "number, code, where",
+    [
+        (signal.SIGTERM, 143, []),
+        (signal.SIGINT, 130, []),
+        (signal.SIGTERM, 143, TWO),
+    ],
+)
+def test_a_signal_finishes_the_step_saves_and_says_so(
+    number, code, where, start, train, train_here
+):
     process, run_dir = start(*where)
     wait_for(trained(run_dir, 2))
     process.send_signal(number)
@@ -97,13 +131,18 @@ def test_a_signal_finishes_the_step_saves_and_says_so(number, code, where, start
     assert process.returncode == code, stderr
     (line,) = errors(stderr)
     step = checkpoints.newest(run_dir).manifest.step
-    assert line.startswith(f"stopped by {number.name} after step {step} of 100") and "resume=auto" in line
+    assert (
+        line.startswith(f"stopped by {number.name} after step {step} of 100")
+        and "resume=auto" in line
+    )
     assert len(records(run_dir, "train")) == step
     status = directory.status(run_dir)
     assert (status["state"], status["code"], status["step"]) == ("stopped", code, step)
     if not where:  # and to the end, as if nothing had been
         process, _ = start(STEP_SECS="0")
-        assert process.wait(timeout=PATIENCE) == 0 and directory.status(run_dir)["state"] == "finished"
+        assert (
+            process.wait(timeout=PATIENCE) == 0 and directory.status(run_dir)["state"] == "finished"
+        )
         assert same(outcome(run_dir), outcome(train("whole", "n_epochs=20", *DPO, "save_every=4")))
 
 
@@ -119,7 +158,9 @@ def test_a_second_signal_quits_at_once(start):
 
 
 def test_max_hours_stops_before_the_limit(start):
-    process, run_dir = start("max_hours=0.006", "n_epochs=1000")  # 21.6 s, of which 10 are kept for the save
+    process, run_dir = start(
+        "max_hours=0.006", "n_epochs=1000"
+    )  # 21.6 s, of which 10 are kept for the save
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and "stopped by max_hours=0.006 after step" in stderr
     assert checkpoints.newest(run_dir).manifest.step > 0
@@ -138,7 +179,9 @@ def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
     assert time.monotonic() - begun < 15 + 6 * (number == signal.SIGSTOP)
     (line,) = errors(stderr)
     assert process.returncode == 6 and line.startswith("error: rank 1 at step "), stderr
-    assert ("was killed by SIGKILL" if number == signal.SIGKILL else "did not answer in time") in line
+    assert (
+        "was killed by SIGKILL" if number == signal.SIGKILL else "did not answer in time"
+    ) in line
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
     status = directory.status(run_dir)
     assert (status["state"], status["code"]) == ("failed", 6) and "rank 1" in status["reason"]
@@ -151,7 +194,12 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(sta
     ranks = workers(process)
     process.kill()
     process.wait()
-    wait_for(lambda: all(not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text() for pid in ranks))
+    wait_for(
+        lambda: all(
+            not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text()
+            for pid in ranks
+        )
+    )
     process, _ = start(*TWO, "n_examples=24")
     assert process.wait(timeout=PATIENCE) == 0
     assert directory.status(run_dir)["step"] == 7
@@ -163,7 +211,10 @@ def test_two_commands_on_one_run_directory(start):
     second, _ = start("n_epochs=4000")
     assert second.wait(timeout=PATIENCE) == 2
     (line,) = errors(second.stderr.read())
-    assert line == f"error: local_run_dir={run_dir}: in use by process {first.pid}; wait for it, or stop it"
+    assert (
+        line
+        == f"error: local_run_dir={run_dir}: in use by process {first.pid}; wait for it, or stop it"
+    )
     assert first.poll() is None and directory.status(run_dir)["state"] == "running"
 
 
@@ -171,9 +222,13 @@ def test_ranks_meet_on_the_loopback_only(start):
     """Every socket that listens, of the launcher and of its ranks."""
     process, run_dir = start(*TWO)
     wait_for(trained(run_dir, 2))
-    mine = {os.readlink(f"/proc/{pid}/fd/{fd}")[8:-1] for pid in (process.pid, *workers(process))
-            for fd in os.listdir(f"/proc/{pid}/fd") if os.path.islink(f"/proc/{pid}/fd/{fd}")
-            and os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")}  # fmt: skip
+    mine = {
+        os.readlink(f"/proc/{pid}/fd/{fd}")[8:-1]
+        for pid in (process.pid, *workers(process))
+        for fd in os.listdir(f"/proc/{pid}/fd")
+        if os.path.islink(f"/proc/{pid}/fd/{fd}")
+        and os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
+    }
     listening = []
     for table in ("tcp", "tcp6"):
         for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -186,14 +241,22 @@ def test_ranks_meet_on_the_loopback_only(start):
 
 # Where a rank may be when it is killed: (what is patched, whether before the first checkpoint).
 PHASES = {
-    "data": "plumb.data.prepare.token_stores", "building": "trainers.choose_way", "forward": "trainers.Scorer.__call__",
-    "backward": "trainers.FSDPTrainer.backward", "clip": "trainers.BasicTrainer.clip", "update": "torch.optim.RMSprop.step",
-    "agreement": "plumb.distributed.collectives.agree", "gathering": "plumb.distributed.sharding.gathered_model_state", "writing": "plumb.runs.durable_files.write",
-    "renaming": "plumb.runs.durable_files.rename", "evaluation": "trainers.evaluate",
-}  # fmt: skip
+    "data": "plumb.data.prepare.token_stores",
+    "building": "trainers.choose_way",
+    "forward": "trainers.Scorer.__call__",
+    "backward": "trainers.FSDPTrainer.backward",
+    "clip": "trainers.BasicTrainer.clip",
+    "update": "torch.optim.RMSprop.step",
+    "agreement": "plumb.distributed.collectives.agree",
+    "gathering": "plumb.distributed.sharding.gathered_model_state",
+    "writing": "plumb.runs.durable_files.write",
+    "renaming": "plumb.runs.durable_files.rename",
+    "evaluation": "trainers.evaluate",
+}
 DYING = """
 import os, torch, torch.distributed as dist
-import parallel, preparation, storage, trainers
+import plumb.data.prepare, plumb.distributed.collectives, plumb.distributed.sharding
+import plumb.runs.durable_files, trainers
 calls = 0
 def dying(real):
     def call(*arguments, **options):
@@ -211,7 +274,9 @@ ALL = os.environ.get("PHASES") == "all"
 @pytest.mark.parametrize("phase", PHASES if ALL else ["backward", "writing"])
 @pytest.mark.parametrize("rank", [0, 1] if ALL else [1])
 def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
-    """One line that names it, everything is gone, and what was saved before is whole. PHASES=all: every phase, both ranks."""
+    """One line that names it, everything is gone, and what was saved before is whole. PHASES=all:
+    every phase, both ranks.
+    """
     early = phase in ("data", "building") or (phase == "renaming" and rank == 1)
     if phase == "renaming" and rank == 1:
         pytest.skip("rank 0 alone renames")
@@ -222,7 +287,11 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
     wait_for(lambda: ranks or ranks.extend(workers(process)) or process.poll() is not None)
     _, stderr = process.communicate(timeout=PATIENCE)
     (line,) = errors(stderr)
-    assert process.returncode == 6 and line.startswith(f"error: rank {rank} at step ") and "was killed by SIGKILL" in line, stderr
+    assert (
+        process.returncode == 6
+        and line.startswith(f"error: rank {rank} at step ")
+        and "was killed by SIGKILL" in line
+    ), stderr
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
     if not early:
         assert checkpoints.newest(run_dir).manifest.step >= 1
@@ -241,9 +310,17 @@ storage.write = slow
 
 
 def test_a_slow_disk_on_rank_0_is_waited_for(start, tmp_path):
-    """Longer than timeout_minutes: that is for ranks that do not answer, not for one that writes."""
+    """Longer than timeout_minutes: that is for ranks that do not answer, not for one that
+    writes.
+    """
     (tmp_path / "disk.py").write_text(SLOW_DISK)
-    process, run_dir = start(*TWO, f"plugins=[{tmp_path}/disk.py]", "timeout_minutes=0.1", "n_examples=4", "do_first_eval=false")
+    process, run_dir = start(
+        *TWO,
+        f"plugins=[{tmp_path}/disk.py]",
+        "timeout_minutes=0.1",
+        "n_examples=4",
+        "do_first_eval=false",
+    )
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert checkpoints.newest(run_dir).manifest.finished

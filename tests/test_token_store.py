@@ -1,4 +1,6 @@
-"""Tokens are made once: what a store holds, when it is used again and when it is not, and who makes it."""
+"""Tokens are made once: what a store holds, when it is used again and when it is not, and who makes
+it.
+"""
 
 import errno
 import json
@@ -21,11 +23,25 @@ from plumb.data import registry, token_store, tokenization
 from plumb.data.formats import Row
 from plumb.data.prepare import load_examples
 from plumb.data.registry import DataSet, dataset
-from plumb.data.token_store import COLUMNS, Recipe, TokenStore, find_or_make, fingerprint, ingredients, key
+from plumb.data.token_store import (
+    COLUMNS,
+    Recipe,
+    TokenStore,
+    find_or_make,
+    fingerprint,
+    ingredients,
+    key,
+)
 from plumb.data.tokenization import TextRules
 from plumb.errors import UserError
 
-RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
+RULES = TextRules(
+    max_length=64,
+    max_prompt_length=32,
+    response_truncation="fixed",
+    add_bos=True,
+    eos_in_text="strip",
+)
 TOKENIZER = tiny_tokenizer()
 PAIRS = [{"prompt": f"Name {i}:", "chosen": f" yes {i}", "rejected": " no"} for i in range(30)]
 
@@ -33,7 +49,9 @@ PAIRS = [{"prompt": f"Name {i}:", "chosen": f" yes {i}", "rejected": " no"} for 
 def recipe(rows, tokenizer=TOKENIZER, inputs=((1,), []), **changes):
     """Of `rows`, which are known by `inputs`."""
     data = DataSet("d", 0.1, iter(rows))
-    return Recipe(data, "train", tokenizer, fingerprint(tokenizer), RULES, None, inputs, {})._replace(**changes)
+    return Recipe(
+        data, "train", tokenizer, fingerprint(tokenizer), RULES, None, inputs, {}
+    )._replace(**changes)
 
 
 def made(tmp_path, rows, **changes):
@@ -52,13 +70,19 @@ answers = st.lists(texts, min_size=2, max_size=4)
 @given(rows=st.lists(st.tuples(texts, answers, st.one_of(st.none(), texts)), max_size=5))
 def test_a_store_holds_what_direct_tokenization_gives(rows, tmp_path_factory):
     n_pairs = lambda n: [(i, j) for i in range(n) for j in range(n) if i < j]
-    data = [Row(p, r, n_pairs(len(r)), target, f"dir/f{i % 2}:x:{i}") for i, (p, r, target) in enumerate(rows)]
+    data = [
+        Row(p, r, n_pairs(len(r)), target, f"dir/f{i % 2}:x:{i}")
+        for i, (p, r, target) in enumerate(rows)
+    ]
     store = made(tmp_path_factory.mktemp("store"), data, inputs=None)
 
     def ids(text, response):
         while response and TOKENIZER.eos_token in text:
             text = text.replace(TOKENIZER.eos_token, "")
-        return TOKENIZER(text, add_special_tokens=False)["input_ids"] + [TOKENIZER.eos_token_id] * response
+        return (
+            TOKENIZER(text, add_special_tokens=False)["input_ids"]
+            + [TOKENIZER.eos_token_id] * response
+        )
 
     def text(n):
         return store.ids[store.starts[n] : store.starts[n + 1]].tolist()
@@ -68,10 +92,18 @@ def test_a_store_holds_what_direct_tokenization_gives(rows, tmp_path_factory):
 
     pairs = [(text(store.rows[n, 0]), text(c), text(r), place(n)) for n, c, r in store.pairs]
     targets = [(text(store.rows[n, 0]), text(t), place(n)) for n, t in store.targets]
-    expected = [(ids(d.prompt, 0), ids(d.responses[w], 1), ids(d.responses[l], 1), d.source) for d in data for w, l in d.pairs]
+    expected = [
+        (ids(d.prompt, 0), ids(d.responses[w], 1), ids(d.responses[l], 1), d.source)
+        for d in data
+        for w, l in d.pairs
+    ]
     assert pairs == expected
-    assert targets == [(ids(d.prompt, 0), ids(d.sft_target, 1), d.source) for d in data if d.sft_target is not None]
-    assert len(store.marks) == sum(1 + len({*d.responses, d.sft_target} - {None}) for d in data)  # each text once
+    assert targets == [
+        (ids(d.prompt, 0), ids(d.sft_target, 1), d.source) for d in data if d.sft_target is not None
+    ]
+    assert len(store.marks) == sum(
+        1 + len({*d.responses, d.sft_target} - {None}) for d in data
+    )  # each text once
     assert store.n_rows == len(data) and store.ids.dtype == np.uint16
 
 
@@ -103,7 +135,9 @@ def test_memory_does_not_grow_with_the_data_set(register, tmp_path):
     assert most <= 2 * tokenization.CHUNK
 
     path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps(PAIRS[0] | {"prompt": "x" * 500 + str(i)}) + "\n" for i in range(8000)))
+    path.write_text(
+        "".join(json.dumps(PAIRS[0] | {"prompt": "x" * 500 + str(i)}) + "\n" for i in range(8000))
+    )
     data_files.held_out(["a"], 0.5)  # numpy imports more when it is first asked
     tracemalloc.start()
     data = registry.get_dataset(str(path), "train", eval_share=0.1)
@@ -154,19 +188,31 @@ def test_a_second_start_reads_nothing_and_gives_the_same(load, own, monkeypatch)
     assert out_again.count("from the cache") == 2 and "made in" not in out_again
     told = lambda out: [line for line in out.splitlines() if not line.startswith("tokens of")]
     assert told(out) == told(out_again)  # the form line and the table, too
-    sft = load(f"datasets=[{own}]", "max_length=8", "max_prompt_length=4", "truncation_mode=keep_start", pairs=False)
-    assert "made in" not in sft[2] and plain(sft[0])[0][0] == train[0].prompt[:4].tolist()  # other cuts, the same tokens
+    sft = load(
+        f"datasets=[{own}]",
+        "max_length=8",
+        "max_prompt_length=4",
+        "truncation_mode=keep_start",
+        pairs=False,
+    )
+    assert (
+        "made in" not in sft[2] and plain(sft[0])[0][0] == train[0].prompt[:4].tolist()
+    )  # other cuts, the same tokens
 
 
 def test_the_split_is_drawn_once_per_process(load, own, monkeypatch):
     drawn, held_out = [], data_files.held_out
-    monkeypatch.setattr(data_files, "held_out", lambda prompts, share: drawn.append(1) or held_out(prompts, share))
+    monkeypatch.setattr(
+        data_files, "held_out", lambda prompts, share: drawn.append(1) or held_out(prompts, share)
+    )
     load(f"datasets=[{own}]")
     assert len(drawn) == 1
 
 
 CHANGES = {
-    "the file": lambda own, monkeypatch: own.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(PAIRS[1])),
+    "the file": lambda own, monkeypatch: own.write_text(
+        json.dumps(PAIRS[0]) + "\n" + json.dumps(PAIRS[1])
+    ),
     "its time": lambda own, monkeypatch: os.utime(own, ns=(0, 0)),
     "eval_share": ["eval_share=0.2"],
     "field_map": ["field_map={chosen: rejected, rejected: chosen}"],
@@ -176,7 +222,9 @@ CHANGES = {
     "its template": tiny_tokenizer(chat_template=CHAT),
     "a special token": tiny_tokenizer(),
     "the layout": lambda own, monkeypatch: monkeypatch.setattr(token_store, "LAYOUT", -1),
-    "a library": lambda own, monkeypatch: monkeypatch.setattr(token_store, "version", lambda name: "next"),
+    "a library": lambda own, monkeypatch: monkeypatch.setattr(
+        token_store, "version", lambda name: "next"
+    ),
 }
 
 
@@ -186,14 +234,19 @@ CHANGES["a special token"].eos_token = "<pad>"
 @pytest.mark.parametrize("case", CHANGES)
 def test_each_ingredient_makes_new_tokens(load, own, monkeypatch, case):
     change, tokenizer = CHANGES[case], TOKENIZER
-    if case in ("chat_template", "its template"):  # strings do not go through it, but it is simpler to keep it in
+    if case in (
+        "chat_template",
+        "its template",
+    ):  # strings do not go through it, but it is simpler to keep it in
         tokenizer = tiny_tokenizer(chat_template=CHAT.replace("<", "["))
     load(f"datasets=[{own}]", tokenizer=tokenizer)
     if callable(change) and not hasattr(change, "get_vocab"):
         change(own, monkeypatch)
     elif not isinstance(change, list):
         tokenizer = change
-    out = load(f"datasets=[{own}]", *(change if isinstance(change, list) else []), tokenizer=tokenizer)[2]
+    out = load(
+        f"datasets=[{own}]", *(change if isinstance(change, list) else []), tokenizer=tokenizer
+    )[2]
     assert out.count("made in") == 2 and "from the cache" not in out
 
 
@@ -201,7 +254,10 @@ def test_bos_is_an_ingredient_where_there_is_one(load, own):
     tokenizer = tiny_tokenizer(bos=True)
     with_bos, _, _ = load(f"datasets=[{own}]", tokenizer=tokenizer)
     without, _, out = load(f"datasets=[{own}]", "add_bos=false", tokenizer=tokenizer)
-    assert "made in" in out and with_bos[0].prompt.tolist() == [tokenizer.bos_token_id, *without[0].prompt]
+    assert "made in" in out and with_bos[0].prompt.tolist() == [
+        tokenizer.bos_token_id,
+        *without[0].prompt,
+    ]
 
 
 def test_the_code_is_an_ingredient(tmp_path, own):
@@ -232,7 +288,13 @@ def test_the_whole_tokenizer_counts_and_not_its_name():
 def test_the_hub_s_set_is_known_by_its_fingerprint(load, register, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(registry, "_hub_sets", {})
-    rows = [{"chosen": f"\n\nHuman: {i}?\n\nAssistant: a", "rejected": f"\n\nHuman: {i}?\n\nAssistant: b"} for i in range(9)]
+    rows = [
+        {
+            "chosen": f"\n\nHuman: {i}?\n\nAssistant: a",
+            "rejected": f"\n\nHuman: {i}?\n\nAssistant: b",
+        }
+        for i in range(9)
+    ]
     asked = []
 
     def load_dataset(name, split, **options):
@@ -241,7 +303,9 @@ def test_the_hub_s_set_is_known_by_its_fingerprint(load, register, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     train, _, out = load("datasets=[hh]")
-    assert len(train) == 9 and out.count("made in") == 2 and sorted(asked) == ["test", "train"]  # once per process
+    assert (
+        len(train) == 9 and out.count("made in") == 2 and sorted(asked) == ["test", "train"]
+    )  # once per process
     assert load("datasets=[hh]")[2].count("from the cache") == 2
     registry._hub_sets.clear()
     rows[0] = rows[1]
@@ -254,14 +318,24 @@ def test_a_loader_that_may_read_anything_is_run_at_each_start(load, register, tm
     @register()
     def get_own(split, silent=False, cache_dir=None):
         calls.append(split)
-        return {f"{split}?": {"responses": [f" {len(calls)}", " no"], "pairs": [(0, 1)], "sft_target": " a"}}
+        return {
+            f"{split}?": {
+                "responses": [f" {len(calls)}", " no"],
+                "pairs": [(0, 1)],
+                "sft_target": " a",
+            }
+        }
 
     (first,), _, out = load("datasets=[own]")
     (second,), (held_out,), _ = load("datasets=[own]")
     assert calls == ["train", "test"] * 2
     assert "for this run only" in out
     decode = lambda e: TOKENIZER.decode(e.responses[0])
-    assert (decode(first), decode(second), decode(held_out)) == (" 1</s>", " 3</s>", " 4</s>")  # readable, though:
+    assert (decode(first), decode(second), decode(held_out)) == (
+        " 1</s>",
+        " 3</s>",
+        " 4</s>",
+    )  # readable, though:
     assert list((tmp_path / "runs").glob("*/token_cache/*")) == []
 
 
@@ -274,7 +348,12 @@ def test_a_loader_with_a_path_is_known_by_its_files(load, register, tmp_path):
     @register()
     def get_own(split, silent=False, cache_dir=None, path=None):
         calls.append(split)
-        yield {"prompt": split, "responses": [], "pairs": [], "sft_target": (Path(path) / "any.txt").read_text()}
+        yield {
+            "prompt": split,
+            "responses": [],
+            "pairs": [],
+            "sft_target": (Path(path) / "any.txt").read_text(),
+        }
 
     options = ["datasets=[own]", f"+dataset_paths.own={folder}"]
     load(*options, pairs=False)
@@ -300,16 +379,26 @@ def flip(file):
 
 
 DAMAGE = {
-    **{f"a bit of {name}": lambda folder, name=name: flip(folder / f"{name}.bin") for name in COLUMNS},
+    **{
+        f"a bit of {name}": lambda folder, name=name: flip(folder / f"{name}.bin")
+        for name in COLUMNS
+    },
     **{f"{name} cut": lambda folder, name=name: cut(folder / f"{name}.bin") for name in COLUMNS},
     "a column gone": lambda folder: (folder / "ids.bin").unlink(),
     "meta cut": lambda folder: cut(folder / "meta.json"),
     "meta gone": lambda folder: (folder / "meta.json").unlink(),
-    "meta of something else": lambda folder: (folder / "meta.json").write_text(
-        (folder / "meta.json").read_text().replace('"eos_in_text": "strip"', '"eos_in_text": "keep"')
+    "meta of something else": (
+        lambda folder: (folder / "meta.json").write_text(
+            (folder / "meta.json")
+            .read_text()
+            .replace('"eos_in_text": "strip"', '"eos_in_text": "keep"')
+        )
     ),
     "another meta": lambda folder: (folder / "meta.json").write_text("[1]"),
-    "a file in its place": lambda folder: (folder.rename(folder.with_name("x")), folder.write_text("")),
+    "a file in its place": lambda folder: (
+        folder.rename(folder.with_name("x")),
+        folder.write_text(""),
+    ),
 }
 
 
@@ -362,7 +451,11 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(UserError) as caught:
         made(tmp_path, ROWS)
-    assert str(tmp_path) in str(caught.value) and "No space left" in str(caught.value) and "local_dirs" in str(caught.value)
+    assert (
+        str(tmp_path) in str(caught.value)
+        and "No space left" in str(caught.value)
+        and "local_dirs" in str(caught.value)
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -383,12 +476,13 @@ from pathlib import Path
 import torch.distributed as dist, torch.multiprocessing as mp
 
 def work(rank, folder):
-    import parallel
-    from utils import UserError
+    from plumb.distributed import collectives
+    from plumb.errors import UserError
     Path(folder, f"ready{rank}").touch()
     while not Path(folder, f"ready{1 - rank}").exists():  # however long the imports take
         time.sleep(0.05)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    group = dict(rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    dist.init_process_group("gloo", f"file://{folder}/meet", **group)
     def make():
         with open(f"{folder}/made", "a") as file:
             file.write(f"{rank}")
@@ -396,14 +490,13 @@ def work(rank, folder):
         return ["a"]
     def fail():
         raise UserError("a bad row")
-    assert parallel.from_rank0(make) == ["a"]
-    parallel.SPEAKING_SECS = 0
+    assert collectives.from_rank0(make) == ["a"]
     try:
-        parallel.from_rank0(fail)
+        collectives.from_rank0(fail)
     except UserError as error:
         assert str(error) == "a bad row"
         open(f"{folder}/failed{rank}", "w").close()
-    parallel.meet()
+    collectives.meet()
 
 if __name__ == "__main__":
     mp.spawn(work, args=(sys.argv[1],), nprocs=2)
@@ -413,5 +506,9 @@ if __name__ == "__main__":
 def test_rank_0_makes_and_the_others_wait_however_long(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, tmp_path / "ranks.py", tmp_path]
-    subprocess.run(command, check=True, timeout=120, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (tmp_path / "made").read_text() == "0" and {f.name for f in tmp_path.glob("failed*")} == {"failed0", "failed1"}
+    subprocess.run(
+        command, check=True, timeout=120, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (tmp_path / "made").read_text() == "0" and {
+        f.name for f in tmp_path.glob("failed*")
+    } == {"failed0", "failed1"}

@@ -1,4 +1,6 @@
-"""Text to tokens: the 2023 code's ids token for token, and properties that hold for any text and any lengths."""
+"""Text to tokens: the 2023 code's ids token for token, and properties that hold for any text and
+any lengths.
+"""
 
 import functools
 import tempfile
@@ -18,7 +20,13 @@ from plumb.data.token_store import Recipe, TokenStore, find_or_make
 from plumb.data.tokenization import HH_TEMPLATE, TextRules, automatic_bos, render, template_text
 from plumb.errors import UserError
 
-RULES = TextRules(max_length=64, max_prompt_length=32, response_truncation="fixed", add_bos=True, eos_in_text="strip")
+RULES = TextRules(
+    max_length=64,
+    max_prompt_length=32,
+    response_truncation="fixed",
+    add_bos=True,
+    eos_in_text="strip",
+)
 
 
 def data(prompt, *responses, truncation="keep_start") -> DataSet:
@@ -33,7 +41,9 @@ def dataset(rows, truncation="keep_start") -> DataSet:
 def tokenize(data, tokenizer, pairs, rules, template=None):
     """The whole way: into a store on disk, and a view of it."""
     with tempfile.TemporaryDirectory() as folder:
-        path, _ = find_or_make(Recipe(data, "train", tokenizer, "", rules, template, None, {}), Path(folder))
+        path, _ = find_or_make(
+            Recipe(data, "train", tokenizer, "", rules, template, None, {}), Path(folder)
+        )
         bos = automatic_bos(tokenizer) if rules.add_bos else None
         return view(TokenStore(path), pairs, rules, data.truncation, bos)
 
@@ -46,12 +56,17 @@ def flags(examples):
 
 @needs_golden
 def test_tokens_equal_the_2023_code():
-    """64 pairs x 9 settings: ids, labels and prompts. Setting 64/0/keep_end is left out: v[-0:] kept the whole prompt there."""
+    """64 pairs x 9 settings: ids, labels and prompts. Setting 64/0/keep_end is left out: v[-0:]
+    kept the whole prompt there.
+    """
     from transformers import AutoTokenizer
 
     golden = load("tokenization.json.gz")
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tiny-llama")
-    rows = [Row(t["prompt"], [t["chosen"], t["rejected"]], [(0, 1)], t["chosen"], "d:1") for t in golden["texts"]]
+    rows = [
+        Row(t["prompt"], [t["chosen"], t["rejected"]], [(0, 1)], t["chosen"], "d:1")
+        for t in golden["texts"]
+    ]
     for setting in golden["settings"]:
         lengths = setting["max_length"], setting["max_prompt_length"]
         if lengths == (64, 0) and setting["truncation_mode"] == "keep_end":
@@ -68,7 +83,9 @@ def test_tokens_equal_the_2023_code():
 
 
 def test_a_prompt_of_which_only_bos_fits():
-    """Room for 0 tokens of it: v[-0:] would keep them all, the 2023 defect at max_prompt_length=0."""
+    """Room for 0 tokens of it: v[-0:] would keep them all, the 2023 defect at
+    max_prompt_length=0.
+    """
     rules, tok = RULES._replace(max_length=4, max_prompt_length=1), tiny_tokenizer(bos=True)
     (example,) = tokenize(data("abcd", "e", truncation="keep_end"), tok, False, rules)
     assert example.prompt.tolist() == [tok.bos_token_id]
@@ -78,7 +95,10 @@ def truncated_in_2023(prompt, responses, keep, rules, bos):
     """The 2023 rule in plain Python, with BOS, and with "fill". -> prompt, responses"""
     head = [] if bos is None else [bos]
     longest = max(map(len, responses))
-    if len(head + prompt) + longest > rules.max_length and len(head + prompt) > rules.max_prompt_length:
+    if (
+        len(head + prompt) + longest > rules.max_length
+        and len(head + prompt) > rules.max_prompt_length
+    ):
         room = rules.max_prompt_length - len(head)
         prompt = prompt[:room] if keep == "keep_start" else prompt[len(prompt) - room :]
     prompt = head + prompt
@@ -96,8 +116,10 @@ letters = st.text("abcdefgh", max_size=60)  # one token each: the lengths decide
     texts=st.lists(st.tuples(letters, letters, letters), min_size=1, max_size=4),
     keep=st.sampled_from(["keep_start", "keep_end"]),
     lengths=st.tuples(st.integers(2, 50), st.integers(1, 49)).filter(lambda t: t[1] < t[0]),
-    policy=st.sampled_from(["fixed", "fill"]), bos=st.booleans(), pairs=st.booleans(),
-)  # fmt: skip
+    policy=st.sampled_from(["fixed", "fill"]),
+    bos=st.booleans(),
+    pairs=st.booleans(),
+)
 def test_truncation(texts, keep, lengths, policy, bos, pairs):
     """The columns agree with a restatement per example; and what must hold for any lengths does."""
     tok = tokenizer(bos)
@@ -105,14 +127,23 @@ def test_truncation(texts, keep, lengths, policy, bos, pairs):
     rows = [Row(p, [c, r], [(0, 1)], c, f"d:{i}") for i, (p, c, r) in enumerate(texts)]
     examples = tokenize(dataset(rows, keep), tok, pairs, rules)
     ids = lambda text: tok(text, add_special_tokens=False)["input_ids"]
-    for example, found, n, row in zip(examples, flags(examples), examples.lengths, texts, strict=True):
-        prompt, responses = ids(row[0]), [[*ids(text), tok.eos_token_id] for text in row[1 : 2 + pairs]]
-        expected = truncated_in_2023(prompt, responses, keep, rules, tok.bos_token_id if bos else None)
+    for example, found, n, row in zip(
+        examples, flags(examples), examples.lengths, texts, strict=True
+    ):
+        prompt, responses = (
+            ids(row[0]),
+            [[*ids(text), tok.eos_token_id] for text in row[1 : 2 + pairs]],
+        )
+        expected = truncated_in_2023(
+            prompt, responses, keep, rules, tok.bos_token_id if bos else None
+        )
         ours = example.prompt.tolist(), [r.tolist() for r in example.responses]
         assert ours == expected
         assert n.tolist() == [len(ours[0]), *map(len, ours[1])]
         longest = max(map(len, ours[1]))
-        assert len(ours[0]) + longest <= rules.max_length and all(ours[1])  # never too long; always something to train
+        assert len(ours[0]) + longest <= rules.max_length and all(
+            ours[1]
+        )  # never too long; always something to train
         assert ("response_truncated" in found) == (ours[1] != responses)
         assert ("prompt_truncated" in found) == (ours[0][bos:] != prompt)
         assert not bos or ours[0][0] == tok.bos_token_id  # BOS survives any cut
@@ -126,13 +157,17 @@ def tokenizer(bos=False):
 
 
 # Whole and broken EOS strings among any text: removing one may join the next.
-texts = st.lists(st.one_of(st.text(max_size=10), st.sampled_from(["</s>", "</", "s>", "<", "/s"])), max_size=8).map("".join)
+texts = st.lists(
+    st.one_of(st.text(max_size=10), st.sampled_from(["</s>", "</", "s>", "<", "/s"])), max_size=8
+).map("".join)
 
 
 @settings(deadline=None, max_examples=100)
 @given(prompt=texts, chosen=texts, rejected=texts)
 def test_tokenization_properties(prompt, chosen, rejected):
-    """Any text: apart and joined, one EOS at the end and none within, and the ids decode to the text."""
+    """Any text: apart and joined, one EOS at the end and none within, and the ids decode to the
+    text.
+    """
     tok = tokenizer()
     rules = RULES._replace(max_length=2000, max_prompt_length=1000)
     (example,) = tokenize(data(prompt, chosen, rejected), tok, True, rules)
@@ -141,44 +176,71 @@ def test_tokenization_properties(prompt, chosen, rejected):
         while tok.eos_token in text:
             text = text.replace(tok.eos_token, "")
         assert tok.decode(response[:-1]) == text
-    assert lengths_of([example]).n_scored() == sum(map(len, example.responses)) - (2 if len(example.prompt) == 0 else 0)
+    assert lengths_of([example]).n_scored() == sum(map(len, example.responses)) - (
+        2 if len(example.prompt) == 0 else 0
+    )
 
 
 def test_bos_stands_once_where_the_tokenizer_adds_one():
     tok = tiny_tokenizer(bos=True)
-    prompt = lambda rules, text: tokenize(data(text, " b", " c"), tok, True, rules)[0].prompt.tolist()
-    assert prompt(RULES, "a").count(tok.bos_token_id) == 1 and prompt(RULES, "a")[0] == tok.bos_token_id
-    assert prompt(RULES, tok.bos_token + "a") == prompt(RULES, "a")  # a template that writes it does not double it
+    prompt = lambda rules, text: tokenize(data(text, " b", " c"), tok, True, rules)[
+        0
+    ].prompt.tolist()
+    assert (
+        prompt(RULES, "a").count(tok.bos_token_id) == 1
+        and prompt(RULES, "a")[0] == tok.bos_token_id
+    )
+    assert prompt(RULES, tok.bos_token + "a") == prompt(
+        RULES, "a"
+    )  # a template that writes it does not double it
     assert tok.bos_token_id not in prompt(RULES._replace(add_bos=False), "a")  # 2023: none
     long = prompt(RULES._replace(max_length=8, max_prompt_length=4), "a b c d e f g h i j k")
     assert long[0] == tok.bos_token_id and len(long) == 4
-    assert tokenizer().bos_token_id not in tokenize(data("a", " b"), tokenizer(), False, RULES)[0].prompt
+    assert (
+        tokenizer().bos_token_id
+        not in tokenize(data("a", " b"), tokenizer(), False, RULES)[0].prompt
+    )
 
 
 def test_eos_within_a_text():
     eos = tokenizer().eos_token
-    ids_of = lambda rule: tokenize(data(f"a{eos}b", f" c{eos}"), tokenizer(), False, RULES._replace(eos_in_text=rule))
+    ids_of = lambda rule: tokenize(
+        data(f"a{eos}b", f" c{eos}"), tokenizer(), False, RULES._replace(eos_in_text=rule)
+    )
     strip, keep = ids_of("strip"), ids_of("keep")
     assert flags(strip) == flags(keep) == [{"eos_in_text"}]
     (strip,), (keep,) = strip, keep
     count = lambda ids: list(ids).count(tokenizer().eos_token_id)
     assert count(strip.responses[0]) == 1 and count(keep.responses[0]) == 2
-    assert count(strip.prompt) == count(keep.prompt) == 1  # it may be a rendered chat, and is not trained
+    assert (
+        count(strip.prompt) == count(keep.prompt) == 1
+    )  # it may be a rendered chat, and is not trained
 
 
 def test_eos_within_a_message():
     chat = tiny_tokenizer(chat_template=CHAT)
-    prompt, answer = [{"role": "user", "content": "H</s>i."}], [{"role": "assistant", "content": "Hel</s>lo."}]
+    prompt, answer = (
+        [{"role": "user", "content": "H</s>i."}],
+        [{"role": "assistant", "content": "Hel</s>lo."}],
+    )
     examples = tokenize(data(prompt, answer), chat, False, RULES)
     (example,) = examples
-    assert flags(examples) == [{"eos_in_text"}] and chat.decode(example.responses[0]) == "Hello.</s>"
+    assert (
+        flags(examples) == [{"eos_in_text"}] and chat.decode(example.responses[0]) == "Hello.</s>"
+    )
     assert chat.decode(example.prompt) == "<user>Hi.</s><assistant>"  # the template's own stays
 
 
 def test_messages_go_through_the_chat_template():
-    prompt, answer = [{"role": "user", "content": "Hi."}], [{"role": "assistant", "content": "Hello."}]
+    prompt, answer = (
+        [{"role": "user", "content": "Hi."}],
+        [{"role": "assistant", "content": "Hello."}],
+    )
     hh = render(prompt, [answer], tokenizer(), None, "f:1")
-    assert hh == ("\n\nHuman: Hi.\n\nAssistant:", [" Hello."])  # the tokenizer has no template: HH form
+    assert hh == (
+        "\n\nHuman: Hi.\n\nAssistant:",
+        [" Hello."],
+    )  # the tokenizer has no template: HH form
     chat = tiny_tokenizer(chat_template=CHAT)
     eos = chat.eos_token
     rendered = render(prompt, [answer], chat, None, "f:1")
@@ -204,20 +266,29 @@ NAMED = {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")}
 
 
 def test_one_of_several_templates():
-    """A dict of templates was handed on as one: "unhashable type: 'dict'", for which the data row was blamed."""
+    """A dict of templates was handed on as one: "unhashable type: 'dict'", for which the data row
+    was blamed.
+    """
     chat = tiny_tokenizer()
     chat.chat_template = NAMED
     messages = [{"role": "user", "content": "Hi."}], [[{"role": "assistant", "content": "Hello."}]]
     assert render(*messages, chat, None, "f:1") == ("<user>Hi.</s><assistant>", ["Hello."])
     assert template_text(None, "chat_template=None", chat) is None
     assert template_text("tool_use", "chat_template=tool_use", chat) == NAMED["tool_use"]
-    assert template_text("tool_use", "chat_template=tool_use") is None  # before the tokenizer is there
-    with pytest.raises(UserError, match="^chat_template=nosuch: neither a file nor a template .*: default, tool_use$"):
+    assert (
+        template_text("tool_use", "chat_template=tool_use") is None
+    )  # before the tokenizer is there
+    with pytest.raises(
+        UserError,
+        match="^chat_template=nosuch: neither a file nor a template .*: default, tool_use$",
+    ):
         template_text("nosuch", "chat_template=nosuch", chat)
     with pytest.raises(UserError, match="templates: none$"):
         template_text("nosuch", "chat_template=nosuch", tiny_tokenizer())
     chat.chat_template = {"a": "x", "b": "y"}
-    with pytest.raises(UserError, match=r"several templates \(a, b\) and no default; give chat_template="):
+    with pytest.raises(
+        UserError, match=r"several templates \(a, b\) and no default; give chat_template="
+    ):
         render(*messages, chat, None, "f:1")
     chat.chat_template = {"a": CHAT}
     assert render(*messages, chat, None, "f:1")[1] == ["Hello."]  # there is no other

@@ -1,4 +1,6 @@
-"""Files that would run code or fill the memory are refused, in one line and with exit code 3, by each way in."""
+"""Files that would run code or fill the memory are refused, in one line and with exit code 3, by
+each way in.
+"""
 
 import resource
 import sys
@@ -61,11 +63,16 @@ def test_bomb(tmp_path, entry, case):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     refused(entry, path)
     unit = 1 if sys.platform == "darwin" else 1024
-    assert time.monotonic() - start < 2 and (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 200e6
+    assert (
+        time.monotonic() - start < 2
+        and (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 200e6
+    )
 
 
 def test_torch_alone_would_not_do(tmp_path):
-    """What weights_only lets through: 100 KB that become 100 MB, and a tensor of 4 TB. So the form is checked, too."""
+    """What weights_only lets through: 100 KB that become 100 MB, and a tensor of 4 TB. So the form
+    is checked, too.
+    """
     for case in ("compressed", "stride 0", "torch.Tensor"):
         BOMBS[case](tmp_path / case, None)
         try:
@@ -75,7 +82,9 @@ def test_torch_alone_would_not_do(tmp_path):
 
 
 def test_what_torch_save_writes_is_taken(tmp_path):
-    """Each type of weight, tied ones, parameters, an OrderedDict with its _metadata, buffers of 2023, metrics, views."""
+    """Each type of weight, tied ones, parameters, an OrderedDict with its _metadata, buffers of
+    2023, metrics, views.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = model[0].weight
     state = model.state_dict()

@@ -1,14 +1,17 @@
-"""What no run should have to survive: kills at any moment, at each system call of a save, failing and full disks. `make torture`
+"""What no run should have to survive: kills at any moment, at each system call of a save, failing
+and full disks. `make torture`
 
-One process imports torch, transformers and Plumb, and forks a child for each start of a run, which then is what `python train.py`
-would be after its imports. So a start costs a fraction of a second, and hundreds of kills a minute or two.
+One process imports torch, transformers and Plumb, and forks a child for each start of a run, which
+then is what `python train.py` would be after its imports. So a start costs a fraction of a second,
+and hundreds of kills a minute or two.
 
     python tests/torture.py --seed 1 --kills 300 --report benchmarks/results/torture.md
 
-The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry of the k-th write, fsync,
-rename, ... of a save; errors in their place; a file system that is full. After each the newest checkpoint that verifies (here by
-code of its own) is no older than before, and in the end the run must be what the undisturbed run is: weights, optimizer, metrics,
-samples, order of examples.
+The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry
+of the k-th write, fsync, rename, ... of a save; errors in their place; a file system that is full.
+After each the newest checkpoint that verifies (here by code of its own) is no older than before,
+and in the end the run must be what the undisturbed run is: weights, optimizer, metrics, samples,
+order of examples.
 """
 
 from __future__ import annotations
@@ -39,29 +42,78 @@ from runs import DPO, FAST, OF_THE_MACHINE, ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",  # no thread before a fork
-    "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HYDRA_MAIN_MODULE": "__main__",  # config/ is beside train.py
-}  # fmt: skip
-SFT = ["loss=sft", "lr=1e-3", "warmup_steps=2", "batch_size=4", "optimizer=AdamW", "lr_schedule=cosine"]
-EACH = ["n_epochs=2", "save_every=4", "eval_every=12"]  # save after every step, evaluate after every third
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # no thread before a fork
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "HYDRA_MAIN_MODULE": "__main__",  # config/ is beside train.py
+}
+SFT = [
+    "loss=sft",
+    "lr=1e-3",
+    "warmup_steps=2",
+    "batch_size=4",
+    "optimizer=AdamW",
+    "lr_schedule=cosine",
+]
+EACH = [
+    "n_epochs=2",
+    "save_every=4",
+    "eval_every=12",
+]  # save after every step, evaluate after every third
 KINDS = {
     "sft": [*SFT, *EACH],
-    "sft, saved in a thread, samples": [*SFT, *EACH, "async_save=true", "sample_during_eval=true", "n_eval_model_samples=2",
-                                        "sample_max_new_tokens=4"],
+    "sft, saved in a thread, samples": [
+        *SFT,
+        *EACH,
+        "async_save=true",
+        "sample_during_eval=true",
+        "n_eval_model_samples=2",
+        "sample_max_new_tokens=4",
+    ],
     "dpo, live reference": [*DPO, *EACH, "reference=live"],
-    "dpo, cached reference, one checkpoint kept": [*DPO, *EACH, "reference=cached", "keep_checkpoints=1", "keep_best=null"],
-}  # fmt: skip
-CALLS = ("write", "fsync", "rename", "renameat", "renameat2", "symlink", "symlinkat", "mkdir", "unlink", "unlinkat", "rmdir")
-ERRORS = [("write", "ENOSPC"), ("write", "EDQUOT"), ("write", "EIO"), ("fsync", "EIO"), ("fsync", "ENOSPC"), ("rename", "EIO"),
-          ("rename", "EXDEV"), ("mkdir", "EROFS"), ("mkdir", "ENOSPC"), ("symlink", "ENOSPC")]  # fmt: skip
+    "dpo, cached reference, one checkpoint kept": [
+        *DPO,
+        *EACH,
+        "reference=cached",
+        "keep_checkpoints=1",
+        "keep_best=null",
+    ],
+}
+CALLS = (
+    "write",
+    "fsync",
+    "rename",
+    "renameat",
+    "renameat2",
+    "symlink",
+    "symlinkat",
+    "mkdir",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+)
+ERRORS = [
+    ("write", "ENOSPC"),
+    ("write", "EDQUOT"),
+    ("write", "EIO"),
+    ("fsync", "EIO"),
+    ("fsync", "ENOSPC"),
+    ("rename", "EIO"),
+    ("rename", "EXDEV"),
+    ("mkdir", "EROFS"),
+    ("mkdir", "ENOSPC"),
+    ("symlink", "ENOSPC"),
+]
 TIMEOUT = 120
 
 
-# -------------------------------------------------------------------------------------------------------------------- starts
+# ---- starts ----
 
 
 class Gauge:
-    """What a child tells while it lives and after: whether it is in a save, how many it has begun, how long they took.
+    """What a child tells while it lives and after: whether it is in a save, how many it has begun,
+    how long they took.
 
     `hold`: the child waits at the beginning of its first save until it is told to go.
     """
@@ -98,7 +150,9 @@ class Gauge:
         return int.from_bytes(self.memory[8:16], "little") / 1e6
 
     def await_save(self, n: int, secs: float) -> bool:
-        """Until the n-th save has begun; False: it did not within that time, or the child is gone."""
+        """Until the n-th save has begun; False: it did not within that time, or the child is
+        gone.
+        """
         end = time.monotonic() + secs
         while n:
             ready, _, _ = select.select([self.began], [], [], max(0, end - time.monotonic()))
@@ -116,12 +170,16 @@ class Gauge:
 class Child:
     """One start of `python train.py <overrides>`, in a process group of its own."""
 
-    def __init__(self, overrides: list[str], log: Path, gauge: Gauge, spoil: Callable[[], None] | None):
+    def __init__(
+        self, overrides: list[str], log: Path, gauge: Gauge, spoil: Callable[[], None] | None
+    ):
         self.log = log
         self.pid = os.fork()
         if self.pid == 0:
             self._be(overrides, gauge, spoil)
-        with contextlib.suppress(OSError):  # both do it, for either may be first; OSError: it is done, or the child is gone
+        with contextlib.suppress(
+            OSError
+        ):  # both do it, for either may be first; OSError: it is done, or the child is gone
             os.setpgid(self.pid, self.pid)
         os.close(gauge.tell)  # so that its end is seen when the child is gone
 
@@ -136,7 +194,9 @@ class Child:
             os.chdir(ROOT)
             import train
 
-            train.draw_curves = lambda run_dirs: None  # after the last save; it takes longer than all before it
+            train.draw_curves = lambda run_dirs: (
+                None
+            )  # after the last save; it takes longer than all before it
             gauge.install()
             if spoil is not None:
                 spoil()
@@ -165,15 +225,19 @@ class Child:
             if time.monotonic() > end:
                 self.kill()
                 os.waitpid(self.pid, 0)
-                raise TimeoutError(f"a run did not end within {secs} s: {self.log.read_text()[-2000:]}")
+                raise TimeoutError(
+                    f"a run did not end within {secs} s: {self.log.read_text()[-2000:]}"
+                )
             time.sleep(0.001)
 
 
-# ------------------------------------------------------------------------------------------------------------- what is compared
+# ---- what is compared ----
 
 
 def whole_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """{examples: directory} of those whose files are what their manifests say; read by code of its own."""
+    """{examples: directory} of those whose files are what their manifests say; read by code of its
+    own.
+    """
     found = {}
     for directory in run_dir.glob("*-*"):
         if re.fullmatch(r"(step|interim)-\d+", directory.name) and is_whole(directory):
@@ -187,7 +251,8 @@ def is_whole(directory: Path) -> bool:
         contents = {name: (directory / name).read_bytes() for name in files}
         expected = {"policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors"}
         return files.keys() == expected and all(
-            [len(content), hashlib.sha256(content).hexdigest()] == files[name] for name, content in contents.items()
+            [len(content), hashlib.sha256(content).hexdigest()] == files[name]
+            for name, content in contents.items()
         )
     except (OSError, ValueError, KeyError):
         return False
@@ -200,16 +265,29 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     last = (run_dir / "LATEST").resolve()
     manifest = json.loads((last / "manifest.json").read_text())
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [{k: v for k, v in json.loads(line).items() if k not in OF_THE_MACHINE} for line in lines]
+    rows = [
+        {k: v for k, v in json.loads(line).items() if k not in OF_THE_MACHINE} for line in lines
+    ]
     samples = run_dir / "samples.jsonl"
     found = {
-        "checkpoint": last.name, "order": manifest["order"], "position": [manifest[k] for k in ("step", "examples", "finished")],
-        "metrics": rows, "samples": samples.read_text() if samples.exists() else "",
+        "checkpoint": last.name,
+        "order": manifest["order"],
+        "position": [manifest[k] for k in ("step", "examples", "finished")],
+        "metrics": rows,
+        "samples": samples.read_text() if samples.exists() else "",
         "state": hashlib.sha256((last / "state-0-of-1.safetensors").read_bytes()).hexdigest(),
-        "status": {k: v for k, v in json.loads((run_dir / "status.json").read_text()).items() if k in ("state", "code", "step")},
-        "left lying about": sorted(p.name for p in run_dir.iterdir() if re.search("partial|removed|damaged|rehearsal", p.name)),
+        "status": {
+            k: v
+            for k, v in json.loads((run_dir / "status.json").read_text()).items()
+            if k in ("state", "code", "step")
+        },
+        "left lying about": sorted(
+            p.name
+            for p in run_dir.iterdir()
+            if re.search("partial|removed|damaged|rehearsal", p.name)
+        ),
         "checkpoints": sorted(p.name for p in run_dir.glob("*-*") if p.is_dir()),
-    }  # fmt: skip
+    }
     for name in ("policy", "optimizer"):
         state = torch.load(last / f"{name}.pt", weights_only=True)["state"]
         found[name] = hashlib.sha256(b"".join(_bytes(state))).hexdigest()
@@ -233,7 +311,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for key in a if a[key] != b[key]]
 
 
-# ------------------------------------------------------------------------------------------------------------------- torture
+# ---- torture ----
 
 
 class Tally(NamedTuple):
@@ -255,15 +333,23 @@ class Torture:
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         self.common = [
-            "exp_name=torture", f"model.name_or_path={tiny_model(folder.parent / 'model')}", f"datasets=[{data}]",
-            f"local_dirs=[{folder}]", "wandb.enabled=false", "resume=auto", *FAST, *KINDS[kind],
-        ]  # fmt: skip
+            "exp_name=torture",
+            f"model.name_or_path={tiny_model(folder.parent / 'model')}",
+            f"datasets=[{data}]",
+            f"local_dirs=[{folder}]",
+            "wandb.enabled=false",
+            "resume=auto",
+            *FAST,
+            *KINDS[kind],
+        ]
         whole = folder / "whole"
         gauge, start = Gauge(), time.monotonic()
         code = self.start(whole, gauge).ended()
         self.secs, self.save_secs = time.monotonic() - start, gauge.secs()
         if code:
-            raise SystemExit(f"{kind}: the undisturbed run ended with {code}: {self.log.read_text()[-3000:]}")
+            raise SystemExit(
+                f"{kind}: the undisturbed run ended with {code}: {self.log.read_text()[-3000:]}"
+            )
         self.expected, self.n_saves = outcome(whole), gauge.memory[1]
         gauge.close()
 
@@ -275,13 +361,21 @@ class Torture:
         return Child([*self.common, f"local_run_dir={run_dir}"], self.log, gauge, self.spoil)
 
     def problem_after(self, run_dir: Path, before: int) -> str | None:
-        """Of a run that is not running: its newest whole checkpoint must be no older than it was, and LATEST must be one."""
+        """Of a run that is not running: its newest whole checkpoint must be no older than it was,
+        and LATEST must be one.
+        """
         found = whole_checkpoints(run_dir)
         link = run_dir / "LATEST"
         if max(found, default=0) < before:
-            return f"the checkpoint of {before} examples was whole and is gone; there are {sorted(found)}"
+            return (
+                f"the checkpoint of {before} examples was whole and is gone; there are"
+                f" {sorted(found)}"
+            )
         if link.is_symlink() and link.resolve() not in [p.resolve() for p in found.values()]:
-            return f"LATEST is {os.readlink(link)}, which is no whole checkpoint; there are {sorted(found)}"
+            return (
+                f"LATEST is {os.readlink(link)}, which is no whole checkpoint; there are"
+                f" {sorted(found)}"
+            )
         return None
 
     def finish(self, run_dir: Path) -> str | None:
@@ -294,10 +388,12 @@ class Torture:
         differing = differences(self.expected, outcome(run_dir))
         return f"it ended with other {', '.join(differing)}" if differing else None
 
-    # --------------------------------------------------------------------------------------------------------- random kills
+    # ---- random kills ----
 
     def kills(self, n: int) -> Tally:
-        """Runs, each killed again and again until it is through; every second kill is aimed at a save."""
+        """Runs, each killed again and again until it is through; every second kill is aimed at a
+        save.
+        """
         tally = Tally(f"{self.kind}: SIGKILL at random", Counter(), [], [])
         start, number = time.monotonic(), 0
         while tally.counts["kills"] < n:
@@ -337,14 +433,21 @@ class Torture:
         return "it did not finish in 200 starts"
 
     def control(self) -> Tally:
-        """Where a resumed run forgets its position in the data, random kills must show it: else they show nothing."""
+        """Where a resumed run forgets its position in the data, random kills must show it: else
+        they show nothing.
+        """
         self.spoil = forget_position
         tally = self.kills(4)
         self.spoil = None
         problems = [] if tally.wrong else ["nobody noticed"]
-        return Tally(f"{self.kind}: control, the position forgotten (must fail)", tally.counts, problems, tally.secs)
+        return Tally(
+            f"{self.kind}: control, the position forgotten (must fail)",
+            tally.counts,
+            problems,
+            tally.secs,
+        )
 
-    # --------------------------------------------------------------------------------------------- each system call of a save
+    # ---- each system call of a save ----
 
     def base(self) -> Path:
         """A run that was killed when its third save was about to begin."""
@@ -359,14 +462,27 @@ class Torture:
         return base
 
     def traced(self, run_dir: Path, *inject: str) -> tuple[int, list[str]]:
-        """Go on with a copy of the base; strace comes in for the first save. -> exit code, the calls that strace saw"""
+        """Go on with a copy of the base; strace comes in for the first save. -> exit code, the
+        calls that strace saw
+        """
         shutil.copytree(self.base(), run_dir, symlinks=True)
         gauge = Gauge(hold=True)
         child = self.start(run_dir, gauge)
         if not gauge.await_save(1, TIMEOUT):
             raise RuntimeError(f"no save: {self.log.read_text()[-2000:]}")
         seen = self.folder / "strace.log"
-        line = ["strace", "-f", "-y", "-o", str(seen), "-e", f"trace={','.join(CALLS)}", *inject, "-p", str(child.pid)]
+        line = [
+            "strace",
+            "-f",
+            "-y",
+            "-o",
+            str(seen),
+            "-e",
+            f"trace={','.join(CALLS)}",
+            *inject,
+            "-p",
+            str(child.pid),
+        ]
         tracer = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
         assert tracer.stderr is not None
         while "attached" not in (said := tracer.stderr.readline()):
@@ -382,7 +498,9 @@ class Torture:
         return code, seen.read_text().splitlines()
 
     def calls(self) -> list[tuple[str, int, str]]:
-        """(name, k, line) of each call in the first save of a run that goes on, in order; k counts calls of that name."""
+        """(name, k, line) of each call in the first save of a run that goes on, in order; k counts
+        calls of that name.
+        """
         run_dir = self.folder / "traced"
         _, lines = self.traced(run_dir)
         shutil.rmtree(run_dir)
@@ -401,26 +519,47 @@ class Torture:
         tally = Tally(f"{self.kind}: SIGKILL at each system call of a save", Counter(), [], [])
         start, calls = time.monotonic(), self.calls()
         tally.counts["system calls of a save"] = len(calls)
-        for name, k, line in calls if sample is None else self.rng.sample(calls, min(sample, len(calls))):
+        for name, k, line in (
+            calls if sample is None else self.rng.sample(calls, min(sample, len(calls)))
+        ):
             tally.counts["kills"] += 1
-            through = sample is not None or name != "write" or k % 8 == 0  # a save makes hundreds of writes
+            through = (
+                sample is not None or name != "write" or k % 8 == 0
+            )  # a save makes hundreds of writes
             inject = f"inject={name}:signal=KILL:when={k}"
             self.injected(tally, f"{name} {k} ({line[:80]})", inject, {-signal.SIGKILL}, through)
         tally.secs.append(time.monotonic() - start)
         return tally
 
     def errors(self, n: int) -> Tally:
-        """An error in place of a call: exit code 5 in one line, or no harm at all where the call was not needed; then go on."""
+        """An error in place of a call: exit code 5 in one line, or no harm at all where the call
+        was not needed; then go on.
+        """
         tally = Tally(f"{self.kind}: an error in place of a system call", Counter(), [], [])
-        start, calls = time.monotonic(), [c for c in self.calls() if str(self.folder / "traced") in c[2]]
-        cases = [(name, k, line, error) for name, k, line in calls for wanted, error in ERRORS if name == wanted]
+        start, calls = (
+            time.monotonic(),
+            [c for c in self.calls() if str(self.folder / "traced") in c[2]],
+        )
+        cases = [
+            (name, k, line, error)
+            for name, k, line in calls
+            for wanted, error in ERRORS
+            if name == wanted
+        ]
         for name, k, line, error in self.rng.sample(cases, min(n, len(cases))):
             tally.counts[error] += 1
-            self.injected(tally, f"{error} of {name} {k} ({line[:80]})", f"inject={name}:error={error}:when={k}", {0, 5})
+            self.injected(
+                tally,
+                f"{error} of {name} {k} ({line[:80]})",
+                f"inject={name}:error={error}:when={k}",
+                {0, 5},
+            )
         tally.secs.append(time.monotonic() - start)
         return tally
 
-    def injected(self, tally: Tally, what: str, inject: str, codes: set[int], through: bool = True) -> None:
+    def injected(
+        self, tally: Tally, what: str, inject: str, codes: set[int], through: bool = True
+    ) -> None:
         """`through`: go on to the run's end, and compare."""
         run_dir = self.folder / "traced"
         code, _ = self.traced(run_dir, "-e", inject)
@@ -439,17 +578,21 @@ class Torture:
             tally.wrong.append(f"{what}: {problem}")
         shutil.rmtree(run_dir)
 
-    # ------------------------------------------------------------------------------------------------------------- a full disk
+    # ---- a full disk ----
 
     def full_disks(self, n: int) -> Tally:
-        """A save begins with less room than it needs; then room is made, and the run started again."""
+        """A save begins with less room than it needs; then room is made, and the run started
+        again.
+        """
         tally = Tally(f"{self.kind}: a full disk", Counter(), [], [])
         start = time.monotonic()
         one = sum(f.stat().st_size for f in next(self.folder.glob("whole/step-*")).iterdir())
         for _ in range(n):
             free = self.rng.randrange(one)
             tally.counts["full disks"] += 1
-            if problem := self.on_a_disk_of_its_own(lambda disk, free=free: self.filled(disk, free)):
+            if problem := self.on_a_disk_of_its_own(
+                lambda disk, free=free: self.filled(disk, free)
+            ):
                 tally.wrong.append(f"{free} bytes free of {one}: {problem}")
         tally.secs.append(time.monotonic() - start)
         return tally
@@ -465,7 +608,13 @@ class Torture:
         code = child.ended()
         said = self.log.read_text()
         told = [line for line in said.splitlines() if line.startswith("error: ")]
-        if code != 5 or "Traceback" in said or len(told) != 1 or "free" not in told[0] or str(run_dir) not in told[0]:
+        if (
+            code != 5
+            or "Traceback" in said
+            or len(told) != 1
+            or "free" not in told[0]
+            or str(run_dir) not in told[0]
+        ):
             return f"it ended with {code}: {said[-700:]}"
         if list(run_dir.glob(".*.partial")):
             return "half a checkpoint takes the room that is needed"
@@ -473,7 +622,9 @@ class Torture:
         return self.finish(run_dir)
 
     def on_a_disk_of_its_own(self, do: Callable[[Path], str | None]) -> str | None:
-        """In a child, in name spaces of its own, with 64 MB in memory mounted. -> what `do` returns there"""
+        """In a child, in name spaces of its own, with 64 MB in memory mounted. -> what `do` returns
+        there
+        """
         disk = self.folder / "disk"
         disk.mkdir(exist_ok=True)
         answer, tell = os.pipe()
@@ -506,7 +657,9 @@ def forget_position() -> None:
 
 
 def mount_memory(folder: Path, size: str) -> None:
-    """A file system in memory that this process and its children see. Raises OSError where a user may not."""
+    """A file system in memory that this process and its children see. Raises OSError where a user
+    may not.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, new_user, private, recursive = 0x20000, 0x10000000, 1 << 18, 1 << 14
     user, group = os.getuid(), os.getgid()
@@ -516,7 +669,11 @@ def mount_memory(folder: Path, size: str) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     call(libc.unshare(new_user | new_mounts))
-    for name, text in {"uid_map": f"0 {user} 1", "setgroups": "deny", "gid_map": f"0 {group} 1"}.items():
+    for name, text in {
+        "uid_map": f"0 {user} 1",
+        "setgroups": "deny",
+        "gid_map": f"0 {group} 1",
+    }.items():
         Path("/proc/self", name).write_text(text)
     call(libc.mount(b"none", b"/", None, recursive | private, None))
     call(libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={size}".encode()))
@@ -536,7 +693,9 @@ def tiny_model(folder: Path) -> Path:
 
 
 def warm() -> None:
-    """Import what a run imports, also late, and fill the caches of parsers; no tensor is made here."""
+    """Import what a run imports, also late, and fill the caches of parsers; no tensor is made
+    here.
+    """
     import hydra
     import transformers.conversion_mapping as mapping
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -548,14 +707,21 @@ def warm() -> None:
     getattr(mapping, "get_checkpoint_conversion_mapping", str)("llama")
 
 
-# --------------------------------------------------------------------------------------------------------------------- report
+# ---- report ----
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--kills", type=int, default=300, help="random ones, over all kinds of runs")
-    parser.add_argument("--calls", type=int, default=None, help="system calls of a save at which to kill; default: all")
+    parser.add_argument(
+        "--kills", type=int, default=300, help="random ones, over all kinds of runs"
+    )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=None,
+        help="system calls of a save at which to kill; default: all",
+    )
     parser.add_argument("--errors", type=int, default=60)
     parser.add_argument("--disks", type=int, default=20)
     parser.add_argument("--json", type=Path)
@@ -567,21 +733,35 @@ def main() -> None:
     warm()
     print(f"seed {at.seed}; imported in {time.monotonic() - start:.1f} s", flush=True)
     tallies = []
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a kill does not ask whether the disk is slow
+    memory = (
+        "/dev/shm" if os.path.isdir("/dev/shm") else None
+    )  # a kill does not ask whether the disk is slow
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         for i, kind in enumerate(KINDS):
             torture = Torture(kind, Path(folder) / str(i), at.seed)
-            print(f"{kind}: undisturbed {torture.secs:.2f} s, {torture.n_saves} saves of {torture.save_secs:.3f} s", flush=True)
-            parts: list[Callable[[], Tally]] = [lambda t=torture: t.kills(-(-at.kills // len(KINDS)))]
+            print(
+                f"{kind}: undisturbed {torture.secs:.2f} s, {torture.n_saves} saves of"
+                f" {torture.save_secs:.3f} s",
+                flush=True,
+            )
+            parts: list[Callable[[], Tally]] = [
+                lambda t=torture: t.kills(-(-at.kills // len(KINDS)))
+            ]
             parts += [torture.control] if i == 0 else []
             if "kept" in kind and shutil.which("strace"):
-                parts += [lambda t=torture: t.each_call(at.calls), lambda t=torture: t.errors(at.errors)]
+                parts += [
+                    lambda t=torture: t.each_call(at.calls),
+                    lambda t=torture: t.errors(at.errors),
+                ]
             if "kept" in kind and may_mount():
                 parts += [lambda t=torture: t.full_disks(at.disks)]
             for part in parts:
                 tallies.append(tally := part())
                 counts = ", ".join(f"{n} {name}" for name, n in tally.counts.items())
-                print(f"{tally.name}: {counts}; {len(tally.wrong)} wrong; {tally.secs[0]:.0f} s", flush=True)
+                print(
+                    f"{tally.name}: {counts}; {len(tally.wrong)} wrong; {tally.secs[0]:.0f} s",
+                    flush=True,
+                )
                 print(*tally.wrong[:5], sep="\n", end="\n" * bool(tally.wrong), flush=True)
     if at.json:
         at.json.write_text(json.dumps([t._asdict() for t in tallies]))
@@ -591,7 +771,11 @@ def main() -> None:
 
 
 def may_mount() -> bool:
-    done = subprocess.run(["unshare", "-rm", "true"], capture_output=True) if shutil.which("unshare") else None
+    done = (
+        subprocess.run(["unshare", "-rm", "true"], capture_output=True)
+        if shutil.which("unshare")
+        else None
+    )
     return done is not None and done.returncode == 0
 
 
@@ -599,19 +783,39 @@ def write_report(path: Path, at: argparse.Namespace, tallies: list[Tally], secs:
     import platform
     from importlib.metadata import version
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     kills = sum(t.counts["kills"] for t in tallies if "at random" in t.name)
     inside = sum(t.counts["kills in a save"] for t in tallies)
     machine = f"{versions}, Python {platform.python_version()}, {os.cpu_count()} CPU cores"
     lines = [
-        "# Torture", "", f"Command: `make torture`, which is `python tests/torture.py --seed {at.seed} --report ...`; commit",
-        f"{commit}, {machine}; {secs / 60:.1f} minutes.", "",
-        f"{kills} random SIGKILLs, {inside} of them ({inside / max(1, kills):.0%}) inside a save. After each the newest",
-        "checkpoint that verifies was no older than before; each run was started again until it was through, and then had the",
-        "weights, the optimizer state, the metrics, the samples and the order of examples of the undisturbed run, to the bit,",
-        "but for what is counted as wrong.", "", "| what | how often | wrong | seconds |", "|---|---|---|---|",
-    ]  # fmt: skip
+        "# Torture",
+        "",
+        (
+            f"Command: `make torture`, which is `python tests/torture.py --seed {at.seed} --report"
+            " ...`; commit"
+        ),
+        f"{commit}, {machine}; {secs / 60:.1f} minutes.",
+        "",
+        (
+            f"{kills} random SIGKILLs, {inside} of them ({inside / max(1, kills):.0%}) inside a"
+            " save. After each the newest"
+        ),
+        (
+            "checkpoint that verifies was no older than before; each run was started again until it"
+            " was through, and then had the"
+        ),
+        (
+            "weights, the optimizer state, the metrics, the samples and the order of examples of"
+            " the undisturbed run, to the bit,"
+        ),
+        "but for what is counted as wrong.",
+        "",
+        "| what | how often | wrong | seconds |",
+        "|---|---|---|---|",
+    ]
     for tally in tallies:
         counts = ", ".join(f"{n} {name}" for name, n in tally.counts.items())
         lines.append(f"| {tally.name} | {counts} | {len(tally.wrong)} | {tally.secs[0]:.0f} |")

@@ -1,5 +1,6 @@
-"""The feed of a run: steps of microbatches on the device, prepared ahead of the step that needs them."""
-
+"""The feed of a run: steps of microbatches on the device, prepared ahead of the step that needs
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +20,16 @@ from plumb.data.tokenization import Example
 
 class Microbatch(NamedTuple):
     batch: Batch
-    weight: float  # 0: this rank has no part of it, and computes an example only to make the same calls as the others
+    # 0: this rank has no part of it, and computes an example only to make the same calls as the
+    # others
+    weight: float
     where: np.ndarray  # [B] the examples' places in the batch
 
 
 class Step(NamedTuple):
-    """A batch, ready: which examples all ranks together see, and this rank's part of each microbatch."""
+    """A batch, ready: which examples all ranks together see, and this rank's part of each
+    microbatch.
+    """
 
     indices: np.ndarray  # [n] of the examples among all
     lengths: Lengths  # of these n
@@ -32,14 +37,24 @@ class Step(NamedTuple):
 
 
 class Feed:
-    """Turns indices into steps for one rank. Only the examples of its own parts are made; of the others it knows the lengths."""
+    """Turns indices into steps for one rank. Only the examples of its own parts are made; of the
+    others it knows the lengths.
+    """
 
-    def __init__(self, examples: Sequence[Example], packing: Packing, rank: int, reference: np.ndarray | None = None):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        packing: Packing,
+        rank: int,
+        reference: np.ndarray | None = None,
+    ):
         self.examples, self.packing, self.rank, self.reference = examples, packing, rank, reference
         self.lengths = lengths_of(examples)
 
     def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
-        """The batch of these examples in `at_least` microbatches, or as many more as the token budget takes."""
+        """The batch of these examples in `at_least` microbatches, or as many more as the token
+        budget takes.
+        """
         lengths, p = self.lengths[indices], self.packing
         parts, microbatches = plan(lengths, p, at_least), []
         for i in range(self.rank, len(parts), p.world_size):
@@ -56,15 +71,20 @@ class Feed:
             microbatches.append(Microbatch(batch, weight, mine))
         return Step(indices, lengths, microbatches)
 
-    def ahead(self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1) -> Ahead:
+    def ahead(
+        self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1
+    ) -> Ahead:
         """The steps of these batches, prepared for `device` in a thread."""
-        return Ahead((self.step(indices, at_least) for indices in batches), pin=device.type == "cuda")
+        return Ahead(
+            (self.step(indices, at_least) for indices in batches), pin=device.type == "cuda"
+        )
 
 
 class Ahead(Iterator[Step]):
     """The items of an iterator, each made in a thread while the one before is used.
 
-    `waited_secs`: how long the last was waited for. An error in the thread is raised where its item would have come.
+    `waited_secs`: how long the last was waited for. An error in the thread is raised where its item
+    would have come.
     """
 
     def __init__(self, items: Iterable[Step], pin: bool):
@@ -74,7 +94,11 @@ class Ahead(Iterator[Step]):
 
     def _make(self) -> Step:
         step = next(self.items)
-        return step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches]) if self.pin else step
+        return (
+            step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches])
+            if self.pin
+            else step
+        )
 
     def __next__(self) -> Step:
         start = time.perf_counter()

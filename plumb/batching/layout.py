@@ -1,13 +1,12 @@
 """How examples lie in a row of tokens.
 
-A *tree* (prompt-shared row) is a prompt followed by its k responses, positions restarting after the prompt for each; trees
-stand one after the other in a row without padding. A token sees its own tree's prompt and its own response, up to itself,
-and nothing else.
+A *tree* (prompt-shared row) is a prompt followed by its k responses, positions restarting after the
+prompt for each; trees stand one after the other in a row without padding. A token sees its own
+tree's prompt and its own response, up to itself, and nothing else.
 
-Shapes: B examples in a microbatch, k responses each (1 for SFT, 2 for pairs), R = k * B responses; T tokens in the row, of
-which N predict a response token ("scored"); S segments.
+Shapes: B examples in a microbatch, k responses each (1 for SFT, 2 for pairs), R = k * B responses;
+T tokens in the row, of which N predict a response token ("scored"); S segments.
 """
-
 
 from __future__ import annotations
 
@@ -25,10 +24,12 @@ from plumb.data.tokenization import Example, trees_of
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Who sees whom in a row: each segment's queries are consecutive tokens, its keys the tree's prompt and these tokens.
+    """Who sees whom in a row: each segment's queries are consecutive tokens, its keys the tree's
+    prompt and these tokens.
 
-    Queries `[P+C], [R]`, keys `[P+C], [P, R]`: the prompt is computed once, its keys and values are gathered once per response.
-    Not a tuple, so that what walks over a module's inputs (FSDP, checkpointing) takes it as one thing.
+    Queries `[P+C], [R]`, keys `[P+C], [P, R]`: the prompt is computed once, its keys and values are
+    gathered once per response. Not a tuple, so that what walks over a module's inputs (FSDP,
+    checkpointing) takes it as one thing.
     """
 
     query_lengths: list[int]  # S numbers, together T
@@ -36,14 +37,17 @@ class Segments:
     gather: Tensor  # [Tk] int64: the row's position of each key
     query_ends: Tensor  # [S + 1] int32: 0, then where each segment's queries end
     key_ends: Tensor  # [S + 1] int32
-    longest: int  # no segment has more keys; a constant of the run, so that nothing is compiled twice
+    longest: (
+        int  # no segment has more keys; a constant of the run, so that nothing is compiled twice
+    )
     masks: dict = field(default_factory=dict)
 
     def mask(self, n_queries: int, n_keys: int, window: int | None, like: Tensor) -> Tensor | None:
-        """[n_queries, n_keys] to be added to scores: 0 or -inf, causal from the bottom right, `window` keys back at most.
+        """[n_queries, n_keys] to be added to scores: 0 or -inf, causal from the bottom right,
+        `window` keys back at most.
 
-        None where plain causal attention is all that is asked. Made once per shape, of `like`'s type and on its device; all
-        layers share it.
+        None where plain causal attention is all that is asked. Made once per shape, of `like`'s
+        type and on its device; all layers share it.
 
         >>> Segments([2], [3], *[torch.empty(0)] * 3, 3).mask(2, 3, 2, torch.empty(0))
         tensor([[0., 0., -inf],
@@ -55,7 +59,9 @@ class Segments:
             return None
         shape = (n_queries, n_keys, window, like.dtype, like.device)
         if shape not in self.masks:
-            seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=like.device).tril(n_keys - n_queries)
+            seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=like.device).tril(
+                n_keys - n_queries
+            )
             if window is not None:
                 seen = seen.triu(n_keys - n_queries - window + 1)
             self.masks[shape] = like.new_zeros(n_queries, n_keys).masked_fill(~seen, float("-inf"))
@@ -63,31 +69,47 @@ class Segments:
 
 
 class Batch(NamedTuple):
-    """A microbatch: B trees in one row. Responses are numbered with all first ones before all second ones."""
+    """A microbatch: B trees in one row. Responses are numbered with all first ones before all
+    second ones.
+    """
 
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64
     segments: Segments
-    scored: Tensor  # [N] int64: the row's positions that predict a response token (the prompt's last stands k times)
+    # [N] int64: the row's positions that predict a response token (the prompt's last stands k
+    # times)
+    scored: Tensor
     targets: Tensor  # [N] int64: the token each predicts
     response: Tensor  # [N] int64: the response it belongs to, 0 .. R - 1
-    spans: np.ndarray  # [R, 4] on the CPU: where the prompt begins in the row, its length, and the same of the response
+    # [R, 4] on the CPU: where the prompt begins in the row, its length, and the same of the
+    # response
+    spans: np.ndarray
     k: int
     n_tokens: int  # T less the padding at the end of the row
-    reference: Tensor | None = None  # [R] float64 log-probabilities of the reference, where they were computed before
-    margins: Tensor | None = None  # [B] float64 score of chosen less that of rejected, NaN where unknown; None: all are
+    reference: Tensor | None = (
+        None  # [R] float64 log-probabilities of the reference, where they were computed before
+    )
+    margins: Tensor | None = (
+        None  # [B] float64 score of chosen less that of rejected, NaN where unknown; None: all are
+    )
 
     @property
     def n_scored(self) -> int:
         return len(self.targets)
 
     def n_scored_each(self) -> np.ndarray:
-        """Count the scored positions of each response: its tokens, less the first where no prompt predicts it.  [R]"""
+        """Count the scored positions of each response: its tokens, less the first where no prompt
+        predicts it.  [R]
+        """
         return np.maximum(self.spans[:, 3] - (self.spans[:, 1] == 0), 0)
 
     def n_processed(self, packed: bool) -> int:
         """Tokens that a model is given: the row, or the padded rows that it is unfolded to."""
-        return self.input_ids.numel() if packed else len(self.spans) * int((self.spans[:, 1] + self.spans[:, 3]).max())
+        return (
+            self.input_ids.numel()
+            if packed
+            else len(self.spans) * int((self.spans[:, 1] + self.spans[:, 3]).max())
+        )
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
@@ -97,20 +119,30 @@ class Batch(NamedTuple):
         return self._map(Tensor.pin_memory)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
-        tensors: dict[str, Any] = {name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        tensors: dict[str, Any] = {
+            name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
         s = self.segments
-        segments = replace(s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends), masks={})
+        segments = replace(
+            s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends), masks={}
+        )
         return self._replace(segments=segments, **tensors)
 
 
 def pack(
-    examples: Sequence[Example], *, pad_token_id: int, longest: int, row_length: int | None = None,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    longest: int,
+    row_length: int | None = None,
     reference: np.ndarray | None = None,
-) -> Batch:  # fmt: skip
-    """Lay B examples out as trees in one row. `reference` [B, k]: their reference log-probabilities, if known.
+) -> Batch:
+    """Lay B examples out as trees in one row. `reference` [B, k]: their reference
+    log-probabilities, if known.
 
-    `row_length` pads the row to a fixed length (for compiled models), in segments of their own: a kernel leaves what lies outside
-    all segments uninitialised. `longest`: the most keys a segment can have (max_length).
+    `row_length` pads the row to a fixed length (for compiled models), in segments of their own: a
+    kernel leaves what lies outside all segments uninitialised. `longest`: the most keys a segment
+    can have (max_length).
 
     >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "")
     >>> batch = pack([a], pad_token_id=9, longest=8)
@@ -123,7 +155,9 @@ def pack(
     """
     trees = [tree for e in examples for tree in trees_of(e)]
     k = len(examples[0].responses)
-    numbers = np.arange(len(examples) * k).reshape(k, -1).T.ravel()  # [R] of the responses, tree by tree
+    numbers = (
+        np.arange(len(examples) * k).reshape(k, -1).T.ravel()
+    )  # [R] of the responses, tree by tree
     ids = np.concatenate([x for prompt, responses in trees for x in (prompt, *responses)])  # [T]
     lengths = np.array([len(x) for prompt, responses in trees for x in (prompt, *responses)])
     starts = lengths.cumsum() - lengths
@@ -131,13 +165,16 @@ def pack(
     roots = (k_of + 1).cumsum() - k_of - 1  # where each tree's prompt stands in `lengths`
     leaves = np.delete(np.arange(len(lengths)), roots)  # and where each response does
     root = roots.repeat(k_of)  # [R], of its tree
-    spans = np.stack([starts[root], lengths[root], starts[leaves], lengths[leaves]], 1)  # [R, 4], tree by tree
+    spans = np.stack(
+        [starts[root], lengths[root], starts[leaves], lengths[leaves]], 1
+    )  # [R, 4], tree by tree
 
     offset = np.zeros_like(lengths)  # positions run on from the prompt's end in every response
     offset[leaves] = spans[:, 1]
     positions = ranges(offset, lengths)
 
-    # A response's first token is predicted by the prompt's last, if there is one, and every other by the one before it.
+    # A response's first token is predicted by the prompt's last, if there is one, and every other
+    # by the one before it.
     skipped = (spans[:, 1] == 0).astype(np.int64)
     n_scored = np.maximum(spans[:, 3] - skipped, 0)
     targets = ranges(spans[:, 2] + skipped, n_scored)  # where in the row they stand
@@ -152,26 +189,47 @@ def pack(
         tensor(np.pad(ids, (0, n_padding), constant_values=pad_token_id).astype(np.int64))[None],
         tensor(np.pad(positions, (0, n_padding)))[None],
         _segments(spans, leaves == root + 1, len(ids), n_padding, longest),
-        tensor(scored), tensor(ids[targets].astype(np.int64)), tensor(numbers.repeat(n_scored)),
-        spans[numbers.argsort()], k, len(ids),
+        tensor(scored),
+        tensor(ids[targets].astype(np.int64)),
+        tensor(numbers.repeat(n_scored)),
+        spans[numbers.argsort()],
+        k,
+        len(ids),
         None if reference is None else tensor(np.ascontiguousarray(reference.T).ravel()),
         None if np.isnan(margins).all() else tensor(margins),
-    )  # fmt: skip
+    )
 
 
-def _segments(spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: int, longest: int) -> Segments:
-    """spans [R, 4], tree by tree -> the row's segments; `first` [R]: is it its tree's first response?"""
-    pieces = spans.copy()  # prompt's start and length, own start and length; a tree's first segment owns the prompt
+def _segments(
+    spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: int, longest: int
+) -> Segments:
+    """spans [R, 4], tree by tree -> the row's segments; `first` [R]: is it its tree's first
+    response?
+    """
+    pieces = (
+        spans.copy()
+    )  # prompt's start and length, own start and length; a tree's first segment owns the prompt
     pieces[first, 2:] = np.stack([spans[first, 0], spans[first, 1] + spans[first, 3]], 1)
     pieces[first, 1] = 0
     pieces = pieces[pieces[:, 3] > 0]  # no segment without a query
-    padding = np.diff(np.append(np.arange(0, n_padding, longest), n_padding))  # cut, so that `longest` holds
+    padding = np.diff(
+        np.append(np.arange(0, n_padding, longest), n_padding)
+    )  # cut, so that `longest` holds
     queries = np.concatenate([pieces[:, 3], padding])
     keys = np.concatenate([pieces[:, 1] + pieces[:, 3], padding])
     gather = ranges(pieces[:, [0, 2]].ravel(), pieces[:, [1, 3]].ravel())
     gather = np.concatenate([gather, np.arange(n_tokens, n_tokens + n_padding)])
-    ends = lambda lengths: torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-    return Segments(queries.tolist(), keys.tolist(), torch.from_numpy(gather), ends(queries), ends(keys), longest)
+    ends = lambda lengths: torch.from_numpy(
+        np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+    )
+    return Segments(
+        queries.tolist(),
+        keys.tolist(),
+        torch.from_numpy(gather),
+        ends(queries),
+        ends(keys),
+        longest,
+    )
 
 
 class Padded(NamedTuple):
@@ -191,10 +249,17 @@ def unfold(batch: Batch, pad_token_id: int) -> Padded:
     (tensor([[1, 2, 3, 0, 9],
             [1, 2, 4, 5, 0]]), [1, 2, 6, 7, 8])
     """
-    device, n = batch.input_ids.device, batch.spans[:, 1] + batch.spans[:, 3]  # [R] lengths of the rows
+    device, n = (
+        batch.input_ids.device,
+        batch.spans[:, 1] + batch.spans[:, 3],
+    )  # [R] lengths of the rows
     width = int(n.max())
-    source = ranges(batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel())  # each token's place in the packed row
-    where = torch.from_numpy(ranges(np.arange(len(n)) * width, n)).to(device)  # and in the padded ones
+    source = ranges(
+        batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel()
+    )  # each token's place in the packed row
+    where = torch.from_numpy(ranges(np.arange(len(n)) * width, n)).to(
+        device
+    )  # and in the padded ones
     input_ids = torch.full((len(n) * width,), pad_token_id, device=device)
     input_ids[where] = batch.input_ids[0, torch.from_numpy(source).to(device)]
     mask = torch.zeros_like(input_ids).index_fill(0, where, 1)

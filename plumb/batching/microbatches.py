@@ -1,6 +1,5 @@
 """Cutting a step's batch into microbatches of about as many tokens each, over ranks."""
 
-
 from __future__ import annotations
 
 import heapq
@@ -15,7 +14,8 @@ from plumb.data.examples import Lengths
 class Packing(NamedTuple):
     """How batches are cut and laid out: the same for all steps of a run."""
 
-    packed: bool  # trees in a row; False: the model is given padded rows, so examples of like lengths go together
+    # trees in a row; False: the model is given padded rows, so examples of like lengths go together
+    packed: bool
     budget: int  # tokens in a microbatch, more only where one example has more
     world_size: int
     pad_token_id: int
@@ -27,7 +27,9 @@ class Parts:
     """n examples in P parts: as a sequence, the indices of each part's examples."""
 
     def __init__(self, order: np.ndarray, counts: np.ndarray):
-        """`order` [n]: the examples' indices, part by part; `counts` [P]: how many each part has."""
+        """`order` [n]: the examples' indices, part by part; `counts` [P]: how many each part
+        has.
+        """
         self.order, self.counts, self.ends = order, counts, counts.cumsum()
 
     def __len__(self) -> int:
@@ -40,25 +42,30 @@ class Parts:
         return (self[i] for i in range(len(self)))
 
     def reduce(self, reduction: np.ufunc, values: np.ndarray) -> np.ndarray:
-        """The sum (np.add) or maximum of the values [n] of each part's examples; 0 for an empty part.  [P]"""
+        """The sum (np.add) or maximum of the values [n] of each part's examples; 0 for an empty
+        part.  [P]
+        """
         reduced, filled = np.zeros(len(self), np.int64), self.counts > 0
         reduced[filled] = reduction.reduceat(values[self.order], (self.ends - self.counts)[filled])
         return reduced
 
 
 def plan(lengths: Lengths, packing: Packing, at_least: int) -> Parts:
-    """Cut a batch into microbatches, and each into one part per rank: indices into the batch, each index once.
+    """Cut a batch into microbatches, and each into one part per rank: indices into the batch, each
+    index once.
 
-    With W ranks, rank r's part of microbatch m is part m * W + r. As few microbatches as keep every part within the budget, but
-    at least `at_least`. A pure function of the batch's lengths, so every rank makes the same plan; a part may be empty only in a
-    plan of one example to a part.
+    With W ranks, rank r's part of microbatch m is part m * W + r. As few microbatches as keep every
+    part within the budget, but at least `at_least`. A pure function of the batch's lengths, so
+    every rank makes the same plan; a part may be empty only in a plan of one example to a part.
     """
     n, world = len(lengths), packing.world_size
     sizes = lengths.tokens() if packing.packed else lengths.longest()
     longest_first = np.argsort(-sizes, kind="stable")
     sizes = sizes[longest_first]
     most = -(-n // world)  # more would leave nothing to most parts
-    n_micro = min(most, max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world))))
+    n_micro = min(
+        most, max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world)))
+    )
     while True:
         if packing.packed:
             parts = by_tokens(sizes, n_micro * world)
@@ -72,15 +79,17 @@ def plan(lengths: Lengths, packing: Packing, at_least: int) -> Parts:
 
 
 def by_tokens(sizes: np.ndarray, n_parts: int) -> Parts:
-    """Parts of like sums: one size after the other, the largest first as they come, goes into the part with the fewest tokens
-    so far, and into the first of equally full ones (LPT; Graham 1969).
+    """Parts of like sums: one size after the other, the largest first as they come, goes into the
+    part with the fewest tokens so far, and into the first of equally full ones (LPT; Graham 1969).
 
     Fullest part first, so that the parts that run at the same time are the most alike.
 
     >>> [part.tolist() for part in by_tokens(np.array([7, 5, 4, 3]), 2)]
     [[0, 3], [1, 2]]
     """
-    heap = list(range(n_parts))  # load * n_parts + part: one number, which orders by load and then by part
+    heap = list(
+        range(n_parts)
+    )  # load * n_parts + part: one number, which orders by load and then by part
     chosen = []
     for more in (sizes.astype(np.int64) * n_parts).tolist():
         emptiest = heap[0]
@@ -94,7 +103,8 @@ def by_tokens(sizes: np.ndarray, n_parts: int) -> Parts:
 
 
 def by_count(n: int, n_parts: int) -> Parts:
-    """Neighbours go together, in parts that differ by at most one example, the larger ones first; by length: little padding.
+    """Neighbours go together, in parts that differ by at most one example, the larger ones first;
+    by length: little padding.
 
     >>> [part.tolist() for part in by_count(5, 3)]
     [[0, 1], [2, 3], [4]]

@@ -1,7 +1,8 @@
 """Conversations as a chat template renders them, and what it leaves out of them.
 
-A message is handed to the template whole, with its tool calls, reasoning and whatever else its row gives it, and so are
-the row's tools, documents and other variables that the template reads. What it does not render is found by trying.
+A message is handed to the template whole, with its tool calls, reasoning and whatever else its row
+gives it, and so are the row's tools, documents and other variables that the template reads. What it
+does not render is found by trying.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SHORTENED_ANSWER = "answers that the chat template shortens"
 
 
 def variables_of(template: str) -> frozenset[str]:
-    """The variables that a template reads, but does not set itself; none where it is no valid template.
+    """The variables that a template reads, but does not set itself; none where it is no valid
+    template.
 
     >>> sorted(variables_of("{% for m in messages %}{{ m.role }}{% endfor %}{{ tools }}"))
     ['messages', 'tools']
@@ -48,12 +50,16 @@ def variables_of(template: str) -> frozenset[str]:
 class ChatTemplate:
     """A chat template, and what it left out of the conversations that it rendered.
 
-    `unused`: fields that it renders nothing of -> rows that have them. `altered`: turns of which text is missing.
+    `unused`: fields that it renders nothing of -> rows that have them. `altered`: turns of which
+    text is missing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
         self.tokenizer, self.text = tokenizer, text
-        taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+        taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {
+            "tools",
+            "documents",
+        }
         self._reserved = taken | {"messages"} | set(tokenizer.special_tokens_map)
         self._variables = variables_of(text) - self._reserved
         self._roles: set[str] = set()  # of which content is known to be rendered
@@ -65,16 +71,24 @@ class ChatTemplate:
 
     @property
     def unused(self) -> Counter[str]:
-        fields = {f"{name} (of messages)": n for name, n in self._unread.items() if name not in self._read}
+        fields = {
+            f"{name} (of messages)": n for name, n in self._unread.items() if name not in self._read
+        }
         return self._unused + Counter(fields)
 
     def render(
-        self, prompt: Messages, responses: Sequence[Messages], source: str, more: Mapping[str, Any] | None = None
+        self,
+        prompt: Messages,
+        responses: Sequence[Messages],
+        source: str,
+        more: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[str]]:
-        """The prompt with the opening of an answer, and each response: what the template appends to that for it.
+        """The prompt with the opening of an answer, and each response: what the template appends to
+        that for it.
 
-        A response ends before the EOS that ends its turn, which is added later. `more`: the row's other fields. Raises
-        UserError for what the template refuses, renders nothing of, or renders otherwise once the answer is there.
+        A response ends before the EOS that ends its turn, which is added later. `more`: the row's
+        other fields. Raises UserError for what the template refuses, renders nothing of, or renders
+        otherwise once the answer is there.
         """
         given = self._given(more or {}, place_of(prompt[0], source, 0)[0] if prompt else source)
         head, wholes = self._rendered(prompt, responses, given, source)
@@ -108,10 +122,14 @@ class ChatTemplate:
                 raise self._bad_role(turns, proposed, f"refuses ({reason})", source) from None
             where = place_of(turns[0], source, 0)[0] if turns else source
             fix = "give another with chat_template=FILE, or chat_template=hh"
-            raise UserError(f"{where}: the chat template refuses this conversation: {reason}; {fix}") from None
+            raise UserError(
+                f"{where}: the chat template refuses this conversation: {reason}; {fix}"
+            ) from None
         return head, wholes
 
-    def _text(self, turns: Sequence[Mapping[str, Any]], given: Mapping[str, Any], opens: bool = False) -> str:
+    def _text(
+        self, turns: Sequence[Mapping[str, Any]], given: Mapping[str, Any], opens: bool = False
+    ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 list(turns),  # type: ignore[arg-type]
@@ -130,20 +148,27 @@ class ChatTemplate:
         named = _json("chat_template_kwargs", named, dict, where) if named else {}
         given = {}
         fields = [(k, k, v) for k, v in more.items() if k != "chat_template_kwargs"]
-        for shown, name, value in [*fields, *((f"chat_template_kwargs.{k}", k, v) for k, v in named.items())]:
+        for shown, name, value in [
+            *fields,
+            *((f"chat_template_kwargs.{k}", k, v) for k, v in named.items()),
+        ]:
             if name in self._variables:
                 given[name] = value
             else:
                 self._unused[shown] += 1
         for name in {"tools", "documents"} & given.keys():
             given[name] = values = _json(name, given[name], list, where)
-            given[name] = [_json(f"{name}[{i}]", value, dict, where) for i, value in enumerate(values)] or None
+            given[name] = [
+                _json(f"{name}[{i}]", value, dict, where) for i, value in enumerate(values)
+            ] or None
         return given
 
     # ---- what is left out ----
 
     def _unread_of(self, turns: Messages, whole: str, given: Mapping[str, Any]) -> set[str]:
-        """Fields of these messages that are not known to be rendered, once these messages have been tried."""
+        """Fields of these messages that are not known to be rendered, once these messages have been
+        tried.
+        """
         names = {name for turn in turns for name in _extras(turn)} - self._read
         for name in sorted(names):
             if self._tries[name] < TRIES:
@@ -153,14 +178,20 @@ class ChatTemplate:
                     self._read.add(name)
         return names - self._read
 
-    def _changes(self, turns: Sequence[Mapping[str, Any]], whole: str, given: Mapping[str, Any]) -> bool:
+    def _changes(
+        self, turns: Sequence[Mapping[str, Any]], whole: str, given: Mapping[str, Any]
+    ) -> bool:
         try:
             return self._text(turns, given) != whole
         except Exception:  # it can't do without
             return True
 
-    def _check_contents(self, turns: Messages, whole: str, given: Mapping[str, Any], source: str) -> None:
-        """Raise UserError for a message that is not rendered at all; count those of which text is missing."""
+    def _check_contents(
+        self, turns: Messages, whole: str, given: Mapping[str, Any], source: str
+    ) -> None:
+        """Raise UserError for a message that is not rendered at all; count those of which text is
+        missing.
+        """
         squeezed = ""
         for i, turn in enumerate(turns):
             content, role = turn["content"], turn["role"]
@@ -187,7 +218,9 @@ class ChatTemplate:
         except Exception:
             return True
 
-    def _vanished(self, turns: Messages, i: int, given: Mapping[str, Any], source: str) -> UserError:
+    def _vanished(
+        self, turns: Messages, i: int, given: Mapping[str, Any], source: str
+    ) -> UserError:
         does = "renders nothing of"
         if proposed := self._role_map(turns, len(turns) - 1, given):
             return self._bad_role(turns, proposed, does, source)
@@ -199,21 +232,29 @@ class ChatTemplate:
         )
 
     def _check_answer(self, turns: Messages, source: str) -> None:
-        """Raise UserError for an answer without content, of whose other fields the template reads none."""
+        """Raise UserError for an answer without content, of whose other fields the template reads
+        none.
+        """
         answer = turns[-1]
         extras = _extras(answer)
         if answer["content"].strip() or not extras or self._read & set(extras):
             return
         where, field = place_of(answer, source, len(turns) - 1)
         raise UserError(
-            f"{where}: the chat template renders nothing of field '{field}': its content is empty, and "
-            f"{', '.join(extras)} is not read; give a template that reads it with chat_template=FILE"
+            f"{where}: the chat template renders nothing of field '{field}': its content is empty,"
+            f" and {', '.join(extras)} is not read; give a template that reads it with"
+            " chat_template=FILE"
         )
 
     # ---- roles, and answers that cannot be told from the prompt ----
 
     def _differs(
-        self, prompt: Messages, response: Messages, given: Mapping[str, Any], source: str, texts: tuple[str, str]
+        self,
+        prompt: Messages,
+        response: Messages,
+        given: Mapping[str, Any],
+        source: str,
+        texts: tuple[str, str],
     ) -> UserError:
         turns = [*prompt, *response]
         if proposed := self._role_map(turns, len(prompt), given):
@@ -222,12 +263,15 @@ class ChatTemplate:
         alone, with_answer = (shorten(text[same : same + 60]) for text in texts)
         where, _ = place_of(turns[-1], source, len(turns) - 1)
         return UserError(
-            f"{where}: the chat template ends the prompt with {alone} where, with the answer behind it, stands "
-            f"{with_answer}, so that they cannot be told apart; give another with chat_template=FILE, or chat_template=hh"
+            f"{where}: the chat template ends the prompt with {alone} where, with the answer behind"
+            f" it, stands {with_answer}, so that they cannot be told apart; give another with"
+            " chat_template=FILE, or chat_template=hh"
         )
 
     def _role_map(self, turns: Messages, n_prompt: int, given: Mapping[str, Any]) -> dict[str, str]:
-        """Other names of the roles with which the template takes this conversation; {} where there are none to be found."""
+        """Other names of the roles with which the template takes this conversation; {} where there
+        are none to be found.
+        """
         roles = {turn["role"] for turn in turns} - BASIC
         for rename in (_usual, _plain, _plainest):
             proposed = {role: rename(role) for role in sorted(roles) if rename(role) != role}
@@ -243,21 +287,32 @@ class ChatTemplate:
                 return False
         except Exception:
             return False
-        return all(self._renders(turns, i, given) for i, turn in enumerate(turns) if turn["content"].strip())
+        return all(
+            self._renders(turns, i, given)
+            for i, turn in enumerate(turns)
+            if turn["content"].strip()
+        )
 
-    def _bad_role(self, turns: Messages, proposed: Mapping[str, str], does: str, source: str) -> UserError:
+    def _bad_role(
+        self, turns: Messages, proposed: Mapping[str, str], does: str, source: str
+    ) -> UserError:
         i = next(i for i, turn in enumerate(turns) if turn["role"] in proposed)
         where, field = place_of(turns[i], source, i)
         names = ", ".join(f"{theirs}: {ours}" for theirs, ours in proposed.items())
         return UserError(
-            f"{where}: field '{field}.role' is {describe(turns[i]['role'])}, a role that the chat template {does}; "
-            f"set role_map='{{{names}}}', or give a template that takes it with chat_template=FILE"
+            f"{where}: field '{field}.role' is {describe(turns[i]['role'])}, a role that the chat"
+            f" template {does}; set role_map='{{{names}}}', or give a template that takes it with"
+            " chat_template=FILE"
         )
 
 
 def _extras(turn: Mapping[str, Any]) -> list[str]:
     """Fields of a message beside role and content that say anything."""
-    return [name for name, value in turn.items() if name not in ("role", "content") and not is_empty(value)]
+    return [
+        name
+        for name, value in turn.items()
+        if name not in ("role", "content") and not is_empty(value)
+    ]
 
 
 def _squeeze(text: str) -> str:

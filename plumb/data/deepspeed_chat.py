@@ -1,8 +1,9 @@
-"""The data sets of the DeepSpeed-Chat-style pipeline, in its exact wording: a table of templates, and loaders where more has to
-be decided.
+"""The data sets of the DeepSpeed-Chat-style pipeline, in its exact wording: a table of templates,
+and loaders where more has to be decided.
 
-Prompt + response is the text that the pipeline trains on, character by character. Each raw row is one prompt: equal ones are not
-merged, and rows come one at a time. All keep the end of a long prompt, where the question or the cue to answer stands.
+Prompt + response is the text that the pipeline trains on, character by character. Each raw row is
+one prompt: equal ones are not merged, and rows come one at a time. All keep the end of a long
+prompt, where the question or the cue to answer stands.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from plumb.data.files import RawRow, describe
-from plumb.data.formats import PROMPTS_DIFFER, check_scores, pair_scores, score_pairs, shp_pair, skipped
+from plumb.data.formats import (
+    PROMPTS_DIFFER,
+    check_scores,
+    pair_scores,
+    score_pairs,
+    shp_pair,
+    skipped,
+)
 from plumb.data.registry import Hub, dataset, load_rows
 
 PLACE = re.compile(r"\{([\w.]+)\}")
 
 
 class Entry(NamedTuple):
-    """A set whose texts are templates: {field}, {field.key} or {field.0} stands for what the row has there."""
+    """A set whose texts are templates: {field}, {field.key} or {field.0} stands for what the row
+    has there.
+    """
 
     hub: Hub
     prompt: str
@@ -31,14 +41,17 @@ class Entry(NamedTuple):
 
 
 def fill(template: str, row: RawRow) -> str | None:
-    """The template with the row's texts in its places; None where one of them is null, or missing from the end of a list.
+    """The template with the row's texts in its places; None where one of them is null, or missing
+    from the end of a list.
 
     >>> row = RawRow({"a": {"b": ["x", "{c}"]}, "c": None}, "f", 1, "row")
     >>> fill("<{a.b.1}>", row), fill("{a.b.0}{c}", row), fill("{a.b.2}", row)
     ('<{c}>', None, None)
     """
     texts = {place: _text_at(row, place) for place in PLACE.findall(template)}
-    return None if None in texts.values() else PLACE.sub(lambda match: str(texts[match[1]]), template)
+    return (
+        None if None in texts.values() else PLACE.sub(lambda match: str(texts[match[1]]), template)
+    )
 
 
 def _text_at(row: RawRow, place: str) -> str | None:
@@ -50,14 +63,22 @@ def _text_at(row: RawRow, place: str) -> str | None:
         elif isinstance(value, dict) and key in value:
             value = value[key]
         elif value is not None:
-            raise row.error(f"field '{place}' isn't there: '{key}' is looked for in {describe(value)}", "mend or remove the row")
+            raise row.error(
+                f"field '{place}' isn't there: '{key}' is looked for in {describe(value)}",
+                "mend or remove the row",
+            )
     return None if value is None else row.check_text(value, place)
 
 
-def entry_rows(entry: Entry, split: str, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """What the loader of a set with these templates yields. A row without a prompt or a response is skipped and counted; one
-    without a rejected response gives its SFT target only."""
-    for row in load_rows(entry.hub, split, entry.prompt_of, path=path, cache_dir=cache_dir, silent=silent):
+def entry_rows(
+    entry: Entry, split: str, silent=False, cache_dir=None, path=None
+) -> Iterator[dict[str, Any]]:
+    """What the loader of a set with these templates yields. A row without a prompt or a response is
+    skipped and counted; one without a rejected response gives its SFT target only.
+    """
+    for row in load_rows(
+        entry.hub, split, entry.prompt_of, path=path, cache_dir=cache_dir, silent=silent
+    ):
         prompt, chosen = fill(entry.prompt, row), fill(entry.chosen, row)
         rejected = None if entry.rejected is None else fill(entry.rejected, row)
         if prompt is None or chosen is None:
@@ -68,10 +89,18 @@ def entry_rows(entry: Entry, split: str, silent=False, cache_dir=None, path=None
             yield _row(prompt, chosen, rejected, None if rejected is None else pair_scores(row))
 
 
-def _row(prompt: str, chosen: str, rejected: str | None, scores: list[float] | None = None) -> dict[str, Any]:
+def _row(
+    prompt: str, chosen: str, rejected: str | None, scores: list[float] | None = None
+) -> dict[str, Any]:
     responses = [chosen] if rejected is None else [chosen, rejected]
     pairs = [(0, 1)] if rejected is not None else []
-    return {"prompt": prompt, "responses": responses, "pairs": pairs, "sft_target": chosen, "scores": scores}
+    return {
+        "prompt": prompt,
+        "responses": responses,
+        "pairs": pairs,
+        "sft_target": chosen,
+        "scores": scores,
+    }
 
 
 def _human(question: str) -> str:
@@ -83,46 +112,72 @@ def _human(question: str) -> str:
 VERBATIM = ("{prompt}", "{chosen}", "{rejected}")
 SUMMARIZE = "\n\nHuman: Please summarize the following text:\n{prompt}\n\nAssistant:"
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{prompt}\n\n### Response:\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
 )
 TABLE = {
     "rm_static": Entry(Hub("Dahoas/rm-static"), *VERBATIM),
     "full_hh_rlhf": Entry(Hub("Dahoas/full-hh-rlhf"), *VERBATIM),
     "synthetic_instruct": Entry(
-        Hub("Dahoas/synthetic-instruct-gptj-pairwise", test_share=0.1), _human("{prompt}"), " {chosen}", " {rejected}"
+        Hub("Dahoas/synthetic-instruct-gptj-pairwise", test_share=0.1),
+        _human("{prompt}"),
+        " {chosen}",
+        " {rejected}",
     ),
     "miracl_zh": Entry(
         Hub("Cohere/miracl-zh-queries-22-12", test_split="dev"),
-        _human("{query}"), " {positive_passages.0.text}", " {negative_passages.0.text}",
+        _human("{query}"),
+        " {positive_passages.0.text}",
+        " {negative_passages.0.text}",
     ),
     "miracl_ja": Entry(
         Hub("Cohere/miracl-ja-queries-22-12", test_split="dev"),
-        _human("{query}"), " {positive_passages.0.text}", " {negative_passages.0.text}",
+        _human("{query}"),
+        " {positive_passages.0.text}",
+        " {negative_passages.0.text}",
     ),
-    "zhihu_kol": Entry(Hub("wangrui6/Zhihu-KOL", test_share=0.1), _human("{INSTRUCTION}"), " {RESPONSE}"),
+    "zhihu_kol": Entry(
+        Hub("wangrui6/Zhihu-KOL", test_share=0.1), _human("{INSTRUCTION}"), " {RESPONSE}"
+    ),
     "hc3_chinese": Entry(
-        Hub("Hello-SimpleAI/HC3-Chinese", config="all", test_share=0.1), _human("{question}"), " {human_answers.0}"
+        Hub("Hello-SimpleAI/HC3-Chinese", config="all", test_share=0.1),
+        _human("{question}"),
+        " {human_answers.0}",
     ),
-    "mkqa_zh": Entry(Hub("mkqa", test_share=0.1), _human("{queries.zh_cn}"), " {answers.zh_cn.0.text}"),
+    "mkqa_zh": Entry(
+        Hub("mkqa", test_share=0.1), _human("{queries.zh_cn}"), " {answers.zh_cn.0.text}"
+    ),
     "mkqa_ja": Entry(Hub("mkqa", test_share=0.1), _human("{queries.ja}"), " {answers.ja.0.text}"),
-    "jaquad_qg": Entry(Hub("lmqg/qg_jaquad", test_split="validation"), _human("{question}"), " {sentence}"),
-    "jaquad_qag": Entry(Hub("lmqg/qag_jaquad", test_split="validation"), _human("{questions.0}"), " {paragraph}"),
+    "jaquad_qg": Entry(
+        Hub("lmqg/qg_jaquad", test_split="validation"), _human("{question}"), " {sentence}"
+    ),
+    "jaquad_qag": Entry(
+        Hub("lmqg/qag_jaquad", test_split="validation"), _human("{questions.0}"), " {paragraph}"
+    ),
     "alpaca_gpt4": Entry(
-        Hub("vicgalle/alpaca-gpt4", test_share=0.01), "\n\nHuman: {instruction}\n{input}\n\nAssistant:", "{output}"
+        Hub("vicgalle/alpaca-gpt4", test_share=0.01),
+        "\n\nHuman: {instruction}\n{input}\n\nAssistant:",
+        "{output}",
     ),
     # on no hub
     "helpful_jsonl": Entry(Hub(None), *VERBATIM),
     "harmless_jsonl": Entry(Hub(None), *VERBATIM),
-    "tldr": Entry(Hub(None, "preference_data", test_share=0.05), SUMMARIZE, "{chosen}", "{rejected}"),
+    "tldr": Entry(
+        Hub(None, "preference_data", test_share=0.05), SUMMARIZE, "{chosen}", "{rejected}"
+    ),
     "tldr_sft": Entry(Hub(None, "sft_data"), SUMMARIZE, "{chosen}"),
-    "sharegpt_zh": Entry(Hub(None, test_share=0.05), "<!!USR!!>{instruction}\n<!!AST!!>", "{chosen}", "{rejected}"),
+    "sharegpt_zh": Entry(
+        Hub(None, test_share=0.05), "<!!USR!!>{instruction}\n<!!AST!!>", "{chosen}", "{rejected}"
+    ),
     "single_turn_rlhf": Entry(Hub(None), ALPACA, "{chosen}", "{rejected}"),
     "moss_harmless": Entry(
-        Hub(None, test_share=0.1), "### 用户(User):\n{prompt}\n ### 助手(Assistant):\n", "{chosen}", "{rejected}"
+        Hub(None, test_share=0.1),
+        "### 用户(User):\n{prompt}\n ### 助手(Assistant):\n",
+        "{chosen}",
+        "{rejected}",
     ),
     "local_json": Entry(Hub(None), " {prompt}", " {chosen}", " {rejected}"),
-}  # fmt: skip
+}
 
 
 def _loader(name: str, entry: Entry) -> Callable:
@@ -146,8 +201,11 @@ SHAREGPT = Hub("pvduy/sharegpt_alpaca_oa_vicuna_format")
 
 
 @dataset("keep_end", hub=REWARD)
-def get_rlhf_reward_datasets(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """The responses begin with turns of their own: the prompt goes on to the last "Assistant:" of them.
+def get_rlhf_reward_datasets(
+    split, silent=False, cache_dir=None, path=None
+) -> Iterator[dict[str, Any]]:
+    """The responses begin with turns of their own: the prompt goes on to the last "Assistant:" of
+    them.
 
     A pair whose responses differ before that is skipped: it has no prompt in common.
     """
@@ -169,16 +227,26 @@ def _prompt(row: RawRow) -> str:
 
 @dataset("keep_end", hub=WEBGPT)
 def get_webgpt(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Of two answers, the one with the higher score is preferred; (parentheses) and [brackets], meant for citations, are removed.
+    """Of two answers, the one with the higher score is preferred; (parentheses) and [brackets],
+    meant for citations, are removed.
 
-    Equal scores form no pair; the pipeline took the first answer for the better one. SFT imitates the better, or the first.
+    Equal scores form no pair; the pipeline took the first answer for the better one. SFT imitates
+    the better, or the first.
     """
     for row in load_rows(WEBGPT, split, _full_text, path=path, cache_dir=cache_dir, silent=silent):
         answers = [" " + without_parentheses(row.text(f"answer_{i}")) for i in (0, 1)]
-        scores = check_scores(row, [row.value("score_0"), row.value("score_1")], "score_0, score_1", 2)
+        scores = check_scores(
+            row, [row.value("score_0"), row.value("score_1")], "score_0, score_1", 2
+        )
         best = answers[scores.index(max(scores))]
         pairs = score_pairs(scores)
-        yield {"prompt": _human(_full_text(row)), "responses": answers, "pairs": pairs, "sft_target": best, "scores": scores}
+        yield {
+            "prompt": _human(_full_text(row)),
+            "responses": answers,
+            "pairs": pairs,
+            "sft_target": best,
+            "scores": scores,
+        }
 
 
 def _full_text(row: RawRow) -> str:
@@ -186,7 +254,8 @@ def _full_text(row: RawRow) -> str:
 
 
 def without_parentheses(text: str) -> str:
-    """Less each (...) and [...], the shortest first: those behind a space go with it, and before the others.
+    """Less each (...) and [...], the shortest first: those behind a space go with it, and before
+    the others.
 
     >>> without_parentheses("Rain [1] falls(2 (or 3) hours) down.")
     'Rain falls down.'
@@ -198,10 +267,17 @@ def without_parentheses(text: str) -> str:
 
 @dataset("keep_end", hub=SHP)
 def get_shp_all(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Stanford Human Preferences, all pairs, by `labels`; `shp` keeps those whose scores differ by a factor of 2."""
+    """Stanford Human Preferences, all pairs, by `labels`; `shp` keeps those whose scores differ by
+    a factor of 2.
+    """
     for row in load_rows(SHP, split, _history, path=path, cache_dir=cache_dir, silent=silent):
         responses, scores, (better, worse) = shp_pair(row)
-        yield _row(_human(_history(row)), responses[better], responses[worse], [scores[better], scores[worse]])
+        yield _row(
+            _human(_history(row)),
+            responses[better],
+            responses[worse],
+            [scores[better], scores[worse]],
+        )
 
 
 def _history(row: RawRow) -> str:
@@ -210,7 +286,9 @@ def _history(row: RawRow) -> str:
 
 @dataset("keep_end", hub=SHAREGPT, pairs=False)
 def get_sharegpt_vicuna(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Dialogues for SFT, of which USER and ASSISTANT are renamed Human and Assistant, wherever they stand."""
+    """Dialogues for SFT, of which USER and ASSISTANT are renamed Human and Assistant, wherever they
+    stand.
+    """
     for row in load_rows(SHAREGPT, split, _dialogue, path=path, cache_dir=cache_dir, silent=silent):
         prompt, label = _dialogue(row), fill(" {label}", row)
         if not prompt or label is None:

@@ -1,6 +1,8 @@
-"""Examples as a view of token stores: which pairs or targets, cut to which lengths. One is made only when it is asked for.
+"""Examples as a view of token stores: which pairs or targets, cut to which lengths. One is made
+only when it is asked for.
 
-n examples, k responses each (1 for SFT, 2 for pairs). An example costs 8 + 4 * (1 + k) bytes beside the mapped files.
+n examples, k responses each (1 for SFT, 2 for pairs). An example costs 8 + 4 * (1 + k) bytes beside
+the mapped files.
 """
 
 from __future__ import annotations
@@ -29,15 +31,22 @@ class Table(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """Examples of one or several stores. `examples[i]` is an Example; slices and `select` give views.
+    """Examples of one or several stores. `examples[i]` is an Example; slices and `select` give
+    views.
 
-    `lengths` [n, 1 + k] int32: tokens of the prompt, BOS included, and of each response, after truncation.
+    `lengths` [n, 1 + k] int32: tokens of the prompt, BOS included, and of each response, after
+    truncation.
     """
 
-    def __init__(self, tables: Sequence[Table], bos: int | None, items: np.ndarray, lengths: np.ndarray):
+    def __init__(
+        self, tables: Sequence[Table], bos: int | None, items: np.ndarray, lengths: np.ndarray
+    ):
         self.tables, self.bos, self.items, self.lengths = tables, bos, items, lengths
         self.k = lengths.shape[1] - 1
-        self.offsets = [0, *accumulate(len(table.items) for table in tables)]  # of each table's items among all
+        self.offsets = [
+            0,
+            *accumulate(len(table.items) for table in tables),
+        ]  # of each table's items among all
 
     def __len__(self) -> int:
         return len(self.items)
@@ -74,7 +83,8 @@ class Examples(Sequence[Example]):
         return Examples(self.tables, self.bos, self.items[indices], self.lengths[indices])
 
     def ids(self) -> np.ndarray:
-        """The tokens of all of them, one example after another, its prompt and then its responses.  [tokens] int32
+        """The tokens of all of them, one example after another, its prompt and then its responses.
+        [tokens] int32
 
         Takes some 30 bytes of memory per token: of many examples, ask slice by slice.
         """
@@ -91,7 +101,10 @@ class Examples(Sequence[Example]):
             if keep_end:
                 starts[:, 0] = store.starts[texts[:, 0] + 1] - n[mine, 0]
             elif self.bos is not None:
-                starts[:, 0] -= 1  # from there a prompt with BOS has its length; what stands there is overwritten
+                starts[:, 0] -= (
+                    # from there a prompt with BOS has its length; what stands there is overwritten
+                    1
+                )
             here = slice(None) if mine.all() else mine.repeat(each)
             ids[here] = store.ids[ranges(starts.ravel(), n[mine].ravel())]
         if self.bos is not None:
@@ -99,7 +112,9 @@ class Examples(Sequence[Example]):
         return ids
 
     def margins(self) -> np.ndarray:
-        """The score of chosen less that of rejected, of each pair; NaN where unknown, or without pairs.  [n] float32"""
+        """The score of chosen less that of rejected, of each pair; NaN where unknown, or without
+        pairs.  [n] float32
+        """
         if self.k != 2:
             return np.full(len(self), nan, np.float32)
         return np.concatenate([table.store.margins for table in self.tables])[self.items]
@@ -126,7 +141,9 @@ class Examples(Sequence[Example]):
 
 
 def view(store: TokenStore, pairs: bool, rules: TextRules, keep: str, bos: int | None) -> Examples:
-    """All pairs, or all SFT targets, of a store, in its order; `keep` is "keep_end" or "keep_start"."""
+    """All pairs, or all SFT targets, of a store, in its order; `keep` is "keep_end" or
+    "keep_start".
+    """
     table = Table(store, store.pairs if pairs else store.targets, keep == "keep_end")
     n, k = len(table.items), 2 if pairs else 1
     whole = Examples([table], bos, np.arange(n), np.empty((n, 1 + k), np.int32))
@@ -141,14 +158,22 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     if len(parts) == 1:
         return parts[0]
     tables = [table for part in parts for table in part.tables]
-    offsets = accumulate((sum(len(table.items) for table in part.tables) for part in parts), initial=0)
-    items = np.concatenate([part.items + offset for part, offset in zip(parts, offsets, strict=False)])
+    offsets = accumulate(
+        (sum(len(table.items) for table in part.tables) for part in parts), initial=0
+    )
+    items = np.concatenate(
+        [part.items + offset for part, offset in zip(parts, offsets, strict=False)]
+    )
     return Examples(tables, parts[0].bos, items, np.concatenate([part.lengths for part in parts]))
 
 
 def select(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
     """The examples at these indices, in that order; of a token store, none is made."""
-    return examples.select(indices) if isinstance(examples, Examples) else [examples[i] for i in indices.tolist()]
+    return (
+        examples.select(indices)
+        if isinstance(examples, Examples)
+        else [examples[i] for i in indices.tolist()]
+    )
 
 
 def ids_of(examples: Sequence[Example]) -> np.ndarray:
@@ -163,12 +188,15 @@ def ids_of(examples: Sequence[Example]) -> np.ndarray:
 class Lengths:
     """Tokens of n examples of k responses each, as columns: no example is looked at to know them.
 
-    A prompt is a root of the first response alone where an example's responses share it, else of every response.
+    A prompt is a root of the first response alone where an example's responses share it, else of
+    every response.
     """
 
     prompts: np.ndarray  # [n, k] of the prompt that the response follows
     responses: np.ndarray  # [n, k]
-    roots: np.ndarray  # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
+    roots: (
+        np.ndarray
+    )  # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -189,7 +217,9 @@ class Lengths:
         return (self.prompts + self.responses).max(1, initial=0)
 
     def n_scored(self) -> int:
-        """Response tokens that have a prediction: all of them, less the first where no prompt token predicts it."""
+        """Response tokens that have a prediction: all of them, less the first where no prompt token
+        predicts it.
+        """
         return int(np.maximum(self.responses - (self.prompts == 0), 0).sum())
 
 
@@ -198,13 +228,23 @@ def lengths_of(examples: Sequence[Example]) -> Lengths:
     if isinstance(examples, Examples):
         prompts, responses = examples.lengths[:, :1], examples.lengths[:, 1:]
         first = np.arange(examples.k) == 0
-        return Lengths(np.broadcast_to(prompts, responses.shape), responses, np.broadcast_to(first, responses.shape))
+        return Lengths(
+            np.broadcast_to(prompts, responses.shape),
+            responses,
+            np.broadcast_to(first, responses.shape),
+        )
     k = len(examples[0].responses) if examples else 1
     columns = [
-        [(len(prompt), len(response), i == 0) for prompt, responses in trees_of(e) for i, response in enumerate(responses)]
+        [
+            (len(prompt), len(response), i == 0)
+            for prompt, responses in trees_of(e)
+            for i, response in enumerate(responses)
+        ]
         for e in examples
     ]
-    prompts, responses, roots = np.array(columns, np.int32).reshape(len(columns), k, 3).transpose(2, 0, 1)
+    prompts, responses, roots = (
+        np.array(columns, np.int32).reshape(len(columns), k, 3).transpose(2, 0, 1)
+    )
     return Lengths(prompts, responses, roots.astype(bool))
 
 
@@ -236,8 +276,12 @@ def _lengths(examples: Examples) -> np.ndarray:
 
 
 def cases(examples: Examples) -> dict[str, np.ndarray]:
-    """Which examples are of which case of `data_rules`, by their own texts and tokens.  [n] bool each"""
-    marks = np.column_stack([examples.tables[0].store.marks[examples.text(i)] for i in range(1 + examples.k)])
+    """Which examples are of which case of `data_rules`, by their own texts and tokens.  [n] bool
+    each
+    """
+    marks = np.column_stack(
+        [examples.tables[0].store.marks[examples.text(i)] for i in range(1 + examples.k)]
+    )
     cut = examples.lengths < _lengths(examples)
     found: dict[str, Any] = {
         "prompt_truncated": cut[:, 0],
@@ -249,7 +293,10 @@ def cases(examples: Examples) -> dict[str, np.ndarray]:
     }
     if examples.k == 2:
         same_text = examples.digest(1) == examples.digest(2)
-        found |= {"identical_pair": same_text, "identical_after_truncation": _same_ids(examples) & ~same_text}
+        found |= {
+            "identical_pair": same_text,
+            "identical_after_truncation": _same_ids(examples) & ~same_text,
+        }
     return found
 
 
@@ -277,7 +324,9 @@ def contradicted(examples: Examples) -> np.ndarray:
     """Pairs of two different responses that also stand there the other way round.  [n] bool"""
     if examples.k != 2:
         return np.zeros(len(examples), bool)
-    return np.isin(_keys(examples, (0, 2, 1)), _keys(examples, (0, 1, 2))) & (examples.digest(1) != examples.digest(2))
+    return np.isin(_keys(examples, (0, 2, 1)), _keys(examples, (0, 1, 2))) & (
+        examples.digest(1) != examples.digest(2)
+    )
 
 
 def seen_before(examples: Examples) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Local files, row by row: .jsonl, .json, .csv and .parquet, and folders of them.
 
 Our own readers, because every mistake is to name the file, the line or row, and the field.
-`open_source` finds the files of a split; `Source.rows()` yields a `RawRow` each, whose methods check its fields.
-A message keeps every field that its row gives it: what a chat template renders of them is not known here.
+`open_source` finds the files of a split; `Source.rows()` yields a `RawRow` each, whose methods
+check its fields. A message keeps every field that its row gives it: what a chat template renders of
+them is not known here.
 """
 
 from __future__ import annotations
@@ -31,8 +32,18 @@ Messages = list[dict[str, Any]]
 Text = str | Messages
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet.gz")
-# The first of a split's prefixes that any file has wins, so that `validation*` counts as test only beside no `test*`.
+SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".jsonl.gz",
+    ".json.gz",
+    ".csv.gz",
+    ".parquet.gz",
+)
+# The first of a split's prefixes that any file has wins, so that `validation*` counts as test only
+# beside no `test*`.
 SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "validation", "valid", "eval", "dev")}
 LONGEST_LINE = 2**24  # bytes of a row
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of what every template calls so
@@ -42,7 +53,9 @@ OnBad = Callable[[UserError], None]  # what to do with a row that cannot be read
 
 
 class Message(dict[str, Any]):
-    """A turn: role, content (a string), and whatever else its row says of it; it knows where it stands."""
+    """A turn: role, content (a string), and whatever else its row says of it; it knows where it
+    stands.
+    """
 
     def __init__(self, fields: Mapping[str, Any], where: str, field: str):
         super().__init__(fields)
@@ -70,7 +83,8 @@ class RawRow(NamedTuple):
     number: int
     unit: str  # "line" or "row"
     roles: Mapping[str, str] = ROLES  # a role in the file -> what the chat template is to call it
-    arrow: bool = False  # of a table where every struct has the fields of all others, null where they were absent
+    # of a table where every struct has the fields of all others, null where they were absent
+    arrow: bool = False
 
     @property
     def source(self) -> str:
@@ -96,15 +110,22 @@ class RawRow(NamedTuple):
         return self.check_text(self.value(field), field)
 
     def check_text(self, value: Any, field: str) -> str:
-        """`value`, if it is a string that UTF-8 can hold. `field` is how to call it in the error."""
+        """`value`, if it is a string that UTF-8 can hold. `field` is how to call it in the
+        error.
+        """
         if not isinstance(value, str):
-            raise self.error(f"field '{field}' is {describe(value)}, not a string", "mend or remove it")
+            raise self.error(
+                f"field '{field}' is {describe(value)}, not a string", "mend or remove it"
+            )
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError as error:
                 code = f"\\u{ord(value[error.start]):04x}"
-                problem = f"field '{field}' holds half a surrogate pair ({code} at character {error.start})"
+                problem = (
+                    f"field '{field}' holds half a surrogate pair ({code} at character"
+                    f" {error.start})"
+                )
                 raise self.error(problem, "write the whole character") from None
         return value
 
@@ -112,16 +133,25 @@ class RawRow(NamedTuple):
         return self.check_text_or_messages(self.value(field), field)
 
     def check_text_or_messages(self, value: Any, field: str) -> Text:
-        return self.check_messages(value, field) if isinstance(value, list | dict) else self.check_text(value, field)
+        return (
+            self.check_messages(value, field)
+            if isinstance(value, list | dict)
+            else self.check_text(value, field)
+        )
 
     def messages(self, field: str) -> Messages:
         return self.check_messages(self.value(field), field)
 
     def check_messages(self, value: Any, field: str) -> Messages:
-        """A list of {role, content} or ShareGPT {from, value}, one of them alone, or lists of roles and contents."""
+        """A list of {role, content} or ShareGPT {from, value}, one of them alone, or lists of roles
+        and contents.
+        """
         turns = _transposed(value) if isinstance(value, dict) else value
         if not isinstance(turns, list) or not turns:
-            raise self.error(f"field '{field}' is {describe(value)}, not a list of messages", "correct or remove it")
+            raise self.error(
+                f"field '{field}' is {describe(value)}, not a list of messages",
+                "correct or remove it",
+            )
         return [self._message(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
 
     def turn(self, role: str, text: str, field: str) -> Message:
@@ -129,24 +159,40 @@ class RawRow(NamedTuple):
         return Message({"role": role, "content": text}, self.where, field)
 
     def _message(self, turn: Any, field: str) -> Message:
-        keys = next((k for k in MESSAGE_KEYS if isinstance(turn, dict) and k[0] in turn), MESSAGE_KEYS[0])
+        keys = next(
+            (k for k in MESSAGE_KEYS if isinstance(turn, dict) and k[0] in turn), MESSAGE_KEYS[0]
+        )
         role_key, content_key = keys
         more = {}
-        if isinstance(turn, dict):  # null: absent, as Parquet writes it into every message where one has the field
+        if isinstance(
+            turn, dict
+        ):  # null: absent, as Parquet writes it into every message where one has the field
             more = {str(k): v for k, v in turn.items() if k not in keys and v is not None}
-        if not isinstance(turn, dict) or role_key not in turn or not (content_key in turn or any(more.values())):
+        if (
+            not isinstance(turn, dict)
+            or role_key not in turn
+            or not (content_key in turn or any(more.values()))
+        ):
             raise self.error(
-                f"field '{field}' is {describe(turn)}, not a message", "write {role, content} or {from, value}"
+                f"field '{field}' is {describe(turn)}, not a message",
+                "write {role, content} or {from, value}",
             )
         role, content = turn[role_key], turn.get(content_key)
         if not isinstance(role, str) or not role.strip():
-            raise self.error(f"field '{field}.{role_key}' is {describe(role)}, not a role", "write user, assistant, ...")
+            raise self.error(
+                f"field '{field}.{role_key}' is {describe(role)}, not a role",
+                "write user, assistant, ...",
+            )
         if content is None and any(more.values()):  # a tool call, say
             content = ""
         if isinstance(content, list):
-            content = "".join(self._part(part, f"{field}.{content_key}[{i}]") for i, part in enumerate(content))
+            content = "".join(
+                self._part(part, f"{field}.{content_key}[{i}]") for i, part in enumerate(content)
+            )
         content = self.check_text(content, f"{field}.{content_key}")
-        return Message({"role": self.roles.get(role, role), "content": content, **more}, self.where, field)
+        return Message(
+            {"role": self.roles.get(role, role), "content": content, **more}, self.where, field
+        )
 
     def _part(self, part: Any, field: str) -> str:
         """The text of a content part."""
@@ -156,13 +202,22 @@ class RawRow(NamedTuple):
         if kind in PART:
             return self.check_text(part.get("text"), f"{field}.text")
         what = describe(part) if kind is None else f"a part of type {shorten(kind)}"
-        raise self.error(f"field '{field}' is {what}, and only text is read", f"remove the part, or the {self.unit}")
+        raise self.error(
+            f"field '{field}' is {what}, and only text is read",
+            f"remove the part, or the {self.unit}",
+        )
 
 
 def _transposed(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """One message as a list of it; {role: [...], content: [...]}, as some files hold a dialogue, as its messages."""
+    """One message as a list of it; {role: [...], content: [...]}, as some files hold a dialogue, as
+    its messages.
+    """
     columns = list(value.values())
-    if columns and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+    if (
+        columns
+        and all(isinstance(column, list) for column in columns)
+        and len(set(map(len, columns))) == 1
+    ):
         return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
     return [value]
 
@@ -171,7 +226,14 @@ def describe(value: Any) -> str:
     """The value's kind in JSON's words, and its beginning."""
     if value is None:
         return "null"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    kinds = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
     return f"{kinds.get(type(value), type(value).__name__)} ({shorten(value)})"
 
 
@@ -184,15 +246,26 @@ def shorten(value: Any) -> str:
 
 
 class Source(NamedTuple):
-    """The rows of a split. `rows()` reads them from the start each time, so that no file need be held in memory."""
+    """The rows of a split. `rows()` reads them from the start each time, so that no file need be
+    held in memory.
+    """
 
     rows: Callable[[], Iterator[RawRow]]
     whole: bool  # both splits are in here, and the caller has to take its share
-    version: tuple | None  # changes when the rows do: path, size and time of each file, or the hub's fingerprint; None: unknown
+    version: (
+        tuple | None
+        # changes when the rows do: path, size and time of each file, or the hub's fingerprint;
+        # None:
+        # unknown
+    )
     taken: str = ""  # which split it is, where the folder has several of a kind
 
-    def held_out(self, prompts: Callable[[], Iterable[str]], how: Hashable, share: float) -> np.ndarray:
-        """`held_out` of this source's rows, once per process; `how` says how `prompts` makes prompts of the rows."""
+    def held_out(
+        self, prompts: Callable[[], Iterable[str]], how: Hashable, share: float
+    ) -> np.ndarray:
+        """`held_out` of this source's rows, once per process; `how` says how `prompts` makes
+        prompts of the rows.
+        """
         key = (self.version, how, share)
         if self.version is None or key not in _held_out:
             _held_out[key] = held_out(prompts(), share)
@@ -203,15 +276,19 @@ _held_out: dict[Hashable, np.ndarray] = {}
 
 
 def held_out(prompts: Iterable[str], share: float) -> np.ndarray:
-    """Which rows are the test split, when `share` of the unique prompts is: those with the lowest digests.  [rows] bool
+    """Which rows are the test split, when `share` of the unique prompts is: those with the lowest
+    digests.  [rows] bool
 
-    So the split depends on nothing but the prompts: it is the same for every stage, seed and order of the file. Shares
-    of 0 and 1 leave a split empty; any other gives each split a prompt, if there are two or more.
+    So the split depends on nothing but the prompts: it is the same for every stage, seed and order
+    of the file. Shares of 0 and 1 leave a split empty; any other gives each split a prompt, if
+    there are two or more.
 
     >>> held_out(["a", "b", "a", "c"], share=0.3)
     array([False, False, False,  True])
     """
-    progress = tqdm(prompts, desc="held-out prompts", unit="row", unit_scale=True, delay=3, disable=rank() != 0)
+    progress = tqdm(
+        prompts, desc="held-out prompts", unit="row", unit_scale=True, delay=3, disable=rank() != 0
+    )
     digests = np.fromiter(map(digest, progress), np.uint64)
     unique = np.unique(digests)
     n_test = round(share * len(unique))
@@ -234,7 +311,9 @@ Fits = Callable[[Mapping[str, Callable[[], RawRow | None]]], list[str]]
 
 
 class Choice(NamedTuple):
-    """How to choose where a folder has several splits of a kind, such as train_prefs and train_sft."""
+    """How to choose where a folder has several splits of a kind, such as train_prefs and
+    train_sft.
+    """
 
     names: Mapping[str, str]  # "train" or "test" -> the split to read
     fits: Fits  # split -> its first row: those that serve
@@ -249,18 +328,26 @@ def open_source(
 ) -> Source:
     """The file, the folder's files of this split, or the folder written by `datasets.save_to_disk`.
 
-    In a folder: the files whose names start with the split's name, at any depth (under `data_dir`, if there is such a
-    subfolder). `whole` when it's one file, or a folder that has files of only one of the two splits. Names that differ
-    in more than a shard's number (train_prefs, train_sft) are different splits, of which `choice` takes one; all of
-    them only where `choice` is None. A row that cannot be read goes to `on_bad`; None: it ends the reading.
+    In a folder: the files whose names start with the split's name, at any depth (under `data_dir`,
+    if there is such a subfolder). `whole` when it's one file, or a folder that has files of only
+    one of the two splits. Names that differ in more than a shard's number (train_prefs, train_sft)
+    are different splits, of which `choice` takes one; all of them only where `choice` is None. A
+    row that cannot be read goes to `on_bad`; None: it ends the reading.
     """
     if split not in SPLIT_PREFIXES:
-        raise UserError(f"split '{split}' of {path}: local files have a 'train' and a 'test' split; name one of them")
+        raise UserError(
+            f"split '{split}' of {path}: local files have a 'train' and a 'test' split; name one of"
+            " them"
+        )
     root = Path(path).expanduser()
     if not root.exists():
-        raise UserError(f"{path}: no such file or folder; check the path (relative paths start at {Path.cwd()})")
+        raise UserError(
+            f"{path}: no such file or folder; check the path (relative paths start at {Path.cwd()})"
+        )
     if not root.is_file() and not root.is_dir():
-        raise UserError(f"{path}: not a file or folder, but a pipe or device; write the rows to a file")
+        raise UserError(
+            f"{path}: not a file or folder, but a pipe or device; write the rows to a file"
+        )
     if root.is_file():
         return Source(lambda: read_file(root, on_bad), whole=True, version=files_version([root]))
     if data_dir and (root / data_dir).is_dir():
@@ -271,10 +358,14 @@ def open_source(
     chosen = {name: _of_split([f.name for f in files], name) for name in SPLIT_PREFIXES}
     if not any(chosen.values()):
         found = ", ".join(f.name for f in files[:3]) or "no data file"
-        raise UserError(f"{path}: the folder has no train* or test* file (found: {found}); give the file itself")
+        raise UserError(
+            f"{path}: the folder has no train* or test* file (found: {found}); give the file itself"
+        )
     whole = not all(chosen.values())
     names = chosen[split] or next(filter(None, chosen.values()))
-    first = lambda names: next(chain.from_iterable(map(read_file, [f for f in files if f.name in names])), None)
+    first = lambda names: next(
+        chain.from_iterable(map(read_file, [f for f in files if f.name in names])), None
+    )
     names, taken = _one_split(names, split, choice, first, str(path))
     paths = [f for f in files if f.name in names]
     rows = lambda: chain.from_iterable(read_file(file, on_bad) for file in paths)
@@ -282,12 +373,16 @@ def open_source(
 
 
 def _is_data_file(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in path.parts)
+    return path.name.lower().endswith(SUFFIXES) and not any(
+        part.startswith(".") for part in path.parts
+    )
 
 
 def _of_split(names: Iterable[str], split: str) -> list[str]:
     names = list(names)
-    return next(filter(None, ([n for n in names if n.startswith(p)] for p in SPLIT_PREFIXES[split])), [])
+    return next(
+        filter(None, ([n for n in names if n.startswith(p)] for p in SPLIT_PREFIXES[split])), []
+    )
 
 
 SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+([-_][0-9a-f]{16})?)?$")
@@ -296,8 +391,10 @@ SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+([-_][0-9a-f]{16})?)?$")
 def split_name(file: str) -> str:
     """The split of which a file holds all rows or some.
 
-    >>> [split_name(f) for f in ("train-00000-of-00002.parquet", "train_1.jsonl.gz", "train_sft-00000-of-00001.parquet")]
-    ['train', 'train', 'train_sft']
+    >>> [split_name(f"train{end}") for end in ("-00000-of-00002.parquet", "_1.jsonl.gz")]
+    ['train', 'train']
+    >>> [split_name("train_sft-00000-of-00001.parquet")]
+    ['train_sft']
     """
     suffix = max((s for s in SUFFIXES if file.lower().endswith(s)), key=len, default="")
     stem = file[: len(file) - len(suffix)]
@@ -311,7 +408,9 @@ def _one_split(
     first: Callable[[list[str]], RawRow | None],
     path: str,
 ) -> tuple[list[str], str]:
-    """Of these names of files or splits, those of the one split that is read. -> (names, what to say of the choice)"""
+    """Of these names of files or splits, those of the one split that is read. -> (names, what to
+    say of the choice)
+    """
     splits: dict[str, list[str]] = {}
     for name in names:
         splits.setdefault(split_name(name), []).append(name)
@@ -322,20 +421,32 @@ def _one_split(
     if wanted is not None and wanted not in splits:
         raise UserError(f"split_names.{split}={wanted}: {path} has no such split; it has {listed}")
     same = "" if wanted else _beside(choice.names, split, splits)
-    fits = [wanted or same] if wanted or same else choice.fits({s: partial(first, splits[s]) for s in splits})
+    fits = (
+        [wanted or same]
+        if wanted or same
+        else choice.fits({s: partial(first, splits[s]) for s in splits})
+    )
     if len(fits) != 1:
-        fix = f"choose one with split_names='{{{split}: {sorted(splits)[0]}}}', or give its file itself"
+        fix = (
+            f"choose one with split_names='{{{split}: {sorted(splits)[0]}}}', or give its file"
+            " itself"
+        )
         raise UserError(f"{path}: the folder has several {split} splits, {listed}; {fix}")
     others = ", ".join(s for s in sorted(splits) if s != fits[0])
     return splits[fits[0]], fits[0] + (f" (not {others})" if others else "")
 
 
 def _beside(names: Mapping[str, str], split: str, splits: Iterable[str]) -> str:
-    """The split that is called as the one chosen for the other kind is: test_prefs beside train_prefs. "": none."""
+    """The split that is called as the one chosen for the other kind is: test_prefs beside
+    train_prefs. "": none.
+    """
     other = "train" if split == "test" else "test"
     if other not in names:
         return ""
-    suffix = next((names[other].removeprefix(p) for p in SPLIT_PREFIXES[other] if names[other].startswith(p)), "")
+    suffix = next(
+        (names[other].removeprefix(p) for p in SPLIT_PREFIXES[other] if names[other].startswith(p)),
+        "",
+    )
     return next((s for s in splits for p in SPLIT_PREFIXES[split] if s == p + suffix), "")
 
 
@@ -347,7 +458,9 @@ def _saved_to_disk(folder: Path, split: str, choice: Choice | None) -> Source:
     chosen = {name: _of_split(parts, name) for name in SPLIT_PREFIXES}
     names = chosen[split] or next(filter(None, chosen.values()), list(parts))
     rows_of = lambda name: _of_table(parts[name], f"{folder}/{name}")
-    names, taken = _one_split(names, split, choice, lambda names: next(rows_of(names[0]), None), str(folder))
+    names, taken = _one_split(
+        names, split, choice, lambda names: next(rows_of(names[0]), None), str(folder)
+    )
     return Source(
         lambda: chain.from_iterable(map(rows_of, names)),
         whole=not all(chosen.values()),
@@ -372,7 +485,9 @@ def _present(value: Any) -> Any:
 
 
 def number(rows: Iterable[Any], file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """Rows in memory or in Arrow as RawRows, numbered from 1. Raises UserError for a row that isn't an object."""
+    """Rows in memory or in Arrow as RawRows, numbered from 1. Raises UserError for a row that isn't
+    an object.
+    """
     for n, fields in enumerate(rows, 1):
         yield from _object(fields, file, n, "row", on_bad)
 
@@ -386,19 +501,30 @@ def _object(fields: Any, file: str, n: int, unit: str, on_bad: OnBad | None) -> 
     if isinstance(fields, dict):
         yield row
     else:
-        _refuse(row.error(f"the row is {describe(fields)}, not an object", 'write {"prompt": ..., ...}'), on_bad)
+        _refuse(
+            row.error(
+                f"the row is {describe(fields)}, not an object", 'write {"prompt": ..., ...}'
+            ),
+            on_bad,
+        )
 
 
 def read_file(path: Path, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """The file's rows, in order. Raises UserError at the first that can't be read, and for a file without rows.
+    """The file's rows, in order. Raises UserError at the first that can't be read, and for a file
+    without rows.
 
-    With `on_bad`, a line that is no row goes there, and the next one is read; what spoils the whole file still raises.
+    With `on_bad`, a line that is no row goes there, and the next one is read; what spoils the whole
+    file still raises.
     """
     name = path.name.lower().removesuffix(".gz")
     reader = next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
     if reader is None:
         raise UserError(f"{path}: can't tell its format; name it as one of {', '.join(SUFFIXES)}")
-    rows = reader(path) if reader is _read_parquet else _read_bytes(path, partial(reader, on_bad=on_bad))
+    rows = (
+        reader(path)
+        if reader is _read_parquet
+        else _read_bytes(path, partial(reader, on_bad=on_bad))
+    )
     first = next(rows, None)
     if first is None and on_bad:  # all of them were bad, perhaps
         return
@@ -408,27 +534,39 @@ def read_file(path: Path, on_bad: OnBad | None = None) -> Iterator[RawRow]:
     yield from rows
 
 
-def _read_bytes(path: Path, reader: Callable[[BinaryIO, str], Iterator[RawRow]]) -> Iterator[RawRow]:
+def _read_bytes(
+    path: Path, reader: Callable[[BinaryIO, str], Iterator[RawRow]]
+) -> Iterator[RawRow]:
     with path.open("rb") as raw:
         magic = raw.read(2)
         raw.seek(0)
         if path.name.lower().endswith(".gz") and magic not in (b"\x1f\x8b", b""):
-            raise UserError(f"{path}: not a gzip file, though its name says so; drop '.gz' from the name")
+            raise UserError(
+                f"{path}: not a gzip file, though its name says so; drop '.gz' from the name"
+            )
         try:
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if magic == b"\x1f\x8b" else raw
             yield from reader(stream, str(path))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: the gzip file is damaged or cut short ({error}); copy it again") from None
+            raise UserError(
+                f"{path}: the gzip file is damaged or cut short ({error}); copy it again"
+            ) from None
 
 
-def _lines(stream: BinaryIO, file: str, longest: int = -1, on_bad: OnBad | None = None) -> Iterator[str]:
-    """The lines, decoded one at a time so that an error can say where; the byte-order mark is dropped.
+def _lines(
+    stream: BinaryIO, file: str, longest: int = -1, on_bad: OnBad | None = None
+) -> Iterator[str]:
+    """The lines, decoded one at a time so that an error can say where; the byte-order mark is
+    dropped.
 
     What cannot be decoded goes to `on_bad`, where there is one, and leaves an empty line.
     """
     for n, line in enumerate(iter(partial(stream.readline, longest), b""), 1):
         if len(line) == longest:  # which a small gzip file can hold, and no memory
-            raise UserError(f"{file}, line {n}: longer than {longest:,} bytes, which no row is; end each row with a line break")
+            raise UserError(
+                f"{file}, line {n}: longer than {longest:,} bytes, which no row is; end each row"
+                " with a line break"
+            )
         try:
             yield line.decode("utf-8-sig" if n == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -450,12 +588,16 @@ def _read_jsonl(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Ite
             continue
         value, problem = _parse(line)
         if problem and on_bad:
-            on_bad(UserError(f"{file}, line {n}: not valid JSON: {problem}; write one object a line"))
+            on_bad(
+                UserError(f"{file}, line {n}: not valid JSON: {problem}; write one object a line")
+            )
             continue
         if problem:
             n_more = sum(bool(rest.strip() and _parse(rest)[1]) for _, rest in lines)
             more = and_more(n_more, "line")
-            raise UserError(f"{file}, line {n}: not valid JSON: {problem}; write one object a line{more}")
+            raise UserError(
+                f"{file}, line {n}: not valid JSON: {problem}; write one object a line{more}"
+            )
         yield from _object(value, file, n, "line", on_bad)
 
 
@@ -477,7 +619,11 @@ def _parse(text: str) -> tuple[Any, str]:
     except json.JSONDecodeError as error:
         return None, f"{error.msg} at character {error.colno}"
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
-        return None, "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        return None, (
+            "nested too deeply"
+            if isinstance(error, RecursionError)
+            else str(error).partition(";")[0]
+        )
 
 
 def and_more(n: int, unit: str) -> str:
@@ -485,7 +631,9 @@ def and_more(n: int, unit: str) -> str:
 
 
 def _read_json(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """A list of rows, {"data": [rows]}, or JSON lines under the name .json, as SHP's own files are."""
+    """A list of rows, {"data": [rows]}, or JSON lines under the name .json, as SHP's own files
+    are.
+    """
     text = "".join(_lines(stream, file))
     if not text.strip():
         return
@@ -497,19 +645,29 @@ def _read_json(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iter
         rows = JSON.decode(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        problem = getattr(error, "msg", str(error).partition(";")[0]) if isinstance(error, ValueError) else "nested too deeply"
-        raise UserError(f"{file}, line {line}: not valid JSON: {problem}; mend or complete the file") from None
+        problem = (
+            getattr(error, "msg", str(error).partition(";")[0])
+            if isinstance(error, ValueError)
+            else "nested too deeply"
+        )
+        raise UserError(
+            f"{file}, line {line}: not valid JSON: {problem}; mend or complete the file"
+        ) from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):
-        raise UserError(f'{file}: the file holds {describe(rows)}; write a list of rows, or {{"data": [rows]}}')
+        raise UserError(
+            f'{file}: the file holds {describe(rows)}; write a list of rows, or {{"data": [rows]}}'
+        )
     yield from number(rows, file, on_bad)
 
 
 def _read_csv(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """The header names the fields; a row is called by its first line, for quoted cells may hold line breaks.
+    """The header names the fields; a row is called by its first line, for quoted cells may hold
+    line breaks.
 
-    Cells stand apart by a comma, or by the semicolon or tab that parts the header where no comma does.
+    Cells stand apart by a comma, or by the semicolon or tab that parts the header where no comma
+    does.
     """
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     lines = _lines(stream, file, on_bad=on_bad)
@@ -524,17 +682,26 @@ def _read_csv(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Itera
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{file}, line {n}: not valid CSV: {error}; close or double the quotes") from None
+            raise UserError(
+                f"{file}, line {n}: not valid CSV: {error}; close or double the quotes"
+            ) from None
         if not cells:
             continue
         if header is None:
             header = cells
             if twice := [name for name, count in Counter(header).items() if count > 1]:
-                raise UserError(f"{file}, line {n}: the header names '{twice[0]}' more than once; rename one")
+                raise UserError(
+                    f"{file}, line {n}: the header names '{twice[0]}' more than once; rename one"
+                )
             continue
         if len(cells) != len(header):
             problem = f"the row has {len(cells)} cells, the header {len(header)}"
-            _refuse(UserError(f"{file}, line {n}: {problem}; quote cells that hold commas or line breaks"), on_bad)
+            _refuse(
+                UserError(
+                    f"{file}, line {n}: {problem}; quote cells that hold commas or line breaks"
+                ),
+                on_bad,
+            )
             continue
         yield RawRow(dict(zip(header, cells, strict=True)), file, n, "line")
 
@@ -544,13 +711,19 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        gzipped = path.name.lower().endswith(".gz")  # Parquet is read from its end, so the whole file is unpacked first
-        with pyarrow.parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if gzipped else path) as table:
+        gzipped = path.name.lower().endswith(
+            ".gz"
+        )  # Parquet is read from its end, so the whole file is unpacked first
+        with pyarrow.parquet.ParquetFile(
+            io.BytesIO(gzip.decompress(path.read_bytes())) if gzipped else path
+        ) as table:
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
             yield from _of_table(chain.from_iterable(batches), str(path))
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         problem = str(error).partition("\n")[0][:80]
-        raise UserError(f"{path}: not a readable parquet file ({problem}); write it again") from None
+        raise UserError(
+            f"{path}: not a readable parquet file ({problem}); write it again"
+        ) from None
 
 
 READERS: dict[str, Callable[..., Iterator[RawRow]]] = {

@@ -1,8 +1,9 @@
 """The forms that a row of a user's own file may have, and how each becomes a `Row`.
 
-`form_of` recognises the form from the first row's fields, and `read_rows` holds every row to it. Strings are used exactly as they
-stand (prompt "abc", response " def"); where something has to set the turns apart, a row becomes chat messages.
-What no form reads goes with the row, for a chat template may. A new form is one function with `@form`.
+`form_of` recognises the form from the first row's fields, and `read_rows` holds every row to it.
+Strings are used exactly as they stand (prompt "abc", response " def"); where something has to set
+the turns apart, a row becomes chat messages. What no form reads goes with the row, for a chat
+template may. A new form is one function with `@form`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from contextvars import ContextVar
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from plumb.data.files import ROLES, Fits, Message, Messages, OnBad, RawRow, Text, and_more, describe, shorten, without_nulls
+from plumb.data.files import (
+    ROLES,
+    Fits,
+    Message,
+    Messages,
+    OnBad,
+    RawRow,
+    Text,
+    and_more,
+    describe,
+    shorten,
+    without_nulls,
+)
 from plumb.errors import UserError
 
 ASSISTANT = "\n\nAssistant:"
@@ -32,9 +45,12 @@ class Row(NamedTuple):
     responses: list[Text]
     pairs: list[tuple[int, int]]  # (preferred, dispreferred) indices into responses
     sft_target: Text | None
-    source: str  # "my.jsonl:17": a line (jsonl, csv) or a row, from 1; "hh:123": the 123rd prompt of the split
+    # "my.jsonl:17": a line (jsonl, csv) or a row, from 1; "hh:123": the 123rd prompt of the split
+    source: str
     scores: list[float] | None = None  # of the responses, one each, where they're known
-    more: Mapping[str, Any] | None = None  # fields that no form reads, such as tools; a chat template may
+    more: Mapping[str, Any] | None = (
+        None  # fields that no form reads, such as tools; a chat template may
+    )
 
 
 class Fields(Mapping[str, Any]):
@@ -67,11 +83,15 @@ def is_empty(value: Any) -> bool:
     return value in (None, "", "[]", "{}", [], {})
 
 
-counted: ContextVar[Counter[str] | None] = ContextVar("counted", default=None)  # get_dataset's; None: nobody counts
+counted: ContextVar[Counter[str] | None] = ContextVar(
+    "counted", default=None
+)  # get_dataset's; None: nobody counts
 
 
 def skipped(reason: str, n: int = 1) -> None:
-    """Count `n` rows or pairs left out for `reason`. Forms and loaders call it; `get_dataset` reports the counts."""
+    """Count `n` rows or pairs left out for `reason`. Forms and loaders call it; `get_dataset`
+    reports the counts.
+    """
     counter = counted.get()
     if counter is not None:
         counter[reason] += n
@@ -93,11 +113,17 @@ class Form(NamedTuple):
         return self.name == TRANSCRIPTS
 
 
-FORMS: list[Form] = []  # the first that fits the first row is taken, so the more specific stand first
+FORMS: list[
+    Form
+] = []  # the first that fits the first row is taken, so the more specific stand first
 
 
-def form(name: str, *needs: str) -> Callable[[Callable[[RawRow], Row | None]], Callable[[RawRow], Row | None]]:
-    """Register a form: what it's called in the form line, and the fields that every row must have."""
+def form(
+    name: str, *needs: str
+) -> Callable[[Callable[[RawRow], Row | None]], Callable[[RawRow], Row | None]]:
+    """Register a form: what it's called in the form line, and the fields that every row must
+    have.
+    """
 
     def register(convert):
         FORMS.append(Form(name, needs, convert))
@@ -106,14 +132,28 @@ def form(name: str, *needs: str) -> Callable[[Callable[[RawRow], Row | None]], C
     return register
 
 
-# Fields that a form reads when they are there; with every form's `needs`, what `field_map` may name.
-OPTIONAL = ("system", "input", "output", "sft_target", "score_chosen", "score_rejected", "tools", "documents")
+# Fields that a form reads when they are there; with every form's `needs`, what `field_map` may
+# name.
+OPTIONAL = (
+    "system",
+    "input",
+    "output",
+    "sft_target",
+    "score_chosen",
+    "score_rejected",
+    "tools",
+    "documents",
+)
 # Roles that ask or inform; every other one answers. In lower case.
 ASKING = frozenset(
-    "user human prompter system developer tool function observation ipython environment tool_response function_response".split()  # noqa: SIM905
+    {"user", "human", "prompter", "system", "developer", "tool", "function", "observation"}
+    | {"ipython", "environment", "tool_response", "function_response"}
 )
-PAIR_NAMES = frozenset("prefs pref preference preferences dpo rm reward pairs comparison comparisons".split())  # noqa: SIM905
-SFT_NAMES = frozenset("sft instruct instruction instructions demonstrations".split())  # noqa: SIM905
+PAIR_NAMES = frozenset(
+    {"prefs", "pref", "preference", "preferences", "dpo", "rm", "reward", "pairs"}
+    | {"comparison", "comparisons"}
+)
+SFT_NAMES = frozenset({"sft", "instruct", "instruction", "instructions", "demonstrations"})
 
 
 def answers(turn: Mapping[str, Any]) -> bool:
@@ -146,7 +186,12 @@ def _input_pair(row: RawRow) -> Row | None:
     return _pair(row, _asked(row, "input"))
 
 
-@form("input / preferred_output / non_preferred_output", "input", "preferred_output", "non_preferred_output")
+@form(
+    "input / preferred_output / non_preferred_output",
+    "input",
+    "preferred_output",
+    "non_preferred_output",
+)
 def _openai_pair(row: RawRow) -> Row | None:
     """OpenAI's: `input` is {messages, tools, ...}."""
     given = row.value("input")
@@ -173,18 +218,29 @@ def _transcript_pair(row: RawRow) -> Row | None:
 def _scored(row: RawRow) -> Row:
     prompt, responses = row.text_or_messages("prompt"), row.value("responses")
     if not isinstance(responses, list) or not responses:
-        raise row.error(f"field 'responses' is {describe(responses)}, not a list of responses", "write at least one")
-    texts: list[Text] = [row.check_text(response, f"responses[{i}]") for i, response in enumerate(responses)]
+        raise row.error(
+            f"field 'responses' is {describe(responses)}, not a list of responses",
+            "write at least one",
+        )
+    texts: list[Text] = [
+        row.check_text(response, f"responses[{i}]") for i, response in enumerate(responses)
+    ]
     if isinstance(prompt, list) or "system" in row.fields:
         prompt = _as_messages(row, prompt, "user", "prompt")
-        texts = [_as_messages(row, text, "assistant", f"responses[{i}]") for i, text in enumerate(texts)]
+        texts = [
+            _as_messages(row, text, "assistant", f"responses[{i}]") for i, text in enumerate(texts)
+        ]
     scores = check_scores(row, row.value("scores"), "scores", len(texts))
-    return Row(prompt, texts, score_pairs(scores), texts[scores.index(max(scores))], row.source, scores)
+    return Row(
+        prompt, texts, score_pairs(scores), texts[scores.index(max(scores))], row.source, scores
+    )
 
 
 @form("question / response_j / response_k", "question", "response_j", "response_k")
 def _stack_exchange_pair(row: RawRow) -> Row:
-    """lvwerra/stack-exchange-paired: response_j is preferred. Turned into HH's dialogue, as `get_se` does."""
+    """lvwerra/stack-exchange-paired: response_j is preferred. Turned into HH's dialogue, as
+    `get_se` does.
+    """
     chosen, rejected = " " + row.text("response_j"), " " + row.text("response_k")
     return Row(hh_prompt(row.text("question")), [chosen, rejected], [(0, 1)], chosen, row.source)
 
@@ -233,18 +289,23 @@ def split_transcript(row: RawRow, field: str) -> tuple[str, str]:
 def _split_text(row: RawRow, text: str, field: str) -> tuple[str, str]:
     before, marker, response = text.rpartition(ASSISTANT)
     if not marker:
-        raise row.error(f"field '{field}' holds no '\\n\\nAssistant:' to end the prompt", "add it, or a field 'prompt'")
+        raise row.error(
+            f"field '{field}' holds no '\\n\\nAssistant:' to end the prompt",
+            "add it, or a field 'prompt'",
+        )
     return before + marker, response
 
 
-# Elements that stand on their own lines. All others (links, bold, ...) are part of the text around them.
+# Elements that stand on their own lines. All others (links, bold, ...) are part of the text around
+# them.
 BLOCKS = frozenset(
     "blockquote body dd div dl dt h1 h2 h3 h4 h5 h6 hr li ol p pre table td th tr ul".split()  # noqa: SIM905
 )
 
 
 def strip_html(html: str) -> str:
-    """The text of the HTML: blocks apart by a blank line, inline markup dropped, code kept inside <code>...</code>.
+    """The text of the HTML: blocks apart by a blank line, inline markup dropped, code kept inside
+    <code>...</code>.
 
     The 2023 code lost whatever was nested in a paragraph (links, bold), lists and quotes.
 
@@ -261,7 +322,9 @@ def strip_html(html: str) -> str:
             blocks.append(text)
         inline.clear()
 
-    stack: list[Any] = [LexborHTMLParser(html).body]  # a stack, for quotes may be nested deeper than Python recurses
+    stack: list[Any] = [
+        LexborHTMLParser(html).body
+    ]  # a stack, for quotes may be nested deeper than Python recurses
     while stack:
         node = stack.pop()
         if node is None:
@@ -282,12 +345,20 @@ def strip_html(html: str) -> str:
 
 
 def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
-    """The n scores of a row's responses, as numbers. Raises UserError for anything else: NaN, and what float32 can't hold."""
+    """The n scores of a row's responses, as numbers. Raises UserError for anything else: NaN, and
+    what float32 can't hold.
+    """
     if not isinstance(scores, list) or len(scores) != n:
-        raise row.error(f"field '{field}' is {describe(scores)}, not a list of {n} numbers", "write one for each response")
+        raise row.error(
+            f"field '{field}' is {describe(scores)}, not a list of {n} numbers",
+            "write one for each response",
+        )
     for i, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
-            raise row.error(f"field '{field}[{i}]' is {describe(score)}, not a finite number", f"mend or remove the {row.unit}")
+            raise row.error(
+                f"field '{field}[{i}]' is {describe(score)}, not a finite number",
+                f"mend or remove the {row.unit}",
+            )
     return scores
 
 
@@ -308,7 +379,9 @@ def score_pairs(scores: list[float]) -> list[tuple[int, int]]:
 
 
 def _instruction(row: RawRow) -> Messages:
-    """instruction, a blank line, and the input, as a user's turn: a template has to set the turns apart."""
+    """instruction, a blank line, and the input, as a user's turn: a template has to set the turns
+    apart.
+    """
     text = row.text("instruction")
     if row.fields.get("history"):
         raise row.error("field 'history' isn't read", "write the whole dialogue as messages")
@@ -323,7 +396,9 @@ def _asked(row: RawRow, field: str) -> Messages:
 
 
 def _as_messages(row: RawRow, text: Text, role: str, field: str) -> Messages:
-    """A string as one turn of `role`; before a prompt stands the row's system field, if it has no system turn."""
+    """A string as one turn of `role`; before a prompt stands the row's system field, if it has no
+    system turn.
+    """
     turns: Messages = [row.turn(role, text, field)] if isinstance(text, str) else text
     if role == "user" and row.fields.get("system") and not (turns and turns[0]["role"] == "system"):
         return [row.turn("system", row.text("system"), "system"), *turns]
@@ -334,18 +409,30 @@ def _several(row: RawRow, field: str) -> dict[str, Text]:
     """A response, or each of a list of them, by the field it stands in."""
     value = row.value(field)
     if isinstance(value, list) and value and isinstance(value[0], str | list):
-        return {f"{field}[{i}]": row.check_text_or_messages(each, f"{field}[{i}]") for i, each in enumerate(value)}
+        return {
+            f"{field}[{i}]": row.check_text_or_messages(each, f"{field}[{i}]")
+            for i, each in enumerate(value)
+        }
     return {field: row.check_text_or_messages(value, field)}
 
 
 def _pair(
-    row: RawRow, prompt: Text, chosen: str = "chosen", rejected: str = "rejected", target: str = "sft_target"
+    row: RawRow,
+    prompt: Text,
+    chosen: str = "chosen",
+    rejected: str = "rejected",
+    target: str = "sft_target",
 ) -> Row | None:
-    """chosen, and one or several rejected, after `prompt`; SFT imitates the field `target` instead of chosen, if it's there."""
+    """chosen, and one or several rejected, after `prompt`; SFT imitates the field `target` instead
+    of chosen, if it's there.
+    """
     texts = {chosen: row.text_or_messages(chosen), **_several(row, rejected)}
     if row.fields.get(target) is not None:
         texts[target] = row.text_or_messages(target)
-    if all(isinstance(text, str) for text in (prompt, *texts.values())) and "system" not in row.fields:
+    if (
+        all(isinstance(text, str) for text in (prompt, *texts.values()))
+        and "system" not in row.fields
+    ):
         halves = {field: (prompt, text) for field, text in texts.items()}
     else:
         before = _as_messages(row, prompt, "user", "prompt")
@@ -353,8 +440,12 @@ def _pair(
     return _pair_of(row, halves, chosen, target if target in texts else chosen)
 
 
-def _pair_of(row: RawRow, halves: Mapping[str, tuple[Text, Text]], chosen: str, target: str) -> Row | None:
-    """The row of (prompt, response) by field; a rejected response after another prompt is skipped and counted."""
+def _pair_of(
+    row: RawRow, halves: Mapping[str, tuple[Text, Text]], chosen: str, target: str
+) -> Row | None:
+    """The row of (prompt, response) by field; a rejected response after another prompt is skipped
+    and counted.
+    """
     prompt = halves[chosen][0]
     rejected = {field: half for field, half in halves.items() if field not in (chosen, target)}
     responses = [response for other, response in rejected.values() if other == prompt]
@@ -364,11 +455,15 @@ def _pair_of(row: RawRow, halves: Mapping[str, tuple[Text, Text]], chosen: str, 
         return None
     pairs = [(0, i + 1) for i in range(len(responses))]
     scores = pair_scores(row) if len(responses) == len(rejected) == 1 else None
-    return Row(prompt, [halves[chosen][1], *responses], pairs, halves[target][1], row.source, scores)
+    return Row(
+        prompt, [halves[chosen][1], *responses], pairs, halves[target][1], row.source, scores
+    )
 
 
 def pair_scores(row: RawRow) -> list[float] | None:
-    """The scores of chosen and rejected, where the row has both, or its `metadata` does (UltraFeedback)."""
+    """The scores of chosen and rejected, where the row has both, or its `metadata` does
+    (UltraFeedback).
+    """
     for fields in (row.fields, row.fields.get("metadata")):
         for names in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
             values = [fields.get(name) for name in names] if isinstance(fields, Mapping) else [None]
@@ -380,7 +475,9 @@ def pair_scores(row: RawRow) -> list[float] | None:
 
 
 def _sft(row: RawRow, prompt: Text, field: str) -> Row | None:
-    """The response is the target; of a dialogue, the last turn that answers and isn't marked as not to be trained."""
+    """The response is the target; of a dialogue, the last turn that answers and isn't marked as not
+    to be trained.
+    """
     target = row.messages(field) if prompt == [] else row.text_or_messages(field)
     if isinstance(prompt, list) or isinstance(target, list) or "system" in row.fields:
         if isinstance(target, list):
@@ -393,7 +490,9 @@ def _sft(row: RawRow, prompt: Text, field: str) -> Row | None:
             if target[last + 1 :]:
                 skipped(BEHIND, len(target[last + 1 :]))
             target = [_less_mark(turn) for turn in target[: last + 1]]
-        prompt, target = _split_turns(row, _as_messages(row, prompt, "user", "prompt"), target, field)
+        prompt, target = _split_turns(
+            row, _as_messages(row, prompt, "user", "prompt"), target, field
+        )
     return Row(prompt, [target], [], target, row.source)
 
 
@@ -405,15 +504,20 @@ def _unmarked(turn: Mapping[str, Any]) -> bool:
 
 
 def _less_mark(turn: Mapping[str, Any]) -> Message:
-    """The turn without the marks that say yes or no; a weight in between is not used, and stays to be named."""
+    """The turn without the marks that say yes or no; a weight in between is not used, and stays to
+    be named.
+    """
     assert isinstance(turn, Message)
     return turn.without(*(mark for mark in MARKS if turn.get(mark) in (0, 1)))
 
 
-def _split_turns(row: RawRow, prompt: Messages, response: Text, field: str) -> tuple[Messages, Messages]:
+def _split_turns(
+    row: RawRow, prompt: Messages, response: Text, field: str
+) -> tuple[Messages, Messages]:
     """(all turns before the last, [the last]), which is an answer.
 
-    `response` may begin with the prompt's own turns, as in UltraFeedback; otherwise it follows them.
+    `response` may begin with the prompt's own turns, as in UltraFeedback; otherwise it follows
+    them.
     """
     turns = _as_messages(row, response, "assistant", field)
     system, before = prompt[: _n_system(prompt)], prompt[_n_system(prompt) :]
@@ -421,15 +525,19 @@ def _split_turns(row: RawRow, prompt: Messages, response: Text, field: str) -> t
     if after[: len(before)] != before:
         if not after or after[0]["role"].lower() in ("user", "human", "system"):
             raise row.error(
-                f"field '{field}' begins with another prompt than the row's", "begin with the assistant's turn"
+                f"field '{field}' begins with another prompt than the row's",
+                "begin with the assistant's turn",
             )
         after = before + after
     if not after or not answers(after[-1]):
         raise row.error(
-            f"field '{field}' has no assistant's turn at its end", f"add the response, or remove the {row.unit}"
+            f"field '{field}' has no assistant's turn at its end",
+            f"add the response, or remove the {row.unit}",
         )
     if len(after) == 1:
-        raise row.error(f"field '{field}' has no user's turn before the response", "add it, or a field 'prompt'")
+        raise row.error(
+            f"field '{field}' has no user's turn before the response", "add it, or a field 'prompt'"
+        )
     return (own_system or system) + after[:-1], after[-1:]
 
 
@@ -441,7 +549,9 @@ def _n_system(turns: Messages) -> int:
 
 
 def form_of(first: RawRow, field_map: Mapping[str, str] | None) -> Form:
-    """The form of a file that begins with this row. Raises UserError for a field_map or fields that fit none."""
+    """The form of a file that begins with this row. Raises UserError for a field_map or fields that
+    fit none.
+    """
     check_field_map(field_map)
     return recognise(_rename(first, field_map or {}))
 
@@ -455,8 +565,8 @@ def read_rows(
 ) -> Iterator[Row]:
     """One Row for each raw row, in order, less those that are skipped.
 
-    A row that can't be used goes to `on_bad`. Without it, the first such row raises UserError once all have been read:
-    it says how many more there are.
+    A row that can't be used goes to `on_bad`. Without it, the first such row raises UserError once
+    all have been read: it says how many more there are.
     """
     roles = ROLES | dict(role_map or {})
     problem: UserError | None = None
@@ -469,7 +579,10 @@ def read_rows(
                 in_messages = isinstance(row.prompt, list)
             if row and in_messages != isinstance(row.prompt, list):
                 before, here = ("messages", "text") if in_messages else ("text", "messages")
-                mixed = f"mixed forms: the file began with {before}, and field 'chosen' or 'prompt' here is {here}"
+                mixed = (
+                    f"mixed forms: the file began with {before}, and field 'chosen' or 'prompt'"
+                    f" here is {here}"
+                )
                 raise raw.error(mixed, "write all rows alike")
         except UserError as error:
             if on_bad:
@@ -488,36 +601,50 @@ def check_field_map(field_map: Mapping[str, str] | None) -> None:
     ours = sorted({field for form_ in FORMS for field in form_.needs}.union(OPTIONAL))
     for name in field_map or {}:
         if name not in ours:
-            raise UserError(f"field_map.{name}: no form has such a field; the fields to map are {', '.join(ours)}")
+            raise UserError(
+                f"field_map.{name}: no form has such a field; the fields to map are"
+                f" {', '.join(ours)}"
+            )
 
 
 def _rename(row: RawRow, field_map: Mapping[str, str]) -> RawRow:
     for ours, theirs in field_map.items():
         if theirs not in row.fields:
             raise row.error(
-                f"no field '{theirs}', which field_map.{ours} names (the row has: {row.names})", "mend field_map"
+                f"no field '{theirs}', which field_map.{ours} names (the row has: {row.names})",
+                "mend field_map",
             )
     if not field_map:
         return row
     kept = {name: value for name, value in row.fields.items() if name not in field_map.values()}
-    return row._replace(fields=kept | {ours: row.fields[theirs] for ours, theirs in field_map.items()})
+    return row._replace(
+        fields=kept | {ours: row.fields[theirs] for ours, theirs in field_map.items()}
+    )
 
 
 def recognise(row: RawRow) -> Form:
-    """The first form whose fields the row has. Raises UserError for unpaired data, and for fields that fit no form."""
+    """The first form whose fields the row has. Raises UserError for unpaired data, and for fields
+    that fit no form.
+    """
     has = row.fields.keys()
     if fits := next((form_ for form_ in FORMS if has >= set(form_.needs)), None):
-        labels = (f for f in ("label", "kto_tag") if f in has and str(row.fields[f]).lower() in ("true", "false"))
+        labels = (
+            f
+            for f in ("label", "kto_tag")
+            if f in has and str(row.fields[f]).lower() in ("true", "false")
+        )
         if (unpaired := next(labels, None)) and fits.sft:
             raise row.error(
-                f"unpaired data (field '{unpaired}' is a boolean)", "pairs are needed: write chosen and rejected"
+                f"unpaired data (field '{unpaired}' is a boolean)",
+                "pairs are needed: write chosen and rejected",
             )
         return fits
     near = max(FORMS, key=lambda form_: (len(has & set(form_.needs)), -len(form_.needs)))
     fix = "add it, or name the file's own fields in field_map"
     if not has & set(near.needs):
         raise row.error(
-            f"no known fields (the row has: {row.names})", "write prompt, chosen and rejected, or use field_map"
+            f"no known fields (the row has: {row.names})",
+            "write prompt, chosen and rejected, or use field_map",
         )
     missing = next(field for field in near.needs if field not in has)
     raise row.error(f"no field '{missing}' for {near.name} (the row has: {row.names})", f"{fix}")
@@ -527,15 +654,20 @@ def _convert(form_: Form, row: RawRow) -> Row | None:
     for field in form_.needs:
         if field not in row.fields:
             raise row.error(
-                f"no field '{field}' (the row has: {row.names}), but the file began as {form_.name}", "add it"
+                f"no field '{field}' (the row has: {row.names}), but the file began as"
+                f" {form_.name}",
+                "add it",
             )
     fields = Fields(without_nulls(row.fields) if row.arrow else row.fields)
     converted = form_.convert(row._replace(fields=fields))
-    return converted and converted._replace(more={**fields.unread(), **(converted.more or {})} or None)
+    return converted and converted._replace(
+        more={**fields.unread(), **(converted.more or {})} or None
+    )
 
 
 def fitting(pairs: bool | None, field_map: Mapping[str, str] | None = None) -> Fits:
-    """Which of a folder's splits serve a loss on pairs, or on single responses: by their form, then by their name.
+    """Which of a folder's splits serve a loss on pairs, or on single responses: by their form, then
+    by their name.
 
     `pairs` None: nobody knows what is needed, so all of them do.
     """
@@ -549,9 +681,15 @@ def fitting(pairs: bool | None, field_map: Mapping[str, str] | None = None) -> F
                 row = first()
                 if row is not None:
                     single[name] = form_of(row, field_map).sft
-        serve = [name for name in single if single[name] != pairs] or ([] if pairs else list(single))
+        serve = [name for name in single if single[name] != pairs] or (
+            [] if pairs else list(single)
+        )
         wanted = PAIR_NAMES if pairs else SFT_NAMES
-        named = [name for name in serve if wanted & set(name.lower().replace("-", "_").replace(".", "_").split("_"))]
+        named = [
+            name
+            for name in serve
+            if wanted & set(name.lower().replace("-", "_").replace(".", "_").split("_"))
+        ]
         return named if len(named) == 1 else serve
 
     return fits
@@ -561,38 +699,63 @@ def fitting(pairs: bool | None, field_map: Mapping[str, str] | None = None) -> F
 
 
 def check_loaded(name: str, loaded: Any) -> Iterator[Row]:
-    """A loader's prompts as Rows. Raises UserError for what breaks the contract, naming loader, prompt and field."""
+    """A loader's prompts as Rows. Raises UserError for what breaks the contract, naming loader,
+    prompt and field.
+    """
     if isinstance(loaded, Mapping):
         entries = ((prompt, entry) for prompt, entry in loaded.items())
     elif isinstance(loaded, Iterable) and not isinstance(loaded, str):
-        entries = ((dict(entry).get("prompt") if isinstance(entry, Mapping) else None, entry) for entry in loaded)
+        entries = (
+            (dict(entry).get("prompt") if isinstance(entry, Mapping) else None, entry)
+            for entry in loaded
+        )
     else:
-        raise UserError(f"get_{name} returned {describe(loaded)}; return {{prompt: {{responses, pairs, sft_target}}}}")
+        raise UserError(
+            f"get_{name} returned {describe(loaded)}; return {{prompt: {{responses, pairs,"
+            " sft_target}}"
+        )
     for n, (prompt, entry) in enumerate(entries, 1):
         row = RawRow(entry, f"get_{name}", n, f"prompt {shorten(prompt)}, number")
         if not isinstance(entry, Mapping):
-            raise row.error(f"it has {describe(entry)}", "return {responses, pairs, sft_target} for it")
+            raise row.error(
+                f"it has {describe(entry)}", "return {responses, pairs, sft_target} for it"
+            )
         row = row._replace(fields={"prompt": prompt, **entry})
         prompt, responses = row.text_or_messages("prompt"), row.value("responses")
         if not isinstance(responses, list):
-            raise row.error(f"field 'responses' is {describe(responses)}, not a list", "return a list of strings")
+            raise row.error(
+                f"field 'responses' is {describe(responses)}, not a list",
+                "return a list of strings",
+            )
         for i, response in enumerate(responses):
             row.check_text(response, f"responses[{i}]")
         target = row.value("sft_target")
         target = None if target is None else row.check_text(target, "sft_target")
         scores = entry.get("scores")
         scores = None if scores is None else check_scores(row, scores, "scores", len(responses))
-        yield Row(prompt, responses, _checked_pairs(row, len(responses)), target, f"{name}:{n}", scores)
+        yield Row(
+            prompt, responses, _checked_pairs(row, len(responses)), target, f"{name}:{n}", scores
+        )
 
 
 def _checked_pairs(row: RawRow, n_responses: int) -> list[tuple[int, int]]:
     pairs = row.value("pairs")
     if not isinstance(pairs, list):
-        raise row.error(f"field 'pairs' is {describe(pairs)}, not a list", "return (preferred, dispreferred) indices")
+        raise row.error(
+            f"field 'pairs' is {describe(pairs)}, not a list",
+            "return (preferred, dispreferred) indices",
+        )
     for i, pair in enumerate(pairs):
-        good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(index, Integral) for index in pair)
+        good = (
+            isinstance(pair, tuple | list)
+            and len(pair) == 2
+            and all(isinstance(index, Integral) for index in pair)
+        )
         if not good or not all(0 <= index < n_responses for index in pair) or pair[0] == pair[1]:
-            problem = f"field 'pairs[{i}]' is {describe(pair)}, not two different indices into {n_responses} responses"
+            problem = (
+                f"field 'pairs[{i}]' is {describe(pair)}, not two different indices into"
+                f" {n_responses} responses"
+            )
             raise row.error(problem, "return (preferred, dispreferred)")
     return [(int(preferred), int(dispreferred)) for preferred, dispreferred in pairs]
 
@@ -603,5 +766,8 @@ def shp_pair(row: RawRow) -> tuple[list[str], list[float], tuple[int, int]]:
     scores = check_scores(row, [row.value("score_A"), row.value("score_B")], "score_A, score_B", 2)
     label = row.value("labels")
     if label not in (0, 1):
-        raise row.error(f"field 'labels' is {describe(label)}, not 1 (A preferred) or 0 (B preferred)", "mend the row")
+        raise row.error(
+            f"field 'labels' is {describe(label)}, not 1 (A preferred) or 0 (B preferred)",
+            "mend the row",
+        )
     return responses, scores, (0, 1) if label == 1 else (1, 0)

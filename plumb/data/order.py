@@ -1,5 +1,6 @@
-"""The order in which a run sees its examples: a function of seed and epoch, with nothing to remember."""
-
+"""The order in which a run sees its examples: a function of seed and epoch, with nothing to
+remember.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +10,46 @@ import numpy as np
 
 
 class Schedule:
-    """Which examples each optimizer step sees: a pure function of (seed, epoch), so nothing has to be remembered.
+    """Which examples each optimizer step sees: a pure function of (seed, epoch), so nothing has to
+    be remembered.
 
-    Every epoch is a fresh permutation drawn from (seed, epoch), or the data's own order with shuffle=False. Each epoch's
-    last batch may be smaller (the 2023 code dropped it). Training ends after n_epochs or n_examples, whichever comes first.
+    Every epoch is a fresh permutation drawn from (seed, epoch), or the data's own order with
+    shuffle=False. Each epoch's last batch may be smaller (the 2023 code dropped it). Training ends
+    after n_epochs or n_examples, whichever comes first.
 
-    >>> [list(map(int, b)) for b in Schedule(5, batch_size=2, n_epochs=1, n_examples=None, shuffle=False, seed=0)]
+    >>> once = dict(n_epochs=1, n_examples=None, shuffle=False, seed=0)
+    >>> [list(map(int, b)) for b in Schedule(5, batch_size=2, **once)]
     [[0, 1], [2, 3], [4]]
-    >>> [len(b) for b in Schedule(5, batch_size=2, n_epochs=None, n_examples=8, shuffle=True, seed=0)]
+    >>> some = dict(n_epochs=None, n_examples=8, shuffle=True, seed=0)
+    >>> [len(b) for b in Schedule(5, batch_size=2, **some)]
     [2, 2, 1, 2, 1]
     """
 
-    def __init__(self, n: int, *, batch_size: int, n_epochs: int | None, n_examples: int | None, shuffle: bool, seed: int):
+    def __init__(
+        self,
+        n: int,
+        *,
+        batch_size: int,
+        n_epochs: int | None,
+        n_examples: int | None,
+        shuffle: bool,
+        seed: int,
+    ):
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
         limits = [n * n_epochs] if n_epochs is not None else []
-        self.n_examples = min([*limits, *([n_examples] if n_examples is not None else [])]) if n else 0
+        self.n_examples = (
+            min([*limits, *([n_examples] if n_examples is not None else [])]) if n else 0
+        )
         self.n_epochs = -(-self.n_examples // n) if n else 0
         self.n_steps = self.n_steps_after(0)
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of the epoch's examples, in the order in which they are seen.  [n]"""
-        return np.random.default_rng((self.seed, epoch)).permutation(self.n) if self.shuffle else np.arange(self.n)
+        return (
+            np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            if self.shuffle
+            else np.arange(self.n)
+        )
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.after(0)
@@ -47,7 +67,8 @@ class Schedule:
         """How many batches `after` gives.
 
         >>> schedule = Schedule(5, batch_size=2, n_epochs=None, n_examples=13, shuffle=True, seed=0)
-        >>> [schedule.n_steps_after(n) == len(list(schedule.after(n))) for n in (0, 2, 4, 5, 9, 10, 12, 13)]
+        >>> seen = 0, 2, 4, 5, 9, 10, 12, 13
+        >>> [schedule.n_steps_after(n) == len(list(schedule.after(n))) for n in seen]
         [True, True, True, True, True, True, True, True]
         """
         if n_seen >= self.n_examples:

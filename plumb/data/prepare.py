@@ -1,6 +1,7 @@
 """Data sets become examples that are checked, counted and described before anything is trained.
 
-Each case that may damage a run in silence (see CASES) is counted and has a rule in `data_rules`: keep, drop, or stop.
+Each case that may damage a run in silence (see CASES) is counted and has a rule in `data_rules`:
+keep, drop, or stop.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from plumb.data import (
     deepspeed_chat,  # noqa: F401  registers its sets
     splits,
 )
-from plumb.data.examples import Examples, cases, concatenate, contradicted, seen_before, slices, view
+from plumb.data.examples import (
+    Examples,
+    cases,
+    concatenate,
+    contradicted,
+    seen_before,
+    slices,
+    view,
+)
 from plumb.data.files import digest
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, made_of, resolve
@@ -46,66 +55,113 @@ class Part(NamedTuple):
 def load_examples(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool, keep: bool = True
 ) -> tuple[Examples, Examples]:
-    """The training and the evaluation examples of `config.datasets` (and `eval_datasets`), after the data rules.
+    """The training and the evaluation examples of `config.datasets` (and `eval_datasets`), after
+    the data rules.
 
-    Training examples stand in the order of the data sets; evaluation is the first n_eval_examples of a seeded permutation
-    (of the data's own order with shuffle=false), each once. Prints one table per data set and the first example.
-    `keep` false: tokens that are not in the cache are made for this process only.
+    Training examples stand in the order of the data sets; evaluation is the first n_eval_examples
+    of a seeded permutation (of the data's own order with shuffle=false), each once. Prints one
+    table per data set and the first example. `keep` false: tokens that are not in the cache are
+    made for this process only.
     """
-    rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
+    rules = TextRules(
+        config.max_length,
+        config.max_prompt_length,
+        config.response_truncation,
+        config.add_bos,
+        config.eos_in_text,
+    )
     own_eval = config.eval_datasets is not None  # then a file is all training or all evaluation
-    shares = {"train": 0.0, "test": 1.0} if own_eval else dict.fromkeys(("train", "test"), config.eval_share)
+    shares = (
+        {"train": 0.0, "test": 1.0}
+        if own_eval
+        else dict.fromkeys(("train", "test"), config.eval_share)
+    )
     wanted = [("train", name) for name in dict.fromkeys(map(resolve, config.datasets))]
-    wanted += [("test", name) for name in dict.fromkeys(map(resolve, config.eval_datasets if own_eval else config.datasets))]
+    wanted += [
+        ("test", name)
+        for name in dict.fromkeys(
+            map(resolve, config.eval_datasets if own_eval else config.datasets)
+        )
+    ]
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
-    for (split, name), store in zip(wanted, token_stores(config, tokenizer, rules, wanted, shares, pairs, keep), strict=True):
+    for (split, name), store in zip(
+        wanted, token_stores(config, tokenizer, rules, wanted, shares, pairs, keep), strict=True
+    ):
         if split == "train" or own_eval:
             rank0_print(store.form)
         examples = view(store, pairs, rules, config.truncation_mode or store.truncation, bos)
         if store.first_bad and not examples and split == "train":
             raise UserError(f"datasets: no row of {name} can be used; the first: {store.first_bad}")
         if store.n_rows and not examples and (split == "train" or own_eval):
-            missing = "preference pairs (chosen and rejected), which this loss needs" if pairs else "SFT targets"
+            missing = (
+                "preference pairs (chosen and rejected), which this loss needs"
+                if pairs
+                else "SFT targets"
+            )
             raise UserError(f"datasets: {name} holds no {missing}; its form: {store.form}")
         examples, n_prompts = _of_stage(examples, name, split, config)
         parts[split][name] = Part(examples, store.skipped, Counter(), n_prompts, store)
 
     train, test = parts["train"], parts["test"]
     none = np.empty(0, np.uint64)
-    held_out = np.unique(np.concatenate([none, *(part.examples.digest(0) for part in test.values())]))
+    held_out = np.unique(
+        np.concatenate([none, *(part.examples.digest(0) for part in test.values())])
+    )
     held_out = held_out[held_out != digest("")]  # no prompt at all is none that could leak
     for name in dict.fromkeys([*train, *test]):
         for some, leaks in ((train, held_out), (test, none)):
             if name in some:
                 some[name] = apply_rules(some[name], leaks, config.data_rules, name)
         stage = f"data_split={config.data_split} stage={config.stage}"
-        rank0_print(describe(name, train.get(name), test.get(name), config.data_rules, config.eos_in_text, stage))
+        rank0_print(
+            describe(
+                name, train.get(name), test.get(name), config.data_rules, config.eos_in_text, stage
+            )
+        )
     examples = concatenate([part.examples for part in train.values()])
     if not examples:
-        raise UserError(f"datasets={list(config.datasets)}: no training example is left; see eval_share and data_rules")
+        raise UserError(
+            f"datasets={list(config.datasets)}: no training example is left; see eval_share and"
+            " data_rules"
+        )
     rank0_print(show_example(examples[0], tokenizer))
     return examples, _first(concatenate([part.examples for part in test.values()]), config)
 
 
-def _of_stage(examples: Examples, name: str, split: str, config: DictConfig) -> tuple[Examples, int | None]:
-    """The stage's share, and the prompts of all stages; all, and None, where data_split doesn't speak of this set."""
+def _of_stage(
+    examples: Examples, name: str, split: str, config: DictConfig
+) -> tuple[Examples, int | None]:
+    """The stage's share, and the prompts of all stages; all, and None, where data_split doesn't
+    speak of this set.
+    """
     shares = splits.weights_of(config.data_split, name)
     if shares is None:
         return examples, None
     try:
         return splits.cut(examples, shares, config.stage, config.split_seed)
     except ValueError as n:
-        raise UserError(f"data_split={config.data_split}: {name} ({split}) has fewer prompts ({n}) than there are stages; give "
-                        "it more (see eval_share and eval_datasets), or data_split=null") from None  # fmt: skip
+        raise UserError(
+            f"data_split={config.data_split}: {name} ({split}) has fewer prompts ({n}) than there"
+            " are stages; give it more (see eval_share and eval_datasets), or data_split=null"
+        ) from None
 
 
 def token_stores(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, rules: TextRules, wanted: list[tuple[str, str]],
-    shares: dict[str, float], pairs: bool, keep: bool,
-) -> list[TokenStore]:  # fmt: skip
-    """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank maps the same files."""
-    template = template_text(config.chat_template, f"chat_template={config.chat_template}", tokenizer)
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules,
+    wanted: list[tuple[str, str]],
+    shares: dict[str, float],
+    pairs: bool,
+    keep: bool,
+) -> list[TokenStore]:
+    """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank
+    maps the same files.
+    """
+    template = template_text(
+        config.chat_template, f"chat_template={config.chat_template}", tokenizer
+    )
     local_dir = get_local_dir(config.local_dirs)
     bad_row = config.data_rules["bad_row"]
     reading = Reading(plain(config.role_map), plain(config.split_names), bad_row, pairs)
@@ -136,8 +192,10 @@ def token_stores(
     try:
         stores = [TokenStore(Path(folder)) for folder, _ in made]
     except ValueError as problem:
-        raise UserError(f"local_dirs={list(config.local_dirs)}: rank {rank()} cannot read the token cache that rank 0 made "
-                        f"({problem}); name a folder that all processes share") from None  # fmt: skip
+        raise UserError(
+            f"local_dirs={list(config.local_dirs)}: rank {rank()} cannot read the token cache that"
+            f" rank 0 made ({problem}); name a folder that all processes share"
+        ) from None
     collectives.meet()  # what is mapped stays readable when its files are gone
     for folder, kept in made:
         if not kept and rank() == 0:
@@ -146,28 +204,48 @@ def token_stores(
 
 
 def _first(examples: Examples, config: DictConfig) -> Examples:
-    """The n_eval_examples of an evaluation, or all when fewer exist (2023 repeated rows, or never returned)."""
+    """The n_eval_examples of an evaluation, or all when fewer exist (2023 repeated rows, or never
+    returned).
+    """
     n = config.n_eval_examples
     if n is not None and n > len(examples):
-        what = f"only {len(examples)} exist; each is used once" if examples else "none exist; nothing will be evaluated"
+        what = (
+            f"only {len(examples)} exist; each is used once"
+            if examples
+            else "none exist; nothing will be evaluated"
+        )
         rank0_print(f"n_eval_examples={n}: {what} (see eval_share and eval_datasets)")
-    schedule = Schedule(len(examples), batch_size=1, n_epochs=1, n_examples=n, shuffle=config.shuffle, seed=config.seed)
+    schedule = Schedule(
+        len(examples),
+        batch_size=1,
+        n_epochs=1,
+        n_examples=n,
+        shuffle=config.shuffle,
+        seed=config.seed,
+    )
     return examples.select(schedule.order(0)[: schedule.n_examples])
 
 
 def check_margins(*splits: Examples) -> None:
-    """Raise UserError when an example has no scores, for a loss that compares with the data's own."""
+    """Raise UserError when an example has no scores, for a loss that compares with the data's
+    own.
+    """
     for examples in splits:
         unknown = np.flatnonzero(np.isnan(examples.margins()))
         if len(unknown):
-            raise UserError(f"{examples[int(unknown[0])].source}: no scores of its two responses, and loss.margin above 0 wants "
-                            "them; add score_chosen and score_rejected, or set loss.margin=0")  # fmt: skip
+            raise UserError(
+                f"{examples[int(unknown[0])].source}: no scores of its two responses, and"
+                " loss.margin above 0 wants them; add score_chosen and score_rejected, or set"
+                " loss.margin=0"
+            )
 
 
 def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name: str) -> Part:
-    """Keep, drop, or stop on the examples of each case; the cases are counted before anything is dropped.
+    """Keep, drop, or stop on the examples of each case; the cases are counted before anything is
+    dropped.
 
-    `held_out`: digests of the eval split's prompts, in order. Raises UserError with the first example for which a rule says stop.
+    `held_out`: digests of the eval split's prompts, in order. Raises UserError with the first
+    example for which a rule says stop.
     """
     examples = part.examples
     whole = {"duplicate": seen_before(examples), "contradictory": contradicted(examples)}
@@ -178,17 +256,26 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
         found = cases(some) | {case: is_case[here] for case, is_case in whole.items()}
         found["prompt_in_eval"] = _is_in(some.digest(0), held_out)
         counts += Counter({case: int(is_case.sum()) for case, is_case in found.items()})
-        stops = [(int(is_case.argmax()), case) for case, is_case in found.items() if rules[case] == "stop" and is_case.any()]
+        stops = [
+            (int(is_case.argmax()), case)
+            for case, is_case in found.items()
+            if rules[case] == "stop" and is_case.any()
+        ]
         if stops:
             i, case = min(stops)
-            raise UserError(f"{some[i].source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; mend the row, "
-                            f"or set data_rules.{case}=drop or keep")  # fmt: skip
+            raise UserError(
+                f"{some[i].source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; mend the"
+                f" row, or set data_rules.{case}=drop or keep"
+            )
         for case, is_case in found.items():
             if rules[case] == "drop":
                 keep[here] &= ~is_case
     if len(examples) and not keep.any():
         why = f"; {unused}" if (unused := unused_of([part])) else ""
-        raise UserError(f"datasets: data_rules leave no example of {name}: {dict(counts)} of {len(examples)}{why}")
+        raise UserError(
+            f"datasets: data_rules leave no example of {name}: {dict(counts)} of"
+            f" {len(examples)}{why}"
+        )
     return part._replace(examples=examples if keep.all() else examples.select(keep), cases=counts)
 
 
@@ -199,8 +286,17 @@ def _is_in(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
 
 
-def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[str, str], eos: str, stage: str = "") -> str:
-    """The table that is printed once per data set before training: what is used, and how many are of each case."""
+def describe(
+    name: str,
+    train: Part | None,
+    test: Part | None,
+    rules: Mapping[str, str],
+    eos: str,
+    stage: str = "",
+) -> str:
+    """The table that is printed once per data set before training: what is used, and how many are
+    of each case.
+    """
     columns = [(title, part) for title, part in (("train", train), ("eval", test)) if part]
     parts = [part for _, part in columns]
     examples = [part.examples for part in parts]
@@ -221,11 +317,21 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
     stores = [part.store for part in parts if part.store]
     taken = [store.taken for store in stores]
     if any(taken):
-        rows.append(("split", *(name.partition(" ")[0] for name in taken), taken[0].partition(" ")[2]))
+        rows.append(
+            ("split", *(name.partition(" ")[0] for name in taken), taken[0].partition(" ")[2])
+        )
     for case, rule in rules.items():
         note = " (EOS lost)" if case == "response_truncated" else ""
-        kept = {"strip": "kept, less the EOS", "keep": "kept"}[eos] if case == "eos_in_text" else "kept"
-        add(f"  {case.replace('_', ' ')}{note}", (part.cases[case] for part in parts), kept if rule == "keep" else "dropped")
+        kept = (
+            {"strip": "kept, less the EOS", "keep": "kept"}[eos]
+            if case == "eos_in_text"
+            else "kept"
+        )
+        add(
+            f"  {case.replace('_', ' ')}{note}",
+            (part.cases[case] for part in parts),
+            kept if rule == "keep" else "dropped",
+        )
     for reason in sorted({reason for part in parts for reason in part.skipped}):
         add(f"  {reason}", (part.skipped.get(reason, 0) for part in parts), "not loaded")
     for change in sorted({change for store in stores for change in store.altered}):
@@ -233,27 +339,46 @@ def describe(name: str, train: Part | None, test: Part | None, rules: Mapping[st
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left, *right = widths[:-1]
     lines = [
-        "  ".join([f"{label:<{left}}", *(f"{x:>{w}}" for x, w in zip(numbers, right, strict=True)), rule]).rstrip()
+        "  ".join(
+            [f"{label:<{left}}", *(f"{x:>{w}}" for x, w in zip(numbers, right, strict=True)), rule]
+        ).rstrip()
         for label, *numbers, rule in rows
     ]
-    first_bad = next((f"the first bad row: {store.first_bad}" for store in stores if store.first_bad), "")
+    first_bad = next(
+        (f"the first bad row: {store.first_bad}" for store in stores if store.first_bad), ""
+    )
     return "\n".join([*lines, *(f"  {note}" for note in (first_bad, unused_of(parts)) if note)])
 
 
 def unused_of(parts: Iterable[Part]) -> str:
-    """The fields of the rows, and of their messages, that are not part of any text; "" where there are none."""
-    names = sorted({name or "(a column without a name)" for p in parts if p.store for name in p.store.unused})
-    return f"fields that neither the form nor the chat template reads: {', '.join(names)}" if names else ""
+    """The fields of the rows, and of their messages, that are not part of any text; "" where there
+    are none.
+    """
+    names = sorted(
+        {name or "(a column without a name)" for p in parts if p.store for name in p.store.unused}
+    )
+    return (
+        f"fields that neither the form nor the chat template reads: {', '.join(names)}"
+        if names
+        else ""
+    )
 
 
 def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The example as the model sees it: what its ids decode to, in their place, special tokens included.
+    """The example as the model sees it: what its ids decode to, in their place, special tokens
+    included.
 
     What is trained stands in green on a terminal, between [[ and ]] elsewhere.
     """
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    lines = [f"first example ({example.source}), {len(example.prompt)} prompt tokens; trained: {on}marked{off}"]
-    prompt, responses = example.prompt.tolist(), [response.tolist() for response in example.responses]
+    lines = [
+        f"first example ({example.source}), {len(example.prompt)} prompt tokens; trained:"
+        f" {on}marked{off}"
+    ]
+    prompt, responses = (
+        example.prompt.tolist(),
+        [response.tolist() for response in example.responses],
+    )
     lines.append("  " + decode([prompt], tokenizer)[0].replace("\n", "\n  "))
     names = ("chosen", "rejected") if len(responses) > 1 else ("target",)
     texts = continued(prompt, responses, tokenizer)

@@ -1,4 +1,6 @@
-"""Prompts to sample from: a file, the split of a data set, or the built-in ones; and a prompt as the tokens that are read."""
+"""Prompts to sample from: a file, the split of a data set, or the built-in ones; and a prompt as
+the tokens that are read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from plumb.data.token_text import encode_prompt
 from plumb.data.tokenization import automatic_bos, render
 from plumb.errors import UserError
 
-# A company, something for a child, a poem, a fact, how a thing works, and why: short, harmless, with answers one can judge.
+# A company, something for a child, a poem, a fact, how a thing works, and why: short, harmless,
+# with answers one can judge.
 BUILT_IN = {
     "english": (
         "Describe what IKEA does in three sentences.",
@@ -54,7 +57,9 @@ class Prompt(NamedTuple):
 
 
 def built_in(language: str) -> list[Prompt]:
-    return [Prompt(user_turn(text), f"{language}:{i}") for i, text in enumerate(BUILT_IN[language], 1)]
+    return [
+        Prompt(user_turn(text), f"{language}:{i}") for i, text in enumerate(BUILT_IN[language], 1)
+    ]
 
 
 def user_turn(text: str) -> list[dict[str, str]]:
@@ -62,31 +67,45 @@ def user_turn(text: str) -> list[dict[str, str]]:
 
 
 def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
-    """Of a .jsonl, .json, .csv or .parquet file. Messages must end with the user's. A string is a user's turn, unless it is `raw`
-    or ends with "Assistant:", as a prompt does that was rendered before. Raises UserError that names file, line and field."""
+    """Of a .jsonl, .json, .csv or .parquet file. Messages must end with the user's. A string is a
+    user's turn, unless it is `raw` or ends with "Assistant:", as a prompt does that was rendered
+    before. Raises UserError that names file, line and field.
+    """
     if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file; give a .jsonl, .json, .csv or .parquet file")
+        raise UserError(
+            f"--prompts {path}: no such file; give a .jsonl, .json, .csv or .parquet file"
+        )
     for row in read_file(path):
         if field not in row.fields:
-            raise row.error(f"no field '{field}' (the row has: {row.names})", "name the one with the prompts by --field")
+            raise row.error(
+                f"no field '{field}' (the row has: {row.names})",
+                "name the one with the prompts by --field",
+            )
         text = row.text_or_messages(field)
         if not (text.strip() if isinstance(text, str) else text[-1]["content"].strip()):
             raise row.error(f"field '{field}' is empty", "write a prompt")
         if isinstance(text, list) and text[-1]["role"] != "user":
-            raise row.error(f"the last message of field '{field}' is the {text[-1]['role']}'s", "end with the user's")
+            raise row.error(
+                f"the last message of field '{field}' is the {text[-1]['role']}'s",
+                "end with the user's",
+            )
         rendered = isinstance(text, list) or raw or text.endswith("Assistant:")
         more = {name: value for name, value in row.fields.items() if name != field}
         yield Prompt(text if rendered else user_turn(str(text)), row.source, more or None)
 
 
-def of_dataset(name: str, split: str, path: str | None, eval_share: float, cache_dir: str) -> Iterator[Prompt]:
+def of_dataset(
+    name: str, split: str, path: str | None, eval_share: float, cache_dir: str
+) -> Iterator[Prompt]:
     """As a run trains on them: strings as they stand, or messages."""
     for row in get_dataset(name, split, path=path, eval_share=eval_share, cache_dir=cache_dir).rows:
         yield Prompt(row.prompt, row.source, row.more)
 
 
 def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]:
-    """Each text once; `n` of them, drawn with `seed`, in their own order. None: all. UserError where there are none."""
+    """Each text once; `n` of them, drawn with `seed`, in their own order. None: all. UserError
+    where there are none.
+    """
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(json.dumps(prompt.text, default=str), prompt)
@@ -95,12 +114,17 @@ def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]
         raise UserError("there are no prompts; see --eval-share, --split and --prompts")
     if n is None or n >= len(unique):
         return unique
-    return [unique[i] for i in sorted(np.random.default_rng(seed).choice(len(unique), n, replace=False))]
+    return [
+        unique[i] for i in sorted(np.random.default_rng(seed).choice(len(unique), n, replace=False))
+    ]
 
 
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, add_bos: bool, longest: int) -> tuple[np.ndarray, bool]:
-    """A rendered prompt as a run trains on it: `longest` tokens at most, of which the end is kept, behind BOS where the tokenizer
-    puts one. -> (ids [P], was it cut)"""
+def token_ids(
+    text: str, tokenizer: PreTrainedTokenizerBase, add_bos: bool, longest: int
+) -> tuple[np.ndarray, bool]:
+    """A rendered prompt as a run trains on it: `longest` tokens at most, of which the end is kept,
+    behind BOS where the tokenizer puts one. -> (ids [P], was it cut)
+    """
     bos = [b for b in [automatic_bos(tokenizer)] if b is not None and add_bos]
     ids = encode_prompt(text, tokenizer, bos[0] if bos else None)
     room = longest - len(bos)

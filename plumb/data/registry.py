@@ -1,10 +1,11 @@
-"""Registered data sets (`@dataset`), and the rows of a set: from the hub, from a local copy, or from a user's own files.
+"""Registered data sets (`@dataset`), and the rows of a set: from the hub, from a local copy, or
+from a user's own files.
 
-A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`, the contract of the 2023
-repository, so that its users' own functions work with the decorator alone. `get_dataset` gives the rest of the code its
-`Row`s, one at a time, from a registered name or from a path to files in a form of formats.py. No torch, no tokenizer.
+A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`,
+the contract of the 2023 repository, so that its users' own functions work with the decorator alone.
+`get_dataset` gives the rest of the code its `Row`s, one at a time, from a registered name or from a
+path to files in a form of formats.py. No torch, no tokenizer.
 """
-
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ from plumb.errors import UserError
 
 
 class Prompt(TypedDict):
-    """What a loader returns for each prompt text: the 2023 contract, and the scores where there are any."""
+    """What a loader returns for each prompt text: the 2023 contract, and the scores where there are
+    any.
+    """
 
     responses: list[str]  # each starting with its own leading space
     pairs: list[tuple[int, int]]  # (preferred, dispreferred) indices into responses
@@ -48,16 +51,22 @@ class Hub(NamedTuple):
 
     name: str | None  # None: it isn't on the hub, and `dataset_paths` must say where it is
     data_dir: str | None = None  # the part of it that is read
-    test_share: float | None = None  # its own rule, for a set that is published with a train split only
+    test_share: float | None = (
+        None  # its own rule, for a set that is published with a train split only
+    )
     test_split: str = "test"  # how the hub calls what is held out
     config: str | None = None
 
 
 class Reading(NamedTuple):
-    """How own files are read; each field is the knob of that name in config.yaml, or what the loss needs."""
+    """How own files are read; each field is the knob of that name in config.yaml, or what the loss
+    needs.
+    """
 
     role_map: Mapping[str, str] | None = None  # the file's name of a role -> the chat template's
-    split_names: Mapping[str, str] | None = None  # "train" or "test" -> which split of a folder with several of a kind
+    split_names: Mapping[str, str] | None = (
+        None  # "train" or "test" -> which split of a folder with several of a kind
+    )
     bad_row: str = "stop"  # "stop" | "drop": what a row that cannot be used does
     pairs: bool | None = None  # pairs are needed, or single responses; None: either
 
@@ -83,8 +92,12 @@ class DataSet:
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> count
     form: str = ""  # one line: what was read and how it was understood
     taken: str = ""  # which split of a folder with several, and which others there are
-    unused: Counter[str] = field(default_factory=Counter)  # field that nothing reads -> rows that have it
-    altered: Counter[str] = field(default_factory=Counter)  # what the chat template leaves out -> count
+    unused: Counter[str] = field(
+        default_factory=Counter
+    )  # field that nothing reads -> rows that have it
+    altered: Counter[str] = field(
+        default_factory=Counter
+    )  # what the chat template leaves out -> count
     first_bad: str = ""  # the error of the first row that was dropped for it
 
     def refuse(self, error: UserError) -> None:
@@ -102,7 +115,9 @@ class Loader(NamedTuple):
     load: Callable[..., Any]
     truncation: str
     hub: Hub | None
-    fields: frozenset[str]  # raw fields by which a file given by its path is known to be of this schema
+    fields: frozenset[
+        str
+    ]  # raw fields by which a file given by its path is known to be of this schema
     pairs: bool  # False: it has SFT targets only
 
 
@@ -112,23 +127,36 @@ _drawn: ContextVar[DataSet] = ContextVar("drawn", default=DataSet("<name>", 0.0,
 
 
 def dataset(
-    truncation: str = "keep_start", hub: str | Hub | None = None, fields: Iterable[str] = (), pairs: bool = True
+    truncation: str = "keep_start",
+    hub: str | Hub | None = None,
+    fields: Iterable[str] = (),
+    pairs: bool = True,
 ) -> Callable:
     """Register `get_xyz(split, silent=False, cache_dir=None[, path=None])` as "xyz".
 
-    It returns `{prompt: Prompt}`, or the rows (prompt, responses, pairs, sft_target) as a list, a `datasets.Dataset` or a
-    generator; it may call `skipped(reason)` for what it leaves out. With `path`, it reads a local copy of its set. What
-    reads nothing but its `hub` set, or `path`, is tokenized once for all runs. The 2023 rule for `truncation`: HH's
-    dialogues keep the end of a long prompt, all others the start.
+    It returns `{prompt: Prompt}`, or the rows (prompt, responses, pairs, sft_target) as a list, a
+    `datasets.Dataset` or a generator; it may call `skipped(reason)` for what it leaves out. With
+    `path`, it reads a local copy of its set. What reads nothing but its `hub` set, or `path`, is
+    tokenized once for all runs. The 2023 rule for `truncation`: HH's dialogues keep the end of a
+    long prompt, all others the start.
     """
     if truncation not in ("keep_end", "keep_start"):
         raise UserError(f"@dataset(truncation={truncation!r}): write 'keep_end' or 'keep_start'")
 
     def register(load: Callable) -> Callable:
         if not load.__name__.startswith("get_"):
-            raise UserError(f"@dataset: the function {load.__name__} must be called get_<name of the data set>")
+            raise UserError(
+                f"@dataset: the function {load.__name__} must be called get_<name of the data set>"
+            )
         name = load.__name__.removeprefix("get_")
-        LOADERS[name] = Loader(name, load, truncation, Hub(hub) if isinstance(hub, str) else hub, frozenset(fields), pairs)
+        LOADERS[name] = Loader(
+            name,
+            load,
+            truncation,
+            Hub(hub) if isinstance(hub, str) else hub,
+            frozenset(fields),
+            pairs,
+        )
         return load
 
     return register
@@ -139,12 +167,18 @@ def dataset_names() -> list[str]:
 
 
 def resolve(name: str) -> str:
-    """The registered name of a set that is given by its name on the hub, unless there is such a path; else `name` itself."""
+    """The registered name of a set that is given by its name on the hub, unless there is such a
+    path; else `name` itself.
+    """
     if name in LOADERS or "/" not in name or Path(name).expanduser().exists():
         return name
-    same = sorted(loader.name for loader in LOADERS.values() if loader.hub and loader.hub.name == name)
+    same = sorted(
+        loader.name for loader in LOADERS.values() if loader.hub and loader.hub.name == name
+    )
     if len(same) > 1:
-        raise UserError(f"{name}: {' and '.join(same)} read it, each in its own way; give one of these names")
+        raise UserError(
+            f"{name}: {' and '.join(same)} read it, each in its own way; give one of these names"
+        )
     return same[0] if same else name
 
 
@@ -152,19 +186,27 @@ def resolve(name: str) -> str:
 
 
 def load_rows(
-    hub: Hub, split: str, prompt_of: Callable[[RawRow], str], *, path: str | None, cache_dir: str | None, silent: bool
+    hub: Hub,
+    split: str,
+    prompt_of: Callable[[RawRow], str],
+    *,
+    path: str | None,
+    cache_dir: str | None,
+    silent: bool,
 ) -> Iterator[RawRow]:
     """The raw rows of the split: of the local copy at `path`, or of the hub's set when it's None.
 
-    Where there are no files of both splits, `eval_share` of the unique prompts is the test split, or `hub.test_share`.
-    Raises UserError when the hub can't be reached or refuses.
+    Where there are no files of both splits, `eval_share` of the unique prompts is the test split,
+    or `hub.test_share`. Raises UserError when the hub can't be reached or refuses.
     """
     source = _source(hub, split, path, cache_dir, silent)
     data = _drawn.get()
     share = data.eval_share if hub.test_share is None else hub.test_share
     if not source.whole:
         return source.rows()
-    mine = source.held_out(lambda: map(prompt_of, source.rows()), prompt_of, share) == (split == "test")
+    mine = source.held_out(lambda: map(prompt_of, source.rows()), prompt_of, share) == (
+        split == "test"
+    )
     data.n_rows = int(mine.sum())
     return (row for row, kept in zip(source.rows(), mine, strict=True) if kept)
 
@@ -186,16 +228,26 @@ def _source(hub: Hub, split: str, path: str | None, cache_dir: str | None, silen
         datasets.disable_progress_bars()
     train_only = hub.test_share is not None
     there = "train" if train_only else hub.test_split if split == "test" else split
-    options = {"split": there, "cache_dir": cache_dir, "data_dir": hub.data_dir} | ({"name": hub.config} if hub.config else {})
+    options = {"split": there, "cache_dir": cache_dir, "data_dir": hub.data_dir} | (
+        {"name": hub.config} if hub.config else {}
+    )
     key = (hub.name, *options.values())
     try:
-        rows = _hub_sets[key] = _hub_sets[key] if key in _hub_sets else datasets.load_dataset(hub.name, **options)
-    except Exception as error:  # no network, a gated set, a full disk: each library below has its own kinds
+        rows = _hub_sets[key] = (
+            _hub_sets[key] if key in _hub_sets else datasets.load_dataset(hub.name, **options)
+        )
+    except (
+        Exception
+    ) as error:  # no network, a gated set, a full disk: each library below has its own kinds
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
         fix = f"set dataset_paths.{name}=/path/to/local/copy, or check network and `hf auth login`"
-        raise UserError(f"can't load {hub.name} (split {split}) from the hub ({problem}); {fix}") from error
+        raise UserError(
+            f"can't load {hub.name} (split {split}) from the hub ({problem}); {fix}"
+        ) from error
     fingerprint = getattr(rows, "_fingerprint", None)
-    return Source(lambda: number(rows, str(hub.name)), train_only, fingerprint and (hub.name, fingerprint))
+    return Source(
+        lambda: number(rows, str(hub.name)), train_only, fingerprint and (hub.name, fingerprint)
+    )
 
 
 # ---- what the rest of the code calls ----
@@ -212,25 +264,31 @@ def get_dataset(
     reading: Reading = READING,
     eval_share: float,
 ) -> DataSet:
-    """The split of a registered data set (`path`: its local copy), or of the user's own file or folder `name`.
+    """The split of a registered data set (`path`: its local copy), or of the user's own file or
+    folder `name`.
 
-    `field_map` (our name of a field -> the file's) and `reading` are for own files. `eval_share` is the test split's
-    share of the prompts, where the files don't have one. Raises UserError for unknown names and whatever the loaders and
-    files get wrong.
+    `field_map` (our name of a field -> the file's) and `reading` are for own files. `eval_share` is
+    the test split's share of the prompts, where the files don't have one. Raises UserError for
+    unknown names and whatever the loaders and files get wrong.
     """
     if not 0 <= eval_share <= 1:
-        raise UserError(f"eval_share={eval_share}: the share of prompts held out for evaluation lies in [0, 1]")
+        raise UserError(
+            f"eval_share={eval_share}: the share of prompts held out for evaluation lies in [0, 1]"
+        )
     name = resolve(name)
     data = DataSet(name, eval_share, iter(()), reading=reading)
     if name in LOADERS:
         if field_map:
-            raise UserError(f"field_map={dict(field_map)}: {name} has its own schema; use it with own files")
+            raise UserError(
+                f"field_map={dict(field_map)}: {name} has its own schema; use it with own files"
+            )
         rows = _registered(data, LOADERS[name], split, silent, cache_dir, path)
     elif "/" in name or name.lower().endswith(SUFFIXES):
         rows = _own_files(data, split, silent, field_map)
     else:
         raise _unknown(name)
-    # A generator sees the context of whoever draws from it: each row is drawn in one where this data set counts.
+    # A generator sees the context of whoever draws from it: each row is drawn in one where this
+    # data set counts.
     context = copy_context()
     context.run(_drawn.set, data)
     context.run(counted.set, data.skipped)
@@ -241,40 +299,63 @@ def get_dataset(
 def made_of(
     name: str, split: str, cache_dir: str | None, path: str | None, choice: Choice | None = None
 ) -> tuple[tuple, list[Path]] | None:
-    """What decides about the rows of a data set: the version of what is read, and the files whose code reads it.
+    """What decides about the rows of a data set: the version of what is read, and the files whose
+    code reads it.
 
-    None where that can't be known: a user's loader that declares no hub and is given no path may read anything.
+    None where that can't be known: a user's loader that declares no hub and is given no path may
+    read anything.
     """
     version: tuple | None = None
     name = resolve(name)
     if name not in LOADERS:
         version = open_source(name, split, choice=choice).version
-        functions = [form_.convert for form_ in FORMS] + [loader.load for loader in LOADERS.values() if loader.fields]
+        functions = [form_.convert for form_ in FORMS] + [
+            loader.load for loader in LOADERS.values() if loader.fields
+        ]
     else:
         functions, hub = [LOADERS[name].load], LOADERS[name].hub
         if hub:
-            with suppress(UserError):  # which the loader is about to meet, unless it finds another way to the set
+            with suppress(
+                UserError
+            ):  # which the loader is about to meet, unless it finds another way to the set
                 version = _source(hub, split, path, cache_dir, silent=False).version
         elif path:
             folder = Path(path).expanduser()
-            version = files_version([folder] if folder.is_file() else sorted(filter(Path.is_file, folder.rglob("*"))))
+            version = files_version(
+                [folder] if folder.is_file() else sorted(filter(Path.is_file, folder.rglob("*")))
+            )
     code = {str(inspect.getsourcefile(inspect.unwrap(function))) for function in functions}
-    return (version, sorted(map(Path, code))) if version and all(Path(file).is_file() for file in code) else None
+    return (
+        (version, sorted(map(Path, code)))
+        if version and all(Path(file).is_file() for file in code)
+        else None
+    )
 
 
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, LOADERS, n=1)
-    known = "".join(f"did you mean '{one}'? " for one in near) + f"known are {', '.join(dataset_names())}"
-    return UserError(f"unknown data set '{name}'; {known}; a file or folder is given by its path, such as ./{name}.jsonl")
+    known = (
+        "".join(f"did you mean '{one}'? " for one in near)
+        + f"known are {', '.join(dataset_names())}"
+    )
+    return UserError(
+        f"unknown data set '{name}'; {known}; a file or folder is given by its path, such as"
+        f" ./{name}.jsonl"
+    )
 
 
-def _registered(data: DataSet, loader: Loader, split: str, silent, cache_dir, path) -> Iterator[Row]:
+def _registered(
+    data: DataSet, loader: Loader, split: str, silent, cache_dir, path
+) -> Iterator[Row]:
     takes = inspect.signature(loader.load).parameters
     options = {"silent": silent, "cache_dir": cache_dir, "path": path}
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         options = {option: value for option, value in options.items() if option in takes}
     if path is not None and "path" not in options:
-        raise UserError(f"dataset_paths.{loader.name}={path}: get_{loader.name} takes no 'path'; add the parameter, or unset it")
+        raise UserError(
+            f"dataset_paths.{loader.name}={path}: get_{loader.name} takes no 'path'; add the"
+            " parameter, or unset it"
+        )
     loaded = loader.load(split, **options)
     if hasattr(loaded, "__len__"):
         data.n_rows = len(loaded)
@@ -284,7 +365,9 @@ def _registered(data: DataSet, loader: Loader, split: str, silent, cache_dir, pa
         yield row
     origin = path or (loader.hub.name if loader.hub else f"get_{loader.name}")
     data.truncation = loader.truncation
-    data.form = f"{loader.name}: {n_prompts:,} prompts with {n_pairs:,} pairs from {origin} ({split})"
+    data.form = (
+        f"{loader.name}: {n_prompts:,} prompts with {n_pairs:,} pairs from {origin} ({split})"
+    )
 
 
 def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
@@ -294,9 +377,20 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
     data.taken = source.taken
     first = next(source.rows(), None)
     if first is None:
-        why = f"no row can be used; the first: {data.first_bad}" if data.first_bad else "it needs at least one row"
+        why = (
+            f"no row can be used; the first: {data.first_bad}"
+            if data.first_bad
+            else "it needs at least one row"
+        )
         raise UserError(f"{data.name}: the data set is empty; {why}")
-    schema = next((known for known in LOADERS.values() if known.fields and known.fields <= first.fields.keys()), None)
+    schema = next(
+        (
+            known
+            for known in LOADERS.values()
+            if known.fields and known.fields <= first.fields.keys()
+        ),
+        None,
+    )
     if schema and not field_map:
         yield from _registered(data, schema, split, silent, None, data.name)
         return
@@ -320,7 +414,10 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
         n, n_kept = n + 1, n_kept + bool(mine)
         if mine:
             yield row
-    data.form = f"{data.name}: {n:,} rows, {form.name} (as {'chat messages' if as_messages else 'raw text'})"
+    data.form = (
+        f"{data.name}: {n:,} rows, {form.name} (as"
+        f" {'chat messages' if as_messages else 'raw text'})"
+    )
     if source.whole and 0 < data.eval_share < 1:
         data.form += f"; {n_kept:,} for {split}, by eval_share={data.eval_share:g}"
     # A dialogue's end matters more than its start; a single question's start is kept, as in 2023.

@@ -1,7 +1,9 @@
-"""Each stage its own prompts: with `data_split=5,0,5`, `stage=sft` takes half of every data set, `stage=policy` the other half.
+"""Each stage its own prompts: with `data_split=5,0,5`, `stage=sft` takes half of every data set,
+`stage=policy` the other half.
 
-A set's prompts stand in one order, drawn from split_seed, and the stages take consecutive parts of it. Prompts are shared out,
-not pairs, so that all pairs of a prompt go to one stage; train and eval are cut apart. What is cut is a view of one token store.
+A set's prompts stand in one order, drawn from split_seed, and the stages take consecutive parts of
+it. Prompts are shared out, not pairs, so that all pairs of a prompt go to one stage; train and eval
+are cut apart. What is cut is a view of one token store.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
 def weights(data_split: Any) -> tuple[Fraction, ...]:
-    """ "5,0,5", or a list of numbers -> the share of each of STAGES. Raises ValueError for anything else.
+    """ "5,0,5", or a list of numbers -> the share of each of STAGES. Raises ValueError for anything
+    else.
 
     >>> weights("5,0,5") == weights([1, 0, 1.0])
     True
@@ -45,20 +48,25 @@ def is_data_split(value: Any) -> bool:
     """Is this a legal value of the knob: weights, or for each data set by its name?"""
     with suppress(ValueError, TypeError):
         value = value if isinstance(value, str) else plain(value)
-        return bool([weights(each) for each in (value.values() if isinstance(value, dict) else [value])])
+        return bool(
+            [weights(each) for each in (value.values() if isinstance(value, dict) else [value])]
+        )
     return False
 
 
 def weights_of(data_split: Any, name: str) -> tuple[Fraction, ...] | None:
-    """What data_split says of the data set of this name; None: nothing, so that every stage takes all of it."""
+    """What data_split says of the data set of this name; None: nothing, so that every stage takes
+    all of it.
+    """
     if isinstance(data_split, Mapping):
         data_split = {resolve(str(key)): value for key, value in data_split.items()}.get(name)
     return None if data_split is None else weights(data_split)
 
 
 def sizes(n: int, shares: Sequence[Fraction]) -> list[int]:
-    """n prompts as so many for each stage: rounded down, what is left over to the largest remainders, the first of equals; then
-    one from the largest to each that would have none. Raises ValueError where there are too few for that.
+    """n prompts as so many for each stage: rounded down, what is left over to the largest
+    remainders, the first of equals; then one from the largest to each that would have none. Raises
+    ValueError where there are too few for that.
 
     >>> sizes(7, weights("5,0,5")), sizes(7, weights("0,5,5")), sizes(10, weights("98,1,1"))
     ([4, 0, 3], [0, 4, 3], [8, 1, 1])
@@ -78,10 +86,12 @@ def sizes(n: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def permuted(digests: np.ndarray, seed: int) -> np.ndarray:
-    """Other 64 bits for each prompt's digest: their order is the seed's permutation of the prompts.  [n] uint64
+    """Other 64 bits for each prompt's digest: their order is the seed's permutation of the prompts.
+    [n] uint64
 
-    So it depends on nothing but the prompts: not on the order of the rows, nor on what else is in the set (the finalizer of
-    splitmix64, which gives different numbers for different digests; Steele et al., OOPSLA 2014).
+    So it depends on nothing but the prompts: not on the order of the rows, nor on what else is in
+    the set (the finalizer of splitmix64, which gives different numbers for different digests;
+    Steele et al., OOPSLA 2014).
     """
     x = digests + np.full_like(digests, (seed + 1) % 2**64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -89,11 +99,14 @@ def permuted(digests: np.ndarray, seed: int) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-def cut(examples: Examples, shares: Sequence[Fraction], stage: str, seed: int) -> tuple[Examples, int]:
-    """The stage's examples, of all that are there of one split of one data set. -> (them, the prompts of all stages)
+def cut(
+    examples: Examples, shares: Sequence[Fraction], stage: str, seed: int
+) -> tuple[Examples, int]:
+    """The stage's examples, of all that are there of one split of one data set. -> (them, the
+    prompts of all stages)
 
-    The prompts are those of all rows of the store, so that pairs and SFT targets are cut alike. Raises ValueError where they are
-    fewer than the stages.
+    The prompts are those of all rows of the store, so that pairs and SFT targets are cut alike.
+    Raises ValueError where they are fewer than the stages.
     """
     store = examples.tables[0].store
     order = np.sort(permuted(np.unique(store.digests[store.rows[:, 0]]), seed))
@@ -106,16 +119,37 @@ def cut(examples: Examples, shares: Sequence[Fraction], stage: str, seed: int) -
 
 
 def check(config: DictConfig) -> None:
-    """Raise UserError for a stage without a split, a split without a stage, and a stage to which it gives nothing."""
+    """Raise UserError for a stage without a split, a split without a stage, and a stage to which it
+    gives nothing.
+    """
     split, stage = config.data_split, config.stage
     if (split is None) != (stage is None):
-        missing = f"stage={stage}: says which part of data_split, which is not given; add data_split=5,0,5 or the like"
-        raise UserError(missing if split is None else f"data_split={split}: which part? Add stage={', '.join(STAGES)}")
+        missing = (
+            f"stage={stage}: says which part of data_split, which is not given; add"
+            " data_split=5,0,5 or the like"
+        )
+        raise UserError(
+            missing
+            if split is None
+            else f"data_split={split}: which part? Add stage={', '.join(STAGES)}"
+        )
     if split is None:
         return
     names = list(map(resolve, (*config.datasets, *(config.eval_datasets or ()))))
-    if unknown := [key for key in split if resolve(str(key)) not in names] if isinstance(split, Mapping) else []:
-        raise UserError(f"data_split={split}: {unknown[0]} is not among datasets={list(config.datasets)}")
+    if unknown := (
+        [key for key in split if resolve(str(key)) not in names]
+        if isinstance(split, Mapping)
+        else []
+    ):
+        raise UserError(
+            f"data_split={split}: {unknown[0]} is not among datasets={list(config.datasets)}"
+        )
     i = STAGES.index(stage)
-    if not any(shares is None or shares[i] for shares in (weights_of(split, resolve(name)) for name in config.datasets)):
-        raise UserError(f"data_split={split}: gives stage={stage} nothing; its numbers are the shares of {', '.join(STAGES)}")
+    if not any(
+        shares is None or shares[i]
+        for shares in (weights_of(split, resolve(name)) for name in config.datasets)
+    ):
+        raise UserError(
+            f"data_split={split}: gives stage={stage} nothing; its numbers are the shares of"
+            f" {', '.join(STAGES)}"
+        )

@@ -1,7 +1,9 @@
-"""Token ids on disk: flat arrays, written once, which every process, epoch and later start maps into memory.
+"""Token ids on disk: flat arrays, written once, which every process, epoch and later start maps
+into memory.
 
-A store is a folder with the columns of one split of one data set (see `COLUMNS`) and meta.json, which says how long they
-are and what they were made of. It holds each text once and untruncated, so that SFT and DPO, and all lengths, share it.
+A store is a folder with the columns of one split of one data set (see `COLUMNS`) and meta.json,
+which says how long they are and what they were made of. It holds each text once and untruncated, so
+that SFT and DPO, and all lengths, share it.
 """
 
 from __future__ import annotations
@@ -35,19 +37,30 @@ COLUMNS = {
     "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
     "digests": (),  # [texts] 64 bits that stand for the text
     "marks": (),  # [texts] see tokenization
-    "rows": (3,),  # [rows, 3] (text of the prompt, number of the file in meta.json, number within that file)
+    "rows": (
+        3,
+    ),  # [rows, 3] (text of the prompt, number of the file in meta.json, number within that file)
     "pairs": (3,),  # [pairs, 3] (row, text of chosen, text of rejected)
     "margins": (),  # [pairs] score of chosen less that of rejected; NaN where they aren't known
     "targets": (2,),  # [targets, 2] (row, text of the SFT target)
 }
-DTYPES = {"starts": "<i8", "digests": "<u8", "marks": "|u1", "rows": "<i4", "pairs": "<i4", "margins": "<f4", "targets": "<i4"}
+DTYPES = {
+    "starts": "<i8",
+    "digests": "<u8",
+    "marks": "|u1",
+    "rows": "<i4",
+    "pairs": "<i4",
+    "margins": "<f4",
+    "targets": "<i4",
+}
 
 
 class TokenStore:
-    """One split of one data set, mapped into memory: its columns by name, and what was told about it when it was made.
+    """One split of one data set, mapped into memory: its columns by name, and what was told about
+    it when it was made.
 
-    Raises ValueError, saying why, for a folder that isn't whole; and, where `recipe` is given, for one that was made of
-    something else or whose contents have changed (1 GB/s; rank 0 asks for it).
+    Raises ValueError, saying why, for a folder that isn't whole; and, where `recipe` is given, for
+    one that was made of something else or whose contents have changed (1 GB/s; rank 0 asks for it).
     """
 
     ids: np.ndarray
@@ -67,10 +80,18 @@ class TokenStore:
             for name, shape in COLUMNS.items():
                 dtype, n, checksum = meta["columns"][name]
                 column = _mapped(folder / f"{name}.bin", np.dtype(dtype), (n, *shape))
-                if recipe is not None and hashlib.blake2b(column.data if n else b"").hexdigest() != checksum:
+                if (
+                    recipe is not None
+                    and hashlib.blake2b(column.data if n else b"").hexdigest() != checksum
+                ):
                     raise ValueError(f"{name}.bin has changed since it was written")
                 setattr(self, name, column)
-            self.name, self.split, self.form, self.truncation = meta["name"], meta["split"], meta["form"], meta["truncation"]
+            self.name, self.split, self.form, self.truncation = (
+                meta["name"],
+                meta["split"],
+                meta["form"],
+                meta["truncation"],
+            )
             self.n_rows, self.skipped, self.files = meta["n_rows"], meta["skipped"], meta["files"]
             self.taken, self.unused, self.altered = meta["taken"], meta["unused"], meta["altered"]
             self.first_bad = meta["first_bad"]
@@ -83,7 +104,8 @@ def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
     if file.stat().st_size != size:
         raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes instead of {size:,}")
-    # as a plain array, which is sliced several times faster than a memmap; nothing can be mapped of an empty file
+    # as a plain array, which is sliced several times faster than a memmap; nothing can be mapped of
+    # an empty file
     return np.asarray(np.memmap(file, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
 
 
@@ -101,10 +123,12 @@ class Recipe(NamedTuple):
 
 
 def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, bool]:
-    """The folder of the store: found under `root`, or made now. -> (folder, is it kept for later starts)
+    """The folder of the store: found under `root`, or made now. -> (folder, is it kept for later
+    starts)
 
-    It is made beside its place and renamed when it is whole, so two runs may make the same one at once. `keep` false: what is
-    not found is made among the system's temporary files, for this run only. Prints one line.
+    It is made beside its place and renamed when it is whole, so two runs may make the same one at
+    once. `keep` false: what is not found is made among the system's temporary files, for this run
+    only. Prints one line.
     """
     made_of = ingredients(recipe)
     what = f"tokens of {recipe.data.name} ({recipe.split})"
@@ -112,7 +136,9 @@ def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, b
     if place and place.exists():
         try:
             store = TokenStore(place, made_of)
-            rank0_print(f"{what}: {len(store.ids):,}, of {store.n_rows:,} rows, from the cache {place}")
+            rank0_print(
+                f"{what}: {len(store.ids):,}, of {store.n_rows:,} rows, from the cache {place}"
+            )
             return place, True
         except ValueError as problem:
             rank0_print(f"{what}: {place} is damaged ({problem}); they are made again")
@@ -132,9 +158,15 @@ def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, b
         shutil.rmtree(folder, ignore_errors=True)
         raise
     secs = time.monotonic() - start
-    kept = f"in {place}" if place else "for this run only, as what the loader reads is not known (see docs/data.md)"
-    rank0_print(f"{what}: {meta['columns']['ids'][1]:,}, of {meta['n_rows']:,} rows, made in {secs:,.1f} s "
-                f"({meta['n_rows'] / max(secs, 1e-3):,.0f} rows/s), kept {kept}")  # fmt: skip
+    kept = (
+        f"in {place}"
+        if place
+        else "for this run only, as what the loader reads is not known (see docs/data.md)"
+    )
+    rank0_print(
+        f"{what}: {meta['columns']['ids'][1]:,}, of {meta['n_rows']:,} rows, made in {secs:,.1f} s "
+        f"({meta['n_rows'] / max(secs, 1e-3):,.0f} rows/s), kept {kept}"
+    )
     return place or folder, place is not None
 
 
@@ -158,12 +190,21 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
     )
     ours = [Path(str(module.__file__)) for module in modules]
     made_of = {
-        "layout": LAYOUT, "name": recipe.data.name, "split": recipe.split, **recipe.options, "read": read,
-        "bos": automatic_bos(tokenizer) if rules.add_bos else None, "eos_in_text": rules.eos_in_text,
-        "template": recipe.template or own_template(tokenizer), "tokenizer": recipe.identity,
+        "layout": LAYOUT,
+        "name": recipe.data.name,
+        "split": recipe.split,
+        **recipe.options,
+        "read": read,
+        "bos": automatic_bos(tokenizer) if rules.add_bos else None,
+        "eos_in_text": rules.eos_in_text,
+        "template": recipe.template or own_template(tokenizer),
+        "tokenizer": recipe.identity,
         "code": _digest(*(file.read_bytes() for file in [*ours, Path(__file__), *code])),
-        "libraries": [version(name) for name in ("transformers", "tokenizers", "datasets", "pyarrow", "selectolax")],
-    }  # fmt: skip
+        "libraries": [
+            version(name)
+            for name in ("transformers", "tokenizers", "datasets", "pyarrow", "selectolax")
+        ],
+    }
     return json.loads(json.dumps(made_of))  # as it comes back from meta.json
 
 
@@ -174,7 +215,9 @@ def key(made_of: dict[str, Any]) -> str:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the whole tokenizer, not of its name."""
     kind, splits = type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", False)
-    special = json.dumps([kind, splits, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
+    special = json.dumps(
+        [kind, splits, tokenizer.special_tokens_map], sort_keys=True, default=str
+    ).encode()
     if tokenizer.is_fast:
         tokenizer("")  # a tokenizer.json may ask for truncation or padding, which this switches off
         return _digest(special, tokenizer.backend_tokenizer.to_str().encode())
@@ -213,11 +256,20 @@ def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict
                     out[name].write(array.tobytes())
                     n[name] += len(array)
         meta = {
-            "name": data.name, "split": recipe.split, "form": data.form, "truncation": data.truncation, "n_rows": n_rows,
-            "skipped": data.skipped, "taken": data.taken, "unused": data.unused, "altered": data.altered,
-            "first_bad": data.first_bad, "files": list(files), "recipe": made_of,
+            "name": data.name,
+            "split": recipe.split,
+            "form": data.form,
+            "truncation": data.truncation,
+            "n_rows": n_rows,
+            "skipped": data.skipped,
+            "taken": data.taken,
+            "unused": data.unused,
+            "altered": data.altered,
+            "first_bad": data.first_bad,
+            "files": list(files),
+            "recipe": made_of,
             "columns": {c: (dtypes[c], n[c], checksums[c].hexdigest()) for c in COLUMNS},
-        }  # fmt: skip
+        }
         with _writing(folder):
             out["meta"] = (folder / "meta.json").open("wb")
             out["meta"].write(json.dumps(meta, indent=1).encode())
@@ -231,27 +283,45 @@ def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict
     return meta
 
 
-def _numbered(chunks: Iterable[Chunk], files: dict[str, int]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each chunk's columns, with texts and rows numbered from the store's beginning; `files` are numbered as they come."""
+def _numbered(
+    chunks: Iterable[Chunk], files: dict[str, int]
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each chunk's columns, with texts and rows numbered from the store's beginning; `files` are
+    numbered as they come.
+    """
     n_tokens = n_texts = n_rows = 0
     yield {"starts": [0]}, 0
     for chunk in chunks:
         places = [(text, *source.rpartition(":")[::2]) for text, source in chunk.rows]
-        yield {
-            "ids": chunk.ids,
-            "starts": n_tokens + np.cumsum(chunk.lengths, dtype=np.int64),
-            "digests": chunk.digests,
-            "marks": chunk.marks,
-            "rows": [(n_texts + text, files.setdefault(file, len(files)), int(number)) for text, file, number in places],
-            "pairs": np.array(chunk.pairs, np.int64).reshape(-1, 3) + (n_rows, n_texts, n_texts),
-            "margins": chunk.margins,
-            "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
-        }, chunk.n_rows
-        n_tokens, n_texts, n_rows = n_tokens + len(chunk.ids), n_texts + len(chunk.lengths), n_rows + len(chunk.rows)
+        yield (
+            {
+                "ids": chunk.ids,
+                "starts": n_tokens + np.cumsum(chunk.lengths, dtype=np.int64),
+                "digests": chunk.digests,
+                "marks": chunk.marks,
+                "rows": [
+                    (n_texts + text, files.setdefault(file, len(files)), int(number))
+                    for text, file, number in places
+                ],
+                "pairs": (
+                    np.array(chunk.pairs, np.int64).reshape(-1, 3) + (n_rows, n_texts, n_texts)
+                ),
+                "margins": chunk.margins,
+                "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
+            },
+            chunk.n_rows,
+        )
+        n_tokens, n_texts, n_rows = (
+            n_tokens + len(chunk.ids),
+            n_texts + len(chunk.lengths),
+            n_rows + len(chunk.rows),
+        )
 
 
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
-    """Rename the whole store into its place, unless another run was first; a damaged one makes way."""
+    """Rename the whole store into its place, unless another run was first; a damaged one makes
+    way.
+    """
     for file in (folder, folder.parent):
         sync_directory(file)
     while True:

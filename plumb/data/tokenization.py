@@ -1,6 +1,8 @@
-"""Text becomes token ids: chat templates, BOS and EOS, and the rule of truncation. Nothing is repaired without leaving a mark.
+"""Text becomes token ids: chat templates, BOS and EOS, and the rule of truncation. Nothing is
+repaired without leaving a mark.
 
-Lengths are in tokens. An example has a prompt of P tokens and k responses (1 for SFT, 2 for pairs) of C_i tokens.
+Lengths are in tokens. An example has a prompt of P tokens and k responses (1 for SFT, 2 for pairs)
+of C_i tokens.
 """
 
 from __future__ import annotations
@@ -25,31 +27,51 @@ from plumb.data.registry import DataSet
 from plumb.data.token_text import encode_rows
 from plumb.errors import UserError
 
-CHUNK = 1000  # rows that are tokenized at once: enough for the tokenizer's threads, and little memory
-BLANK, HAS_EOS, CHANGED = 1, 2, 4  # marks of a text: only white space; an EOS string stood within it; its ids decode to another
+CHUNK = (
+    1000  # rows that are tokenized at once: enough for the tokenizer's threads, and little memory
+)
+BLANK, HAS_EOS, CHANGED = (
+    1,
+    2,
+    4,
+)  # marks of a text: only white space; an EOS string stood within it; its ids decode to another
 
 
 class TextRules(NamedTuple):
     """How text becomes tokens; each field is the knob of that name in config.yaml."""
 
     max_length: int  # tokens of prompt + response
-    max_prompt_length: int  # tokens a prompt is cut to, when prompt + longest response exceed max_length
-    response_truncation: str  # "fixed": to max_length - max_prompt_length (2023); "fill": to max_length - the prompt's length
-    add_bos: bool  # one BOS at the start where the tokenizer adds one by itself; false: none, as in 2023
-    eos_in_text: str  # an EOS string within a response or message: "strip" removes it, "keep" makes it the EOS token
+    max_prompt_length: (
+        int  # tokens a prompt is cut to, when prompt + longest response exceed max_length
+    )
+    # "fixed": to max_length - max_prompt_length (2023); "fill": to max_length - the prompt's length
+    response_truncation: str
+    add_bos: (
+        bool  # one BOS at the start where the tokenizer adds one by itself; false: none, as in 2023
+    )
+    # an EOS string within a response or message: "strip" removes it, "keep" makes it the EOS token
+    eos_in_text: str
 
 
 class Example(NamedTuple):
-    """One unit of training, as token ids after truncation: a prompt and k responses (the SFT target; or chosen, rejected)."""
+    """One unit of training, as token ids after truncation: a prompt and k responses (the SFT
+    target; or chosen, rejected).
+    """
 
-    prompt: Any  # [P] int32, BOS included where there is one; a tuple of k such arrays where each response has its own
+    # [P] int32, BOS included where there is one; a tuple of k such arrays where each response has
+    # its own
+    prompt: Any
     responses: tuple[np.ndarray, ...]  # k arrays [C_i] int32, each ending in EOS unless it was cut
     source: str  # "my.jsonl:17"
-    margin: float = nan  # the chosen response's score less the rejected one's; NaN where they aren't known
+    margin: float = (
+        nan  # the chosen response's score less the rejected one's; NaN where they aren't known
+    )
 
 
 class Chunk(NamedTuple):
-    """Some rows of a data set as columns: each text once, untruncated. Texts and rows are numbered from 0 within the chunk."""
+    """Some rows of a data set as columns: each text once, untruncated. Texts and rows are numbered
+    from 0 within the chunk.
+    """
 
     n_rows: int  # that it was made of, with those that no pair and no target came from
     ids: list[int]  # of all texts, one after another; responses with their EOS, prompts without BOS
@@ -62,19 +84,29 @@ class Chunk(NamedTuple):
     targets: list[tuple[int, int]]  # (row, text)
 
 
-def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None = None) -> Iterator[Chunk]:
+def encode(
+    data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None = None
+) -> Iterator[Chunk]:
     """All pairs and SFT targets of a data set, in its order, a chunk of its rows at a time.
 
-    A prompt's ids are the same for all of its responses, and those of prompt + response decode to exactly these texts (see
-    token_text.encode_rows); a text for which that cannot be is marked CHANGED. `template` renders message lists (see `render`).
-    A row that the template does not take is refused as `data` says. When all are drawn, `data` knows which fields nothing reads.
+    A prompt's ids are the same for all of its responses, and those of prompt + response decode to
+    exactly these texts (see token_text.encode_rows); a text for which that cannot be is marked
+    CHANGED. `template` renders message lists (see `render`). A row that the template does not take
+    is refused as `data` says. When all are drawn, `data` knows which fields nothing reads.
     """
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
-        raise UserError(f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"model.tokenizer_name_or_path={name}: it has no EOS token; set eos_token in its"
+            " tokenizer_config.json"
+        )
     chat = ChatTemplate(tokenizer, template or own_template(tokenizer))
-    rows = list(islice(data.rows, CHUNK))  # before the clock starts: a source may first be read for its held-out prompts
-    with tqdm(desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0) as progress:
+    rows = list(
+        islice(data.rows, CHUNK)
+    )  # before the clock starts: a source may first be read for its held-out prompts
+    with tqdm(
+        desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0
+    ) as progress:
         while rows:
             progress.total = data.n_rows
             yield _encode(rows, data, tokenizer, rules, chat)
@@ -85,7 +117,11 @@ def encode(data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, 
 
 
 def _encode(
-    rows: list[Row], data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, chat: ChatTemplate
+    rows: list[Row],
+    data: DataSet,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules,
+    chat: ChatTemplate,
 ) -> Chunk:
     chunk = Chunk(len(rows), [], [], [], [], [], [], [], [])
     texts = list[tuple[str, list[str]]]()
@@ -93,7 +129,9 @@ def _encode(
     for row in rows:
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
         wanted += [] if row.sft_target is None else [row.sft_target]
-        unique = {_hashable(text): text for text in wanted}  # a response stands in many pairs, but is rendered and kept once
+        unique = {
+            _hashable(text): text for text in wanted
+        }  # a response stands in many pairs, but is rendered and kept once
         if not unique:
             continue
         try:
@@ -104,17 +142,25 @@ def _encode(
         if isinstance(row.prompt, str):
             data.unused.update((row.more or {}).keys())
         place = {key: n_texts + i for i, key in enumerate(unique, 1)}
-        numbers, n, end = [place[_hashable(text)] for text in wanted], len(chunk.rows), 2 * len(row.pairs)
+        numbers, n, end = (
+            [place[_hashable(text)] for text in wanted],
+            len(chunk.rows),
+            2 * len(row.pairs),
+        )
         chunk.rows.append((n_texts, row.source))
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
-        chunk.margins.extend(nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs)
+        chunk.margins.extend(
+            nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs
+        )
         chunk.targets.extend((n, number) for number in numbers[end:])
         texts.append((rendered[0], rendered[1:]))
         n_texts += len(rendered)
         chunk.marks.extend(marks)
     encoded = encode_rows(texts, tokenizer, automatic_bos(tokenizer) if rules.add_bos else None)
     exact = [is_exact for made in encoded for is_exact in made.exact]
-    chunk.marks[:] = [mark | CHANGED * (not is_exact) for mark, is_exact in zip(chunk.marks, exact, strict=True)]
+    chunk.marks[:] = [
+        mark | CHANGED * (not is_exact) for mark, is_exact in zip(chunk.marks, exact, strict=True)
+    ]
     for (prompt, responses), made in zip(texts, encoded, strict=True):
         ended = [[*ids, tokenizer.eos_token_id] for ids in made.responses]
         for text, ids in zip([prompt, *responses], [made.prompt, *ended], strict=True):
@@ -136,17 +182,23 @@ def render(
     source: str,
     more: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[str]]:
-    """Strings pass as they stand; message lists go through the chat template. -> (prompt, responses)
+    """Strings pass as they stand; message lists go through the chat template. -> (prompt,
+    responses)
 
-    The template is `template` if given, else the tokenizer's, else the HH form "\\n\\nHuman: ...\\n\\nAssistant:".
-    `more`: fields of the row that the template may read. See ChatTemplate.render.
+    The template is `template` if given, else the tokenizer's, else the HH form "\\n\\nHuman:
+    ...\\n\\nAssistant:". `more`: fields of the row that the template may read. See
+    ChatTemplate.render.
     """
     chat = ChatTemplate(tokenizer, template or own_template(tokenizer))
     return _render(prompt, responses, chat, source, more)
 
 
 def _render(
-    prompt: Text, responses: Sequence[Text], chat: ChatTemplate, source: str, more: Mapping[str, Any] | None
+    prompt: Text,
+    responses: Sequence[Text],
+    chat: ChatTemplate,
+    source: str,
+    more: Mapping[str, Any] | None,
 ) -> tuple[str, list[str]]:
     if isinstance(prompt, str):
         return prompt, [str(r) for r in responses]
@@ -154,8 +206,9 @@ def _render(
 
 
 HH_TEMPLATE = (
-    "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system': ''}[m['role']] + m['content'] }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+    "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system':"
+    " ''}[m['role']] + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:'"
+    " }}{% endif %}"
 )
 
 
@@ -166,26 +219,37 @@ def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's default chat template, or HH's where it has none. UserError for several, none of them the default."""
+    """The tokenizer's default chat template, or HH's where it has none. UserError for several, none
+    of them the default.
+    """
     own = named_templates(tokenizer)
     if own and "default" not in own and len(own) > 1:
-        raise UserError(f"chat_template: the tokenizer has several templates ({', '.join(sorted(own))}) and no default; "
-                        "give chat_template= one of these names")  # fmt: skip
+        raise UserError(
+            f"chat_template: the tokenizer has several templates ({', '.join(sorted(own))}) and no"
+            " default; give chat_template= one of these names"
+        )
     return own.get("default") or next(iter(own.values()), HH_TEMPLATE)
 
 
-def template_text(named: str | None, whose: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
-    """The knob chat_template as text: None (see own_template), "hh", the name of one of the tokenizer's templates, or a file.
+def template_text(
+    named: str | None, whose: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str | None:
+    """The knob chat_template as text: None (see own_template), "hh", the name of one of the
+    tokenizer's templates, or a file.
 
-    Without a tokenizer, what may be a name is None. Raises UserError, which begins with `whose`, for a file that cannot be
-    read or is empty, and for an unknown name.
+    Without a tokenizer, what may be a name is None. Raises UserError, which begins with `whose`,
+    for a file that cannot be read or is empty, and for an unknown name.
     """
     if named is None:
         return None
     own = named_templates(tokenizer) if tokenizer else {}
     if named == "hh" or named in own:
         return HH_TEMPLATE if named == "hh" else own[named]
-    is_name = re.fullmatch(r"[\w.-]+", named) and not named.endswith(".jinja") and not Path(named).exists()
+    is_name = (
+        re.fullmatch(r"[\w.-]+", named)
+        and not named.endswith(".jinja")
+        and not Path(named).exists()
+    )
     if is_name and tokenizer is None:
         return None
     problem, known = "is empty", f"the tokenizer's templates: {', '.join(sorted(own)) or 'none'}"
@@ -193,25 +257,40 @@ def template_text(named: str | None, whose: str, tokenizer: PreTrainedTokenizerB
         if not is_name and (text := Path(named).read_text("utf-8")).strip():
             return text
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8 text'})"
+        problem = (
+            f"cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8 text'})"
+        )
     if is_name:
-        raise UserError(f"{whose}: neither a file nor a template of the tokenizer; give hh, a file, or one of {known}")
+        raise UserError(
+            f"{whose}: neither a file nor a template of the tokenizer; give hh, a file, or one of"
+            f" {known}"
+        )
     raise UserError(f"{whose}: {problem}; give hh, or a file with a jinja template")
 
 
-def _as_texts(row: Row, responses: list[Text], chat: ChatTemplate, rules: TextRules) -> tuple[list[str], list[int]]:
+def _as_texts(
+    row: Row, responses: list[Text], chat: ChatTemplate, rules: TextRules
+) -> tuple[list[str], list[int]]:
     """Cleaned, then rendered: the texts of the prompt and the responses, and the marks of each.
 
-    A prompt that is a string keeps its EOS strings: it may be a chat that was rendered already, and no prompt is trained.
+    A prompt that is a string keeps its EOS strings: it may be a chat that was rendered already, and
+    no prompt is trained.
     """
     eos = str(chat.tokenizer.eos_token)
     strip = rules.eos_in_text == "strip"
-    clean_prompt, *clean = (_less(text, eos) for text in (row.prompt, *responses)) if strip else (row.prompt, *responses)
+    clean_prompt, *clean = (
+        (_less(text, eos) for text in (row.prompt, *responses))
+        if strip
+        else (row.prompt, *responses)
+    )
     prompt = row.prompt if isinstance(row.prompt, str) else clean_prompt
     head, tails = _render(prompt, clean, chat, row.source, row.more)
     texts = [head, *tails]
     found = (_holds(text, eos) for text in (row.prompt, *responses))
-    return texts, [BLANK * (not text.strip()) | HAS_EOS * there for text, there in zip(texts, found, strict=True)]
+    return texts, [
+        BLANK * (not text.strip()) | HAS_EOS * there
+        for text, there in zip(texts, found, strict=True)
+    ]
 
 
 def _holds(value: Any, eos: str) -> bool:
@@ -242,14 +321,16 @@ def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np.ndarray:
-    """Lengths before -> lengths after: [n] of the prompts, BOS included, and [n, k] of their responses -> [n, 1 + k].
+    """Lengths before -> lengths after: [n] of the prompts, BOS included, and [n, k] of their
+    responses -> [n, 1 + k].
 
-    The 2023 rules: cut the prompt if it does not fit with the longest response, then all responses if still too long.
-    A response that is cut loses its EOS. BOS, where there is one, stays in front of whatever remains of the prompt.
+    The 2023 rules: cut the prompt if it does not fit with the longest response, then all responses
+    if still too long. A response that is cut loses its EOS. BOS, where there is one, stays in front
+    of whatever remains of the prompt.
 
-    >>> rules = TextRules(max_length=8, max_prompt_length=4, response_truncation="fixed", add_bos=True, eos_in_text="strip")
+    >>> rules = TextRules(8, 4, response_truncation="fixed", add_bos=True, eos_in_text="strip")
     >>> lengths = np.array([6, 2]), np.array([[3, 2], [7, 3]])
-    >>> truncate(*lengths, rules)                                     # fixed: 4 = max_length - max_prompt_length
+    >>> truncate(*lengths, rules)  # fixed: 4 = max_length - max_prompt_length
     array([[4, 3, 2],
            [2, 4, 3]])
     >>> truncate(*lengths, rules._replace(response_truncation="fill"))[1]
@@ -266,5 +347,8 @@ def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np
 def trees_of(example: Example) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
     """(prompt, its responses): one tree, or one for each response where their prompts differ."""
     if isinstance(example.prompt, tuple):
-        return [(prompt, (response,)) for prompt, response in zip(example.prompt, example.responses, strict=True)]
+        return [
+            (prompt, (response,))
+            for prompt, response in zip(example.prompt, example.responses, strict=True)
+        ]
     return [(example.prompt, example.responses)]

@@ -1,4 +1,5 @@
-"""Processes, and tensors spread over them: launching, signals, collectives, sharding, tensor parallelism.
+"""Processes, and tensors spread over them: launching, signals, collectives, sharding, tensor
+parallelism.
 
 Takes modules and tensors of any model; what a model computes does not belong here.
 """

@@ -1,6 +1,5 @@
 """What several processes agree on: barriers, sums, and objects that all of them get."""
 
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,16 +27,18 @@ def same_everywhere(value: T) -> T:
 
 
 class Talk:
-    """What ranks tell one another beside the training: in an order of its own, and waiting for as long as it takes.
+    """What ranks tell one another beside the training: in an order of its own, and waiting for as
+    long as it takes.
 
-    Each rank must make the same calls in the same order, for one Talk in one thread. One process talks to itself.
+    Each rank must make the same calls in the same order, for one Talk in one thread. One process
+    talks to itself.
     """
 
     def __init__(self):
         self.several = dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.several else (0, 1)
-        # The default group gives up after timeout_minutes; here a rank may write a large file, or wait for one. Our own launcher
-        # sees by itself that a process hangs; torchrun does not.
+        # The default group gives up after timeout_minutes; here a rank may write a large file, or
+        # wait for one. Our own launcher sees by itself that a process hangs; torchrun does not.
         patience = timedelta(hours=3) if under_torchrun() else timedelta(days=30)
         self.group = dist.new_group(backend="gloo", timeout=patience) if self.several else None
 
@@ -66,7 +67,9 @@ class Talk:
 
 
 def from_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it likes."""
+    """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it
+    likes.
+    """
     return _talk(dist.group.WORLD if dist.is_initialized() else None).from_rank0(make)
 
 
@@ -76,7 +79,9 @@ def _talk(world: dist.ProcessGroup | None) -> Talk:
 
 
 def agree(values: list[float]) -> list[float]:
-    """The highest of all ranks' values, one by one: what is to be done next, in a few bytes between hosts."""
+    """The highest of all ranks' values, one by one: what is to be done next, in a few bytes between
+    hosts.
+    """
     if not dist.is_initialized():
         return values
     said = torch.tensor(values, dtype=torch.float64)

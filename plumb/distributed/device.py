@@ -1,6 +1,5 @@
 """The device that one process computes on."""
 
-
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,6 @@
-"""A model over several processes: sharding it (FSDP2), gathering it. With distributed/tensor_parallel.py, which cuts layers,
-the only file that knows DTensor."""
+"""A model over several processes: sharding it (FSDP2), gathering it. With
+distributed/tensor_parallel.py, which cuts layers, the only file that knows DTensor.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from plumb.distributed.collectives import from_all
 from plumb.errors import UserError
 
-# It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which is how it lies.
+# It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which is
+# how it lies.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def settle(model: nn.Module) -> None:
-    """Let every parameter be this rank's part of it again; FSDP leaves some gathered after a forward pass."""
+    """Let every parameter be this rank's part of it again; FSDP leaves some gathered after a
+    forward pass.
+    """
     for module in sharded_modules(model):
         module.reshard()
 
@@ -32,32 +42,59 @@ def settle(model: nn.Module) -> None:
 class Layout:
     """How models lie over the ranks, and which of them see the same rows.
 
-    A mesh of replicate x shard x tp: parameters, gradients and optimizer state are cut over `shard` (FSDP2) and, within a layer,
-    over `tp`; `replicate` holds copies (HSDP). Ranks that differ in `tp` alone see the same rows. Neighbours in rank, which share
-    a machine, differ in `tp` first, then in `shard`.
+    A mesh of replicate x shard x tp: parameters, gradients and optimizer state are cut over `shard`
+    (FSDP2) and, within a layer, over `tp`; `replicate` holds copies (HSDP). Ranks that differ in
+    `tp` alone see the same rows. Neighbours in rank, which share a machine, differ in `tp` first,
+    then in `shard`.
     """
 
-    def __init__(self, shard_size: int | None, tp_size: int | None, compute_dtype: torch.dtype | None, offload: bool):
+    def __init__(
+        self,
+        shard_size: int | None,
+        tp_size: int | None,
+        compute_dtype: torch.dtype | None,
+        offload: bool,
+    ):
         world, rank = dist.get_world_size(), dist.get_rank()
         tp_size = tp_size or world
         if world % tp_size:
-            raise UserError(f"tp_size={tp_size}: does not divide the {world} processes; give a divisor, or null for all of them")
+            raise UserError(
+                f"tp_size={tp_size}: does not divide the {world} processes; give a divisor, or null"
+                " for all of them"
+            )
         self.tp_size, self.rank, self.n_rows = tp_size, rank // tp_size, world // tp_size
         self.shard_size = shard_size or self.n_rows
         if self.n_rows % self.shard_size:
-            raise UserError(f"fsdp_shard_size={shard_size}: does not divide the {self.n_rows} processes that see different rows; "
-                            "give a divisor, or null to shard over all of them")  # fmt: skip
+            raise UserError(
+                f"fsdp_shard_size={shard_size}: does not divide the {self.n_rows} processes that"
+                " see different rows; give a divisor, or null to shard over all of them"
+            )
         gpu = torch.cuda.is_available()
         if offload and not gpu:
-            raise UserError("fsdp_cpu_offload=true: there is no GPU here to move weights away from; set it to false")
-        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+            raise UserError(
+                "fsdp_cpu_offload=true: there is no GPU here to move weights away from; set it to"
+                " false"
+            )
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        )
         self.offload, self.first_of_rows = offload, rank % tp_size == 0
-        sizes = {"replicate": self.n_rows // self.shard_size, "shard": self.shard_size, "tp": tp_size}
+        sizes = {
+            "replicate": self.n_rows // self.shard_size,
+            "shard": self.shard_size,
+            "tp": tp_size,
+        }
         sizes = {name: n for name, n in sizes.items() if n > 1 or name == "shard"}
-        self.mesh = dist.init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        self.fsdp_mesh = self.mesh[tuple(name for name in sizes if name != "tp")] if tp_size > 1 else self.mesh
+        self.mesh = dist.init_device_mesh(
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+        )
+        self.fsdp_mesh = (
+            self.mesh[tuple(name for name in sizes if name != "tp")] if tp_size > 1 else self.mesh
+        )
         # Gradients are reduced in float32.
-        self.precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
+        self.precision = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None
+        )
 
     @property
     def n_shards(self) -> int:
@@ -68,31 +105,50 @@ class Layout:
     def tp_mesh(self) -> DeviceMesh:
         return self.mesh["tp"]
 
-    def shard(self, model: nn.Module, block: type[nn.Module], trained: bool, apart: Sequence[nn.Module] = ()) -> None:
-        """Cut the parameters over the ranks, block by block, and what is outside of blocks as one more. In place.
+    def shard(
+        self,
+        model: nn.Module,
+        block: type[nn.Module],
+        trained: bool,
+        apart: Sequence[nn.Module] = (),
+    ) -> None:
+        """Cut the parameters over the ranks, block by block, and what is outside of blocks as one
+        more. In place.
 
-        Modules that are `apart` compute in their own precision."""
+        Modules that are `apart` compute in their own precision.
+        """
         offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
-        how: dict[str, Any] = {"mesh": self.fsdp_mesh, "mp_policy": self.precision, "offload_policy": offload}
+        how: dict[str, Any] = {
+            "mesh": self.fsdp_mesh,
+            "mp_policy": self.precision,
+            "offload_policy": offload,
+        }
         for module in [m for m in model.modules() if isinstance(m, block)]:
             fully_shard(module, **how)
         for module in apart:
             fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy()})
-        # What is outside of blocks (embedding, head) stays gathered from forward to backward pass, where there is one.
+        # What is outside of blocks (embedding, head) stays gathered from forward to backward pass,
+        # where there is one.
         fully_shard(model, reshard_after_forward=None if trained else True, **how)
-        for unit in sharded_modules(model):  # ranks' losses are parts of one sum: gradients are summed, not averaged
+        for unit in sharded_modules(
+            model
+        ):  # ranks' losses are parts of one sum: gradients are summed, not averaged
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_gradient_divide_factor(1.0)
 
     def materialise(self, model: nn.Module) -> None:
-        """Give a sharded model on the meta device its memory: this rank's part. What it holds then is undefined."""
+        """Give a sharded model on the meta device its memory: this rank's part. What it holds then
+        is undefined.
+        """
         made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
         device = torch.device("cpu") if self.offload else self.device
         for module in model.modules():
             for name, p in module._parameters.items():
                 if p is not None and p.is_meta:
                     if id(p) not in made:
-                        made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+                        made[id(p)] = nn.Parameter(
+                            torch.empty_like(p, device=device), requires_grad=p.requires_grad
+                        )
                     module._parameters[name] = made[id(p)]
         model._apply(lambda t: t)  # by which FSDP takes note
         for module in model.modules():
@@ -102,7 +158,9 @@ class Layout:
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
-    """(name, this rank's part, to be written into; where it lies in the whole) of each parameter and persistent buffer."""
+    """(name, this rank's part, to be written into; where it lies in the whole) of each parameter
+    and persistent buffer.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         start = _offset(tensor)[0] if isinstance(tensor, DTensor) else (0,) * tensor.ndim
         part = local(tensor.detach())
@@ -114,9 +172,11 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reduce_gradients(model: nn.Module, now: bool, each: bool) -> None:
-    """Before a backward pass: are gradients to be summed over ranks after it, or kept for a later pass of the same step?
+    """Before a backward pass: are gradients to be summed over ranks after it, or kept for a later
+    pass of the same step?
 
-    With `each`, every pass sums within `shard`, so that no rank keeps whole gradients; the sum over `replicate` waits anyway.
+    With `each`, every pass sums within `shard`, so that no rank keeps whole gradients; the sum over
+    `replicate` waits anyway.
     """
     root = cast(FSDPModule, model)
     root.set_requires_gradient_sync(now or each)
@@ -125,7 +185,8 @@ def reduce_gradients(model: nn.Module, now: bool, each: bool) -> None:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first floating-point tensor that holds NaN or infinity, on whatever rank; None where all are finite.
+    """The name of the first floating-point tensor that holds NaN or infinity, on whatever rank;
+    None where all are finite.
 
     Reads them where they are, and waits for the device once. Every rank must call it.
     """
@@ -133,8 +194,14 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     mine = [(name, part) for name, part in mine if part.numel()]
     bad = None
     if mine:
-        largest = torch._foreach_norm([part for _, part in mine], torch.inf)  # NaN where there is one
-        finite = torch.stack([x.to(largest[0].device, torch.float64) for x in largest]).isfinite().tolist()
+        largest = torch._foreach_norm(
+            [part for _, part in mine], torch.inf
+        )  # NaN where there is one
+        finite = (
+            torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
+            .isfinite()
+            .tolist()
+        )
         bad = next((name for (name, _), fine in zip(mine, finite, strict=True) if not fine), None)
     return next((name for name in from_all(bad) if name is not None), None)
 
@@ -151,7 +218,9 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
-    there = tensor if tensor.device.type == kind else tensor.to(kind)  # offloaded: NCCL moves no CPU memory
+    there = (
+        tensor if tensor.device.type == kind else tensor.to(kind)
+    )  # offloaded: NCCL moves no CPU memory
     return cast(DTensor, there).full_tensor()
 
 
@@ -161,20 +230,28 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
-    """The block of a tensor that is this rank's to write: where it begins in the whole, and its values, not copied.
+    """The block of a tensor that is this rank's to write: where it begins in the whole, and its
+    values, not copied.
 
-    None where another rank holds the same, or where this one holds nothing; so the parts of all ranks tile the whole exactly
-    once. A plain tensor is the same on all ranks, and rank 0's to write.
+    None where another rank holds the same, or where this one holds nothing; so the parts of all
+    ranks tile the whole exactly once. A plain tensor is the same on all ranks, and rank 0's to
+    write.
     """
     if not isinstance(tensor, DTensor):
-        return ((0,) * tensor.ndim, tensor.detach()) if not dist.is_initialized() or dist.get_rank() == 0 else None
+        return (
+            ((0,) * tensor.ndim, tensor.detach())
+            if not dist.is_initialized() or dist.get_rank() == 0
+            else None
+        )
     start, replica = _offset(tensor)
     part = local(tensor.detach())
     return None if replica or not part.numel() else (start, part)
 
 
 def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """The block of a tensor that this rank holds, be it its to write or not: where it begins in the whole, and its values."""
+    """The block of a tensor that this rank holds, be it its to write or not: where it begins in the
+    whole, and its values.
+    """
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim, tensor.detach()
     return _offset(tensor)[0], local(tensor.detach())
@@ -183,11 +260,14 @@ def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
 def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
     """Where this rank's block begins in the whole; and is it a copy of another rank's?
 
-    FSDP cuts what tensor parallelism has left to a rank, so its strided placement, which stands first, counts last.
+    FSDP cuts what tensor parallelism has left to a rank, so its strided placement, which stands
+    first, counts last.
     """
     mesh, at = tensor.device_mesh, cast(list[int], tensor.device_mesh.get_coordinate())
     start, length, replica = [0] * tensor.ndim, list(tensor.shape), False
-    for i, placement in sorted(enumerate(tensor.placements), key=lambda x: isinstance(x[1], _StridedShard)):
+    for i, placement in sorted(
+        enumerate(tensor.placements), key=lambda x: isinstance(x[1], _StridedShard)
+    ):
         if isinstance(placement, Shard | _StridedShard):
             size = -(-length[placement.dim] // mesh.size(i))
             skipped = min(at[i] * size, length[placement.dim])
@@ -196,32 +276,44 @@ def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
         else:
             replica = replica or at[i] > 0
     part = local(tensor)
-    assert tuple(length) == tuple(part.shape) or 0 == part.numel() == math.prod(length), tensor.placements
+    assert tuple(length) == tuple(part.shape) or 0 == part.numel() == math.prod(length), (
+        tensor.placements
+    )
     return tuple(start), replica
 
 
 def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, the whole tensor in rank 0's RAM; None on the others), one at a time: one is held beside rank 0's copies.
+    """(name, the whole tensor in rank 0's RAM; None on the others), one at a time: one is held
+    beside rank 0's copies.
 
-    What stands under two names (tied weights) is gathered once. Every rank must go through all of it.
+    What stands under two names (tied weights) is gathered once. Every rank must go through all of
+    it.
     """
     seen: dict[int, Tensor | None] = {}
     for name, tensor in items:
         if id(tensor) not in seen:
             full = whole(tensor.detach())
-            seen[id(tensor)] = full.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
+            seen[id(tensor)] = (
+                full.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
+            )
             del full
         yield name, seen[id(tensor)]
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them as one vector, on whatever mesh they lie: each rank's own parts, then one sum over ranks.
+    """The norm of all of them as one vector, on whatever mesh they lie: each rank's own parts, then
+    one sum over ranks.
 
-    Summed in float64: over a million numbers float32 is off by 1e-5, and by another amount on another number of ranks.
+    Summed in float64: over a million numbers float32 is off by 1e-5, and by another amount on
+    another number of ranks.
     """
     device = tensors[0].device
     mine = [part[1] for part in map(local_part, tensors) if part is not None]
-    norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros((), dtype=torch.float64, device=device)]
+    norms = (
+        torch._foreach_norm(mine, 2, dtype=torch.float64)
+        if mine
+        else [torch.zeros((), dtype=torch.float64, device=device)]
+    )
     squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
     kind = next((t.device_mesh.device_type for t in tensors if isinstance(t, DTensor)), None)
     return (squares if kind is None else total(squares.to(kind))).sqrt()
@@ -235,17 +327,32 @@ def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict in rank 0's RAM; empty on the others. Every rank must call it."""
-    return {name: full for name, full in gathered(model.state_dict(keep_vars=True).items()) if full is not None}
+    return {
+        name: full
+        for name, full in gathered(model.state_dict(keep_vars=True).items())
+        if full is not None
+    }
 
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank must call it."""
+    """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank
+    must call it.
+    """
     settle(model)
     names = {p: name for name, p in model.named_parameters()}
-    state: dict[str, dict[str, Any]] = {names[cast(nn.Parameter, p)]: dict(x) for p, x in optimizer.state.items()}
-    tensors = ((f"{name} {key}", x) for name, of_p in state.items() for key, x in of_p.items() if isinstance(x, Tensor))
+    state: dict[str, dict[str, Any]] = {
+        names[cast(nn.Parameter, p)]: dict(x) for p, x in optimizer.state.items()
+    }
+    tensors = (
+        (f"{name} {key}", x)
+        for name, of_p in state.items()
+        for key, x in of_p.items()
+        if isinstance(x, Tensor)
+    )
     for both, full in gathered(tensors):
         name, _, key = both.rpartition(" ")
         state[name][key] = full
-    groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = [
+        group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
     return {"state": state, "param_groups": groups} if dist.get_rank() == 0 else {}

@@ -1,8 +1,10 @@
-"""Tensor parallelism: the matrices of a layer cut over ranks that see the same rows (Shoeybi et al. 2019, arXiv:1909.08053).
+"""Tensor parallelism: the matrices of a layer cut over ranks that see the same rows (Shoeybi et al.
+2019, arXiv:1909.08053).
 
-Parameters lie as DTensors, so that FSDP, optimizer, gradient norm and checkpoints take them like any other; a module computes on
-this rank's plain part of them. Between modules all ranks hold the same activations. Which module is cut how is the model's plan,
-as transformers ships it (`base_model_tp_plan`), or as `model.tp_plan` says. Embedding and head are cut in memory, and put
+Parameters lie as DTensors, so that FSDP, optimizer, gradient norm and checkpoints take them like
+any other; a module computes on this rank's plain part of them. Between modules all ranks hold the
+same activations. Which module is cut how is the model's plan, as transformers ships it
+(`base_model_tp_plan`), or as `model.tp_plan` says. Embedding and head are cut in memory, and put
 together where they are used: the log-probabilities are then computed as in one process.
 """
 
@@ -14,13 +16,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from plumb.errors import UserError
 
 
 class Style(NamedTuple):
-    """How a matrix is cut, and what enters and leaves it: all of the features on every rank, or each rank's part of them."""
+    """How a matrix is cut, and what enters and leaves it: all of the features on every rank, or
+    each rank's part of them.
+    """
 
     cut: str | None  # out, in, or not at all
     splits_input: bool = False
@@ -32,36 +43,58 @@ GATHERED = Style("vocabulary")  # embedding and head, whatever the plan says
 STYLES = {
     "colwise": Style("out"),
     "rowwise": Style("in"),
-    "colwise_gather_output": Style("out", gathers_output=True), "colwise_rep": Style("out", gathers_output=True),
-    "rowwise_split_input": Style("in", splits_input=True), "rowwise_rep": Style("in", splits_input=True),
+    "colwise_gather_output": Style("out", gathers_output=True),
+    "colwise_rep": Style("out", gathers_output=True),
+    "rowwise_split_input": Style("in", splits_input=True),
+    "rowwise_rep": Style("in", splits_input=True),
     "replicated_with_grad_allreduce": Style(None, sums_gradients=True),
-    "replicate": Style(None), "embedding_rowwise": GATHERED,
-}  # fmt: skip
+    "replicate": Style(None),
+    "embedding_rowwise": GATHERED,
+}
 
 
 def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
-    """{pattern of module names: style}. Raises UserError where there is none, or a style that is not known here."""
+    """{pattern of module names: style}. Raises UserError where there is none, or a style that is
+    not known here.
+    """
     prefix = f"{model.base_model_prefix}."
-    shipped = {prefix + name: style for name, style in (getattr(model.config, "base_model_tp_plan", None) or {}).items()}
+    shipped = {
+        prefix + name: style
+        for name, style in (getattr(model.config, "base_model_tp_plan", None) or {}).items()
+    }
     plan = dict(given) if given else shipped
     if not plan:
-        raise UserError(f"model.tp_plan=null: transformers ships no tensor-parallel plan for {type(model).__name__}; "
-                        "give one (see config/model/gpt2-large.yaml), or use trainer=FSDPTrainer")  # fmt: skip
+        raise UserError(
+            "model.tp_plan=null: transformers ships no tensor-parallel plan for"
+            f" {type(model).__name__}; give one (see config/model/gpt2-large.yaml), or use"
+            " trainer=FSDPTrainer"
+        )
     if unknown := {style for style in plan.values() if style not in STYLES}:
-        raise UserError(f"trainer=TensorParallelTrainer: {type(model).__name__}'s plan has styles that are not built here "
-                        f"({', '.join(sorted(unknown))}); use trainer=FSDPTrainer")  # fmt: skip
+        raise UserError(
+            f"trainer=TensorParallelTrainer: {type(model).__name__}'s plan has styles that are not"
+            f" built here ({', '.join(sorted(unknown))}); use trainer=FSDPTrainer"
+        )
     return plan
 
 
-def cut_over(model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apart: Collection[nn.Module] = ()) -> None:
-    """Make every parameter a DTensor on `mesh`, cut as the plan says, or whole, as those of `apart` are. In place, before FSDP."""
+def cut_over(
+    model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apart: Collection[nn.Module] = ()
+) -> None:
+    """Make every parameter a DTensor on `mesh`, cut as the plan says, or whole, as those of `apart`
+    are. In place, before FSDP.
+    """
     plan, n = plan_of(model, given), mesh.size()
-    patterns = [(re.compile(re.escape(name).replace(r"\*", r"\d+") + "$"), style) for name, style in plan.items()]
+    patterns = [
+        (re.compile(re.escape(name).replace(r"\*", r"\d+") + "$"), style)
+        for name, style in plan.items()
+    ]
     spec = model.config.get_text_config()
     for knob in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(spec, knob, None) or n
         if heads % n and any(style == "colwise" for style in plan.values()):
-            raise UserError(f"tp_size={n}: does not divide the model's {knob}={heads}; give a divisor")
+            raise UserError(
+                f"tp_size={n}: does not divide the model's {knob}={heads}; give a divisor"
+            )
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
     one_row = ends & set(apart)  # nothing to cut
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
@@ -69,7 +102,13 @@ def cut_over(model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apar
     for name, module in model.named_modules():
         found = [(pattern, style) for pattern, style in patterns if pattern.match(name)]
         used |= {pattern for pattern, _ in found}
-        style = GATHERED if module in ends - one_row else STYLES[found[0][1]] if found and module not in one_row else Style(None)
+        style = (
+            GATHERED
+            if module in ends - one_row
+            else STYLES[found[0][1]]
+            if found and module not in one_row
+            else Style(None)
+        )
         if any(p is not None for p in module._parameters.values()):
             _cut(module, name, style, mesh, shared)
         elif style.cut:
@@ -78,8 +117,13 @@ def cut_over(model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apar
         raise UserError(f"model.tp_plan: {type(model).__name__} has no module {missing[0]}")
 
 
-def _cut(module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: dict[int, nn.Parameter]) -> None:
-    n, transposed = mesh.size(), type(module).__name__ == "Conv1D"  # [in, out], where a linear layer has [out, in]
+def _cut(
+    module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: dict[int, nn.Parameter]
+) -> None:
+    n, transposed = (
+        mesh.size(),
+        type(module).__name__ == "Conv1D",
+    )  # [in, out], where a linear layer has [out, in]
     for leaf, p in module._parameters.items():
         if p is None:
             continue
@@ -91,9 +135,14 @@ def _cut(module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: d
         elif style.cut == "in" and p.ndim == 2:
             where = Shard(0 if transposed else 1)
         if style is not GATHERED and isinstance(where, Shard) and p.shape[where.dim] % n:
-            raise UserError(f"tp_size={n}: does not divide the {p.shape[where.dim]} of {name}.{leaf}; give a divisor")
+            raise UserError(
+                f"tp_size={n}: does not divide the {p.shape[where.dim]} of {name}.{leaf}; give a"
+                " divisor"
+            )
         if id(p) not in shared:
-            shared[id(p)] = nn.Parameter(distribute_tensor(p.detach(), mesh, [where]), requires_grad=p.requires_grad)
+            shared[id(p)] = nn.Parameter(
+                distribute_tensor(p.detach(), mesh, [where]), requires_grad=p.requires_grad
+            )
         module._parameters[leaf] = shared[id(p)]
     if transposed and style.cut == "out":
         vars(module)["nf"] //= n  # Conv1D shapes its output by it
@@ -102,7 +151,9 @@ def _cut(module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: d
 
 
 class _Enter:
-    """Before a module computes: its parameters are what it has to compute with, and its input what it is to see."""
+    """Before a module computes: its parameters are what it has to compute with, and its input what
+    it is to see.
+    """
 
     def __init__(self, style: Style, mesh: DeviceMesh):
         self.style, self.mesh = style, mesh
@@ -118,9 +169,15 @@ class _Enter:
             return None
         x, *rest = inputs
         if self.style.splits_input:
-            x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(-1)]).to_local()
+            x = (
+                DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
+                .redistribute(placements=[Shard(-1)])
+                .to_local()
+            )
         elif self.style.cut == "out":  # whole on every rank; each gives a part of its gradient
-            x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+            x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False).to_local(
+                grad_placements=[Partial()]
+            )
         return (x, *rest)
 
     def to_compute_with(self, p: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""Losses: pure functions of log-probabilities or scores, one value per example. Imports torch alone.
+"""Losses: pure functions of log-probabilities or scores, one value per example. Imports torch
+alone.
 
-A loss is a decorated function (registry.py) of the types in contract.py, and a YAML in config/loss with its knobs. Models,
-batches and the division by the batch's count do not belong here.
+A loss is a decorated function (registry.py) of the types in contract.py, and a YAML in config/loss
+with its knobs. Models, batches and the division by the batch's count do not belong here.
 """
 
 from plumb.losses import pairwise, reward_model, supervised  # noqa: F401  registers the losses

@@ -1,9 +1,9 @@
 """What a loss is given, and what it returns.
 
-Shapes: B examples (pairs, or single responses for SFT). Units: nats. Every loss is a *sum* over what it scores; the trainer
-divides by a global count known before the forward pass, so microbatches, ranks and padding cannot change the objective.
+Shapes: B examples (pairs, or single responses for SFT). Units: nats. Every loss is a *sum* over
+what it scores; the trainer divides by a global count known before the forward pass, so
+microbatches, ranks and padding cannot change the objective.
 """
-
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Scores(NamedTuple):
     tokens: Tensor  # [B] how many tokens it has
 
     def of(self, read: str) -> Tensor:
-        """The score of each response: at its last token, or with `read` "mean" the mean over its tokens.  [B]"""
+        """The score of each response: at its last token, or with `read` "mean" the mean over its
+        tokens.  [B]
+        """
         if read != "mean":
             return self.last
         n = self.tokens.clamp(min=1)[:, None]
@@ -45,10 +47,14 @@ class ScoredPairs(NamedTuple):
     chosen: Scores
     rejected: Scores
     shared: Tensor  # [B] tokens that both responses begin with
-    margins: Tensor | None  # [B] by how much the data's own scores prefer chosen; None where there are none
+    margins: (
+        Tensor | None
+    )  # [B] by how much the data's own scores prefer chosen; None where there are none
 
 
 class LossOutput(NamedTuple):
     losses: Tensor  # [B]
-    chosen_rewards: Tensor | None = None  # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: it has none
+    chosen_rewards: Tensor | None = (
+        None  # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: it has none
+    )
     rejected_rewards: Tensor | None = None  # [B]

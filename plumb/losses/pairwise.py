@@ -1,5 +1,6 @@
-"""Losses on pairs of responses to the same prompt: DPO, conservative DPO, IPO. Shapes and units: contract.py."""
-
+"""Losses on pairs of responses to the same prompt: DPO, conservative DPO, IPO. Shapes and units:
+contract.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ def _check(beta: float, label_smoothing: float, nll: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta={beta}: must be above 0 (0.1 to 0.5 is usual)")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)")
+        raise ValueError(
+            f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)"
+        )
     if not nll >= 0:
         raise ValueError(f"nll={nll}: must not be negative; 0 leaves it out")
 
@@ -25,15 +28,19 @@ def _nll(response: Logps) -> Tensor:
 
 
 def _margin(policy: Pairs, reference: Pairs | None) -> Tensor:
-    """h = log pi(y_w|x)/pi(y_l|x) - log pi_ref(y_w|x)/pi_ref(y_l|x), [B]. Without a reference, pi_ref is constant.
+    """h = log pi(y_w|x)/pi(y_l|x) - log pi_ref(y_w|x)/pi_ref(y_l|x), [B]. Without a reference,
+    pi_ref is constant.
 
-    The policy's ratio is formed first, as in 2023: large log-probabilities cancel before anything is squared.
+    The policy's ratio is formed first, as in 2023: large log-probabilities cancel before anything
+    is squared.
     """
     h = policy.chosen.sum - policy.rejected.sum
     return h if reference is None else h - (reference.chosen.sum - reference.rejected.sum)
 
 
-def _with_rewards(losses: Tensor, policy: Pairs, reference: Pairs | None, beta: float) -> LossOutput:
+def _with_rewards(
+    losses: Tensor, policy: Pairs, reference: Pairs | None, beta: float
+) -> LossOutput:
     """Add the implicit rewards beta * log pi(y|x)/pi_ref(y|x), detached."""
     chosen, rejected = policy.chosen.sum.detach(), policy.rejected.sum.detach()
     if reference is not None:
@@ -43,33 +50,55 @@ def _with_rewards(losses: Tensor, policy: Pairs, reference: Pairs | None, beta: 
 
 @loss(data="pairs", needs_reference=lambda knobs: not knobs["reference_free"])
 def dpo(
-    policy: Pairs, reference: Pairs | None, *, beta: float, label_smoothing: float, reference_free: bool, nll: float
+    policy: Pairs,
+    reference: Pairs | None,
+    *,
+    beta: float,
+    label_smoothing: float,
+    reference_free: bool,
+    nll: float,
 ) -> LossOutput:
-    """-(1-e) log sigmoid(beta h) - e log sigmoid(-beta h) - a log pi(y_w | x) / |y_w|, h as in `_margin`.
+    """-(1-e) log sigmoid(beta h) - e log sigmoid(-beta h) - a log pi(y_w | x) / |y_w|, h as in
+    `_margin`.
 
     e = a = 0: Eq. 7 of arXiv:2305.18290. e > 0: conservative DPO, labels flipped with probability e
-    (Eq. 3 of https://ericmitchell.ai/cdpo.pdf). a = `nll` > 0 keeps the chosen responses likely (Eq. 1 of arXiv:2404.19733).
-    `reference_free` takes pi_ref as constant: no reference is loaded, and the rewards are beta log pi (the 2023 code still
-    ran the reference and reported rewards against it).
+    (Eq. 3 of https://ericmitchell.ai/cdpo.pdf). a = `nll` > 0 keeps the chosen responses likely
+    (Eq. 1 of arXiv:2404.19733). `reference_free` takes pi_ref as constant: no reference is loaded,
+    and the rewards are beta log pi (the 2023 code still ran the reference and reported rewards
+    against it).
     """
     _check(beta, label_smoothing, nll)
     h = _margin(policy, reference)
-    losses = -F.logsigmoid(beta * h) * (1 - label_smoothing) - F.logsigmoid(-beta * h) * label_smoothing
+    losses = (
+        -F.logsigmoid(beta * h) * (1 - label_smoothing) - F.logsigmoid(-beta * h) * label_smoothing
+    )
     losses = losses + nll * _nll(policy.chosen)
     return _with_rewards(losses, policy, reference, beta)
 
 
 @loss(data="pairs", needs_reference=lambda knobs: not knobs["reference_free"])
 def ipo(
-    policy: Pairs, reference: Pairs | None, *, beta: float, label_smoothing: float, reference_free: bool, nll: float
+    policy: Pairs,
+    reference: Pairs | None,
+    *,
+    beta: float,
+    label_smoothing: float,
+    reference_free: bool,
+    nll: float,
 ) -> LossOutput:
-    """(h - 1/(2 beta))^2, with h as in `dpo`: Eq. 17 of arXiv:2310.12036, beta its tau; log-probabilities are sums, as in 2023.
+    """(h - 1/(2 beta))^2, with h as in `dpo`: Eq. 17 of arXiv:2310.12036, beta its tau;
+    log-probabilities are sums, as in 2023.
 
-    label_smoothing e mixes in the loss of the flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2 beta))^2, the same
-    reading of label noise as in `dpo` (the 2023 code ignored the knob without a word). `nll`: as in `dpo`.
+    label_smoothing e mixes in the loss of the flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2
+    beta))^2, the same reading of label noise as in `dpo` (the 2023 code ignored the knob without a
+    word). `nll`: as in `dpo`.
     """
     _check(beta, label_smoothing, nll)
     h = _margin(policy, reference)
     target = 1 / (2 * beta)
-    losses = (1 - label_smoothing) * (h - target) ** 2 + label_smoothing * (h + target) ** 2 + nll * _nll(policy.chosen)
+    losses = (
+        (1 - label_smoothing) * (h - target) ** 2
+        + label_smoothing * (h + target) ** 2
+        + nll * _nll(policy.chosen)
+    )
     return _with_rewards(losses, policy, reference, beta)

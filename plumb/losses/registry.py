@@ -1,9 +1,9 @@
-"""Registered losses: `@loss`, and binding a loss to the knobs of config/loss, none of which may be missing, unknown or ignored.
+"""Registered losses: `@loss`, and binding a loss to the knobs of config/loss, none of which may be
+missing, unknown or ignored.
 
-A new loss is one decorated function in this package (or in a file named by `plugins=[...]`) and one YAML in config/loss with
-its knobs.
+A new loss is one decorated function in this package (or in a file named by `plugins=[...]`) and one
+YAML in config/loss with its knobs.
 """
-
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
 
 
 class Loss(NamedTuple):
-    """A loss with its knobs bound. The trainer asks it what it needs; nowhere in the code stands a list of loss names."""
+    """A loss with its knobs bound. The trainer asks it what it needs; nowhere in the code stands a
+    list of loss names.
+    """
 
     name: str
-    data: Literal["responses", "pairs"]  # what one example holds: an SFT target, or a chosen and a rejected response
+    data: Literal[
+        "responses", "pairs"
+    ]  # what one example holds: an SFT target, or a chosen and a rejected response
     needs_reference: bool
-    average_over: Literal["examples", "tokens"]  # the global count that the summed losses are divided by
-    reads: Literal["logps", "scores"]  # log-probabilities of a policy, or the scores of a model with a scalar head
+    average_over: Literal[
+        "examples", "tokens"
+    ]  # the global count that the summed losses are divided by
+    reads: Literal[
+        "logps", "scores"
+    ]  # log-probabilities of a policy, or the scores of a model with a scalar head
     needs_margins: bool  # of data whose responses have scores
     read: Literal["last", "mean"]  # which of a response's scores is its own, where it reads scores
-    compute: Callable[..., LossOutput]  # (policy, reference) -> LossOutput; reference is None unless needs_reference
+    compute: Callable[
+        ..., LossOutput
+    ]  # (policy, reference) -> LossOutput; reference is None unless needs_reference
 
 
 class _Entry(NamedTuple):
@@ -43,13 +53,21 @@ LOSSES: dict[str, _Entry] = {}
 
 
 def loss(
-    data, needs_reference=lambda knobs: False, average_over=lambda knobs: "examples", reads="logps",
-    needs_margins=lambda knobs: False, read=lambda knobs: "last",
-):  # fmt: skip
-    """Register a function under its name. What is given as a function may depend on the loss's knobs."""
+    data,
+    needs_reference=lambda knobs: False,
+    average_over=lambda knobs: "examples",
+    reads="logps",
+    needs_margins=lambda knobs: False,
+    read=lambda knobs: "last",
+):
+    """Register a function under its name. What is given as a function may depend on the loss's
+    knobs.
+    """
 
     def register(function):
-        LOSSES[function.__name__] = _Entry(function, data, needs_reference, average_over, reads, needs_margins, read)
+        LOSSES[function.__name__] = _Entry(
+            function, data, needs_reference, average_over, reads, needs_margins, read
+        )
         return function
 
     return register
@@ -58,24 +76,36 @@ def loss(
 def build_loss(config: Mapping[str, Any]) -> Loss:
     """Bind the knobs of `config` ({"name": ..., knob: value}) to the loss of that name.
 
-    Raises ValueError, in one line, for an unknown name and for a knob that is missing, extra, mistyped or out of range:
-    a knob that would be ignored is an error.
+    Raises ValueError, in one line, for an unknown name and for a knob that is missing, extra,
+    mistyped or out of range: a knob that would be ignored is an error.
     """
     knobs = dict(config)
     name = knobs.pop("name")
     if name not in LOSSES:
         raise ValueError(f"loss.name={name}: no such loss; known: {', '.join(sorted(LOSSES))}")
     entry = LOSSES[name]
-    expected = [k for k, p in inspect.signature(entry.function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    expected = [
+        k
+        for k, p in inspect.signature(entry.function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    ]
     hints = get_type_hints(entry.function)
     for knob in knobs:
         if knob not in expected:
-            raise ValueError(f"loss.{knob}={knobs[knob]}: loss {name} has no such knob; it has: {', '.join(expected) or 'none'}")
+            raise ValueError(
+                f"loss.{knob}={knobs[knob]}: loss {name} has no such knob; it has:"
+                f" {', '.join(expected) or 'none'}"
+            )
     for knob in expected:
         if knob not in knobs:
-            raise ValueError(f"loss.{knob}: loss {name} needs it; add loss.{knob}=... or its line to config/loss/{name}.yaml")
+            raise ValueError(
+                f"loss.{knob}: loss {name} needs it; add loss.{knob}=... or its line to"
+                f" config/loss/{name}.yaml"
+            )
         if knob not in hints:
-            raise ValueError(f"loss.{knob}: loss {name} must annotate it with a type: {knob}: float")
+            raise ValueError(
+                f"loss.{knob}: loss {name} must annotate it with a type: {knob}: float"
+            )
         if not _fits(knobs[knob], hints[knob]):
             raise ValueError(f"loss.{knob}={knobs[knob]}: expected {_say(hints[knob])}")
     bound = Loss(
@@ -103,11 +133,15 @@ def _fits(value: Any, hint: Any) -> bool:
 def _say(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    return {float: "a number", bool: "true or false", int: "a whole number", str: "a word"}.get(hint, str(hint))
+    return {float: "a number", bool: "true or false", int: "a whole number", str: "a word"}.get(
+        hint, str(hint)
+    )
 
 
 def _try_on_zeros(bound: Loss) -> None:
-    """Run the loss on one all-zero example, so that a value out of range is refused before any model is loaded."""
+    """Run the loss on one all-zero example, so that a value out of range is refused before any
+    model is loaded.
+    """
     zero: Any = Logps(torch.zeros(1), torch.ones(1))
     example: Any = zero if bound.data == "responses" else Pairs(zero, zero)
     if bound.reads == "scores":

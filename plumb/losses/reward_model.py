@@ -1,5 +1,6 @@
-"""Losses of reward models, on the scores of both responses of a pair. Shapes and units: contract.py."""
-
+"""Losses of reward models, on the scores of both responses of a pair. Shapes and units:
+contract.py.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +28,24 @@ def reward(
     label_smoothing: float,
     centering: float,
 ) -> LossOutput:
-    """-(1-e) log sigmoid(z) - e log sigmoid(-z) + c (r_w + r_l)^2, with z = r_w - r_l - m times the data's own margin.
+    """-(1-e) log sigmoid(z) - e log sigmoid(-z) + c (r_w + r_l)^2, with z = r_w - r_l - m times the
+    data's own margin.
 
-    e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with `read=mean` on the mean scores
-    of all tokens of a response. m: Eq. 2 of arXiv:2307.09288
-    (Llama 2). c pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no origin.
+    e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with
+    `read=mean` on the mean scores of all tokens of a response. m: Eq. 2 of arXiv:2307.09288 (Llama
+    2). c pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no
+    origin.
 
-    `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the first token in which the
-    responses differ to the end of the longer one. Behind the end of the shorter one, where DeepSpeed-Chat compares with the
-    scores of padding, its last score stands (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores, or
-    the mean ones with `read=mean`.
+    `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the
+    first token in which the responses differ to the end of the longer one. Behind the end of the
+    shorter one, where DeepSpeed-Chat compares with the scores of padding, its last score stands
+    (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores, or the mean ones with
+    `read=mean`.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)")
+        raise ValueError(
+            f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)"
+        )
     for knob, value in (("margin", margin), ("centering", centering)):
         if not value >= 0:
             raise ValueError(f"{knob}={value}: must not be negative; 0 leaves it out")

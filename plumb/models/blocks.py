@@ -1,6 +1,5 @@
 """A model's transformer blocks: finding their class, compiling them."""
 
-
 from __future__ import annotations
 
 import torch
@@ -10,7 +9,8 @@ from plumb.errors import UserError
 
 
 def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
-    """The class of the transformer block: by `model.block_name`, or else as the model itself declares it.
+    """The class of the transformer block: by `model.block_name`, or else as the model itself
+    declares it.
 
     Raises UserError when no module of that name exists, with the names that do.
     """
@@ -19,15 +19,25 @@ def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
         for kind in type(module).__mro__:  # FSDP puts a class of its own before the model's
             if kind.__name__ in wanted:
                 return kind
-    kinds = sorted({type(m).__name__ for m in model.modules() if "Layer" in type(m).__name__ or "Block" in type(m).__name__})
-    raise UserError(f"model.block_name={block_name}: {type(model).__name__} has no such module; it has: {', '.join(kinds)}")
+    kinds = sorted(
+        {
+            type(m).__name__
+            for m in model.modules()
+            if "Layer" in type(m).__name__ or "Block" in type(m).__name__
+        }
+    )
+    raise UserError(
+        f"model.block_name={block_name}: {type(model).__name__} has no such module; it has:"
+        f" {', '.join(kinds)}"
+    )
 
 
 def compile_blocks(model: nn.Module, block: type[nn.Module], recompute: bool | float) -> None:
     """Compile each block in place: one graph serves all, since they differ in weights only.
 
-    `recompute` between 0 and 1: the share of activations that is kept for the backward pass, the cheapest being recomputed.
-    In place, for a wrapper would hide the module from FSDP. On a CPU the attention stays as it is, between two graphs.
+    `recompute` between 0 and 1: the share of activations that is kept for the backward pass, the
+    cheapest being recomputed. In place, for a wrapper would hide the module from FSDP. On a CPU the
+    attention stays as it is, between two graphs.
     """
     if not isinstance(recompute, bool):
         torch._functorch.config.activation_memory_budget = recompute

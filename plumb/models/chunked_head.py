@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of float32 logits on a CPU; a GPU takes eight times as much, for its matrix products want thousands of rows.
+# Of float32 logits on a CPU; a GPU takes eight times as much, for its matrix products want
+# thousands of rows.
 CHUNK_BYTES = 1 << 26  # computed at one time; 64 MB was fastest of 16, 64 and 128 (V = 49,152)
-KEPT_BYTES = 1 << 28  # softmax kept for the backward pass, which is otherwise computed again: a third more work in the head
+KEPT_BYTES = (
+    1 << 28
+    # softmax kept for the backward pass, which is otherwise computed again: a third more work in
+    # the
+    # head
+)
 
 
 def held_bytes(device: torch.device) -> int:
@@ -20,10 +26,12 @@ def held_bytes(device: torch.device) -> int:
 
 
 def step_bytes(n: int, width: int, vocab: int, itemsize: int, device: torch.device) -> int:
-    """What linear_logps holds when its backward pass begins: [n] positions, the head's weight [vocab, width] of `itemsize` bytes.
+    """What linear_logps holds when its backward pass begins: [n] positions, the head's weight
+    [vocab, width] of `itemsize` bytes.
 
-    Softmax of all positions if that may be kept, else two chunks (one is made while the one before still has its name); the
-    gradient of the weight in float32, and of hidden states; in 16 bits one chunk and that gradient a second time, rounded.
+    Softmax of all positions if that may be kept, else two chunks (one is made while the one before
+    still has its name); the gradient of the weight in float32, and of hidden states; in 16 bits one
+    chunk and that gradient a second time, rounded.
     """
     scale = 8 if device.type == "cuda" else 1
     whole, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
@@ -38,17 +46,22 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T + bias)[target], the softmax in float32.  [N, d], [V, d], [V], [N] -> [N], nats
+    """log softmax(hidden @ weight.T + bias)[target], the softmax in float32.  [N, d], [V, d], [V],
+    [N] -> [N], nats
 
-    In chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The backward pass computes them again, unless
-    their softmax fits in KEPT_BYTES.
+    In chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The backward pass
+    computes them again, unless their softmax fits in KEPT_BYTES.
     """
     if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+        hidden, weight = (
+            x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight)
+        )
     scale = 8 if hidden.is_cuda else 1
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = differentiated and 4 * len(hidden) * len(weight) <= scale * KEPT_BYTES
-    return _LinearLogps.apply(hidden, weight, bias, targets, max(1, scale * CHUNK_BYTES // (4 * len(weight))), keep)
+    return _LinearLogps.apply(
+        hidden, weight, bias, targets, max(1, scale * CHUNK_BYTES // (4 * len(weight))), keep
+    )
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -58,7 +71,9 @@ class _LinearLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, rows, keep):
         ctx.rows, kept, logps = rows, [], []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            kept = [*kept, _log_softmax(h, weight, bias)] if keep else [_log_softmax(h, weight, bias)]
+            kept = (
+                [*kept, _log_softmax(h, weight, bias)] if keep else [_log_softmax(h, weight, bias)]
+            )
             logps.append(kept[-1].gather(1, t[:, None])[:, 0])
         ctx.save_for_backward(hidden, weight, bias, targets, *(kept if keep else []))
         return torch.cat(logps)
@@ -82,7 +97,14 @@ class _LinearLogps(torch.autograd.Function):
                 d_weight.addmm_(d.T, h)
             else:
                 d_weight += d.T @ h
-        return d_hidden, d_weight.to(weight.dtype), None if d_bias is None else d_bias.to(bias.dtype), None, None, None
+        return (
+            d_hidden,
+            d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,7 +117,9 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = logits if bias is None else logits.add_(bias)
     else:
         logits = _wide(F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)))
-    return torch.log_softmax(logits, 1, out=logits)  # in place: a second tensor of this size costs as much time as the softmax
+    return torch.log_softmax(
+        logits, 1, out=logits
+    )  # in place: a second tensor of this size costs as much time as the softmax
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""A policy.pt as a Hugging Face folder: safetensors, config, tokenizer, generation config and a model card.
+"""A policy.pt as a Hugging Face folder: safetensors, config, tokenizer, generation config and a
+model card.
 
-Tensors go from the memory-mapped file to the shards one at a time. A reward model becomes a sequence-classification model, whose
-`score` is read at the last token that is not the pad token; so its pad token is one that no text ends with.
+Tensors go from the memory-mapped file to the shards one at a time. A reward model becomes a
+sequence-classification model, whose `score` is read at the last token that is not the pad token; so
+its pad token is one that no text ends with.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ from plumb.runs.policy_file import load_policy_state
 from plumb.runs.state_files import write_safetensors
 
 GB = 10**9
-PROBE = "Tell me about lighthouses.\n\nThey warn ships, and they are painted so that one is told from another."
+PROBE = (
+    "Tell me about lighthouses.\n\nThey warn ships, and they are painted so that one is told from"
+    " another."
+)
 
 
 class Weight(NamedTuple):
@@ -62,19 +67,32 @@ class Weight(NamedTuple):
 
 
 def export(
-    found: Found, out: Path, *, dtype: str | None = None, max_shard_gb: float = 5.0, chat_template: str | None = None,
-    overwrite: bool = False, check: bool = False,
-) -> None:  # fmt: skip
-    """Write the folder `out`, which has its name once all of it is there. `dtype`: of the weights; None: as they are stored.
-    `chat_template`: hh, a name or a file, the default of the export; None: the run's. Named ones of the tokenizer stay beside it.
+    found: Found,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_gb: float = 5.0,
+    chat_template: str | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+) -> None:
+    """Write the folder `out`, which has its name once all of it is there. `dtype`: of the weights;
+    None: as they are stored. `chat_template`: hh, a name or a file, the default of the export;
+    None: the run's. Named ones of the tokenizer stay beside it.
 
-    `check`: load it with transformers and compare. Raises UserError for what cannot be exported or written, and leaves nothing.
+    `check`: load it with transformers and compare. Raises UserError for what cannot be exported or
+    written, and leaves nothing.
     """
     if found.archive is None:
-        raise UserError(f"{found.name}: a model's folder or name already; give a policy.pt, a checkpoint or a run")
+        raise UserError(
+            f"{found.name}: a model's folder or name already; give a policy.pt, a checkpoint or"
+            " a run"
+        )
     if found.scalar and (found.config.get("loss") or {}).get("read") == "mean":
-        raise UserError(f"{found.name}: it was trained with loss.read=mean, and transformers reads a score at the last token; "
-                        "train with loss.read=last, or score with score.py")  # fmt: skip
+        raise UserError(
+            f"{found.name}: it was trained with loss.read=mean, and transformers reads a score at"
+            " the last token; train with loss.read=last, or score with score.py"
+        )
     out = out.resolve()  # "." has no name beside which to write
     if out.exists() and not (overwrite and _replaceable(out, found)):
         fix = "; --overwrite replaces an exported folder only" if overwrite else ", or --overwrite"
@@ -99,16 +117,23 @@ def export(
             durable_files.remove(out)
         durable_files.rename(partial_out, out)
     except OSError as error:
-        raise StorageError(f"--out {out}: cannot be written ({error.strerror or error}); give another folder, or free some space"
-                           ) from None  # fmt: skip
+        raise StorageError(
+            f"--out {out}: cannot be written ({error.strerror or error}); give another folder, or"
+            " free some space"
+        ) from None
     finally:
         with suppress(OSError):
             durable_files.remove(partial_out)
-    rank0_print(f"exported {found.archive} to {out}: {hf_config.architectures[0]}, {sum(w.bytes for w in weights) / GB:.2f} GB")
+    rank0_print(
+        f"exported {found.archive} to {out}: {hf_config.architectures[0]},"
+        f" {sum(w.bytes for w in weights) / GB:.2f} GB"
+    )
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Make a template, if one is given, the default; others that have names stay. UserError for one that is no jinja."""
+    """Make a template, if one is given, the default; others that have names stay. UserError for one
+    that is no jinja.
+    """
     if template:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
         tokenizer.chat_template = template if named is None else named | {"default": template}
@@ -120,7 +145,9 @@ def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not jinja: line {error.lineno}: {error}; mend it") from None
+        raise UserError(
+            f"the chat template is not jinja: line {error.lineno}: {error}; mend it"
+        ) from None
     except TemplateError:  # its own raise_exception: it wants other turns
         pass
 
@@ -130,7 +157,9 @@ def _replaceable(folder: Path, found: Found) -> bool:
     assert found.archive is not None
     base = found.config.model.name_or_path
     sources = [found.archive, *([Path(base).expanduser()] if base else [])]
-    return (folder / "config.json").is_file() and not any(s.resolve().is_relative_to(folder.resolve()) for s in sources)
+    return (folder / "config.json").is_file() and not any(
+        s.resolve().is_relative_to(folder.resolve()) for s in sources
+    )
 
 
 def rehearse(config: DictConfig, run_dir: Path) -> None:
@@ -146,8 +175,10 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     hf_config, tokenizer = load_config(config), load_tokenizer(config)
     set_template(tokenizer, template_of(found, None, tokenizer))
     if type(hf_config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"{what}: the code of this model ({hf_config.model_type}) is not part of transformers, so a folder of it "
-                        "cannot be read back; leave export out")  # fmt: skip
+        raise UserError(
+            f"{what}: the code of this model ({hf_config.model_type}) is not part of transformers,"
+            " so a folder of it cannot be read back; leave export out"
+        )
     with sharded_load.parameters_on_meta():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
     if scalar:
@@ -167,10 +198,15 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     except OSError as error:
-        raise UserError(f"{what}: {run_dir} cannot be written ({error.strerror or error}); set local_dirs") from None
+        raise UserError(
+            f"{what}: {run_dir} cannot be written ({error.strerror or error}); set local_dirs"
+        ) from None
     except Exception as error:  # whatever transformers does not know how to write
         first = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
-        raise UserError(f"{what}: a {type(model).__name__} cannot be written as a folder ({first}); leave export out") from None
+        raise UserError(
+            f"{what}: a {type(model).__name__} cannot be written as a folder ({first}); leave"
+            " export out"
+        ) from None
 
 
 def export_run(run_dir: Path) -> None:
@@ -182,15 +218,17 @@ def export_run(run_dir: Path) -> None:
         export(found, out, overwrite=True, check=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- the weights
+# ---- the weights ----
 
 
 def weights_of(
     found: Found, hf_config: Any, state: Mapping[str, Tensor], dtype: torch.dtype | None, pad: int
 ) -> Iterator[Weight]:
-    """All that the folder's files hold, by the names that transformers gives them there; tied weights once.
+    """All that the folder's files hold, by the names that transformers gives them there; tied
+    weights once.
 
-    Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is not this model's.
+    Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is
+    not this model's.
     """
     what = f"model.archive={found.archive}"
     stored_state = Weights(state, archive=True)
@@ -199,7 +237,9 @@ def weights_of(
     try:
         source = sharded_load.stored_source(model, stored_state, strict=True)
     except sharded_load.Misfit as error:
-        raise UserError(f"{what}: {error}; give the model that it was trained from with --base") from None
+        raise UserError(
+            f"{what}: {error}; give the model that it was trained from with --base"
+        ) from None
     stored = dtype or stored_dtype(state)
     if found.scalar:
         model, grown = as_classifier(model, head, hf_config, pad), {embedding_name(model)}
@@ -207,16 +247,29 @@ def weights_of(
         grown = set[str]()
     hf_config.architectures, hf_config.dtype = [type(model).__name__], stored
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    split = lru_cache(maxsize=1)(partial(_split, model))  # what is stored as several is read once, and written in a row
+    split = lru_cache(maxsize=1)(
+        partial(_split, model)
+    )  # what is stored as several is read once, and written in a row
     for name, meta in model.state_dict(keep_vars=True).items():
         if name in tied:
             continue
         kind = torch.promote_types(stored, torch.float32) if name == "score.weight" else stored
         meta = meta.detach().to("meta", kind)
-        read = partial(_read, source, head if name == "score.weight" else name, kind, list(meta.shape) if name in grown else None)
+        read = partial(
+            _read,
+            source,
+            head if name == "score.weight" else name,
+            kind,
+            list(meta.shape) if name in grown else None,
+        )
         parts = revert_weight_conversion(model, {name: meta})
         for key, part in parts.items():
-            yield Weight(key, list(part.shape), kind, partial(_part, split, name, read, key) if len(parts) > 1 else read)
+            yield Weight(
+                key,
+                list(part.shape),
+                kind,
+                partial(_part, split, name, read, key) if len(parts) > 1 else read,
+            )
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
@@ -224,12 +277,22 @@ def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     return max(state.values(), key=torch.numel).dtype
 
 
-def _read(source: sharded_load.Source, name: str, dtype: torch.dtype, shape: list[int] | None) -> Tensor:
-    """A whole tensor; with `shape`, zeros are added below. Raises UnsafeFile where it is not finite."""
+def _read(
+    source: sharded_load.Source, name: str, dtype: torch.dtype, shape: list[int] | None
+) -> Tensor:
+    """A whole tensor; with `shape`, zeros are added below. Raises UnsafeFile where it is not
+    finite.
+    """
     tensor = source(name, ())
     if not torch.linalg.vector_norm(tensor.reshape(-1), ord=torch.inf).isfinite():
-        raise UnsafeFile(f"{name} holds NaN or infinity; is the file damaged, or had its training diverged?")
-    return F.pad(tensor, (0, 0, 0, shape[0] - tensor.shape[0])).to(dtype) if shape else tensor.to(dtype)
+        raise UnsafeFile(
+            f"{name} holds NaN or infinity; is the file damaged, or had its training diverged?"
+        )
+    return (
+        F.pad(tensor, (0, 0, 0, shape[0] - tensor.shape[0])).to(dtype)
+        if shape
+        else tensor.to(dtype)
+    )
 
 
 def _split(model: Any, name: str, read: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -237,7 +300,9 @@ def _split(model: Any, name: str, read: Callable[[], Tensor]) -> dict[str, Tenso
     return revert_weight_conversion(model, {name: read()})
 
 
-def _part(split: Callable[..., dict[str, Tensor]], name: str, read: Callable[[], Tensor], key: str) -> Tensor:
+def _part(
+    split: Callable[..., dict[str, Tensor]], name: str, read: Callable[[], Tensor], key: str
+) -> Tensor:
     return split(name, read)[key]
 
 
@@ -250,7 +315,13 @@ def write_shards(folder: Path, weights: list[Weight], max_bytes: float) -> None:
         shards[-1].append(weight)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
-    with tqdm(total=sum(w.bytes for w in weights), desc="exporting", unit="B", unit_scale=True, disable=quiet()) as progress:
+    with tqdm(
+        total=sum(w.bytes for w in weights),
+        desc="exporting",
+        unit="B",
+        unit_scale=True,
+        disable=quiet(),
+    ) as progress:
 
         def each(shard: list[Weight]) -> Iterator[Tensor]:
             for weight in shard:
@@ -258,22 +329,34 @@ def write_shards(folder: Path, weights: list[Weight], max_bytes: float) -> None:
                 progress.update(weight.bytes)
 
         for name, shard in zip(names, shards, strict=True):
-            write_safetensors(folder / name, {w.name: (w.dtype, w.shape) for w in shard}, each(shard), {"format": "pt"})
+            write_safetensors(
+                folder / name,
+                {w.name: (w.dtype, w.shape) for w in shard},
+                each(shard),
+                {"format": "pt"},
+            )
     if len(shards) > 1:
-        places = {weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard}
+        places = {
+            weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard
+        }
         index = {"metadata": {"total_size": sum(w.bytes for w in weights)}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------- a reward model
+# ---- a reward model ----
 
 
 def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
-    """The sequence-classification model with the weights of this causal LM and its head as `score`; without values.
+    """The sequence-classification model with the weights of this causal LM and its head as `score`;
+    without values.
 
-    Raises UserError where transformers has none for this architecture, or one that is built otherwise.
+    Raises UserError where transformers has none for this architecture, or one that is built
+    otherwise.
     """
-    hf_config.num_labels, hf_config.problem_type = 1, "regression"  # so that a pipeline gives the score itself, not its sigmoid
+    hf_config.num_labels, hf_config.problem_type = (
+        1,
+        "regression",
+    )  # so that a pipeline gives the score itself, not its sigmoid
     hf_config.id2label, hf_config.label2id = {0: "score"}, {"score": 0}
     hf_config.tie_word_embeddings = False
     text = hf_config.get_text_config()
@@ -286,8 +369,10 @@ def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
     except ValueError:
         same = False
     if not same:
-        raise UserError(f"{type(model).__name__}: transformers has no sequence-classification model of this architecture with "
-                        "one `score`; a reward model of it cannot be exported")  # fmt: skip
+        raise UserError(
+            f"{type(model).__name__}: transformers has no sequence-classification model of this"
+            " architecture with one `score`; a reward model of it cannot be exported"
+        )
     return made
 
 
@@ -300,40 +385,55 @@ def embedding_name(model: Any) -> str:
 def use_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> int:
     """Give the tokenizer a pad token that no text ends with, where EOS or UNK is one now. -> its id
 
-    transformers scores at the rightmost token that is not PAD: were that EOS, it would score at the token before. Taken is a
-    special token with "pad" in its name if there is one; else [PAD] is added. Padding is on the right, which is safe for learned
-    positions too: transformers counts them from the row's beginning.
+    transformers scores at the rightmost token that is not PAD: were that EOS, it would score at the
+    token before. Taken is a special token with "pad" in its name if there is one; else [PAD] is
+    added. Padding is on the right, which is safe for learned positions too: transformers counts
+    them from the row's beginning.
     """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
-        special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and "pad" in str(t).lower()]
+        special = [
+            str(t)
+            for t in tokenizer.added_tokens_decoder.values()
+            if t.special and "pad" in str(t).lower()
+        ]
         spare = [t for t in special if t not in (tokenizer.eos_token, tokenizer.unk_token)]
         tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "[PAD]"})
     tokenizer.padding_side = "right"
     return int(tokenizer.pad_token_id)
 
 
-# ------------------------------------------------------------------------------------------------------- what goes with it
+# ---- what goes with it ----
 
 
-def generation_config(config: DictConfig, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The base model's, if it has one that is valid; its end tokens with the tokenizer's EOS, at which training ends answers."""
+def generation_config(
+    config: DictConfig, hf_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """The base model's, if it has one that is valid; its end tokens with the tokenizer's EOS, at
+    which training ends answers.
+    """
     made, spec = GenerationConfig.from_model_config(hf_config), config.model
     if not spec.architecture:
         with suppress(OSError, ValueError):
-            made = GenerationConfig.from_pretrained(spec.name_or_path, revision=spec.revision or "main")
+            made = GenerationConfig.from_pretrained(
+                spec.name_or_path, revision=spec.revision or "main"
+            )
             made.validate(strict=True)
     own = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
     ends = list(dict.fromkeys(t for t in (*own, tokenizer.eos_token_id) if t is not None))
     made._from_model_config = False
     made.eos_token_id = ends[0] if len(ends) == 1 else ends
-    made.pad_token_id, made.bos_token_id = tokenizer.pad_token_id, made.bos_token_id or tokenizer.bos_token_id
+    made.pad_token_id, made.bos_token_id = (
+        tokenizer.pad_token_id,
+        made.bos_token_id or tokenizer.bos_token_id,
+    )
     return made
 
 
 @torch.no_grad()
 def compare(found: Found, folder: Path, dtype: str | None) -> None:
-    """Raise UnsafeFile unless transformers reads the folder as the same model: logits, or scores, of two texts in float32. Holds
-    one model at a time."""
+    """Raise UnsafeFile unless transformers reads the folder as the same model: logits, or scores,
+    of two texts in float32. Holds one model at a time.
+    """
     stored = dtype or json.loads((folder / "config.json").read_text())["dtype"]
     tokenizer = load_tokenizer(find_model(str(folder)).config)
     texts = [PROBE, PROBE.partition("\n")[0]]
@@ -349,11 +449,21 @@ def compare(found: Found, folder: Path, dtype: str | None) -> None:
     exported: Any = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     if found.scalar:
         batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        off = max(float((a - b[-1]).abs().max()) for a, b in zip(exported(**batch).logits, expected, strict=True))
+        off = max(
+            float((a - b[-1]).abs().max())
+            for a, b in zip(exported(**batch).logits, expected, strict=True)
+        )
     else:
-        off = max(float((exported(torch.tensor([row])).logits[0] - b).abs().max()) for row, b in zip(ids, expected, strict=True))
+        off = max(
+            float((exported(torch.tensor([row])).logits[0] - b).abs().max())
+            for row, b in zip(ids, expected, strict=True)
+        )
     largest = max(float(b.abs().max()) for b in expected)
     if not off <= 1e-4 * max(largest, 1):
-        raise UnsafeFile(f"--out {folder}: what transformers reads back computes otherwise (by {off:.1g} of {largest:.1g}); "
-                         "nothing is kept; please report this")  # fmt: skip
-    rank0_print(f"checked: {type(exported).__name__} from the folder computes the same, to {off:.0e}")
+        raise UnsafeFile(
+            f"--out {folder}: what transformers reads back computes otherwise (by {off:.1g} of"
+            f" {largest:.1g}); nothing is kept; please report this"
+        )
+    rank0_print(
+        f"checked: {type(exported).__name__} from the folder computes the same, to {off:.0e}"
+    )

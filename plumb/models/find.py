@@ -1,7 +1,9 @@
-"""A model by whatever name its user has for it: on the hub, a folder, a .gguf file, a run, a checkpoint of it, a policy.pt.
+"""A model by whatever name its user has for it: on the hub, a folder, a .gguf file, a run, a
+checkpoint of it, a policy.pt.
 
-The commands beside train.py open models with this. What a policy.pt does not say (architecture, tokenizer) stands in the
-config.yaml of its run, ours or the 2023 repository's, or is the `base` that the user gives.
+The commands beside train.py open models with this. What a policy.pt does not say (architecture,
+tokenizer) stands in the config.yaml of its run, ours or the 2023 repository's, or is the `base`
+that the user gives.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Found(NamedTuple):
     """Where a model is, before it is loaded."""
 
     name: str  # as the user gave it
-    config: DictConfig  # model.*, seed and device, as load_policy takes them; of a run: all that its config.yaml holds
+    # model.*, seed and device, as load_policy takes them; of a run: all that its config.yaml holds
+    config: DictConfig
     archive: Path | None  # its policy.pt
     run_dir: Path | None  # the run that wrote it
     scalar: bool  # a reward model
@@ -40,28 +43,42 @@ class Opened(NamedTuple):
     """A frozen model on its device, in eval mode."""
 
     found: Found
-    model: PreTrainedModel  # a causal LM; with a scalar head (see models/scalar_head.py) if `found.scalar`
+    # a causal LM; with a scalar head (see models/scalar_head.py) if `found.scalar`
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
-def find_model(name: str, base: str | None = None, tokenizer: str | None = None, dtype: str | None = None) -> Found:
-    """Find out what `name` is. `base`: the model that a policy.pt without a config.yaml was trained from; it and `tokenizer` go
-    before what the run says. `dtype`: of the weights; None: float32.
+def find_model(
+    name: str, base: str | None = None, tokenizer: str | None = None, dtype: str | None = None
+) -> Found:
+    """Find out what `name` is. `base`: the model that a policy.pt without a config.yaml was trained
+    from; it and `tokenizer` go before what the run says. `dtype`: of the weights; None: float32.
 
     Raises UserError for what is not there, and for a policy.pt of which nobody says what it is.
     """
     config = OmegaConf.create({"seed": 0, "device": None, "trainer": "BasicTrainer"})
     config.model = OmegaConf.load(CONFIG / "model/blank_model.yaml")
     path, archive, run_dir = Path(name).expanduser(), None, None
-    is_model = (path / "config.json").is_file() or path.suffix == ".gguf" or list(path.glob("*.gguf"))
+    is_model = (
+        (path / "config.json").is_file() or path.suffix == ".gguf" or list(path.glob("*.gguf"))
+    )
     if not is_model and (path.exists() or any(c in name for c in "*?[") or path.suffix == ".pt"):
         try:
             archive = resolve_archive(name)
         except UserError:
-            raise UserError(f"{name}: no model's folder, run, checkpoint or policy.pt; give one, or a name on the hub"
-                            ) from None  # fmt: skip
+            raise UserError(
+                f"{name}: no model's folder, run, checkpoint or policy.pt; give one, or a name on"
+                " the hub"
+            ) from None
         file = archive.resolve()
-        run_dir = next((folder for folder in (file.parent.parent, file.parent) if (folder / "config.yaml").is_file()), None)
+        run_dir = next(
+            (
+                folder
+                for folder in (file.parent.parent, file.parent)
+                if (folder / "config.yaml").is_file()
+            ),
+            None,
+        )
         try:
             own = _config_of(run_dir) if run_dir else None
         except UserError:  # of something else, perhaps
@@ -71,20 +88,30 @@ def find_model(name: str, base: str | None = None, tokenizer: str | None = None,
         if own is not None:
             config = cast(DictConfig, OmegaConf.merge(config, own))
         elif base is None:
-            raise UserError(f"{archive}: no config.yaml beside it says which model this is; give the model that it was trained "
-                            "from: --base NAME_OR_PATH")  # fmt: skip
+            raise UserError(
+                f"{archive}: no config.yaml beside it says which model this is; give the model that"
+                " it was trained from: --base NAME_OR_PATH"
+            )
     if base is not None or archive is None:
-        config.model = OmegaConf.merge(config.model, {"name_or_path": base or name, "architecture": None})
+        config.model = OmegaConf.merge(
+            config.model, {"name_or_path": base or name, "architecture": None}
+        )
     config.model.archive = str(archive) if archive else None
     config.model.policy_dtype = dtype or "float32"
     if tokenizer is not None:
         config.model.tokenizer_name_or_path = tokenizer
-    scalar = holds_scores(load_policy_state(str(archive))) if archive else is_classifier(load_config(config))
+    scalar = (
+        holds_scores(load_policy_state(str(archive)))
+        if archive
+        else is_classifier(load_config(config))
+    )
     return Found(name, config, archive, run_dir, scalar)
 
 
 def _config_of(run_dir: Path) -> DictConfig:
-    """A run's config.yaml. One of 2023 has fewer knobs, and paths of its own machine, which are left out."""
+    """A run's config.yaml. One of 2023 has fewer knobs, and paths of its own machine, which are
+    left out.
+    """
     try:
         check_config_file(run_dir / "config.yaml")  # it comes with the weights, from anywhere
         config: Any = OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")))
@@ -92,9 +119,20 @@ def _config_of(run_dir: Path) -> DictConfig:
             raise ValueError("it names no model")
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
         problem = str(error).splitlines()[0]
-        raise UserError(f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base NAME_OR_PATH") from None
-    for knob in ("name_or_path", "tokenizer_name_or_path", "archive"):  # relative to where it was started: here, most often
-        if (given := config.model.get(knob)) and not Path(given).exists() and (ROOT / given).exists():
+        raise UserError(
+            f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base"
+            " NAME_OR_PATH"
+        ) from None
+    for knob in (
+        "name_or_path",
+        "tokenizer_name_or_path",
+        "archive",
+    ):  # relative to where it was started: here, most often
+        if (
+            (given := config.model.get(knob))
+            and not Path(given).exists()
+            and (ROOT / given).exists()
+        ):
             config.model[knob] = str(ROOT / given)
     config.device, config.trainer = None, "BasicTrainer"
     config.setdefault("add_bos", False)  # runs of 2023, which do not say it, had none
@@ -102,21 +140,30 @@ def _config_of(run_dir: Path) -> DictConfig:
 
 
 def start_of(found: Found) -> DictConfig:
-    """What the run of a policy started from, as load_policy takes it: its reference. UserError for a model that is of no run."""
+    """What the run of a policy started from, as load_policy takes it: its reference. UserError for
+    a model that is of no run.
+    """
     if found.run_dir is None:
-        raise UserError(f"{found.name}: no run of it is known, so neither is its reference; give --reference MODEL")
+        raise UserError(
+            f"{found.name}: no run of it is known, so neither is its reference; give --reference"
+            " MODEL"
+        )
     config = copy.deepcopy(found.config)
     config.model.archive = _config_of(found.run_dir).model.get("archive")
     return config
 
 
 def open_model(found: Found, device: str | None = None) -> Opened:
-    """Load what was found, on `device` (None: the GPU if there is one, else the CPU). UserError for one that is not there."""
+    """Load what was found, on `device` (None: the GPU if there is one, else the CPU). UserError for
+    one that is not there.
+    """
     check_device(device)
     found.config.device = device
     tokenizer = load_tokenizer(found.config)
     model: Any = load_policy(found.config, scalar=found.scalar)
-    return Opened(found, model.to(pick_device(found.config)).eval().requires_grad_(False), tokenizer)
+    return Opened(
+        found, model.to(pick_device(found.config)).eval().requires_grad_(False), tokenizer
+    )
 
 
 def check_device(device: str | None) -> None:
@@ -124,7 +171,10 @@ def check_device(device: str | None) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out to pick one") from None
+        raise UserError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out to"
+            " pick one"
+        ) from None
 
 
 def template_of(found: Found, given: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:

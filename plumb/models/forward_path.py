@@ -1,6 +1,5 @@
 """How a model computes a batch: packed or padded, with its own head or in chunks."""
 
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -9,23 +8,37 @@ import torch
 
 from plumb.models import tree_attention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 class Way(NamedTuple):
     """How a model's log-probabilities are computed."""
 
     packed: bool  # trees in one row, or one response to a padded row
-    plain_head: bool  # log-probabilities straight from the head's weight, in chunks, or through the model's own head
+    # log-probabilities straight from the head's weight, in chunks, or through the model's own head
+    plain_head: bool
 
     def __str__(self) -> str:
-        return f"{'packed trees' if self.packed else 'padded rows'}, {'head in chunks' if self.plain_head else 'own head'}"
+        return (
+            f"{'packed trees' if self.packed else 'padded rows'},"
+            f" {'head in chunks' if self.plain_head else 'own head'}"
+        )
 
 
 ORACLE = Way(packed=False, plain_head=False)
 
 
 def allow_trees(model: Any) -> None:
-    """Let `model` take segments (see models/tree_attention.py), if its attention is one that can be exchanged for ours."""
-    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+    """Let `model` take segments (see models/tree_attention.py), if its attention is one that can be
+    exchanged for ours.
+    """
+    if (
+        getattr(model, "_supports_attention_backend", False)
+        and model.config._attn_implementation == "sdpa"
+    ):
         model.set_attn_implementation(tree_attention.NAME)

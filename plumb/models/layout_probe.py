@@ -1,9 +1,11 @@
-"""Which layout gives a model's own numbers: known from its config, or found by trying it on synthetic rows.
+"""Which layout gives a model's own numbers: known from its config, or found by trying it on
+synthetic rows.
 
-The truth is each response alone: its prompt and itself in a row of their own, without padding, under the model's own attention
-and head. A layout is used if it reproduces the truth up to rounding, in values and in gradients, for what training will meet:
-a row of max_length, neighbours of very different lengths, a full microbatch. The rows are synthetic, so that the choice
-depends on the model and the settings, not on which rows of the data come first.
+The truth is each response alone: its prompt and itself in a row of their own, without padding,
+under the model's own attention and head. A layout is used if it reproduces the truth up to
+rounding, in values and in gradients, for what training will meet: a row of max_length, neighbours
+of very different lengths, a full microbatch. The rows are synthetic, so that the choice depends on
+the model and the settings, not on which rows of the data come first.
 
 Shapes: T tokens in a row, n compared positions of it, d hidden size, V vocabulary.
 """
@@ -30,18 +32,23 @@ from plumb.models.forward_path import Way
 from plumb.models.logps import head_on, packed_inputs
 from plumb.models.scalar_head import scores
 
-COMPARED = 64  # positions of a response that are compared, spread over its length: their logits must fit in memory
-ROUNDING = 1e-5  # nats per token; sixty families of small models in float32 differ by at most 2e-6 from one layout to another
+# positions of a response that are compared, spread over its length: their logits must fit in memory
+COMPARED = 64
+# nats per token; sixty families of small models in float32 differ by at most 2e-6 from one layout
+# to another
+ROUNDING = 1e-5
 GRADIENT_ROUNDING = 1e-4  # of the gradient's norm; the same families differ by at most 6e-6
 # Kinds of layers that keep nothing along the row.
 FREE_OF_STATE = {"full_attention", "sliding_attention", "attention"}
 
 
-# ------------------------------------------------------------------------------------------------ known from the config
+# ---- known from the config ----
 
 
 def cannot_pack(model: Any) -> str | None:
-    """Return why several sequences must not share a row of this model, as far as its config says so; None if it may be tried."""
+    """Return why several sequences must not share a row of this model, as far as its config says
+    so; None if it may be tried.
+    """
     spec = model.config.get_text_config()
     if kinds := sorted(layer_kinds(spec) - FREE_OF_STATE):
         return f"its {', '.join(kinds)} layers run along the row"
@@ -57,7 +64,9 @@ def cannot_pack(model: Any) -> str | None:
 
 
 def layer_kinds(spec: Any) -> set[str]:
-    """Return the kinds of layers that a transformers config lists, under any of the names in use; empty if it lists none."""
+    """Return the kinds of layers that a transformers config lists, under any of the names in use;
+    empty if it lists none.
+    """
     lists = (
         getattr(spec, name, None) for name in ("layer_types", "block_types", "layers_block_type")
     )
@@ -65,10 +74,11 @@ def layer_kinds(spec: Any) -> set[str]:
 
 
 def check_rope(hf_config: Any, longest: int) -> None:
-    """Raise UserError if sequences of up to `longest` tokens would get rotary embeddings that depend on their neighbours.
+    """Raise UserError if sequences of up to `longest` tokens would get rotary embeddings that
+    depend on their neighbours.
 
-    "dynamic" and "longrope" choose their frequencies by the longest sequence of the batch, so beyond a length one long text
-    changes the log-probabilities of all others, in padded rows too.
+    "dynamic" and "longrope" choose their frequencies by the longest sequence of the batch, so
+    beyond a length one long text changes the log-probabilities of all others, in padded rows too.
     """
     spec = hf_config.get_text_config()
     given = getattr(spec, "rope_parameters", None) or {}
@@ -78,8 +88,9 @@ def check_rope(hf_config: Any, longest: int) -> None:
             limit = rope.get("original_max_position_embeddings", limit)
         if kind in ("dynamic", "longrope") and limit is not None and longest > limit:
             raise UserError(
-                f"max_length={longest}: the model's rotary embeddings ({kind}) change for a whole batch as soon as one of its "
-                f"sequences has more than {limit:,} tokens, so results would depend on neighbours; set max_length={limit} or less"
+                f"max_length={longest}: the model's rotary embeddings ({kind}) change for a whole"
+                f" batch as soon as one of its sequences has more than {limit:,} tokens, so results"
+                f" would depend on neighbours; set max_length={limit} or less"
             )
 
 
@@ -90,7 +101,8 @@ LOGIT_KNOBS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_h
 def keeps_logits(model: Any, precision: Callable[[], AbstractContextManager]) -> bool:
     """Does the model return what its head computes, unchanged (no soft cap, no scale)?
 
-    Exact in any precision: the head is made to return integers up to 60, which bfloat16 holds, and they must come back.
+    Exact in any precision: the head is made to return integers up to 60, which bfloat16 holds, and
+    they must come back.
     """
     head = model.get_output_embeddings()
     device = next(model.parameters()).device
@@ -108,7 +120,9 @@ def keeps_logits(model: Any, precision: Callable[[], AbstractContextManager]) ->
 
 
 def plain_head(model: Any, precision: Callable[[], AbstractContextManager]) -> tuple[bool, str]:
-    """Return whether log-probabilities may be computed straight from the head's weight, and why not."""
+    """Return whether log-probabilities may be computed straight from the head's weight, and why
+    not.
+    """
     head = model.get_output_embeddings()
     if scores(model):
         return False, ""
@@ -124,11 +138,13 @@ def plain_head(model: Any, precision: Callable[[], AbstractContextManager]) -> t
     return True, ""
 
 
-# ----------------------------------------------------------------------------------------------------- found by trying
+# ---- found by trying ----
 
 
 def ordinary_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the token ids that texts are made of: all that have an embedding, less the special ones.  [n] int64"""
+    """Return the token ids that texts are made of: all that have an embedding, less the special
+    ones.  [n] int64
+    """
     n = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     return np.setdiff1d(np.arange(n), tokenizer.all_special_ids)
 
@@ -141,16 +157,20 @@ class Row(NamedTuple):
 
 
 def synthetic_rows(longest: int, row_tokens: int, vocabulary: np.ndarray, seed: int) -> list[Row]:
-    """Return three rows of trees with two responses each, tokens drawn from `vocabulary`, no sequence longer than `longest`.
+    """Return three rows of trees with two responses each, tokens drawn from `vocabulary`, no
+    sequence longer than `longest`.
 
-    Neighbours of very different lengths; a response of nearly `longest`; and these two trees again, at both ends of a row of
-    `row_tokens`.
+    Neighbours of very different lengths; a response of nearly `longest`; and these two trees again,
+    at both ends of a row of `row_tokens`.
 
     >>> rows = synthetic_rows(40, 200, np.arange(5, 9), seed=0)
     >>> [[(len(e.prompt), *map(len, e.responses)) for e in row.examples] for row in rows[:2]]
     [[(4, 3, 7), (20, 20, 20)], [(8, 32, 2), (10, 10, 5)]]
-    >>> int(lengths_of(rows[2].examples).tokens().sum()) >= 200, rows[2].compared == [0, len(rows[2].examples) - 1]
-    (True, True)
+    >>> full = rows[2]
+    >>> int(lengths_of(full.examples).tokens().sum()) >= 200
+    True
+    >>> full.compared == [0, len(full.examples) - 1]
+    True
     """
     rng = np.random.default_rng(seed)
 
@@ -182,7 +202,9 @@ class Alone(NamedTuple):
 class Distance(NamedTuple):
     """How far two computations are apart."""
 
-    values: float  # of the worst response, the mean absolute difference: nats per token, or scores relative to the largest
+    # of the worst response, the mean absolute difference: nats per token, or scores relative to the
+    # largest
+    values: float
     gradients: float  # of the worst tree, the norm of the difference relative to the gradient's
 
 
@@ -202,8 +224,9 @@ class Prober(NamedTuple):
     def compute(
         self, inputs: dict[str, Any], positions: Tensor, targets: Tensor, head_in_chunks: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the values at `positions` [n] of the flattened tokens, [n], and the gradient of their signed sum by the input
-        embeddings, [rows, T, d]; float64 on the CPU."""
+        """Return the values at `positions` [n] of the flattened tokens, [n], and the gradient of
+        their signed sum by the input embeddings, [rows, T, d]; float64 on the CPU.
+        """
         embeddings: list[Tensor] = []
 
         def leaf(module, arguments, output):
@@ -227,7 +250,9 @@ class Prober(NamedTuple):
         return values.detach().double().cpu(), None if gradient is None else gradient.double().cpu()
 
     def alone(self, example: Example) -> Alone:
-        """Return the truth: each response without neighbours and padding, under the model's own attention and head."""
+        """Return the truth: each response without neighbours and padding, under the model's own
+        attention and head.
+        """
         values, gradients = [], []
         for response in example.responses:
             ids = np.concatenate([example.prompt, response]).astype(np.int64)
@@ -276,7 +301,9 @@ class Prober(NamedTuple):
     def _responses(
         self, batch: Batch, row: Row, inputs: dict[str, Any], scored: Tensor, head_in_chunks: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the compared trees' values, tree by tree; `scored` [N]: where the batch's scored tokens lie in `inputs`."""
+        """Compute the compared trees' values, tree by tree; `scored` [N]: where the batch's scored
+        tokens lie in `inputs`.
+        """
         response, n_trees = batch.response.cpu().numpy(), len(row.examples)
         chosen = []
         for tree in row.compared:
@@ -299,10 +326,11 @@ class Prober(NamedTuple):
         return worst_of([Distance(max(off_by) / scale, max(off, default=0.0))])
 
     def rounding(self, examples: Sequence[Example], truths: Sequence[Alone]) -> Distance:
-        """Return the difference that one more rounding after each block makes: what no two orders of summation can be held to.
+        """Return the difference that one more rounding after each block makes: what no two orders
+        of summation can be held to.
 
-        The output of each block is multiplied by 1 + eps z with z standard normal, where eps is half the
-        spacing of the precision's numbers at 1.
+        The output of each block is multiplied by 1 + eps z with z standard normal, where eps is
+        half the spacing of the precision's numbers at 1.
         """
         generator = torch.Generator().manual_seed(0)
         eps = torch.finfo(self.precision.dtype).eps / 2
@@ -331,7 +359,9 @@ class Prober(NamedTuple):
 
 
 def compared_tokens(response: np.ndarray) -> np.ndarray:
-    """Return numbers of at most COMPARED tokens of a response, spread over its length.  [n] int64"""
+    """Return numbers of at most COMPARED tokens of a response, spread over its length.  [n]
+    int64
+    """
     return np.unique(
         np.linspace(0, len(response) - 1, min(COMPARED, len(response))).astype(np.int64)
     )
@@ -353,11 +383,13 @@ def choose_way(
     precisions: Sequence[Precision],
     gradients: bool,
 ) -> tuple[Way, str]:
-    """Return the fastest layout that gives this model's own values, and a line that says why it was chosen.
+    """Return the fastest layout that gives this model's own values, and a line that says why it was
+    chosen.
 
-    `longest`: tokens of the longest sequence. `vocabulary`: ids of ordinary tokens. `row_tokens`: of a microbatch in a layout.
-    `precisions`: a layout must hold in each. `gradients`: compare these too, in the last. All ranks get the same answer.
-    Raises UserError where no layout would do, see check_rope.
+    `longest`: tokens of the longest sequence. `vocabulary`: ids of ordinary tokens. `row_tokens`:
+    of a microbatch in a layout. `precisions`: a layout must hold in each. `gradients`: compare
+    these too, in the last. All ranks get the same answer. Raises UserError where no layout would
+    do, see check_rope.
     """
     check_rope(model.config, longest)
     head_in_chunks, why_own_head = plain_head(model, precisions[0].context)
@@ -365,7 +397,8 @@ def choose_way(
     unit = "" if scores(model) else " nats per token"
     why = cannot_pack(model)
     if why is None:
-        # Rounding can tip a router from one expert to another: what fails on one draw of tokens gets a second.
+        # Rounding can tip a router from one expert to another: what fails on one draw of tokens
+        # gets a second.
         for seed in (0, 1):
             rows = synthetic_rows(longest, row_tokens(packed), vocabulary, seed)
             try:
@@ -401,10 +434,11 @@ def try_layout(
     precisions: Sequence[Precision],
     gradients: bool,
 ) -> tuple[Distance, bool]:
-    """Return the layout's largest distance from the truth, and whether it is within the tolerance of every precision.
+    """Return the layout's largest distance from the truth, and whether it is within the tolerance
+    of every precision.
 
-    The tolerance is ROUNDING and GRADIENT_ROUNDING for numbers of 32 bits or more. Beyond that, and in 16 bits, it is twice what
-    one more rounding in each block makes (see Prober.rounding).
+    The tolerance is ROUNDING and GRADIENT_ROUNDING for numbers of 32 bits or more. Beyond that, and
+    in 16 bits, it is twice what one more rounding in each block makes (see Prober.rounding).
     """
     trees = [row.examples[i] for row in rows[:2] for i in row.compared]
     worst, within = [], True

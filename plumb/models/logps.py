@@ -1,6 +1,7 @@
 """Models: turn a Batch into log-probabilities, in the fastest way that is this model's own.
 
-Shapes: R rows of T tokens, N scored positions (those that predict a response token), d hidden size, V vocabulary.
+Shapes: R rows of T tokens, N scored positions (those that predict a response token), d hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
     The head runs on the N scored positions only, so that no [T, V] tensor exists.
     """
     inputs, padded = _inputs(batch, way)
-    with head_on(model, batch.scored if padded is None else padded.scored, batch.targets if way.plain_head else None):
+    with head_on(
+        model,
+        batch.scored if padded is None else padded.scored,
+        batch.targets if way.plain_head else None,
+    ):
         output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
     logps = output[0, :, 0] if way.plain_head else token_logps(output[0], batch.targets)  # [N]
     tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
@@ -35,25 +40,32 @@ def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
 
 
 def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
-    """Sum the scored positions' log-probabilities over each response.  [N] -> [R], nats, of the same type
+    """Sum the scored positions' log-probabilities over each response.  [N] -> [R], nats, of the
+    same type
 
-    In a fixed order, so that the same log-probabilities always have the same sums: a scattered addition (`index_add`) takes the
-    order in which a GPU's threads happen to arrive. Each response's positions stand together, and are laid out as a row, padded
-    with zeros; in float64, except on a device that has none (MPS).
+    In a fixed order, so that the same log-probabilities always have the same sums: a scattered
+    addition (`index_add`) takes the order in which a GPU's threads happen to arrive. Each
+    response's positions stand together, and are laid out as a row, padded with zeros; in float64,
+    except on a device that has none (MPS).
     """
     count = batch.n_scored_each()  # [R]
     order, longest = batch.spans[:, 2].argsort(kind="stable"), max(int(count.max(initial=0)), 1)
-    place = torch.from_numpy(ranges(order * longest, count[order])).to(logps.device, non_blocking=True)  # [N] in [R * L]
+    place = torch.from_numpy(ranges(order * longest, count[order])).to(
+        logps.device, non_blocking=True
+    )  # [N] in [R * L]
     wide = torch.float32 if logps.device.type == "mps" else torch.float64
-    rows = torch.zeros(len(count) * longest, dtype=wide, device=logps.device).index_copy(0, place, logps.to(wide))
+    rows = torch.zeros(len(count) * longest, dtype=wide, device=logps.device).index_copy(
+        0, place, logps.to(wide)
+    )
     return rows.view(-1, longest).sum(1).to(logps.dtype)
 
 
 def response_scores(model: Any, batch: Batch, way: Way) -> Scores:
-    """Scores of a model with a scalar head (models/scalar_head.py) at all response tokens.  -> Scores of [R]
+    """Scores of a model with a scalar head (models/scalar_head.py) at all response tokens.  ->
+    Scores of [R]
 
-    Where a response ends is known from its length: no token id is searched for, and PAD may be EOS. One without a token has the
-    score of its prompt.
+    Where a response ends is known from its length: no token id is searched for, and PAD may be EOS.
+    One without a token has the score of its prompt.
     """
     inputs, padded = _inputs(batch, way)
     device, (start, n_prompt, own, n) = batch.input_ids.device, batch.spans.T  # [R] each
@@ -80,9 +92,13 @@ def packed_inputs(batch: Batch) -> dict[str, Any]:
 
 
 def read_hidden(model: Any, batch: Batch, way: Way, read: str) -> Tensor:
-    """What a scalar head reads at each response's last token, or with `read` "mean" the mean over its tokens.  -> [R, d]"""
+    """What a scalar head reads at each response's last token, or with `read` "mean" the mean over
+    its tokens.  -> [R, d]
+    """
     seen: list[Tensor] = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, score: seen.append(inputs[0][0]))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda head, inputs, score: seen.append(inputs[0][0])
+    )
     try:
         response_scores(model, batch, way)
     finally:
@@ -109,23 +125,32 @@ def head_on(
     targets: Tensor | None,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
-    """Within, the LM head of `model` sees only the hidden states at `positions`, [N] of the R * W tokens.
+    """Within, the LM head of `model` sees only the hidden states at `positions`, [N] of the R * W
+    tokens.
 
-    With `targets` it gives their log-probabilities in place of logits, [1, N, 1]; without, all their logits, [1, N, V].
-    In the head, not after it: there FSDP has gathered its weight; and what the model does to logits afterwards (soft-capping,
-    scaling) stays as it is. `forward` [1, N, d] -> [1, N, V] stands in for the head's own computation.
+    With `targets` it gives their log-probabilities in place of logits, [1, N, 1]; without, all
+    their logits, [1, N, V]. In the head, not after it: there FSDP has gathered its weight; and what
+    the model does to logits afterwards (soft-capping, scaling) stays as it is. `forward` [1, N, d]
+    -> [1, N, V] stands in for the head's own computation.
     """
     head = model.get_output_embeddings()
 
     def gather(_, inputs):
         (hidden,) = inputs  # [R, W, d]
-        return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),)  # [1, N, d]
+        return (
+            hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),
+        )  # [1, N, d]
 
     def logps(hidden):  # [1, N, d] -> [1, N, 1]; a copy, since FSDP wants no view
         device = head.weight.device
-        return linear_logps(hidden[0].to(device), head.weight, head.bias, targets.to(device))[None, :, None].clone()
+        return linear_logps(hidden[0].to(device), head.weight, head.bias, targets.to(device))[
+            None, :, None
+        ].clone()
 
-    handle, own = head.register_forward_pre_hook(gather), vars(head).get("forward")  # accelerate's, where it spreads a model
+    handle, own = (
+        head.register_forward_pre_hook(gather),
+        vars(head).get("forward"),
+    )  # accelerate's, where it spreads a model
     if targets is not None:
         forward = logps
     if forward is not None:

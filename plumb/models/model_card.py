@@ -1,4 +1,5 @@
-"""Where a checkpoint comes from: its run, the checkpoint that run started from, and so on to the base model; as a model card.
+"""Where a checkpoint comes from: its run, the checkpoint that run started from, and so on to the
+base model; as a model card.
 
 Nothing in a card names a place on this machine: of a path its last parts are kept.
 """
@@ -35,9 +36,13 @@ class Stage(NamedTuple):
 
 
 def stages(archive: Path) -> list[Stage]:
-    """This checkpoint, the one that its run started from, and so on; as far as they are still there."""
+    """This checkpoint, the one that its run started from, and so on; as far as they are still
+    there.
+    """
     file, found = archive.resolve(), []
-    folder = next((f for f in (file.parent.parent, file.parent) if (f / "config.yaml").is_file()), file.parent)
+    folder = next(
+        (f for f in (file.parent.parent, file.parent) if (f / "config.yaml").is_file()), file.parent
+    )
     links = list(chain(read_config(folder), folder, archive)) or [Link({}, folder, archive)]
     for config, _, made in links:
         manifest = None
@@ -50,7 +55,11 @@ def stages(archive: Path) -> list[Stage]:
 def public(value: Any) -> Any:
     """A config without places on this machine, and without keys and passwords."""
     if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items() if key not in ("local_dirs", "local_run_dir")}
+        return {
+            key: public(inner)
+            for key, inner in value.items()
+            if key not in ("local_dirs", "local_run_dir")
+        }
     if isinstance(value, list):
         return [public(inner) for inner in value]
     if isinstance(value, str) and (value.startswith(("/", "~")) or Path(value).exists()):
@@ -59,52 +68,97 @@ def public(value: Any) -> Any:
 
 
 def card(found: Found, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """README.md of an exported folder: how to use it, what it was trained on, how it did, where it comes from."""
+    """README.md of an exported folder: how to use it, what it was trained on, how it did, where it
+    comes from.
+    """
     assert found.archive is not None
     chain, spec = stages(found.archive), found.config.model
     first = chain[0]
     name = found.run_dir.name if found.run_dir else found.archive.stem
-    base = public(spec.name_or_path) if spec.name_or_path else "random weights of a " + hf_config.model_type
+    base = (
+        public(spec.name_or_path)
+        if spec.name_or_path
+        else "random weights of a " + hf_config.model_type
+    )
     on_hub = spec.name_or_path and not Path(spec.name_or_path).expanduser().exists()
     head = {
-        "library_name": "transformers", "pipeline_tag": "text-classification" if found.scalar else "text-generation",
-        **({"base_model": spec.name_or_path} if on_hub else {}), "tags": [first.loss],
-    }  # fmt: skip
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if found.scalar else "text-generation",
+        **({"base_model": spec.name_or_path} if on_hub else {}),
+        "tags": [first.loss],
+    }
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
         f"A {hf_config.architectures[0]}, trained with {first.loss} from {base}.",
-        f"Licence: see {f'the base model ({base})' if spec.name_or_path else 'who trained it'}; the data sets have their own.",
+        (
+            f"Licence: see {f'the base model ({base})' if spec.name_or_path else 'who trained it'};"
+            " the data sets have their own."
+        ),
         "## Use\n\n" + (_scoring(tokenizer) if found.scalar else _answering(tokenizer)),
     ]
-    if data := {key: public(first.config[key]) for key in ("datasets", "eval_datasets", "eval_share") if first.config.get(key)}:
-        parts.append("## Data\n\n" + "\n".join(f"- `{key}`: {json.dumps(value)}" for key, value in data.items()))
+    if data := {
+        key: public(first.config[key])
+        for key in ("datasets", "eval_datasets", "eval_share")
+        if first.config.get(key)
+    }:
+        parts.append(
+            "## Data\n\n"
+            + "\n".join(f"- `{key}`: {json.dumps(value)}" for key, value in data.items())
+        )
     if first.manifest is not None and first.manifest.metrics:
-        rows = [f"| `{key}` | {value:.6g} |" for key, value in sorted(first.manifest.metrics.items())]
-        parts.append(f"## Evaluation\n\nAfter {first.manifest.examples:,} training examples, on held-out data:\n\n"
-                     "| metric | value |\n|---|---|\n" + "\n".join(rows))  # fmt: skip
+        rows = [
+            f"| `{key}` | {value:.6g} |" for key, value in sorted(first.manifest.metrics.items())
+        ]
+        parts.append(
+            f"## Evaluation\n\nAfter {first.manifest.examples:,} training examples, on held-out"
+            " data:\n\n| metric | value |\n|---|---|\n" + "\n".join(rows)
+        )
     lines = [_one_line(stage) for stage in chain] + [f"{base}: the base model"]
     parts.append("## Lineage\n\n" + "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)))
-    parts.append("Exported with " + ", ".join(f"{package} {version(package)}" for package in PACKAGES) + ".")
+    parts.append(
+        "Exported with " + ", ".join(f"{package} {version(package)}" for package in PACKAGES) + "."
+    )
     if first.config:
-        parts.append("## Configuration\n\n```yaml\n" + yaml.safe_dump(public(first.config), sort_keys=False) + "```")
+        parts.append(
+            "## Configuration\n\n```yaml\n"
+            + yaml.safe_dump(public(first.config), sort_keys=False)
+            + "```"
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def _one_line(stage: Stage) -> str:
     where = public(str(stage.archive.resolve().parent)) + "/" + stage.archive.name
-    seen = f", {stage.manifest.step:,} steps, {stage.manifest.examples:,} examples" if stage.manifest else ""
-    data = f", on {json.dumps(public(stage.config['datasets']))}" if stage.config.get("datasets") else ""
+    seen = (
+        f", {stage.manifest.step:,} steps, {stage.manifest.examples:,} examples"
+        if stage.manifest
+        else ""
+    )
+    data = (
+        f", on {json.dumps(public(stage.config['datasets']))}"
+        if stage.config.get("datasets")
+        else ""
+    )
     return f"`{where}`: {stage.loss}{seen}{data}"
 
 
 def _answering(tokenizer: PreTrainedTokenizerBase) -> str:
-    form = ("The tokenizer has a chat template: use `apply_chat_template`." if tokenizer.chat_template else
-            "There is no chat template; prompts are read as they stand, in the form of the training data.")  # fmt: skip
+    form = (
+        "The tokenizer has a chat template: use `apply_chat_template`."
+        if tokenizer.chat_template
+        else (
+            "There is no chat template; prompts are read as they stand, in the form of the training"
+            " data."
+        )
+    )
     return f"`AutoModelForCausalLM.from_pretrained(...)`. {form}"
 
 
 def _scoring(tokenizer: PreTrainedTokenizerBase) -> str:
-    return ("`AutoModelForSequenceClassification.from_pretrained(...)` gives one score. It is read at the last token that is not "
-            f"`{tokenizer.pad_token}`: end the answer with `{tokenizer.eos_token}`, as in training, and pad on the right. A "
-            "score means something only beside another one for the same prompt.")  # fmt: skip
+    return (
+        "`AutoModelForSequenceClassification.from_pretrained(...)` gives one score. It is read at"
+        f" the last token that is not `{tokenizer.pad_token}`: end the answer with"
+        f" `{tokenizer.eos_token}`, as in training, and pad on the right. A score means something"
+        " only beside another one for the same prompt."
+    )

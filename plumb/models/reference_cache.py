@@ -1,8 +1,10 @@
-"""The reference's log-probabilities, computed once: by response, on disk, found again by what was computed from what.
+"""The reference's log-probabilities, computed once: by response, on disk, found again by what was
+computed from what.
 
-A file belongs to one reference (a digest of its weights), precision and layout; within it, a response is found by a digest of the
-token ids of prompt and response, so that another order, selection or mixture of data sets finds what it shares with earlier runs.
-Tokenizer, template and truncation need no place in the key: they decide nothing but the ids.
+A file belongs to one reference (a digest of its weights), precision and layout; within it, a
+response is found by a digest of the token ids of prompt and response, so that another order,
+selection or mixture of data sets finds what it shares with earlier runs. Tokenizer, template and
+truncation need no place in the key: they decide nothing but the ids.
 """
 
 from __future__ import annotations
@@ -33,16 +35,20 @@ from plumb.paths import sync_directory
 
 CHUNK = 1024  # examples whose ids are looked at together
 
-# Of our own computation of log-probabilities, from token ids to the sum over a response. Raise it with every change of models/logps.py,
-# models/chunked_head.py, models/tree_attention.py or batching/layout.py that makes other numbers of the same ids, be it in their rounding; files of other versions
-# are then not found. test_the_version_of_log_probabilities holds the numbers that belong to it.
+# Of our own computation of log-probabilities, from token ids to the sum over a response. Raise it
+# with every change of models/logps.py, models/chunked_head.py, models/tree_attention.py or
+# batching/layout.py that makes other numbers of the same ids, be it in their rounding; files of
+# other versions are then not found. test_the_version_of_log_probabilities holds the numbers that
+# belong to it.
 VERSION = 1
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of the name, type, shape and bytes of all that is in the state dict, however it is sharded; 1 to 2 GB/s per core.
+    """Of the name, type, shape and bytes of all that is in the state dict, however it is sharded; 1
+    to 2 GB/s per core.
 
-    One parameter is gathered at a time, and each rank hashes its share of them meanwhile. Every rank must call it.
+    One parameter is gathered at a time, and each rank hashes its share of them meanwhile. Every
+    rank must call it.
     """
 
     def one(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
@@ -50,7 +56,11 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return name, digest.digest()
 
-    world, me, n_threads = collectives.world_size(), rank(), 1 if collectives.world_size() > 1 else os.cpu_count() or 1
+    world, me, n_threads = (
+        collectives.world_size(),
+        rank(),
+        1 if collectives.world_size() > 1 else os.cpu_count() or 1,
+    )
     hashing: deque[Future[tuple[str, bytes]]] = deque()
     found: list[tuple[str, bytes]] = []
     with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
@@ -67,21 +77,30 @@ def weights_digest(model: nn.Module) -> str:
 
 
 class Computation(NamedTuple):
-    """How the log-probabilities are computed: what changes any of them, be it by rounding alone, besides the model."""
+    """How the log-probabilities are computed: what changes any of them, be it by rounding alone,
+    besides the model.
+    """
 
     weights_dtype: str  # of the reference's weights
     dtype: str  # of the computation
-    cast_by: str | None  # the trainer, where it casts weights to another type: autocast and FSDP round in other places
+    cast_by: (
+        str | None
+        # the trainer, where it casts weights to another type: autocast and FSDP round in other
+        # places
+    )
     layout: str  # models.Way, as text
     compile: bool
     device: str  # its kind
 
 
-def described(model: Any, weights: str, revision: str | None, computation: Computation) -> dict[str, Any]:
-    """All that a cache file belongs to: the model, `weights` being the digest of its own, and how it is computed, by what code.
+def described(
+    model: Any, weights: str, revision: str | None, computation: Computation
+) -> dict[str, Any]:
+    """All that a cache file belongs to: the model, `weights` being the digest of its own, and how
+    it is computed, by what code.
 
-    `revision`: the commit that was asked for, of a model on the hub; else the one that transformers has found there. A config and
-    weights do not tell the code of a repository that brings its own.
+    `revision`: the commit that was asked for, of a model on the hub; else the one that transformers
+    has found there. A config and weights do not tell the code of a repository that brings its own.
     """
     hf_config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     return computation._asdict() | {
@@ -96,12 +115,16 @@ def described(model: Any, weights: str, revision: str | None, computation: Compu
 
 def response_digests(examples: Sequence[Example]) -> np.ndarray:
     """[n, k] uint64: of the ids of each prompt with each of its responses."""
-    return np.concatenate([np.empty((0, lengths_of(examples).k), np.uint64)]
-                          + [_digests(examples[i : i + CHUNK]) for i in range(0, len(examples), CHUNK)])
+    return np.concatenate(
+        [np.empty((0, lengths_of(examples).k), np.uint64)]
+        + [_digests(examples[i : i + CHUNK]) for i in range(0, len(examples), CHUNK)]
+    )
 
 
 def _digests(examples: Sequence[Example]) -> np.ndarray:
-    """blake2b over 4 bytes per id of the prompt, "|", and 4 bytes per id of the response, 8 bytes long."""
+    """blake2b over 4 bytes per id of the prompt, "|", and 4 bytes per id of the response, 8 bytes
+    long.
+    """
     lengths, text = lengths_of(examples), ids_of(examples).view(np.uint8).data
     digests, at = [], 0
     empty = begun = hashlib.blake2b(digest_size=8)
@@ -124,20 +147,26 @@ def _digests(examples: Sequence[Example]) -> np.ndarray:
 
 
 def digests_of_all(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
-    """The digests of these examples' responses, [n, k], on every rank. Each rank computes a share; every rank must call it."""
+    """The digests of these examples' responses, [n, k], on every rank. Each rank computes a share;
+    every rank must call it.
+    """
     share = np.array_split(indices, collectives.world_size())[rank()]
     return np.concatenate(collectives.from_all(response_digests(select(examples, share))))
 
 
 class ReferenceCache:
-    """One file of (digest, log-probability), sorted by digest. `made_of` says of what; its digest is the file's name.
+    """One file of (digest, log-probability), sorted by digest. `made_of` says of what; its digest
+    is the file's name.
 
-    A file that is damaged, or that is not what its name says, is not used (`problem` says why) and is written anew.
+    A file that is damaged, or that is not what its name says, is not used (`problem` says why) and
+    is written anew.
     """
 
     def __init__(self, folder: Path, made_of: dict[str, Any]):
         self.made_of = json.dumps(made_of, sort_keys=True)
-        self.path = folder / f"{hashlib.blake2b(self.made_of.encode()).hexdigest()[:24]}.safetensors"
+        self.path = (
+            folder / f"{hashlib.blake2b(self.made_of.encode()).hexdigest()[:24]}.safetensors"
+        )
         self.problem = ""
         self.digests, self.logps = self._read()
 
@@ -146,7 +175,9 @@ class ReferenceCache:
             try:
                 return self._checked()
             except (SafetensorError, OSError, ValueError, KeyError) as error:
-                self.problem = f"{self.path}: not used, and written anew ({str(error).splitlines()[0]})"
+                self.problem = (
+                    f"{self.path}: not used, and written anew ({str(error).splitlines()[0]})"
+                )
         return np.empty(0, np.uint64), np.empty(0)
 
     def _checked(self) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +198,8 @@ class ReferenceCache:
         return np.where(self.digests[at] == digests, self.logps[at], np.nan)
 
     def add(self, digests: np.ndarray, logps: np.ndarray) -> None:
-        """Take these in, and what another run has written meanwhile, and write the file, whole or not at all.
+        """Take these in, and what another run has written meanwhile, and write the file, whole or
+        not at all.
 
         Raises UserError where it can't be written.
         """
@@ -186,8 +218,10 @@ class ReferenceCache:
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise UserError(f"{self.path}: cannot be written ({str(error).splitlines()[0]}); set local_dirs to a place with "
-                            "room, or reference=live") from None  # fmt: skip
+            raise UserError(
+                f"{self.path}: cannot be written ({str(error).splitlines()[0]}); set local_dirs to"
+                " a place with room, or reference=live"
+            ) from None
 
 
 def _checksum(digests: np.ndarray, logps: np.ndarray) -> str:

@@ -1,4 +1,5 @@
-"""Mixtures of experts: how evenly the routers use their experts, as a loss that does not depend on how a batch is cut.
+"""Mixtures of experts: how evenly the routers use their experts, as a loss that does not depend on
+how a batch is cut.
 
 The balancing loss of Fedus et al. (Switch Transformer, arXiv:2101.03961, equations 4 to 6) is
 E * sum_i f_i P_i: E experts, f_i the share of tokens that choose expert i, P_i the mean of the
@@ -49,7 +50,9 @@ class Routers:
     """Keeps what the routers of a policy give in a forward pass, for the balancing loss."""
 
     def __init__(self, model: Any):
-        """Raises UserError for a model without routers, or one for which transformers knows no balancing loss."""
+        """Raises UserError for a model without routers, or one for which transformers knows no
+        balancing loss.
+        """
         found = routers_of(model)
         if not found:
             raise UserError(
@@ -59,8 +62,8 @@ class Routers:
             model, "num_experts_per_tok"
         ):
             raise UserError(
-                f"router_aux_loss: {type(model).__name__} has no such loss, its routers are balanced in another way; "
-                "set router_aux_loss=0"
+                f"router_aux_loss: {type(model).__name__} has no such loss, its routers are"
+                " balanced in another way; set router_aux_loss=0"
             )
         self.top_k = int(model.num_experts_per_tok)
         self.logits: list[Tensor] | None = None  # of each router, while a forward pass is watched
@@ -86,7 +89,9 @@ class Routers:
 
 
 def balance(logits: list[Tensor], batch: Batch, packed: bool, top_k: int) -> Tensor:
-    """The balancing loss of each response's sequence: [R] float32, k where all experts are used alike, at most E."""
+    """The balancing loss of each response's sequence: [R] float32, k where all experts are used
+    alike, at most E.
+    """
     if not logits:
         raise UserError("router_aux_loss: the routers did not run; set router_aux_loss=0")
     length = torch.from_numpy(batch.spans[:, 1] + batch.spans[:, 3])  # [R] tokens of each sequence

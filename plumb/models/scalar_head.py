@@ -1,6 +1,8 @@
-"""A reward model: a causal LM whose vocabulary head is replaced by one row, the score of all that was read up to a token.
+"""A reward model: a causal LM whose vocabulary head is replaced by one row, the score of all that
+was read up to a token.
 
-Shapes: d hidden size. Everything else (packed trees, sharding, checkpoints) sees a causal LM with a vocabulary of one.
+Shapes: d hidden size. Everything else (packed trees, sharding, checkpoints) sees a causal LM with a
+vocabulary of one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ HEADS = ("lm_head", "embed_out", "head")  # what transformers calls a causal LM'
 FOLDS = 5
 MIN_PAIRS = 10 * FOLDS  # of fewer nothing is learned but which they are
 RIDGES = [10 ** (x / 2) for x in range(-6, 9)]  # times the mean square of a coordinate
-SPREADS = [0.0, *(10 ** (x / 8) for x in range(-16, 7))]  # root mean square of margins; above 5 a pair's loss is below 0.01
+SPREADS = [
+    0.0,
+    *(10 ** (x / 8) for x in range(-16, 7)),
+]  # root mean square of margins; above 5 a pair's loss is below 0.01
 
 
 class ScalarHead(nn.Linear):
@@ -32,7 +37,9 @@ class ScalarHead(nn.Linear):
     drawn = False  # its weight is a draw from a seed: it was neither trained nor read from a file
 
     def __init__(self, d: int, dtype: torch.dtype = torch.float32, device: Any = None):
-        super().__init__(d, 1, bias=False, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        super().__init__(
+            d, 1, bias=False, device=device, dtype=torch.promote_types(dtype, torch.float32)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -41,23 +48,27 @@ class ScalarHead(nn.Linear):
 
 
 def _scores_as_logits(model: Any, inputs: Any, output: Any) -> Any:
-    """After the model's forward pass: its logits are what the scalar head gave, whatever was done to them after the head."""
+    """After the model's forward pass: its logits are what the scalar head gave, whatever was done
+    to them after the head.
+    """
     head = model.get_output_embeddings()
     output.logits, head.computed = head.computed, None
     return output
 
 
 def initial_weight(d: int, seed: int) -> Tensor:
-    """Normal with variance 1 / (d + 1), so that first scores are of order one (Stiennon et al. 2020, arXiv:2009.01325, C.2).
-    -> [1, d] float32"""
+    """Normal with variance 1 / (d + 1), so that first scores are of order one (Stiennon et al.
+    2020, arXiv:2009.01325, C.2). -> [1, d] float32
+    """
     return torch.randn(1, d, generator=torch.Generator().manual_seed(seed)) / (d + 1) ** 0.5
 
 
 def put_scalar_head(model: Any, seed: int | None = None) -> str:
-    """Replace the model's vocabulary head, in place; with a seed the new one has its first values. -> its weight's name
+    """Replace the model's vocabulary head, in place; with a seed the new one has its first values.
+    -> its weight's name
 
-    What the model does to logits afterwards (soft-capping, scaling) no longer matters: its output's `logits` are the head's
-    scores. The embedding is no longer tied to the head.
+    What the model does to logits afterwards (soft-capping, scaling) no longer matters: its output's
+    `logits` are the head's scores. The embedding is no longer tied to the head.
     """
     old = model.get_output_embeddings().weight
     head = ScalarHead(old.shape[1], old.dtype, old.device)
@@ -68,7 +79,9 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
     model.set_output_embeddings(head)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-    model.register_forward_hook(_scores_as_logits)  # before FSDP's own, which has to see what the loss is computed from
+    model.register_forward_hook(
+        _scores_as_logits
+    )  # before FSDP's own, which has to see what the loss is computed from
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
@@ -81,12 +94,14 @@ class Fit(NamedTuple):
 
 
 def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
-    """The linear head that tells chosen from rejected, by what a model without training reads at their ends.
+    """The linear head that tells chosen from rejected, by what a model without training reads at
+    their ends.
 
-    [n, d], [n, d], [n] numbers 0 to FOLDS - 1. Ridge regression of 1 on the difference of the two hidden states, each coordinate
-    divided by its root mean square; then scaled so that Bradley-Terry's loss is least. Ridge and scale are those of the least
-    loss on pairs of left-out folds; where none is below log 2,
-    or with fewer than MIN_PAIRS, the head is 0. The mean score of all responses is 0.
+    [n, d], [n, d], [n] numbers 0 to FOLDS - 1. Ridge regression of 1 on the difference of the two
+    hidden states, each coordinate divided by its root mean square; then scaled so that
+    Bradley-Terry's loss is least. Ridge and scale are those of the least loss on pairs of left-out
+    folds; where none is below log 2, or with fewer than MIN_PAIRS, the head is 0. The mean score of
+    all responses is 0.
     """
     if chosen.device.type == "mps":  # which has no float64
         chosen, rejected = chosen.cpu(), rejected.cpu()
@@ -95,7 +110,9 @@ def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
         return Fit(torch.zeros(1, chosen.shape[1], dtype=torch.float64), 0.0, math.log(2))
     unit = (chosen - rejected).square().mean(0).sqrt()
     unit = torch.where(unit > 1e-9 * unit.max(), unit, torch.inf)  # what never differs is left out
-    mean = F.normalize(((chosen + rejected) / unit).mean(0), dim=0)  # at a right angle to it, scores have the mean 0
+    mean = F.normalize(
+        ((chosen + rejected) / unit).mean(0), dim=0
+    )  # at a right angle to it, scores have the mean 0
     z = (chosen - rejected) / unit
     u, s, vh = torch.linalg.svd(z - (z @ mean)[:, None] * mean, full_matrices=False)
     points = u * s  # [n, r], the same differences in min(n, d) coordinates
@@ -108,14 +125,23 @@ def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
     losses = torch.stack([-F.logsigmoid(margins * scale).mean(0) for scale in scales.T], 1)
     best, spread = divmod(int(losses.argmin()), len(SPREADS))
     weight = scales[best, spread] * (_ridge(points)[:, best] @ vh) / unit
-    return Fit(weight[None].cpu(), float((margins[:, best] > 0).double().mean()), float(losses[best, spread]))
+    return Fit(
+        weight[None].cpu(),
+        float((margins[:, best] > 0).double().mean()),
+        float(losses[best, spread]),
+    )
 
 
 def _ridge(points: Tensor) -> Tensor:
-    """Coefficients of the regression of 1 on the points, for each of RIDGES.  [n, r] -> [r, ridges]"""
+    """Coefficients of the regression of 1 on the points, for each of RIDGES.  [n, r] -> [r,
+    ridges]
+    """
     values, vectors = torch.linalg.eigh(points.T @ points)
     ridges = values.new_tensor(RIDGES) * values.clamp(min=0).mean()
-    return vectors @ ((vectors.T @ points.sum(0))[:, None] / (values.clamp(min=0)[:, None] + ridges).clamp(min=1e-300))
+    return vectors @ (
+        (vectors.T @ points.sum(0))[:, None]
+        / (values.clamp(min=0)[:, None] + ridges).clamp(min=1e-300)
+    )
 
 
 def scores(model: Any) -> bool:

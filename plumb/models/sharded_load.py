@@ -1,7 +1,9 @@
-"""Filling a sharded model part by part, so that no rank ever holds all of it: from files, from a policy.pt, from the seed.
+"""Filling a sharded model part by part, so that no rank ever holds all of it: from files, from a
+policy.pt, from the seed.
 
-A model is built with its parameters on the meta device, sharded, and given memory for this rank's part (sharding.Layout); what
-fills it is a Source: a function from a parameter's name and a place in it to the values there.
+A model is built with its parameters on the meta device, sharded, and given memory for this rank's
+part (sharding.Layout); what fills it is a Source: a function from a parameter's name and a place in
+it to the values there.
 """
 
 from __future__ import annotations
@@ -41,8 +43,12 @@ class Misfit(Exception):
 
 
 @contextmanager
-def parameters_on_meta(seen: Callable[[Tensor, Tensor], None] = lambda real, meta: None) -> Iterator[None]:
-    """Within, parameters of new modules have no values. Buffers do: what a model computes from its config is as it should be."""
+def parameters_on_meta(
+    seen: Callable[[Tensor, Tensor], None] = lambda real, meta: None,
+) -> Iterator[None]:
+    """Within, parameters of new modules have no values. Buffers do: what a model computes from its
+    config is as it should be.
+    """
     register = nn.Module.register_parameter
 
     def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -68,13 +74,17 @@ def fill(model: nn.Module, source: Source) -> None:
             part.copy_(source(name, where))
 
 
-# ------------------------------------------------------------------------------------------------------------- the sources
+# ---- the sources ----
 
 
-def blank(hf_config: Any, weights: Weights, build: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
-    """`build(config)` for these weights, without values: its head is tied to the embedding only where both have the same.
+def blank(
+    hf_config: Any, weights: Weights, build: Callable[[Any], PreTrainedModel]
+) -> PreTrainedModel:
+    """`build(config)` for these weights, without values: its head is tied to the embedding only
+    where both have the same.
 
-    Where the values differ, `hf_config` is corrected, so that whatever else is built or saved with it has them apart, too.
+    Where the values differ, `hf_config` is corrected, so that whatever else is built or saved with
+    it has them apart, too.
     """
     model = _built(hf_config, build)
     if _head_apart(model, weights):
@@ -90,44 +100,69 @@ def _built(hf_config: Any, build: Callable[[Any], PreTrainedModel]) -> PreTraine
 
 
 def _head_apart(model: PreTrainedModel, weights: Weights) -> bool:
-    """Do the files hold other values for the head than for the embedding, to which the config ties it?"""
+    """Do the files hold other values for the head than for the embedding, to which the config ties
+    it?
+    """
     head = model.get_output_embeddings()
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    pairs = [pair for pair in ties.items() if any(model.get_submodule(name.rpartition(".")[0]) is head for name in pair)]
+    pairs = [
+        pair
+        for pair in ties.items()
+        if any(model.get_submodule(name.rpartition(".")[0]) is head for name in pair)
+    ]
     at = _keys(model, weights)[0] if pairs else {}
     return any(a in at and b in at and not weights.equal(at[a], at[b]) for a, b in pairs)
 
 
 class Conversion(NamedTuple):
-    """Several tensors of the files from which transformers computes one of the model's, or the other way."""
+    """Several tensors of the files from which transformers computes one of the model's, or the
+    other way.
+    """
 
     name: str  # in the model, of the first that it gives
     converter: WeightConverter
     keys: dict[str, list[str]]  # pattern of the converter -> names in the files, in order
 
-    def run(self, model: PreTrainedModel, read: Callable[[str], Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Name in the model -> tensor. `rows`: of the lists of names, of which every `rows` is taken."""
+    def run(
+        self, model: PreTrainedModel, read: Callable[[str], Tensor], rows: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """Name in the model -> tensor. `rows`: of the lists of names, of which every `rows` is
+        taken.
+        """
         converter = copy.deepcopy(self.converter)
         for pattern, keys in self.keys.items():
             for key in keys[rows]:
                 converter.add_tensor(self.name, key, pattern, read(key))  # type: ignore[arg-type]
         made = converter.convert(self.name, model=model, config=model.config)
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        return {
+            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
+        }
 
-    def part(self, model: PreTrainedModel, weights: Weights, name: str, where: Where, n_rows: int) -> Tensor:
-        """What is at `where` in the model's tensor `name` of `n_rows`. Read is no more than that where rows stay apart, as
-        those of experts do, each of which has a tensor of its own in the files."""
+    def part(
+        self, model: PreTrainedModel, weights: Weights, name: str, where: Where, n_rows: int
+    ) -> Tensor:
+        """What is at `where` in the model's tensor `name` of `n_rows`. Read is no more than that
+        where rows stay apart, as those of experts do, each of which has a tensor of its own in the
+        files.
+        """
         if where and all(map(_keeps_rows, self.converter.operations)):
             listed = isinstance(self.converter.operations[0], MergeModulelist)
             if listed and {len(keys) for keys in self.keys.values()} == {n_rows}:
                 return self.run(model, weights.read, where[0])[name][(slice(None), *where[1:])]
-            if not listed and all(len(keys) == 1 and weights.shape(keys[0])[0] == n_rows for keys in self.keys.values()):
-                return self.run(model, lambda key: weights.read(key, where[:1]))[name][(slice(None), *where[1:])]
+            if not listed and all(
+                len(keys) == 1 and weights.shape(keys[0])[0] == n_rows
+                for keys in self.keys.values()
+            ):
+                return self.run(model, lambda key: weights.read(key, where[:1]))[name][
+                    (slice(None), *where[1:])
+                ]
         return self.run(model, weights.read)[name][where]
 
 
 def _keeps_rows(operation: ConversionOps) -> bool:
-    """Does each row of what it gives (index of the first dimension) come from the same row of what it takes?"""
+    """Does each row of what it gives (index of the first dimension) come from the same row of what
+    it takes?
+    """
     if isinstance(operation, Transpose):
         return min(operation.dim0, operation.dim1) > 0 and not operation.check_dims
     if isinstance(operation, MergeModulelist):
@@ -136,7 +171,8 @@ def _keeps_rows(operation: ConversionOps) -> bool:
 
 
 def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], list[Conversion]]:
-    """Where the files have what: name in the model -> name in the files, and what has to be computed.
+    """Where the files have what: name in the model -> name in the files, and what has to be
+    computed.
 
     By transformers' own renamings. Names that the model has not stand for themselves.
     """
@@ -146,7 +182,9 @@ def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], lis
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    of_pattern = {
+        pattern: converter for converter in converters for pattern in converter.source_patterns
+    }
     prefix, at, computed = model.base_model_prefix, dict[str, str](), dict[str, Conversion]()
     for key in sorted(weights, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
@@ -160,10 +198,14 @@ def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], lis
     return at, [*computed.values()]
 
 
-def stored_source(model: PreTrainedModel, weights: Weights, strict: bool, apart: Collection[str] = ()) -> Source:
-    """The parts of a model's tensors as its files have them, renamed and converted as transformers does.
+def stored_source(
+    model: PreTrainedModel, weights: Weights, strict: bool, apart: Collection[str] = ()
+) -> Source:
+    """The parts of a model's tensors as its files have them, renamed and converted as transformers
+    does.
 
-    `strict`: the files may hold nothing else. `apart`: names that are filled from elsewhere. Raises Misfit.
+    `strict`: the files may hold nothing else. `apart`: names that are filled from elsewhere. Raises
+    Misfit.
     """
     at, conversions = _keys(model, weights)
     shapes = {name: weights.shape(key) for name, key in at.items()}
@@ -176,8 +218,10 @@ def stored_source(model: PreTrainedModel, weights: Weights, strict: bool, apart:
         try:
             made = conversion.run(model, lambda key: torch.empty(weights.shape(key), device="meta"))
         except Exception as error:  # whatever an operation says of tensors that it does not expect
-            raise Misfit(f"not the weights of this {type(model).__name__} ({conversion.name} cannot be made of what is stored: "
-                         f"{str(error).partition(chr(10))[0][:80]})") from None  # fmt: skip
+            raise Misfit(
+                f"not the weights of this {type(model).__name__} ({conversion.name} cannot be made"
+                f" of what is stored: {str(error).partition(chr(10))[0][:80]})"
+            ) from None
         shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
         computed |= dict.fromkeys(made, conversion)
     wanted = {name: tuple(tensor.shape) for name, tensor in present.items() if name not in apart}
@@ -189,12 +233,20 @@ def stored_source(model: PreTrainedModel, weights: Weights, strict: bool, apart:
 
     def refuse(what: str, found: list[str]) -> None:
         if found:
-            raise Misfit(f"not the weights of this {type(model).__name__} ({len(found)} {what}, e.g. {sorted(found)[0]})")
+            raise Misfit(
+                f"not the weights of this {type(model).__name__} ({len(found)} {what}, e.g."
+                f" {sorted(found)[0]})"
+            )
 
-    refuse("tensors of another shape", [name for name, shape in wanted.items() if name in same and shapes[same[name]] != shape])
+    refuse(
+        "tensors of another shape",
+        [name for name, shape in wanted.items() if name in same and shapes[same[name]] != shape],
+    )
     refuse("missing keys", [name for name in wanted if name not in same])
     if strict:
-        refuse("unexpected keys", [name for name in shapes if name not in wanted and name not in apart])
+        refuse(
+            "unexpected keys", [name for name in shapes if name not in wanted and name not in apart]
+        )
 
     def source(name: str, where: Where) -> Tensor:
         name = same[name]
@@ -206,16 +258,20 @@ def stored_source(model: PreTrainedModel, weights: Weights, strict: bool, apart:
 
 
 def shards_source(model: nn.Module) -> Source:
-    """The parts that another model has, sharded in the same way. They may be wanted in another precision."""
+    """The parts that another model has, sharded in the same way. They may be wanted in another
+    precision.
+    """
     mine = {name: part for name, part, _ in sharding.parts(model)}
     return lambda name, where: mine[name]
 
 
-# -------------------------------------------------------------------------------------------------------- random weights
+# ---- random weights ----
 
 
 class Room:
-    """Memory for one tensor at a time: taken anew for each, the pieces that small things leave would never fit the next."""
+    """Memory for one tensor at a time: taken anew for each, the pieces that small things leave
+    would never fit the next.
+    """
 
     def __init__(self) -> None:
         self.held = torch.empty(0)
@@ -228,14 +284,18 @@ class Room:
 
 
 class Initialisation(TorchDispatchMode):
-    """Notes what a model's construction does to parameters on the meta device, and draws what it would draw, one at a time.
+    """Notes what a model's construction does to parameters on the meta device, and draws what it
+    would draw, one at a time.
 
-    What was done to one parameter can be done again later (`source`): the same numbers as if all had been kept.
+    What was done to one parameter can be done again later (`source`): the same numbers as if all
+    had been kept.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.notes: dict[int, list[tuple[Any, ...]]] = {}  # storage -> (what, view, arguments, random state before)
+        self.notes: dict[
+            int, list[tuple[Any, ...]]
+        ] = {}  # storage -> (what, view, arguments, random state before)
         self.room = Room()
         self.alive: list[Tensor] = []  # or a storage's number might come again
 
@@ -256,22 +316,36 @@ class Initialisation(TorchDispatchMode):
     def __torch_dispatch__(self, what, types, args=(), kwargs=None):
         out = what(*args, **(kwargs or {}))
         target = args[0] if args and isinstance(args[0], Tensor) else None
-        if target is None or not target.is_meta or not what._schema.is_mutable or _storage(target) not in self.notes:
+        if (
+            target is None
+            or not target.is_meta
+            or not what._schema.is_mutable
+            or _storage(target) not in self.notes
+        ):
             return out
         arguments, state, notes = args[1:], None, self.notes[_storage(target)]
-        if torch.Tag.nondeterministic_seeded in what.tags:  # drawn for nothing, but for the draws after it
+        if (
+            torch.Tag.nondeterministic_seeded in what.tags
+        ):  # drawn for nothing, but for the draws after it
             state = torch.get_rng_state()
             what(self.room.of(target), *arguments, **(kwargs or {}))
-        if what.overloadpacket.__name__ in ("normal_", "uniform_", "zero_", "fill_") and target.is_contiguous() and (
-            target.numel() * target.element_size() == target.untyped_storage().nbytes()
-        ):  # fmt: skip
+        if (
+            what.overloadpacket.__name__ in ("normal_", "uniform_", "zero_", "fill_")
+            and target.is_contiguous()
+            and (target.numel() * target.element_size() == target.untyped_storage().nbytes())
+        ):
             notes.clear()  # all that was there before is overwritten
         notes.append((what, _view(target), (arguments, kwargs or {}), state))
         return out
 
     def of(self, model: nn.Module) -> dict[str, list[tuple[Any, ...]]]:
-        """The notes of each parameter. Raises NotImplementedError where a large one was made with values of its own."""
-        notes = {name: self.notes.get(_storage(p), []) for name, p in model.named_parameters(remove_duplicate=False)}
+        """The notes of each parameter. Raises NotImplementedError where a large one was made with
+        values of its own.
+        """
+        notes = {
+            name: self.notes.get(_storage(p), [])
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
         if unknown := [name for name, found in notes.items() if not found]:
             raise NotImplementedError(f"{unknown[0]} is made in a way that cannot be repeated")
         return notes
@@ -286,7 +360,9 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...]]]) -> Source:
-    """What construction would have put there: drawn again for one parameter at a time, of which a part is kept."""
+    """What construction would have put there: drawn again for one parameter at a time, of which a
+    part is kept.
+    """
     wholes, room = dict(model.state_dict(keep_vars=True)), Room()
 
     def source(name: str, where: Where) -> Tensor:

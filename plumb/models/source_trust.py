@@ -1,4 +1,6 @@
-"""What of a model's folder or repository is believed: its weights and settings, and its code only where one commit is named."""
+"""What of a model's folder or repository is believed: its weights and settings, and its code only
+where one commit is named.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +12,69 @@ from omegaconf import DictConfig
 
 from plumb.errors import UnsafeFile, UserError
 
-# Others, such as kernels-community/..., are names of repositories whose code transformers would fetch and run.
+# Others, such as kernels-community/..., are names of repositories whose code transformers would
+# fetch and run.
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check_revision(spec: DictConfig) -> None:
-    """model.revision and model.trust_remote_code name something, and are not ignored. Raises UserError."""
+    """model.revision and model.trust_remote_code name something, and are not ignored. Raises
+    UserError.
+    """
     name, revision = spec.name_or_path, spec.revision
     if revision is not None and not COMMIT.fullmatch(revision):
-        raise UserError(f"model.revision={revision}: expected a commit of 40 hexadecimal digits, which always means the same")
+        raise UserError(
+            f"model.revision={revision}: expected a commit of 40 hexadecimal digits, which always"
+            " means the same"
+        )
     if spec.trust_remote_code and revision is None:
-        raise UserError("model.trust_remote_code=true: needs model.revision=, the commit whose code you have read")
-    if revision is not None and (name is None or Path(name).expanduser().exists() or spec.architecture):
-        raise UserError(f"model.revision={revision}: only for a name on the hub, not for model.name_or_path={name}; leave it out")
+        raise UserError(
+            "model.trust_remote_code=true: needs model.revision=, the commit whose code you have"
+            " read"
+        )
+    if revision is not None and (
+        name is None or Path(name).expanduser().exists() or spec.architecture
+    ):
+        raise UserError(
+            f"model.revision={revision}: only for a name on the hub, not for"
+            f" model.name_or_path={name}; leave it out"
+        )
 
 
 def pinned(spec: DictConfig, name: str) -> dict[str, Any]:
-    """Arguments with which transformers reads `name` at model.revision, and runs code from there only if told to.
+    """Arguments with which transformers reads `name` at model.revision, and runs code from there
+    only if told to.
 
-    Code that it names in another repository is asked for at the same commit, where there is none. Without `trust_remote_code`
-    said, transformers would ask on the terminal.
+    Code that it names in another repository is asked for at the same commit, where there is none.
+    Without `trust_remote_code` said, transformers would ask on the terminal.
     """
     if name != spec.name_or_path or spec.revision is None:
         return {"trust_remote_code": False}
-    return {"revision": spec.revision, "code_revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    return {
+        "revision": spec.revision,
+        "code_revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+    }
 
 
 def check_settings(hf_config: Any, what: str) -> None:
-    """Raise UnsafeFile for a config.json that names attention or experts whose code would be fetched and run; and UserError for
-    sizes with which transformers builds an empty model."""
-    for key, allowed in (("_attn_implementation_internal", ATTENTIONS), ("_experts_implementation_internal", None)):
+    """Raise UnsafeFile for a config.json that names attention or experts whose code would be
+    fetched and run; and UserError for sizes with which transformers builds an empty model.
+    """
+    for key, allowed in (
+        ("_attn_implementation_internal", ATTENTIONS),
+        ("_experts_implementation_internal", None),
+    ):
         value = getattr(hf_config, key, None)
         for said in value.values() if isinstance(value, dict) else [value]:
-            if said is not None and (not isinstance(said, str) or (allowed and said not in allowed) or "/" in said):
-                raise UnsafeFile(f"{what}: its config asks for {key[1:].removesuffix('_internal')}={said!r}, whose code would be "
-                                 "fetched and run; remove the line from config.json")  # fmt: skip
+            if said is not None and (
+                not isinstance(said, str) or (allowed and said not in allowed) or "/" in said
+            ):
+                raise UnsafeFile(
+                    f"{what}: its config asks for {key[1:].removesuffix('_internal')}={said!r},"
+                    " whose code would be fetched and run; remove the line from config.json"
+                )
     for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
         size = getattr(hf_config.get_text_config(), key, None)
         if isinstance(size, int) and size < 1:
@@ -56,7 +85,14 @@ def check_settings(hf_config: Any, what: str) -> None:
 
 
 def check_templates(tokenizer: Any, what: str) -> None:
-    """Raise UnsafeFile for chat templates whose names are paths, to which a tokenizer that is saved would write."""
+    """Raise UnsafeFile for chat templates whose names are paths, to which a tokenizer that is saved
+    would write.
+    """
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if bad := [name for name in templates if not re.fullmatch(r"[\w.-]+", str(name)) or ".." in str(name)]:
-        raise UnsafeFile(f"{what}: a chat template is called {bad[0]!r}, no plain name; rename it in tokenizer_config.json")
+    if bad := [
+        name for name in templates if not re.fullmatch(r"[\w.-]+", str(name)) or ".." in str(name)
+    ]:
+        raise UnsafeFile(
+            f"{what}: a chat template is called {bad[0]!r}, no plain name; rename it in"
+            " tokenizer_config.json"
+        )

@@ -1,9 +1,11 @@
-"""Attention over trees: a function that transformers' models call in place of their own (`attn_implementation="tree"`).
+"""Attention over trees: a function that transformers' models call in place of their own
+(`attn_implementation="tree"`).
 
-Shapes: T tokens in a row, H heads (Hkv of keys and values), D head size, S segments (see batching.Segments). The rule
-"same tree, not after, and in the prompt or in one's own response" is S ordinary attentions: the queries of a segment see the
-prompt's keys and their own, causal from the bottom right. Sliding windows come out right by themselves, since a segment's
-keys stand in the order of their positions.
+Shapes: T tokens in a row, H heads (Hkv of keys and values), D head size, S segments (see
+batching.Segments). The rule "same tree, not after, and in the prompt or in one's own response" is S
+ordinary attentions: the queries of a segment see the prompt's keys and their own, causal from the
+bottom right. Sliding windows come out right by themselves, since a segment's keys stand in the
+order of their positions.
 """
 
 from __future__ import annotations
@@ -24,49 +26,99 @@ NAME = "tree"
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions is handed on as it is, so that no model builds one of its own over the row."""
+    """A mask of four dimensions is handed on as it is, so that no model builds one of its own over
+    the row.
+    """
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def tree_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float | None = None, sliding_window: int | None = None, segments: Segments | None = None, **options,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. Without `segments` (sampling): transformers' SDPA."""
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. Without `segments`
+    (sampling): transformers' SDPA.
+    """
     if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks")
-    gather = segments.gather.to(key.device)  # which is another one for some layers, where a model is spread over GPUs
-    keys, values = (x[0].index_select(1, gather) for x in (key, value))  # [Hkv, Tk, D], prompts once per response
-    query, keys = query[0].to(value.dtype), keys.to(value.dtype)  # rotary embeddings leave autocast's precision
+    gather = segments.gather.to(
+        key.device
+    )  # which is another one for some layers, where a model is spread over GPUs
+    keys, values = (
+        x[0].index_select(1, gather) for x in (key, value)
+    )  # [Hkv, Tk, D], prompts once per response
+    query, keys = (
+        query[0].to(value.dtype),
+        keys.to(value.dtype),
+    )  # rotary embeddings leave autocast's precision
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     attend = _varlen if query.is_cuda and query.dtype.itemsize == 2 else _loop
     return attend(query, keys, values, segments, scale, sliding_window)[None], None
 
 
-def _varlen(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _varlen(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     """Flash attention over all segments in one call.  -> [T, H, D]"""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}  # theirs does not count itself
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 takes fewer key heads without being told
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window_size": (window - 1 if window else -1, 0),
+    }  # theirs does not count itself
+    if (
+        "enable_gqa" in inspect.signature(varlen_attn).parameters
+    ):  # torch 2.11 takes fewer key heads without being told
         options["enable_gqa"] = True
     queries, keys, values = (x.transpose(0, 1) for x in (query, keys, values))
-    n, query_ends, key_ends = segments.longest, segments.query_ends.to(query.device), segments.key_ends.to(query.device)
+    n, query_ends, key_ends = (
+        segments.longest,
+        segments.query_ends.to(query.device),
+        segments.key_ends.to(query.device),
+    )
     return cast(Tensor, varlen_attn(queries, keys, values, query_ends, key_ends, n, n, **options))
 
 
 @torch.compiler.disable
-def _loop(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _loop(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     """One SDPA call per segment.  -> [T, H, D]"""
     if len(keys) != len(query):
         keys, values = (x.repeat_interleave(len(query) // len(x), 0) for x in (keys, values))
     n_queries, n_keys = segments.query_lengths, segments.key_lengths
     parts = []
-    for q, k, v in zip(query.split(n_queries, 1), keys.split(n_keys, 1), values.split(n_keys, 1), strict=True):
+    for q, k, v in zip(
+        query.split(n_queries, 1), keys.split(n_keys, 1), values.split(n_keys, 1), strict=True
+    ):
         mask = segments.mask(q.shape[1], k.shape[1], window, q)
-        parts.append(F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale)[0])
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale
+            )[0]
+        )
     return torch.cat(parts, 1).transpose(0, 1)
 
 

@@ -1,7 +1,8 @@
-"""The weight files of a model's folder or hub name: which ones they are, and their tensors, read only when they are asked for.
+"""The weight files of a model's folder or hub name: which ones they are, and their tensors, read
+only when they are asked for.
 
-transformers is given these tensors and no folder, so that it opens no other file: no pickle that was not checked, no
-distributed checkpoint (whose metadata is a pickle), no adapter.
+transformers is given these tensors and no folder, so that it opens no other file: no pickle that
+was not checked, no distributed checkpoint (whose metadata is a pickle), no adapter.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 from plumb.errors import UnsafeFile, UserError
 from plumb.runs.policy_file import load_pickled_tensors
@@ -25,9 +32,11 @@ INDEX = ".index.json"
 
 
 class Weights(dict[str, Any]):
-    """Name in the files -> a tensor, or a slice of a safetensors file, of which what is indexed is read.
+    """Name in the files -> a tensor, or a slice of a safetensors file, of which what is indexed is
+    read.
 
-    `archive`: they are a policy.pt's, which has the names that the model has in memory, or had in 2023.
+    `archive`: they are a policy.pt's, which has the names that the model has in memory, or had in
+    2023.
     """
 
     def __init__(self, tensors: Mapping[str, Any] | None = None, archive: bool = False):
@@ -44,7 +53,9 @@ class Weights(dict[str, Any]):
         return self[name][where or ...]
 
     def equal(self, a: str, b: str) -> bool:
-        """Do two names stand for the same values? Compared in pieces of at most some 64 MB, up to the first difference."""
+        """Do two names stand for the same values? Compared in pieces of at most some 64 MB, up to
+        the first difference.
+        """
         shape = self.shape(a)
         if self[a] is self[b] or shape != self.shape(b):
             return shape == self.shape(b)
@@ -57,9 +68,10 @@ class Weights(dict[str, Any]):
 def open_weights(name: str, revision: str | None, explicit: str | None) -> Iterator[Weights]:
     """The tensors of a folder or hub name; its files stay open within.
 
-    `explicit`: the file that its config names (`transformers_weights`). Else, as transformers chooses: model.safetensors, its
-    index, pytorch_model.bin, its index. Raises UserError where there is none of them, UnsafeFile for one that is not what its
-    name says, or a pickle with more than tensors.
+    `explicit`: the file that its config names (`transformers_weights`). Else, as transformers
+    chooses: model.safetensors, its index, pytorch_model.bin, its index. Raises UserError where
+    there is none of them, UnsafeFile for one that is not what its name says, or a pickle with more
+    than tensors.
     """
     with ExitStack() as stack:
         weights = Weights()
@@ -68,7 +80,9 @@ def open_weights(name: str, revision: str | None, explicit: str | None) -> Itera
                 file = stack.enter_context(safe_open(path, "pt"))
                 weights |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  a file is no mapping
             else:
-                weights |= load_pickled_tensors(Path(path), f"model.name_or_path={name}: {Path(path).name}")
+                weights |= load_pickled_tensors(
+                    Path(path), f"model.name_or_path={name}: {Path(path).name}"
+                )
         yield weights
 
 
@@ -76,12 +90,22 @@ def _files(name: str, revision: str | None, explicit: str | None) -> list[str]:
     """Paths on this machine; what the hub has is downloaded."""
 
     def find(file: str) -> str | None:
-        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return cached_file(
+            name, file, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
 
-    if explicit is not None and (not _is_plain(explicit) or not explicit.removesuffix(INDEX).endswith(".safetensors")):
-        raise UnsafeFile(f"model.name_or_path={name}: its config.json asks for the weights in {explicit!r}; remove "
-                         "transformers_weights, or name a safetensors file of this folder")  # fmt: skip
-    choice = [explicit] if explicit else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    if explicit is not None and (
+        not _is_plain(explicit) or not explicit.removesuffix(INDEX).endswith(".safetensors")
+    ):
+        raise UnsafeFile(
+            f"model.name_or_path={name}: its config.json asks for the weights in {explicit!r};"
+            " remove transformers_weights, or name a safetensors file of this folder"
+        )
+    choice = (
+        [explicit]
+        if explicit
+        else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    )
     path = next((path for path in map(find, choice) if path is not None), None)
     if path is None:
         raise UserError(f"model.name_or_path={name}: holds no weights ({', '.join(choice)})")
@@ -92,7 +116,9 @@ def _files(name: str, revision: str | None, explicit: str | None) -> list[str]:
     found: dict[str, str] = {}
     for file in _weight_map(path, what).values():
         if not isinstance(file, str) or not _is_plain(file) or not file.endswith(kind):
-            raise UnsafeFile(f"{what} names {file!r}, which is no {kind} file of this folder; is it damaged?")
+            raise UnsafeFile(
+                f"{what} names {file!r}, which is no {kind} file of this folder; is it damaged?"
+            )
         if file not in found:
             if (there := find(file)) is None:
                 raise UserError(f"{what} names {file}, which is not there; copy it into the folder")
@@ -105,7 +131,10 @@ def _weight_map(path: str, what: str) -> Mapping[str, Any]:
         content = json.loads(Path(path).read_text("utf-8"))["weight_map"]
         return dict(content.items())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{what}: no index of weights ({type(error).__name__}: {str(error)[:80]}); is it damaged?") from None
+        raise UserError(
+            f"{what}: no index of weights ({type(error).__name__}: {str(error)[:80]}); is it"
+            " damaged?"
+        ) from None
 
 
 def _is_plain(file: str) -> bool:

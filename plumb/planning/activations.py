@@ -1,8 +1,10 @@
-"""The most that a forward and a backward pass hold, counted on tensors without data: no weights, no GPU, a second or two.
+"""The most that a forward and a backward pass hold, counted on tensors without data: no weights, no
+GPU, a second or two.
 
-The model computes on fake tensors, which know their shape, type and device only. Each new storage counts from the operation that
-makes it until nothing refers to it. What is counted is thus what this model's own code and PyTorch's autograd keep, in any
-precision and with checkpointing, and not a table of model families.
+The model computes on fake tensors, which know their shape, type and device only. Each new storage
+counts from the operation that makes it until nothing refers to it. What is counted is thus what
+this model's own code and PyTorch's autograd keep, in any precision and with checkpointing, and not
+a table of model families.
 
 Shapes: T tokens in a row, H heads (Hkv of keys and values), D head size, d hidden size.
 """
@@ -24,24 +26,35 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 NAME = "counted"
-PATIENCE_SECS = 30  # usual models take 1 to 3; those that go through a row token by token take minutes
+PATIENCE_SECS = (
+    30  # usual models take 1 to 3; those that go through a row token by token take minutes
+)
 
 
 class Held(NamedTuple):
-    """Bytes. Tensor parallelism splits what lies within attention and MLP; what is as wide as the model, each rank has whole."""
+    """Bytes. Tensor parallelism splits what lies within attention and MLP; what is as wide as the
+    model, each rank has whole.
+    """
 
     wide: int
     within: int
 
 
 def count(
-    hf_config: Any, shape: tuple[int, int], n_keys: int | None, dtype: torch.dtype, autocast: torch.dtype | None, recompute: bool
+    hf_config: Any,
+    shape: tuple[int, int],
+    n_keys: int | None,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    recompute: bool,
 ) -> Held:
-    """The most that the body's forward and backward pass hold beside weights and gradients, which are there from an earlier
-    microbatch. `shape`: rows, and tokens of each; `n_keys` of one row of trees, each prompt's counted once per response, or None
-    for padded rows through the model's own attention. `dtype`: of the weights as they compute.
+    """The most that the body's forward and backward pass hold beside weights and gradients, which
+    are there from an earlier microbatch. `shape`: rows, and tokens of each; `n_keys` of one row of
+    trees, each prompt's counted once per response, or None for padded rows through the model's own
+    attention. `dtype`: of the weights as they compute.
 
-    Raises whatever the model's code raises where it looks into data, or where its attention cannot be exchanged.
+    Raises whatever the model's code raises where it looks into data, or where its attention cannot
+    be exchanged.
     """
     model = blank_model(hf_config, dtype)
     body: Any = model.base_model
@@ -53,13 +66,22 @@ def count(
             if not getattr(model, "_supports_attention_backend", False):
                 raise NotImplementedError("its attention cannot be exchanged")
             model.set_attn_implementation(NAME)
-            trees = {"position_ids": row, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "n_keys": n_keys}
+            trees = {
+                "position_ids": row,
+                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                "n_keys": n_keys,
+            }
         if recompute:  # dropout is off, so there is no random state to keep, which has no fake
             options = {"use_reentrant": False, "preserve_rng_state": False}
             model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         for p in body.parameters():
             p.grad = torch.empty_like(p)
-        known = [*body.parameters(), *body.buffers(), *(p.grad for p in body.parameters() if p.grad is not None), row]
+        known = [
+            *body.parameters(),
+            *body.buffers(),
+            *(p.grad for p in body.parameters() if p.grad is not None),
+            row,
+        ]
         with _Counter(known, hf_config.get_text_config().hidden_size) as counter:
             with torch.autocast("cpu", autocast) if autocast else nullcontext():
                 hidden = body(input_ids=row, use_cache=False, **trees)[0]
@@ -69,12 +91,16 @@ def count(
 
 def blank_model(hf_config: Any, dtype: torch.dtype) -> Any:
     """The model with weights that have a shape and nothing else."""
-    with torch.device("meta"):  # a copy of the config, for a model writes into it which attention it uses
+    with torch.device(
+        "meta"
+    ):  # a copy of the config, for a model writes into it which attention it uses
         return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the storages that operations make, as long as they live. `most`: the sums when they were highest."""
+    """Adds up the storages that operations make, as long as they live. `most`: the sums when they
+    were highest.
+    """
 
     def __init__(self, known: Iterable[Tensor], width: int):
         super().__init__()
@@ -82,7 +108,9 @@ class _Counter(TorchDispatchMode):
         self.alive = {id(x.untyped_storage()): Held(0, 0) for x in known}
         self.now = self.most = Held(0, 0)
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if time.monotonic() > self.deadline:
             raise TimeoutError(f"counting its operations takes more than {PATIENCE_SECS} s")
@@ -117,8 +145,19 @@ class _Flash(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, n_keys: int, **options):
-    """In place of models/tree_attention.py's: keys and values are gathered as there, [1, Hkv, T, D] -> [1, Hkv, n_keys, D]."""
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    n_keys: int,
+    **options,
+):
+    """In place of models/tree_attention.py's: keys and values are gathered as there, [1, Hkv, T, D]
+    -> [1, Hkv, n_keys, D].
+    """
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks")
     gather = torch.zeros(n_keys, dtype=torch.int64)

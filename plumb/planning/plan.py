@@ -1,4 +1,6 @@
-"""plan=true: what a run would take, told without a GPU, weights, or a file: memory of each GPU by kind, steps, and time."""
+"""plan=true: what a run would take, told without a GPU, weights, or a file: memory of each GPU by
+kind, steps, and time.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Model(NamedTuple):
     config: Any  # transformers'
     weights: Weights
     cost: sizing.Cost
-    held: Callable[..., Held | None]  # activations.count of this model, each once; None where it fails
+    held: Callable[
+        ..., Held | None
+    ]  # activations.count of this model, each once; None where it fails
     packed: bool  # takes trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
     n_out: int  # rows of that matrix: the vocabulary, or one score
@@ -92,16 +96,32 @@ def show(config: DictConfig, loss: Loss) -> str:
     """The plan of this run, as one screen of text. UserError for what cannot be planned."""
     model, data = read_model(config, loss), read_data(config, loss)
     found, limit = make_plan(config, loss, model, data), gb(config)
-    lines = [*_what(config, loss, model, data, found), *_run(config, model, data, found), "", *_table(found.memory), ""]
+    lines = [
+        *_what(config, loss, model, data, found),
+        *_run(config, model, data, found),
+        "",
+        *_table(found.memory),
+        "",
+    ]
     peak = found.memory.peak / 1e9
     if peak <= limit:
         return "\n".join([*lines, f"fits: {peak:.1f} of {limit:g} GB"])
     fixes = alternatives(config, loss, model, data)
-    what = "these would fit:" if fixes else f"nor does anything here make it, on up to {MOST_GPUS} GPUs"
+    what = (
+        "these would fit:"
+        if fixes
+        else f"nor does anything here make it, on up to {MOST_GPUS} GPUs"
+    )
     lines.append(f"does not fit: needs {peak:.1f} of {limit:g} GB; {what}")
-    rows = [(" ".join(f"{k}={_value(v)}" for k, v in change.items()), fix.memory.peak / 1e9) for change, fix in fixes]
+    rows = [
+        (" ".join(f"{k}={_value(v)}" for k, v in change.items()), fix.memory.peak / 1e9)
+        for change, fix in fixes
+    ]
     width = max((len(text) for text, _ in rows), default=0)
-    return "\n".join(lines + [f"  {text:<{width}}  {needs:5.1f} GB ({needs - peak:+.1f})" for text, needs in rows])
+    return "\n".join(
+        lines
+        + [f"  {text:<{width}}  {needs:5.1f} GB ({needs - peak:+.1f})" for text, needs in rows]
+    )
 
 
 # ---- the model and the data ----
@@ -123,20 +143,37 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
     def count(*arguments: Any) -> Held | None:
         try:
             return activations.count(hf_config, *arguments)
-        except Exception:  # whatever a model of transformers does with what it does not know, or with data that is not there
+        except Exception:
+            # whatever a model of transformers does with what it does not know, or with data that is
+            # not there
             return None
 
     packed = count((1, 16), 16, torch.float32, None, False) is not None
     capped = getattr(hf_config.get_text_config(), "final_logit_softcapping", None)
     plain_head = isinstance(model.get_output_embeddings(), nn.Linear) and not capped
     n_out = 1 if loss.reads == "scores" else hf_config.get_text_config().vocab_size
-    return Model(type(model).__name__, hf_config, weights, sizing.cost_of(model), count, packed, plain_head, n_out)
+    return Model(
+        type(model).__name__,
+        hf_config,
+        weights,
+        sizing.cost_of(model),
+        count,
+        packed,
+        plain_head,
+        n_out,
+    )
 
 
 def read_data(config: DictConfig, loss: Loss) -> Data:
-    """The run's own examples where they are at hand, else an assumption. Nothing is fetched from the hub, and nothing kept."""
+    """The run's own examples where they are at hand, else an assumption. Nothing is fetched from
+    the hub, and nothing kept.
+    """
     pairs = loss.data == "pairs"
-    afar = [name for name in map(resolve, config.datasets) if name in LOADERS and not config.dataset_paths.get(name)]
+    afar = [
+        name
+        for name in map(resolve, config.datasets)
+        if name in LOADERS and not config.dataset_paths.get(name)
+    ]
     try:
         with _offline(bool(afar)), redirect_stdout(io.StringIO()):
             train, _ = load_examples(config, load_tokenizer(config), pairs, keep=False)
@@ -147,8 +184,14 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
             raise
         why = f"{', '.join(afar)} not on this machine" if "hub" in str(problem) else str(problem)
     quarter = max(1, config.max_length // 4)
-    example = Example(np.zeros(quarter, np.int32), (np.zeros(quarter, np.int32),) * (2 if pairs else 1), "")
-    return Data([example], None, f"assumed: prompt and response of {quarter} tokens each, a quarter of max_length ({why})")
+    example = Example(
+        np.zeros(quarter, np.int32), (np.zeros(quarter, np.int32),) * (2 if pairs else 1), ""
+    )
+    return Data(
+        [example],
+        None,
+        f"assumed: prompt and response of {quarter} tokens each, a quarter of max_length ({why})",
+    )
 
 
 @contextmanager
@@ -173,15 +216,24 @@ def layout_of(config: DictConfig) -> Layout:
     n = config.plan_gpus or (GPUS_PER_NODE if sharded else 1)
     nodes = config.plan_nodes or -(-n // GPUS_PER_NODE)
     if not sharded and n > 1:
-        raise UserError(f"plan_gpus={n}: BasicTrainer is planned on one GPU; trainer=FSDPTrainer trains on several")
+        raise UserError(
+            f"plan_gpus={n}: BasicTrainer is planned on one GPU; trainer=FSDPTrainer trains on"
+            " several"
+        )
     if n % nodes:
-        raise UserError(f"plan_gpus={n}: the GPUs of all {nodes} nodes (plan_nodes), so a multiple of {nodes}")
+        raise UserError(
+            f"plan_gpus={n}: the GPUs of all {nodes} nodes (plan_nodes), so a multiple of {nodes}"
+        )
     tp = (config.tp_size or n) if config.trainer == "TensorParallelTrainer" else 1
     if n % tp or (config.fsdp_shard_size and n // tp % config.fsdp_shard_size):
         knob = "tp_size" if n % tp else "fsdp_shard_size"
         among = n if n % tp else n // tp
-        raise UserError(f"{knob}={config[knob]}: does not divide the {among} processes; give a divisor, or null")
-    return Layout(n, nodes, config.fsdp_shard_size if sharded else None, tp, config.fsdp_cpu_offload)
+        raise UserError(
+            f"{knob}={config[knob]}: does not divide the {among} processes; give a divisor, or null"
+        )
+    return Layout(
+        n, nodes, config.fsdp_shard_size if sharded else None, tp, config.fsdp_cpu_offload
+    )
 
 
 def gb(config: DictConfig) -> float:
@@ -192,52 +244,94 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     """What the trainer would decide on these GPUs, and what they would hold then."""
     layout, spec, sharded = layout_of(config), config.model, config.trainer != "BasicTrainer"
     weights, compute, reference = (
-        DTYPES[name] for name in
-        (spec.policy_dtype, spec.fsdp_policy_mp or spec.policy_dtype, spec.reference_dtype or spec.policy_dtype)
-    )  # fmt: skip
+        DTYPES[name]
+        for name in (
+            spec.policy_dtype,
+            spec.fsdp_policy_mp or spec.policy_dtype,
+            spec.reference_dtype or spec.policy_dtype,
+        )
+    )
     state, foreach = optimizer_state(config, weights)
     precision = Precision(weights.itemsize, compute.itemsize, reference.itemsize, state)
 
-    room, each = gb(config) * 1e9, model.weights.n * weights.itemsize / layout.shards / layout.tp_size
-    several = (config.n_epochs or 1) > 1 if data.n is None else make_schedule(config, data.n).n_examples > data.n
+    room, each = (
+        gb(config) * 1e9,
+        model.weights.n * weights.itemsize / layout.shards / layout.tp_size,
+    )
+    several = (
+        (config.n_epochs or 1) > 1
+        if data.n is None
+        else make_schedule(config, data.n).n_examples > data.n
+    )
     tight = sizing.short_for_reference(each, 3 * each, room)
     cached = {"auto": several or tight, "live": False, "cached": True}[config.reference]
     live = loss.needs_reference and not cached
 
     free = room - (4 + live) * each - held_bytes(GPU)
     mean = float(np.mean(lengths_of(data.examples).tokens()))
-    budget = sizing.token_budget(config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks)
+    budget = sizing.token_budget(
+        config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks
+    )
     steps = lay_out(config, model, data, layout.ranks, budget)
 
     summed = sizing.sums_each(config, model.weights.n / layout.tp_size, room)
     dtype, autocast = (compute, None) if sharded or compute == weights else (weights, compute)
     held = count_body(model, steps.fullest, dtype, autocast, sizing.kept(config))
     text, n = model.config.get_text_config(), steps.fullest.n_scored
-    assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(model.config, compute, sizing.kept(config))
+    assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(
+        model.config, compute, sizing.kept(config)
+    )
     total = sizing.memory(
-        model.weights, layout, precision, sharded=sharded, live=live, foreach=foreach,
+        model.weights,
+        layout,
+        precision,
+        sharded=sharded,
+        live=live,
+        foreach=foreach,
         kept_whole=steps.n_micro > 1 and not summed,
         activations=held.wide + held.within / layout.tp_size if held else assumed,
-        head=step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU) if model.plain_head
-        else n * model.n_out * (2 * compute.itemsize + 2 * 4),  # logits in two precisions, and their gradients
-    )  # fmt: skip
-    return Plan(layout, precision, live, loss.needs_reference and cached, summed, held is not None, steps, total)
+        head=(
+            step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU)
+            if model.plain_head
+            else n * model.n_out * (2 * compute.itemsize + 2 * 4)
+        ),  # logits in two precisions, and their gradients
+    )
+    return Plan(
+        layout,
+        precision,
+        live,
+        loss.needs_reference and cached,
+        summed,
+        held is not None,
+        steps,
+        total,
+    )
 
 
 def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool]:
-    """(bytes per weight, does a step on a GPU hold a temporary per weight): from one step on a matrix of 256 x 256."""
+    """(bytes per weight, does a step on a GPU hold a temporary per weight): from one step on a
+    matrix of 256 x 256.
+    """
     layer = nn.Linear(256, 256, bias=False, dtype=dtype)
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer = make_optimizer(config, layer, torch.device("cpu"))
     optimizer.step()
-    held = [x for x in optimizer.state[layer.weight].values() if isinstance(x, torch.Tensor) and x.dim()]
+    held = [
+        x for x in optimizer.state[layer.weight].values() if isinstance(x, torch.Tensor) and x.dim()
+    ]
     foreach = optimizer.defaults.get("foreach", False)  # None: on a GPU, unless the kernel is fused
-    return (sum(x.numel() * x.element_size() for x in held) / layer.weight.numel(),
-            foreach is True or (foreach is None and "fused" not in optimizer.defaults))  # fmt: skip
+    return (
+        sum(x.numel() * x.element_size() for x in held) / layer.weight.numel(),
+        foreach is True or (foreach is None and "fused" not in optimizer.defaults),
+    )
 
 
-def count_body(model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float) -> Held | None:
-    """What the body's passes hold; with a share of activations kept, so much of the way from none to all. None: unknown."""
+def count_body(
+    model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float
+) -> Held | None:
+    """What the body's passes hold; with a share of activations kept, so much of the way from none
+    to all. None: unknown.
+    """
     least, most = (
         model.held(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
         for recompute, share in ((True, 1 - kept), (False, kept))
@@ -250,27 +344,38 @@ def count_body(model: Model, part: Part, dtype: torch.dtype, autocast: torch.dty
 def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: int) -> Steps:
     """Some steps of the run, cut as the trainer cuts them."""
     if data.n is None:
-        batches = [np.zeros(min(config.batch_size, config.n_examples or config.batch_size), np.int64)]
+        batches = [
+            np.zeros(min(config.batch_size, config.n_examples or config.batch_size), np.int64)
+        ]
     else:
         steps = list(make_schedule(config, data.n))
         some = sorted({int(i) for i in np.linspace(0, len(steps) - 1, N_STEPS)})
         batches = [steps[k] for k in some]
     lengths = lengths_of(data.examples)
     packing = Packing(model.packed, budget, ranks, 0, config.max_length)
-    plans = [microbatches.plan(lengths[batch], packing, config.gradient_accumulation_steps) for batch in batches]
+    plans = [
+        microbatches.plan(lengths[batch], packing, config.gradient_accumulation_steps)
+        for batch in batches
+    ]
     parts = [
         measure(lengths[batch[part]], model.packed, budget if config.compile else 0)
-        for batch, plan in zip(batches, plans, strict=True) for part in plan if len(part)
-    ]  # fmt: skip
+        for batch, plan in zip(batches, plans, strict=True)
+        for part in plan
+        if len(part)
+    ]
     seen = lengths[np.concatenate(batches)]
     return Steps(
-        max(parts, key=lambda part: math.prod(part.shape)), float(np.mean([len(plan) / ranks for plan in plans])),
-        float(np.mean(seen.tokens())), model.cost.forward(seen) / len(seen),
-    )  # fmt: skip
+        max(parts, key=lambda part: math.prod(part.shape)),
+        float(np.mean([len(plan) / ranks for plan in plans])),
+        float(np.mean(seen.tokens())),
+        model.cost.forward(seen) / len(seen),
+    )
 
 
 def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
-    """The row of these examples, of `at_least` tokens; or the padded rows that it is unfolded to."""
+    """The row of these examples, of `at_least` tokens; or the padded rows that it is unfolded
+    to.
+    """
     n_scored = int(lengths.responses.sum())
     if not packed:
         return Part((lengths.prompts.size, int(lengths.longest().max())), None, n_scored)
@@ -281,12 +386,21 @@ def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
 # ---- what else would fit ----
 
 
-def alternatives(config: DictConfig, loss: Loss, model: Model, data: Data) -> list[tuple[dict[str, Any], Plan]]:
-    """Changes that make it fit, each planned again: single ones, else the first that suffice together; then more GPUs."""
-    changes: list[dict[str, Any]] = [{"activation_checkpointing": True}] if config.activation_checkpointing is not True else []
+def alternatives(
+    config: DictConfig, loss: Loss, model: Model, data: Data
+) -> list[tuple[dict[str, Any], Plan]]:
+    """Changes that make it fit, each planned again: single ones, else the first that suffice
+    together; then more GPUs.
+    """
+    changes: list[dict[str, Any]] = (
+        [{"activation_checkpointing": True}] if config.activation_checkpointing is not True else []
+    )
     if loss.needs_reference and config.reference != "cached":
         changes.append({"reference": "cached"})
-    if config.tokens_per_microbatch is not None and config.tokens_per_microbatch > 2 * config.max_length:
+    if (
+        config.tokens_per_microbatch is not None
+        and config.tokens_per_microbatch > 2 * config.max_length
+    ):
         changes.append({"tokens_per_microbatch": 2 * config.max_length})
     if config.fsdp_reduce == "last" and config.trainer != "BasicTrainer":
         changes.append({"fsdp_reduce": "each"})
@@ -294,16 +408,23 @@ def alternatives(config: DictConfig, loss: Loss, model: Model, data: Data) -> li
         changes.append({"model.fsdp_policy_mp": "bfloat16"})
 
     def fitting(some: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan]]:
-        plans = ((change, make_plan(_changed(config, change), loss, model, data)) for change in some)
+        plans = (
+            (change, make_plan(_changed(config, change), loss, model, data)) for change in some
+        )
         return [(change, plan) for change, plan in plans if plan.memory.peak <= gb(config) * 1e9]
 
     together = [*accumulate(changes, lambda a, b: a | b)]
     found = fitting(changes) or fitting(together)[:1]
-    n, trainer = layout_of(config).n_gpus, {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
+    n, trainer = (
+        layout_of(config).n_gpus,
+        {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {},
+    )
     nodes = {"plan_nodes": None} if config.plan_nodes else {}
     sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
     for base in ({}, *together[-1:]):  # as it is, or with all of these
-        more = next(iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None)
+        more = next(
+            iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None
+        )
         if more:
             return [*found, more]
     return found
@@ -321,7 +442,11 @@ def _changed(config: DictConfig, change: dict[str, Any]) -> DictConfig:
 
 def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) -> list[str]:
     n = model.weights.n
-    kind = {True: ", live reference", False: ", cached reference"}[plan.live] if loss.needs_reference else ""
+    kind = (
+        {True: ", live reference", False: ", cached reference"}[plan.live]
+        if loss.needs_reference
+        else ""
+    )
     layout = plan.layout
     on = f"{layout.n_gpus} x {config.plan_gpu}, nodes: {layout.n_nodes}, {config.trainer}"
     if layout.n_gpus > 1:
@@ -337,45 +462,89 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
 
 
 def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
-    """Steps, time and traffic. What is recomputed costs another forward pass, and so does the reference."""
+    """Steps, time and traffic. What is recomputed costs another forward pass, and so does the
+    reference.
+    """
     layout, steps = plan.layout, plan.steps
     rows, width = steps.fullest.shape
     largest = f"{width:,} tokens" if rows == 1 else f"{rows} padded rows of {width:,} tokens"
     n_micro = f"{steps.n_micro:.1f}".removesuffix(".0")
-    lines = [f"{'step':<8}{config.batch_size:,} examples, {config.batch_size * steps.n_tokens:,.0f} tokens; on each GPU "
-             f"{n_micro} microbatch{'es' if n_micro != '1' else ''}, the largest of {largest}"]  # fmt: skip
-    lines += [] if plan.counted else [f"{'':<8}activations are an ample guess: this model's could not be counted"]
+    lines = [
+        f"{'step':<8}{config.batch_size:,} examples, {config.batch_size * steps.n_tokens:,.0f}"
+        f" tokens; on each GPU {n_micro} microbatch{'es' if n_micro != '1' else ''}, the largest of"
+        f" {largest}"
+    ]
+    lines += (
+        []
+        if plan.counted
+        else [f"{'':<8}activations are an ample guess: this model's could not be counted"]
+    )
     schedule = make_schedule(config, data.n or config.n_examples or 0)
     n = schedule.n_examples or 1000
     if schedule.n_examples:
-        lines.append(f"{'run':<8}{n:,} examples in {schedule.n_steps:,} steps, {n * steps.n_tokens / 1e6:,.1f} M tokens")
+        lines.append(
+            f"{'run':<8}{n:,} examples in {schedule.n_steps:,} steps,"
+            f" {n * steps.n_tokens / 1e6:,.1f} M tokens"
+        )
     passes = n * (3 + plan.live + 1 - sizing.kept(config)) + plan.cached * min(n, data.n or n)
     card = CARDS[config.plan_gpu]
     peak = {2: card.flops16, 4: card.flops32}.get(plan.precision.compute)
     if peak is None:
-        return [*lines, f"{'time':<8}unknown: no data sheet says what a {config.plan_gpu} does in this precision"]
+        return [
+            *lines,
+            (
+                f"{'time':<8}unknown: no data sheet says what a {config.plan_gpu} does in this"
+                " precision"
+            ),
+        ]
     secs = passes * steps.forward / (layout.n_gpus * peak * config.plan_mfu)
     unknown = "" if schedule.n_examples else " per 1,000 examples (n_examples=... says how many)"
     at = f"plan_mfu={config.plan_mfu:g} of {layout.n_gpus} x {peak / 1e12:g} TFLOP/s"
-    lines.append(f"{'time':<8}{_duration(secs)}{unknown} at {at}, without evaluation, sampling and saving")
-    sent = sizing.traffic(model.weights, layout, plan.precision, n_micro=steps.n_micro, live=plan.live, each=plan.summed)
+    lines.append(
+        f"{'time':<8}{_duration(secs)}{unknown} at {at}, without evaluation, sampling and saving"
+    )
+    sent = sizing.traffic(
+        model.weights,
+        layout,
+        plan.precision,
+        n_micro=steps.n_micro,
+        live=plan.live,
+        each=plan.summed,
+    )
     if sent:
         rate = sent / (secs * config.batch_size / n) / 1e9
-        lines.append(f"{'network':<8}{sent / 1e9:,.1f} GB sent by each GPU per step; links below {rate:,.0f} GB/s make it longer")
+        lines.append(
+            f"{'network':<8}{sent / 1e9:,.1f} GB sent by each GPU per step; links below {rate:,.0f}"
+            " GB/s make it longer"
+        )
     return lines
 
 
 def _table(memory: Memory) -> list[str]:
     rows = [*memory.kinds.items(), ("in all", memory.moments)]
-    width, titles = max(len(kind) for kind, _ in rows), ("backward starts", "backward ends", "optimizer steps")
+    width, titles = (
+        max(len(kind) for kind, _ in rows),
+        ("backward starts", "backward ends", "optimizer steps"),
+    )
     lines = [f"{'GB per GPU':<{width}}  {'  '.join(titles)}"]
-    lines += ["  ".join([f"{kind:<{width}}", *(f"{x / 1e9:{len(t)}.1f}" for x, t in zip(values, titles, strict=True))])
-              for kind, values in rows]  # fmt: skip
+    lines += [
+        "  ".join(
+            [
+                f"{kind:<{width}}",
+                *(f"{x / 1e9:{len(t)}.1f}" for x, t in zip(values, titles, strict=True)),
+            ]
+        )
+        for kind, values in rows
+    ]
     return lines + ([f"and {memory.host / 1e9:,.1f} GB of each node's RAM"] if memory.host else [])
 
 
 def _value(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _duration(secs: float) -> str:
@@ -383,7 +552,11 @@ def _duration(secs: float) -> str:
     >>> _duration(40), _duration(600), _duration(90_000), _duration(9e5)
     ('40 s', '10 min', '25.0 h', '10.4 days')
     """
-    for limit, unit, name, digits in ((120, 1, "s", 0), (7200, 60, "min", 0), (172_800, 3600, "h", 1)):
+    for limit, unit, name, digits in (
+        (120, 1, "s", 0),
+        (7200, 60, "min", 0),
+        (172_800, 3600, "h", 1),
+    ):
         if secs < limit:
             return f"{secs / unit:,.{digits}f} {name}"
     return f"{secs / 86_400:,.1f} days"

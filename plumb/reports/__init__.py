@@ -1,2 +1,1 @@
-"""Reports: records of runs in; curves, findings and pictures out.
-"""
+"""Reports: records of runs in; curves, findings and pictures out."""

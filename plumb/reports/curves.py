@@ -1,4 +1,6 @@
-"""Curves of one or more runs as PNG: thin lines are training steps, their running mean thick, dots evaluations."""
+"""Curves of one or more runs as PNG: thin lines are training steps, their running mean thick, dots
+evaluations.
+"""
 
 from __future__ import annotations
 
@@ -31,47 +33,92 @@ LEARNING = [
 ]
 FURTHER = [
     Panel("ranking by log-probability alone (dotted: chance)", {"": "logps_{}/accuracies"}, 0.5),
-    Panel("reward / beta: log-ratio to the reference (nats)", {"chosen": "ratio_{}/chosen", "rejected": "ratio_{}/rejected"}, 0),
+    Panel(
+        "reward / beta: log-ratio to the reference (nats)",
+        {"chosen": "ratio_{}/chosen", "rejected": "ratio_{}/rejected"},
+        0,
+    ),
     Panel("gradient norm, before clipping", {"": "grad_norm"}, log="values"),
     Panel("learning rate", {"": "lr"}, log="runs"),
     Panel("tokens per second", {"": "tokens_per_second"}),
     Panel("peak memory (GB)", {"": "peak_memory_gb"}),
 ]
-# Told apart by the colour-blind, too (Okabe and Ito). Of a single run, chosen is green and rejected red.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#B8A800", "#000000", "#7B3294")
+# Told apart by the colour-blind, too (Okabe and Ito). Of a single run, chosen is green and rejected
+# red.
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#7F7F7F",
+    "#B8A800",
+    "#000000",
+    "#7B3294",
+)
 CHOSEN, REJECTED = "#009E73", "#D55E00"
 STYLES: tuple[Any, Any] = ("-", (0, (4, 2)))
-SMOOTHED = 0.05  # share of the steps that a running mean is over, so that the trend shows through the noise of single batches
+# share of the steps that a running mean is over, so that the trend shows through the noise of
+# single batches
+SMOOTHED = 0.05
 MAX_POINTS = 4000  # of one line; more can't be seen, and take minutes
 
 
 def named(run: Run) -> Run:
-    """The run with its metrics under the names of the panels: `loss/train` -> `loss dpo/train`, for losses of different kinds
-    have different scales; and `ratio_*`, where a reward is beta times a log-ratio to a reference."""
+    """The run with its metrics under the names of the panels: `loss/train` -> `loss dpo/train`, for
+    losses of different kinds have different scales; and `ratio_*`, where a reward is beta times a
+    log-ratio to a reference.
+    """
     name, beta = run.setting("loss.name", "of unknown kind"), run.setting("loss.beta")
     relative = isinstance(beta, int | float) and beta > 0 and not run.setting("loss.reference_free")
 
     def change(record: Record) -> Record:
         renamed = {key.replace("loss/", f"loss {name}/"): value for key, value in record.items()}
-        ratios = {k.replace("rewards_", "ratio_"): v / beta for k, v in record.items() if relative and _is_reward(k)}
+        ratios = {
+            k.replace("rewards_", "ratio_"): v / beta
+            for k, v in record.items()
+            if relative and _is_reward(k)
+        }
         return renamed | ratios
 
-    return run._replace(steps=[*map(change, run.steps)], evaluations=[*map(change, run.evaluations)])
+    return run._replace(
+        steps=[*map(change, run.steps)], evaluations=[*map(change, run.evaluations)]
+    )
 
 
 def _is_reward(key: str) -> bool:
-    return key in ("rewards_train/chosen", "rewards_train/rejected", "rewards_eval/chosen", "rewards_eval/rejected")
+    return key in (
+        "rewards_train/chosen",
+        "rewards_train/rejected",
+        "rewards_eval/chosen",
+        "rewards_eval/rejected",
+    )
 
 
 def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
-    """What the runs (as `named`) have to show. `further`: also how it went, and evaluations that no other panel shows."""
-    present = dict.fromkeys(key for run in runs for record in (*run.steps, *run.evaluations) for key in record)  # in their order
+    """What the runs (as `named`) have to show. `further`: also how it went, and evaluations that no
+    other panel shows.
+    """
+    present = dict.fromkeys(
+        key for run in runs for record in (*run.steps, *run.evaluations) for key in record
+    )  # in their order
     losses = dict.fromkeys(key.split("/")[0] for key in present if key.startswith("loss "))
-    found = [Panel(f"{name[5:]} loss", {"": f"{name}/{{}}"}) for name in losses] + LEARNING + (FURTHER if further else [])
+    found = (
+        [Panel(f"{name[5:]} loss", {"": f"{name}/{{}}"}) for name in losses]
+        + LEARNING
+        + (FURTHER if further else [])
+    )
     if further:
         shown = {metric.format("eval") for panel in found for metric in panel.lines.values()}
-        others = [key for key in present if is_evaluation([key]) and key not in shown and key.count("/") == 1]
-        for key in others:  # e.g. kl_eval/policy: a metric that came later is shown under its own name
+        others = [
+            key
+            for key in present
+            if is_evaluation([key]) and key not in shown and key.count("/") == 1
+        ]
+        for (
+            key
+        ) in others:  # e.g. kl_eval/policy: a metric that came later is shown under its own name
             head, _, tail = key.partition("/")
             metric = f"{head}/{{}}" if tail == "eval" else f"{head[:-5]}_{{}}/{tail}"
             found.append(Panel(metric.format("").replace("_/", "/").strip("/"), {"": metric}))
@@ -80,7 +127,9 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
 
 
 def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """One picture of what the runs learned. `out`: by default curves.png in the first run directory."""
+    """One picture of what the runs learned. `out`: by default curves.png in the first run
+    directory.
+    """
     out = out or run_dirs[0] / "curves.png"
     with new_file(out, "curves", "wb") as file:
         file.write(draw_all([named(run) for run in read_runs(run_dirs)], further=False))
@@ -102,12 +151,16 @@ def draw_all(runs: Sequence[Run], further: bool = True) -> bytes:
 
             handles = [Line2D([], [], color=colour(i), linewidth=3) for i in range(len(runs))]
             labels = [_safe(run.name) for run in runs]
-            figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(4, len(runs)))
+            figure.legend(
+                handles, labels, fontsize=8, loc="outside lower center", ncols=min(4, len(runs))
+            )
         return _png(figure, dpi=110)
 
 
 def draw_each(runs: Sequence[Run]) -> Iterator[tuple[Panel, str, str]]:
-    """(panel, its PNG as a data: address, what it shows in words) of each panel of these runs (as `named`)."""
+    """(panel, its PNG as a data: address, what it shows in words) of each panel of these runs (as
+    `named`).
+    """
     for panel in tqdm(panels(runs), desc="drawing", unit="panel", leave=False, disable=quiet()):
         with _figure(1, 1) as (figure, axes):
             _draw(axes[0, 0], panel, runs)
@@ -135,7 +188,9 @@ def in_words(panel: Panel, runs: Sequence[Run]) -> str:
     for run in runs:
         for label, metric in panel.lines.items():
             for split, records in (("training", run.steps), ("held-out", run.evaluations)):
-                _, values = points(records, metric.format("train" if split == "training" else "eval"))
+                _, values = points(
+                    records, metric.format("train" if split == "training" else "eval")
+                )
                 if len(values):
                     what = " ".join(filter(None, (split, label)))
                     said.append(f"{run.name}, {what}: {values[0]:.4g} to {values[-1]:.4g}")
@@ -166,7 +221,9 @@ class _figure:
         import matplotlib.pyplot as plt
 
         self.plt, size = plt, (4.6 * n_columns, 3.2 * n_rows + 0.3)
-        self.figure, self.axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+        self.figure, self.axes = plt.subplots(
+            n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
+        )
 
     def __enter__(self) -> tuple[Any, Any]:
         return self.figure, self.axes
@@ -179,17 +236,36 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
     lows, highs = [], []
     for i, run in enumerate(runs):
         for (label, metric), style in zip(panel.lines.items(), STYLES, strict=False):
-            own = {"chosen": CHOSEN, "rejected": REJECTED}.get(label, colour(0)) if len(runs) == 1 else colour(i)
+            own = (
+                {"chosen": CHOSEN, "rejected": REJECTED}.get(label, colour(0))
+                if len(runs) == 1
+                else colour(i)
+            )
             steps, values = points(run.steps, metric.format("train"))
             stride = -(-len(steps) // MAX_POINTS) or 1
             if len(steps):
                 axis.plot(steps[::stride], values[::stride], color=own, alpha=0.25, linewidth=0.8)
-                axis.plot(steps[::stride], running_mean(values)[::stride], color=own, linewidth=1.8, linestyle=style)
+                axis.plot(
+                    steps[::stride],
+                    running_mean(values)[::stride],
+                    color=own,
+                    linewidth=1.8,
+                    linestyle=style,
+                )
                 lows.append(values.min())
                 highs.append(values.max())
             steps, values = points(run.evaluations, metric.format("eval"))
             if len(steps):
-                axis.plot(steps, values, "o", color=own, linestyle=style, linewidth=0.8, markerfacecolor="white", markersize=5)
+                axis.plot(
+                    steps,
+                    values,
+                    "o",
+                    color=own,
+                    linestyle=style,
+                    linewidth=0.8,
+                    markerfacecolor="white",
+                    markersize=5,
+                )
     if panel.level is not None:
         axis.axhline(panel.level, color="#777777", linewidth=0.9, linestyle=":", zorder=0)
     low = min({"values": lows, "runs": highs}.get(panel.log, []), default=0)
@@ -209,12 +285,21 @@ def _legend(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
 
     entries: dict[str, Any] = {}
     for (label, _), style in zip(panel.lines.items(), STYLES, strict=False):
-        own = {"chosen": CHOSEN, "rejected": REJECTED}.get(label, colour(0)) if len(runs) == 1 else "#444444"
+        own = (
+            {"chosen": CHOSEN, "rejected": REJECTED}.get(label, colour(0))
+            if len(runs) == 1
+            else "#444444"
+        )
         entries |= {label: Line2D([], [], color=own, linestyle=style)} if label else {}
-    held_out = any(metric.format("eval") != metric and len(points(run.evaluations, metric.format("eval"))[0])
-                   for run in runs for metric in panel.lines.values())  # fmt: skip
+    held_out = any(
+        metric.format("eval") != metric and len(points(run.evaluations, metric.format("eval"))[0])
+        for run in runs
+        for metric in panel.lines.values()
+    )
     if held_out:
-        entries["held-out"] = Line2D([], [], color="#444444", marker="o", linestyle="", markerfacecolor="white", markersize=5)
+        entries["held-out"] = Line2D(
+            [], [], color="#444444", marker="o", linestyle="", markerfacecolor="white", markersize=5
+        )
     if entries:
         axis.legend(entries.values(), entries.keys(), fontsize=7, loc="best", framealpha=0.6)
 

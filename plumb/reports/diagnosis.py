@@ -1,6 +1,8 @@
-"""What is wrong with a run, in plain words: rules over its records, each with the condition it stands for and a remedy.
+"""What is wrong with a run, in plain words: rules over its records, each with the condition it
+stands for and a remedy.
 
-A rule is a pure function Run -> evidence, "" where it does not hold. It keeps quiet where a run is too short to tell.
+A rule is a pure function Run -> evidence, "" where it does not hold. It keeps quiet where a run is
+too short to tell.
 """
 
 from __future__ import annotations
@@ -20,16 +22,26 @@ MIN_STEPS = 10  # fewer steps say nothing of a trend
 MIN_SAMPLES = 4  # nor do fewer samples
 SILENT_SECS = 3600.0  # every step writes a record, so an hour without one is no slow step
 NO_GRADIENT = 1e-8  # a norm below this moves no float32 weight
-FLAT = 0.002  # share of its first value by which the loss must fall to have moved: dpo from 0.6931 to 0.6917
+# share of its first value by which the loss must fall to have moved: dpo from 0.6931 to 0.6917
+FLAT = 0.002
 AT_CHANCE = 0.05  # around 0.5: 1.6 standard errors of 256 pairs, the default of n_eval_examples
-FALL_NATS, FALL_SHARE = 5.0, 0.1  # the chosen answers are 150 times less likely, and that is a tenth of all their nats
+FALL_NATS, FALL_SHARE = (
+    5.0,
+    0.1,
+)  # the chosen answers are 150 times less likely, and that is a tenth of all their nats
 HUGE_MARGIN = 10.0  # sigmoid(10) = 0.99995: no label is that certain, and no gradient is left
-RISE_OF_FALL, RISE = 0.1, 0.005  # of the held-out loss, above its best: a tenth of what it had fallen, and half a percent
+RISE_OF_FALL, RISE = (
+    0.1,
+    0.005,
+)  # of the held-out loss, above its best: a tenth of what it had fallen, and half a percent
 BY_HEART, GAP = 0.99, 0.1  # accuracy on training pairs, and how far the held-out one is below it
 DIVERGED = 0.1  # share of its first value by which the training loss rises over its best
 LONGER = 1.5  # samples against those before training, in words
 BUCKET_GAP = 0.25  # between accuracies by length: two standard errors of buckets of 30 pairs
-REPEATED, N_GRAM = 0.3, 4  # share of 4-grams that stand in the same sample already; English prose has below 0.05
+REPEATED, N_GRAM = (
+    0.3,
+    4,
+)  # share of 4-grams that stand in the same sample already; English prose has below 0.05
 ALIKE = 0.5  # share of different prompts that get the very same answer
 CLIPPED = 0.9  # share of the steps whose gradient is clipped
 
@@ -50,7 +62,11 @@ class Rule(NamedTuple):
 
 def diagnose(run: Run) -> list[Finding]:
     """What the rules find, the worst first."""
-    found = [Finding(rule.level, rule.title, evidence, rule.remedy) for rule in RULES if (evidence := rule.check(run))]
+    found = [
+        Finding(rule.level, rule.title, evidence, rule.remedy)
+        for rule in RULES
+        if (evidence := rule.check(run))
+    ]
     return sorted(found, key=lambda finding: ("problem", "warning", "note").index(finding.level))
 
 
@@ -65,18 +81,29 @@ def verdict(run: Run) -> str:
     last: Record = max(run.steps[-1:] + run.evaluations[-1:], key=lambda r: r["step"], default={})
     parts = [f"{state}{f' (exit code {code})' if (code := run.status.get('code')) else ''}"]
     if last:
-        updates = next((r["counters/updates"] for r in reversed(run.steps) if "counters/updates" in r), len(run.steps))
+        updates = next(
+            (r["counters/updates"] for r in reversed(run.steps) if "counters/updates" in r),
+            len(run.steps),
+        )
         parts.append(f"{updates:,.0f} steps, {last['step']:,.0f} examples")
     else:
         parts.append("no metrics yet")
     if state == "running":
         parts.append(f"last record {duration(run.silent_secs)} ago")
         left = run.steps[-1].get("seconds_left") if run.steps else None
-        parts += [f"about {duration(left)} left"] if left is not None and math.isfinite(left) else []
+        parts += (
+            [f"about {duration(left)} left"] if left is not None and math.isfinite(left) else []
+        )
     elif run.wall_secs:
-        parts.append(f"{duration(run.wall_secs)}{f' over {run.starts} starts' if run.starts > 1 else ''}")
+        parts.append(
+            f"{duration(run.wall_secs)}{f' over {run.starts} starts' if run.starts > 1 else ''}"
+        )
     final = run.evaluations[-1] if run.evaluations else {}
-    keys = {"held-out loss": "loss/eval", "accuracy": "rewards_eval/accuracies", "margin": "rewards_eval/margins"}
+    keys = {
+        "held-out loss": "loss/eval",
+        "accuracy": "rewards_eval/accuracies",
+        "margin": "rewards_eval/margins",
+    }
     parts += [f"{label} {final[key]:.4g}" for label, key in keys.items() if key in final]
     return ", ".join(parts)
 
@@ -86,10 +113,16 @@ def duration(secs: float) -> str:
     >>> duration(42), duration(150), duration(5400)
     ('42 s', '2 min', '1.5 h')
     """
-    return f"{secs:.0f} s" if secs < 120 else f"{secs / 60:.0f} min" if secs < 3600 else f"{secs / 3600:.1f} h"
+    return (
+        f"{secs:.0f} s"
+        if secs < 120
+        else f"{secs / 60:.0f} min"
+        if secs < 3600
+        else f"{secs / 3600:.1f} h"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ the records
+# ---- the records ----
 
 
 def _values(records: Sequence[Record], key: str) -> np.ndarray:
@@ -111,13 +144,17 @@ def _ends(values: np.ndarray) -> str:
     return f"{values[0]:.4g} -> {values[-1]:.4g}"
 
 
-# -------------------------------------------------------------------------------------------------------------- the rules
+# ---- the rules ----
 
 
 def stopped(run: Run) -> str:
     """status.json says failed or stopped."""
     state = run.status.get("state")
-    return str(run.status.get("reason") or f"it {state}, for no reason given") if state in ("failed", "stopped") else ""
+    return (
+        str(run.status.get("reason") or f"it {state}, for no reason given")
+        if state in ("failed", "stopped")
+        else ""
+    )
 
 
 def silent(run: Run) -> str:
@@ -140,17 +177,34 @@ def no_gradient(run: Run) -> str:
     """All gradient norms of the last fifth of the steps are below 1e-8."""
     norms = _values(run.steps, "grad_norm")
     last = norms[-max(1, len(norms) // 5) :]
-    return f"the norm is at most {last.max():.2g} at the end" if len(norms) >= MIN_STEPS and last.max() < NO_GRADIENT else ""
+    return (
+        f"the norm is at most {last.max():.2g} at the end"
+        if len(norms) >= MIN_STEPS and last.max() < NO_GRADIENT
+        else ""
+    )
 
 
 def flat(run: Run) -> str:
-    """The loss, held-out if there are two evaluations, else in training, never was 0.2% away from where it began."""
+    """The loss, held-out if there are two evaluations, else in training, never was 0.2% away from
+    where it began.
+    """
     held_out = _values(run.evaluations, "loss/eval")
-    train = [part.mean() for part in _fifths(_values(run.steps, "loss/train"))] if len(run.steps) >= 5 * MIN_STEPS else []
+    train = (
+        [part.mean() for part in _fifths(_values(run.steps, "loss/train"))]
+        if len(run.steps) >= 5 * MIN_STEPS
+        else []
+    )
     values = held_out if len(held_out) > 1 else np.array(train)
-    if len(run.steps) < MIN_STEPS or len(values) < 2 or np.abs(values / (values[0] or 1.0) - 1).max() > FLAT:
+    if (
+        len(run.steps) < MIN_STEPS
+        or len(values) < 2
+        or np.abs(values / (values[0] or 1.0) - 1).max() > FLAT
+    ):
         return ""
-    return f"{'held-out' if len(held_out) > 1 else 'training'} loss {_ends(values)}; the largest lr so far was {_top_lr(run):.2g}"
+    return (
+        f"{'held-out' if len(held_out) > 1 else 'training'} loss {_ends(values)}; the largest lr so"
+        f" far was {_top_lr(run):.2g}"
+    )
 
 
 def _top_lr(run: Run) -> float:
@@ -162,22 +216,33 @@ def at_chance(run: Run) -> str:
     values = _values([r for r in run.evaluations if r["step"] > 0], "rewards_eval/accuracies")
     if len(run.steps) < MIN_STEPS or not len(values) or values[-1] > 0.5 + AT_CHANCE:
         return ""
-    worse = "; below chance: are chosen and rejected the wrong way round?" if values[-1] < 0.5 - AT_CHANCE else ""
+    worse = (
+        "; below chance: are chosen and rejected the wrong way round?"
+        if values[-1] < 0.5 - AT_CHANCE
+        else ""
+    )
     return f"the chosen answer wins in {values[-1]:.0%} of the held-out pairs{worse}"
 
 
 def chosen_falls(run: Run) -> str:
-    """Margins grow, while the log-probability of the chosen answers falls by more than 5 nats and a tenth of what it was."""
+    """Margins grow, while the log-probability of the chosen answers falls by more than 5 nats and a
+    tenth of what it was.
+    """
     for split, records in (("held-out", run.evaluations), ("training", run.steps)):
         logps = _values(records, f"logps_{'eval' if split == 'held-out' else 'train'}/chosen")
         margins = _values(records, f"rewards_{'eval' if split == 'held-out' else 'train'}/margins")
         if len(run.steps) < MIN_STEPS or len(logps) < 2 or len(margins) < 2:
             continue
         if split == "training":  # single batches differ by more than what is looked for
-            logps, margins = (np.array([part.mean() for part in _fifths(x)]) for x in (logps, margins))
+            logps, margins = (
+                np.array([part.mean() for part in _fifths(x)]) for x in (logps, margins)
+            )
         fall = logps[0] - logps[-1]
         if margins[-1] > margins[0] and fall > max(FALL_NATS, FALL_SHARE * abs(logps[0])):
-            return f"{split} log-probability of the chosen answers {_ends(logps)} nats, while the margin went {_ends(margins)}"
+            return (
+                f"{split} log-probability of the chosen answers {_ends(logps)} nats, while the"
+                f" margin went {_ends(margins)}"
+            )
         return ""  # what held-out examples show counts
     return ""
 
@@ -187,11 +252,16 @@ def huge_margin(run: Run) -> str:
     margins = _values(run.steps, "rewards_train/margins")
     if len(margins) < MIN_STEPS or (last := _fifths(margins)[-1].mean()) < HUGE_MARGIN:
         return ""
-    return f"the mean margin is {last:.3g}: most pairs give no gradient any more, the few that are wrong a large one"
+    return (
+        f"the mean margin is {last:.3g}: most pairs give no gradient any more, the few that are"
+        " wrong a large one"
+    )
 
 
 def overfits(run: Run) -> str:
-    """The held-out loss rose above its best (by a tenth of its fall, and 0.5%), while the training loss went on falling."""
+    """The held-out loss rose above its best (by a tenth of its fall, and 0.5%), while the training
+    loss went on falling.
+    """
     evaluations = [r for r in run.evaluations if math.isfinite(r.get("loss/eval", math.nan))]
     if len(run.steps) < MIN_STEPS or len(evaluations) < 2:
         return ""
@@ -201,11 +271,17 @@ def overfits(run: Run) -> str:
     if rise <= max(RISE_OF_FALL * (losses[0] - losses[best]), RISE * abs(losses[best])):
         return ""
     at = evaluations[best]["step"]
-    before, after = (_values(rs, "loss/train") for rs in ([r for r in run.steps if r["step"] <= at], _after(run.steps, at)))
+    before, after = (
+        _values(rs, "loss/train")
+        for rs in ([r for r in run.steps if r["step"] <= at], _after(run.steps, at))
+    )
     n = max(1, len(after) // 2)
     if not len(after) or after[-n:].mean() >= (before[-n:] if len(before) else after[:n]).mean():
         return ""
-    return f"held-out loss {losses[best]:.4g} at {at:,} examples, {losses[-1]:.4g} at the end, while the training loss fell"
+    return (
+        f"held-out loss {losses[best]:.4g} at {at:,} examples, {losses[-1]:.4g} at the end, while"
+        " the training loss fell"
+    )
 
 
 def _after(records: Sequence[Record], step: float) -> list[Record]:
@@ -213,8 +289,13 @@ def _after(records: Sequence[Record], step: float) -> list[Record]:
 
 
 def by_heart(run: Run) -> str:
-    """Training accuracy of 0.99 and more in the last fifth, and a held-out accuracy more than 0.1 below."""
-    train, held_out = _values(run.steps, "rewards_train/accuracies"), _values(run.evaluations, "rewards_eval/accuracies")
+    """Training accuracy of 0.99 and more in the last fifth, and a held-out accuracy more than 0.1
+    below.
+    """
+    train, held_out = (
+        _values(run.steps, "rewards_train/accuracies"),
+        _values(run.evaluations, "rewards_eval/accuracies"),
+    )
     if len(train) < MIN_STEPS or not len(held_out):
         return ""
     last = _fifths(train)[-1].mean()
@@ -224,16 +305,24 @@ def by_heart(run: Run) -> str:
 
 
 def diverges(run: Run) -> str:
-    """The training loss rose over its best fifth by a tenth of where it began, and by three standard errors."""
+    """The training loss rose over its best fifth by a tenth of where it began, and by three
+    standard errors.
+    """
     losses = _values(run.steps, "loss/train")
     if len(losses) < 5 * MIN_STEPS:
         return ""
     parts = _fifths(losses)
     best = min(parts, key=lambda part: part.mean())
-    rise, error = parts[-1].mean() - best.mean(), math.hypot(*(part.std() / math.sqrt(len(part)) for part in (parts[-1], best)))
+    rise, error = (
+        parts[-1].mean() - best.mean(),
+        math.hypot(*(part.std() / math.sqrt(len(part)) for part in (parts[-1], best))),
+    )
     if rise <= max(DIVERGED * abs(parts[0].mean()), 3 * error):
         return ""
-    return f"mean training loss by fifths of the run: {', '.join(f'{part.mean():.4g}' for part in parts)}"
+    return (
+        "mean training loss by fifths of the run:"
+        f" {', '.join(f'{part.mean():.4g}' for part in parts)}"
+    )
 
 
 def in_warmup(run: Run) -> str:
@@ -241,7 +330,9 @@ def in_warmup(run: Run) -> str:
     warmup, done = _number(run, "warmup_steps") or 0, len(run.steps)
     if run.status.get("state") != "finished" or not done or done > warmup:
         return ""
-    return f"{done} steps were made, warmup_steps={warmup}: lr={run.setting('lr')} was never reached"
+    return (
+        f"{done} steps were made, warmup_steps={warmup}: lr={run.setting('lr')} was never reached"
+    )
 
 
 def clipped(run: Run) -> str:
@@ -249,13 +340,20 @@ def clipped(run: Run) -> str:
     norms, limit = _values(run.steps, "grad_norm"), _number(run, "max_grad_norm")
     if len(norms) < MIN_STEPS or limit is None or (share := (norms > limit).mean()) < CLIPPED:
         return ""
-    return f"{share:.0%} of the steps; the norm's median is {np.median(norms):.3g}, max_grad_norm={limit}"
+    return (
+        f"{share:.0%} of the steps; the norm's median is {np.median(norms):.3g},"
+        f" max_grad_norm={limit}"
+    )
 
 
 def by_length(run: Run) -> str:
     """Held-out accuracies by length differ by more than 0.25 between two buckets."""
     last = run.evaluations[-1] if run.evaluations else {}
-    found = {k.rpartition("/")[2]: v for k, v in last.items() if k.startswith("rewards_eval/accuracies/length ")}
+    found = {
+        k.rpartition("/")[2]: v
+        for k, v in last.items()
+        if k.startswith("rewards_eval/accuracies/length ")
+    }
     if len(found) < 2 or max(found.values()) - min(found.values()) <= BUCKET_GAP:
         return ""
     worst, best = min(found, key=lambda k: found[k]), max(found, key=lambda k: found[k])
@@ -264,19 +362,29 @@ def by_length(run: Run) -> str:
 
 def not_held_out(run: Run) -> str:
     """Trained, but no evaluation."""
-    return "there is no record of an evaluation" if len(run.steps) >= MIN_STEPS and not run.evaluations else ""
+    return (
+        "there is no record of an evaluation"
+        if len(run.steps) >= MIN_STEPS and not run.evaluations
+        else ""
+    )
 
 
 def too_short(run: Run) -> str:
     """Fewer than 10 steps: the rules about trends keep quiet."""
-    return f"{len(run.steps)} steps; trends are judged from {MIN_STEPS} on" if len(run.steps) < MIN_STEPS else ""
+    return (
+        f"{len(run.steps)} steps; trends are judged from {MIN_STEPS} on"
+        if len(run.steps) < MIN_STEPS
+        else ""
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- the samples
+# ---- the samples ----
 
 
 def first_and_last(run: Run, table: str = "policy_samples") -> tuple[list[Sample], list[Sample]]:
-    """The samples of the first and the last evaluation that has some; the last ones are empty where there was one only."""
+    """The samples of the first and the last evaluation that has some; the last ones are empty where
+    there was one only.
+    """
     rows = [s for s in run.samples if s.table == table]
     ends = sorted({s.step for s in rows})
     pick = lambda step: [s for s in rows if s.step == step]
@@ -285,7 +393,9 @@ def first_and_last(run: Run, table: str = "policy_samples") -> tuple[list[Sample
 
 def words(text: str) -> list[str]:
     """Words; in scripts without spaces, characters."""
-    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+    return re.findall(
+        r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower()
+    )
 
 
 def repetition(text: str) -> float:
@@ -303,17 +413,29 @@ def longer(run: Run) -> str:
     """On pairs: the policy's last samples have 1.5 times as many words as its first, or more."""
     before, after = ([len(words(s.text)) for s in rows] for rows in first_and_last(run))
     paired = any("rewards_eval/margins" in r for r in run.evaluations)
-    if not paired or min(len(before), len(after)) < MIN_SAMPLES or np.mean(after) < LONGER * max(1.0, float(np.mean(before))):
+    if (
+        not paired
+        or min(len(before), len(after)) < MIN_SAMPLES
+        or np.mean(after) < LONGER * max(1.0, float(np.mean(before)))
+    ):
         return ""
-    return f"the samples have {np.mean(after):.0f} words on average; at the beginning {np.mean(before):.0f}"
+    return (
+        f"the samples have {np.mean(after):.0f} words on average; at the beginning"
+        f" {np.mean(before):.0f}"
+    )
 
 
 def repeats(run: Run) -> str:
-    """Nearly a third of the 4-grams in the policy's last samples are repetitions, and more than in its first."""
+    """Nearly a third of the 4-grams in the policy's last samples are repetitions, and more than in
+    its first.
+    """
     before, after = ([repetition(s.text) for s in rows] for rows in first_and_last(run))
     if len(after) < MIN_SAMPLES or np.mean(after) < REPEATED or np.mean(after) < np.mean(before):
         return ""
-    return f"{np.mean(after):.0%} of the 4-word sequences in a sample stand in it already; at the beginning {np.mean(before):.0%}"
+    return (
+        f"{np.mean(after):.0%} of the 4-word sequences in a sample stand in it already; at the"
+        f" beginning {np.mean(before):.0%}"
+    )
 
 
 def alike(run: Run) -> str:
@@ -324,61 +446,120 @@ def alike(run: Run) -> str:
     text, n = Counter(s.text.strip() for s in after).most_common(1)[0]
     if n < ALIKE * len(after):
         return ""
-    return f"{n} of {len(after)} prompts get {f'the same answer: {text[:60]!r}' if text else 'an empty answer'}"
+    return (
+        f"{n} of {len(after)} prompts get"
+        f" {f'the same answer: {text[:60]!r}' if text else 'an empty answer'}"
+    )
 
 
 SLOWER = "a lower lr; an earlier stop (n_examples, or the best checkpoint by keep_best)"
 NEARER = f"{SLOWER}; a larger loss.beta, which holds the policy nearer to the reference"
 RULES = [
-    Rule("problem", "The run did not finish", stopped, "mend what it names, then the same command with resume=auto goes on"),
-    Rule("problem", "The run has fallen silent", silent, "it was probably killed; the same command with resume=auto goes on"),
     Rule(
-        "problem", "Numbers that are not finite", not_finite,
-        "a lower lr or more warmup_steps; bfloat16 instead of float16; look at the examples of that step",
+        "problem",
+        "The run did not finish",
+        stopped,
+        "mend what it names, then the same command with resume=auto goes on",
     ),
     Rule(
-        "problem", "No gradient", no_gradient,
-        "if margins are huge, all pairs are fitted: stop earlier; else see whether lr and the data are what they should be",
+        "problem",
+        "The run has fallen silent",
+        silent,
+        "it was probably killed; the same command with resume=auto goes on",
     ),
     Rule(
-        "problem", "The loss does not move", flat,
+        "problem",
+        "Numbers that are not finite",
+        not_finite,
+        "a lower lr or more warmup_steps; bfloat16 instead of float16; look at the examples of that"
+        " step",
+    ),
+    Rule(
+        "problem",
+        "No gradient",
+        no_gradient,
+        "if margins are huge, all pairs are fitted: stop earlier; else see whether lr and the data"
+        " are what they should be",
+    ),
+    Rule(
+        "problem",
+        "The loss does not move",
+        flat,
         "a higher lr (5e-7 is meant for billions of parameters), fewer warmup_steps, or more steps",
     ),
     Rule("problem", "The training loss rises", diverges, "a lower lr, or more warmup_steps"),
     Rule(
-        "problem", "Held-out accuracy at chance", at_chance,
-        "see whether the pairs agree with each other and are the right way round; train longer, or with a higher lr; begin with "
-        "an SFT model of the same kind of data",
+        "problem",
+        "Held-out accuracy at chance",
+        at_chance,
+        "see whether the pairs agree with each other and are the right way round; train longer, or"
+        " with a higher lr; begin with an SFT model of the same kind of data",
     ),
     Rule(
-        "problem", "Samples repeat themselves", repeats,
-        f"the policy has left the language it came from: {NEARER}; sample with a temperature above 0 before judging",
+        "problem",
+        "Samples repeat themselves",
+        repeats,
+        f"the policy has left the language it came from: {NEARER}; sample with a temperature above"
+        " 0 before judging",
     ),
-    Rule("problem", "Different prompts get the same answer", alike, f"the policy has collapsed: {NEARER}"),
     Rule(
-        "warning", "The chosen answers become less likely", chosen_falls,
-        f"only if samples get worse, too: {NEARER}; loss.nll=1, an NLL term on the chosen answers, works against it",
+        "problem",
+        "Different prompts get the same answer",
+        alike,
+        f"the policy has collapsed: {NEARER}",
+    ),
+    Rule(
+        "warning",
+        "The chosen answers become less likely",
+        chosen_falls,
+        f"only if samples get worse, too: {NEARER}; loss.nll=1, an NLL term on the chosen answers,"
+        " works against it",
     ),
     Rule("warning", "Margins explode", huge_margin, f"{SLOWER}; label_smoothing"),
     Rule(
-        "warning", "Overfitting", overfits,
+        "warning",
+        "Overfitting",
+        overfits,
         "fewer epochs, or the best checkpoint (keep_best=loss/eval); more data; a lower lr",
     ),
-    Rule("warning", "Training pairs are known by heart", by_heart, "fewer epochs; more data; label_smoothing; a lower lr"),
     Rule(
-        "warning", "Samples grow longer", longer,
-        "see whether chosen answers are longer than rejected ones, and whether length is what was learned: compare accuracies by "
-        "length; balance the lengths in the data",
+        "warning",
+        "Training pairs are known by heart",
+        by_heart,
+        "fewer epochs; more data; label_smoothing; a lower lr",
     ),
     Rule(
-        "note", "Accuracy depends on length", by_length,
-        "a bucket of few pairs may differ by chance; else see whether longer answers are preferred in the data",
+        "warning",
+        "Samples grow longer",
+        longer,
+        "see whether chosen answers are longer than rejected ones, and whether length is what was"
+        " learned: compare accuracies by length; balance the lengths in the data",
     ),
-    Rule("warning", "Ended in warmup", in_warmup, "fewer warmup_steps (a tenth of all steps), or more steps"),
     Rule(
-        "note", "The gradient is nearly always clipped", clipped,
-        "harmless with Adam and RMSprop, whose steps hardly depend on its length; else raise max_grad_norm or lower lr",
+        "note",
+        "Accuracy depends on length",
+        by_length,
+        "a bucket of few pairs may differ by chance; else see whether longer answers are preferred"
+        " in the data",
     ),
-    Rule("note", "Nothing is held out", not_held_out, "eval_share or eval_datasets; without them overfitting can't be seen"),
+    Rule(
+        "warning",
+        "Ended in warmup",
+        in_warmup,
+        "fewer warmup_steps (a tenth of all steps), or more steps",
+    ),
+    Rule(
+        "note",
+        "The gradient is nearly always clipped",
+        clipped,
+        "harmless with Adam and RMSprop, whose steps hardly depend on its length; else raise"
+        " max_grad_norm or lower lr",
+    ),
+    Rule(
+        "note",
+        "Nothing is held out",
+        not_held_out,
+        "eval_share or eval_datasets; without them overfitting can't be seen",
+    ),
     Rule("note", "Too short to judge", too_short, "more steps"),
-]  # fmt: skip
+]

@@ -1,4 +1,5 @@
-"""Two pictures of a reward model on pairs: what it scores, and whether its margins mean what they say.
+"""Two pictures of a reward model on pairs: what it scores, and whether its margins mean what they
+say.
 
 Shapes: n pairs; scores of their chosen and rejected responses.
 """
@@ -15,20 +16,34 @@ from plumb.scoring.intervals import calibration, wilson
 
 
 def draw_evaluation(chosen: np.ndarray, rejected: np.ndarray, folder: Path, n_seen: int) -> None:
-    """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png; of the pairs whose scores [n] are numbers."""
+    """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png; of the pairs whose scores [n]
+    are numbers.
+    """
     finite = np.isfinite(chosen) & np.isfinite(rejected)
     if not finite.any():
         return
     for name, draw in (("scores", draw_scores), ("calibration", draw_calibration)):
-        draw(chosen[finite], rejected[finite], folder / f"{name}-{n_seen}.png", f"after {n_seen:,} training pairs")
+        draw(
+            chosen[finite],
+            rejected[finite],
+            folder / f"{name}-{n_seen}.png",
+            f"after {n_seen:,} training pairs",
+        )
 
 
 def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """Histogram of the scores [n]: chosen green, rejected red, dashed lines at their means. A PNG."""
+    """Histogram of the scores [n]: chosen green, rejected red, dashed lines at their means. A
+    PNG.
+    """
     figure, axis = _figure(title)
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=40)
-    for scores, colour, label in ((chosen, "tab:green", "chosen"), (rejected, "tab:red", "rejected")):
-        axis.hist(scores, edges, color=colour, alpha=0.5, label=f"{label}, mean {scores.mean():.3g}")
+    for scores, colour, label in (
+        (chosen, "tab:green", "chosen"),
+        (rejected, "tab:red", "rejected"),
+    ):
+        axis.hist(
+            scores, edges, color=colour, alpha=0.5, label=f"{label}, mean {scores.mean():.3g}"
+        )
         axis.axvline(scores.mean(), color=colour, linestyle="--", linewidth=1.2)
     axis.set_xlabel("score")
     axis.set_ylabel("responses")
@@ -37,10 +52,14 @@ def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str
 
 
 def draw_calibration(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """What a Bradley-Terry model with these scores [n] says of its winner, against how often it was the chosen one. A PNG."""
+    """What a Bradley-Terry model with these scores [n] says of its winner, against how often it was
+    the chosen one. A PNG.
+    """
     bins = calibration(chosen - rejected)
     figure, axis = _figure(f"{title}\ncalibration error {bins.error:.3f}")
-    intervals = [wilson(observed * n, n) for observed, n in zip(bins.observed, bins.pairs, strict=True)]
+    intervals = [
+        wilson(observed * n, n) for observed, n in zip(bins.observed, bins.pairs, strict=True)
+    ]
     bars = [[i.value - i.low for i in intervals], [i.high - i.value for i in intervals]]
     axis.plot([0.5, 1], [0.5, 1], "--", color="grey", linewidth=1, label="calibrated")
     axis.errorbar(bins.predicted, bins.observed, bars, fmt="o-", capsize=3, label="observed, 95 %")

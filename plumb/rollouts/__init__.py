@@ -1,2 +1,1 @@
-"""Rollouts: prompts in, the policy's own responses out.
-"""
+"""Rollouts: prompts in, the policy's own responses out."""

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+)
 from transformers.generation import StoppingCriteriaList
 
 from plumb.console import quiet
@@ -34,7 +40,9 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Decoding(NamedTuple):
-    """How answers are found; what a mode does not take is None. Else None is as the model's generation config says."""
+    """How answers are found; what a mode does not take is None. Else None is as the model's
+    generation config says.
+    """
 
     mode: str
     n: int = 1  # answers to a prompt
@@ -45,32 +53,50 @@ class Decoding(NamedTuple):
     top_p: float | None = None
     num_beams: int | None = None
     num_beam_groups: int | None = None
-    diversity_penalty: float | None = None  # nats for each beam of an earlier group with the same token at the same place
+    diversity_penalty: float | None = (
+        None  # nats for each beam of an earlier group with the same token at the same place
+    )
     penalty_alpha: float | None = None  # share of the degeneration penalty
 
     def checked(self) -> Decoding:
-        """With the mode's defaults. Raises UserError for what the mode would ignore, and for what does not fit together."""
+        """With the mode's defaults. Raises UserError for what the mode would ignore, and for what
+        does not fit together.
+        """
         takes, given = MODES[self.mode], {k: v for k, v in self._asdict().items() if v is not None}
         every = {name for of_mode in MODES.values() for name in of_mode}
         for name in sorted(given.keys() & every - takes.keys()):
             modes = ", ".join(mode for mode, of_mode in MODES.items() if name in of_mode)
-            raise UserError(f"{flag(name)} {given[name]}: mode {self.mode} would ignore it; leave it out, or take --mode {modes}")
+            raise UserError(
+                f"{flag(name)} {given[name]}: mode {self.mode} would ignore it; leave it out, or"
+                f" take --mode {modes}"
+            )
         made = self._replace(**(takes | given))
         most = made.num_beams or (1 if made.mode in ("greedy", "contrastive") else None)
         if most is not None and made.n > most:
             what = f"{most} beams" if made.num_beams else "this mode"
-            raise UserError(f"--n {made.n}: {what} give{'' if made.num_beams else 's'} {most} at most; take fewer, more beams, "
-                            "or --mode sample")  # fmt: skip
+            raise UserError(
+                f"--n {made.n}: {what} give{'' if made.num_beams else 's'} {most} at most; take"
+                " fewer, more beams, or --mode sample"
+            )
         if made.num_beam_groups and made.num_beams and made.num_beams % made.num_beam_groups:
-            raise UserError(f"--num-beam-groups {made.num_beam_groups}: must divide --num-beams {made.num_beams}")
+            raise UserError(
+                f"--num-beam-groups {made.num_beam_groups}: must divide --num-beams"
+                f" {made.num_beams}"
+            )
         return made
 
     def arguments(self) -> dict[str, Any]:
         """As `generate` of transformers takes them."""
         drawn = self.mode in ("sample", "beam-sample")
         said: dict[str, Any] = {"num_beams": self.num_beams}
-        said |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p} if drawn else {}
-        return {"do_sample": drawn, "num_return_sequences": self.n} | {k: v for k, v in said.items() if v is not None}
+        said |= (
+            {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            if drawn
+            else {}
+        )
+        return {"do_sample": drawn, "num_return_sequences": self.n} | {
+            k: v for k, v in said.items() if v is not None
+        }
 
 
 def flag(name: str) -> str:
@@ -86,31 +112,53 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], decoding: Decoding, *,
-    batch_size: int, seed: int, max_length: int = 0, between: Callable[[], None] = lambda: None,
-) -> Iterator[list[Answer]]:  # fmt: skip
-    """The n answers to each prompt (an array of token ids), in their order; `batch_size` prompts at a time.
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    decoding: Decoding,
+    *,
+    batch_size: int,
+    seed: int,
+    max_length: int = 0,
+    between: Callable[[], None] = lambda: None,
+) -> Iterator[list[Answer]]:
+    """The n answers to each prompt (an array of token ids), in their order; `batch_size` prompts at
+    a time.
 
-    Where `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens with its prompts (the 2023 rule); never
-    beyond the model's positions. Draws
-    depend on `seed`, the prompts and the batch size, and leave the random state as it was. `between` is called before each
-    batch, and may raise.
+    Where `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens with its
+    prompts (the 2023 rule); never beyond the model's positions. Draws depend on `seed`, the prompts
+    and the batch size, and leave the random state as it was. `between` is called before each batch,
+    and may raise.
     """
     was_training = model.training
     model.eval()
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
     ends, n_positions = _ends(model, tokenizer), (positions_of(model) or (2**31, ""))[0]
-    stopping = StoppingCriteriaList([StopStringCriteria(tokenizer, list(decoding.stop))] if decoding.stop else [])
+    stopping = StoppingCriteriaList(
+        [StopStringCriteria(tokenizer, list(decoding.stop))] if decoding.stop else []
+    )
     try:
-        for start in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit="batch", leave=False, disable=quiet()):
+        for start in tqdm(
+            range(0, len(prompts), batch_size),
+            desc="sampling",
+            unit="batch",
+            leave=False,
+            disable=quiet(),
+        ):
             between()
-            ids, mask = (x.to(device) for x in _padded(prompts[start : start + batch_size], pad))  # [B, P]
+            ids, mask = (
+                x.to(device) for x in _padded(prompts[start : start + batch_size], pad)
+            )  # [B, P]
             n_new = decoding.max_new_tokens or max_length - ids.shape[1]
             n_new = max(min(n_new, n_positions - ids.shape[1]), 1)
             options: dict[str, Any] = {
-                "attention_mask": mask, "use_cache": True, "max_new_tokens": n_new, "pad_token_id": pad, "eos_token_id": ends,
+                "attention_mask": mask,
+                "use_cache": True,
+                "max_new_tokens": n_new,
+                "pad_token_id": pad,
+                "eos_token_id": ends,
                 "stopping_criteria": stopping,
-            } | decoding.arguments()  # fmt: skip
+            } | decoding.arguments()
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + start)
                 if decoding.mode == "contrastive":
@@ -121,32 +169,61 @@ def answers(
                     new = model.generate(ids, **options)[:, ids.shape[1] :]  # [B * n, up to n_new]
             for i, prompt in enumerate(prompts[start : start + batch_size]):
                 rows = new[i * decoding.n : (i + 1) * decoding.n].tolist()
-                yield [_answer(row, prompt.tolist(), tokenizer, ends, decoding.stop) for row in rows]
+                yield [
+                    _answer(row, prompt.tolist(), tokenizer, ends, decoding.stop) for row in rows
+                ]
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise UserError("the model gives tokens no finite probabilities; is it damaged, or its precision too coarse?") from None
+        raise UserError(
+            "the model gives tokens no finite probabilities; is it damaged, or its precision too"
+            " coarse?"
+        ) from None
     finally:
         model.train(was_training)
 
 
 def sample(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], *,
-    batch_size: int, max_length: int, max_new_tokens: int | None, temperature: float | None, seed: int,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    max_length: int,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    seed: int,
     between: Callable[[], None] = lambda: None,
-) -> list[str]:  # fmt: skip
-    """One continuation per prompt, as trainers want it: temperature None draws as the model's generation config says, 0 is
-    greedy. See `answers`."""
+) -> list[str]:
+    """One continuation per prompt, as trainers want it: temperature None draws as the model's
+    generation config says, 0 is greedy. See `answers`.
+    """
     mode = "greedy" if temperature == 0 else "sample"
     decoding = Decoding(mode, max_new_tokens=max_new_tokens, temperature=temperature or None)
-    found = answers(model, tokenizer, prompts, decoding, batch_size=batch_size, seed=seed, max_length=max_length, between=between)
+    found = answers(
+        model,
+        tokenizer,
+        prompts,
+        decoding,
+        batch_size=batch_size,
+        seed=seed,
+        max_length=max_length,
+        between=between,
+    )
     return [answer.text for (answer,) in found]
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's EOS, which is what is trained here, and those that the model came with."""
     own = model.generation_config.eos_token_id
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])]))
+    return list(
+        dict.fromkeys(
+            [
+                tokenizer.eos_token_id,
+                *(own if isinstance(own, list) else [] if own is None else [own]),
+            ]
+        )
+    )
 
 
 def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +244,9 @@ def _answer(
     ends: Sequence[int],
     stop: Sequence[str],
 ) -> Answer:
-    """Read a row that is padded on the right, perhaps with EOS: what it adds to its prompt's text."""
+    """Read a row that is padded on the right, perhaps with EOS: what it adds to its prompt's
+    text.
+    """
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
     while kept and kept[-1] == tokenizer.pad_token_id:
@@ -178,27 +257,44 @@ def _answer(
     return Answer(text, len(kept) + (end is not None), "length" if end is None else "eos")
 
 
-# ------------------------------------- two searches for which transformers 5 would run the code of a repository on the hub
+# --------------------------------------------------------------------------------------------------
 
 
 class _Hamming(LogitsProcessor):
-    """Lowers what beams of earlier groups have at the same place, and notes what this group's have."""
+    """Lowers what beams of earlier groups have at the same place, and notes what this group's
+    have.
+    """
 
     def __init__(self, n_prompts: int, n_prompt_tokens: int, penalty: float, ends: Sequence[int]):
-        self.n_prompts, self.start, self.penalty, self.ends = n_prompts, n_prompt_tokens, penalty, list(ends)
-        self.earlier: list[Tensor] = []  # for each place, how many beams of earlier groups have each token there  [B, V]
+        self.n_prompts, self.start, self.penalty, self.ends = (
+            n_prompts,
+            n_prompt_tokens,
+            penalty,
+            list(ends),
+        )
+        self.earlier: list[
+            Tensor
+        ] = []  # for each place, how many beams of earlier groups have each token there  [B, V]
         self.own: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B * beams, T], [B * beams, V] -> the latter
+    def __call__(
+        self, input_ids: Tensor, scores: Tensor
+    ) -> Tensor:  # [B * beams, T], [B * beams, V] -> the latter
         place = input_ids.shape[1] - self.start
         if place:
             counts = scores.new_zeros(self.n_prompts, scores.shape[1])
-            counts.scatter_add_(1, last := input_ids[:, -1].view(self.n_prompts, -1), counts.new_ones(last.shape))
-            counts[:, self.ends] = 0  # an end that is shared is no want of variety, and padding may look like one
+            counts.scatter_add_(
+                1, last := input_ids[:, -1].view(self.n_prompts, -1), counts.new_ones(last.shape)
+            )
+            counts[:, self.ends] = (
+                0  # an end that is shared is no want of variety, and padding may look like one
+            )
             self.own.append(counts)
         if place >= len(self.earlier):
             return scores
-        return scores - self.penalty * self.earlier[place].repeat_interleave(len(scores) // self.n_prompts, 0)
+        return scores - self.penalty * self.earlier[place].repeat_interleave(
+            len(scores) // self.n_prompts, 0
+        )
 
     def next_group(self) -> None:
         """What was noted counts for the groups to come."""
@@ -208,29 +304,47 @@ class _Hamming(LogitsProcessor):
 
 
 def _diverse_beams(model: Any, ids: Tensor, decoding: Decoding, options: dict[str, Any]) -> Tensor:
-    """Diverse beam search (Vijayakumar et al. 2018, arXiv:1610.02424) with Hamming diversity.  -> new tokens [B * n, up to n_new]
+    """Diverse beam search (Vijayakumar et al. 2018, arXiv:1610.02424) with Hamming diversity.  ->
+    new tokens [B * n, up to n_new]
 
-    A group looks at the earlier ones only, so the groups run one after another, each an ordinary beam search. The n answers are
-    the groups' best, then their second best, and so on. An end is not penalised, nor the last token of a search that is cut.
+    A group looks at the earlier ones only, so the groups run one after another, each an ordinary
+    beam search. The n answers are the groups' best, then their second best, and so on. An end is
+    not penalised, nor the last token of a search that is cut.
     """
     beams, groups = int(decoding.num_beams or 1), int(decoding.num_beam_groups or 1)
     each, ends = -(-decoding.n // groups), [*options["eos_token_id"], options["pad_token_id"]]
     hamming = _Hamming(len(ids), ids.shape[1], float(decoding.diversity_penalty or 0), ends)
-    options |= {"num_beams": beams // groups, "num_return_sequences": each, "logits_processor": LogitsProcessorList([hamming])}
+    options |= {
+        "num_beams": beams // groups,
+        "num_return_sequences": each,
+        "logits_processor": LogitsProcessorList([hamming]),
+    }
     found = []
     for _ in range(groups):
         found.append(model.generate(ids, **options)[:, ids.shape[1] :].view(len(ids), each, -1))
         hamming.next_group()
     longest = max(x.shape[-1] for x in found)
     padded = [F.pad(x, (0, longest - x.shape[-1]), value=options["pad_token_id"]) for x in found]
-    return torch.stack(padded, 2).view(len(ids), each * groups, longest)[:, : decoding.n].reshape(-1, longest)
+    return (
+        torch.stack(padded, 2)
+        .view(len(ids), each * groups, longest)[:, : decoding.n]
+        .reshape(-1, longest)
+    )
 
 
 def _contrastive(
-    model: Any, ids: Tensor, mask: Tensor, decoding: Decoding, n_new: int, ends: Sequence[int], pad: int, stopping: Any
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    decoding: Decoding,
+    n_new: int,
+    ends: Sequence[int],
+    pad: int,
+    stopping: Any,
 ) -> Tensor:
-    """Contrastive search (Su et al. 2022, arXiv:2202.06417): of the k most probable tokens v the one with the greatest
-    (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), h the last hidden states of v and of all before.  -> new tokens [B, up to n_new]
+    """Contrastive search (Su et al. 2022, arXiv:2202.06417): of the k most probable tokens v the
+    one with the greatest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), h the last hidden states of
+    v and of all before.  -> new tokens [B, up to n_new]
     """
     alpha, n = float(decoding.penalty_alpha or 0), len(ids)
     k = min(int(decoding.top_k or 1), model.config.get_text_config().vocab_size)
@@ -239,18 +353,29 @@ def _contrastive(
     done = torch.zeros(n, dtype=torch.bool, device=ids.device)
     width, endings = ids.shape[1], torch.tensor([*ends], device=ids.device)
     out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **options)
-    seen, logits = F.normalize(out.hidden_states[-1], dim=-1), out.logits[:, -1]  # [B, T, d], [B, V]
+    seen, logits = (
+        F.normalize(out.hidden_states[-1], dim=-1),
+        out.logits[:, -1],
+    )  # [B, T, d], [B, V]
     for _ in range(n_new):
         p, candidates = logits.float().softmax(-1).topk(k)  # [B, k]
         mask = F.pad(mask, (0, 1), value=1)
         cache.batch_repeat_interleave(k)
         places = (mask.sum(1) - 1).repeat_interleave(k)[:, None]
-        out = model(candidates.view(-1, 1), attention_mask=mask.repeat_interleave(k, 0), position_ids=places, **options)
+        out = model(
+            candidates.view(-1, 1),
+            attention_mask=mask.repeat_interleave(k, 0),
+            position_ids=places,
+            **options,
+        )
         hidden = F.normalize(out.hidden_states[-1][:, -1], dim=-1).view(n, k, -1)
         cosines = (hidden @ seen.mT).masked_fill(mask[:, None, :-1] == 0, -torch.inf)  # [B, k, T]
         best = ((1 - alpha) * p - alpha * cosines.amax(-1).float()).argmax(-1)  # [B]
         cache.batch_select_indices(rows * k + best)
-        seen, logits = torch.cat([seen, hidden[rows, best][:, None]], 1), out.logits[:, -1].view(n, k, -1)[rows, best]
+        seen, logits = (
+            torch.cat([seen, hidden[rows, best][:, None]], 1),
+            out.logits[:, -1].view(n, k, -1)[rows, best],
+        )
         ids = torch.cat([ids, candidates[rows, best].masked_fill(done, pad)[:, None]], 1)
         done |= torch.isin(ids[:, -1], endings)
         if stopping:

@@ -1,13 +1,18 @@
-"""Checkpoints: written so that a kill at any moment loses nothing, checked before they are believed, pruned afterwards.
+"""Checkpoints: written so that a kill at any moment loses nothing, checked before they are
+believed, pruned afterwards.
 
-A checkpoint is a directory, step-N where it was evaluated and interim-N where it was not, N the training examples seen:
+A checkpoint is a directory, step-N where it was evaluated and interim-N where it was not, N the
+training examples seen:
 
     policy.pt, optimizer.pt, scheduler.pt   the 2023 form, {step_idx, state, metrics}, whole
-    state-<rank>-of-<ranks>.safetensors     what training goes on from: this rank's parts of weights and optimizer
-    manifest.json                           every file's size and sha256, how far the run is, and what it is made of
+    state-<rank>-of-<ranks>.safetensors     what training goes on from: this rank's parts of
+                                            weights and optimizer
+    manifest.json                           every file's size and sha256, how far the run is, and
+                                            what it is made of
 
-Written under another name, every file synced, the manifest last, the directory renamed, all read back: only then is LATEST moved
-and are older ones removed. What has no manifest that fits is no checkpoint.
+Written under another name, every file synced, the manifest last, the directory renamed, all read
+back: only then is LATEST moved and are older ones removed. What has no manifest that fits is no
+checkpoint.
 """
 
 from __future__ import annotations
@@ -41,9 +46,12 @@ NAME = re.compile(r"(step|interim)-(\d{1,15})")
 REHEARSAL = ".rehearsal"
 MANIFEST_LIMIT = 1 << 26  # bytes
 
+
 @dataclass
 class Manifest:
-    """What is known of a checkpoint. `step`: optimizer steps; `examples`: training examples seen."""
+    """What is known of a checkpoint. `step`: optimizer steps; `examples`: training examples
+    seen.
+    """
 
     step: int
     examples: int
@@ -51,11 +59,15 @@ class Manifest:
     evaluation_due: bool  # stopped before the evaluation that belongs here
     metrics: dict[str, float]  # of the evaluation
     recipe: dict[str, Any]  # what the run is made of: see runs/directory.py
-    found: dict[str, Any]  # what the run decided by itself, and would perhaps decide otherwise today
+    found: dict[
+        str, Any
+    ]  # what the run decided by itself, and would perhaps decide otherwise today
     logs: dict[str, int]  # bytes of each log at this moment
     order: str  # a digest of the indices of all examples seen, in their order
     wandb: str | None = None
-    values: dict[str, Any] = field(default_factory=dict)  # of the optimizer's state, what is no tensor
+    values: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the optimizer's state, what is no tensor
     save_secs: float = 0.0  # that a save took
     ranks: int = 1
     files: dict[str, Written] = field(default_factory=dict)
@@ -67,18 +79,23 @@ class Damaged(ValueError):
     """Why a directory is no checkpoint to go on from."""
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ---- writing ----
 
 
 def save(
-    run_dir: Path, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Part], manifest: Manifest,
-    talk: collectives.Talk, needed: int,
-) -> Path:  # fmt: skip
+    run_dir: Path,
+    name: str,
+    parts: Mapping[str, Callable[[], Any]],
+    state: Mapping[str, Part],
+    manifest: Manifest,
+    talk: collectives.Talk,
+    needed: int,
+) -> Path:
     """Write and verify one checkpoint, by all ranks together. -> its directory
 
-    `parts`: the 2023 files, each made (by all ranks) when its turn comes, written by rank 0, and forgotten. `needed`: bytes it
-    will take, for the error. Raises StorageError, on all ranks, when the disk is full or cannot be written; what was there before
-    is whole in any case.
+    `parts`: the 2023 files, each made (by all ranks) when its turn comes, written by rank 0, and
+    forgotten. `needed`: bytes it will take, for the error. Raises StorageError, on all ranks, when
+    the disk is full or cannot be written; what was there before is whole in any case.
     """
     final, temporary, problems = run_dir / name, run_dir / f".{name}.partial", list[str]()
     file = f"state-{talk.rank}-of-{talk.ranks}.safetensors"
@@ -106,7 +123,9 @@ def save(
         if talk.rank == 0:
             written[f"{part}.pt"] = trying(partial(write_part, part, content))
         del content
-        talk.gather(None)  # the next part is made with all ranks in groups that do not wait for so long
+        talk.gather(
+            None
+        )  # the next part is made with all ranks in groups that do not wait for so long
     written[file] = trying(lambda: write_tensors(temporary / file, state))
     everything = talk.gather((written, problems))
 
@@ -133,17 +152,22 @@ def save(
 
 
 def _clear(directory: Path) -> None:
-    """Of what failed; a disk that fails here too must not hide why. The next start removes what is left."""
+    """Of what failed; a disk that fails here too must not hide why. The next start removes what is
+    left.
+    """
     with suppress(OSError):
         durable_files.remove(directory)
 
 
-def _cannot_write(run_dir: Path, name: str, problems: Iterable[list[str]], needed: int) -> StorageError:
+def _cannot_write(
+    run_dir: Path, name: str, problems: Iterable[list[str]], needed: int
+) -> StorageError:
     reason = next(p for some in problems for p in some)
     free = durable_files.free_bytes(run_dir) if run_dir.exists() else 0
     return StorageError(
-        f"local_run_dir={run_dir}: {name} could not be written ({reason}); it takes {_gb(needed)}, and {_gb(free)} are free; "
-        "older checkpoints are whole; free some space and go on with resume=auto"
+        f"local_run_dir={run_dir}: {name} could not be written ({reason}); it takes {_gb(needed)},"
+        f" and {_gb(free)} are free; older checkpoints are whole; free some space and go on with"
+        " resume=auto"
     )
 
 
@@ -159,7 +183,7 @@ def _dump(manifest: Manifest) -> bytes:
     return f'{text[:-2]},\n "this": "{digest}"\n}}\n'.encode()
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ---- reading ----
 
 
 class Found(NamedTuple):
@@ -167,7 +191,9 @@ class Found(NamedTuple):
     manifest: Manifest
 
     def state_files(self) -> list[Path]:
-        return [self.path / name for name in sorted(self.manifest.files) if name.startswith("state-")]
+        return [
+            self.path / name for name in sorted(self.manifest.files) if name.startswith("state-")
+        ]
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -182,7 +208,9 @@ def read_manifest(directory: Path) -> Manifest:
         if content["format"] != FORMAT:
             raise Damaged(f"it is of format {content['format']}, and this version reads {FORMAT}")
         manifest = Manifest(**content)
-        manifest.files = {name: Written(*size_and_sum) for name, size_and_sum in manifest.files.items()}
+        manifest.files = {
+            name: Written(*size_and_sum) for name, size_and_sum in manifest.files.items()
+        }
         if _dump(manifest) != text or any(Path(name).name != name for name in manifest.files):
             raise Damaged("manifest.json has changed since it was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -194,7 +222,9 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """Every file is there, with the size and sha256 that the manifest says. Raises Damaged. About 1 GB/s per core."""
+    """Every file is there, with the size and sha256 that the manifest says. Raises Damaged. About 1
+    GB/s per core.
+    """
     manifest = read_manifest(directory)
 
     def check(item: tuple[str, Written]) -> str | None:
@@ -203,7 +233,11 @@ def verify(directory: Path) -> Manifest:
         try:
             if path.is_symlink() or path.stat().st_size != expected.bytes:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected.bytes:,}"
-            return None if durable_files.read_back(path) == expected else f"{name} has changed since it was written"
+            return (
+                None
+                if durable_files.read_back(path) == expected
+                else f"{name} has changed since it was written"
+            )
         except OSError as error:
             return f"{name}: {error.strerror}"
 
@@ -216,12 +250,17 @@ def verify(directory: Path) -> Manifest:
 
 def listed(run_dir: Path) -> list[Path]:
     """What goes by a checkpoint's name, the newest first; whole or not."""
-    found = [(int(m[2]), m[1] == "step", p) for p in run_dir.glob("*-*") if (m := NAME.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m[2]), m[1] == "step", p)
+        for p in run_dir.glob("*-*")
+        if (m := NAME.fullmatch(p.name)) and p.is_dir()
+    ]
     return [path for *_, path in sorted(found, reverse=True)]
 
 
 def newest(run_dir: Path) -> Found | None:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. None where there is none at all.
+    """The newest checkpoint that is whole, and a line for each newer one that is not. None where
+    there is none at all.
 
     Raises UnsafeFile where there are some, and none is whole.
     """
@@ -232,14 +271,18 @@ def newest(run_dir: Path) -> Found | None:
         except Damaged as problem:
             rank0_print(f"{path}: not used: {problem}")
     if paths:
-        raise UnsafeFile(f"local_run_dir={run_dir}: none of its {len(paths)} checkpoints can be resumed (see above); start a new "
-                         f"run, from a policy.pt that you trust if there is one: model.archive={paths[0]}/policy.pt")  # fmt: skip
+        raise UnsafeFile(
+            f"local_run_dir={run_dir}: none of its {len(paths)} checkpoints can be resumed (see"
+            " above); start a new run, from a policy.pt that you trust if there is one:"
+            f" model.archive={paths[0]}/policy.pt"
+        )
     return None
 
 
 def set_aside(run_dir: Path, found: Found | None) -> None:
-    """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill left half written; point LATEST
-    to `found`, if a kill came between."""
+    """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill
+    left half written; point LATEST to `found`, if a kill came between.
+    """
     for path in listed(run_dir):
         if found is not None and path == found.path:
             break
@@ -252,21 +295,26 @@ def set_aside(run_dir: Path, found: Found | None) -> None:
         durable_files.point(run_dir / "LATEST", found.path.name)
 
 
-# ------------------------------------------------------------------------------------------------------------- pruning
+# ---- pruning ----
 
 
 def settle(run_dir: Path, name: str, keep: int | None, best_by: str | None) -> None:
-    """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer needed is removed."""
+    """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer
+    needed is removed.
+    """
     try:
         durable_files.point(run_dir / "LATEST", name)
         prune(run_dir, keep, best_by)
     except OSError as error:
-        raise StorageError(f"local_run_dir={run_dir}: {name} is written; {error.strerror or error}") from None
+        raise StorageError(
+            f"local_run_dir={run_dir}: {name} is written; {error.strerror or error}"
+        ) from None
 
 
 def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
-    """Remove what is not needed: interim checkpoints that a newer one has replaced, and all evaluated ones but the newest `keep`
-    (None: all stay) and the best. Two are always left, or one with keep = 1. Called when the newest one has been verified.
+    """Remove what is not needed: interim checkpoints that a newer one has replaced, and all
+    evaluated ones but the newest `keep` (None: all stay) and the best. Two are always left, or one
+    with keep = 1. Called when the newest one has been verified.
     """
     found = []
     for path in listed(run_dir):
@@ -276,7 +324,11 @@ def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
             continue
     evaluated = [f for f in found if f.path.name.startswith("step-")]
     kept = {f.path for f in [*found[: min(2, keep or 2)], *evaluated[:keep]]}
-    scores = [(_score(best_by, f.manifest.metrics), f.path) for f in evaluated if best_by and best_by in f.manifest.metrics]
+    scores = [
+        (_score(best_by, f.manifest.metrics), f.path)
+        for f in evaluated
+        if best_by and best_by in f.manifest.metrics
+    ]
     if scores:
         kept.add(max(scores, key=lambda s: (not math.isnan(s[0]), s[0]))[1])
     for f in found:
@@ -289,16 +341,20 @@ def _score(name: str, metrics: Mapping[str, float]) -> float:
     return -metrics[name] if name.startswith("loss") else metrics[name]
 
 
-# ------------------------------------------------------------------------------------------------------ when and how often
+# ---- when and how often ----
 
 
 class Saver:
-    """Saves one after another: at once, or in a thread of its own, when training waits for the copy only.
+    """Saves one after another: at once, or in a thread of its own, when training waits for the copy
+    only.
 
-    After each, LATEST points to it and what is no longer needed is removed. An error in the thread is raised by the next call.
+    After each, LATEST points to it and what is no longer needed is removed. An error in the thread
+    is raised by the next call.
     """
 
-    def __init__(self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str | None):
+    def __init__(
+        self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str | None
+    ):
         self.run_dir, self.keep, self.best_by = run_dir, keep, best_by
         self.talk = collectives.Talk()  # its own, for the thread
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None
@@ -306,27 +362,45 @@ class Saver:
         self.secs = 0.0  # that the last save took
 
     def save(
-        self, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Tensor], manifest: Manifest, needed: int
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        parts: Mapping[str, Callable[[], Any]],
+        state: Mapping[str, Tensor],
+        manifest: Manifest,
+        needed: int,
+    ) -> None:
         """See the function `save`. Every rank must call it.
 
-        Raises NonFinite, before anything is written, where a weight is NaN or infinite: what is no model becomes no checkpoint.
+        Raises NonFinite, before anything is written, where a weight is NaN or infinite: what is no
+        model becomes no checkpoint.
         """
         self.wait()
-        if bad := sharding.not_finite((n, tensor) for n, tensor in state.items() if n.startswith("policy.")):
-            raise NonFinite(f"local_run_dir={self.run_dir}: {name} is not written, since {bad.removeprefix('policy.')} holds NaN "
-                            "or infinity; older checkpoints are valid; lower lr, and go on with resume=auto")  # fmt: skip
+        if bad := sharding.not_finite(
+            (n, tensor) for n, tensor in state.items() if n.startswith("policy.")
+        ):
+            raise NonFinite(
+                f"local_run_dir={self.run_dir}: {name} is not written, since"
+                f" {bad.removeprefix('policy.')} holds NaN or infinity; older checkpoints are"
+                " valid; lower lr, and go on with resume=auto"
+            )
         if self.thread is None:
             return self._save(name, parts, parts_of(state, copied=False), manifest, needed)
         made = {part: copied(make()) for part, make in parts.items()}
-        later = {part: (lambda content=content: content) for part, content in made.items()}
-        self.going = self.thread.submit(self._save, name, later, parts_of(state, copied=True), manifest, needed)
+        later = {part: lambda content=content: content for part, content in made.items()}
+        self.going = self.thread.submit(
+            self._save, name, later, parts_of(state, copied=True), manifest, needed
+        )
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Raise UserError where the best checkpoint is to be kept by a metric that is none of these."""
+        """Raise UserError where the best checkpoint is to be kept by a metric that is none of
+        these.
+        """
         if self.keep and self.best_by and self.best_by not in metrics:
             known = ", ".join(metrics)
-            raise UserError(f"keep_best={self.best_by}: none of the metrics ({known}); null keeps none for being best")
+            raise UserError(
+                f"keep_best={self.best_by}: none of the metrics ({known}); null keeps none for"
+                " being best"
+            )
 
     def wait(self) -> None:
         """Until the save that is going on is done. Raises what went wrong."""
@@ -338,8 +412,13 @@ class Saver:
         return self.going is not None and self.going.done() and self.going.exception() is not None
 
     def _save(
-        self, name: str, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Part], manifest: Manifest, needed: int
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        parts: Mapping[str, Callable[[], Any]],
+        state: Mapping[str, Part],
+        manifest: Manifest,
+        needed: int,
+    ) -> None:
         start = time.monotonic()
         path = save(self.run_dir, name, parts, state, manifest, self.talk, needed)
         self.talk.from_rank0(partial(settle, self.run_dir, name, self.keep, self.best_by))
@@ -347,16 +426,26 @@ class Saver:
         rank0_print(f"saved {path}")
 
     def rehearse(
-        self, parts: Mapping[str, Callable[[], Any]], state: Mapping[str, Tensor], manifest: Manifest, n_saves: int
-    ) -> int:  # fmt: skip
-        """Write, verify and delete a checkpoint, before there is anything to lose. -> the bytes that one takes
+        self,
+        parts: Mapping[str, Callable[[], Any]],
+        state: Mapping[str, Tensor],
+        manifest: Manifest,
+        n_saves: int,
+    ) -> int:
+        """Write, verify and delete a checkpoint, before there is anything to lose. -> the bytes
+        that one takes
 
-        Raises StorageError where it fails, or where there is no room for `n_saves` of them, or for two: one is removed only when
-        the next has been verified.
+        Raises StorageError where it fails, or where there is no room for `n_saves` of them, or for
+        two: one is removed only when the next has been verified.
         """
         mine = parts_of(state, copied=False)
-        needed = sum(self.talk.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values())))
-        start, path = time.monotonic(), save(self.run_dir, REHEARSAL, parts, mine, manifest, self.talk, needed)
+        needed = sum(
+            self.talk.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values()))
+        )
+        start, path = (
+            time.monotonic(),
+            save(self.run_dir, REHEARSAL, parts, mine, manifest, self.talk, needed),
+        )
         self.secs = time.monotonic() - start
 
         def measure() -> tuple[int, int]:
@@ -368,12 +457,19 @@ class Saver:
         wanted = n_saves if self.keep is None else min(n_saves, self.keep + 2)
         if free < 1.1 * size * min(2, n_saves):
             raise StorageError(
-                f"local_run_dir={self.run_dir}: a checkpoint takes {_gb(size)}, two must have room, and {_gb(free)} are free; "
-                "free some space, or set local_dirs, or save_optimizer_pt=false"
+                f"local_run_dir={self.run_dir}: a checkpoint takes {_gb(size)}, two must have room,"
+                f" and {_gb(free)} are free; free some space, or set local_dirs, or"
+                " save_optimizer_pt=false"
             )
-        rank0_print(f"a checkpoint takes {_gb(size)} and {self.secs:.1f} s; written, verified and deleted"
-                    + (f"; the {wanted} to come take more than is free ({_gb(free)}): keep_checkpoints removes older ones"
-                       if free < size * wanted else ""))  # fmt: skip
+        rank0_print(
+            f"a checkpoint takes {_gb(size)} and {self.secs:.1f} s; written, verified and deleted"
+            + (
+                f"; the {wanted} to come take more than is free ({_gb(free)}): keep_checkpoints"
+                " removes older ones"
+                if free < size * wanted
+                else ""
+            )
+        )
         return size
 
 

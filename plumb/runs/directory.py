@@ -1,6 +1,7 @@
 """The run directory: which run goes on, who owns it, how it ended, and what it is made of.
 
-status.json says how a run stands: {state: running | finished | stopped | failed, code, step, examples, reason, time}.
+status.json says how a run stands: {state: running | finished | stopped | failed, code, step,
+examples, reason, time}.
 """
 
 from __future__ import annotations
@@ -32,28 +33,68 @@ TIME_STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}")
 LOGS = ("metrics.jsonl", "samples.jsonl", "samples.md")
 LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, but not at once
 
-# Knobs that may change when a run goes on. What is read from paths is compared by its contents instead (see `recipe`).
+# Knobs that may change when a run goes on. What is read from paths is compared by its contents
+# instead (see `recipe`).
 BOOKKEEPING = {
-    "exp_name", "local_dirs", "local_run_dir", "debug", "resume", "resume_allow", "keep_checkpoints", "keep_best", "save_every",
-    "save_every_minutes", "async_save", "save_optimizer_pt", "max_hours", "timeout_minutes", "minimum_log_interval_secs",
-    "policy_format", "export", "plan", "plan_gpus", "plan_nodes", "plan_gpu", "plan_gpu_gb", "plan_mfu",
-}  # fmt: skip
-BY_CONTENTS = {"datasets", "eval_datasets", "plugins", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive"}
+    "exp_name",
+    "local_dirs",
+    "local_run_dir",
+    "debug",
+    "resume",
+    "resume_allow",
+    "keep_checkpoints",
+    "keep_best",
+    "save_every",
+    "save_every_minutes",
+    "async_save",
+    "save_optimizer_pt",
+    "max_hours",
+    "timeout_minutes",
+    "minimum_log_interval_secs",
+    "policy_format",
+    "export",
+    "plan",
+    "plan_gpus",
+    "plan_nodes",
+    "plan_gpu",
+    "plan_gpu_gb",
+    "plan_mfu",
+}
+BY_CONTENTS = {
+    "datasets",
+    "eval_datasets",
+    "plugins",
+    "model.name_or_path",
+    "model.tokenizer_name_or_path",
+    "model.archive",
+}
 # Where and in what pieces it is computed: the same numbers, to rounding.
 PLACEMENT = {
-    "trainer", "device", "n_cpu_processes", "fsdp_port", "gradient_accumulation_steps", "tokens_per_microbatch",
-    "eval_batch_size", "compile", "activation_checkpointing", "reference", "fsdp_shard_size", "fsdp_cpu_offload", "fsdp_reduce",
+    "trainer",
+    "device",
+    "n_cpu_processes",
+    "fsdp_port",
+    "gradient_accumulation_steps",
+    "tokens_per_microbatch",
+    "eval_batch_size",
+    "compile",
+    "activation_checkpointing",
+    "reference",
+    "fsdp_shard_size",
+    "fsdp_cpu_offload",
+    "fsdp_reduce",
     "tp_size",
-}  # fmt: skip
+}
 FREE_GROUPS = ("wandb.", "dataset_paths.")
 CONTENTS = ("data", "tokenizer", "weights", "plugins")  # what resume_allow may name beside knobs
 
 
-# ------------------------------------------------------------------------------------------------------- which run goes on
+# ---- which run goes on ----
 
 
 def find(config: DictConfig) -> str:
-    """The directory to run in: with resume=auto|must that of the newest run of this exp_name, where none is given by name.
+    """The directory to run in: with resume=auto|must that of the newest run of this exp_name, where
+    none is given by name.
 
     Raises ResumeMismatch when resume=must finds none.
     """
@@ -61,43 +102,68 @@ def find(config: DictConfig) -> str:
     runs = []
     if default:
         here = get_local_dir(config.local_dirs)
-        named = (p for p in here.glob(f"{config.exp_name}_*") if TIME_STAMP.fullmatch(p.name[len(config.exp_name) :]))
+        named = (
+            p
+            for p in here.glob(f"{config.exp_name}_*")
+            if TIME_STAMP.fullmatch(p.name[len(config.exp_name) :])
+        )
         runs = sorted(p for p in named if p.is_dir() and not p.is_symlink())
     elif Path(config.local_run_dir).is_dir():
         runs = [Path(config.local_run_dir)]
     if config.resume == "never":
-        unfinished = [p for p in runs if status(p).get("state") not in (None, "finished") and listed(p)]
+        unfinished = [
+            p for p in runs if status(p).get("state") not in (None, "finished") and listed(p)
+        ]
         if unfinished and default:
-            rank0_print(f"note: {unfinished[-1]} is not finished; resume=auto goes on with it. This is a new run")
+            rank0_print(
+                f"note: {unfinished[-1]} is not finished; resume=auto goes on with it. This is a"
+                " new run"
+            )
         return str(config.local_run_dir)
     runs = [p for p in runs if listed(p)] or runs
     if config.resume == "must" and not any(listed(p) for p in runs[-1:]):
-        where = f"exp_name={config.exp_name}" if default else f"local_run_dir={config.local_run_dir}"
-        raise ResumeMismatch(f"resume=must: there is no checkpoint of {where}; resume=auto starts one")
+        where = (
+            f"exp_name={config.exp_name}" if default else f"local_run_dir={config.local_run_dir}"
+        )
+        raise ResumeMismatch(
+            f"resume=must: there is no checkpoint of {where}; resume=auto starts one"
+        )
     return str(runs[-1]) if runs else str(config.local_run_dir)
 
 
 class Owner:
-    """The one process group that is at a run directory. Nothing is made before `claim` is called: at once where the directory is
-    there already, else when all else is known to be in order. The lock goes with the process, however it ends."""
+    """The one process group that is at a run directory. Nothing is made before `claim` is called:
+    at once where the directory is there already, else when all else is known to be in order. The
+    lock goes with the process, however it ends.
+    """
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.handle, self.new = run_dir, -1, not collectives.from_rank0(run_dir.is_dir)
+        self.run_dir, self.handle, self.new = (
+            run_dir,
+            -1,
+            not collectives.from_rank0(run_dir.is_dir),
+        )
         if not self.new:
             self.claim()
 
     def claim(self) -> None:
-        """Make the directory and lock it; rank 0 does. Raises UserError when another process is at it, or has been since, or when
-        it can't be made."""
+        """Make the directory and lock it; rank 0 does. Raises UserError when another process is at
+        it, or has been since, or when it can't be made.
+        """
         if self.handle < 0:
             self.handle = collectives.from_rank0(self._lock)
 
     def _lock(self) -> int:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+            handle = os.open(
+                self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            )
         except OSError as error:
-            raise UserError(f"local_run_dir={self.run_dir}: cannot be written ({error.strerror}); set local_dirs") from None
+            raise UserError(
+                f"local_run_dir={self.run_dir}: cannot be written ({error.strerror}); set"
+                " local_dirs"
+            ) from None
         for attempt in range(LOCK_SECS * 10 + 1):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,10 +171,15 @@ class Owner:
             except OSError:
                 if attempt == LOCK_SECS * 10:
                     owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
-                    raise UserError(f"local_run_dir={self.run_dir}: in use by process {owner}; wait for it, or stop it") from None
+                    raise UserError(
+                        f"local_run_dir={self.run_dir}: in use by process {owner}; wait for it, or"
+                        " stop it"
+                    ) from None
                 time.sleep(0.1)
         if self.new and (self.run_dir / "status.json").exists():
-            raise UserError(f"local_run_dir={self.run_dir}: another process has used it meanwhile; start again")
+            raise UserError(
+                f"local_run_dir={self.run_dir}: another process has used it meanwhile; start again"
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         return handle
@@ -119,8 +190,10 @@ class Owner:
 
 
 def write_status(run_dir: Path, state: str, code: int | None = None, reason: str = "") -> None:
-    """Replace status.json. That a run stopped or failed says only the launch that wrote "running": one that was refused leaves it
-    alone. That it is finished says also one that found it so: a kill may have come before that was written."""
+    """Replace status.json. That a run stopped or failed says only the launch that wrote "running":
+    one that was refused leaves it alone. That it is finished says also one that found it so: a kill
+    may have come before that was written.
+    """
     launch = os.environ.get("PLUMB_LAUNCH", "")
     before = status(run_dir)
     if not run_dir.is_dir() or (state in ("stopped", "failed") and before.get("launch") != launch):
@@ -128,8 +201,15 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
     if code == PeerLost.exit_code and before.get("state") == "failed":
         return  # the one that was lost has said why
     step, examples = processes.reported()
-    content = {"state": state, "code": code, "step": step, "examples": examples, "reason": reason,
-               "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "launch": launch}  # fmt: skip
+    content = {
+        "state": state,
+        "code": code,
+        "step": step,
+        "examples": examples,
+        "reason": reason,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "launch": launch,
+    }
     temporary = run_dir / f".status.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -138,75 +218,113 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
         rank0_print(f"{run_dir}/status.json: not written ({error.strerror})")
 
 
-def record(config: DictConfig, run_dir: Path, step: int | None, changed: Sequence[str], environment: str) -> None:
-    """Write the resolved config, and the environment (JSON): env.json at the run's first start, a line of resumes.jsonl at a later one."""
+def record(
+    config: DictConfig, run_dir: Path, step: int | None, changed: Sequence[str], environment: str
+) -> None:
+    """Write the resolved config, and the environment (JSON): env.json at the run's first start, a
+    line of resumes.jsonl at a later one.
+    """
     OmegaConf.save(redacted(config), run_dir / "config.yaml")
     if step is None:
         (run_dir / "env.json").write_text(environment)
         (run_dir / "resumes.jsonl").unlink(missing_ok=True)
     else:
         with open(run_dir / "resumes.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "changed": list(changed), **json.loads(environment)}) + "\n")
+            file.write(
+                json.dumps({"step": step, "changed": list(changed), **json.loads(environment)})
+                + "\n"
+            )
 
 
 def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
-    """Take back what was logged after the checkpoint from which the run goes on: it will be logged again."""
+    """Take back what was logged after the checkpoint from which the run goes on: it will be logged
+    again.
+    """
     for name in LOGS:
         path, length = run_dir / name, lengths.get(name, 0)
         size = path.stat().st_size if path.exists() else 0
         if size < length:
-            rank0_print(f"{path}: {length - size:,} bytes of what was logged before the checkpoint are gone")
+            rank0_print(
+                f"{path}: {length - size:,} bytes of what was logged before the checkpoint are gone"
+            )
         elif size > length:
             with open(path, "r+b") as file:
                 file.truncate(length)
                 os.fsync(file.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------- what it is made of
+# ---- what it is made of ----
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
     """{knob: value} of all that decides the result, apart from what is compared by its contents."""
     free = BOOKKEEPING | BY_CONTENTS | PLACEMENT
     flat = dict(flatten(redacted(plain(config))))
-    return {k: v for k, v in sorted(flat.items()) if k not in free and not k.startswith(FREE_GROUPS)}
+    return {
+        k: v for k, v in sorted(flat.items()) if k not in free and not k.startswith(FREE_GROUPS)
+    }
 
 
-def recipe(config: DictConfig, tokenizer: str, train: Examples, evaluation: Examples, weights: str) -> dict[str, Any]:
-    """All that a run is made of: its settings, and digests of data, tokenizer, plugins and the weights it starts from, which are
-    those of the reference too."""
-    plugins = [hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in config.plugins]
+def recipe(
+    config: DictConfig, tokenizer: str, train: Examples, evaluation: Examples, weights: str
+) -> dict[str, Any]:
+    """All that a run is made of: its settings, and digests of data, tokenizer, plugins and the
+    weights it starts from, which are those of the reference too.
+    """
+    plugins = [
+        hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in config.plugins
+    ]
     data = [digest_of(train), digest_of(evaluation)]
-    return {"settings": settings(config), "data": data, "tokenizer": tokenizer, "weights": weights, "plugins": plugins}
+    return {
+        "settings": settings(config),
+        "data": data,
+        "tokenizer": tokenizer,
+        "weights": weights,
+        "plugins": plugins,
+    }
 
 
 def digest_of(examples: Examples) -> str:
-    """Of the token ids and margins of all examples, and their order; from the stores' own checksums, not from the texts."""
+    """Of the token ids and margins of all examples, and their order; from the stores' own
+    checksums, not from the texts.
+    """
     whole = hashlib.sha256(repr(examples.bos).encode())
     for table in examples.tables:
-        whole.update(f"{table.store.checksums['ids']} {table.store.checksums['starts']} {table.keep_end}".encode())
+        ids, starts = (table.store.checksums[name] for name in ("ids", "starts"))
+        whole.update(f"{ids} {starts} {table.keep_end}".encode())
         whole.update(table.items.tobytes())
     whole.update(examples.items.tobytes() + examples.lengths.tobytes())
-    if not np.isnan(margins := examples.margins()).all():  # what has no scores keeps the digest that it always had
+    if not np.isnan(
+        margins := examples.margins()
+    ).all():  # what has no scores keeps the digest that it always had
         whole.update(margins.tobytes())
     return whole.hexdigest()
 
 
-def compare(run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence[str]) -> list[str]:
-    """What differs between two recipes, or between two `settings`, each as "name: old -> new"; all of it allowed.
+def compare(
+    run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence[str]
+) -> list[str]:
+    """What differs between two recipes, or between two `settings`, each as "name: old -> new"; all
+    of it allowed.
 
     Raises ResumeMismatch, with the differences, where something differs that `allow` does not name.
     """
     flat = lambda r: r.get("settings", {}) | {name: r[name] for name in CONTENTS if name in r}
     a, b = flat(old), flat(new)
     a = _defaults(b) | a  # of knobs that were not there when the run began
-    differing = [name for name in sorted(a.keys() | b.keys()) if name in b and a.get(name, "unset") != b[name]]
+    differing = [
+        name
+        for name in sorted(a.keys() | b.keys())
+        if name in b and a.get(name, "unset") != b[name]
+    ]
     said = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
     refused = [line for name, line in zip(differing, said, strict=True) if name not in allow]
     if refused:
         names = ",".join(name for name in differing)
-        raise ResumeMismatch(f"{run_dir}: made of something else: {'; '.join(refused)}; give what it was made of, or "
-                             f"resume_allow=[{names}] to go on with the change, or resume=never for a new run")  # fmt: skip
+        raise ResumeMismatch(
+            f"{run_dir}: made of something else: {'; '.join(refused)}; give what it was made of, or"
+            f" resume_allow=[{names}] to go on with the change, or resume=never for a new run"
+        )
     return said
 
 

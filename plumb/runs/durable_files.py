@@ -1,7 +1,8 @@
-"""The few operations that change what is on disk for a checkpoint; each returns when the disk has it.
+"""The few operations that change what is on disk for a checkpoint; each returns when the disk has
+it.
 
-Everything else is built of these (see runs/checkpoints.py), so that a test can record them, fail them one by one, and try every state
-that a power loss could leave.
+Everything else is built of these (see runs/checkpoints.py), so that a test can record them, fail
+them one by one, and try every state that a power loss could leave.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Written(NamedTuple):
 class _Hashed:
     """A file that is written from the first byte to the last, and hashed on the way.
 
-    An error is kept until the end: torch's zip writer, which may abort the process over an exception, never sees one.
+    An error is kept until the end: torch's zip writer, which may abort the process over an
+    exception, never sees one.
     """
 
     def __init__(self, file: BinaryIO):
@@ -50,7 +52,9 @@ class _Hashed:
 
 
 def write(path: Path, fill: Callable[[BinaryIO], Any]) -> Written:
-    """A new file of what `fill(file)` writes into it, on the disk when this returns. Raises OSError."""
+    """A new file of what `fill(file)` writes into it, on the disk when this returns. Raises
+    OSError.
+    """
     with open(path, "xb", buffering=0) as raw:
         hashed = _Hashed(cast(BinaryIO, raw))
         fill(cast(BinaryIO, hashed))

@@ -1,6 +1,8 @@
-"""What a run directory tells: its config, how it ended, its metrics and samples, and which run it started from.
+"""What a run directory tells: its config, how it ended, its metrics and samples, and which run it
+started from.
 
-Reads only, and takes a run as it stands: one that is still writing, was killed in the middle of a line, or was never finished.
+Reads only, and takes a run as it stands: one that is still writing, was killed in the middle of a
+line, or was never finished.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Run(NamedTuple):
     steps: list[Record]  # one per optimizer step; `step` counts training examples
     evaluations: list[Record]
     samples: list[Sample]
-    wall_secs: float  # from its first start to its end or its last record, pauses included; 0 where that is not known
+    # from its first start to its end or its last record, pauses included; 0 where that is not known
+    wall_secs: float
     silent_secs: float  # since it last wrote metrics
     notes: list[str]  # what could not be read
 
@@ -58,12 +61,24 @@ class Run(NamedTuple):
 def read_run(path: Path) -> Run:
     """A run directory as it stands. Raises UserError where `path` is none."""
     if not any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
-        why = "it holds neither metrics.jsonl nor config.yaml" if path.is_dir() else "there is no such directory"
-        raise UserError(f"{path}: not a run directory ({why}); give the directory that a run named when it began")
+        why = (
+            "it holds neither metrics.jsonl nor config.yaml"
+            if path.is_dir()
+            else "there is no such directory"
+        )
+        raise UserError(
+            f"{path}: not a run directory ({why}); give the directory that a run named when it"
+            " began"
+        )
     notes: list[str] = []
     records = read_metrics(path, notes)
     samples = [
-        Sample(str(row["table"]), int(row["step"]), str(row.get("prompt", "")), str(row.get("sample", "")))
+        Sample(
+            str(row["table"]),
+            int(row["step"]),
+            str(row.get("prompt", "")),
+            str(row.get("sample", "")),
+        )
         for row in _rows(path / "samples.jsonl", notes)
         if "table" in row
     ]
@@ -86,7 +101,9 @@ def read_run(path: Path) -> Run:
 
 
 def _wall_secs(environment: Mapping[str, Any], ended: Mapping[str, Any], written: float) -> float:
-    """To status.json's time or the last record's, the sooner: a later start may write the one, a copy of the files the other."""
+    """To status.json's time or the last record's, the sooner: a later start may write the one, a
+    copy of the files the other.
+    """
     try:
         start = datetime.fromisoformat(environment["started"]).timestamp()
         end = datetime.strptime(ended["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
@@ -101,14 +118,20 @@ def is_evaluation(keys: Iterable[str]) -> bool:
 
 
 def read_metrics(run_dir: Path, notes: list[str] | None = None) -> list[Record]:
-    """The records of metrics.jsonl, in the order they were written; `step` counts training examples. A last line that is cut is
-    left out, and said in `notes`."""
+    """The records of metrics.jsonl, in the order they were written; `step` counts training
+    examples. A last line that is cut is left out, and said in `notes`.
+    """
     rows = _rows(run_dir / "metrics.jsonl", [] if notes is None else notes)
-    return [{k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)} for row in rows]
+    return [
+        {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        for row in rows
+    ]
 
 
 def read_config(run_dir: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """config.yaml, nested; {} where there is none that can be read or that holds more than values, which `notes` then says."""
+    """config.yaml, nested; {} where there is none that can be read or that holds more than values,
+    which `notes` then says.
+    """
     path = run_dir / "config.yaml"
     try:
         check_config_file(path)
@@ -136,7 +159,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a file of lines; those that are none, or don't say of which step, are left out and counted in `notes`."""
+    """The objects of a file of lines; those that are none, or don't say of which step, are left out
+    and counted in `notes`.
+    """
     rows, bad, cut, i = [], [], False, 0
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -155,13 +180,19 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     except OSError:
         return []
     if cut:
-        notes.append(f"{path.name}, line {i}: cut short (still being written, or the run was killed); left out")
+        notes.append(
+            f"{path.name}, line {i}: cut short (still being written, or the run was killed);"
+            " left out"
+        )
     if bad:
-        notes.append(f"{path.name}: {len(bad)} of {i} lines are no records, the first of them line {bad[0]}; left out")
+        notes.append(
+            f"{path.name}: {len(bad)} of {i} lines are no records, the first of them line {bad[0]};"
+            " left out"
+        )
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ several runs
+# ---- several runs ----
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -174,20 +205,30 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """{knob: its value in each run}, for the knobs in which they differ; "" where a run has no such knob."""
+    """{knob: its value in each run}, for the knobs in which they differ; "" where a run has no such
+    knob.
+    """
     flat = [{k: v for k, v in flatten(run.config) if not k.startswith(OWN)} for run in runs]
     knobs = dict.fromkeys(knob for settings in flat for knob in settings)
     rows = {knob: [settings.get(knob, "") for settings in flat] for knob in knobs}
-    return {knob: values for knob, values in rows.items() if any(value != values[0] for value in values)}
+    return {
+        knob: values for knob, values in rows.items() if any(value != values[0] for value in values)
+    }
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each run once, under a name that no other has: its directory's; with what it was set to, in a sweep; else its path."""
+    """Each run once, under a name that no other has: its directory's; with what it was set to, in a
+    sweep; else its path.
+    """
     runs = [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
     knobs = differences(runs)
     for name in (
         lambda i, run: run.name,
-        lambda i, run: " ".join([run.name, *(f"{knob}={values[i]}" for knob, values in knobs.items())]) if len(knobs) < 4 else "",
+        lambda i, run: (
+            " ".join([run.name, *(f"{knob}={values[i]}" for knob, values in knobs.items())])
+            if len(knobs) < 4
+            else ""
+        ),
         lambda i, run: run.path.name,
         lambda i, run: str(run.path),
     ):
@@ -197,7 +238,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- lineage
+# ---- lineage ----
 
 
 class Stage(NamedTuple):
@@ -217,17 +258,24 @@ class Link(NamedTuple):
 
 
 def chain(config: Mapping[str, Any], run_dir: Path, archive: Path | None = None) -> Iterator[Link]:
-    """This run, the run whose policy.pt it started from (model.archive), and so on, as far as they are still there."""
+    """This run, the run whose policy.pt it started from (model.archive), and so on, as far as they
+    are still there.
+    """
     seen: set[Path] = set()
     while config and run_dir.resolve() not in seen:
         seen.add(run_dir.resolve())
         yield Link(dict(config), run_dir, archive)
-        named = _group(config, "model").get("archive")  # a file, absolute: the run's record says which one a pattern meant
+        named = _group(config, "model").get(
+            "archive"
+        )  # a file, absolute: the run's record says which one a pattern meant
         if not named:
             return
         archive = Path(str(named))
         step = archive.parent if archive.parent.name.startswith(("step-", "interim-")) else archive
-        candidates = (step.parent, run_dir.resolve().parent / step.parent.name)  # the second: moved together
+        candidates = (
+            step.parent,
+            run_dir.resolve().parent / step.parent.name,
+        )  # the second: moved together
         run_dir = next((p for p in candidates if (p / "config.yaml").is_file()), step.parent)
         config = read_config(run_dir)
     if not config and archive is not None:
@@ -240,14 +288,27 @@ def lineage(run: Run) -> list[Stage]:
     for config, run_dir, archive in chain(run.config, run.path):
         if not config:
             name = archive.name if archive else ""
-            return [*stages, Stage(name, "a checkpoint without a run's record beside it", str(archive))]
+            return [
+                *stages,
+                Stage(name, "a checkpoint without a run's record beside it", str(archive)),
+            ]
         step = archive.parent.name if archive and archive.parent != run_dir else ""
         made = f"; taken at {step}" if step.startswith(("step-", "interim-")) else ""
-        stages.append(Stage(str(config.get("exp_name") or run_dir.name), _what(config, run_dir) + made, str(run_dir)))
+        stages.append(
+            Stage(
+                str(config.get("exp_name") or run_dir.name),
+                _what(config, run_dir) + made,
+                str(run_dir),
+            )
+        )
         model = _group(config, "model")
     if model and not model.get("archive"):
         base = model.get("name_or_path")
-        kind = f"pretrained weights, in {model.get('policy_dtype')}" if base else "random weights of model.architecture"
+        kind = (
+            f"pretrained weights, in {model.get('policy_dtype')}"
+            if base
+            else "random weights of model.architecture"
+        )
         stages.append(Stage(str(base or "a new model"), kind, str(model.get("revision") or "")))
     return stages
 
@@ -263,5 +324,12 @@ def _what(config: Mapping[str, Any], path: Path) -> str:
     data = config.get("datasets") or "?"
     data = data if isinstance(data, list) else [data]
     examples, steps = (status(path).get(key) for key in ("examples", "step"))
-    length = f"; {examples:,} examples in {steps:,} steps" if isinstance(examples, int) and isinstance(steps, int) else ""
-    return f"{loss.get('name', 'unknown loss')}{f' ({knobs})' if knobs else ''} on {', '.join(map(str, data))}{length}"
+    length = (
+        f"; {examples:,} examples in {steps:,} steps"
+        if isinstance(examples, int) and isinstance(steps, int)
+        else ""
+    )
+    return (
+        f"{loss.get('name', 'unknown loss')}{f' ({knobs})' if knobs else ''} on"
+        f" {', '.join(map(str, data))}{length}"
+    )

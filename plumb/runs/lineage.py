@@ -1,6 +1,5 @@
 """What may be said of the run that `model.archive` comes from."""
 
-
 from __future__ import annotations
 
 import yaml
@@ -16,25 +15,55 @@ from plumb.runs.safe_yaml import check_config_file
 
 
 def lineage(config: DictConfig) -> str | None:
-    """What there is to say of the run that model.archive comes from: that its examples are, or may be, among this stage's."""
+    """What there is to say of the run that model.archive comes from: that its examples are, or may
+    be, among this stage's.
+    """
     if not config.model.archive:
         return None
     try:
         policy = resolve_archive(config.model.archive).resolve()
-        file = next(file for folder in policy.parents[:2] if (file := folder / "config.yaml").is_file())
+        file = next(
+            file for folder in policy.parents[:2] if (file := folder / "config.yaml").is_file()
+        )
         check_config_file(file)  # it comes with the archive, from anywhere
         before, now = yaml.safe_load(file.read_text("utf-8")), plain(config)
-        shared = [name for name in map(resolve, now["datasets"]) if name in map(resolve, before["datasets"])]
-        pairs = [(name, weights_of(before.get("data_split"), name), weights_of(now["data_split"], name)) for name in shared]
-    except (UserError, OSError, StopIteration, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        shared = [
+            name
+            for name in map(resolve, now["datasets"])
+            if name in map(resolve, before["datasets"])
+        ]
+        pairs = [
+            (name, weights_of(before.get("data_split"), name), weights_of(now["data_split"], name))
+            for name in shared
+        ]
+    except (
+        UserError,
+        OSError,
+        StopIteration,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ):
         return None
     run = f"note: {file.parent}, where model.archive comes from,"
     other = ["data_split", "stage", *(knob for knob in DECIDES if before.get(knob) != now[knob])]
     said = lambda c: ", ".join(f"{knob} {shorten(c.get(knob))}" for knob in other)
-    differ = [name for name, a, b in pairs if a != b or (b and any(before.get(knob) != now[knob] for knob in DECIDES))]
+    differ = [
+        name
+        for name, a, b in pairs
+        if a != b or (b and any(before.get(knob) != now[knob] for knob in DECIDES))
+    ]
     if differ:
-        return (f"{run} had {said(before)}, and this run has {said(now)}: their slices of {', '.join(differ)} may overlap; "
-                "give all stages the same")  # fmt: skip
+        return (
+            f"{run} had {said(before)}, and this run has {said(now)}: their slices of"
+            f" {', '.join(differ)} may overlap; give all stages the same"
+        )
     again = [name for name, a, _ in pairs if a and before.get("stage") == now["stage"]]
-    same = f"{run} was stage={now['stage']} too: both take the same slice of {', '.join(again)}; was another stage meant?"
+    same = (
+        f"{run} was stage={now['stage']} too: both take the same slice of {', '.join(again)}; was"
+        " another stage meant?"
+    )
     return same if again else None

@@ -1,8 +1,10 @@
-"""Weights to start from: finding the policy.pt that `model.archive` names, and reading it without trusting it.
+"""Weights to start from: finding the policy.pt that `model.archive` names, and reading it without
+trusting it.
 
-The only way by which a pickle is read. First the file is held to the form that torch.save gives a state dict, for what
-torch's own weights_only lets through is more than weights need: bytearray(10**12), or 300 MB packed into 300 KB. Then torch
-reads it, with weights_only, and each tensor is looked at before anything is copied.
+The only way by which a pickle is read. First the file is held to the form that torch.save gives a
+state dict, for what torch's own weights_only lets through is more than weights need:
+bytearray(10**12), or 300 MB packed into 300 KB. Then torch reads it, with weights_only, and each
+tensor is looked at before anything is copied.
 """
 
 from __future__ import annotations
@@ -21,33 +23,80 @@ from torch import Tensor
 from plumb.errors import UnsafeFile, UserError
 
 # Buffers that the transformers of 2023 wrote into state dicts and today's recompute.
-STALE_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+STALE_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What torch.save writes, and the only functions and classes that a state dict is made of.
-RECORD = re.compile(r"[^/]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)")
-GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"} | {
-    f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")
+RECORD = re.compile(
+    r"[^/]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
+)
+GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+} | {
+    f"torch {kind}Storage"
+    for kind in (
+        "Float",
+        "BFloat16",
+        "Half",
+        "Double",
+        "Bool",
+        "Byte",
+        "Char",
+        "Short",
+        "Int",
+        "Long",
+    )
 }
-OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}  # GLOBAL is the one way in
+OTHER_CALLS = {
+    "STACK_GLOBAL",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "PERSID",
+}  # GLOBAL is the one way in
 
 
 def resolve_archive(archive: str) -> Path:
-    """The policy.pt that `model.archive` names: a file, a run or step directory, or a pattern, whose newest match counts.
+    """The policy.pt that `model.archive` names: a file, a run or step directory, or a pattern,
+    whose newest match counts.
 
     Raises UserError when nothing matches.
     """
-    matches = [Path(archive)] if Path(archive).exists() else [Path(m) for m in glob(os.path.expanduser(archive))]
+    matches = (
+        [Path(archive)]
+        if Path(archive).exists()
+        else [Path(m) for m in glob(os.path.expanduser(archive))]
+    )
     files = [f for f in (_policy_file(m) for m in matches) if f is not None]
     if not files:
-        raise UserError(f"model.archive={archive}: no such file, run directory or pattern with a policy.pt in it")
+        raise UserError(
+            f"model.archive={archive}: no such file, run directory or pattern with a policy.pt"
+            " in it"
+        )
     return max(files, key=lambda f: f.stat().st_mtime)
 
 
 def _policy_file(path: Path) -> Path | None:
-    """The newest policy.pt of a run directory (LATEST, else its highest step), of a step directory, or the file itself."""
+    """The newest policy.pt of a run directory (LATEST, else its highest step), of a step directory,
+    or the file itself.
+    """
     if path.is_file():
         return path if path.suffix == ".pt" else None
-    steps = sorted(path.glob("step-*/policy.pt"), key=lambda f: int(f.parent.name[5:]) if f.parent.name[5:].isdigit() else -1)
+    steps = sorted(
+        path.glob("step-*/policy.pt"),
+        key=lambda f: int(f.parent.name[5:]) if f.parent.name[5:].isdigit() else -1,
+    )
     candidates = [path / "policy.pt", path / "LATEST" / "policy.pt", *reversed(steps)]
     return next((c for c in candidates if c.is_file()), None)
 
@@ -55,27 +104,34 @@ def _policy_file(path: Path) -> Path | None:
 def load_policy_state(archive: str) -> dict[str, Tensor]:
     """The state dict of a policy.pt, ours or the 2023 repository's, on the CPU, memory-mapped.
 
-    Each tensor is plain, of floating point, and no larger than what the file holds of it; whether its values are finite is
-    seen where they are copied. Raises UnsafeFile for a file that would run code or is damaged, UserError for another kind.
+    Each tensor is plain, of floating point, and no larger than what the file holds of it; whether
+    its values are finite is seen where they are copied. Raises UnsafeFile for a file that would run
+    code or is damaged, UserError for another kind.
     """
     path = resolve_archive(archive)
     what = f"model.archive={path}"
     content = _load_pickle(path, what, "policy.pt")
     if type(content) is dict and "state" not in content:
         found = ", ".join(str(key)[:40] for key in [*content][:3]) or "nothing"
-        raise UserError(f"{what}: not a policy.pt, which holds {{step_idx, state, metrics}}; it holds {found}")
+        raise UserError(
+            f"{what}: not a policy.pt, which holds {{step_idx, state, metrics}}; it holds {found}"
+        )
     tensors = _tensors(content["state"] if type(content) is dict else content, what, "policy.pt")
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not name.endswith(STALE_BUFFERS):
-            raise UnsafeFile(f"{what}: not a policy.pt: {name[:80]!r} is of type {str(tensor.dtype)[6:]}; weights are "
-                             f"{', '.join(str(d)[6:] for d in FLOATS)}")  # fmt: skip
+            raise UnsafeFile(
+                f"{what}: not a policy.pt: {name[:80]!r} is of type {str(tensor.dtype)[6:]};"
+                f" weights are {', '.join(str(d)[6:] for d in FLOATS)}"
+            )
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(STALE_BUFFERS)}
 
 
 def load_pickled_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The state dict of a model folder's pickle, memory-mapped; buffers in it may be of any type. `what` is how to call the file.
+    """The state dict of a model folder's pickle, memory-mapped; buffers in it may be of any type.
+    `what` is how to call the file.
 
-    Raises UnsafeFile for a file that would run code, is damaged, or holds anything but plain tensors.
+    Raises UnsafeFile for a file that would run code, is damaged, or holds anything but plain
+    tensors.
     """
     return _tensors(_load_pickle(path, what, "state dict"), what, "state dict")
 
@@ -96,7 +152,9 @@ def _refusal(what: str, kind: str, error: Exception) -> UnsafeFile:
 def _tensors(state: Any, what: str, kind: str) -> dict[str, Tensor]:
     """A state dict as a plain dict, each entry of which is a tensor that the file holds whole."""
     try:
-        tensors = dict(dict.items(state))  # not state.items: a pickle may give an OrderedDict attributes of any name
+        tensors = dict(
+            dict.items(state)
+        )  # not state.items: a pickle may give an OrderedDict attributes of any name
     except Exception as error:
         raise _refusal(what, kind, error) from None
     for name, tensor in tensors.items():
@@ -111,25 +169,47 @@ def _problem(name: object, tensor: object) -> str:
         return f"is a name of type {type(name).__name__}"
     if not isinstance(tensor, Tensor):
         return f"is of type {type(tensor).__name__}, not a tensor"
-    whole = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:  # expand() makes such a tensor
+    whole = (
+        tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    )
+    if (
+        not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
+    ):  # expand() makes such a tensor
         return f"of shape {list(tensor.shape)} is not stored whole, so it could fill any memory"
     return ""
 
 
 def check_pickled_tensors(path: Path, what: str) -> None:
-    """Raise UnsafeFile unless `path` is a file of torch.save with tensors and plain values only. Reads its table of contents and
-    its pickle, opcode by opcode, and executes nothing. `what` is how to call the file in the error."""
+    """Raise UnsafeFile unless `path` is a file of torch.save with tensors and plain values only.
+    Reads its table of contents and its pickle, opcode by opcode, and executes nothing. `what` is
+    how to call the file in the error.
+    """
     damaged = f"{what}: not a readable checkpoint (%s); is it damaged or cut short?"
     try:
         with zipfile.ZipFile(path) as file:
             entries = {entry.filename: entry for entry in file.infolist()}
             records = [name for name in entries if name.endswith("/data.pkl")]
-            if len(entries) < len(file.infolist()) or any(e.compress_type or e.flag_bits & 1 for e in entries.values()):
-                raise UnsafeFile(damaged % "entries that are compressed or there twice, which torch.save does not write")
-            if len(records) != 1 or (other := next((n for n in entries if not RECORD.fullmatch(n)), "")):
-                raise UnsafeFile(damaged % (f"{other!r} is no part of a state dict" if records else "it holds no data.pkl"))
-            if entries[records[0]].file_size > 2**20 + 1024 * len(entries):  # some 200 bytes for each tensor
+            if len(entries) < len(file.infolist()) or any(
+                e.compress_type or e.flag_bits & 1 for e in entries.values()
+            ):
+                raise UnsafeFile(
+                    damaged
+                    % "entries that are compressed or there twice, which torch.save does not write"
+                )
+            if len(records) != 1 or (
+                other := next((n for n in entries if not RECORD.fullmatch(n)), "")
+            ):
+                raise UnsafeFile(
+                    damaged
+                    % (
+                        f"{other!r} is no part of a state dict"
+                        if records
+                        else "it holds no data.pkl"
+                    )
+                )
+            if entries[records[0]].file_size > 2**20 + 1024 * len(
+                entries
+            ):  # some 200 bytes for each tensor
                 raise UnsafeFile(damaged % "its pickle is far too large for its tensors")
             pickled = file.read(records[0])
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -138,26 +218,35 @@ def check_pickled_tensors(path: Path, what: str) -> None:
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name in OTHER_CALLS or (opcode.name == "GLOBAL" and argument not in GLOBALS):
                 named = str(argument or opcode.name).replace(" ", ".")[:80]
-                raise UnsafeFile(f"{what}: refused: it holds more than tensors and plain values ({named}), and loading it could "
-                                 "run code from the file; save tensors only")  # fmt: skip
+                raise UnsafeFile(
+                    f"{what}: refused: it holds more than tensors and plain values ({named}), and"
+                    " loading it could run code from the file; save tensors only"
+                )
     except (ValueError, UnicodeError) as error:
         raise UnsafeFile(damaged % f"its pickle: {str(error)[:80]}") from None
 
 
 def as_in_2023(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as transformers 4.29 has it: the names of the model's files on the hub, and the buffers it kept.
+    """A state dict as transformers 4.29 has it: the names of the model's files on the hub, and the
+    buffers it kept.
 
-    transformers 5 renamed parameters in memory (GPT-NeoX: embed_out became lm_head) and recomputes those buffers. For
-    the model classes that the 2023 repository names: GPT-NeoX, GPT-2, Llama; GPT-J kept no buffers.
+    transformers 5 renamed parameters in memory (GPT-NeoX: embed_out became lm_head) and recomputes
+    those buffers. For the model classes that the 2023 repository names: GPT-NeoX, GPT-2, Llama;
+    GPT-J kept no buffers.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     state = revert_weight_conversion(model, dict(state))
     spec = model.config
     n = spec.max_position_embeddings
-    causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]  # one tensor for all layers: stored once
+    causal = torch.ones(n, n, dtype=torch.bool).tril()[
+        None, None
+    ]  # one tensor for all layers: stored once
     # detached, for transformers leaves marks on a buffer that torch.save would write
-    frequencies = next((b.detach() for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
+    frequencies = next(
+        (b.detach() for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")),
+        None,
+    )
     kept: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox": (
             "gpt_neox.layers.{}.attention.",

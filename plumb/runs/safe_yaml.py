@@ -1,6 +1,5 @@
 """YAML files that come from anywhere: read as values, refused when they hold more."""
 
-
 from __future__ import annotations
 
 import re
@@ -13,19 +12,34 @@ import yaml
 from plumb.errors import UserError
 
 # Of Hydra's own settings, those that say where a sweep lies and not what is run.
-HYDRA_KNOBS = {"hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.mode"}
+HYDRA_KNOBS = {
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+    "hydra.output_subdir",
+    "hydra.mode",
+}
 HYDRA_DEFAULTS = {"override hydra/job_logging": "none", "override hydra/hydra_logging": "none"}
-MAX_BYTES, MAX_DEPTH, MAX_FILES = 100_000, 30, 1000  # of one YAML file; of its nesting; in a config folder
+MAX_BYTES, MAX_DEPTH, MAX_FILES = (
+    100_000,
+    30,
+    1000,
+)  # of one YAML file; of its nesting; in a config folder
 ADVICE = "it could import code; a config holds values only"
 
 
 def check_config_file(path: Path) -> None:
-    """Raise UserError for a YAML file with more than values. One that is not YAML is left to Hydra, if it is asked for."""
+    """Raise UserError for a YAML file with more than values. One that is not YAML is left to Hydra,
+    if it is asked for.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, which no config is; put data into files of their own")
+            raise UserError(
+                f"{path}: larger than {MAX_BYTES:,} bytes, which no config is; put data into files"
+                " of their own"
+            )
         text = raw.decode()
         _check_tokens(path, text)
         content = yaml.safe_load(text)
@@ -36,7 +50,9 @@ def check_config_file(path: Path) -> None:
         return
     package = re.search(r"^\s*#\s*@\s*package\b(.*)$", text[:512], re.M)
     if package and "hydra" in package[1]:
-        raise UserError(f"{path}: @package{package[1]}: Hydra's own settings are not taken; {ADVICE}")
+        raise UserError(
+            f"{path}: @package{package[1]}: Hydra's own settings are not taken; {ADVICE}"
+        )
     if not isinstance(content, dict):
         return
     for key in _keys(content):
@@ -45,7 +61,10 @@ def check_config_file(path: Path) -> None:
     hydra = content.get("hydra")
     for name in _dotted(hydra, "hydra") if hydra is not None else ():
         if name not in HYDRA_KNOBS:
-            raise UserError(f"{path}: {name}: Hydra's own settings are not taken, but {', '.join(sorted(HYDRA_KNOBS))}; {ADVICE}")
+            raise UserError(
+                f"{path}: {name}: Hydra's own settings are not taken, but"
+                f" {', '.join(sorted(HYDRA_KNOBS))}; {ADVICE}"
+            )
     defaults = content.get("defaults")
     for entry in defaults if isinstance(defaults, list) else ():
         for key, value in entry.items() if isinstance(entry, dict) else [(entry, None)]:
@@ -56,21 +75,31 @@ def check_config_file(path: Path) -> None:
 
 
 def _check_tokens(path: Path, text: str) -> None:
-    """An alias in an alias in an alias (236 bytes of it keep a parser busy for minutes), deep nesting, and tags."""
-    depth, steps = 0, dict.fromkeys(("<block mapping start>", "<block sequence start>", "{", "["), 1)
+    """An alias in an alias in an alias (236 bytes of it keep a parser busy for minutes), deep
+    nesting, and tags.
+    """
+    depth, steps = (
+        0,
+        dict.fromkeys(("<block mapping start>", "<block sequence start>", "{", "["), 1),
+    )
     steps |= dict.fromkeys(("<block end>", "}", "]"), -1)
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         line = token.start_mark.line + 1
         if isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken):
             sign = {"AliasToken": "*", "AnchorToken": "&", "TagToken": "!"}[type(token).__name__]
-            raise UserError(f"{path}, line {line}: '{sign}' (an anchor, alias or tag) is not taken; write the value out")
+            raise UserError(
+                f"{path}, line {line}: '{sign}' (an anchor, alias or tag) is not taken; write the"
+                " value out"
+            )
         depth += steps.get(token.id, 0)
         if depth > MAX_DEPTH:
             raise UserError(f"{path}, line {line}: nested more than {MAX_DEPTH} deep")
 
 
 def _keys(value: Any) -> Iterator[Any]:
-    for key, inner in value.items() if isinstance(value, dict) else ((None, inner) for inner in value):
+    for key, inner in (
+        value.items() if isinstance(value, dict) else ((None, inner) for inner in value)
+    ):
         yield key
         if isinstance(inner, dict | list):
             yield from _keys(inner)

@@ -1,4 +1,6 @@
-"""The tensors that training goes on from, in one safetensors file per rank: written by any number of ranks, read by any other."""
+"""The tensors that training goes on from, in one safetensors file per rank: written by any number
+of ranks, read by any other.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,17 @@ from plumb.runs.durable_files import Written
 
 # safetensors' names
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Part(NamedTuple):
@@ -33,13 +43,16 @@ class Part(NamedTuple):
 
 
 def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
-    """This rank's part of each tensor, where it has one to write; `copied` to the CPU, or as it stands."""
+    """This rank's part of each tensor, where it has one to write; `copied` to the CPU, or as it
+    stands.
+    """
     found = {name: (tensor, sharding.local_part(tensor)) for name, tensor in state.items()}
     kept = lambda x: x.detach().to("cpu", copy=True) if copied else x.detach()
     return {
         name: Part(list(tensor.shape), list(part[0]), kept(part[1]))
-        for name, (tensor, part) in found.items() if part is not None and part[1].numel()
-    }  # fmt: skip
+        for name, (tensor, part) in found.items()
+        if part is not None and part[1].numel()
+    }
 
 
 def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
@@ -50,12 +63,16 @@ def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
 
 
 def write_safetensors(
-    path: Path, contents: Mapping[str, tuple[torch.dtype, list[int]]], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+    path: Path,
+    contents: Mapping[str, tuple[torch.dtype, list[int]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
 ) -> Written:
-    """`contents`: name -> type and shape of each of the `tensors`, which are asked for one after another.
+    """`contents`: name -> type and shape of each of the `tensors`, which are asked for one after
+    another.
 
-    The library's own writer takes a path and all tensors; this one writes through a file that is hashed, one tensor at a time on
-    the CPU.
+    The library's own writer takes a path and all tensors; this one writes through a file that is
+    hashed, one tensor at a time on the CPU.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -74,30 +91,44 @@ def write_safetensors(
 
 
 def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors that training goes on from, by name; sharded ones as they are. Tied weights once."""
+    """All tensors that training goes on from, by name; sharded ones as they are. Tied weights
+    once.
+    """
     sharding.settle(policy)
     state: dict[str, Tensor] = {f"policy.{name}": p for name, p in policy.named_parameters()}
     kept = policy.state_dict()
     state |= {f"policy.{name}": b for name, b in policy.named_buffers() if name in kept}
     for name, p in policy.named_parameters():
-        state |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
+        state |= {
+            f"optimizer.{name}.{k}": v
+            for k, v in optimizer.state.get(p, {}).items()
+            if torch.is_tensor(v)
+        }
     return state
 
 
 def values_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """What the optimizer keeps of each parameter that is no tensor."""
     values = {
-        name: {k: v for k, v in optimizer.state[p].items() if v is not None and not torch.is_tensor(v)}
-        for name, p in policy.named_parameters() if p in optimizer.state
-    }  # fmt: skip
+        name: {
+            k: v for k, v in optimizer.state[p].items() if v is not None and not torch.is_tensor(v)
+        }
+        for name, p in policy.named_parameters()
+        if p in optimizer.state
+    }
     return {name: of_p for name, of_p in values.items() if of_p}
 
 
 def restore(
-    policy: nn.Module, optimizer: torch.optim.Optimizer, files: Sequence[Path], values: Mapping[str, Mapping[str, Any]]
-) -> None:  # fmt: skip
-    """Take weights and optimizer from the files. What the optimizer keeps is made by a step without gradients, so that it is of
-    the right kind and in the right place, and then overwritten, as the weights are. Raises what `load_state` does."""
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    files: Sequence[Path],
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Take weights and optimizer from the files. What the optimizer keeps is made by a step without
+    gradients, so that it is of the right kind and in the right place, and then overwritten, as the
+    weights are. Raises what `load_state` does.
+    """
     sharding.settle(policy)
     parameters, found = dict(policy.named_parameters()), names(files)
     for name, p in parameters.items():
@@ -119,24 +150,33 @@ def _opened(files: Sequence[Path]) -> list[Any]:
     try:
         return [safe_open(file, "pt") for file in files]
     except (SafetensorError, OSError) as error:
-        raise UnsafeFile(f"{files[0].parent}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UnsafeFile(
+            f"{files[0].parent}: cannot be read ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
-    """Fill each tensor (sharded: this rank's part of it) from these files, whatever number of ranks wrote them.
+    """Fill each tensor (sharded: this rank's part of it) from these files, whatever number of ranks
+    wrote them.
 
-    Raises ResumeMismatch where names, shapes or types differ, and UnsafeFile where a file is not what it should be.
+    Raises ResumeMismatch where names, shapes or types differ, and UnsafeFile where a file is not
+    what it should be.
     """
     directory = files[0].parent
     try:
-        places: dict[str, list[tuple[Any, list[int], list[int]]]] = {}  # name -> (file, whole shape, offset) of its parts
+        places: dict[
+            str, list[tuple[Any, list[int], list[int]]]
+        ] = {}  # name -> (file, whole shape, offset) of its parts
         for file in _opened(files):
             for name, place in file.metadata().items():
                 places.setdefault(name, []).append((file, *json.loads(place)))
         missing = sorted(targets.keys() - places.keys()) or sorted(places.keys() - targets.keys())
         if missing:
             what = "lacks" if missing[0] in targets else "has, and this run does not,"
-            raise ResumeMismatch(f"{directory}: {what} {missing[0]} ({len(missing)} such); is it of another model or optimizer?")
+            raise ResumeMismatch(
+                f"{directory}: {what} {missing[0]} ({len(missing)} such); is it of another model or"
+                " optimizer?"
+            )
         with torch.no_grad():
             for name, target in targets.items():
                 _fill(target, name, places[name], directory)
@@ -144,16 +184,25 @@ def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
         raise UnsafeFile(f"{directory}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def _fill(target: Tensor, name: str, places: list[tuple[Any, list[int], list[int]]], path: Path) -> None:
+def _fill(
+    target: Tensor, name: str, places: list[tuple[Any, list[int], list[int]]], path: Path
+) -> None:
     offset, local = sharding.region(target)
     filled = 0
     for file, shape, begin in places:
         piece = file.get_slice(name)
         kind, size = piece.get_dtype(), piece.get_shape()
         if tuple(shape) != tuple(target.shape) or kind != DTYPES[local.dtype]:
-            raise ResumeMismatch(f"{path}: {name} is {shape} {kind}, and here {list(target.shape)} {DTYPES[local.dtype]}")
-        low = [max(a, b) for a, b in zip(offset, begin, strict=True)]  # the overlap of what is here and what is there
-        high = [min(a + n, b + m) for a, n, b, m in zip(offset, local.shape, begin, size, strict=True)]
+            raise ResumeMismatch(
+                f"{path}: {name} is {shape} {kind}, and here {list(target.shape)}"
+                f" {DTYPES[local.dtype]}"
+            )
+        low = [
+            max(a, b) for a, b in zip(offset, begin, strict=True)
+        ]  # the overlap of what is here and what is there
+        high = [
+            min(a + n, b + m) for a, n, b, m in zip(offset, local.shape, begin, size, strict=True)
+        ]
         if any(a >= b for a, b in zip(low, high, strict=True)):
             continue
         there = tuple(slice(a - b, c - b) for a, b, c in zip(low, begin, high, strict=True))

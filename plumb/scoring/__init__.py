@@ -1,2 +1,1 @@
-"""Scoring: texts in; scores, verdicts, win rates and their intervals out.
-"""
+"""Scoring: texts in; scores, verdicts, win rates and their intervals out."""

@@ -1,4 +1,5 @@
-"""How sure a share is: intervals for accuracies and win rates, calibration, and buckets of length. numpy alone.
+"""How sure a share is: intervals for accuracies and win rates, calibration, and buckets of length.
+numpy alone.
 
 Shapes: n judgements, G clusters (prompts), b bins.
 """
@@ -23,7 +24,8 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: float, n: int, z: float = 1.959964) -> Interval:
-    """The score interval of a share of n independent trials (Wilson 1927, JASA 22:209). Of none: anything.
+    """The score interval of a share of n independent trials (Wilson 1927, JASA 22:209). Of none:
+    anything.
 
     >>> print(wilson(8, 10))
     0.800 [0.490, 0.943]
@@ -37,12 +39,14 @@ def wilson(hits: float, n: int, z: float = 1.959964) -> Interval:
 
 
 def bootstrap(points: np.ndarray, prompts: np.ndarray, seed: int, n_draws: int = 4000) -> Interval:
-    """The mean of points [n] (1 a win, 1/2 a tie, 0 a loss), by resampling whole prompts; `prompts` [n] says which is whose.
+    """The mean of points [n] (1 a win, 1/2 a tie, 0 a loss), by resampling whole prompts; `prompts`
+    [n] says which is whose.
 
-    Prompts are weighted at random (Bayesian bootstrap; Rubin 1981, Ann. Statist. 9:130), beside half a win and half a loss as
-    Jeffreys' prior has them: of n wins and losses, one to a prompt, this is Jeffreys' interval for a binomial share, which holds
-    at small n, too, where the usual bootstrap is too narrow, and of no width where all agree (Brown, Cai & DasGupta 2001,
-    Statist. Sci. 16:101).
+    Prompts are weighted at random (Bayesian bootstrap; Rubin 1981, Ann. Statist. 9:130), beside
+    half a win and half a loss as Jeffreys' prior has them: of n wins and losses, one to a prompt,
+    this is Jeffreys' interval for a binomial share, which holds at small n, too, where the usual
+    bootstrap is too narrow, and of no width where all agree (Brown, Cai & DasGupta 2001, Statist.
+    Sci. 16:101).
     """
     _, cluster, sizes = np.unique(prompts, return_inverse=True, return_counts=True)  # [G]
     if not len(points):
@@ -53,7 +57,10 @@ def bootstrap(points: np.ndarray, prompts: np.ndarray, seed: int, n_draws: int =
     chunk = max(1, 2_000_000 // len(sums))  # draws at once: 16 MB
     for start in range(0, n_draws, chunk):
         n = min(chunk, n_draws - start)
-        weights, prior = random.standard_exponential((n, len(sums))), random.standard_gamma(0.5, (n, 2)) * size
+        weights, prior = (
+            random.standard_exponential((n, len(sums))),
+            random.standard_gamma(0.5, (n, 2)) * size,
+        )
         rates.append((weights @ sums + prior[:, 0]) / (weights @ sizes + prior.sum(1)))
     low, high = np.quantile(np.concatenate(rates), [0.025, 0.975]).tolist()
     value = float(points.mean())
@@ -67,32 +74,50 @@ def length_buckets(lengths: np.ndarray) -> np.ndarray:
     ['length 0-1', 'length 2-3', 'length 2-3', 'length 16-31', 'length 32-63', 'length 64-127']
     """
     exponents = np.maximum(np.frexp(np.maximum(lengths, 1))[1] - 1, 0)
-    labels = np.array([f"length {2**e if e else 0}-{2 ** (e + 1) - 1}" for e in range(int(exponents.max(initial=0)) + 1)])
+    labels = np.array(
+        [
+            f"length {2**e if e else 0}-{2 ** (e + 1) - 1}"
+            for e in range(int(exponents.max(initial=0)) + 1)
+        ]
+    )
     return labels[exponents]
 
 
 class Calibration(NamedTuple):
-    """Pairs in bins of like margins, as many in each: how sure a Bradley-Terry model was, and how often it was right."""
+    """Pairs in bins of like margins, as many in each: how sure a Bradley-Terry model was, and how
+    often it was right.
+    """
 
     predicted: np.ndarray  # [b] mean of sigmoid(|margin|)
-    observed: np.ndarray  # [b] share whose chosen response scored higher; a tie, where the model says 1/2, is half
+    observed: (
+        np.ndarray
+    )  # [b] share whose chosen response scored higher; a tie, where the model says 1/2, is half
     pairs: np.ndarray  # [b] how many
 
     @property
     def error(self) -> float:
         """Expected calibration error: mean |observed - predicted| over pairs, 0 to 1."""
-        return float(np.average(np.abs(self.observed - self.predicted), weights=self.pairs)) if len(self.pairs) else float("nan")
+        return (
+            float(np.average(np.abs(self.observed - self.predicted), weights=self.pairs))
+            if len(self.pairs)
+            else float("nan")
+        )
 
 
 def calibration(margins: np.ndarray, n_bins: int = 10) -> Calibration:
-    """Of chosen minus rejected scores [n]. Which response stands first says nothing, so the model's own winner is asked about.
+    """Of chosen minus rejected scores [n]. Which response stands first says nothing, so the model's
+    own winner is asked about.
 
     >>> c = calibration(np.array([4.0, 4, 4, -4]), 1)
     >>> c.predicted.round(3).tolist(), c.observed.tolist()
     ([0.982], [0.75])
     """
     order = np.argsort(np.abs(margins), kind="stable")
-    bins = [margins[part] for part in np.array_split(order, max(1, min(n_bins, len(order) // 10))) if len(part)]
+    bins = [
+        margins[part]
+        for part in np.array_split(order, max(1, min(n_bins, len(order) // 10)))
+        if len(part)
+    ]
     predicted = [float((1 / (1 + np.exp(-np.abs(m)))).mean()) for m in bins]
     observed = [float(((m > 0) + (m == 0) / 2).mean()) for m in bins]
     return Calibration(np.array(predicted), np.array(observed), np.array([len(m) for m in bins]))

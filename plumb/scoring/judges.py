@@ -1,6 +1,7 @@
 """Who of two answers is better: a rule, or a language model behind an OpenAI-compatible endpoint.
 
-What an endpoint said is kept on disk, a line for each question, so that no question is paid for twice.
+What an endpoint said is kept on disk, a line for each question, so that no question is paid for
+twice.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ from plumb.errors import UserError
 PROMPTS = Path(__file__).with_name("prompts")
 TEMPLATES = ("hh", "tldr", "tldr_concise")  # the prompts of arXiv:2305.18290, appendix C.2
 MARKS = r"""[ "'*.()<>\[\]“”`]*"""
-SAID = re.compile(rf"^\W*(?:[\w ]+:{MARKS}(?:(?:response|summary) {MARKS})?)?(A|B|tie){MARKS}\r?$", re.MULTILINE | re.IGNORECASE)
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is asked again; each wait is twice the one before
+SAID = re.compile(
+    rf"^\W*(?:[\w ]+:{MARKS}(?:(?:response|summary) {MARKS})?)?(A|B|tie){MARKS}\r?$",
+    re.MULTILINE | re.IGNORECASE,
+)
+FIRST_WAIT, LONGEST_WAIT = (
+    1.0,
+    60.0,
+)  # seconds before a question is asked again; each wait is twice the one before
 
 Verdict = Literal["a", "b", "tie"]
 
@@ -41,7 +48,8 @@ class Comparison(NamedTuple):
 
 
 def rule(spec: str) -> Callable[[str], float]:
-    """`rule:longer`, `rule:shorter` (in characters), or `rule:contains=TEXT`: what gives an answer its points.
+    """`rule:longer`, `rule:shorter` (in characters), or `rule:contains=TEXT`: what gives an answer
+    its points.
 
     >>> rule("rule:contains=Thank")("I thank you")
     1.0
@@ -51,8 +59,12 @@ def rule(spec: str) -> Callable[[str], float]:
         return lambda answer: float(text.casefold() in answer.casefold())
     if name in ("longer", "shorter") and not text:
         sign = 1.0 if name == "longer" else -1.0
-        return lambda answer: sign * len(answer.strip())  # how an answer begins is the template's matter
-    raise UserError(f"--judge={spec}: no such rule; give rule:longer, rule:shorter or rule:contains=TEXT")
+        return lambda answer: (
+            sign * len(answer.strip())
+        )  # how an answer begins is the template's matter
+    raise UserError(
+        f"--judge={spec}: no such rule; give rule:longer, rule:shorter or rule:contains=TEXT"
+    )
 
 
 def read_template(name: str) -> str:
@@ -62,9 +74,14 @@ def read_template(name: str) -> str:
         template = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(TEMPLATES)
-        raise UserError(f"--judge-template={name}: cannot be read ({error}); give a file, or one of {known}") from None
+        raise UserError(
+            f"--judge-template={name}: cannot be read ({error}); give a file, or one of {known}"
+        ) from None
     if missing := [field for field in ("{prompt}", "{a}", "{b}") if field not in template]:
-        raise UserError(f"--judge-template={name}: {missing[0]} does not stand in it; write it where that text belongs")
+        raise UserError(
+            f"--judge-template={name}: {missing[0]} does not stand in it; write it where that text"
+            " belongs"
+        )
     return template.strip()
 
 
@@ -74,7 +91,8 @@ def fill(template: str, comparison: Comparison) -> str:
 
 
 def verdict_of(reply: str) -> Verdict | None:
-    """What a judge's reply says in its last line that is nothing but A, B or tie, with or without "More helpful:" before it.
+    """What a judge's reply says in its last line that is nothing but A, B or tie, with or without
+    "More helpful:" before it.
 
     >>> verdict_of('Comparison: B is vague.\\nMore helpful: "A"'), verdict_of("Both are fine.")
     ('a', None)
@@ -84,7 +102,9 @@ def verdict_of(reply: str) -> Verdict | None:
 
 
 class Verdicts:
-    """The file of verdicts: a line each, added as they come. A line that was cut by a crash is passed over."""
+    """The file of verdicts: a line each, added as they come. A line that was cut by a crash is
+    passed over.
+    """
 
     def __init__(self, path: Path):
         self.path, self.known, self.lock = path, dict[str, Verdict](), threading.Lock()
@@ -96,7 +116,9 @@ class Verdicts:
                 if content and not content.endswith(b"\n"):
                     file.write(b"\n")
         except OSError as error:
-            raise UserError(f"--verdicts={path}: cannot be written ({error.strerror}); give another file") from None
+            raise UserError(
+                f"--verdicts={path}: cannot be written ({error.strerror}); give another file"
+            ) from None
         for line in content.splitlines():
             try:
                 row = json.loads(line)
@@ -113,7 +135,9 @@ class Verdicts:
                 file.write(line)
                 self.known[key] = verdict
         except OSError as error:
-            raise UserError(f"--verdicts={self.path}: cannot be written ({error.strerror}); give another file") from None
+            raise UserError(
+                f"--verdicts={self.path}: cannot be written ({error.strerror}); give another file"
+            ) from None
 
 
 class Endpoint(NamedTuple):
@@ -130,19 +154,30 @@ class Endpoint(NamedTuple):
     max_tokens: int = 512
 
     def key_of(self, comparison: Comparison) -> str:
-        """What a verdict is kept under. The order of the answers is part of it; where the model runs is not."""
-        return hashlib.sha256(json.dumps([self.model, self.template, *comparison]).encode()).hexdigest()
+        """What a verdict is kept under. The order of the answers is part of it; where the model
+        runs is not.
+        """
+        return hashlib.sha256(
+            json.dumps([self.model, self.template, *comparison]).encode()
+        ).hexdigest()
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict | None]:
-        """A verdict on each; None where the reply held none. The first is asked alone, so that a dead endpoint is known at once.
+        """A verdict on each; None where the reply held none. The first is asked alone, so that a
+        dead endpoint is known at once.
 
         Raises UserError, in one line; the verdicts that came before are kept.
         """
         new = {self.key_of(c): c for c in comparisons if self.key_of(c) not in self.verdicts.known}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         with (
-            httpx.Client(timeout=self.timeout, headers=headers, limits=httpx.Limits(max_connections=self.parallel)) as client,
-            tqdm(total=len(new), desc=f"asking {self.model}", unit="question", disable=quiet()) as progress,
+            httpx.Client(
+                timeout=self.timeout,
+                headers=headers,
+                limits=httpx.Limits(max_connections=self.parallel),
+            ) as client,
+            tqdm(
+                total=len(new), desc=f"asking {self.model}", unit="question", disable=quiet()
+            ) as progress,
         ):
             rest = iter(new.items())
             for key, comparison in rest:
@@ -151,7 +186,9 @@ class Endpoint(NamedTuple):
                 break
             pool = ThreadPoolExecutor(self.parallel)
             try:
-                for done in as_completed([pool.submit(self._ask, client, key, c, self.tries) for key, c in rest]):
+                for done in as_completed(
+                    [pool.submit(self._ask, client, key, c, self.tries) for key, c in rest]
+                ):
                     done.result()
                     progress.update()
             finally:
@@ -159,10 +196,16 @@ class Endpoint(NamedTuple):
         return [self.verdicts.known.get(self.key_of(c)) for c in comparisons]
 
     def _ask(self, client: httpx.Client, key: str, comparison: Comparison, tries: int) -> None:
-        """Ask until there is a reply, and keep its verdict, if it holds one. `tries`: when nobody answers; an overloaded server
-        is always given self.tries."""
+        """Ask until there is a reply, and keep its verdict, if it holds one. `tries`: when nobody
+        answers; an overloaded server is always given self.tries.
+        """
         question = [{"role": "user", "content": fill(self.template, comparison)}]
-        body = {"model": self.model, "messages": question, "temperature": 0, "max_tokens": self.max_tokens}
+        body = {
+            "model": self.model,
+            "messages": question,
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
         for attempt in range(1, self.tries + 1):
             wait = FIRST_WAIT * random.uniform(0.5, 1) * 2 ** (attempt - 1)
             try:
@@ -189,8 +232,10 @@ class Endpoint(NamedTuple):
                 time.sleep(min(wait, LONGEST_WAIT))
         problem = problem.replace(self.key, "<secret>") if self.key else problem
         n = len(self.verdicts.known)
-        raise UserError(f"--judge={self.url}: no answer from {self.model} ({problem}); check the server, --judge-model and "
-                        f"--key-env; verdicts that are kept in {self.verdicts.path}: {n}")  # fmt: skip
+        raise UserError(
+            f"--judge={self.url}: no answer from {self.model} ({problem}); check the server,"
+            f" --judge-model and --key-env; verdicts that are kept in {self.verdicts.path}: {n}"
+        )
 
 
 def _seconds(header: str | None, otherwise: float) -> float:
@@ -204,7 +249,12 @@ def key_from(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise UserError(f"--key-env={variable}: no such environment variable is set; export it, or leave the option out")
+        raise UserError(
+            f"--key-env={variable}: no such environment variable is set; export it, or leave the"
+            " option out"
+        )
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"--key-env={variable}: what it holds is no key; export one line of plain characters")
+        raise UserError(
+            f"--key-env={variable}: what it holds is no key; export one line of plain characters"
+        )
     return key

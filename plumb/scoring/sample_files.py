@@ -1,7 +1,9 @@
-"""Files of prompts and answers: what sample.py writes, and a few other forms; with scores, and split by them.
+"""Files of prompts and answers: what sample.py writes, and a few other forms; with scores, and
+split by them.
 
-A line holds {prompt, answers: [...]}, {prompt, response}, {instruction, (input,) output}, or {instruction, (input,) output_1,
-output_2}; a scored pair {prompt, chosen, rejected}. Beside answers stand their scores: `scores`, `score`, `output_1_score`.
+A line holds {prompt, answers: [...]}, {prompt, response}, {instruction, (input,) output}, or
+{instruction, (input,) output_1, output_2}; a scored pair {prompt, chosen, rejected}. Beside answers
+stand their scores: `scores`, `score`, `output_1_score`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from plumb.data.files import RawRow, Text, describe, read_file
 from plumb.data.formats import Row
 from plumb.errors import UserError
 
-FORMS = "{prompt, answers}, {prompt, response}, {instruction, output} or {instruction, output_1, output_2}"
+FORMS = (
+    "{prompt, answers}, {prompt, response}, {instruction, output} or {instruction, output_1,"
+    " output_2}"
+)
 
 
 class Answered(NamedTuple):
@@ -38,16 +43,26 @@ class Answered(NamedTuple):
         return json.dumps(self.prompt, ensure_ascii=False)
 
     def rows(self) -> list[Row]:
-        """An answer each, in the form that a run trains on: after messages, an answer is the assistant's."""
+        """An answer each, in the form that a run trains on: after messages, an answer is the
+        assistant's.
+        """
         if isinstance(self.prompt, str):
-            return [Row(self.prompt, [answer], [], answer, self.raw.source) for answer in self.answers]
-        turns: list[Text] = [[{"role": "assistant", "content": answer.strip()}] for answer in self.answers]
+            return [
+                Row(self.prompt, [answer], [], answer, self.raw.source) for answer in self.answers
+            ]
+        turns: list[Text] = [
+            [{"role": "assistant", "content": answer.strip()}] for answer in self.answers
+        ]
         return [Row(self.prompt, [turn], [], turn, self.raw.source) for turn in turns]
 
     def with_scores(self, scores: Sequence[float]) -> dict[str, Any]:
         """The line, and the answers' scores."""
         names = score_fields(self.raw)
-        return {**self.raw.fields} | ({names[0]: list(scores)} if names == ["scores"] else dict(zip(names, scores, strict=True)))
+        return {**self.raw.fields} | (
+            {names[0]: list(scores)}
+            if names == ["scores"]
+            else dict(zip(names, scores, strict=True))
+        )
 
 
 def score_fields(raw: RawRow) -> list[str]:
@@ -68,7 +83,10 @@ def _answered(raw: RawRow) -> Answered:
     if "answers" in raw.fields:
         answers = raw.fields["answers"]
         if not isinstance(answers, list) or not answers:
-            raise raw.error(f"field 'answers' is {describe(answers)}, not a list of answers", "write at least one")
+            raise raw.error(
+                f"field 'answers' is {describe(answers)}, not a list of answers",
+                "write at least one",
+            )
         texts = [raw.check_text(answer, f"answers[{i}]") for i, answer in enumerate(answers)]
     elif "output_1" in raw.fields:
         texts = [raw.text("output_1"), raw.text("output_2")]
@@ -80,8 +98,12 @@ def _answered(raw: RawRow) -> Answered:
 
 
 def _prompt(raw: RawRow) -> Text:
-    """An instruction, with a blank line and its input, is a user's turn, unless it was rendered already."""
-    field = "instruction" if "instruction" in raw.fields and "prompt" not in raw.fields else "prompt"
+    """An instruction, with a blank line and its input, is a user's turn, unless it was rendered
+    already.
+    """
+    field = (
+        "instruction" if "instruction" in raw.fields and "prompt" not in raw.fields else "prompt"
+    )
     text = raw.text_or_messages(field)
     if field == "prompt" or isinstance(text, list) or text.endswith("Assistant:"):
         return text
@@ -90,14 +112,19 @@ def _prompt(raw: RawRow) -> Text:
 
 
 class Ranked(NamedTuple):
-    """A scored line as a pair: what it is called in a data set, and by how much its better answer is ahead."""
+    """A scored line as a pair: what it is called in a data set, and by how much its better answer
+    is ahead.
+    """
 
-    row: dict[str, Any]  # prompt (or instruction and input), chosen, rejected, chosen_score, rejected_score, margin
+    row: dict[
+        str, Any
+    ]  # prompt (or instruction and input), chosen, rejected, chosen_score, rejected_score, margin
     margin: float
 
 
 def read_ranked(path: Path) -> Iterator[Ranked]:
-    """The better and the worse answer of each scored line; of more than two, the best and the worst. A margin of 0: they tie.
+    """The better and the worse answer of each scored line; of more than two, the best and the
+    worst. A margin of 0: they tie.
 
     Raises UserError for a line without scores, or with one answer.
     """
@@ -105,28 +132,47 @@ def read_ranked(path: Path) -> Iterator[Ranked]:
         raise UserError(f"{path}: no such file; give what score.py pairs or answers wrote")
     for raw in read_file(path):
         if "chosen" in raw.fields:
-            scores = [_score(raw, name, raw.value(name)) for name in ("chosen_score", "rejected_score")]
+            scores = [
+                _score(raw, name, raw.value(name)) for name in ("chosen_score", "rejected_score")
+            ]
             texts = [raw.text_or_messages(name) for name in ("chosen", "rejected")]
             prompt = {"prompt": raw.text_or_messages("prompt")}
         else:
             answered = _answered(raw)
-            given = raw.value("scores") if "answers" in raw.fields else [raw.value(name) for name in score_fields(raw)]
+            given = (
+                raw.value("scores")
+                if "answers" in raw.fields
+                else [raw.value(name) for name in score_fields(raw)]
+            )
             if not isinstance(given, list) or len(given) != len(answered.answers):
-                raise raw.error(f"field 'scores' is {describe(given)}", f"write {len(answered.answers)} numbers, one an answer")
+                raise raw.error(
+                    f"field 'scores' is {describe(given)}",
+                    f"write {len(answered.answers)} numbers, one an answer",
+                )
             scores = [_score(raw, f"scores[{i}]", score) for i, score in enumerate(given)]
             if len(scores) < 2:
                 raise raw.error("one answer, and a pair takes two", "sample two or more")
             prompt = {"prompt": answered.prompt}
-            as_it_stands = isinstance(answered.prompt, str)  # else as it was scored: what is around it is the template's
+            as_it_stands = isinstance(
+                answered.prompt, str
+            )  # else as it was scored: what is around it is the template's
             texts = [text if as_it_stands else text.strip() for text in answered.answers]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         margin = scores[best] - scores[worst]
-        row = prompt | {"chosen": texts[best], "rejected": texts[worst], "chosen_score": scores[best],
-                        "rejected_score": scores[worst], "margin": margin}  # fmt: skip
+        row = prompt | {
+            "chosen": texts[best],
+            "rejected": texts[worst],
+            "chosen_score": scores[best],
+            "rejected_score": scores[worst],
+            "margin": margin,
+        }
         yield Ranked(row, margin)
 
 
 def _score(raw: RawRow, field: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise raw.error(f"field '{field}' is {describe(value)}, not a finite number", "score the file with score.py")
+        raise raw.error(
+            f"field '{field}' is {describe(value)}, not a finite number",
+            "score the file with score.py",
+        )
     return float(value)

@@ -1,6 +1,8 @@
-"""What gives answers scores: a reward model, a policy beside its reference, or any sequence-classification model.
+"""What gives answers scores: a reward model, a policy beside its reference, or any
+sequence-classification model.
 
-Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch (see batching/layout.py).
+Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch (see
+batching/layout.py).
 """
 
 from __future__ import annotations
@@ -22,13 +24,28 @@ from plumb.batching.microbatches import Packing
 from plumb.console import quiet, rank0_print
 from plumb.data.formats import Row
 from plumb.data.registry import DataSet
-from plumb.data.tokenization import Example, TextRules, automatic_bos, encode, own_template, template_text, truncate
+from plumb.data.tokenization import (
+    Example,
+    TextRules,
+    automatic_bos,
+    encode,
+    own_template,
+    template_text,
+    truncate,
+)
 from plumb.distributed.device import pick_device
 from plumb.errors import UserError
 from plumb.models.find import Found, Opened, check_device, find_model, open_model, start_of
 from plumb.models.forward_path import Way
 from plumb.models.layout_probe import Precision, choose_way, ordinary_ids
-from plumb.models.load import check_positions, check_vocabulary, has_scalar_head, load_classifier, load_config, load_tokenizer
+from plumb.models.load import (
+    check_positions,
+    check_vocabulary,
+    has_scalar_head,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+)
 from plumb.models.logps import response_logps, response_scores
 from plumb.paths import CONFIG
 
@@ -44,66 +61,101 @@ class Scored(NamedTuple):
 
 class Scorer(Protocol):
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
-        """Rows with one pair each, or one SFT target each. `keep`: which end of a long prompt survives."""
+        """Rows with one pair each, or one SFT target each. `keep`: which end of a long prompt
+        survives.
+        """
         ...
 
 
 def load_scorer(
-    found: Found, config: DictConfig, reference: str | None = None, beta: float | None = None, *, device: str | None = None,
+    found: Found,
+    config: DictConfig,
+    reference: str | None = None,
+    beta: float | None = None,
+    *,
+    device: str | None = None,
     budget: int = 8192,
-) -> Scorer:  # fmt: skip
-    """`config`: see knobs_of; `reference` and `beta`: of an implicit reward, in place of what its run says; `budget`: tokens of a
-    microbatch. Raises UserError for what is no scorer, and for options that it has no use for, before weights are read.
+) -> Scorer:
+    """`config`: see knobs_of; `reference` and `beta`: of an implicit reward, in place of what its
+    run says; `budget`: tokens of a microbatch. Raises UserError for what is no scorer, and for
+    options that it has no use for, before weights are read.
     """
     if found.scalar:
         for option, value in (("reference", reference), ("beta", beta)):
             if value is not None:
-                raise UserError(f"--{option}={value}: {found.name} is a reward model, which needs none; leave it out")
+                raise UserError(
+                    f"--{option}={value}: {found.name} is a reward model, which needs none; leave"
+                    " it out"
+                )
         if found.archive is None and not has_scalar_head(found.config):
             return Classifier(found, config, device, budget)
         return Causal(config, budget, open_model(found, device))
     loss = found.config.get("loss") or {}
     beta = loss.get("beta") if beta is None else beta
     if beta is None:
-        raise UserError(f"{found.name}: neither a reward model nor a run whose loss has a beta; give a reward model, or --beta "
-                        "and --reference MODEL for the implicit reward beta * log(policy / reference)")  # fmt: skip
+        raise UserError(
+            f"{found.name}: neither a reward model nor a run whose loss has a beta; give a reward"
+            " model, or --beta and --reference MODEL for the implicit reward beta * log(policy /"
+            " reference)"
+        )
     if not 0 < beta < float("inf"):
-        raise UserError(f"--beta={beta}: must be above 0, and finite; a reward is beta * log(policy / reference)")
+        raise UserError(
+            f"--beta={beta}: must be above 0, and finite; a reward is beta * log(policy /"
+            " reference)"
+        )
     origin: Found | None = None
     if reference is not None:
         base = found.config.model.name_or_path if reference.endswith(".pt") else None
         origin = find_model(reference, base, dtype=found.config.model.policy_dtype)
         if origin.scalar:
-            raise UserError(f"--reference={reference}: a reward model has no log-probabilities; give a policy")
+            raise UserError(
+                f"--reference={reference}: a reward model has no log-probabilities; give a policy"
+            )
     elif not loss.get("reference_free"):
         origin = found._replace(config=start_of(found))
     policy, start = open_model(found, device), origin and open_model(origin, device)
     if start is not None:
-        probe = [o.tokenizer("Where is the 3rd house?", add_special_tokens=False)["input_ids"] for o in (policy, start)]
+        probe = [
+            o.tokenizer("Where is the 3rd house?", add_special_tokens=False)["input_ids"]
+            for o in (policy, start)
+        ]
         if probe[0] != probe[1]:
-            raise UserError(f"--reference={reference}: its tokenizer makes other tokens of a text than that of {found.name}; "
-                            "give the model that it was trained from")  # fmt: skip
+            raise UserError(
+                f"--reference={reference}: its tokenizer makes other tokens of a text than that of"
+                f" {found.name}; give the model that it was trained from"
+            )
     return Causal(config, budget, policy, start, beta)
 
 
 def knobs_of(found: Found, given: dict[str, Any]) -> DictConfig:
     """config.yaml's defaults, under what the model's run says, under what is given and not None."""
     config = cast(DictConfig, OmegaConf.load(CONFIG / "config.yaml"))
-    config = cast(DictConfig, OmegaConf.merge(config, found.config, {k: v for k, v in given.items() if v is not None}))
+    config = cast(
+        DictConfig,
+        OmegaConf.merge(config, found.config, {k: v for k, v in given.items() if v is not None}),
+    )
     if not 0 < config.max_prompt_length < config.max_length:
-        raise UserError(f"--max-prompt-length={config.max_prompt_length}: must be at least 1 and below max_length "
-                        f"({config.max_length}); give both")  # fmt: skip
+        raise UserError(
+            f"--max-prompt-length={config.max_prompt_length}: must be at least 1 and below"
+            f" max_length ({config.max_length}); give both"
+        )
     return config
 
 
 class Causal:
-    """A causal LM with a scalar head; or, with `beta`, a policy: beta * log(policy / reference), the reward that DPO implies.
+    """A causal LM with a scalar head; or, with `beta`, a policy: beta * log(policy / reference),
+    the reward that DPO implies.
 
     Tokens, truncation, BOS and EOS are those of training.
     """
 
     def __init__(
-        self, config: DictConfig, budget: int, policy: Opened, reference: Opened | None = None, beta: float | None = None
+        self,
+        config: DictConfig,
+        budget: int,
+        policy: Opened,
+        reference: Opened | None = None,
+        beta: float | None = None,
     ):
         self.config, self.budget, self.beta = config, budget, beta
         self.model, self.tokenizer = policy.model, policy.tokenizer
@@ -117,7 +169,9 @@ class Causal:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
-        """Of at least one row; see Scorer. Raises UserError for a score that is not finite, and for unknown tokens."""
+        """Of at least one row; see Scorer. Raises UserError for a score that is not finite, and for
+        unknown tokens.
+        """
         examples, cut = encoded(rows, self.tokenizer, self.config, keep)
         highest = max(int(x.max(initial=0)) for e in examples for x in (e.prompt, *e.responses))
         for model in (self.model, self.reference):
@@ -125,7 +179,13 @@ class Causal:
                 check_vocabulary(model, self.tokenizer, highest, self.name, examples)
         n, way = len(examples), self._way()
         scores = np.empty((n, len(examples[0].responses)))
-        packing = Packing(way.packed, self.budget, 1, cast(int, self.tokenizer.pad_token_id), 2 * self.config.max_length)
+        packing = Packing(
+            way.packed,
+            self.budget,
+            1,
+            cast(int, self.tokenizer.pad_token_id),
+            2 * self.config.max_length,
+        )
         feed = Feed(examples, packing, rank=0)
         with tqdm(total=n, desc="scoring", unit="row", disable=quiet()) as progress:
             for start in range(0, n, 256):
@@ -136,7 +196,9 @@ class Causal:
                     progress.update(len(where))
         _check_finite(scores, rows, self.name)
         tokens = np.array([[len(r) for r in e.responses] for e in examples]).reshape(scores.shape)
-        same = np.array([all(np.array_equal(e.responses[0], r) for r in e.responses) for e in examples], bool)
+        same = np.array(
+            [all(np.array_equal(e.responses[0], r) for r in e.responses) for e in examples], bool
+        )
         return Scored(scores, tokens, cut, same)
 
     def _way(self) -> Way:
@@ -168,12 +230,22 @@ class Encoded(NamedTuple):
     cut: np.ndarray  # [n] bool
 
 
-def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DictConfig, keep: str) -> Encoded:
+def encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DictConfig, keep: str
+) -> Encoded:
     """Rows as a run trains on them, in memory."""
-    rules = TextRules(config.max_length, config.max_prompt_length, config.response_truncation, config.add_bos, config.eos_in_text)
+    rules = TextRules(
+        config.max_length,
+        config.max_prompt_length,
+        config.response_truncation,
+        config.add_bos,
+        config.eos_in_text,
+    )
     bos = [b for b in [automatic_bos(tokenizer) if config.add_bos else None] if b is not None]
     examples, cuts = list[Example](), [np.empty(0, bool)]
-    template = template_text(config.chat_template, f"--chat-template={config.chat_template}", tokenizer)
+    template = template_text(
+        config.chat_template, f"--chat-template={config.chat_template}", tokenizer
+    )
     for chunk in encode(DataSet("rows", 0.0, iter(rows), len(rows)), tokenizer, rules, template):
         texts = np.split(np.array(chunk.ids, np.int32), np.cumsum(chunk.lengths)[:-1])
         items = np.array(chunk.pairs or chunk.targets)  # [rows, 1 + k]
@@ -184,16 +256,26 @@ def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Dic
         cuts.append((after < before).any(1))
         for (prompt, *responses), (n_prompt, *n) in zip(items, after, strict=True):
             room = n_prompt - len(bos)
-            ids = texts[prompt][len(texts[prompt]) - room :] if keep == "keep_end" else texts[prompt][:room]
+            ids = (
+                texts[prompt][len(texts[prompt]) - room :]
+                if keep == "keep_end"
+                else texts[prompt][:room]
+            )
             cut = tuple(texts[r][:length] for r, length in zip(responses, n, strict=True))
-            examples.append(Example(np.concatenate([np.array(bos, np.int32), ids]), cut, rows[len(examples)].source))
+            examples.append(
+                Example(
+                    np.concatenate([np.array(bos, np.int32), ids]), cut, rows[len(examples)].source
+                )
+            )
     return Encoded(examples, np.concatenate(cuts))
 
 
 class Classifier:
-    """Any sequence-classification model with one label, also an encoder: its own tokenizer, its own forward pass.
+    """Any sequence-classification model with one label, also an encoder: its own tokenizer, its own
+    forward pass.
 
-    Text that is too long loses its start. Where padding could be taken for text (no PAD of its own), a batch is one text.
+    Text that is too long loses its start. Where padding could be taken for text (no PAD of its
+    own), a batch is one text.
     """
 
     def __init__(self, found: Found, config: DictConfig, device: str | None, budget: int):
@@ -201,14 +283,19 @@ class Classifier:
         found.config.device = device
         labels = load_config(found.config).num_labels
         if labels != 1:
-            raise UserError(f"{found.name}: has num_labels={labels}; a score takes a model with one label")
+            raise UserError(
+                f"{found.name}: has num_labels={labels}; a score takes a model with one label"
+            )
         self.config, self.name, self.tokenizer = config, found.name, load_tokenizer(found.config)
         self.model = load_classifier(found.config).to(pick_device(found.config)).eval()  # type: ignore[arg-type]
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.alone = pad is None or pad == eos or pad != self.model.config.pad_token_id
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         positions = getattr(self.model.config, "max_position_embeddings", None) or config.max_length
-        self.longest, self.budget = min(config.max_length, self.tokenizer.model_max_length, positions), budget
+        self.longest, self.budget = (
+            min(config.max_length, self.tokenizer.model_max_length, positions),
+            budget,
+        )
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
@@ -219,51 +306,85 @@ class Classifier:
         for i, text in enumerate(texts):
             full = self.tokenizer(text, verbose=False)["input_ids"]
             cut[i] = len(full) > self.longest
-            ids.append(self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"] if cut[i] else full)
+            ids.append(
+                self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
+                if cut[i]
+                else full
+            )
         scores = np.empty(len(texts))
         with tqdm(total=len(texts), desc="scoring", unit="text", disable=quiet()) as progress:
             for part in self._batches(np.array([len(x) for x in ids])):
-                batch = self.tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt")
+                batch = self.tokenizer.pad(
+                    {"input_ids": [ids[i] for i in part]}, return_tensors="pt"
+                )
                 logits = self.model(**batch.to(self.model.device)).logits  # [B, 1]
                 scores[part] = logits[:, 0].double().cpu().numpy()
                 progress.update(len(part))
         table = scores.reshape(-1, k)
         _check_finite(table, rows, self.name)
-        tokens = [len(self.tokenizer(as_text(r), add_special_tokens=False)["input_ids"]) for row in rows for r in row.responses]
-        same = np.array([all(ids[i] == ids[j] for j in range(i, i + k)) for i in range(0, len(ids), k)], bool)
-        return Scored(table, np.array(tokens, np.int64).reshape(-1, k), np.any(cut.reshape(-1, k), axis=1), same)
+        tokens = [
+            len(self.tokenizer(as_text(r), add_special_tokens=False)["input_ids"])
+            for row in rows
+            for r in row.responses
+        ]
+        same = np.array(
+            [all(ids[i] == ids[j] for j in range(i, i + k)) for i in range(0, len(ids), k)], bool
+        )
+        return Scored(
+            table,
+            np.array(tokens, np.int64).reshape(-1, k),
+            np.any(cut.reshape(-1, k), axis=1),
+            same,
+        )
 
     def _batches(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Texts of like length together, within the budget."""
         batches: list[list[int]] = []
         for i in np.argsort(-lengths, kind="stable").tolist():
-            if batches and not self.alone and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self.budget:
+            if (
+                batches
+                and not self.alone
+                and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self.budget
+            ):
                 batches[-1].append(i)
             else:
                 batches.append([i])
         return [np.array(part) for part in batches]
 
     def _text(self, row: Row, response: Any) -> str:
-        """Prompt and response as one text; BOS, which the tokenizer is about to add, is taken from what a chat template wrote."""
+        """Prompt and response as one text; BOS, which the tokenizer is about to add, is taken from
+        what a chat template wrote.
+        """
         if isinstance(row.prompt, str):
             return row.prompt + as_text(response)
         named = self.config.chat_template
-        template = template_text(named, f"--chat-template={named}", self.tokenizer) or own_template(self.tokenizer)
+        template = template_text(named, f"--chat-template={named}", self.tokenizer) or own_template(
+            self.tokenizer
+        )
         turns = [*row.prompt, *response]
         try:
-            text = str(self.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
+            text = str(
+                self.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+            )
         except Exception as error:  # jinja2's, and the template's own
-            raise UserError(f"{row.source}: the chat template refuses this conversation: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"{row.source}: the chat template refuses this conversation:"
+                f" {str(error).splitlines()[0]}"
+            ) from None
         bos = self.tokenizer.bos_token
         return text.removeprefix(bos) if bos and automatic_bos(self.tokenizer) is not None else text
 
 
 def as_text(response: Any) -> str:
-    return response if isinstance(response, str) else "\n".join(turn["content"] for turn in response)
+    return (
+        response if isinstance(response, str) else "\n".join(turn["content"] for turn in response)
+    )
 
 
 def _check_finite(scores: np.ndarray, rows: Sequence[Row], name: str) -> None:
     bad = ~np.isfinite(scores).all(1)
     if bad.any():
-        raise UserError(f"{name}: {rows[int(bad.argmax())].source} is given {scores[bad][0].tolist()}; is the model damaged, or "
-                        "--dtype too coarse?")  # fmt: skip
+        raise UserError(
+            f"{name}: {rows[int(bad.argmax())].source} is given {scores[bad][0].tolist()}; is the"
+            " model damaged, or --dtype too coarse?"
+        )

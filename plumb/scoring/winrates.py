@@ -29,9 +29,13 @@ class Duel(NamedTuple):
 class Judged(NamedTuple):
     """What a judge said of n duels."""
 
-    points: np.ndarray  # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
+    points: (
+        np.ndarray
+    )  # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
     details: list[dict[str, Any]]  # [n] what else it said, for the file
-    swayed: np.ndarray | None = None  # [n] bool: the verdict hung on the order of the answers; None: it sees one at a time
+    swayed: np.ndarray | None = (
+        None  # [n] bool: the verdict hung on the order of the answers; None: it sees one at a time
+    )
 
 
 class WinRate(NamedTuple):
@@ -49,9 +53,11 @@ class WinRate(NamedTuple):
 
 
 def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answers], str]:
-    """Whose answers the files hold, by the lines' `model` or else the file's name. -> (policy -> answers, the baseline's name)
+    """Whose answers the files hold, by the lines' `model` or else the file's name. -> (policy ->
+    answers, the baseline's name)
 
-    `baseline` is one of the models, or a file. Raises UserError where it is neither, or nobody is left to compare with it.
+    `baseline` is one of the models, or a file. Raises UserError where it is neither, or nobody is
+    left to compare with it.
     """
     path = Path(baseline)
     is_file = path.is_file() and path.suffix != ".pt"  # a policy.pt is a model's name
@@ -61,13 +67,22 @@ def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answe
             found.setdefault((line.model, file), defaultdict(list))[line.key].append(line)
     models = [model for model, _ in found]
     names = {key: key[0] if models.count(key[0]) == 1 else f"{key[0]} ({key[1]})" for key in found}
-    chosen = [name for key, name in names.items() if (key[1] == path if is_file else baseline in (key[0], name))]
+    chosen = [
+        name
+        for key, name in names.items()
+        if (key[1] == path if is_file else baseline in (key[0], name))
+    ]
     if len(chosen) != 1:
         known = ", ".join(names.values())
-        raise UserError(f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) fit; give one of them, or a "
-                        "file with one model's answers")  # fmt: skip
+        raise UserError(
+            f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) fit; give one"
+            " of them, or a file with one model's answers"
+        )
     if len(names) < 2:
-        raise UserError(f"--baseline={baseline}: the files hold nobody else's answers; give samples of another model, too")
+        raise UserError(
+            f"--baseline={baseline}: the files hold nobody else's answers; give samples of another"
+            " model, too"
+        )
     return {names[key]: answers for key, answers in found.items()}, chosen[0]
 
 
@@ -75,33 +90,56 @@ def duels(policy: Answers, baseline: Answers) -> list[Duel]:
     """The i-th answer to a prompt against the i-th; what has no counterpart is left out."""
     found = []
     for key in policy.keys() & baseline.keys():
-        mine, theirs = ([(line, answer) for line in side[key] for answer in line.answers] for side in (policy, baseline))
-        found += [Duel(line, answer, other) for (line, answer), (_, other) in zip(mine, theirs, strict=False)]
+        mine, theirs = (
+            [(line, answer) for line in side[key] for answer in line.answers]
+            for side in (policy, baseline)
+        )
+        found += [
+            Duel(line, answer, other)
+            for (line, answer), (_, other) in zip(mine, theirs, strict=False)
+        ]
     return sorted(found, key=lambda duel: (duel.asked.raw.file, duel.asked.raw.number))
 
 
-def by_points(some: Sequence[Duel], points_of: Callable[[Sequence[Answered]], Sequence[float]]) -> Judged:
-    """A judge that sees one answer at a time: more points win. Each different answer to a prompt is asked about once;
-    after messages, what is around it is the template's."""
+def by_points(
+    some: Sequence[Duel], points_of: Callable[[Sequence[Answered]], Sequence[float]]
+) -> Judged:
+    """A judge that sees one answer at a time: more points win. Each different answer to a prompt is
+    asked about once; after messages, what is around it is the template's.
+    """
     read = lambda duel, text: text if isinstance(duel.asked.prompt, str) else text.strip()
     texts = ((duel, read(duel, text)) for duel in some for text in (duel.answer, duel.baseline))
     answers = {(duel.asked.key, text): duel.asked._replace(answers=[text]) for duel, text in texts}
     points = dict(zip(answers, points_of(list(answers.values())), strict=True))
-    pairs = [[points[duel.asked.key, read(duel, text)] for text in (duel.answer, duel.baseline)] for duel in some]
+    pairs = [
+        [points[duel.asked.key, read(duel, text)] for text in (duel.answer, duel.baseline)]
+        for duel in some
+    ]
     details = [{"score": float(mine), "baseline_score": float(theirs)} for mine, theirs in pairs]
-    return Judged(np.array([(mine > theirs) + (mine == theirs) / 2 for mine, theirs in pairs]), details)
+    return Judged(
+        np.array([(mine > theirs) + (mine == theirs) / 2 for mine, theirs in pairs]), details
+    )
 
 
 def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
-    """A judge that sees both answers, asked in both orders: a verdict counts where they agree, and is a tie where they don't.
-    Of two equal answers it is not asked."""
+    """A judge that sees both answers, asked in both orders: a verdict counts where they agree, and
+    is a tie where they don't. Of two equal answers it is not asked.
+    """
     asked = [i for i, duel in enumerate(some) if duel.answer.strip() != duel.baseline.strip()]
     orders = []
     for i in asked:
-        question, mine, theirs = question_of(some[i].asked.prompt), some[i].answer.strip(), some[i].baseline.strip()
+        question, mine, theirs = (
+            question_of(some[i].asked.prompt),
+            some[i].answer.strip(),
+            some[i].baseline.strip(),
+        )
         orders += [Comparison(question, mine, theirs), Comparison(question, theirs, mine)]
     verdicts = endpoint.judge(orders)
-    points, swayed, details = np.full(len(some), 0.5), np.zeros(len(some), bool), [dict[str, Any]() for _ in some]
+    points, swayed, details = (
+        np.full(len(some), 0.5),
+        np.zeros(len(some), bool),
+        [dict[str, Any]() for _ in some],
+    )
     value: dict[Verdict | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0, None: np.nan}
     for i, first, second in zip(asked, verdicts[::2], verdicts[1::2], strict=True):
         both = value[first], 1 - value[second]
@@ -112,7 +150,8 @@ def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
 
 
 def question_of(prompt: Text) -> str:
-    """A prompt as a judge is shown it: a single question by itself, a dialogue with its speakers, a post without "TL;DR:".
+    """A prompt as a judge is shown it: a single question by itself, a dialogue with its speakers, a
+    post without "TL;DR:".
 
     >>> question_of("\\n\\nHuman: Why?\\n\\nAssistant:"), question_of("POST: I ran.\\nTL;DR:")
     ('Why?', 'POST: I ran.')
@@ -121,7 +160,11 @@ def question_of(prompt: Text) -> str:
         speakers = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
         prompt = "".join(speakers[turn["role"]] + turn["content"] for turn in prompt)
     text = prompt.strip().removesuffix("TL;DR:").removesuffix("Assistant:").strip()
-    return text.removeprefix("Human:").strip() if text.count("Human:") == 1 and "Assistant:" not in text else text
+    return (
+        text.removeprefix("Human:").strip()
+        if text.count("Human:") == 1 and "Assistant:" not in text
+        else text
+    )
 
 
 def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> WinRate:
@@ -130,5 +173,14 @@ def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> Wi
     points, prompts = judged.points[said], np.array([duel.asked.key for duel in some])[said]
     wins, ties, losses = (int((points == value).sum()) for value in (1, 0.5, 0))
     swayed = None if judged.swayed is None or not said.any() else float(judged.swayed[said].mean())
-    return WinRate(policy, len(points), len(np.unique(prompts)), wins, ties, losses, bootstrap(points, prompts, seed),
-                   int((~said).sum()), swayed)  # fmt: skip
+    return WinRate(
+        policy,
+        len(points),
+        len(np.unique(prompts)),
+        wins,
+        ties,
+        losses,
+        bootstrap(points, prompts, seed),
+        int((~said).sum()),
+        swayed,
+    )

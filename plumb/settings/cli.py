@@ -1,4 +1,6 @@
-"""What the small commands beside train.py share: options and errors in one line, and files that are whole or not there."""
+"""What the small commands beside train.py share: options and errors in one line, and files that are
+whole or not there.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line like all others; abbreviated options are refused."""
 
     def __init__(self, description: str, **options: Any):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **options)
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=_Help, **options
+        )
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         """Options may stand between positional arguments."""
@@ -32,11 +36,15 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return (
+            action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        )
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> NoReturn:
-    """The command: parse, call, and say what the user can cause in one line. Exits with 0, the error's code, or 130."""
+    """The command: parse, call, and say what the user can cause in one line. Exits with 0, the
+    error's code, or 130.
+    """
     code = 0
     try:
         main(parser.parse_args())
@@ -50,7 +58,10 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # of a name or a disk that no command foresaw
-        print(f"error: {said(error.filename or 'a file')}: {error.strerror or said(error)}", file=sys.stderr)
+        print(
+            f"error: {said(error.filename or 'a file')}: {error.strerror or said(error)}",
+            file=sys.stderr,
+        )
         code = UserError.exit_code
     sys.exit(code)
 

@@ -1,7 +1,8 @@
 """What may be said to Hydra, on the command line and in YAML files. Looked at before Hydra is.
 
-Hydra imports and calls what its own settings name (callbacks, launchers, search paths), and reads pickles of earlier jobs.
-None of that is needed to train, so none is let through: a config holds values, and the schema in settings/validation.py says which.
+Hydra imports and calls what its own settings name (callbacks, launchers, search paths), and reads
+pickles of earlier jobs. None of that is needed to train, so none is let through: a config holds
+values, and the schema in settings/validation.py says which.
 """
 
 from __future__ import annotations
@@ -20,25 +21,42 @@ from plumb.runs.safe_yaml import ADVICE, HYDRA_KNOBS, MAX_FILES, check_config_fi
 
 
 def check_command_line(arguments: Sequence[str], script: Path) -> None:
-    """Raise UserError for what would make Hydra do more than compose values, or read a config that does."""
+    """Raise UserError for what would make Hydra do more than compose values, or read a config that
+    does.
+    """
     parser = get_args_parser()  # Hydra's own: it takes --config-d for --config-dir, too
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; train.py takes knob=value, and flags such as -m before or behind them all")
+        raise UserError(
+            f"{message}; train.py takes knob=value, and flags such as -m before or behind them all"
+        )
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage
     given = parser.parse_args(list(arguments))
     if given.experimental_rerun:
-        refuse(f"--experimental-rerun={given.experimental_rerun}: reads a pickle, which could run code")
+        refuse(
+            f"--experimental-rerun={given.experimental_rerun}: reads a pickle, which could run code"
+        )
     for flag, value in (("--config-path", given.config_path), ("--config-name", given.config_name)):
-        if value and ("://" in value or (flag == "--config-name" and (".." in value or value.startswith("/")))):
-            refuse(f"{flag}={value}: expected {'a folder' if flag == '--config-path' else 'a name in the config folder'}")
-    folders = [script.parent / (given.config_path or "config"), *([Path(given.config_dir)] if given.config_dir else [])]
+        if value and (
+            "://" in value or (flag == "--config-name" and (".." in value or value.startswith("/")))
+        ):
+            refuse(
+                f"{flag}={value}: expected"
+                f" {'a folder' if flag == '--config-path' else 'a name in the config folder'}"
+            )
+    folders = [
+        script.parent / (given.config_path or "config"),
+        *([Path(given.config_dir)] if given.config_dir else []),
+    ]
     groups = {group for folder in folders for group in check_config_folder(folder)}
     for override in OverridesParser.create().parse_overrides(given.overrides):
         line, key = override.input_line or "", override.key_or_group
         if _is_hydras(key, override.package) and key not in HYDRA_KNOBS:
-            raise UserError(f"{line}: Hydra's own settings are not taken, but {', '.join(sorted(HYDRA_KNOBS))}; {ADVICE}")
+            raise UserError(
+                f"{line}: Hydra's own settings are not taken, but {', '.join(sorted(HYDRA_KNOBS))};"
+                f" {ADVICE}"
+            )
         if re.search(r"(?<!\w)_target_(?!\w)", line):
             raise UserError(f"{line}: '_target_' is not taken; {ADVICE}")
         if (key in groups or "/" in key) and re.search(r"\.\.|\$", line):
@@ -51,13 +69,20 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     >>> spelled_out(["data_split=5,0,5", "stage=sft"])
     ["data_split='5,0,5'", 'stage=sft']
     """
-    return [re.sub(r"^data_split=([\d.]+(?:,[\d.]+)+)$", r"data_split='\1'", argument) for argument in arguments]
+    return [
+        re.sub(r"^data_split=([\d.]+(?:,[\d.]+)+)$", r"data_split='\1'", argument)
+        for argument in arguments
+    ]
 
 
 def no_environment(*names: str) -> NoReturn:
-    """In place of OmegaConf's ${oc.env:NAME}: configs are logged, and the environment holds keys and passwords."""
-    raise UserError(f"${{oc.env:{','.join(map(str, names))}}}: configs are logged, so nothing is read from the environment; "
-                    "write the value out, or have the shell put it in")  # fmt: skip
+    """In place of OmegaConf's ${oc.env:NAME}: configs are logged, and the environment holds keys
+    and passwords.
+    """
+    raise UserError(
+        f"${{oc.env:{','.join(map(str, names))}}}: configs are logged, so nothing is read from the"
+        " environment; write the value out, or have the shell put it in"
+    )
 
 
 def _is_hydras(key: str, package: str | None) -> bool:
@@ -72,7 +97,10 @@ def check_config_folder(folder: Path) -> set[str]:
         groups |= {str((Path(here) / name).relative_to(folder)) for name in subfolders}
         files += [Path(here) / name for name in sorted(names) if name.endswith((".yaml", ".yml"))]
         if len(files) + len(groups) > MAX_FILES:
-            raise UserError(f"{folder}: holds more than {MAX_FILES} files and folders; give a folder of configs alone")
+            raise UserError(
+                f"{folder}: holds more than {MAX_FILES} files and folders; give a folder of configs"
+                " alone"
+            )
     if "hydra" in groups:
         raise UserError(f"{folder}/hydra: Hydra's own groups are not taken; {ADVICE}")
     for file in files:

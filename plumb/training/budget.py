@@ -1,6 +1,8 @@
-"""What a step costs, in operations and in bytes: for the MFU, the default token budget of a microbatch, and plan=true.
+"""What a step costs, in operations and in bytes: for the MFU, the default token budget of a
+microbatch, and plan=true.
 
-Symbols: N parameters of the body (neither embeddings nor head), V vocabulary, d hidden size, L layers, q = heads * head size.
+Symbols: N parameters of the body (neither embeddings nor head), V vocabulary, d hidden size, L
+layers, q = heads * head size.
 """
 
 from __future__ import annotations
@@ -18,10 +20,17 @@ from plumb.data.examples import Lengths
 
 # Dense 16-bit operations per second of a card, by its whole name, from its data sheet.
 PEAK = {
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A10": 125e12, "NVIDIA GeForce RTX 4090": 165e12,
-}  # fmt: skip
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
 
 
 class Card(NamedTuple):
@@ -33,10 +42,14 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "H100": Card(80, 989e12, 67e12), "H200": Card(141, 989e12, 67e12), "A100": Card(80, 312e12, 19.5e12),
-    "A100-40GB": Card(40, 312e12, 19.5e12), "L40S": Card(48, 362e12, 91.6e12), "A10": Card(24, 125e12, 31.2e12),
+    "H100": Card(80, 989e12, 67e12),
+    "H200": Card(141, 989e12, 67e12),
+    "A100": Card(80, 312e12, 19.5e12),
+    "A100-40GB": Card(40, 312e12, 19.5e12),
+    "L40S": Card(48, 362e12, 91.6e12),
+    "A10": Card(24, 125e12, 31.2e12),
     "RTX4090": Card(24, 165e12, 82.6e12),
-}  # fmt: skip
+}
 
 
 class Cost(NamedTuple):
@@ -47,23 +60,35 @@ class Cost(NamedTuple):
     attention: int  # q * L
 
     def forward(self, lengths: Lengths) -> float:
-        """2 N T + 2 V d H + 4 q L A: T tokens, each prompt's once; H response tokens; A pairs of a query and a key it sees."""
+        """2 N T + 2 V d H + 4 q L A: T tokens, each prompt's once; H response tokens; A pairs of a
+        query and a key it sees.
+        """
         p, c = lengths.prompts.astype(float), lengths.responses.astype(float)
         pairs = (p * p / 2 * lengths.roots + p * c + c * c / 2).sum()
-        return float(2 * self.body * lengths.tokens().sum() + 2 * self.head * c.sum() + 4 * self.attention * pairs)
+        return float(
+            2 * self.body * lengths.tokens().sum()
+            + 2 * self.head * c.sum()
+            + 4 * self.attention * pairs
+        )
 
 
 def cost_of(model: Any) -> Cost:
     """From a causal language model of transformers that is not sharded yet."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    n = sum(p.numel() for p in model.parameters()) - embedding.numel() - (head.numel() if head is not embedding else 0)
+    n = (
+        sum(p.numel() for p in model.parameters())
+        - embedding.numel()
+        - (head.numel() if head is not embedding else 0)
+    )
     return Cost(n, head.numel(), attention_width(model.config.get_text_config()))
 
 
 def attention_width(spec: Any) -> int:
-    """Heads * head size, summed over the layers, of which each may have its own; 0 for one without heads (state-space).
+    """Heads * head size, summed over the layers, of which each may have its own; 0 for one without
+    heads (state-space).
 
-    What a config does not give as a whole number counts as absent, for an estimate must not end a run.
+    What a config does not give as a whole number counts as absent, for an estimate must not end a
+    run.
     """
     apart = list(spec.per_layer_config) if getattr(spec, "is_heterogeneous", False) else []
     return sum(map(_width, apart)) or _width(spec) * _number(spec, "num_hidden_layers")
@@ -75,7 +100,9 @@ def _width(layer: Any) -> int:
 
 
 def _number(spec: Any, name: str) -> int:
-    """An entry of a transformers config, or 0. It may be absent, a list, or raise, where layers differ."""
+    """An entry of a transformers config, or 0. It may be absent, a list, or raise, where layers
+    differ.
+    """
     try:
         value = getattr(spec, name, None)
     except Exception:
@@ -84,9 +111,10 @@ def _number(spec: Any, name: str) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second that MFU is a share of: a known GPU's data sheet for 16-bit types, else the best of some matrix
-    products on this GPU, in this type: about 0.1 s. None for a CPU, which has no such number: what other processes, its clock and
-    its memory leave of it differs by a factor of two from one second to the next.
+    """Operations per second that MFU is a share of: a known GPU's data sheet for 16-bit types, else
+    the best of some matrix products on this GPU, in this type: about 0.1 s. None for a CPU, which
+    has no such number: what other processes, its clock and its memory leave of it differs by a
+    factor of two from one second to the next.
     """
     if device.type != "cuda":
         return None
@@ -104,7 +132,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def memory_at_hand(device: torch.device) -> int:
     """Bytes that are free now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -117,13 +149,16 @@ def trained_bytes(policy: nn.Module) -> int:
 
 
 def short_for_reference(weights: float, trained: float, memory: float) -> bool:
-    """Would a second model take a quarter of the memory that the policy's training leaves? In bytes of one process."""
+    """Would a second model take a quarter of the memory that the policy's training leaves? In bytes
+    of one process.
+    """
     return weights > (memory - weights - trained) / 4
 
 
 def sums_each(config: Any, n_weights: float, memory: float) -> bool:
-    """Are gradients to be summed over processes after each microbatch? With fsdp_reduce=auto: if all of them, in float32, would
-    take more than an eighth of `memory`, bytes of one process."""
+    """Are gradients to be summed over processes after each microbatch? With fsdp_reduce=auto: if
+    all of them, in float32, would take more than an eighth of `memory`, bytes of one process.
+    """
     return {"auto": 4 * n_weights > memory / 8, "last": False, "each": True}[config.fsdp_reduce]
 
 
@@ -136,35 +171,60 @@ def kept(config: Any) -> float:
 def activation_bytes(model_config: Any, dtype: torch.dtype, kept: float) -> float:
     """Per token: 48 d numbers per layer, of which a share is kept, and of one layer at work.
 
-    That is ample. Counted in 16 bits by planning/activations.py: GPT-NeoX 16, Llama 23, Qwen3-0.6B 40; under autocast up to 7 more.
+    That is ample. Counted in 16 bits by planning/activations.py: GPT-NeoX 16, Llama 23, Qwen3-0.6B
+    40; under autocast up to 7 more.
     """
     spec = model_config.get_text_config()
     return (spec.num_hidden_layers * kept + 1) * 48 * spec.hidden_size * dtype.itemsize
 
 
-def default_budget(config: Any, device: torch.device, dtype: torch.dtype, free: float, kept: float, plain_head: bool) -> int:
-    """Tokens of a microbatch whose activations take half of `free` bytes, at most what makes a difference.
+def default_budget(
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: float,
+    kept: float,
+    plain_head: bool,
+) -> int:
+    """Tokens of a microbatch whose activations take half of `free` bytes, at most what makes a
+    difference.
 
-    For a head that is not computed in chunks, logits and their gradient are added, in float32 for half of the tokens. Beyond
-    1,024 tokens a CPU gains a few percent only, and a GPU nothing beyond 16,384.
+    For a head that is not computed in chunks, logits and their gradient are added, in float32 for
+    half of the tokens. Beyond 1,024 tokens a CPU gains a few percent only, and a GPU nothing beyond
+    16,384.
     """
-    per_token = activation_bytes(config, dtype, kept) + (0 if plain_head else 2 * 4 * config.get_text_config().vocab_size)
+    per_token = activation_bytes(config, dtype, kept) + (
+        0 if plain_head else 2 * 4 * config.get_text_config().vocab_size
+    )
     return min(16384 if device.type == "cuda" else 1024, int(free / 2 / per_token) // 256 * 256)
 
 
 def token_budget(
-    config: Any, model_config: Any, device: torch.device, dtype: torch.dtype, free: float, plain_head: bool, mean: float,
+    config: Any,
+    model_config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: float,
+    plain_head: bool,
+    mean: float,
     ranks: int,
-) -> int:  # fmt: skip
+) -> int:
     """Tokens of a microbatch: as configured, or by `free` bytes, but room for two examples.
 
-    Compiled blocks take rows of one length, whatever is in them, so no longer ones than a step needs: `mean` is of an example.
+    Compiled blocks take rows of one length, whatever is in them, so no longer ones than a step
+    needs: `mean` is of an example.
     """
     found = default_budget(model_config, device, dtype, free, kept(config), plain_head)
     budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
     if config.compile:
         parts = ranks * config.gradient_accumulation_steps
-        budget = min(budget, max(2 * config.max_length, math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256))
+        budget = min(
+            budget,
+            max(
+                2 * config.max_length,
+                math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256,
+            ),
+        )
     return budget
 
 
@@ -177,7 +237,9 @@ class Layout:
 
     n_gpus: int = 1
     n_nodes: int = 1
-    shard_size: int | None = None  # ranks that share one copy (FSDP); None: all; BasicTrainer has 1 rank
+    shard_size: int | None = (
+        None  # ranks that share one copy (FSDP); None: all; BasicTrainer has 1 rank
+    )
     tp_size: int = 1  # GPUs that split each matrix of a block
     offload: bool = False  # shards lie in the host's RAM
 
@@ -194,7 +256,9 @@ class Layout:
 class Weights(NamedTuple):
     """Shapes of all parameters, a tied one once."""
 
-    root: list[torch.Size]  # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
+    root: list[
+        torch.Size
+    ]  # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
     blocks: list[list[torch.Size]]
 
     @property
@@ -202,21 +266,29 @@ class Weights(NamedTuple):
         return sum(shape.numel() for part in (self.root, *self.blocks) for shape in part)
 
     def on_one(self, layout: Layout) -> int:
-        """Numbers that a rank keeps. Sharding cuts along the first dimension, the last part padded to the others' length; tensor
-        parallelism splits the matrices of blocks, whatever its plan does to the head."""
+        """Numbers that a rank keeps. Sharding cuts along the first dimension, the last part padded
+        to the others' length; tensor parallelism splits the matrices of blocks, whatever its plan
+        does to the head.
+        """
 
         def part(shape: torch.Size, split: int) -> int:
             if not shape:
                 return 1
             return -(-shape[0] // (split * layout.shards)) * (shape.numel() // shape[0])
 
-        blocks = sum(part(s, layout.tp_size if len(s) > 1 else 1) for block in self.blocks for s in block)
+        blocks = sum(
+            part(s, layout.tp_size if len(s) > 1 else 1) for block in self.blocks for s in block
+        )
         return blocks + sum(part(s, 1) for s in self.root)
 
     def gathered(self, layout: Layout) -> tuple[int, int]:
-        """(of the root, of the largest block) what sharding alone would put together on one rank."""
+        """(of the root, of the largest block) what sharding alone would put together on one
+        rank.
+        """
         size = lambda s: s.numel() // (layout.tp_size if len(s) > 1 else 1)
-        return sum(s.numel() for s in self.root), max((sum(map(size, block)) for block in self.blocks), default=0)
+        return sum(s.numel() for s in self.root), max(
+            (sum(map(size, block)) for block in self.blocks), default=0
+        )
 
 
 class Precision(NamedTuple):
@@ -229,8 +301,9 @@ class Precision(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU, by kind, at the moments when most is held: as a backward pass starts, as it ends, and as the optimizer
-    steps."""
+    """Bytes of one GPU, by kind, at the moments when most is held: as a backward pass starts, as it
+    ends, and as the optimizer steps.
+    """
 
     kinds: dict[str, tuple[float, float, float]]
     host: float  # of one node's RAM, for what is offloaded
@@ -245,19 +318,28 @@ class Memory(NamedTuple):
 
 
 def memory(
-    weights: Weights, layout: Layout, precision: Precision, *, sharded: bool, live: bool, activations: float, head: float,
-    foreach: bool, kept_whole: bool = False,
-) -> Memory:  # fmt: skip
+    weights: Weights,
+    layout: Layout,
+    precision: Precision,
+    *,
+    sharded: bool,
+    live: bool,
+    activations: float,
+    head: float,
+    foreach: bool,
+    kept_whole: bool = False,
+) -> Memory:
     """What a step of training holds, with w, c, r, s the bytes of `precision` in its order:
 
-    weights n w, gradients n w, optimizer n s, live reference n r, for the n numbers of a rank (all of them in BasicTrainer).
-    `foreach` optimizers hold one temporary of the weights' size while they step (PyTorch's documentation): n w.
-    Where FSDP shards, with N0 numbers of the root and Nb of the largest block:
-    gathered (N0 + 2 Nb) c: the root through the whole pass, the block at work and the next, fetched ahead; and a live
-    reference's root, which nothing frees after its forward pass, N0 c.
-    on their way: a block's gradients Nb c and their copy to be summed, in float32 or wider, of which each rank gets its part; the
-    root's last, when the embedding's are there, N0 alike (the head's gradient counts with the head until then).
-    `kept_whole`: all gradients, in float32 or wider, from one microbatch to the next.
+    weights n w, gradients n w, optimizer n s, live reference n r, for the n numbers of a rank (all
+    of them in BasicTrainer). `foreach` optimizers hold one temporary of the weights' size while
+    they step (PyTorch's documentation): n w. Where FSDP shards, with N0 numbers of the root and Nb
+    of the largest block: gathered (N0 + 2 Nb) c: the root through the whole pass, the block at work
+    and the next, fetched ahead; and a live reference's root, which nothing frees after its forward
+    pass, N0 c. on their way: a block's gradients Nb c and their copy to be summed, in float32 or
+    wider, of which each rank gets its part; the root's last, when the embedding's are there, N0
+    alike (the head's gradient counts with the head until then). `kept_whole`: all gradients, in
+    float32 or wider, from one microbatch to the next.
     """
     n = weights.on_one(layout) if sharded else weights.n
     w, c = precision.weights, precision.compute
@@ -272,9 +354,15 @@ def memory(
         "reference": (at * precision.reference * live,) * 3,
         "activations": (activations, 0, 0),
         "head and loss": (head, 0, 0),
-        "gathered weights": ((root * (1 + live) + 2 * block) * c, root * (1 + live) * c, root * live * c),
+        "gathered weights": (
+            (root * (1 + live) + 2 * block) * c,
+            root * (1 + live) * c,
+            root * live * c,
+        ),
         "gradients on their way": (block * each, root * each, 0),
-        "gradients not yet summed": (weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,),
+        "gradients not yet summed": (
+            (weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,)
+        ),
         "optimizer's temporaries": (0, 0, at * w * foreach),
     }
     per_node = layout.n_gpus // layout.n_nodes
@@ -282,10 +370,20 @@ def memory(
     return Memory({kind: moments for kind, moments in kinds.items() if any(moments)}, host)
 
 
-def traffic(weights: Weights, layout: Layout, precision: Precision, *, n_micro: float, live: bool, each: bool) -> float:
-    """Bytes that a GPU sends in one step, by rings: of s ranks that share a copy each sends (s - 1) / s of what is gathered or
-    scattered. Each microbatch gathers all blocks twice (forward, backward), and a live reference once; gradients are scattered
-    once, or after `each`; replicas of a copy then sum their shards once, 2 (r - 1) / r of one."""
+def traffic(
+    weights: Weights,
+    layout: Layout,
+    precision: Precision,
+    *,
+    n_micro: float,
+    live: bool,
+    each: bool,
+) -> float:
+    """Bytes that a GPU sends in one step, by rings: of s ranks that share a copy each sends (s - 1)
+    / s of what is gathered or scattered. Each microbatch gathers all blocks twice (forward,
+    backward), and a live reference once; gradients are scattered once, or after `each`; replicas of
+    a copy then sum their shards once, 2 (r - 1) / r of one.
+    """
     s, w, c = layout.shards, precision.weights, precision.compute
     n = weights.n / layout.tp_size
     replicas = layout.ranks // s

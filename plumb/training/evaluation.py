@@ -41,7 +41,9 @@ class Scored(NamedTuple):
     given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
     tokens: Tensor  # [B] the first response's, which have a prediction
     balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
-    compared: tuple[Logps, Logps] | None  # the R responses' of policy and reference, where the loss has one; detached
+    compared: (
+        tuple[Logps, Logps] | None
+    )  # the R responses' of policy and reference, where the loss has one; detached
 
 
 class Scorer(NamedTuple):
@@ -72,7 +74,9 @@ class Scorer(NamedTuple):
 
     def __call__(self, batch: Batch) -> Scored:
         batch = batch.to(self.device)
-        watched: AbstractContextManager[list[Tensor]] = self.routers.watched() if self.routers else nullcontext([])
+        watched: AbstractContextManager[list[Tensor]] = (
+            self.routers.watched() if self.routers else nullcontext([])
+        )
         with watched as logits:
             of_policy = self.policys(batch)
         of_reference = None
@@ -84,10 +88,18 @@ class Scorer(NamedTuple):
                 with torch.no_grad():
                     of_reference = self.logps(self.reference, batch)
         policy = as_data(of_policy, batch)
-        output = self.loss.compute(policy, None if of_reference is None else as_data(of_reference, batch))
-        counts: dict[str, float] = {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
+        output = self.loss.compute(
+            policy, None if of_reference is None else as_data(of_reference, batch)
+        )
+        counts: dict[str, float] = (
+            {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
+        )
         tokens = of_policy.tokens[: len(output.losses)]
-        compared = None if of_reference is None else (Logps(*(x.detach() for x in of_policy)), of_reference)
+        compared = (
+            None
+            if of_reference is None
+            else (Logps(*(x.detach() for x in of_policy)), of_reference)
+        )
         metrics, balanced = _metrics(output, policy), None
         if self.routers is not None:
             each = balance(logits, batch, self.way.packed, self.routers.top_k)  # [R]
@@ -104,11 +116,15 @@ def given(of_policy: Logps | Scores) -> Tensor:
 
 
 def as_data(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPairs:
-    """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k = 2)."""
+    """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k =
+    2).
+    """
     if batch.k == 1:
         return cast(Logps, of_model)
     n = len(of_model.tokens) // 2
-    chosen, rejected = (type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None)))
+    chosen, rejected = (
+        type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None))
+    )
     if isinstance(chosen, Scores):
         return ScoredPairs(chosen, cast(Scores, rejected), shared_tokens(batch), batch.margins)
     return Pairs(cast(Logps, chosen), cast(Logps, rejected))
@@ -120,15 +136,22 @@ def shared_tokens(batch: Batch) -> Tensor:
     (a, a_length), (b, b_length) = batch.spans[:n, 2:].T, batch.spans[n:, 2:].T
     length = np.minimum(a_length, b_length)  # [B]
     at = np.minimum(np.arange(max(length.max(), 1)), np.maximum(length - 1, 0)[:, None])  # [B, L]
-    ids, last = batch.input_ids[0], batch.input_ids.shape[1] - 1  # a response without a token may stand behind the end
+    ids, last = (
+        batch.input_ids[0],
+        batch.input_ids.shape[1] - 1,
+    )  # a response without a token may stand behind the end
     device = ids.device
-    first, second = (ids[torch.from_numpy(np.minimum(start[:, None] + at, last)).to(device)] for start in (a, b))
+    first, second = (
+        ids[torch.from_numpy(np.minimum(start[:, None] + at, last)).to(device)] for start in (a, b)
+    )
     within = torch.from_numpy(np.arange(at.shape[1]) < length[:, None]).to(device)
     return ((first == second) & within).long().cumprod(1).sum(1)
 
 
 def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[str, Tensor]:
-    """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties do not count."""
+    """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties
+    do not count.
+    """
     metrics = {"loss/{}": output.losses}
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     if chosen is not None and rejected is not None:
@@ -145,7 +168,9 @@ def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[st
         metrics |= {
             "logps_{}/chosen": policy.chosen.sum,
             "logps_{}/rejected": policy.rejected.sum,
-            "logps_{}/accuracies": (policy.chosen.sum > policy.rejected.sum).float(),  # ours: the policy's own ranking
+            "logps_{}/accuracies": (
+                (policy.chosen.sum > policy.rejected.sum).float()
+            ),  # ours: the policy's own ranking
         }
     else:
         metrics["logps_{}/chosen"] = policy.sum
@@ -159,10 +184,12 @@ class Evaluation(NamedTuple):
     tokens: np.ndarray  # [n] of the first response
 
     def record(self, loss: Loss, groups: Mapping[str, np.ndarray]) -> Record:
-        """Means of the 2023 metrics, each example counted once; the loss per token if it averages over tokens.
+        """Means of the 2023 metrics, each example counted once; the loss per token if it averages
+        over tokens.
 
-        Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens; and for each group (name ->
-        mask [n]) loss, accuracy, margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
+        Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens;
+        and for each group (name -> mask [n]) loss, accuracy, margin and perplexity:
+        `rewards_eval/accuracies/<group>`. {} without examples.
         """
         if not len(self.tokens):
             return {}
@@ -173,27 +200,53 @@ class Evaluation(NamedTuple):
             nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
             means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
         split = {name.format("eval"): value for name, value in means.items()}
-        shown = means.keys() & {"loss/{}", "rewards_{}/accuracies", "rewards_{}/margins", "perplexity/{}"}
+        shown = means.keys() & {
+            "loss/{}",
+            "rewards_{}/accuracies",
+            "rewards_{}/margins",
+            "perplexity/{}",
+        }
         for group, mask in groups.items():
-            part = Evaluation({name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]).record(loss, {})
-            split |= {f"{name.format('eval')}/{group}": part[name.format("eval")] for name in means if name in shown and part}
+            part = Evaluation(
+                {name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]
+            ).record(loss, {})
+            split |= {
+                f"{name.format('eval')}/{group}": part[name.format("eval")]
+                for name in means
+                if name in shown and part
+            }
         return with_spread(split, "eval")
 
 
 @torch.no_grad()
 def evaluate(
-    scorer: Scorer, feed: Feed, batch_size: int, counts: bool = True, between: Callable[[], None] = lambda: None
+    scorer: Scorer,
+    feed: Feed,
+    batch_size: int,
+    counts: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score every example once, whatever the batch size and the number of ranks.
 
-    `counts` is true on one of the ranks that see the same rows. `between` is called before each batch, and may raise.
+    `counts` is true on one of the ranks that see the same rows. `between` is called before each
+    batch, and may raise.
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
     n, names = len(feed.examples), list[str]()
     table = torch.zeros(0)
-    steps = feed.ahead((np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)), scorer.device)
-    shown = tqdm(steps, total=-(-n // batch_size), desc="evaluating", unit="batch", leave=False, disable=quiet())
+    steps = feed.ahead(
+        (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)),
+        scorer.device,
+    )
+    shown = tqdm(
+        steps,
+        total=-(-n // batch_size),
+        desc="evaluating",
+        unit="batch",
+        leave=False,
+        disable=quiet(),
+    )
     for i, step in enumerate(shown):
         between()
         for batch, weight, where in step.microbatches:
@@ -201,7 +254,9 @@ def evaluate(
             values = torch.stack([*scored.metrics.values(), scored.tokens]).double().T  # [B, M]
             if not names:
                 names, table = list(scored.metrics), values.new_zeros(n, values.shape[1])
-            table.index_add_(0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values)
+            table.index_add_(
+                0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values
+            )
     scorer.policy.train(was_training)
     if not n:
         return Evaluation({}, np.empty(0))
@@ -210,8 +265,9 @@ def evaluate(
 
 
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """The data sets of the examples, where there are several; and classes of pairs by the tokens of their longer response.
-    -> name -> mask [n]"""
+    """The data sets of the examples, where there are several; and classes of pairs by the tokens of
+    their longer response. -> name -> mask [n]
+    """
     if not isinstance(examples, Examples) or not examples:  # others have lost where they come from
         return {}
     data_sets, groups = examples.data_sets(), dict[str, np.ndarray]()
@@ -228,46 +284,74 @@ def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 def short(path: str, paths: Sequence[str]) -> str:
     """As many of the path's last parts as tell it from the other paths.
 
-    >>> short("hh/harmless/test.jsonl", ["hh/harmless/test.jsonl", "hh/helpful/test.jsonl"]), short("a/b", ["a/b", "a/c"])
+    >>> paths = ["hh/harmless/test.jsonl", "hh/helpful/test.jsonl"]
+    >>> short(paths[0], paths), short("a/b", ["a/b", "a/c"])
     ('harmless/test.jsonl', 'b')
     """
     parts = path.split("/")
     ends = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-    return next((end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1), path)
+    return next(
+        (end for end in ends if sum(("/" + other).endswith("/" + end) for other in paths) == 1),
+        path,
+    )
 
 
-def all_logps(scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> np.ndarray:
-    """Log-probabilities of these examples' responses under `model`, [n, k] float64; see `of_all`."""
+def all_logps(
+    scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm
+) -> np.ndarray:
+    """Log-probabilities of these examples' responses under `model`, [n, k] float64; see
+    `of_all`.
+    """
     logps = lambda batch: scorer.logps(model, batch).sum.double()[:, None]
-    return of_all(logps, 1, model, feed, indices, scorer.device, counts, progress).cpu().numpy()[..., 0]
+    return (
+        of_all(logps, 1, model, feed, indices, scorer.device, counts, progress)
+        .cpu()
+        .numpy()[..., 0]
+    )
 
 
-def all_hidden(scorer: Scorer, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm) -> Tensor:
-    """What the policy's scalar head reads at the end of these examples' responses, or with `loss.read` "mean" the mean over their
-    tokens, [n, k, d] float32, or float64 where the head is; see `of_all`."""
+def all_hidden(
+    scorer: Scorer, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm
+) -> Tensor:
+    """What the policy's scalar head reads at the end of these examples' responses, or with
+    `loss.read` "mean" the mean over their tokens, [n, k, d] float32, or float64 where the head is;
+    see `of_all`.
+    """
     weight = scorer.policy.get_output_embeddings().weight
 
     def hidden(batch: Batch) -> Tensor:
         with scorer.precision():
             return read_hidden(scorer.policy, batch, scorer.way, scorer.loss.read).to(weight.dtype)
 
-    return of_all(hidden, weight.shape[1], scorer.policy, feed, indices, scorer.device, counts, progress)
+    return of_all(
+        hidden, weight.shape[1], scorer.policy, feed, indices, scorer.device, counts, progress
+    )
 
 
 def folds_of(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
     """A fold for each of these examples, those of one prompt in the same.  [n], 0 to FOLDS - 1"""
     prompts = (trees_of(examples[i])[0][0] for i in indices.tolist())
-    return np.array([zlib.crc32(np.asarray(prompt, np.int32).tobytes()) % FOLDS for prompt in prompts])
+    return np.array(
+        [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) % FOLDS for prompt in prompts]
+    )
 
 
 @torch.no_grad()
 def of_all(
-    compute: Callable[[Batch], Tensor], width: int, model: Any, feed: Feed, indices: np.ndarray, device: torch.device,
-    counts: bool, progress: tqdm,
-) -> Tensor:  # fmt: skip
-    """What `compute` gives the responses of a batch on the device, [R, width], for all of these examples: [n, k, width].
+    compute: Callable[[Batch], Tensor],
+    width: int,
+    model: Any,
+    feed: Feed,
+    indices: np.ndarray,
+    device: torch.device,
+    counts: bool,
+    progress: tqdm,
+) -> Tensor:
+    """What `compute` gives the responses of a batch on the device, [R, width], for all of these
+    examples: [n, k, width].
 
-    Every rank computes its part, and gets all; `counts` is true on one of the ranks that see the same rows.
+    Every rank computes its part, and gets all; `counts` is true on one of the ranks that see the
+    same rows.
     """
     was_training, k = model.training, feed.lengths.k
     model.eval()
@@ -277,7 +361,9 @@ def of_all(
     for start, step in zip(starts, steps, strict=True):
         for batch, weight, where in step.microbatches:
             places.append(start + where)
-            values.append(weight * compute(batch.to(device)).to(device).view(k, -1, width).transpose(0, 1))
+            values.append(
+                weight * compute(batch.to(device)).to(device).view(k, -1, width).transpose(0, 1)
+            )
         progress.update(len(step.indices))
     model.train(was_training)
     some = torch.cat([value.to(values[-1].dtype) for value in values])

@@ -1,4 +1,6 @@
-"""What the first step must show before hours are spent: policy = reference, no dropout, a gradient, a finite update, a save."""
+"""What the first step must show before hours are spent: policy = reference, no dropout, a gradient,
+a finite update, a save.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,23 @@ Trainer = Any  # trainers.BasicTrainer, which imports this
 
 
 class FirstStep:
-    """Made between the first backward pass and the first update; `check` is called after that update. Both raise NonFinite (exit
-    code 4), which says what is wrong. All ranks must call both."""
+    """Made between the first backward pass and the first update; `check` is called after that
+    update. Both raise NonFinite (exit code 4), which says what is wrong. All ranks must call both.
+    """
 
     def __init__(self, trainer: Trainer, batch: Batch, seen: Sequence[Scored], means: Means):
-        """`seen`: all microbatches of the step, scored, the last of them being `batch`; `means`: of their metrics."""
+        """`seen`: all microbatches of the step, scored, the last of them being `batch`; `means`: of
+        their metrics.
+        """
         self.trainer = trainer
         self._policy_is_reference(seen, means)
         self._nothing_is_random(batch, seen[-1])
         self.before = self._bits()
 
     def _policy_is_reference(self, seen: Sequence[Scored], means: Means) -> None:
-        """Before the first update policy and reference give each response the same log-probability, but for rounding (so that all
-        rewards are 0). Say so, or say what is wrong."""
+        """Before the first update policy and reference give each response the same log-probability,
+        but for rounding (so that all rewards are 0). Say so, or say what is wrong.
+        """
         t, spec = self.trainer, self.trainer.config.model
         if not t.loss.needs_reference:
             return
@@ -45,83 +51,143 @@ class FirstStep:
         if share <= 1:
             reward = max(map(abs, rewards))
             said = f"{reward:.0e}, rounding" if reward else "0"
-            rank0_print(f"step 0: policy and reference agree (rewards {said}, {t.loss.name} loss {record['loss/{}']:.4f})")
+            rank0_print(
+                f"step 0: policy and reference agree (rewards {said}, {t.loss.name} loss"
+                f" {record['loss/{}']:.4f})"
+            )
             return
-        said = (f"step 0: policy and reference DISAGREE: mean rewards {rewards[0]:.2g} and {rewards[1]:.2g} instead of 0; "
-                f"at worst {apart:.2g} nats in a response of {n} tokens, {share:.2g} times what rounding explains")  # fmt: skip
+        said = (
+            f"step 0: policy and reference DISAGREE: mean rewards {rewards[0]:.2g} and"
+            f" {rewards[1]:.2g} instead of 0; at worst {apart:.2g} nats in a response of {n}"
+            f" tokens, {share:.2g} times what rounding explains"
+        )
         if spec.reference_dtype in (None, spec.policy_dtype):
             live = t.scorer.reference is not None
-            raise NonFinite(f"{said}; {'is the model deterministic?' if live else 'compare with reference=live'}")
-        rank0_print(f"{said}, since model.reference_dtype={spec.reference_dtype} is not the policy's precision")
+            raise NonFinite(
+                f"{said};"
+                f" {'is the model deterministic?' if live else 'compare with reference=live'}"
+            )
+        rank0_print(
+            f"{said}, since model.reference_dtype={spec.reference_dtype} is not the policy's"
+            " precision"
+        )
 
     @torch.no_grad()
     def _nothing_is_random(self, batch: Batch, scored: Scored) -> None:
-        """The same microbatch a second time, in training mode: the same log-probabilities (or scores); and the loss of a policy
-        that is its own reference (log 2 for DPO)."""
+        """The same microbatch a second time, in training mode: the same log-probabilities (or
+        scores); and the loss of a policy that is its own reference (log 2 for DPO).
+        """
         t = self.trainer
         batch = batch.to(t.device)
         again = t.scorer.policys(batch)
-        sharding.settle(t.policy)  # or the gradients of what FSDP has left gathered would not be found
+        sharding.settle(
+            t.policy
+        )  # or the gradients of what FSDP has left gathered would not be found
         policy, tolerance = as_data(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
         change = (scored.given - given(again)).abs()  # [R]
         if isinstance(again, Logps):
-            allowed, what, unit = rounding(again, t.dtype) / again.tokens.clamp(min=1), "log-probabilities", " nats per token"
+            allowed, what, unit = (
+                rounding(again, t.dtype) / again.tokens.clamp(min=1),
+                "log-probabilities",
+                " nats per token",
+            )
         else:
-            allowed, what, unit = tolerance * (1 + scored.given.abs().max()).expand_as(change), "scores", ""
+            allowed, what, unit = (
+                tolerance * (1 + scored.given.abs().max()).expand_as(change),
+                "scores",
+                "",
+            )
         shares = (change / allowed).nan_to_num(nan=torch.inf)
-        share, off = max(collectives.from_all((float(shares.max()), float(change[shares.argmax()]))))
+        share, off = max(
+            collectives.from_all((float(shares.max()), float(change[shares.argmax()])))
+        )
         if share > 1:
-            raise NonFinite(f"step 0: the same batch twice gives {what} that differ by {off:.2g}{unit}: is there dropout in the "
-                            "model that its config does not name?")  # fmt: skip
-        if t.loss.needs_reference and batch.reference is None and t.config.model.reference_dtype is None:
+            raise NonFinite(
+                f"step 0: the same batch twice gives {what} that differ by {off:.2g}{unit}: is"
+                " there dropout in the model that its config does not name?"
+            )
+        if (
+            t.loss.needs_reference
+            and batch.reference is None
+            and t.config.model.reference_dtype is None
+        ):
             expected = t.loss.compute(policy, policy).losses
-            off = max(collectives.from_all(float((scored.output.losses.detach() - expected).abs().max())))
+            off = max(
+                collectives.from_all(float((scored.output.losses.detach() - expected).abs().max()))
+            )
             if off > tolerance * (1 + float(expected.abs().max())):
-                raise NonFinite(f"step 0: the loss is off by {off:.2g} from that of a policy which is its own reference")
+                raise NonFinite(
+                    f"step 0: the loss is off by {off:.2g} from that of a policy which is its own"
+                    " reference"
+                )
 
     def _bits(self) -> Tensor:
         """A sum of each parameter's bits, of this rank's part: changes when any number changes."""
         kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-        parameters = [sharding.region(p.detach())[1] for p in self.trainer.policy.parameters() if p.requires_grad]
-        return torch.stack([p.view(kind[p.element_size()]).sum(dtype=torch.int64) for p in parameters])
+        parameters = [
+            sharding.region(p.detach())[1]
+            for p in self.trainer.policy.parameters()
+            if p.requires_grad
+        ]
+        return torch.stack(
+            [p.view(kind[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+        )
 
     def check(self, grad_norm: float) -> None:
         """After the first update; `grad_norm` was the gradient's."""
         t = self.trainer
         if grad_norm == 0:
-            raise NonFinite("step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and rejected the same?")
+            raise NonFinite(
+                "step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and"
+                " rejected the same?"
+            )
         sharding.settle(t.policy)
         if bad := sharding.not_finite(t.policy.named_parameters()):
-            raise NonFinite(f"step 1: the update leaves NaN or infinity in {bad} (gradient norm {grad_norm:.2g}): lower "
-                            f"lr={t.config.lr:g}, or set model.policy_dtype=float32 or another optimizer")  # fmt: skip
+            raise NonFinite(
+                f"step 1: the update leaves NaN or infinity in {bad} (gradient norm"
+                f" {grad_norm:.2g}): lower lr={t.config.lr:g}, or set model.policy_dtype=float32 or"
+                " another optimizer"
+            )
         if not any(collectives.from_all(bool((self._bits() != self.before).any()))):
-            said = f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={t.config.lr:g} is rounded away"
+            said = (
+                f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={t.config.lr:g}"
+                " is rounded away"
+            )
             dtype = next(t.policy.parameters()).dtype
             if dtype.itemsize >= 4:
                 raise NonFinite(f"{said}; raise lr")
-            rank0_print(f"{said} in {str(dtype)[6:]}; model.policy_dtype=float32 with model.fsdp_policy_mp=bfloat16 keeps it")
+            rank0_print(
+                f"{said} in {str(dtype)[6:]}; model.policy_dtype=float32 with"
+                " model.fsdp_policy_mp=bfloat16 keeps it"
+            )
         t.rehearse_save()
 
 
 def rounding(logps: Logps, dtype: torch.dtype) -> Tensor:
-    """How far apart two computations of the same log-probabilities in `dtype` may lie, in other rows or another order of
-    summation.  [R] -> [R], nats
+    """How far apart two computations of the same log-probabilities in `dtype` may lie, in other
+    rows or another order of summation.  [R] -> [R], nats
 
-    A token's log-probability l is a logit less a log-sum-exp, numbers whose size is taken to be 1 + |l|. Their relative error is
-    that of results which are rounded to `dtype` on the way, of which 4 eps are allowed, and that of sums of some thousand
-    products, in float32 or wider, whose errors grow with the square root of their number: 64 eps for 4,096. (Packed against
-    padded rows, a Llama of 24 layers and one of 260,000 weights differ by 0.2 to 0.9 eps in bfloat16, 4 to 20 in float32.)
-    Tokens err independently, so the sum of n errs by sqrt(n) times as much; other weights shift it by something like n times.
-    An implicit reward, beta times a difference of such sums, is allowed beta times as much.
+    A token's log-probability l is a logit less a log-sum-exp, numbers whose size is taken to be 1 +
+    |l|. Their relative error is that of results which are rounded to `dtype` on the way, of which 4
+    eps are allowed, and that of sums of some thousand products, in float32 or wider, whose errors
+    grow with the square root of their number: 64 eps for 4,096. (Packed against padded rows, a
+    Llama of 24 layers and one of 260,000 weights differ by 0.2 to 0.9 eps in bfloat16, 4 to 20 in
+    float32.) Tokens err independently, so the sum of n errs by sqrt(n) times as much; other weights
+    shift it by something like n times. An implicit reward, beta times a difference of such sums, is
+    allowed beta times as much.
     """
     n = logps.tokens.clamp(min=1)
     sums = torch.promote_types(dtype, torch.float32)
-    each = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(sums).eps) * (1 + logps.sum.detach().abs() / n)
+    each = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(sums).eps) * (
+        1 + logps.sum.detach().abs() / n
+    )
     return n.sqrt() * each
 
 
 def _shares_of_rounding(scored: Scored, dtype: torch.dtype) -> list[tuple[float, float, int]]:
-    """Of each response: how far policy and reference are apart, in multiples of what rounding explains and in nats; tokens."""
+    """Of each response: how far policy and reference are apart, in multiples of what rounding
+    explains and in nats; tokens.
+    """
     assert scored.compared is not None  # the loss needs a reference
     policy, reference = scored.compared
     apart = (policy.sum - reference.sum).abs()
@@ -133,10 +199,23 @@ def not_finite(trainer: Trainer, step: Step, grad_norm: float) -> NonFinite:
     """The error for a step that is not applied; its batch is dumped into the run directory."""
     t, path = trainer, trainer.run_dir / "non_finite.json"
     examples = [t.train_feed.examples[i] for i in step.indices.tolist()]
-    rows = [{"source": e.source, "index": int(i), "prompt": e.prompt.tolist(), "responses": [r.tolist() for r in e.responses]}
-            for e, i in zip(examples, step.indices, strict=True)]  # fmt: skip
+    rows = [
+        {
+            "source": e.source,
+            "index": int(i),
+            "prompt": e.prompt.tolist(),
+            "responses": [r.tolist() for r in e.responses],
+        }
+        for e, i in zip(examples, step.indices, strict=True)
+    ]
     if rank() == 0:
-        path.write_text(json.dumps({"step": t.n_updates + 1, "grad_norm": str(grad_norm), "examples": rows}) + "\n")
+        path.write_text(
+            json.dumps({"step": t.n_updates + 1, "grad_norm": str(grad_norm), "examples": rows})
+            + "\n"
+        )
     ids = ", ".join(e.source for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
-    return NonFinite(f"step {t.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update; batch: {ids} "
-                     f"(token ids: {path}); lower lr={t.config.lr:g}, or compute in float32; checkpoints are whole")  # fmt: skip
+    return NonFinite(
+        f"step {t.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update;"
+        f" batch: {ids} (token ids: {path}); lower lr={t.config.lr:g}, or compute in float32;"
+        " checkpoints are whole"
+    )

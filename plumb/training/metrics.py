@@ -1,6 +1,8 @@
-"""Metrics: kept on the device while training, reduced over ranks once per log line, and written to every sink.
+"""Metrics: kept on the device while training, reduced over ranks once per log line, and written to
+every sink.
 
-Names are those of the 2023 repository (`rewards_train/accuracies`, `loss/eval`, ...), so that its dashboards work.
+Names are those of the 2023 repository (`rewards_train/accuracies`, `loss/eval`, ...), so that its
+dashboards work.
 """
 
 from __future__ import annotations
@@ -25,18 +27,28 @@ from plumb.console import rank, rank0_print
 from plumb.errors import StorageError
 
 Record = dict[str, float]
-SQUARES = "rewards_{}/squares"  # of both scores of a pair; becomes their spread where means are taken
+SQUARES = (  # of both scores of a pair; becomes their spread where means are taken
+    "rewards_{}/squares"
+)
 
 
 class Means:
-    """Named means over examples, summed in float64 on the device; one all-reduce gives all of them."""
+    """Named means over examples, summed in float64 on the device; one all-reduce gives all of
+    them.
+    """
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}  # each a scalar
         self.counts: dict[str, float] = {}
 
-    def add(self, values: Mapping[str, Tensor], weight: float = 1.0, counts: Mapping[str, float] | None = None) -> None:
-        """`values`: per-example tensors [B], counted as B unless `counts` says otherwise (a loss per token).
+    def add(
+        self,
+        values: Mapping[str, Tensor],
+        weight: float = 1.0,
+        counts: Mapping[str, float] | None = None,
+    ) -> None:
+        """`values`: per-example tensors [B], counted as B unless `counts` says otherwise (a loss
+        per token).
 
         Weight 0 leaves them out: a rank that only keeps the others company.
         """
@@ -48,7 +60,9 @@ class Means:
     def pack(self) -> Tensor:
         """[2, M] float64: sums, counts."""
         sums = torch.stack(list(self.sums.values()))
-        return torch.stack([sums, torch.tensor(list(self.counts.values()), dtype=sums.dtype).to(sums.device)])
+        return torch.stack(
+            [sums, torch.tensor(list(self.counts.values()), dtype=sums.dtype).to(sums.device)]
+        )
 
     def reduce(self) -> Record:
         """The means over all ranks. {} when nothing was added."""
@@ -56,7 +70,9 @@ class Means:
 
 
 def _means(names: list[str], packs: list[Tensor]) -> list[Record]:
-    """[2, M] per record -> {name: mean} per record, with one all-reduce and one copy to the host for all."""
+    """[2, M] per record -> {name: mean} per record, with one all-reduce and one copy to the host
+    for all.
+    """
     packed = torch.stack(packs)  # [S, 2, M]
     if dist.is_initialized():
         dist.all_reduce(packed)
@@ -65,7 +81,9 @@ def _means(names: list[str], packs: list[Tensor]) -> list[Record]:
 
 
 def with_spread(record: Record, split: str) -> Record:
-    """`rewards_<split>/spread`, the standard deviation of all scores, in place of the mean of their squares, if that is there."""
+    """`rewards_<split>/spread`, the standard deviation of all scores, in place of the mean of their
+    squares, if that is there.
+    """
     squares = record.pop(SQUARES.format(split), None)
     if squares is not None:
         mean = (record[f"rewards_{split}/chosen"] + record[f"rewards_{split}/rejected"]) / 2
@@ -74,9 +92,11 @@ def with_spread(record: Record, split: str) -> Record:
 
 
 class TrainingLog:
-    """One record per optimizer step. Steps wait on the device until `flush`, at most every minimum_log_interval_secs.
+    """One record per optimizer step. Steps wait on the device until `flush`, at most every
+    minimum_log_interval_secs.
 
-    metrics.jsonl gets every step; the console and wandb get the latest at each flush (2023 lost the steps in between).
+    metrics.jsonl gets every step; the console and wandb get the latest at each flush (2023 lost the
+    steps in between).
     """
 
     def __init__(self, sinks: Sequence[Sink], minimum_interval_secs: float):
@@ -112,24 +132,33 @@ class TrainingLog:
         return next((str(sink.run.id) for sink in self.sinks if isinstance(sink, Wandb)), None)
 
     def samples(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        """Sample tables: `name` is policy_samples or reference_samples, rows (step, prompt, sample)."""
+        """Sample tables: `name` is policy_samples or reference_samples, rows (step, prompt,
+        sample).
+        """
         for sink in self.sinks:
             sink.table(name, rows, examples)
 
     def mark(self) -> dict[str, int]:
         """Bring all that was logged onto the disk. -> bytes of each log file"""
         self.flush()
-        return {name: n for sink in self.sinks if isinstance(sink, JsonLines) for name, n in sink.mark().items()}
+        return {
+            name: n
+            for sink in self.sinks
+            if isinstance(sink, JsonLines)
+            for name, n in sink.mark().items()
+        }
 
     def close(self, failed: bool) -> None:
-        """Close the sinks. After a failure, which may be this rank's alone, the others can't be asked for their part."""
+        """Close the sinks. After a failure, which may be this rank's alone, the others can't be
+        asked for their part.
+        """
         if not (failed and dist.is_initialized()):
             self.flush()
         for sink in self.sinks:
             sink.close(failed)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sinks
+# ---- sinks ----
 
 
 class Sink(Protocol):
@@ -145,21 +174,38 @@ class Console:
 
     every_step = False
     SHOWN = {
-        "loss": "loss/{}", "reward acc": "rewards_{}/accuracies", "margin": "rewards_{}/margins",
-        "chosen": "rewards_{}/chosen", "rejected": "rewards_{}/rejected", "logp": "logps_{}/chosen",
-        "grad norm": "grad_norm", "ex/s": "examples_per_second", "tok/s": "tokens_per_second", "padding": "padding",
-        "MFU": "mfu", "GB": "peak_memory_gb", "waited": "data_wait_secs",
-    }  # fmt: skip
+        "loss": "loss/{}",
+        "reward acc": "rewards_{}/accuracies",
+        "margin": "rewards_{}/margins",
+        "chosen": "rewards_{}/chosen",
+        "rejected": "rewards_{}/rejected",
+        "logp": "logps_{}/chosen",
+        "grad norm": "grad_norm",
+        "ex/s": "examples_per_second",
+        "tok/s": "tokens_per_second",
+        "padding": "padding",
+        "MFU": "mfu",
+        "GB": "peak_memory_gb",
+        "waited": "data_wait_secs",
+    }
 
     def write(self, record: Record, examples: int) -> None:
         split = "eval" if "loss/eval" in record else "train"
         shown = {label: record.get(key.format(split)) for label, key in self.SHOWN.items()}
-        line = "  ".join(f"{label} {_brief(value)}" for label, value in shown.items() if value is not None)
-        left = f"  {tqdm.format_interval(record['seconds_left'])} left" if "seconds_left" in record else ""
+        line = "  ".join(
+            f"{label} {_brief(value)}" for label, value in shown.items() if value is not None
+        )
+        left = (
+            f"  {tqdm.format_interval(record['seconds_left'])} left"
+            if "seconds_left" in record
+            else ""
+        )
         tqdm.write(f"{split:>5} {examples:>7,}  {line}{left}")
 
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        for _, prompt, sample in rows[:2] if name == "policy_samples" else []:  # the rest stands in samples.jsonl
+        for _, prompt, sample in (
+            rows[:2] if name == "policy_samples" else []
+        ):  # the rest stands in samples.jsonl
             tqdm.write(f"      sample  ...{prompt[-60:]!r} -> {sample[:160]!r}")
 
     def close(self, failed: bool) -> None:
@@ -171,8 +217,9 @@ def _brief(value: float) -> str:
 
 
 class JsonLines:
-    """In the run directory: metrics.jsonl (one object per step and evaluation, `step` = examples seen), and samples.jsonl, with
-    samples.md for reading."""
+    """In the run directory: metrics.jsonl (one object per step and evaluation, `step` = examples
+    seen), and samples.jsonl, with samples.md for reading.
+    """
 
     FILES = ("metrics.jsonl", "samples.jsonl", "samples.md")
 
@@ -190,10 +237,15 @@ class JsonLines:
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
         with self.writing(), open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
             for step, prompt, sample in rows:
-                file.write(json.dumps({"table": name, "step": step, "prompt": prompt, "sample": sample}) + "\n")
+                file.write(
+                    json.dumps({"table": name, "step": step, "prompt": prompt, "sample": sample})
+                    + "\n"
+                )
         with self.writing(), open(self.run_dir / "samples.md", "a", encoding="utf-8") as file:
             file.write(f"## {name.replace('_', ' ')} after {examples:,} examples\n\n")
-            file.writelines(f"{_quoted(prompt)}\n\n{_quoted(sample, 2)}\n\n" for _, prompt, sample in rows)
+            file.writelines(
+                f"{_quoted(prompt)}\n\n{_quoted(sample, 2)}\n\n" for _, prompt, sample in rows
+            )
 
     def mark(self) -> dict[str, int]:
         """{file: bytes}, all of them on the disk."""
@@ -214,8 +266,10 @@ class JsonLines:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror}; checkpoints are "
-                               "whole; free some space and go on with resume=auto") from None  # fmt: skip
+            raise StorageError(
+                f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror};"
+                " checkpoints are whole; free some space and go on with resume=auto"
+            ) from None
 
 
 def _quoted(text: str, depth: int = 1) -> str:
@@ -232,7 +286,9 @@ def _quoted(text: str, depth: int = 1) -> str:
 
 
 class Wandb:
-    """Weights & Biases: online where this machine is logged in, offline otherwise. It never asks, and never stops a run."""
+    """Weights & Biases: online where this machine is logged in, offline otherwise. It never asks,
+    and never stops a run.
+    """
 
     every_step = False
 
@@ -242,7 +298,11 @@ class Wandb:
 
         self.wandb, options = wandb, config["wandb"]
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        arguments = {"entity": options["entity"], "project": options["project"], "name": config["exp_name"]}
+        arguments = {
+            "entity": options["entity"],
+            "project": options["project"],
+            "name": config["exp_name"],
+        }
         arguments |= {"config": dict(config), "dir": str(run_dir)}
         if resumed is not None:
             arguments |= {"id": resumed, "resume": "allow"}
@@ -252,16 +312,24 @@ class Wandb:
             try:
                 self.run = wandb.init(**arguments, mode=attempt, settings=quiet)
                 break
-            except Exception as error:  # wandb's own errors, and pydantic's for a WANDB_MODE that does not exist
+            except (
+                Exception
+            ) as error:  # wandb's own errors, and pydantic's for a WANDB_MODE that does not exist
                 rank0_print(f"wandb: {attempt} failed ({str(error).splitlines()[0]})")
-        hint = f"; upload later with: wandb sync {self.run.dir.rsplit('/files', 1)[0]}" if attempt == "offline" else ""
+        hint = (
+            f"; upload later with: wandb sync {self.run.dir.rsplit('/files', 1)[0]}"
+            if attempt == "offline"
+            else ""
+        )
         rank0_print(f"wandb: {attempt}{hint}")
 
     def write(self, record: Record, examples: int) -> None:
         self.run.log(record, step=examples)
 
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        table = self.wandb.Table(columns=["step", "prompt", "sample"], data=[list(row) for row in rows])
+        table = self.wandb.Table(
+            columns=["step", "prompt", "sample"], data=[list(row) for row in rows]
+        )
         self.run.log({name: table}, step=examples)
 
     def close(self, failed: bool) -> None:
@@ -269,7 +337,9 @@ class Wandb:
 
 
 def _logged_in() -> bool:
-    """Is there an API key in the environment or in netrc? Asked without importing wandb's prompt."""
+    """Is there an API key in the environment or in netrc? Asked without importing wandb's
+    prompt.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -280,8 +350,9 @@ def _logged_in() -> bool:
 
 
 def make_sinks(config: Mapping[str, Any], run_dir: Path, wandb_id: str | None = None) -> list[Sink]:
-    """What rank 0 writes to; other ranks write nowhere. debug and wandb.enabled=false leave wandb out. `wandb_id`: of the run
-    that goes on."""
+    """What rank 0 writes to; other ranks write nowhere. debug and wandb.enabled=false leave wandb
+    out. `wandb_id`: of the run that goes on.
+    """
     if rank() != 0:
         return []
     sinks: list[Sink] = [Console(), JsonLines(run_dir)]

@@ -17,33 +17,59 @@ from plumb.errors import UserError
 from plumb.models.scalar_head import ScalarHead
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    name: kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
-    and name not in ("Optimizer", "SparseAdam", "Muon")  # these two take sparse gradients only, and matrices only
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, torch.optim.Optimizer)
+    and name
+    not in (
+        "Optimizer",
+        "SparseAdam",
+        "Muon",
+    )  # these two take sparse gradients only, and matrices only
     and inspect.signature(kind.step).parameters["closure"].default is None
-}  # fmt: skip
+}
 
 
 def make_schedule(config: DictConfig, n: int) -> Schedule:
     """The steps of a run on n examples."""
-    return Schedule(n, batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples,
-                    shuffle=config.shuffle, seed=config.seed)  # fmt: skip
+    return Schedule(
+        n,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        shuffle=config.shuffle,
+        seed=config.seed,
+    )
 
 
-def make_optimizer(config: DictConfig, policy: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """torch.optim.<config.optimizer>, fused on a GPU where torch has such a kernel. UserError when its arguments are refused."""
+def make_optimizer(
+    config: DictConfig, policy: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
+    """torch.optim.<config.optimizer>, fused on a GPU where torch has such a kernel. UserError when
+    its arguments are refused.
+    """
     factory = OPTIMIZERS[config.optimizer]
     arguments = plain(config.optimizer_args)
-    fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {"fused", "foreach", "differentiable"}
+    fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {
+        "fused",
+        "foreach",
+        "differentiable",
+    }
     if device.type == "cuda" and fusible:
         arguments = {"fused": True} | arguments
     try:
         return factory(_groups(policy, config.head_lr), lr=config.lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optimizer={config.optimizer} optimizer_args={arguments}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"optimizer={config.optimizer} optimizer_args={arguments}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _groups(policy: nn.Module, head_lr: float | None) -> Any:
-    """All parameters; or, with a rate of its own for a scalar head, those of the rest and those of the head."""
+    """All parameters; or, with a rate of its own for a scalar head, those of the rest and those of
+    the head.
+    """
     heads = [module for module in policy.modules() if isinstance(module, ScalarHead)]
     if head_lr is None or not heads:
         return policy.parameters()
@@ -52,12 +78,19 @@ def _groups(policy: nn.Module, head_lr: float | None) -> Any:
     return [{"params": rest}, {"params": list(heads[0].parameters()), "lr": head_lr}]
 
 
-def make_scheduler(config: DictConfig, optimizer: torch.optim.Optimizer, n_steps: int, done: int = 0) -> Any:
+def make_scheduler(
+    config: DictConfig, optimizer: torch.optim.Optimizer, n_steps: int, done: int = 0
+) -> Any:
     """The learning rate as a function of the number of updates, of which `done` have been made."""
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor := lr_factor(config, n_steps))
     if done:
         rates = [base * factor(done) for base in scheduler.base_lrs]
-        state = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
+        state = {
+            "last_epoch": done,
+            "_step_count": done + 1,
+            "_last_lr": rates,
+            "lr_lambdas": [None] * len(rates),
+        }
         scheduler.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -65,11 +98,16 @@ def make_scheduler(config: DictConfig, optimizer: torch.optim.Optimizer, n_steps
 
 
 def lr_factor(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Update k (from 0) runs at lr times: linear warmup min(1, (k + 1) / (warmup_steps + 1)) as in 2023; then, by lr_schedule,
-    constant, or down to min_lr_ratio at the last step by a line or half a cosine.
+    """Update k (from 0) runs at lr times: linear warmup min(1, (k + 1) / (warmup_steps + 1)) as in
+    2023; then, by lr_schedule, constant, or down to min_lr_ratio at the last step by a line or half
+    a cosine.
     """
     warmup, floor = config.warmup_steps, config.min_lr_ratio
-    shape = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
+    shape = {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    }
     decay = shape[config.lr_schedule]
 
     def factor(k: int) -> float:
