@@ -198,9 +198,8 @@ def evaluate(
         )
     check_length(config)
     tokenizer = load_tokenizer(config)
-    data = cast(
-        DictConfig, OmegaConf.merge(config, {"model": {"archive": None}})
-    )  # it is evaluated, not started from
+    # it is evaluated, not started from
+    data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))
     _, examples = load_examples(data, tokenizer, pairs=loss.data == "pairs")
     if not examples:
         raise UserError(

@@ -69,7 +69,8 @@ def main(options: argparse.Namespace) -> None:
     for run, found in zip(runs, findings, strict=True):
         print(said(f"{run.name}: {verdict(run)}"))
         for line in (*run.notes, healthy(found)):
-            print(said(f"  {line}")) if line else None
+            if line:
+                print(said(f"  {line}"))
         for f in found:
             print(
                 said(f"  {f.level}: {f.title}: {f.evidence}"),
@@ -78,9 +79,8 @@ def main(options: argparse.Namespace) -> None:
             )
     page = render(runs, findings)
     with new_file(out, "--out", "wb") as file:
-        file.write(
-            page.encode("utf-8", errors="replace")
-        )  # half a surrogate pair in a sample is no reason to fail
+        # half a surrogate pair in a sample is no reason to fail
+        file.write(page.encode("utf-8", errors="replace"))
     picture = out.with_suffix(".png")
     with new_file(picture, "--out", "wb") as file:
         file.write(draw_all([*map(named, runs)]))

@@ -354,9 +354,8 @@ def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
     add_bos = bool(found.config.get("add_bos", True))
     if (template or own_template(tokenizer)) == HH_TEMPLATE:
-        decoding = decoding._replace(
-            stop=(*decoding.stop, "\n\nHuman:")
-        )  # or a model goes on and speaks for both
+        # or a model goes on and speaks for both
+        decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))
     said: list[dict[str, str]] = []
     print(f"{found.name}; quit ends, clear forgets", flush=True)
     for turn in range(2**31):

@@ -244,7 +244,9 @@ def pairs(options: argparse.Namespace) -> None:
     found, config = found_by(options, options.scorer)
     data = [(name, *read_pairs(config, name, options)) for name in wanted]
     scorer = loaded(options, found, config)
-    names, rows, parts = list[str](), list[Row](), list[Scored]()
+    names = list[str]()
+    rows = list[Row]()
+    parts = list[Scored]()
     for name, some, keep in data:
         scored = scorer.score(some, keep)
         kept = (
@@ -290,9 +292,8 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
     paths = plain(config.dataset_paths) | {
         resolve(given): path for given, path in options.dataset_path
     }
-    known = name in (
-        config.get("datasets") or []
-    )  # the run's own files are read as the run read them
+    # the run's own files are read as the run read them
+    known = name in (config.get("datasets") or [])
     fields = dict(options.field) or (plain(config.field_map) if known else None)
     roles, splits = (
         plain(config.get(knob)) if known else None for knob in ("role_map", "split_names")
@@ -452,9 +453,8 @@ def draw(scored: Scored, folder: Path, title: str) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with new_file(path, "--json") as file:
-        known = json.loads(
-            json.dumps(content, default=str), parse_constant=lambda _: None
-        )  # JSON has no NaN
+        # JSON has no NaN
+        known = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
         file.write(json.dumps(known, indent=2) + "\n")
 
 
@@ -634,9 +634,8 @@ def main(options: argparse.Namespace) -> None:
         if options.main is split
         else options.file
     )
-    taken = [
-        path.resolve() for path in read
-    ]  # scores may be added in place; anything else would lose what was read
+    # scores may be added in place; anything else would lose what was read
+    taken = [path.resolve() for path in read]
     for name in ("out", "json", "easy", "hard", "plots"):
         if (path := getattr(options, name, None)) is not None:
             check_place(path, f"--{name}", folder=name == "plots")

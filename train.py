@@ -17,9 +17,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-os.environ.setdefault(
-    "HYDRA_FULL_ERROR", "1"
-)  # Hydra then raises what it would print, and `main` says it in one line
+# Hydra then raises what it would print, and `main` says it in one line
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that spin while they wait make a CPU run ten times slower as soon as something else wants
 # a core.
@@ -166,14 +165,17 @@ def train(config: DictConfig) -> None:
             train_from(config, owner, found)
         if config.export and rank() == 0:
             export_run(run_dir)
-        directory.write_status(run_dir, "finished", 0) if rank() == 0 else None
+        if rank() == 0:
+            directory.write_status(run_dir, "finished", 0)
     finally:
         owner.release()
 
 
 def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Found | None) -> None:
     """From a checkpoint of this run, or from its beginning."""
-    start, loss, run_dir = time.monotonic(), build_loss(plain(config.loss)), owner.run_dir
+    start = time.monotonic()
+    loss = build_loss(plain(config.loss))
+    run_dir = owner.run_dir
     check_rope(load_config(config), config.max_length)
     check_length(config)
     tokenizer = load_tokenizer(config)
@@ -241,7 +243,8 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
             layout,
         )
         del policy, reference  # the trainer's; one that was only run once is free
-        budget, trainer.recipe = trainer.packing.budget, recipe
+        budget = trainer.packing.budget
+        trainer.recipe = recipe
         if found is not None:
             trainer.restore(found)
         if config.n_examples and config.n_examples > trainer.schedule.n_examples:
@@ -315,11 +318,9 @@ def cache_reference(
     the memory that the policy's training leaves. Says which.
     """
     several = make_schedule(config, n).n_examples > n
-    one, trained, free = (
-        float(weights_bytes(policy)),
-        float(trained_bytes(policy)),
-        float(memory_at_hand(pick_device(config))),
-    )
+    one = float(weights_bytes(policy))
+    trained = float(trained_bytes(policy))
+    free = float(memory_at_hand(pick_device(config)))
     if layout is not None:  # a sharded policy lies where it will be trained already
         one, trained, free = (
             one / layout.n_shards,
@@ -350,9 +351,8 @@ def main() -> None:
     together = "-".join(
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     )
-    os.environ["PLUMB_LAUNCH"] = (
-        together if under_torchrun() else uuid.uuid4().hex
-    )  # which start wrote status.json
+    # which start wrote status.json
+    os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex
     try:
         sys.argv[1:] = spelled_out(sys.argv[1:])
         check_command_line(sys.argv[1:], Path(__file__))

@@ -78,25 +78,19 @@ class BasicTrainer:
         None is the policy before its first step. `layout`: how both models lie over several
         processes, which they do already.
         """
-        self.config, self.run_dir, self.log, self.loss, self.tokenizer = (
-            config,
-            run_dir,
-            log,
-            loss,
-            tokenizer,
-        )
+        self.config = config
+        self.run_dir = run_dir
+        self.log = log
+        self.loss = loss
+        self.tokenizer = tokenizer
         self.layout = layout
-        self.rank, self.world_size = (
-            (layout.rank, layout.n_rows) if layout is not None else (0, 1)
-        )  # of those who see other rows
-        self.counts = (
-            layout is None or layout.first_of_rows
-        )  # one of the ranks that see the same rows
+        # of those who see other rows
+        self.rank, self.world_size = (layout.rank, layout.n_rows) if layout is not None else (0, 1)
+        # one of the ranks that see the same rows
+        self.counts = layout is None or layout.first_of_rows
         self.schedule = make_schedule(config, len(train))
-        self.cost, block = (
-            sizing.cost_of(policy),
-            block_class(policy, config.model.block_name) if config.compile else None,
-        )
+        self.cost = sizing.cost_of(policy)
+        block = block_class(policy, config.model.block_name) if config.compile else None
         if config.activation_checkpointing is True:
             policy.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -104,12 +98,10 @@ class BasicTrainer:
         self.policy = self.place(policy)
         reference = self.place(reference) if reference is not None else None
         self.device = layout.device if layout is not None else next(self.policy.parameters()).device
-        self.dtype = DTYPES[
-            config.model.fsdp_policy_mp or config.model.policy_dtype
-        ]  # of computation
-        self.peak_flops = sizing.peak_flops(
-            self.device, self.dtype
-        )  # of one process; None on a CPU
+        # of computation
+        self.dtype = DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]
+        # of one process; None on a CPU
+        self.peak_flops = sizing.peak_flops(self.device, self.dtype)
         # Before the first forward pass, after which FSDP leaves some weights gathered.
         self.optimizer = make_optimizer(config, self.policy, self.device)
         self.scheduler = make_scheduler(config, self.optimizer, self.schedule.n_steps)
@@ -149,7 +141,9 @@ class BasicTrainer:
         )
         self.n_steps = self.schedule.n_steps
         self.order = ""  # a digest of the indices of all examples seen, chained
-        self.evaluation_due, self.finished, self.saved = False, False, ""
+        self.evaluation_due = False
+        self.finished = False
+        self.saved = ""
         self.saver = checkpoints.Saver(
             run_dir,
             in_background=config.async_save,
@@ -161,7 +155,9 @@ class BasicTrainer:
         self.found |= (
             {"reference": "live" if weights is None else "cached"} if loss.needs_reference else {}
         )
-        self.checkpoint_bytes, self.longest_step_secs, self.last_save = 0, 0.0, time.monotonic()
+        self.checkpoint_bytes = 0
+        self.longest_step_secs = 0.0
+        self.last_save = time.monotonic()
 
     # ---- what other trainers change ----
 
@@ -266,22 +262,19 @@ class BasicTrainer:
         cache = ReferenceCache(get_local_dir(self.config.local_dirs) / "reference_cache", made_of)
         if cache.problem:
             rank0_print(cache.problem)
-        used = np.unique(
-            np.concatenate([np.zeros(0, np.int64), *self.schedule])
-        )  # a run of few examples needs only these
+        # a run of few examples needs only these
+        used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))
         for feed, indices in (
             (self.train_feed, used),
             (self.eval_feed, np.arange(len(self.eval_feed.examples))),
         ):
             digests = digests_of_all(feed.examples, indices)
-            known = collectives.from_rank0(
-                partial(cache.find, digests)
-            )  # [n, k], on every rank what rank 0 knows
+            # [n, k], on every rank what rank 0 knows
+            known = collectives.from_rank0(partial(cache.find, digests))
             (new,) = np.isnan(known).any(1).nonzero()
             progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
-            size = max(
-                4096, len(new) // 64
-            )  # what is kept when the pass is interrupted; the file is written anew each time
+            # what is kept when the pass is interrupted; the file is written anew each time
+            size = max(4096, len(new) // 64)
             for start in range(0, len(new), size):
                 some = new[start : start + size]
                 known[some] = all_logps(
@@ -313,9 +306,8 @@ class BasicTrainer:
         if config.head_init == "fit":
             indices = self.schedule.order(0)[: config.head_pairs]
             progress = tqdm(total=len(indices), desc="head", unit="pair", disable=quiet())
-            hidden = all_hidden(
-                self.scorer, self.train_feed, indices, self.counts, progress
-            )  # [n, 2, d]
+            # [n, 2, d]
+            hidden = all_hidden(self.scorer, self.train_feed, indices, self.counts, progress)
             progress.close()
             folds = folds_of(self.train_feed.examples, indices)
             fit = collectives.from_rank0(
@@ -343,7 +335,8 @@ class BasicTrainer:
         """
         config = self.config
         self.policy.train()
-        self.started, self.logs = time.monotonic(), self.log.mark()
+        self.started = time.monotonic()
+        self.logs = self.log.mark()
         stop_requested()  # from here on signals wait for the step that they find
         if self.n_updates == 0 and self.loss.reads == "scores":
             self.start_head()
@@ -369,9 +362,8 @@ class BasicTrainer:
                 last or self.n_seen // config.eval_every > (self.n_seen - n) // config.eval_every
             )
             if self.evaluation_due:
-                self.logs = (
-                    self.log.mark()
-                )  # a stop from here on, until it is saved, takes the evaluation back
+                # a stop from here on, until it is saved, takes the evaluation back
+                self.logs = self.log.mark()
             self.between_steps(n)
             if self.evaluation_due:
                 self.milestone()
@@ -383,7 +375,8 @@ class BasicTrainer:
 
     def milestone(self) -> None:
         """Evaluate, and save with what came out."""
-        self.evaluation_due, self.finished = True, self.n_updates >= self.n_steps
+        self.evaluation_due = True
+        self.finished = self.n_updates >= self.n_steps
         record = self.evaluate() if not self.finished or self.config.do_last_eval else {}
         self.evaluation_due = False
         self.save(record)
@@ -460,9 +453,8 @@ class BasicTrainer:
         pass, so any split of the batch gives the same gradient. Metrics stay on the device.
         """
         start = time.perf_counter()
-        torch.manual_seed(
-            hash((self.config.seed, self.n_updates)) % 2**63
-        )  # randomness is a function of seed and step
+        # randomness is a function of seed and step
+        torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
         means, seen = Means(), []
         for i, (batch, weight, _) in enumerate(step.microbatches):
@@ -513,9 +505,8 @@ class BasicTrainer:
     def speed(self, step: Step, secs: float, waited_secs: float) -> Record:
         """What docs/metrics.md says of speed; padding is this rank's, all else of all ranks."""
         batches = [m.batch for m in step.microbatches]
-        passes = (
-            4 if self.scorer.reference is not None else 3
-        )  # forward, backward (twice as much), the live reference's forward
+        # forward, backward (twice as much), the live reference's forward
+        passes = 4 if self.scorer.reference is not None else 3
         mfu: Record = {}
         if self.peak_flops is not None:
             mfu["mfu"] = (
@@ -611,14 +602,17 @@ class BasicTrainer:
         """A checkpoint of this moment, step-<examples>, or interim-<examples> between evaluations;
         LATEST points to it.
         """
-        self.last_save, name = time.monotonic(), f"{'interim' if interim else 'step'}-{self.n_seen}"
+        self.last_save = time.monotonic()
+        name = f"{'interim' if interim else 'step'}-{self.n_seen}"
         if self.config.debug:
             rank0_print("debug=true: no checkpoint is written")
             return
         if name != self.saved:  # or it was stopped again before its next step
-            self.saved, state = name, state_files.tensors_of(self.policy, self.optimizer)
+            self.saved = name
+            state = state_files.tensors_of(self.policy, self.optimizer)
             self.saver.save(name, self.parts(), state, self.manifest(record), self.checkpoint_bytes)
-        directory.write_status(self.run_dir, "running") if rank() == 0 else None
+        if rank() == 0:
+            directory.write_status(self.run_dir, "running")
 
     def rehearse_save(self) -> None:
         """What a save takes, and that it works."""
@@ -661,15 +655,15 @@ class BasicTrainer:
         """Go on from there: weights, optimizer and position."""
         manifest = checkpoint.manifest
         state_files.restore(self.policy, self.optimizer, checkpoint.state_files(), manifest.values)
-        self.n_updates, self.n_seen = manifest.step, manifest.examples
+        self.n_updates = manifest.step
+        self.n_seen = manifest.examples
         self.n_steps = self.n_updates + self.schedule.n_steps_after(self.n_seen)
-        self.order, self.evaluation_due, self.begun = (
-            manifest.order,
-            manifest.evaluation_due,
-            manifest.step,
-        )
+        self.order = manifest.order
+        self.evaluation_due = manifest.evaluation_due
+        self.begun = manifest.step
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
-        self.saved, self.saver.secs = checkpoint.path.name, manifest.save_secs
+        self.saved = checkpoint.path.name
+        self.saver.secs = manifest.save_secs
         self.checkpoint_bytes = sum(file.bytes for file in manifest.files.values())
         report(self.n_updates, self.n_seen)
 

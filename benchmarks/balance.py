@@ -52,9 +52,8 @@ def imbalance(sizes: np.ndarray, microbatches: Sequence[Sequence[np.ndarray]]) -
     return float(fullest * len(microbatches[0]) / sizes.sum())
 
 
-Found = dict[
-    str, list[tuple[float, float]]
-]  # method -> (mean, worst) over all batches, for each of RANKS
+# method -> (mean, worst) over all batches, for each of RANKS
+Found = dict[str, list[tuple[float, float]]]
 
 
 def measure(examples: Lengths, n_pairs: int, budget: int) -> Found:

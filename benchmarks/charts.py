@@ -42,10 +42,8 @@ def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
         pairs = [r["pairs_per_sec"] for r in mine]
         first = out[0].pairs if out else pairs
         if scenario.in_turn:
-            middle, extremes = (
-                statistics.median(first),
-                (min(first) / max(pairs), max(first) / min(pairs)),
-            )
+            middle = statistics.median(first)
+            extremes = (min(first) / max(pairs), max(first) / min(pairs))
             ratios = [extremes[0], middle / statistics.median(pairs), extremes[1]]
         else:
             ratios = [a / b for a, b in zip(first, pairs, strict=False)]

@@ -37,10 +37,9 @@ def visible(examples: list[Example], n: int) -> Tensor:
     """[n, n] who sees whom; tokens behind the last tree see themselves and those before them, back
     to where padding begins.
     """
-    tree, response = (
-        torch.full((n,), -1),
-        torch.zeros(n, dtype=torch.int64),
-    )  # response 0: the prompt
+    # response 0: the prompt
+    tree = torch.full((n,), -1)
+    response = torch.zeros(n, dtype=torch.int64)
     at = 0
     for i, example in enumerate(examples):
         for j, part in enumerate((example.prompt, *example.responses)):

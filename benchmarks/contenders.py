@@ -33,9 +33,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # Plumb's modules lie at the repository's root
+# Plumb's modules lie at the repository's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import make_tokens
 import numpy as np
@@ -58,7 +57,8 @@ class Contender(ABC):
     """
 
     def __init__(self, setting: Setting):
-        self.setting, self.device = setting, torch.device(setting.device)
+        self.setting = setting
+        self.device = torch.device(setting.device)
         self.policy = build_model(setting, seed=0)
         self.reference = (
             build_model(setting, seed=1).eval().requires_grad_(False)
@@ -207,13 +207,11 @@ class Padded(Contender):
         """Sum of the response tokens' log-probabilities, from the logits of every position.  ->
         [R]
         """
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[
-            :, :-1
-        ]  # [R, T-1, V]
+        # [R, T-1, V]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
         targets = labels[:, 1:]
-        per_token = (
-            logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-        )  # [R, T-1]
+        # [R, T-1]
+        per_token = logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
         return (per_token * (targets != -100)).sum(1)
 
 
@@ -262,7 +260,8 @@ class Plumb(Contender):
             nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment]
         if self.score is None:
             self.trainer = self.make_trainer(examples)
-            self.feed, self.optimizer = self.trainer.train_feed, self.trainer.optimizer
+            self.feed = self.trainer.train_feed
+            self.optimizer = self.trainer.optimizer
         else:
             spec, dtype = self.policy.config, getattr(torch, setting.dtype)
             free = sizing.memory_at_hand(self.device)
@@ -390,7 +389,8 @@ class Plumb(Contender):
             self.feed.reference = all_logps(
                 trainer.scorer, self.reference, self.feed, everything, True, silent
             )
-            self.reference, trainer.scorer = None, trainer.scorer._replace(reference=None)
+            self.reference = None
+            trainer.scorer = trainer.scorer._replace(reference=None)
             gc.collect()
 
 
@@ -427,7 +427,8 @@ class Clock:
     """Seconds since `start`; on a GPU up to the end of all queued work."""
 
     def __init__(self, device: torch.device):
-        self.device, self.started = device, Seconds(0, 0)
+        self.device = device
+        self.started = Seconds(0, 0)
 
     def start(self) -> None:
         self.synchronize()
@@ -468,7 +469,8 @@ class Memory:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.base = device, resident()
+        self.device = device
+        self.base = resident()
 
     def reset(self) -> None:
         if self.device.type == "cuda":

@@ -84,7 +84,9 @@ def plan_of_every_example(examples: Sequence[Example], packing: Packing) -> list
     """Microbatches of at most the budget, cut by tokens (LPT) or by length: the definition, one
     example at a time.
     """
-    n, world, k = len(examples), packing.world_size, len(examples[0].responses)
+    n = len(examples)
+    world = packing.world_size
+    k = len(examples[0].responses)
 
     def by_tokens(n_parts: int) -> list[np.ndarray]:
         parts: list[list[int]] = [[] for _ in range(n_parts)]
@@ -135,7 +137,9 @@ def thread_of_every_example(batch: Sequence[Example]) -> tuple[int, int, float]:
         p = len(prompt)
         tokens, pairs = tokens + p, pairs + p * p / 2
         for c in map(len, answers):
-            tokens, responses, pairs = tokens + c, responses + c, pairs + p * c + c * c / 2
+            tokens = tokens + c
+            responses = responses + c
+            pairs = pairs + p * c + c * c / 2
     operations = 2 * COST.body * tokens + 2 * COST.head * responses + 4 * COST.attention * pairs
     return scored, sum(map(n_tokens, batch)), operations
 
@@ -265,11 +269,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.smoke:
-        options.ranks, options.each, options.pairs, options.rounds = [1, 4], 4, 300, 3
-    examples, results = (
-        store_of(max(options.pairs, max(options.ranks) * options.each)),
-        list[Result](),
-    )
+        options.ranks = [1, 4]
+        options.each = 4
+        options.pairs = 300
+        options.rounds = 3
+    examples = store_of(max(options.pairs, max(options.ranks) * options.each))
+    results = list[Result]()
     for ranks in options.ranks:
         results += measure_step(examples, ranks, options.each, 16_384, True, options.rounds)
     for packed, budget in ((True, 1024), (False, 16_384), (False, 1024)):

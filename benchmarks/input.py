@@ -163,7 +163,9 @@ def measure_load(options: argparse.Namespace) -> dict[str, float]:
     from plumb.data import prepare  # noqa: F401  (its imports are not what is measured)
 
     tokenizer = tokenizer_from(options.tokenizer)
-    before, cpu, start = peak_gb(), time.process_time(), time.perf_counter()
+    before = peak_gb()
+    cpu = time.process_time()
+    start = time.perf_counter()
     examples = load(options.name, options.data, options.folder, tokenizer)
     secs = time.perf_counter() - start
     cpu = time.process_time() - cpu
@@ -244,10 +246,11 @@ def measurements(
     hh = folder / "hh.jsonl"
     write_hh(options.hh, hh, options.pairs)
     cold = child("load", options, "hh", hh, folder / "cache")
+    # the held-out rows are tokenized too
     yield (
         "cold",
         cold | {"rows_per_cpu_sec": options.pairs / cold["cpu_secs"]},
-    )  # the held-out rows are tokenized too
+    )
     for _ in range(3):
         yield "warm", child("load", options, "hh", hh, folder / "cache")
     yield "assembly", child("assembly", options, "hh", hh, folder / "cache")

@@ -89,7 +89,9 @@ def tokenize(
     ids = iter([e.ids for e in encoded])
     pairs = []
     for _ in texts:
-        prompt, chosen, rejected = next(ids), [*next(ids), end], [*next(ids), end]
+        prompt = next(ids)
+        chosen = [*next(ids), end]
+        rejected = [*next(ids), end]
         pairs.append(
             Pair(*(np.asarray(x, np.int32) for x in cut(prompt, (chosen, rejected), *limits)))
         )

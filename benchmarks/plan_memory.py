@@ -125,9 +125,8 @@ def work(config, out: str) -> None:
     before, loop = status("VmRSS"), trainers.BasicTrainer.train
 
     def from_here(self):
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the peak starts again: loading is not what is planned
+        # the peak starts again: loading is not what is planned
+        Path("/proc/self/clear_refs").write_text("5")
         return loop(self)
 
     trainers.BasicTrainer.train = from_here  # type: ignore[method-assign]

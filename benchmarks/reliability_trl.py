@@ -297,17 +297,16 @@ class Bench:
     """One contender's runs, all beneath one folder."""
 
     def __init__(self, contender: Contender, folder: Path, seed: int):
-        self.contender, self.folder, self.rng, self.seed = (
-            contender,
-            folder,
-            random.Random(seed),
-            seed,
-        )
+        self.contender = contender
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.seed = seed
         self.cases: list[Case] = []
         self.record: dict[str, Any] = {}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.model, self.data = folder / "model", folder / "pairs.jsonl"
+        self.model = folder / "model"
+        self.data = folder / "pairs.jsonl"
         make_model(self.model)
         rows = (ROOT / "demo/train.jsonl").read_text().splitlines()[:N_ROWS]
         self.rows = [
@@ -599,7 +598,10 @@ def main() -> None:
         bench = Bench(CONTENDERS[at.contender], at.folder.resolve() / at.contender, at.seed)
         bench.undisturbed()
         for group in at.groups.split(","):
-            bench.kills(at.kills) if group == "kills" else getattr(bench, group)()
+            if group == "kills":
+                bench.kills(at.kills)
+            else:
+                getattr(bench, group)()
             keep(bench, at.folder / f"{at.contender}.json", round(time.monotonic() - began))
         shutil.rmtree(at.folder / at.contender)
     if at.report:

@@ -147,10 +147,8 @@ def states(model_name: str, path: Path, max_length: int, read: str) -> tuple[Ten
     )
     print(line)
     scorer = Scorer(model, None, loss, way, precision, device)
-    feed, indices = (
-        Feed(examples, Packing(way.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0),
-        np.arange(len(examples)),
-    )
+    feed = Feed(examples, Packing(way.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0)
+    indices = np.arange(len(examples))
     with tqdm(total=len(examples), desc=read) as progress:
         return all_hidden(scorer, feed, indices, True, progress), folds_of(examples, indices)
 
@@ -171,19 +169,15 @@ def head_by_steps(
     weight = torch.nn.Parameter(
         initial_weight(z.shape[1], 0)[0] if drawn else torch.zeros(z.shape[1])
     )
-    made, n_steps, step = (
-        getattr(torch.optim, optimizer)([weight], lr=lr),
-        epochs * -(-len(z) // batch),
-        0,
-    )
+    made = getattr(torch.optim, optimizer)([weight], lr=lr)
+    n_steps = epochs * -(-len(z) // batch)
+    step = 0
     for epoch in range(epochs):
         for part in torch.from_numpy(np.random.default_rng((0, epoch)).permutation(len(z))).split(
             batch
         ):
-            rising, falling = (
-                (step + 1) / (warmup + 1),
-                1 - (step - warmup) / max(1, n_steps - 1 - warmup),
-            )
+            rising = (step + 1) / (warmup + 1)
+            falling = 1 - (step - warmup) / max(1, n_steps - 1 - warmup)
             made.param_groups[0]["lr"] = lr * (rising if step < warmup else max(0.0, falling))
             made.zero_grad()
             (-F.logsigmoid((z[part] / unit) @ weight)).mean().backward()
@@ -251,10 +245,8 @@ def train(
     ]
     subprocess.run(command, check=True, cwd=ROOT)
     records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-    n, (first, *_, last) = (
-        len(test.read_text().splitlines()),
-        [r for r in records if "loss/eval" in r],
-    )
+    n = len(test.read_text().splitlines())
+    (first, *_, last) = [r for r in records if "loss/eval" in r]
     cells = [
         f"{wilson(r['rewards_eval/accuracies'] * n, n)}, {r['loss/eval']:.4f}"
         for r in (first, last)

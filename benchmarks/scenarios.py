@@ -76,10 +76,8 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     # Of the scenario "probe": 1 and 2 pairs are equally fast for both, 1 needs the least memory,
     # and more pairs are slower.
     best: dict[str, Any] = {"microbatch": 1, "by_length": True}
-    plumb, padded = (
-        setting("plumb", "plumb"),
-        setting("2023 manner", "padded", microbatch=1, n_timed=some(8)),
-    )
+    plumb = setting("plumb", "plumb")
+    padded = setting("2023 manner", "padded", microbatch=1, n_timed=some(8))
     sft: dict[str, Any] = {"objective": "sft"}
     reward: dict[str, Any] = {"objective": "reward"}
     probe = [

@@ -43,9 +43,8 @@ class Setting:
     max_grad_norm: float = 10.0
     n_warm: int = 0  # steps that are not counted
     n_measured: int = 5  # steps that are, where contenders run one after the other
-    then: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # plumb: changes of these fields, each measured in the same process
+    # plumb: changes of these fields, each measured in the same process
+    then: list[dict[str, Any]] = field(default_factory=list)
     trace: bool = False  # a profiler table of one more step
     timeout: float = 600.0  # seconds for any one answer
 

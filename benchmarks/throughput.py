@@ -56,7 +56,8 @@ class Child:
     """A contender's process: `build` it, then `step` it; it waits between orders."""
 
     def __init__(self, setting: Setting, errors: IO[str]):
-        self.setting, self.errors = setting, errors
+        self.setting = setting
+        self.errors = errors
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "contenders.py"), setting.to_json()],
             stdin=subprocess.PIPE,
@@ -114,7 +115,9 @@ class Run:
 
     def __init__(self, folder: Path, minutes: float):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.minutes, self.started = folder, minutes, time.monotonic()
+        self.folder = folder
+        self.minutes = minutes
+        self.started = time.monotonic()
         self.log = (folder / "throughput.jsonl").open("w")
         self.errors = (folder / "contenders.log").open("w")
         self.records: list[dict[str, Any]] = []

@@ -65,11 +65,11 @@ class Stamps(TrainerCallback):
     """Checks at the start of training, then lets one optimizer step pass for each "go"."""
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]], pipe: Pipe):
-        self.setting, self.batches, self.pipe = setting, batches, pipe
-        self.clock, self.memory = (
-            Clock(torch.device(setting.device)),
-            Memory(torch.device(setting.device)),
-        )
+        self.setting = setting
+        self.batches = batches
+        self.pipe = pipe
+        self.clock = Clock(torch.device(setting.device))
+        self.memory = Memory(torch.device(setting.device))
         self.trainer: Any = None
         # what building the trainer took: with precompute_ref_log_probs, a pass over the data
         self.prepared_secs = 0.0
@@ -143,9 +143,8 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
     rows = [
         as_row(pair) for step, batch in enumerate(batches) for pair in timed(setting, batch, step)
     ]
-    rows += [
-        as_row(pair) for pair in batches[0][: setting.n_check]
-    ]  # beyond the last step: for the check alone
+    # beyond the last step: for the check alone
+    rows += [as_row(pair) for pair in batches[0][: setting.n_check]]
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder,
@@ -178,7 +177,8 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
             callbacks=[stamps],
             optimizers=(make_optimizer(list(policy.parameters()), setting), None),
         )
-        stamps.trainer, stamps.prepared_secs = trainer, stamps.clock.read().wall
+        stamps.trainer = trainer
+        stamps.prepared_secs = stamps.clock.read().wall
         if (
             setting.reference == "cached"
         ):  # as it is when no reference is given: the precomputed columns take its place

@@ -50,10 +50,8 @@ def main() -> None:
     rows = load_dataset(
         "json", data_files=at.data, split="train", cache_dir=str(at.run_dir.with_suffix(".cache"))
     )
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(at.model),
-        AutoTokenizer.from_pretrained(at.model),
-    )
+    model = AutoModelForCausalLM.from_pretrained(at.model)
+    tokenizer = AutoTokenizer.from_pretrained(at.model)
     trainer = DPOTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=rows
     )

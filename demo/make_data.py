@@ -179,6 +179,7 @@ I have never tried to {task} before. What comes first? | What would you tell a c
 My brother says that {doing} takes no skill. What should I try? | Quick question about {topic}: how does one {task}?
 Next month I hope to get better at {doing}. Where do I begin?""")
 TEST_FRAMES = 5
+# in front of a frame
 HELLOS = [
     "",
     "Hello. ",
@@ -186,7 +187,7 @@ HELLOS = [
     "Good morning. ",
     "Good evening. ",
     "Sorry to bother you. ",
-]  # in front of a frame
+]
 
 # A response is an opening, a core and perhaps a closing. {x} is the text as it stands, {X} the same
 # with a capital.
@@ -349,9 +350,8 @@ def main():
         rows = []
         for prompt, chosen, others in part:
             length = {text: len(tokenizer(text).input_ids) for text in (chosen, *others)}
-            wanted = length[chosen] + rng.choice(
-                [-4, -3, -2, -1, 1, 2, 3, 4, 5]
-            )  # long ones are rare, so ask for more of them
+            # long ones are rare, so ask for more of them
+            wanted = length[chosen] + rng.choice([-4, -3, -2, -1, 1, 2, 3, 4, 5])
             rejected = min(others, key=lambda text: abs(length[text] - wanted))
             rows.append(
                 dict(

@@ -22,11 +22,9 @@ from plumb.paths import get_local_dir  # noqa: E402
 from plumb.reports.curves import draw_curves  # noqa: E402
 from plumb.runs.history import read_metrics  # noqa: E402
 
-BY_LIKELIHOOD, BY_REWARD, MARGIN = (
-    "logps_eval/accuracies",
-    "rewards_eval/accuracies",
-    "rewards_eval/margins",
-)
+BY_LIKELIHOOD = "logps_eval/accuracies"
+BY_REWARD = "rewards_eval/accuracies"
+MARGIN = "rewards_eval/margins"
 
 
 def main() -> None:

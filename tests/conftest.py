@@ -27,9 +27,8 @@ import torch
 from runs import FAST, ROWS
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # where torch was imported before
-hypothesis.settings.register_profile(
-    "any machine", deadline=None
-)  # a busy one has paused within an example
+# a busy one has paused within an example
+hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parents[1]

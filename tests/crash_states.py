@@ -26,9 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
-Tree = dict[
-    str, Union[bytes, "Link", None]
-]  # relative path -> a file's bytes, a link, None for a directory
+# relative path -> a file's bytes, a link, None for a directory
+Tree = dict[str, Union[bytes, "Link", None]]
 EVERY_CHOICE = 8  # pending changes of entries up to which every choice among them is tried
 CHOICES = 48  # beyond: this many, drawn
 
@@ -80,9 +79,8 @@ class Recorder:
         self.path = os.path.realpath(root)
         self.operations: list[Operation] = []
         self.root = as_node(read_tree(root))
-        self.start = {
-            node: (node.content, dict(node.entries)) for node in walk(self.root)
-        }  # taken to be on the disk
+        # taken to be on the disk
+        self.start = {node: (node.content, dict(node.entries)) for node in walk(self.root)}
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
@@ -181,10 +179,8 @@ class Recorder:
             )
 
     def rename(self, real: Callable, old: Any, new: Any, **options: Any) -> None:
-        where, to = (
-            self.find(old, options.get("src_dir_fd")),
-            self.find(new, options.get("dst_dir_fd")),
-        )
+        where = self.find(old, options.get("src_dir_fd"))
+        to = self.find(new, options.get("dst_dir_fd"))
         real(old, new, **options)
         if where or to:
             assert where and to and where[0] is to[0], (

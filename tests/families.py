@@ -20,10 +20,9 @@ transformers.utils.logging.disable_progress_bar()
 
 TOKENIZER = Path(__file__).parents[1] / "demo/tokenizer"
 VOCABULARY = 2048  # of the embeddings; the tokenizer has 2,000 tokens
-WINDOW, ORIGINAL = (
-    16,
-    64,
-)  # tokens; ORIGINAL: the length up to which longrope and dynamic ropes leave frequencies alone
+# tokens; ORIGINAL: the length up to which longrope and dynamic ropes leave frequencies alone
+WINDOW = 16
+ORIGINAL = 64
 
 BASE = {
     "vocab_size": VOCABULARY,

@@ -18,10 +18,8 @@ from typing import NamedTuple
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 GOOD = [PAIR, {"prompt": "Name a hill:", "chosen": " the Brocken", "rejected": " the Po"}]
 HUMAN = {"role": "user", "content": "Name a sea."}
-REPLY, OTHER = (
-    {"role": "assistant", "content": "The Baltic."},
-    {"role": "assistant", "content": "The Alps."},
-)
+REPLY = {"role": "assistant", "content": "The Baltic."}
+OTHER = {"role": "assistant", "content": "The Alps."}
 CHAT = {"prompt": [HUMAN], "chosen": [REPLY], "rejected": [OTHER]}
 CHATS = [CHAT, CHAT | {"prompt": [{"role": "user", "content": "And a hill?"}]}]
 

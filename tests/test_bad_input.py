@@ -40,9 +40,8 @@ def one_line(returned, stderr, runs, code=2):
 def refused(here, tmp_path, monkeypatch, capfd):
     """`refused(*overrides)`: `train.main()` refuses them as `one_line` says. -> the line"""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv(
-        "HYDRA_MAIN_MODULE", "__main__"
-    )  # Hydra then finds config/ beside train.py, as for a script
+    # Hydra then finds config/ beside train.py, as for a script
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")
 
     def run(*overrides, code=2):
         monkeypatch.setattr(sys, "argv", ["train.py", *here, *map(str, overrides)])

@@ -63,10 +63,8 @@ def seen_by_segments(batch):
     return seen
 
 
-prompts, answers = (
-    st.lists(st.integers(1, 99), max_size=9),
-    st.lists(st.integers(1, 99), max_size=9),
-)
+prompts = st.lists(st.integers(1, 99), max_size=9)
+answers = st.lists(st.integers(1, 99), max_size=9)
 some = lambda k: st.lists(
     st.tuples(prompts, st.lists(answers, min_size=k, max_size=k)), min_size=1, max_size=5
 )
@@ -113,10 +111,8 @@ def test_unfolding_gives_every_response_its_row(rows):
     padded = unfold(batch, 0)
     for i, (p, responses) in enumerate(rows):
         for j, response in enumerate(responses):
-            row, mask = (
-                padded.input_ids[j * len(rows) + i],
-                padded.attention_mask[j * len(rows) + i],
-            )
+            row = padded.input_ids[j * len(rows) + i]
+            mask = padded.attention_mask[j * len(rows) + i]
             n = len(p) + len(response)
             assert (
                 row[:n].tolist() == p + response
@@ -202,9 +198,8 @@ def test_a_plan_loses_nothing_and_keeps_the_budget(lengths, budget, at_least, wo
     of_batch = lengths_of([example([1] * (n - 1), [2]) for n in lengths])
     packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
     micro = microbatches(plan(of_batch, packing, at_least), world)
-    assert all(
-        len(parts) == world for parts in micro
-    )  # every rank has the same number of microbatches
+    # every rank has the same number of microbatches
+    assert all(len(parts) == world for parts in micro)
     assert sorted(i for parts in micro for part in parts for i in part) == list(range(len(lengths)))
     assert min(at_least, max(1, len(lengths) // world)) <= len(micro) <= -(-len(lengths) // world)
     for part in (
@@ -232,7 +227,9 @@ def plan_by_definition(examples, packing, at_least):
     This is how every run so far was cut: another plan would change the rounding, and what a resumed
     run does.
     """
-    n, world, k = len(examples), packing.world_size, len(examples[0].responses)
+    n = len(examples)
+    world = packing.world_size
+    k = len(examples[0].responses)
     if packing.packed:
         sizes = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
     else:
@@ -260,9 +257,8 @@ def plan_by_definition(examples, packing, at_least):
         n_micro += 1
 
 
-lengths_of_pairs = st.tuples(
-    st.integers(0, 12), st.integers(0, 12), st.integers(0, 12)
-)  # many ties
+# many ties
+lengths_of_pairs = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12))
 
 
 @settings(max_examples=150, deadline=None)
@@ -297,9 +293,8 @@ def test_ranks_share_a_step_and_a_rank_without_a_part_has_weight_0():
         Feed(examples, PACKING._replace(world_size=4), rank, reference).step(np.array([2, 0, 1]))
         for rank in range(4)
     ]
-    assert all(
-        step.indices.tolist() == [2, 0, 1] and len(step.lengths) == 3 for step in steps
-    )  # the batch is everyone's
+    # the batch is everyone's
+    assert all(step.indices.tolist() == [2, 0, 1] and len(step.lengths) == 3 for step in steps)
     shares = [
         (m.weight, m.batch.targets.tolist(), m.batch.reference.tolist())
         for step in steps

@@ -177,9 +177,8 @@ def jobs(overrides):
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
-SMALL = sorted(
-    f.stem for f in ROOT.glob("*.py") if "\ndef parser(" in f.read_text()
-)  # the commands beside train.py
+# the commands beside train.py
+SMALL = sorted(f.stem for f in ROOT.glob("*.py") if "\ndef parser(" in f.read_text())
 
 
 @pytest.mark.parametrize("script", SMALL)

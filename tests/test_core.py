@@ -133,7 +133,8 @@ class OfIds:
     device, reference = torch.device("cpu"), None
 
     def __init__(self, training):
-        self.policy, self.modes = nn.Linear(1, 1).train(training), set()
+        self.policy = nn.Linear(1, 1).train(training)
+        self.modes = set()
 
     def logps(self, model, batch):
         self.modes.add(model.training)
@@ -158,7 +159,9 @@ def test_an_evaluation_counts_each_example_once(training):
     with weight 0. What the ranks found adds up to 10 i + 7, in the examples' order. Ranks beyond
     the first of a tensor-parallel group see the same rows and count nothing.
     """
-    scorer, found, n_tokens = OfIds(training), np.zeros(5), np.zeros(5)
+    scorer = OfIds(training)
+    found = np.zeros(5)
+    n_tokens = np.zeros(5)
     for feed in feeds(FIVE, 3):
         part = evaluate(scorer, feed, batch_size=2)
         found, n_tokens = found + part.metrics["loss/{}"], n_tokens + part.tokens
@@ -169,7 +172,9 @@ def test_an_evaluation_counts_each_example_once(training):
 
 def test_log_probabilities_of_some_examples():
     """Of examples 4, 1 and 0 on four ranks, of which one has no part of the batch: 47, 17, 7."""
-    scorer, found, indices = OfIds(True), np.zeros((3, 1)), np.array([4, 1, 0])
+    scorer = OfIds(True)
+    found = np.zeros((3, 1))
+    indices = np.array([4, 1, 0])
     for feed in feeds(FIVE, 4):
         found = found + all_logps(scorer, scorer.policy, feed, indices, True, tqdm(disable=True))
         assert not all_logps(scorer, scorer.policy, feed, indices, False, tqdm(disable=True)).any()

@@ -29,7 +29,9 @@ def assistant(text):
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-Q, GOOD, BAD = user("Name a sea."), assistant("The Baltic."), assistant("The Alps.")
+Q = user("Name a sea.")
+GOOD = assistant("The Baltic.")
+BAD = assistant("The Alps.")
 
 
 def shown(turn):

@@ -74,9 +74,8 @@ def test_both_stages_and_the_summary(tmp_path, monkeypatch, capsys):
     )
     assert (tmp_path / "dpo/LATEST/policy.pt").is_file()
 
-    report.main(
-        report.parser().parse_args([str(tmp_path / "dpo")])
-    )  # it knows the names and files that training writes
+    # it knows the names and files that training writes
+    report.main(report.parser().parse_args([str(tmp_path / "dpo")]))
     page = (tmp_path / "dpo/report.html").read_text()
     missing = [
         p.title for p in (*curves.LEARNING, *curves.FURTHER) if f'alt="{p.title} over' not in page
@@ -89,7 +88,6 @@ def test_both_stages_and_the_summary(tmp_path, monkeypatch, capsys):
         "a new model",
     ] and "step-32" in chain[1].what
     with pytest.raises(SystemExit) as error:
-        run.stage(
-            "again", "exp=demo_sft", tmp_path / "sft"
-        )  # a stage that fails stops the demo with its exit code
+        # a stage that fails stops the demo with its exit code
+        run.stage("again", "exp=demo_sft", tmp_path / "sft")
     assert error.value.code == 2

@@ -121,9 +121,8 @@ def test_the_record_by_hand():
         and found["loss/eval/short"] == 2
     )
     assert of_policy.record(by_example, {})["loss/eval"] == 8
-    hopeless = of_policy._replace(
-        metrics={"logps_{}/chosen": np.array([-8e3, 0])}
-    )  # 1,000 nats per token: still a number
+    # 1,000 nats per token: still a number
+    hopeless = of_policy._replace(metrics={"logps_{}/chosen": np.array([-8e3, 0])})
     assert hopeless.record(by_example, {})["perplexity/eval"] == pytest.approx(math.exp(700))
     scores = {"rewards_{}/chosen": np.array([3.0, 1]), "rewards_{}/rejected": np.array([-1.0, 1])}
     squares = {

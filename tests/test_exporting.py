@@ -183,9 +183,8 @@ def test_a_reward_model(tmp_path, base_of, family, pad, side):
     assert torch.allclose(scores, torch.stack(expected), atol=1e-5)
     rows = loaded.get_input_embeddings().weight
     assert len(rows) == (259 if pad == "<pad>" else 260) and (pad == "<pad>" or not rows[-1].any())
-    opened = open_model(
-        find_model(str(folder)), "cpu"
-    )  # and Plumb itself reads it as a reward model
+    # and Plumb itself reads it as a reward model
+    opened = open_model(find_model(str(folder)), "cpu")
     assert opened.found.scalar and opened.model.get_output_embeddings().weight.equal(
         model.get_output_embeddings().weight
     )
@@ -206,7 +205,8 @@ def test_a_pad_token_that_no_text_ends_with(pad, unk, expected):
     """
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|padding|>"], special_tokens=True)
-    tokenizer.pad_token, tokenizer.unk_token = pad, unk
+    tokenizer.pad_token = pad
+    tokenizer.unk_token = unk
     assert export.use_pad_of_its_own(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
 
 
@@ -259,12 +259,13 @@ def test_what_stands_beside_the_weights(tmp_path, base_of):
 def test_what_is_refused(tmp_path, base_of):
     base = base_of("llama")
     run_dir = run_of(tmp_path, base, trained(base).state_dict())
-    out, empty, bad = tmp_path / "out", tmp_path / "empty.jinja", tmp_path / "bad.jinja"
+    out = tmp_path / "out"
+    empty = tmp_path / "empty.jinja"
+    bad = tmp_path / "bad.jinja"
     empty.write_text("")
     bad.write_text("{% for")
-    inside = (
-        Path(shutil.copytree(base, tmp_path / "folder")) / "policy.pt"
-    )  # which --overwrite would remove
+    # which --overwrite would remove
+    inside = Path(shutil.copytree(base, tmp_path / "folder")) / "policy.pt"
     shutil.copy(run_dir / "step-8/policy.pt", inside)
     for options, said in (
         ([base, "--out", out], "a model's folder or name already"),
@@ -389,10 +390,8 @@ def validate_only(compose):
 
 def test_named_templates_are_exported_again(tmp_path, base_of):
     """All of them; the one that the run was trained with, or that is asked for, is the default."""
-    base, named = (
-        base_of("llama"),
-        {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")},
-    )
+    base = base_of("llama")
+    named = {"default": CHAT, "tool_use": CHAT.replace("<assistant>", "<tools>")}
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = named
     tokenizer.save_pretrained(base)

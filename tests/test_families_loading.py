@@ -17,6 +17,7 @@ from plumb.models import load
 from plumb.models.weight_files import Weights
 from trainers import FSDPTrainer
 
+# an expert has a tensor of its own
 MERGED = (
     "mixtral",
     "qwen3_moe",
@@ -24,7 +25,7 @@ MERGED = (
     "jamba",
     "ernie4_5_moe",
     "minimax",
-)  # an expert has a tensor of its own
+)
 TOKENS = torch.arange(3, 27)[None]
 
 
@@ -62,9 +63,8 @@ def check(folders, expected_logits):
                 for state in states[1:]:
                     assert torch.equal(sharding.whole(state[key].detach()), tensor), key
             tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-            can_tie = bool(
-                getattr(theirs, "_tied_weights_keys", None)
-            )  # of others the entry says nothing
+            # of others the entry says nothing
+            can_tie = bool(getattr(theirs, "_tied_weights_keys", None))
             for model in (whole, policy):
                 assert (
                     model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -75,9 +75,8 @@ def check(folders, expected_logits):
                 for model in (whole, policy):
                     found = model.eval()(TOKENS, use_cache=False).logits
                     off = float((found - expected).abs().max() / expected.abs().max())
-                    assert off < 1e-5, (
-                        f"logits off by {off:.1e} of the largest"
-                    )  # some roundings of float32, 6e-8 each
+                    # some roundings of float32, 6e-8 each
+                    assert off < 1e-5, f"logits off by {off:.1e} of the largest"
         except Exception as error:  # all are named, not the first alone
             wrong[name] = f"{type(error).__name__}: {error}"[:300]
     assert not wrong, wrong

@@ -30,9 +30,8 @@ def test_a_win_rates_interval_covers_it(n, p, ties):
     intervals = [bootstrap(row, np.arange(n), seed, n_draws=600) for seed, row in enumerate(points)]
     truth = ties / 2 + (1 - ties) * p
     assert 0.93 <= np.mean([low <= truth <= high for _, low, high in intervals]) <= 0.99
-    assert np.mean([high - low for _, low, high in intervals]) < 4 * np.sqrt(
-        0.25 / n
-    )  # not by being as wide as all
+    # not by being as wide as all
+    assert np.mean([high - low for _, low, high in intervals]) < 4 * np.sqrt(0.25 / n)
 
 
 def test_answers_to_one_prompt_are_no_independent_trials():
@@ -61,9 +60,8 @@ def test_of_wins_and_losses_it_is_jeffreys_interval():
     low, high = np.quantile(np.random.default_rng(0).beta(8.5, 2.5, 400_000), [0.025, 0.975])
     interval = bootstrap(np.array([1.0] * 8 + [0.0] * 2), np.arange(10), seed=3, n_draws=100_000)
     assert interval == pytest.approx((0.8, low, high), abs=0.005)
-    assert bootstrap(np.ones(10), np.arange(10), 0) == bootstrap(
-        np.ones(10), np.arange(10), 0
-    )  # seeded
+    # seeded
+    assert bootstrap(np.ones(10), np.arange(10), 0) == bootstrap(np.ones(10), np.arange(10), 0)
     assert (
         bootstrap(np.ones(10), np.arange(10), 0).low < 0.9
         and bootstrap(np.ones(0), np.arange(0), 0).low == 0

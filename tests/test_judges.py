@@ -21,7 +21,8 @@ class Server:
     """
 
     def __init__(self, say):
-        self.asked, lock = [], threading.Lock()
+        self.asked = []
+        lock = threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
@@ -238,9 +239,8 @@ def test_win_rates_by_an_endpoint(files, tmp_path, capsys):
             tmp_path / "v.jsonl",
         ]
         winrate(files, *how, "--out", tmp_path / "out.jsonl", "--json", tmp_path / "out.json")
-        assert (
-            len(server.asked) == 6
-        )  # three pairs in both orders; of equal answers nobody is asked
+        # three pairs in both orders; of equal answers nobody is asked
+        assert len(server.asked) == 6
         assert "Query: Question 0?\n" in server.asked[0][2]["messages"][0]["content"]
     found = json.loads((tmp_path / "out.json").read_text())["win_rates"]["dpo"]
     assert (found["wins"], found["ties"], found["losses"], found["n_prompts"], found["swayed"]) == (

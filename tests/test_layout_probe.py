@@ -307,7 +307,9 @@ def test_rope_that_looks_at_the_whole_batch_is_refused_beyond_its_length(kind):
     some = lambda *lengths: Example(
         rng.integers(3, 259, 4), tuple(rng.integers(3, 259, n) for n in lengths), ""
     )
-    short, fitting, long = some(5, 6), some(28, 3), some(60, 3)
+    short = some(5, 6)
+    fitting = some(28, 3)
+    long = some(60, 3)
 
     def logps(*neighbours):
         with torch.no_grad():

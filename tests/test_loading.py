@@ -99,9 +99,8 @@ def sources(tmp_path_factory):
         f"model.name_or_path={folder / 'bfloat16'}",
         "model.policy_dtype=float64",
     ]
-    shutil.copytree(
-        folder / "gpt2", folder / "bare"
-    )  # as GPT-2 is on the hub: names of the body, without its prefix
+    # as GPT-2 is on the hub: names of the body, without its prefix
+    shutil.copytree(folder / "gpt2", folder / "bare")
     state = {
         k.removeprefix("transformer."): v
         for k, v in load_file(folder / "bare/model.safetensors").items()

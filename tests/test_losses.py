@@ -45,10 +45,8 @@ def test_nll_keeps_the_chosen_likely():
     """log(1 + e^-2) as above, + 0.5 * 10 nats over 4 tokens; its gradient pulls the chosen
     log-probability up by 0.5 / 4.
     """
-    chosen, rejected = (
-        Logps(torch.tensor([-10.0], requires_grad=True), torch.tensor([4])),
-        logps(-30),
-    )
+    chosen = Logps(torch.tensor([-10.0], requires_grad=True), torch.tensor([4]))
+    rejected = logps(-30)
     losses = (
         build_loss(DPO | {"nll": 0.5}).compute(Pairs(chosen, rejected), pairs([-20], [-20])).losses
     )

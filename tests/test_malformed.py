@@ -37,7 +37,8 @@ def read(prepared, tmp_path):
     def run(case):
         path = tmp_path / f"rows{case.suffix}"
         case.write(path)
-        config.datasets, config.local_dirs = [str(path)], [str(tmp_path / "runs")]
+        config.datasets = [str(path)]
+        config.local_dirs = [str(tmp_path / "runs")]
         return path, lambda: load_examples(config, tokenizer, pairs=True)
 
     return run

@@ -103,9 +103,8 @@ def test_the_real_ultrafeedback(shared):
         ]
         scores = [row.scores for row in rows_of(path)]
         assert scores == [[row["score_chosen"], row["score_rejected"]] for row in raw]
-        gaps = [
-            row["noise"] for row in raw if row.get("noise", {}).get("selected")
-        ]  # the labels flipped on purpose
+        # the labels flipped on purpose
+        gaps = [row["noise"] for row in raw if row.get("noise", {}).get("selected")]
         assert sum(chosen < rejected for chosen, rejected in scores) == sum(
             noise["original_score_gap"] > 0 for noise in gaps
         )

@@ -249,7 +249,9 @@ def test_the_head_under_autocast(keep, monkeypatch):
 
 
 def test_the_head_runs_on_scored_positions_only():
-    model, b, seen = tiny_model().eval(), batch(), []
+    model = tiny_model().eval()
+    b = batch()
+    seen = []
     forward_path.allow_trees(model)
     model.lm_head.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape))
     handle = model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
@@ -258,10 +260,11 @@ def test_the_head_runs_on_scored_positions_only():
         models.response_logps(model, b, way)
         assert seen[-1] == (1, b.n_scored, 1 if way.plain_head else 259)
     handle.remove()
+    # and whole again afterwards
     assert model(b.input_ids).logits.shape == (
         *b.input_ids.shape,
         259,
-    )  # and whole again afterwards
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])

@@ -28,9 +28,8 @@ def test_a_policy_by_each_of_its_names(tmp_path):
     run_dir = run_of(tmp_path, base, state)
     for name in (run_dir, run_dir / "step-8", run_dir / "step-8/policy.pt", tmp_path / "r*n"):
         opened = open_model(find_model(str(name)), "cpu")
-        assert (
-            opened.found.run_dir == run_dir and opened.found.config.add_bos is False
-        )  # its config, like 2023's, does not say
+        # its config, like 2023's, does not say
+        assert opened.found.run_dir == run_dir and opened.found.config.add_bos is False
         assert not opened.found.scalar and opened.model.state_dict()["lm_head.weight"].equal(
             state["lm_head.weight"]
         )

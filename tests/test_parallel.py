@@ -10,6 +10,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from plumb.distributed import collectives, sharding
 
+# even, uneven, and with nothing left for some ranks
 SHAPES = [
     (8, 8),
     (7, 8),
@@ -18,7 +19,7 @@ SHAPES = [
     (3, 4),
     (9, 12),
     (12, 5),
-]  # even, uneven, and with nothing left for some ranks
+]
 
 
 def tile(sizes):

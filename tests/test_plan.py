@@ -176,10 +176,8 @@ def test_parameters_of_a_family(family, compose):
     config = compose("exp_name=x", "model.name_or_path=null", *RANDOM)
     config.model.architecture = spec
     got, real = plan.read_model(config, build_loss(SFT)), tiny_model(family)
-    scorer, n_head = (
-        plan.read_model(config, build_loss(REWARD)),
-        real.get_output_embeddings().weight.numel(),
-    )
+    scorer = plan.read_model(config, build_loss(REWARD))
+    n_head = real.get_output_embeddings().weight.numel()
     tied = real.config.get_text_config().tie_word_embeddings
     bias = real.get_output_embeddings().bias is not None and SIZES["vocab_size"]
     assert scorer.n_out == 1 and scorer.weights.n == got.weights.n + 32 - (
@@ -212,7 +210,9 @@ def test_fake_tensors_hold_what_real_ones_do(family, autocast):
             module.p = 0.0
     no_dropout(model.config)
     model.set_attn_implementation(activations.NAME)
-    body, row, saved = model.base_model, torch.zeros(1, 64, dtype=torch.int64), {}
+    body = model.base_model
+    row = torch.zeros(1, 64, dtype=torch.int64)
+    saved = {}
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     for p in body.parameters():
         p.grad = torch.zeros_like(p)

@@ -391,9 +391,8 @@ def test_split_of_a_named_set_is_by_prompt(tmp_path):
     prompts = [{row.prompt for row in part.rows} for part in parts]
     assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 4
     assert sum(part.skipped.get("prompts of the pair differ", 0) for part in parts) == 1
-    assert (
-        len(get_hh("train", path=path)) + len(get_hh("test", path=path)) == 4
-    )  # called directly, too
+    # called directly, too
+    assert len(get_hh("train", path=path)) + len(get_hh("test", path=path)) == 4
 
 
 def test_held_out_edges():

@@ -43,9 +43,8 @@ def only_file(run):
 
 def test_a_digest_belongs_to_the_ids_alone():
     a = response_digests([example([1, 2], [3], [4]), example([1], [2, 3], [4])])
-    assert (
-        a.shape == (2, 2) and len(set(a.ravel().tolist())) == 4
-    )  # also where prompt and response join to the same ids
+    # also where prompt and response join to the same ids
+    assert a.shape == (2, 2) and len(set(a.ravel().tolist())) == 4
     b = response_digests([example([1], [2, 3]), example([1, 2], [4])])
     assert b.tolist() == [[a[1, 0]], [a[0, 1]]]
 
@@ -118,9 +117,8 @@ def test_a_cache_finds_what_was_added_and_nothing_else(tmp_path):
     digests = np.array([[5, 9], [2, 7]], np.uint64)
     assert np.isnan(cache.find(digests)).all()
     cache.add(digests, np.array([[-1.0, -2.0], [-3.0, -4.0]]))
-    cache.add(
-        np.array([[1, 5]], np.uint64), np.array([[-5.0, -6.0]])
-    )  # a later value replaces an earlier one
+    # a later value replaces an earlier one
+    cache.add(np.array([[1, 5]], np.uint64), np.array([[-5.0, -6.0]]))
     again = ReferenceCache(tmp_path, {"weights": "a"})
     assert (
         again.find(np.array([9, 5, 1, 3], np.uint64)).tolist()[:3] == [-2, -6, -5]
@@ -169,15 +167,13 @@ def test_cached_and_live_train_the_same(train, tmp_path, capsys):
             assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), key
     assert "reference: 0 of 18 examples" in capsys.readouterr().out
     before = only_file(cached).stat().st_mtime_ns
-    train(
-        "again", *options, "reference=cached", "shuffle=false", "data_rules.duplicate=drop"
-    )  # another order
+    # another order
+    train("again", *options, "reference=cached", "shuffle=false", "data_rules.duplicate=drop")
     said = capsys.readouterr().out
     assert "reference: 18 of 18 examples" in said and "computed now" not in said
     assert only_file(cached).stat().st_mtime_ns == before
-    train(
-        "shorter", *options, "reference=cached", "max_length=24", "max_prompt_length=8"
-    )  # other ids
+    # other ids
+    train("shorter", *options, "reference=cached", "max_length=24", "max_prompt_length=8")
     assert "reference: 18 of 18" not in capsys.readouterr().out
 
 

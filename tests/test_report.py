@@ -97,7 +97,10 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.tags, self.images, self.text = [], [], [], []
+        self.open = []
+        self.tags = []
+        self.images = []
+        self.text = []
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
 
@@ -191,9 +194,8 @@ def test_best_only_where_it_can_be_compared(tmp_path, runs):
     )
     page = write(runs[0], runs[1], other)
     assert "(best)" not in page and "evaluated on different data" in page
-    assert (
-        "loss dpo/eval 0.53 0.53" in page and "loss ipo/eval 0.53" in page
-    )  # losses of different kinds have their own rows
+    # losses of different kinds have their own rows
+    assert "loss dpo/eval 0.53 0.53" in page and "loss ipo/eval 0.53" in page
     assert {"dpo loss", "ipo loss"} <= {i["alt"].split(" over")[0] for i in page.images}
 
 
@@ -317,11 +319,10 @@ def test_a_reward_model_s_pictures(runs):
 def test_mistakes(runs, tmp_path, monkeypatch, capsys, arguments, error):
     monkeypatch.setattr(sys, "argv", ["report.py", *(a.format(tmp=tmp_path) for a in arguments)])
     with pytest.raises(SystemExit) as end:
-        (
+        if arguments:
             report.commands.run(report.parser(), report.main)
-            if arguments
-            else report.commands.run(report.parser(), None)
-        )
+        else:
+            report.commands.run(report.parser(), None)
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {error.format(tmp=tmp_path)}")
 

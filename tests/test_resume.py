@@ -163,10 +163,8 @@ def test_the_draws_of_a_step_are_a_function_of_seed_and_step(train, halted_at, m
     save, it begins anew; gone after update 2, it goes on from the checkpoint of step 1: so the
     steps are 1, then 1 and 2, then 2 and 3.
     """
-    drawn, options = (
-        [],
-        [*DPO, "n_examples=12", "do_first_eval=false", "do_last_eval=false", "save_every=4"],
-    )
+    drawn = []
+    options = [*DPO, "n_examples=12", "do_first_eval=false", "do_last_eval=false", "save_every=4"]
     scored = Scorer.__call__
     monkeypatch.setattr(
         Scorer, "__call__", lambda self, b: drawn.append(torch.rand(()).item()) or scored(self, b)
@@ -235,9 +233,8 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     monkeypatch.setattr(trainers.BasicTrainer, "restore", forgetting)
-    monkeypatch.setattr(
-        trainers.first_step, "FirstStep", lambda *_: None
-    )  # which would see it, too
+    # which would see it, too
+    monkeypatch.setattr(trainers.first_step, "FirstStep", lambda *_: None)
     with pytest.raises(AssertionError):
         same(outcome(run_until(3, halted_at, train, "halted", *OPTIONS["dpo"])), whole)
 
@@ -295,15 +292,13 @@ def test_stopped_in_an_evaluation_again_and_again(train, stopped_at):
 
 def test_a_limit_that_is_reached_already(train):
     run = train("run", *DPO, "eval_every=8", "n_examples=16")
-    train(
-        "run", *DPO, "eval_every=8", "n_examples=8", "resume=auto", "resume_allow=[n_examples]"
-    )  # nothing is left to train
+    # nothing is left to train
+    train("run", *DPO, "eval_every=8", "n_examples=8", "resume=auto", "resume_allow=[n_examples]")
     longer = train(
         "run", *DPO, "eval_every=8", "n_examples=18", "resume=auto", "resume_allow=[n_examples]"
     )
-    assert (
-        longer == run and checkpoints.newest(run).manifest.examples == 18
-    )  # a finished run goes on, if told to
+    # a finished run goes on, if told to
+    assert longer == run and checkpoints.newest(run).manifest.examples == 18
 
 
 # ---- what is refused, and what is not ----
@@ -347,9 +342,10 @@ def test_a_changed_setting_is_refused_with_the_difference(begun, train):
         with pytest.raises(ResumeMismatch, match="made of something else: ") as refused:
             train(*options, change, "resume=auto")
         assert said in str(refused.value) and "resume_allow=[" in str(refused.value), change
+    # these change no number
     train(
         *options, "resume=auto", "save_every=null", "max_hours=99", "gradient_accumulation_steps=2"
-    )  # these change no number
+    )
 
 
 def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_path):
@@ -381,9 +377,8 @@ def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, ti
     with pytest.raises(ResumeMismatch, match="tokenizer: "):
         train(*options, f"model.tokenizer_name_or_path={tmp_path}/tokenizer", "resume=auto")
     model = AutoModelForCausalLM.from_pretrained(other)
-    train(
-        *options, f"model.name_or_path={other}", "resume=auto", "n_examples=null"
-    )  # a copy of the same weights will do
+    # a copy of the same weights will do
+    train(*options, f"model.name_or_path={other}", "resume=auto", "n_examples=null")
     model.lm_head.weight.data[0, 0] += 1e-3
     model.save_pretrained(other)
     with pytest.raises(ResumeMismatch, match="weights: "):

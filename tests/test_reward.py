@@ -98,13 +98,11 @@ def test_the_token_wise_loss_by_hand():
     out = build_loss(REWARD | {"read": "tokens"}).compute(pair([9, 2, 3, 5], [7, 1, 4], shared=1))
     assert out.losses.item() == pytest.approx((softplus(-1) + softplus(1) + softplus(-1)) / 3)
     assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (5, 4)
-    same = build_loss(REWARD | {"read": "tokens"}).compute(
-        pair([1, 2], [3, 5], shared=2)
-    )  # equal: their last tokens
+    # equal: their last tokens
+    same = build_loss(REWARD | {"read": "tokens"}).compute(pair([1, 2], [3, 5], shared=2))
     assert same.losses.item() == pytest.approx(softplus(3))
-    rows = ScoredPairs(
-        scored([1], [2, 4, 6]), scored([0, 0], [1]), torch.tensor([0, 0]), None
-    )  # rows of other lengths beside
+    # rows of other lengths beside
+    rows = ScoredPairs(scored([1], [2, 4, 6]), scored([0, 0], [1]), torch.tensor([0, 0]), None)
     by_hand = [(softplus(-1) * 2) / 2, (softplus(-1) + softplus(-3) + softplus(-5)) / 3]
     assert build_loss(REWARD | {"read": "tokens"}).compute(rows).losses.tolist() == pytest.approx(
         by_hand
@@ -183,10 +181,8 @@ def hidden_states(n, d, strength, scale=1.0, seed=0):
     a, b = torch.randn(2, n, d, generator=draw, dtype=torch.float64)
     flip = torch.rand(n, generator=draw) > torch.sigmoid(strength * (a - b) @ direction)
     far = 20 * torch.randn(d, generator=draw, dtype=torch.float64)
-    chosen, rejected = (
-        torch.where(flip[:, None], b, a) + far,
-        torch.where(flip[:, None], a, b) + far,
-    )
+    chosen = torch.where(flip[:, None], b, a) + far
+    rejected = torch.where(flip[:, None], a, b) + far
     return chosen * scale, rejected * scale, torch.arange(n) % FOLDS, direction
 
 
@@ -272,9 +268,8 @@ def test_nothing_is_done_to_scores_after_the_head(family):
         handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
         found = response_scores(model, batch, candidate)
         handle.remove()
-        each = found.each[
-            0, : len(PAIRS[0][1])
-        ]  # the first response's tokens are the first that the head sees
+        # the first response's tokens are the first that the head sees
+        each = found.each[0, : len(PAIRS[0][1])]
         assert each.equal((seen[0].float() @ head.weight.T)[0, : len(each), 0])
         (gradient,) = torch.autograd.grad(found.each[0, 0], head.weight)
         assert torch.allclose(gradient, seen[0][0, 0], rtol=1e-6, atol=1e-7)
@@ -347,9 +342,8 @@ def test_the_heads_first_values(train_here, capsys):
         first[kind], heads[kind] = records(run_dir, "eval")[0], head_of(run_dir)
     said = capsys.readouterr().out
     assert said.count("head: fitted to what the untrained model reads of 100 pairs") == 1
-    assert (
-        first["fit"]["rewards_eval/accuracies"] > 0.75
-    )  # four standard errors above chance, of 64 pairs
+    # four standard errors above chance, of 64 pairs
+    assert first["fit"]["rewards_eval/accuracies"] > 0.75
     assert first["fit"]["loss/eval"] < 0.6
     assert (
         first["zero"]["loss/eval"] == pytest.approx(math.log(2))
@@ -422,9 +416,8 @@ def test_it_learns_the_demos_preference(train_here):
     again = train_here(
         *LEARN, f"model.archive={run_dir}", "n_examples=16", "do_first_eval=true", "exp_name=more"
     )
-    assert records(again, "eval")[0]["loss/eval"] == pytest.approx(
-        record["loss/eval"], rel=1e-5
-    )  # its head was kept
+    # its head was kept
+    assert records(again, "eval")[0]["loss/eval"] == pytest.approx(record["loss/eval"], rel=1e-5)
     with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
         train_here("exp=demo_dpo", f"model.archive={run_dir}")
 

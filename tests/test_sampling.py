@@ -195,9 +195,8 @@ def test_how_an_answer_ends(pad):
     assert [row[0] for row in others if stop not in row[0].text] == [
         a for a in greedy[1:] if stop not in a.text
     ]
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(
-        greedy[0].text[3]
-    )  # beside the tokenizer's own
+    # beside the tokenizer's own
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(greedy[0].text[3])
     (first,), *_ = answered(model, Decoding("greedy", max_new_tokens=9), tokenizer=tokenizer)
     assert (
         first.text == greedy[0].text.partition(greedy[0].text[3])[0]
@@ -297,9 +296,8 @@ def test_models_side_by_side(tmp_path, capsys):
     pairs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [[p["output_1"], p["output_2"]] for p in pairs] == [r["answers"] for r in rows[2:]]
     assert pairs[0]["instruction"] == rows[0]["prompt"][0]["content"]
-    assert (
-        pairs[0]["prompt"] == rows[0]["prompt"]
-    )  # which score.py goes by: a string was read as it stands
+    # which score.py goes by: a string was read as it stands
+    assert pairs[0]["prompt"] == rows[0]["prompt"]
     with pytest.raises(UserError, match="is given twice"):
         run(base, trained, base)
 
@@ -339,9 +337,10 @@ REFUSED = [
 def test_what_is_refused(tiny_model, options, said, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=said):
-        run(tiny_model, "--n-prompts", "1", *options) if options[0] != "--chat" else run(
-            tiny_model, *options
-        )
+        if options[0] != "--chat":
+            run(tiny_model, "--n-prompts", "1", *options)
+        else:
+            run(tiny_model, *options)
 
 
 def test_a_reward_model_does_not_answer(tmp_path):
@@ -369,9 +368,8 @@ def test_a_chat(tiny_model, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "forgotten" in out and "(too long" in out and out.count("> ") == 7
     assert "never" not in str(read)
-    lengths = {
-        messages[-1]["content"][0]: len(messages) for messages in read
-    }  # as they were answered
+    # as they were answered
+    lengths = {messages[-1]["content"][0]: len(messages) for messages in read}
     assert lengths["a"] == 1 and lengths["b"] == 3 and lengths["c"] < 5 and lengths["d"] == 1
 
 

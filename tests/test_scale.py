@@ -209,10 +209,8 @@ def test_a_reward_model_over_processes(command, tmp_path):
     """
     options = [*MATRIX, "loss=reward", "loss.read=tokens", "lr=1e-3"]
     kinds = {"fsdp": ["trainer=FSDPTrainer"], "tp": ["trainer=TensorParallelTrainer"]}
-    exact, mixed = (
-        [*options, "model.policy_dtype=float64"],
-        [*options, "model.fsdp_policy_mp=bfloat16", "n_examples=8"],
-    )
+    exact = [*options, "model.policy_dtype=float64"]
+    mixed = [*options, "model.fsdp_policy_mp=bfloat16", "n_examples=8"]
     run_all([command("one", "gpt_neox", *exact)])
     run_in_group(
         2,

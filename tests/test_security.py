@@ -499,9 +499,8 @@ def test_code_in_a_model_folder(refused_model, folder, tmp_path, where, key):
     """auto_map names a class of a file in the folder: not imported. A type that transformers lacks
     is refused.
     """
-    (folder / "evil.py").write_text(
-        EVIL.format(str(tmp_path / "ran"))
-    )  # transformers would import a copy of it
+    # transformers would import a copy of it
+    (folder / "evil.py").write_text(EVIL.format(str(tmp_path / "ran")))
     edit(
         folder / where, auto_map={key: ["evil.C", "evil.C"] if key == "AutoTokenizer" else "evil.C"}
     )

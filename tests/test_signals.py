@@ -158,9 +158,8 @@ def test_a_second_signal_quits_at_once(start):
 
 
 def test_max_hours_stops_before_the_limit(start):
-    process, run_dir = start(
-        "max_hours=0.006", "n_epochs=1000"
-    )  # 21.6 s, of which 10 are kept for the save
+    # 21.6 s, of which 10 are kept for the save
+    process, run_dir = start("max_hours=0.006", "n_epochs=1000")
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and "stopped by max_hours=0.006 after step" in stderr
     assert checkpoints.newest(run_dir).manifest.step > 0
@@ -232,7 +231,9 @@ def test_ranks_meet_on_the_loopback_only(start):
     listening = []
     for table in ("tcp", "tcp6"):
         for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            address, state, inode = row.split()[1], row.split()[3], row.split()[9]
+            address = row.split()[1]
+            state = row.split()[3]
+            inode = row.split()[9]
             if state == "0A" and inode in mine:
                 listening.append(address.split(":")[0])
     loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}

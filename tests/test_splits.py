@@ -68,9 +68,8 @@ def test_the_cases_that_went_wrong_in_the_pipeline():
 def test_a_permutation_of_the_prompts_by_seed(seed, digests):
     values = np.array(sorted(digests), np.uint64)
     assert len({*permuted(values, seed).tolist()}) == len(digests)
-    assert (
-        permuted(values[::-1], seed).tolist() == permuted(values, seed).tolist()[::-1]
-    )  # of each prompt by itself
+    # of each prompt by itself
+    assert permuted(values[::-1], seed).tolist() == permuted(values, seed).tolist()[::-1]
 
 
 def test_another_seed_draws_another_half():

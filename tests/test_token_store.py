@@ -101,9 +101,8 @@ def test_a_store_holds_what_direct_tokenization_gives(rows, tmp_path_factory):
     assert targets == [
         (ids(d.prompt, 0), ids(d.sft_target, 1), d.source) for d in data if d.sft_target is not None
     ]
-    assert len(store.marks) == sum(
-        1 + len({*d.responses, d.sft_target} - {None}) for d in data
-    )  # each text once
+    # each text once
+    assert len(store.marks) == sum(1 + len({*d.responses, d.sft_target} - {None}) for d in data)
     assert store.n_rows == len(data) and store.ids.dtype == np.uint16
 
 
@@ -195,9 +194,8 @@ def test_a_second_start_reads_nothing_and_gives_the_same(load, own, monkeypatch)
         "truncation_mode=keep_start",
         pairs=False,
     )
-    assert (
-        "made in" not in sft[2] and plain(sft[0])[0][0] == train[0].prompt[:4].tolist()
-    )  # other cuts, the same tokens
+    # other cuts, the same tokens
+    assert "made in" not in sft[2] and plain(sft[0])[0][0] == train[0].prompt[:4].tolist()
 
 
 def test_the_split_is_drawn_once_per_process(load, own, monkeypatch):
@@ -303,9 +301,8 @@ def test_the_hub_s_set_is_known_by_its_fingerprint(load, register, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     train, _, out = load("datasets=[hh]")
-    assert (
-        len(train) == 9 and out.count("made in") == 2 and sorted(asked) == ["test", "train"]
-    )  # once per process
+    # once per process
+    assert len(train) == 9 and out.count("made in") == 2 and sorted(asked) == ["test", "train"]
     assert load("datasets=[hh]")[2].count("from the cache") == 2
     registry._hub_sets.clear()
     rows[0] = rows[1]
@@ -331,11 +328,12 @@ def test_a_loader_that_may_read_anything_is_run_at_each_start(load, register, tm
     assert calls == ["train", "test"] * 2
     assert "for this run only" in out
     decode = lambda e: TOKENIZER.decode(e.responses[0])
+    # readable, though:
     assert (decode(first), decode(second), decode(held_out)) == (
         " 1</s>",
         " 3</s>",
         " 4</s>",
-    )  # readable, though:
+    )
     assert list((tmp_path / "runs").glob("*/token_cache/*")) == []
 
 

@@ -77,9 +77,8 @@ def test_prompt_and_response_decode_to_their_texts(name, prompt, responses, add_
         if decode([row.prompt + apart[i]], tok) == [text]:
             assert ids == apart[i]  # the rule of 2023
     if decode([row.prompt], tok) != [written(prompt, tok, bos)]:
-        assert any(
-            token in prompt for token in tok.get_added_vocab()
-        )  # a space behind a special token
+        # a space behind a special token
+        assert any(token in prompt for token in tok.get_added_vocab())
     assert row.exact[0] or name in ("always", "legacy", "unigram")
 
 
@@ -113,9 +112,8 @@ def test_the_space_that_nobody_wrote():
     (row,) = encode_rows([("it\n", ["Lily", " Lily"])], tok, automatic_bos(tok))
     assert [tok.convert_ids_to_tokens(ids) for ids in row.responses] == [["Lily"], ["▁Lily"]]
     assert tok.convert_ids_to_tokens(row.prompt) == ["▁it", "<0x0A>"]
-    legacy = sentencepiece(
-        "legacy"
-    )  # which puts a second space before a response that begins with one
+    # which puts a second space before a response that begins with one
+    legacy = sentencepiece("legacy")
     (row,) = encode_rows([("it:", [" Lily"])], legacy, automatic_bos(legacy))
     assert legacy.convert_ids_to_tokens(row.responses[0]) == ["▁Lily"]
 
@@ -206,9 +204,8 @@ def test_a_sampled_answer_keeps_its_space():
     said = [*tok.convert_tokens_to_ids(["▁Lily", "▁it"]), tok.eos_token_id]
     prompt, _ = token_ids("it:", tok, True, 100)
     assert _answer(said, prompt.tolist(), tok, [tok.eos_token_id], []).text == " Lily it"
-    assert (
-        _answer(said, [tok.bos_token_id], tok, [tok.eos_token_id], []).text == "Lily it"
-    )  # a text of its own
+    # a text of its own
+    assert _answer(said, [tok.bos_token_id], tok, [tok.eos_token_id], []).text == "Lily it"
     assert continued(prompt.tolist(), [said], tok) == continuations([said], tok) == [" Lily it</s>"]
 
 

@@ -130,10 +130,8 @@ def test_truncation(texts, keep, lengths, policy, bos, pairs):
     for example, found, n, row in zip(
         examples, flags(examples), examples.lengths, texts, strict=True
     ):
-        prompt, responses = (
-            ids(row[0]),
-            [[*ids(text), tok.eos_token_id] for text in row[1 : 2 + pairs]],
-        )
+        prompt = ids(row[0])
+        responses = [[*ids(text), tok.eos_token_id] for text in row[1 : 2 + pairs]]
         expected = truncated_in_2023(
             prompt, responses, keep, rules, tok.bos_token_id if bos else None
         )
@@ -141,9 +139,8 @@ def test_truncation(texts, keep, lengths, policy, bos, pairs):
         assert ours == expected
         assert n.tolist() == [len(ours[0]), *map(len, ours[1])]
         longest = max(map(len, ours[1]))
-        assert len(ours[0]) + longest <= rules.max_length and all(
-            ours[1]
-        )  # never too long; always something to train
+        # never too long; always something to train
+        assert len(ours[0]) + longest <= rules.max_length and all(ours[1])
         assert ("response_truncated" in found) == (ours[1] != responses)
         assert ("prompt_truncated" in found) == (ours[0][bos:] != prompt)
         assert not bos or ours[0][0] == tok.bos_token_id  # BOS survives any cut
@@ -190,9 +187,8 @@ def test_bos_stands_once_where_the_tokenizer_adds_one():
         prompt(RULES, "a").count(tok.bos_token_id) == 1
         and prompt(RULES, "a")[0] == tok.bos_token_id
     )
-    assert prompt(RULES, tok.bos_token + "a") == prompt(
-        RULES, "a"
-    )  # a template that writes it does not double it
+    # a template that writes it does not double it
+    assert prompt(RULES, tok.bos_token + "a") == prompt(RULES, "a")
     assert tok.bos_token_id not in prompt(RULES._replace(add_bos=False), "a")  # 2023: none
     long = prompt(RULES._replace(max_length=8, max_prompt_length=4), "a b c d e f g h i j k")
     assert long[0] == tok.bos_token_id and len(long) == 4
@@ -212,17 +208,14 @@ def test_eos_within_a_text():
     (strip,), (keep,) = strip, keep
     count = lambda ids: list(ids).count(tokenizer().eos_token_id)
     assert count(strip.responses[0]) == 1 and count(keep.responses[0]) == 2
-    assert (
-        count(strip.prompt) == count(keep.prompt) == 1
-    )  # it may be a rendered chat, and is not trained
+    # it may be a rendered chat, and is not trained
+    assert count(strip.prompt) == count(keep.prompt) == 1
 
 
 def test_eos_within_a_message():
     chat = tiny_tokenizer(chat_template=CHAT)
-    prompt, answer = (
-        [{"role": "user", "content": "H</s>i."}],
-        [{"role": "assistant", "content": "Hel</s>lo."}],
-    )
+    prompt = [{"role": "user", "content": "H</s>i."}]
+    answer = [{"role": "assistant", "content": "Hel</s>lo."}]
     examples = tokenize(data(prompt, answer), chat, False, RULES)
     (example,) = examples
     assert (
@@ -232,15 +225,14 @@ def test_eos_within_a_message():
 
 
 def test_messages_go_through_the_chat_template():
-    prompt, answer = (
-        [{"role": "user", "content": "Hi."}],
-        [{"role": "assistant", "content": "Hello."}],
-    )
+    prompt = [{"role": "user", "content": "Hi."}]
+    answer = [{"role": "assistant", "content": "Hello."}]
     hh = render(prompt, [answer], tokenizer(), None, "f:1")
+    # the tokenizer has no template: HH form
     assert hh == (
         "\n\nHuman: Hi.\n\nAssistant:",
         [" Hello."],
-    )  # the tokenizer has no template: HH form
+    )
     chat = tiny_tokenizer(chat_template=CHAT)
     eos = chat.eos_token
     rendered = render(prompt, [answer], chat, None, "f:1")
@@ -275,9 +267,8 @@ def test_one_of_several_templates():
     assert render(*messages, chat, None, "f:1") == ("<user>Hi.</s><assistant>", ["Hello."])
     assert template_text(None, "chat_template=None", chat) is None
     assert template_text("tool_use", "chat_template=tool_use", chat) == NAMED["tool_use"]
-    assert (
-        template_text("tool_use", "chat_template=tool_use") is None
-    )  # before the tokenizer is there
+    # before the tokenizer is there
+    assert template_text("tool_use", "chat_template=tool_use") is None
     with pytest.raises(
         UserError,
         match="^chat_template=nosuch: neither a file nor a template .*: default, tool_use$",

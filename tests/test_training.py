@@ -314,6 +314,7 @@ def test_warmup_and_decay():
         OmegaConf.create({"warmup_steps": 3, "min_lr_ratio": 0.1, "lr_schedule": "constant"} | k),
         10,
     )
+    # 2023: min(1, (k + 1) / (warmup + 1))
     assert [factor()(k) for k in range(6)] == [
         0.25,
         0.5,
@@ -321,7 +322,7 @@ def test_warmup_and_decay():
         1,
         1,
         1,
-    ]  # 2023: min(1, (k + 1) / (warmup + 1))
+    ]
     for shape in ("linear", "cosine"):
         curve = [factor(lr_schedule=shape)(k) for k in range(10)]
         assert (
@@ -386,9 +387,8 @@ def test_what_a_run_leaves_behind(train):
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert (run / "samples.md").read_text().count("## policy samples after") == 2
     assert [s["table"] for s in samples] == (["policy_samples"] * 2 + ["reference_samples"] * 2) * 2
-    assert (
-        samples[0]["sample"] == samples[2]["sample"]
-    )  # the same model and the same draw, before the first step
+    # the same model and the same draw, before the first step
+    assert samples[0]["sample"] == samples[2]["sample"]
     environment = json.loads((run / "env.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"])
     optimizer = torch.load(run / "LATEST/optimizer.pt", weights_only=True)["state"]
@@ -455,6 +455,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(
     """FSDPTrainer on 2 CPU processes; 3 pairs in 2 microbatches leave a rank without any at times.
     Sampling does not hang.
     """
+    # below the norms that come
     options = [
         *DPO,
         "batch_size=3",
@@ -467,7 +468,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(
         f"model.fsdp_policy_mp={mp}",
         "max_grad_norm=1",
         STEADY,
-    ]  # below the norms that come
+    ]
     one = train("one", *options)
     done = run_train(
         "exp_name=two",
@@ -481,9 +482,8 @@ def test_two_gloo_processes_give_the_numbers_of_one(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done in") == 1  # rank 0 alone speaks
-    assert (
-        done.stdout.count("from the cache") == 2 and "made in" not in done.stdout
-    )  # train and test, as `one` made them
+    # train and test, as `one` made them
+    assert done.stdout.count("from the cache") == 2 and "made in" not in done.stdout
     tolerance = {"rel": 5e-5, "abs": 5e-6} if mp == "null" else {"rel": 0.05, "abs": 0.02}
     for a, b in zip(records(one), records(tmp_path / "two"), strict=True):
         for key in a.keys() - OF_THE_MACHINE:

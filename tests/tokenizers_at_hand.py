@@ -144,10 +144,8 @@ def gpt2() -> PreTrainedTokenizerFast:
     vocab = json.loads(gzip.decompress((folder / "encoder.json.gz").read_bytes()))
     lines = gzip.decompress((folder / "vocab.bpe.gz").read_bytes()).decode("utf-8").splitlines()[1:]
     backend = Tokenizer(models.BPE(vocab, [tuple(line.split()) for line in lines if line]))
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     )

@@ -56,11 +56,12 @@ SFT = [
     "optimizer=AdamW",
     "lr_schedule=cosine",
 ]
+# save after every step, evaluate after every third
 EACH = [
     "n_epochs=2",
     "save_every=4",
     "eval_every=12",
-]  # save after every step, evaluate after every third
+]
 KINDS = {
     "sft": [*SFT, *EACH],
     "sft, saved in a thread, samples": [
@@ -194,9 +195,8 @@ class Child:
             os.chdir(ROOT)
             import train
 
-            train.draw_curves = lambda run_dirs: (
-                None
-            )  # after the last save; it takes longer than all before it
+            # after the last save; it takes longer than all before it
+            train.draw_curves = lambda run_dirs: None
             gauge.install()
             if spoil is not None:
                 spoil()
@@ -327,7 +327,9 @@ class Torture:
     """Runs of one configuration, beneath one folder."""
 
     def __init__(self, kind: str, folder: Path, seed: int):
-        self.kind, self.folder, self.rng = kind, folder, random.Random(f"{kind} {seed}")
+        self.kind = kind
+        self.folder = folder
+        self.rng = random.Random(f"{kind} {seed}")
         self.spoil: Callable[[], None] | None = None  # a control: what is patched out in each child
         folder.mkdir(parents=True)
         data = folder / "pairs.jsonl"
@@ -345,12 +347,14 @@ class Torture:
         whole = folder / "whole"
         gauge, start = Gauge(), time.monotonic()
         code = self.start(whole, gauge).ended()
-        self.secs, self.save_secs = time.monotonic() - start, gauge.secs()
+        self.secs = time.monotonic() - start
+        self.save_secs = gauge.secs()
         if code:
             raise SystemExit(
                 f"{kind}: the undisturbed run ended with {code}: {self.log.read_text()[-3000:]}"
             )
-        self.expected, self.n_saves = outcome(whole), gauge.memory[1]
+        self.expected = outcome(whole)
+        self.n_saves = gauge.memory[1]
         gauge.close()
 
     @property
@@ -523,9 +527,8 @@ class Torture:
             calls if sample is None else self.rng.sample(calls, min(sample, len(calls)))
         ):
             tally.counts["kills"] += 1
-            through = (
-                sample is not None or name != "write" or k % 8 == 0
-            )  # a save makes hundreds of writes
+            # a save makes hundreds of writes
+            through = sample is not None or name != "write" or k % 8 == 0
             inject = f"inject={name}:signal=KILL:when={k}"
             self.injected(tally, f"{name} {k} ({line[:80]})", inject, {-signal.SIGKILL}, through)
         tally.secs.append(time.monotonic() - start)
@@ -536,10 +539,8 @@ class Torture:
         was not needed; then go on.
         """
         tally = Tally(f"{self.kind}: an error in place of a system call", Counter(), [], [])
-        start, calls = (
-            time.monotonic(),
-            [c for c in self.calls() if str(self.folder / "traced") in c[2]],
-        )
+        start = time.monotonic()
+        calls = [c for c in self.calls() if str(self.folder / "traced") in c[2]]
         cases = [
             (name, k, line, error)
             for name, k, line in calls
@@ -661,7 +662,10 @@ def mount_memory(folder: Path, size: str) -> None:
     may not.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    new_mounts, new_user, private, recursive = 0x20000, 0x10000000, 1 << 18, 1 << 14
+    new_mounts = 0x20000
+    new_user = 0x10000000
+    private = 1 << 18
+    recursive = 1 << 14
     user, group = os.getuid(), os.getgid()
 
     def call(result: int) -> None:
@@ -733,9 +737,8 @@ def main() -> None:
     warm()
     print(f"seed {at.seed}; imported in {time.monotonic() - start:.1f} s", flush=True)
     tallies = []
-    memory = (
-        "/dev/shm" if os.path.isdir("/dev/shm") else None
-    )  # a kill does not ask whether the disk is slow
+    # a kill does not ask whether the disk is slow
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         for i, kind in enumerate(KINDS):
             torture = Torture(kind, Path(folder) / str(i), at.seed)

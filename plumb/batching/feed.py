@@ -48,7 +48,10 @@ class Feed:
         rank: int,
         reference: np.ndarray | None = None,
     ):
-        self.examples, self.packing, self.rank, self.reference = examples, packing, rank, reference
+        self.examples = examples
+        self.packing = packing
+        self.rank = rank
+        self.reference = reference
         self.lengths = lengths_of(examples)
 
     def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
@@ -88,7 +91,9 @@ class Ahead(Iterator[Step]):
     """
 
     def __init__(self, items: Iterable[Step], pin: bool):
-        self.items, self.pin, self.waited_secs = iter(items), pin, 0.0
+        self.items = iter(items)
+        self.pin = pin
+        self.waited_secs = 0.0
         self.thread = ThreadPoolExecutor(1)
         self.coming = self.thread.submit(self._make)
 

@@ -155,9 +155,8 @@ def pack(
     """
     trees = [tree for e in examples for tree in trees_of(e)]
     k = len(examples[0].responses)
-    numbers = (
-        np.arange(len(examples) * k).reshape(k, -1).T.ravel()
-    )  # [R] of the responses, tree by tree
+    # [R] of the responses, tree by tree
+    numbers = np.arange(len(examples) * k).reshape(k, -1).T.ravel()
     ids = np.concatenate([x for prompt, responses in trees for x in (prompt, *responses)])  # [T]
     lengths = np.array([len(x) for prompt, responses in trees for x in (prompt, *responses)])
     starts = lengths.cumsum() - lengths
@@ -165,9 +164,8 @@ def pack(
     roots = (k_of + 1).cumsum() - k_of - 1  # where each tree's prompt stands in `lengths`
     leaves = np.delete(np.arange(len(lengths)), roots)  # and where each response does
     root = roots.repeat(k_of)  # [R], of its tree
-    spans = np.stack(
-        [starts[root], lengths[root], starts[leaves], lengths[leaves]], 1
-    )  # [R, 4], tree by tree
+    # [R, 4], tree by tree
+    spans = np.stack([starts[root], lengths[root], starts[leaves], lengths[leaves]], 1)
 
     offset = np.zeros_like(lengths)  # positions run on from the prompt's end in every response
     offset[leaves] = spans[:, 1]
@@ -206,15 +204,13 @@ def _segments(
     """spans [R, 4], tree by tree -> the row's segments; `first` [R]: is it its tree's first
     response?
     """
-    pieces = (
-        spans.copy()
-    )  # prompt's start and length, own start and length; a tree's first segment owns the prompt
+    # prompt's start and length, own start and length; a tree's first segment owns the prompt
+    pieces = spans.copy()
     pieces[first, 2:] = np.stack([spans[first, 0], spans[first, 1] + spans[first, 3]], 1)
     pieces[first, 1] = 0
     pieces = pieces[pieces[:, 3] > 0]  # no segment without a query
-    padding = np.diff(
-        np.append(np.arange(0, n_padding, longest), n_padding)
-    )  # cut, so that `longest` holds
+    # cut, so that `longest` holds
+    padding = np.diff(np.append(np.arange(0, n_padding, longest), n_padding))
     queries = np.concatenate([pieces[:, 3], padding])
     keys = np.concatenate([pieces[:, 1] + pieces[:, 3], padding])
     gather = ranges(pieces[:, [0, 2]].ravel(), pieces[:, [1, 3]].ravel())
@@ -249,17 +245,14 @@ def unfold(batch: Batch, pad_token_id: int) -> Padded:
     (tensor([[1, 2, 3, 0, 9],
             [1, 2, 4, 5, 0]]), [1, 2, 6, 7, 8])
     """
-    device, n = (
-        batch.input_ids.device,
-        batch.spans[:, 1] + batch.spans[:, 3],
-    )  # [R] lengths of the rows
+    # [R] lengths of the rows
+    device = batch.input_ids.device
+    n = batch.spans[:, 1] + batch.spans[:, 3]
     width = int(n.max())
-    source = ranges(
-        batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel()
-    )  # each token's place in the packed row
-    where = torch.from_numpy(ranges(np.arange(len(n)) * width, n)).to(
-        device
-    )  # and in the padded ones
+    # each token's place in the packed row
+    source = ranges(batch.spans[:, [0, 2]].ravel(), batch.spans[:, [1, 3]].ravel())
+    # and in the padded ones
+    where = torch.from_numpy(ranges(np.arange(len(n)) * width, n)).to(device)
     input_ids = torch.full((len(n) * width,), pad_token_id, device=device)
     input_ids[where] = batch.input_ids[0, torch.from_numpy(source).to(device)]
     mask = torch.zeros_like(input_ids).index_fill(0, where, 1)

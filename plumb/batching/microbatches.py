@@ -30,7 +30,9 @@ class Parts:
         """`order` [n]: the examples' indices, part by part; `counts` [P]: how many each part
         has.
         """
-        self.order, self.counts, self.ends = order, counts, counts.cumsum()
+        self.order = order
+        self.counts = counts
+        self.ends = counts.cumsum()
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -87,9 +89,8 @@ def by_tokens(sizes: np.ndarray, n_parts: int) -> Parts:
     >>> [part.tolist() for part in by_tokens(np.array([7, 5, 4, 3]), 2)]
     [[0, 3], [1, 2]]
     """
-    heap = list(
-        range(n_parts)
-    )  # load * n_parts + part: one number, which orders by load and then by part
+    # load * n_parts + part: one number, which orders by load and then by part
+    heap = list(range(n_parts))
     chosen = []
     for more in (sizes.astype(np.int64) * n_parts).tolist():
         emptiest = heap[0]

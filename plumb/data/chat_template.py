@@ -55,7 +55,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
-        self.tokenizer, self.text = tokenizer, text
+        self.tokenizer = tokenizer
+        self.text = text
         taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {
             "tools",
             "documents",

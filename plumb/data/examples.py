@@ -41,12 +41,16 @@ class Examples(Sequence[Example]):
     def __init__(
         self, tables: Sequence[Table], bos: int | None, items: np.ndarray, lengths: np.ndarray
     ):
-        self.tables, self.bos, self.items, self.lengths = tables, bos, items, lengths
+        self.tables = tables
+        self.bos = bos
+        self.items = items
+        self.lengths = lengths
         self.k = lengths.shape[1] - 1
+        # of each table's items among all
         self.offsets = [
             0,
             *accumulate(len(table.items) for table in tables),
-        ]  # of each table's items among all
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -194,9 +198,8 @@ class Lengths:
 
     prompts: np.ndarray  # [n, k] of the prompt that the response follows
     responses: np.ndarray  # [n, k]
-    roots: (
-        np.ndarray
-    )  # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
+    # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
+    roots: np.ndarray
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -59,7 +59,8 @@ class Message(dict[str, Any]):
 
     def __init__(self, fields: Mapping[str, Any], where: str, field: str):
         super().__init__(fields)
-        self._where, self._field = where, field
+        self._where = where
+        self._field = field
 
     def replaced(self, fields: Mapping[str, Any]) -> Message:
         return Message({**self, **fields}, self._where, self._field)
@@ -711,9 +712,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        gzipped = path.name.lower().endswith(
-            ".gz"
-        )  # Parquet is read from its end, so the whole file is unpacked first
+        # Parquet is read from its end, so the whole file is unpacked first
+        gzipped = path.name.lower().endswith(".gz")
         with pyarrow.parquet.ParquetFile(
             io.BytesIO(gzip.decompress(path.read_bytes())) if gzipped else path
         ) as table:

@@ -83,9 +83,8 @@ def is_empty(value: Any) -> bool:
     return value in (None, "", "[]", "{}", [], {})
 
 
-counted: ContextVar[Counter[str] | None] = ContextVar(
-    "counted", default=None
-)  # get_dataset's; None: nobody counts
+# get_dataset's; None: nobody counts
+counted: ContextVar[Counter[str] | None] = ContextVar("counted", default=None)
 
 
 def skipped(reason: str, n: int = 1) -> None:
@@ -322,9 +321,8 @@ def strip_html(html: str) -> str:
             blocks.append(text)
         inline.clear()
 
-    stack: list[Any] = [
-        LexborHTMLParser(html).body
-    ]  # a stack, for quotes may be nested deeper than Python recurses
+    # a stack, for quotes may be nested deeper than Python recurses
+    stack: list[Any] = [LexborHTMLParser(html).body]
     while stack:
         node = stack.pop()
         if node is None:

@@ -35,7 +35,10 @@ class Schedule:
         shuffle: bool,
         seed: int,
     ):
-        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.n = n
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
         limits = [n * n_epochs] if n_epochs is not None else []
         self.n_examples = (
             min([*limits, *([n_examples] if n_examples is not None else [])]) if n else 0

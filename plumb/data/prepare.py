@@ -375,10 +375,8 @@ def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         f"first example ({example.source}), {len(example.prompt)} prompt tokens; trained:"
         f" {on}marked{off}"
     ]
-    prompt, responses = (
-        example.prompt.tolist(),
-        [response.tolist() for response in example.responses],
-    )
+    prompt = example.prompt.tolist()
+    responses = [response.tolist() for response in example.responses]
     lines.append("  " + decode([prompt], tokenizer)[0].replace("\n", "\n  "))
     names = ("chosen", "rejected") if len(responses) > 1 else ("target",)
     texts = continued(prompt, responses, tokenizer)

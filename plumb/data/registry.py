@@ -92,12 +92,10 @@ class DataSet:
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> count
     form: str = ""  # one line: what was read and how it was understood
     taken: str = ""  # which split of a folder with several, and which others there are
-    unused: Counter[str] = field(
-        default_factory=Counter
-    )  # field that nothing reads -> rows that have it
-    altered: Counter[str] = field(
-        default_factory=Counter
-    )  # what the chat template leaves out -> count
+    # field that nothing reads -> rows that have it
+    unused: Counter[str] = field(default_factory=Counter)
+    # what the chat template leaves out -> count
+    altered: Counter[str] = field(default_factory=Counter)
     first_bad: str = ""  # the error of the first row that was dropped for it
 
     def refuse(self, error: UserError) -> None:
@@ -115,9 +113,8 @@ class Loader(NamedTuple):
     load: Callable[..., Any]
     truncation: str
     hub: Hub | None
-    fields: frozenset[
-        str
-    ]  # raw fields by which a file given by its path is known to be of this schema
+    # raw fields by which a file given by its path is known to be of this schema
+    fields: frozenset[str]
     pairs: bool  # False: it has SFT targets only
 
 

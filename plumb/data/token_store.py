@@ -86,14 +86,16 @@ class TokenStore:
                 ):
                     raise ValueError(f"{name}.bin has changed since it was written")
                 setattr(self, name, column)
-            self.name, self.split, self.form, self.truncation = (
-                meta["name"],
-                meta["split"],
-                meta["form"],
-                meta["truncation"],
-            )
-            self.n_rows, self.skipped, self.files = meta["n_rows"], meta["skipped"], meta["files"]
-            self.taken, self.unused, self.altered = meta["taken"], meta["unused"], meta["altered"]
+            self.name = meta["name"]
+            self.split = meta["split"]
+            self.form = meta["form"]
+            self.truncation = meta["truncation"]
+            self.n_rows = meta["n_rows"]
+            self.skipped = meta["skipped"]
+            self.files = meta["files"]
+            self.taken = meta["taken"]
+            self.unused = meta["unused"]
+            self.altered = meta["altered"]
             self.first_bad = meta["first_bad"]
             self.checksums = {name: checksum for name, (_, _, checksum) in meta["columns"].items()}
         except (OSError, KeyError, TypeError) as error:
@@ -311,11 +313,9 @@ def _numbered(
             },
             chunk.n_rows,
         )
-        n_tokens, n_texts, n_rows = (
-            n_tokens + len(chunk.ids),
-            n_texts + len(chunk.lengths),
-            n_rows + len(chunk.rows),
-        )
+        n_tokens = n_tokens + len(chunk.ids)
+        n_texts = n_texts + len(chunk.lengths)
+        n_rows = n_rows + len(chunk.rows)
 
 
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:

@@ -37,9 +37,8 @@ def ids_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids
         return []
     options = {"add_special_tokens": False, "verbose": False}
     if tokenizer.is_fast:
-        tokenizer(
-            "", **options
-        )  # switches off truncation and padding that a tokenizer.json may ask for
+        # switches off truncation and padding that a tokenizer.json may ask for
+        tokenizer("", **options)
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(
             list(texts), add_special_tokens=False
         )
@@ -141,7 +140,9 @@ class _Prompts:
         longer = self.without_bos(ids_of([f" {texts[i]}" for i in short], tokenizer), bos)
         for i, row, text in zip(short, longer, decode(longer, tokenizer), strict=True):
             if text == wanted[i]:
-                self.ids[i], decoded[i], self.encoded_as[i] = row, text, f" {texts[i]}"
+                self.ids[i] = row
+                decoded[i] = text
+                self.encoded_as[i] = f" {texts[i]}"
         # White space at the end of a prompt that its ids lack has to come with the response.
         ends = [
             (_end_space(text), _end_space(shown))
@@ -165,7 +166,9 @@ def _responses(
     """Encode responses, given as (number of the prompt, text) and encoded apart. -> (ids, is each
     exact)
     """
-    tokenizer, chosen, exact = prompts.tokenizer, apart.copy(), [False] * len(texts)
+    tokenizer = prompts.tokenizer
+    chosen = apart.copy()
+    exact = [False] * len(texts)
 
     def take(candidates: list[tuple[int, Ids]], inexact: bool = False) -> list[int]:
         """Take those that are exact, or all. -> the numbers of all responses that are not exact

@@ -30,11 +30,10 @@ from plumb.errors import UserError
 CHUNK = (
     1000  # rows that are tokenized at once: enough for the tokenizer's threads, and little memory
 )
-BLANK, HAS_EOS, CHANGED = (
-    1,
-    2,
-    4,
-)  # marks of a text: only white space; an EOS string stood within it; its ids decode to another
+# marks of a text: only white space; an EOS string stood within it; its ids decode to another
+BLANK = 1
+HAS_EOS = 2
+CHANGED = 4
 
 
 class TextRules(NamedTuple):
@@ -101,9 +100,8 @@ def encode(
             " tokenizer_config.json"
         )
     chat = ChatTemplate(tokenizer, template or own_template(tokenizer))
-    rows = list(
-        islice(data.rows, CHUNK)
-    )  # before the clock starts: a source may first be read for its held-out prompts
+    # before the clock starts: a source may first be read for its held-out prompts
+    rows = list(islice(data.rows, CHUNK))
     with tqdm(
         desc=f"tokenizing {data.name}", unit="row", unit_scale=True, delay=3, disable=rank() != 0
     ) as progress:
@@ -129,9 +127,8 @@ def _encode(
     for row in rows:
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
         wanted += [] if row.sft_target is None else [row.sft_target]
-        unique = {
-            _hashable(text): text for text in wanted
-        }  # a response stands in many pairs, but is rendered and kept once
+        # a response stands in many pairs, but is rendered and kept once
+        unique = {_hashable(text): text for text in wanted}
         if not unique:
             continue
         try:
@@ -142,11 +139,9 @@ def _encode(
         if isinstance(row.prompt, str):
             data.unused.update((row.more or {}).keys())
         place = {key: n_texts + i for i, key in enumerate(unique, 1)}
-        numbers, n, end = (
-            [place[_hashable(text)] for text in wanted],
-            len(chunk.rows),
-            2 * len(row.pairs),
-        )
+        numbers = [place[_hashable(text)] for text in wanted]
+        n = len(chunk.rows)
+        end = 2 * len(row.pairs)
         chunk.rows.append((n_texts, row.source))
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
         chunk.margins.extend(

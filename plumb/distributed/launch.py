@@ -47,7 +47,8 @@ class Stopped(BaseException):
 
     def __init__(self, code: int, reason: str):
         super().__init__(code, reason)
-        self.code, self.reason = code, reason
+        self.code = code
+        self.reason = reason
 
     def __str__(self) -> str:
         return self.reason
@@ -73,7 +74,8 @@ def listen() -> None:
 
 
 def _handle(number: int, _frame: Any) -> None:
-    again, _Signals.requested = _Signals.requested, _Signals.requested or number
+    again = _Signals.requested
+    _Signals.requested = _Signals.requested or number
     if not _Signals.gentle:
         if (
             again
@@ -104,7 +106,8 @@ def end_quietly() -> None:
 
 def begin() -> None:
     """Another run in the same process (a sweep): no signal is waiting, and no step was made."""
-    _Signals.requested, _Signals.gentle = 0, False
+    _Signals.requested = 0
+    _Signals.gentle = False
     report(0, 0)
 
 
@@ -127,11 +130,12 @@ def uptime_secs() -> float:
 
 
 _started = psutil.Process().create_time()
+# optimizer steps, examples, and when it last gave a sign of life, of each process started here
 _progress: Any = [
     0,
     0,
     0,
-]  # optimizer steps, examples, and when it last gave a sign of life, of each process started here
+]
 _watched = False  # another process started this one, passes signals on, and says what is to be said
 _index = 0
 
@@ -225,7 +229,9 @@ def _watch(group: Sequence[BaseProcess], timeout: float) -> list[int]:
     """Wait for all; pass a signal on; after one has failed, or given no sign of life for `timeout`
     seconds, give the others GRACE_SECS. -> those that were killed for that, in that order
     """
-    forwarded, deadline, killed = 0, float("inf"), list[int]()
+    forwarded = 0
+    deadline = float("inf")
+    killed = list[int]()
     while alive := [i for i, p in enumerate(group) if p.exitcode is None]:
         multiprocessing.connection.wait([group[i].sentinel for i in alive], timeout=0.2)
         if _Signals.requested and not forwarded:
@@ -238,9 +244,8 @@ def _watch(group: Sequence[BaseProcess], timeout: float) -> list[int]:
                 killed.append(i)
                 group[i].kill()
         if any(p.exitcode for p in group):
-            asked = all(
-                p.exitcode in (None, 0, 130, 143) for p in group
-            )  # the others still close their logs
+            # the others still close their logs
+            asked = all(p.exitcode in (None, 0, 130, 143) for p in group)
             deadline = min(deadline, now + (12 if asked else 1) * GRACE_SECS)
         if time.monotonic() > deadline:
             killed += alive
@@ -257,11 +262,12 @@ def _judge(
     if not any(codes):
         return
     steps = lambda ranks: ", ".join(f"rank {r} at step {_progress[3 * r]}" for r in ranks)
+    # NCCL aborts a process that has waited too long
     ours = {
         0,
         -signal.SIGABRT,
         -_Signals.requested,
-    }  # NCCL aborts a process that has waited too long
+    }
     died = [
         r for r, code in enumerate(codes) if code < 0 and code not in ours and r not in ended_by_us
     ]
@@ -303,15 +309,17 @@ def _spawned(
     said: Any,
 ) -> None:
     global _progress, _watched, _index, _started
-    _progress, _watched, _index, (pid, _started) = progress, True, index, parent
+    _progress = progress
+    _watched = True
+    _index = index
+    (pid, _started) = parent
     if sys.platform == "linux":  # a launcher that is killed takes its processes with it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != pid:
             os._exit(1)
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index)}
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its default is a semaphore, which Python reports as leaked when this process is ended
+    # its default is a semaphore, which Python reports as leaked when this process is ended
+    tqdm.set_lock(threading.RLock())
     listen()
     threading.Thread(target=_live, daemon=True).start()
     try:

@@ -62,7 +62,9 @@ class Layout:
                 f"tp_size={tp_size}: does not divide the {world} processes; give a divisor, or null"
                 " for all of them"
             )
-        self.tp_size, self.rank, self.n_rows = tp_size, rank // tp_size, world // tp_size
+        self.tp_size = tp_size
+        self.rank = rank // tp_size
+        self.n_rows = world // tp_size
         self.shard_size = shard_size or self.n_rows
         if self.n_rows % self.shard_size:
             raise UserError(
@@ -78,7 +80,8 @@ class Layout:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         )
-        self.offload, self.first_of_rows = offload, rank % tp_size == 0
+        self.offload = offload
+        self.first_of_rows = rank % tp_size == 0
         sizes = {
             "replicate": self.n_rows // self.shard_size,
             "shard": self.shard_size,
@@ -194,9 +197,8 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     mine = [(name, part) for name, part in mine if part.numel()]
     bad = None
     if mine:
-        largest = torch._foreach_norm(
-            [part for _, part in mine], torch.inf
-        )  # NaN where there is one
+        # NaN where there is one
+        largest = torch._foreach_norm([part for _, part in mine], torch.inf)
         finite = (
             torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
             .isfinite()
@@ -218,9 +220,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
-    there = (
-        tensor if tensor.device.type == kind else tensor.to(kind)
-    )  # offloaded: NCCL moves no CPU memory
+    # offloaded: NCCL moves no CPU memory
+    there = tensor if tensor.device.type == kind else tensor.to(kind)
     return cast(DTensor, there).full_tensor()
 
 
@@ -264,7 +265,9 @@ def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
     first, counts last.
     """
     mesh, at = tensor.device_mesh, cast(list[int], tensor.device_mesh.get_coordinate())
-    start, length, replica = [0] * tensor.ndim, list(tensor.shape), False
+    start = [0] * tensor.ndim
+    length = list(tensor.shape)
+    replica = False
     for i, placement in sorted(
         enumerate(tensor.placements), key=lambda x: isinstance(x[1], _StridedShard)
     ):

@@ -120,10 +120,9 @@ def cut_over(
 def _cut(
     module: nn.Module, name: str, style: Style, mesh: DeviceMesh, shared: dict[int, nn.Parameter]
 ) -> None:
-    n, transposed = (
-        mesh.size(),
-        type(module).__name__ == "Conv1D",
-    )  # [in, out], where a linear layer has [out, in]
+    # [in, out], where a linear layer has [out, in]
+    n = mesh.size()
+    transposed = type(module).__name__ == "Conv1D"
     for leaf, p in module._parameters.items():
         if p is None:
             continue
@@ -156,7 +155,8 @@ class _Enter:
     """
 
     def __init__(self, style: Style, mesh: DeviceMesh):
-        self.style, self.mesh = style, mesh
+        self.style = style
+        self.mesh = mesh
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple | None:
         held: dict[str, Any] = dict(module._parameters)
@@ -195,7 +195,8 @@ class _Leave:
     """After it: its parameters are what they were, and its output is as the plan says."""
 
     def __init__(self, style: Style, mesh: DeviceMesh):
-        self.style, self.mesh = style, mesh
+        self.style = style
+        self.mesh = mesh
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
         for leaf, p in vars(module).pop("_held", {}).items():

@@ -47,9 +47,8 @@ class ScoredPairs(NamedTuple):
     chosen: Scores
     rejected: Scores
     shared: Tensor  # [B] tokens that both responses begin with
-    margins: (
-        Tensor | None
-    )  # [B] by how much the data's own scores prefer chosen; None where there are none
+    # [B] by how much the data's own scores prefer chosen; None where there are none
+    margins: Tensor | None
 
 
 class LossOutput(NamedTuple):

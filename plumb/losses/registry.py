@@ -22,21 +22,17 @@ class Loss(NamedTuple):
     """
 
     name: str
-    data: Literal[
-        "responses", "pairs"
-    ]  # what one example holds: an SFT target, or a chosen and a rejected response
+    # what one example holds: an SFT target, or a chosen and a rejected response
+    data: Literal["responses", "pairs"]
     needs_reference: bool
-    average_over: Literal[
-        "examples", "tokens"
-    ]  # the global count that the summed losses are divided by
-    reads: Literal[
-        "logps", "scores"
-    ]  # log-probabilities of a policy, or the scores of a model with a scalar head
+    # the global count that the summed losses are divided by
+    average_over: Literal["examples", "tokens"]
+    # log-probabilities of a policy, or the scores of a model with a scalar head
+    reads: Literal["logps", "scores"]
     needs_margins: bool  # of data whose responses have scores
     read: Literal["last", "mean"]  # which of a response's scores is its own, where it reads scores
-    compute: Callable[
-        ..., LossOutput
-    ]  # (policy, reference) -> LossOutput; reference is None unless needs_reference
+    # (policy, reference) -> LossOutput; reference is None unless needs_reference
+    compute: Callable[..., LossOutput]
 
 
 class _Entry(NamedTuple):

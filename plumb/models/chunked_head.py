@@ -69,7 +69,9 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, keep):
-        ctx.rows, kept, logps = rows, [], []
+        ctx.rows = rows
+        kept = []
+        logps = []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             kept = (
                 [*kept, _log_softmax(h, weight, bias)] if keep else [_log_softmax(h, weight, bias)]
@@ -117,9 +119,8 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = logits if bias is None else logits.add_(bias)
     else:
         logits = _wide(F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)))
-    return torch.log_softmax(
-        logits, 1, out=logits
-    )  # in place: a second tensor of this size costs as much time as the softmax
+    # in place: a second tensor of this size costs as much time as the softmax
+    return torch.log_softmax(logits, 1, out=logits)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ def _set_random_state(state: list[Tensor]) -> None:
 
 
 def _to_evaluation(module: Any, _: Any) -> None:
-    module.mode_outside, module.training = module.training, False
+    module.mode_outside = module.training
+    module.training = False
 
 
 def _back(module: Any, *_: Any) -> None:

@@ -245,11 +245,11 @@ def weights_of(
         model, grown = as_classifier(model, head, hf_config, pad), {embedding_name(model)}
     else:
         grown = set[str]()
-    hf_config.architectures, hf_config.dtype = [type(model).__name__], stored
+    hf_config.architectures = [type(model).__name__]
+    hf_config.dtype = stored
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    split = lru_cache(maxsize=1)(
-        partial(_split, model)
-    )  # what is stored as several is read once, and written in a row
+    # what is stored as several is read once, and written in a row
+    split = lru_cache(maxsize=1)(partial(_split, model))
     for name, meta in model.state_dict(keep_vars=True).items():
         if name in tied:
             continue
@@ -353,11 +353,11 @@ def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
     Raises UserError where transformers has none for this architecture, or one that is built
     otherwise.
     """
-    hf_config.num_labels, hf_config.problem_type = (
-        1,
-        "regression",
-    )  # so that a pipeline gives the score itself, not its sigmoid
-    hf_config.id2label, hf_config.label2id = {0: "score"}, {"score": 0}
+    # so that a pipeline gives the score itself, not its sigmoid
+    hf_config.num_labels = 1
+    hf_config.problem_type = "regression"
+    hf_config.id2label = {0: "score"}
+    hf_config.label2id = {"score": 0}
     hf_config.tie_word_embeddings = False
     text = hf_config.get_text_config()
     text.pad_token_id = hf_config.pad_token_id = pad
@@ -422,10 +422,8 @@ def generation_config(
     ends = list(dict.fromkeys(t for t in (*own, tokenizer.eos_token_id) if t is not None))
     made._from_model_config = False
     made.eos_token_id = ends[0] if len(ends) == 1 else ends
-    made.pad_token_id, made.bos_token_id = (
-        tokenizer.pad_token_id,
-        made.bos_token_id or tokenizer.bos_token_id,
-    )
+    made.pad_token_id = tokenizer.pad_token_id
+    made.bos_token_id = made.bos_token_id or tokenizer.bos_token_id
     return made
 
 

@@ -58,7 +58,9 @@ def find_model(
     """
     config = OmegaConf.create({"seed": 0, "device": None, "trainer": "BasicTrainer"})
     config.model = OmegaConf.load(CONFIG / "model/blank_model.yaml")
-    path, archive, run_dir = Path(name).expanduser(), None, None
+    path = Path(name).expanduser()
+    archive = None
+    run_dir = None
     is_model = (
         (path / "config.json").is_file() or path.suffix == ".gguf" or list(path.glob("*.gguf"))
     )
@@ -134,7 +136,8 @@ def _config_of(run_dir: Path) -> DictConfig:
             and (ROOT / given).exists()
         ):
             config.model[knob] = str(ROOT / given)
-    config.device, config.trainer = None, "BasicTrainer"
+    config.device = None
+    config.trainer = "BasicTrainer"
     config.setdefault("add_bos", False)  # runs of 2023, which do not say it, had none
     return config
 

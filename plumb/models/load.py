@@ -97,7 +97,9 @@ def load_policy(
     functional dropout reads, before the modules are built. Raises UserError, in one line, for what
     cannot be found or does not fit.
     """
-    spec, name, dtype = config.model, config.model.name_or_path, DTYPES[config.model.policy_dtype]
+    spec = config.model
+    name = config.model.name_or_path
+    dtype = DTYPES[config.model.policy_dtype]
     source, code = {} if spec.architecture else _source(name), source_trust.pinned(spec, name)
     if code["trust_remote_code"]:
         rank0_print(
@@ -332,7 +334,8 @@ def _with_new_head(
     """
     head = put_scalar_head(model)
     new: Any = model.get_output_embeddings()
-    new.drawn, first = True, initial_weight(new.in_features, seed)
+    new.drawn = True
+    first = initial_weight(new.in_features, seed)
     return lambda name, where: first[where] if name == head else weights(name, where)
 
 

@@ -50,9 +50,10 @@ def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
     """
     count = batch.n_scored_each()  # [R]
     order, longest = batch.spans[:, 2].argsort(kind="stable"), max(int(count.max(initial=0)), 1)
+    # [N] in [R * L]
     place = torch.from_numpy(ranges(order * longest, count[order])).to(
         logps.device, non_blocking=True
-    )  # [N] in [R * L]
+    )
     wide = torch.float32 if logps.device.type == "mps" else torch.float64
     rows = torch.zeros(len(count) * longest, dtype=wide, device=logps.device).index_copy(
         0, place, logps.to(wide)
@@ -137,9 +138,8 @@ def head_on(
 
     def gather(_, inputs):
         (hidden,) = inputs  # [R, W, d]
-        return (
-            hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),
-        )  # [1, N, d]
+        # [1, N, d]
+        return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),)
 
     def logps(hidden):  # [1, N, d] -> [1, N, 1]; a copy, since FSDP wants no view
         device = head.weight.device
@@ -147,10 +147,9 @@ def head_on(
             None, :, None
         ].clone()
 
-    handle, own = (
-        head.register_forward_pre_hook(gather),
-        vars(head).get("forward"),
-    )  # accelerate's, where it spreads a model
+    # accelerate's, where it spreads a model
+    handle = head.register_forward_pre_hook(gather)
+    own = vars(head).get("forward")
     if targets is not None:
         forward = logps
     if forward is not None:

@@ -56,11 +56,9 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return name, digest.digest()
 
-    world, me, n_threads = (
-        collectives.world_size(),
-        rank(),
-        1 if collectives.world_size() > 1 else os.cpu_count() or 1,
-    )
+    world = collectives.world_size()
+    me = rank()
+    n_threads = 1 if collectives.world_size() > 1 else os.cpu_count() or 1
     hashing: deque[Future[tuple[str, bytes]]] = deque()
     found: list[tuple[str, bytes]] = []
     with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run

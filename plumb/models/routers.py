@@ -95,9 +95,8 @@ def balance(logits: list[Tensor], batch: Batch, packed: bool, top_k: int) -> Ten
     if not logits:
         raise UserError("router_aux_loss: the routers did not run; set router_aux_loss=0")
     length = torch.from_numpy(batch.spans[:, 1] + batch.spans[:, 3])  # [R] tokens of each sequence
-    of_rows = (
-        _packed_rows(batch) if packed else _padded_rows(batch)
-    )  # [R, A], 1 for a sequence's own tokens
+    # [R, A], 1 for a sequence's own tokens
+    of_rows = _packed_rows(batch) if packed else _padded_rows(batch)
     losses = []
     for each in logits:
         each = each.flatten(0, -2).float()  # [A, E]
@@ -105,10 +104,9 @@ def balance(logits: list[Tensor], batch: Batch, packed: bool, top_k: int) -> Ten
         share = 1 / length.clamp(min=1).to(each)[:, None]  # [R, 1]
         probabilities = each.softmax(-1)
         chosen = torch.zeros_like(each).scatter_(1, each.topk(top_k, -1).indices, 1.0)
-        f, p = (
-            own @ chosen * share,
-            own @ probabilities * share,
-        )  # [R, E]; nothing flows back through f
+        # [R, E]; nothing flows back through f
+        f = own @ chosen * share
+        p = own @ probabilities * share
         losses.append(each.shape[-1] * (f * p).sum(-1).to(logits[0].device))
     return torch.stack(losses).mean(0)
 

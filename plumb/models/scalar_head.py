@@ -21,10 +21,11 @@ HEADS = ("lm_head", "embed_out", "head")  # what transformers calls a causal LM'
 FOLDS = 5
 MIN_PAIRS = 10 * FOLDS  # of fewer nothing is learned but which they are
 RIDGES = [10 ** (x / 2) for x in range(-6, 9)]  # times the mean square of a coordinate
+# root mean square of margins; above 5 a pair's loss is below 0.01
 SPREADS = [
     0.0,
     *(10 ** (x / 8) for x in range(-16, 7)),
-]  # root mean square of margins; above 5 a pair's loss is below 0.01
+]
 
 
 class ScalarHead(nn.Linear):
@@ -52,7 +53,8 @@ def _scores_as_logits(model: Any, inputs: Any, output: Any) -> Any:
     to them after the head.
     """
     head = model.get_output_embeddings()
-    output.logits, head.computed = head.computed, None
+    output.logits = head.computed
+    head.computed = None
     return output
 
 
@@ -79,9 +81,8 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
     model.set_output_embeddings(head)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-    model.register_forward_hook(
-        _scores_as_logits
-    )  # before FSDP's own, which has to see what the loss is computed from
+    # before FSDP's own, which has to see what the loss is computed from
+    model.register_forward_hook(_scores_as_logits)
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
@@ -110,9 +111,8 @@ def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
         return Fit(torch.zeros(1, chosen.shape[1], dtype=torch.float64), 0.0, math.log(2))
     unit = (chosen - rejected).square().mean(0).sqrt()
     unit = torch.where(unit > 1e-9 * unit.max(), unit, torch.inf)  # what never differs is left out
-    mean = F.normalize(
-        ((chosen + rejected) / unit).mean(0), dim=0
-    )  # at a right angle to it, scores have the mean 0
+    # at a right angle to it, scores have the mean 0
+    mean = F.normalize(((chosen + rejected) / unit).mean(0), dim=0)
     z = (chosen - rejected) / unit
     u, s, vh = torch.linalg.svd(z - (z @ mean)[:, None] * mean, full_matrices=False)
     points = u * s  # [n, r], the same differences in min(n, d) coordinates

@@ -185,7 +185,9 @@ def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], lis
     of_pattern = {
         pattern: converter for converter in converters for pattern in converter.source_patterns
     }
-    prefix, at, computed = model.base_model_prefix, dict[str, str](), dict[str, Conversion]()
+    prefix = model.base_model_prefix
+    at = dict[str, str]()
+    computed = dict[str, Conversion]()
     for key in sorted(weights, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -323,7 +325,9 @@ class Initialisation(TorchDispatchMode):
             or _storage(target) not in self.notes
         ):
             return out
-        arguments, state, notes = args[1:], None, self.notes[_storage(target)]
+        arguments = args[1:]
+        state = None
+        notes = self.notes[_storage(target)]
         if (
             torch.Tag.nondeterministic_seeded in what.tags
         ):  # drawn for nothing, but for the draws after it

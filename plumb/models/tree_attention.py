@@ -53,16 +53,13 @@ def tree_attention(
         )
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks")
-    gather = segments.gather.to(
-        key.device
-    )  # which is another one for some layers, where a model is spread over GPUs
-    keys, values = (
-        x[0].index_select(1, gather) for x in (key, value)
-    )  # [Hkv, Tk, D], prompts once per response
-    query, keys = (
-        query[0].to(value.dtype),
-        keys.to(value.dtype),
-    )  # rotary embeddings leave autocast's precision
+    # which is another one for some layers, where a model is spread over GPUs
+    gather = segments.gather.to(key.device)
+    # [Hkv, Tk, D], prompts once per response
+    keys, values = (x[0].index_select(1, gather) for x in (key, value))
+    # rotary embeddings leave autocast's precision
+    query = query[0].to(value.dtype)
+    keys = keys.to(value.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     attend = _varlen if query.is_cuda and query.dtype.itemsize == 2 else _loop
     return attend(query, keys, values, segments, scale, sliding_window)[None], None
@@ -79,20 +76,19 @@ def _varlen(
     """Flash attention over all segments in one call.  -> [T, H, D]"""
     from torch.nn.attention.varlen import varlen_attn
 
+    # theirs does not count itself
     options: dict[str, Any] = {
         "scale": scale,
         "window_size": (window - 1 if window else -1, 0),
-    }  # theirs does not count itself
+    }
     if (
         "enable_gqa" in inspect.signature(varlen_attn).parameters
     ):  # torch 2.11 takes fewer key heads without being told
         options["enable_gqa"] = True
     queries, keys, values = (x.transpose(0, 1) for x in (query, keys, values))
-    n, query_ends, key_ends = (
-        segments.longest,
-        segments.query_ends.to(query.device),
-        segments.key_ends.to(query.device),
-    )
+    n = segments.longest
+    query_ends = segments.query_ends.to(query.device)
+    key_ends = segments.key_ends.to(query.device)
     return cast(Tensor, varlen_attn(queries, keys, values, query_ends, key_ends, n, n, **options))
 
 

@@ -104,7 +104,8 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor], width: int):
         super().__init__()
-        self.width, self.deadline = width, time.monotonic() + PATIENCE_SECS
+        self.width = width
+        self.deadline = time.monotonic() + PATIENCE_SECS
         self.alive = {id(x.untyped_storage()): Held(0, 0) for x in known}
         self.now = self.most = Held(0, 0)
 

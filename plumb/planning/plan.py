@@ -50,9 +50,8 @@ class Model(NamedTuple):
     config: Any  # transformers'
     weights: Weights
     cost: sizing.Cost
-    held: Callable[
-        ..., Held | None
-    ]  # activations.count of this model, each once; None where it fails
+    # activations.count of this model, each once; None where it fails
+    held: Callable[..., Held | None]
     packed: bool  # takes trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
     n_out: int  # rows of that matrix: the vocabulary, or one score
@@ -242,7 +241,9 @@ def gb(config: DictConfig) -> float:
 
 def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     """What the trainer would decide on these GPUs, and what they would hold then."""
-    layout, spec, sharded = layout_of(config), config.model, config.trainer != "BasicTrainer"
+    layout = layout_of(config)
+    spec = config.model
+    sharded = config.trainer != "BasicTrainer"
     weights, compute, reference = (
         DTYPES[name]
         for name in (
@@ -254,10 +255,8 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     state, foreach = optimizer_state(config, weights)
     precision = Precision(weights.itemsize, compute.itemsize, reference.itemsize, state)
 
-    room, each = (
-        gb(config) * 1e9,
-        model.weights.n * weights.itemsize / layout.shards / layout.tp_size,
-    )
+    room = gb(config) * 1e9
+    each = model.weights.n * weights.itemsize / layout.shards / layout.tp_size
     several = (
         (config.n_epochs or 1) > 1
         if data.n is None
@@ -415,10 +414,8 @@ def alternatives(
 
     together = [*accumulate(changes, lambda a, b: a | b)]
     found = fitting(changes) or fitting(together)[:1]
-    n, trainer = (
-        layout_of(config).n_gpus,
-        {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {},
-    )
+    n = layout_of(config).n_gpus
+    trainer = {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
     nodes = {"plan_nodes": None} if config.plan_nodes else {}
     sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
     for base in ({}, *together[-1:]):  # as it is, or with all of these
@@ -522,10 +519,8 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
 
 def _table(memory: Memory) -> list[str]:
     rows = [*memory.kinds.items(), ("in all", memory.moments)]
-    width, titles = (
-        max(len(kind) for kind, _ in rows),
-        ("backward starts", "backward ends", "optimizer steps"),
-    )
+    width = max(len(kind) for kind, _ in rows)
+    titles = ("backward starts", "backward ends", "optimizer steps")
     lines = [f"{'GB per GPU':<{width}}  {'  '.join(titles)}"]
     lines += [
         "  ".join(

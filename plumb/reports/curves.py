@@ -100,9 +100,10 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
     """What the runs (as `named`) have to show. `further`: also how it went, and evaluations that no
     other panel shows.
     """
+    # in their order
     present = dict.fromkeys(
         key for run in runs for record in (*run.steps, *run.evaluations) for key in record
-    )  # in their order
+    )
     losses = dict.fromkeys(key.split("/")[0] for key in present if key.startswith("loss "))
     found = (
         [Panel(f"{name[5:]} loss", {"": f"{name}/{{}}"}) for name in losses]
@@ -220,7 +221,8 @@ class _figure:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        self.plt, size = plt, (4.6 * n_columns, 3.2 * n_rows + 0.3)
+        self.plt = plt
+        size = (4.6 * n_columns, 3.2 * n_rows + 0.3)
         self.figure, self.axes = plt.subplots(
             n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
         )

@@ -25,23 +25,20 @@ NO_GRADIENT = 1e-8  # a norm below this moves no float32 weight
 # share of its first value by which the loss must fall to have moved: dpo from 0.6931 to 0.6917
 FLAT = 0.002
 AT_CHANCE = 0.05  # around 0.5: 1.6 standard errors of 256 pairs, the default of n_eval_examples
-FALL_NATS, FALL_SHARE = (
-    5.0,
-    0.1,
-)  # the chosen answers are 150 times less likely, and that is a tenth of all their nats
+# the chosen answers are 150 times less likely, and that is a tenth of all their nats
+FALL_NATS = 5.0
+FALL_SHARE = 0.1
 HUGE_MARGIN = 10.0  # sigmoid(10) = 0.99995: no label is that certain, and no gradient is left
-RISE_OF_FALL, RISE = (
-    0.1,
-    0.005,
-)  # of the held-out loss, above its best: a tenth of what it had fallen, and half a percent
+# of the held-out loss, above its best: a tenth of what it had fallen, and half a percent
+RISE_OF_FALL = 0.1
+RISE = 0.005
 BY_HEART, GAP = 0.99, 0.1  # accuracy on training pairs, and how far the held-out one is below it
 DIVERGED = 0.1  # share of its first value by which the training loss rises over its best
 LONGER = 1.5  # samples against those before training, in words
 BUCKET_GAP = 0.25  # between accuracies by length: two standard errors of buckets of 30 pairs
-REPEATED, N_GRAM = (
-    0.3,
-    4,
-)  # share of 4-grams that stand in the same sample already; English prose has below 0.05
+# share of 4-grams that stand in the same sample already; English prose has below 0.05
+REPEATED = 0.3
+N_GRAM = 4
 ALIKE = 0.5  # share of different prompts that get the very same answer
 CLIPPED = 0.9  # share of the steps whose gradient is clipped
 
@@ -292,10 +289,8 @@ def by_heart(run: Run) -> str:
     """Training accuracy of 0.99 and more in the last fifth, and a held-out accuracy more than 0.1
     below.
     """
-    train, held_out = (
-        _values(run.steps, "rewards_train/accuracies"),
-        _values(run.evaluations, "rewards_eval/accuracies"),
-    )
+    train = _values(run.steps, "rewards_train/accuracies")
+    held_out = _values(run.evaluations, "rewards_eval/accuracies")
     if len(train) < MIN_STEPS or not len(held_out):
         return ""
     last = _fifths(train)[-1].mean()
@@ -313,10 +308,8 @@ def diverges(run: Run) -> str:
         return ""
     parts = _fifths(losses)
     best = min(parts, key=lambda part: part.mean())
-    rise, error = (
-        parts[-1].mean() - best.mean(),
-        math.hypot(*(part.std() / math.sqrt(len(part)) for part in (parts[-1], best))),
-    )
+    rise = parts[-1].mean() - best.mean()
+    error = math.hypot(*(part.std() / math.sqrt(len(part)) for part in (parts[-1], best)))
     if rise <= max(DIVERGED * abs(parts[0].mean()), 3 * error):
         return ""
     return (

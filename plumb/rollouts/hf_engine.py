@@ -146,9 +146,8 @@ def answers(
             disable=quiet(),
         ):
             between()
-            ids, mask = (
-                x.to(device) for x in _padded(prompts[start : start + batch_size], pad)
-            )  # [B, P]
+            # [B, P]
+            ids, mask = (x.to(device) for x in _padded(prompts[start : start + batch_size], pad))
             n_new = decoding.max_new_tokens or max_length - ids.shape[1]
             n_new = max(min(n_new, n_positions - ids.shape[1]), 1)
             options: dict[str, Any] = {
@@ -266,12 +265,10 @@ class _Hamming(LogitsProcessor):
     """
 
     def __init__(self, n_prompts: int, n_prompt_tokens: int, penalty: float, ends: Sequence[int]):
-        self.n_prompts, self.start, self.penalty, self.ends = (
-            n_prompts,
-            n_prompt_tokens,
-            penalty,
-            list(ends),
-        )
+        self.n_prompts = n_prompts
+        self.start = n_prompt_tokens
+        self.penalty = penalty
+        self.ends = list(ends)
         self.earlier: list[
             Tensor
         ] = []  # for each place, how many beams of earlier groups have each token there  [B, V]
@@ -300,7 +297,8 @@ class _Hamming(LogitsProcessor):
         """What was noted counts for the groups to come."""
         longest, none = max(len(self.earlier), len(self.own)), torch.tensor(0.0)
         at = lambda found, i: found[i] if i < len(found) else none.to(self.own[0].device)
-        self.earlier, self.own = [at(self.earlier, i) + at(self.own, i) for i in range(longest)], []
+        self.earlier = [at(self.earlier, i) + at(self.own, i) for i in range(longest)]
+        self.own = []
 
 
 def _diverse_beams(model: Any, ids: Tensor, decoding: Decoding, options: dict[str, Any]) -> Tensor:
@@ -353,10 +351,9 @@ def _contrastive(
     done = torch.zeros(n, dtype=torch.bool, device=ids.device)
     width, endings = ids.shape[1], torch.tensor([*ends], device=ids.device)
     out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **options)
-    seen, logits = (
-        F.normalize(out.hidden_states[-1], dim=-1),
-        out.logits[:, -1],
-    )  # [B, T, d], [B, V]
+    # [B, T, d], [B, V]
+    seen = F.normalize(out.hidden_states[-1], dim=-1)
+    logits = out.logits[:, -1]
     for _ in range(n_new):
         p, candidates = logits.float().softmax(-1).topk(k)  # [B, k]
         mask = F.pad(mask, (0, 1), value=1)
@@ -372,10 +369,8 @@ def _contrastive(
         cosines = (hidden @ seen.mT).masked_fill(mask[:, None, :-1] == 0, -torch.inf)  # [B, k, T]
         best = ((1 - alpha) * p - alpha * cosines.amax(-1).float()).argmax(-1)  # [B]
         cache.batch_select_indices(rows * k + best)
-        seen, logits = (
-            torch.cat([seen, hidden[rows, best][:, None]], 1),
-            out.logits[:, -1].view(n, k, -1)[rows, best],
-        )
+        seen = torch.cat([seen, hidden[rows, best][:, None]], 1)
+        logits = out.logits[:, -1].view(n, k, -1)[rows, best]
         ids = torch.cat([ids, candidates[rows, best].masked_fill(done, pad)[:, None]], 1)
         done |= torch.isin(ids[:, -1], endings)
         if stopping:

@@ -59,15 +59,13 @@ class Manifest:
     evaluation_due: bool  # stopped before the evaluation that belongs here
     metrics: dict[str, float]  # of the evaluation
     recipe: dict[str, Any]  # what the run is made of: see runs/directory.py
-    found: dict[
-        str, Any
-    ]  # what the run decided by itself, and would perhaps decide otherwise today
+    # what the run decided by itself, and would perhaps decide otherwise today
+    found: dict[str, Any]
     logs: dict[str, int]  # bytes of each log at this moment
     order: str  # a digest of the indices of all examples seen, in their order
     wandb: str | None = None
-    values: dict[str, Any] = field(
-        default_factory=dict
-    )  # of the optimizer's state, what is no tensor
+    # of the optimizer's state, what is no tensor
+    values: dict[str, Any] = field(default_factory=dict)
     save_secs: float = 0.0  # that a save took
     ranks: int = 1
     files: dict[str, Written] = field(default_factory=dict)
@@ -97,7 +95,9 @@ def save(
     forgotten. `needed`: bytes it will take, for the error. Raises StorageError, on all ranks, when
     the disk is full or cannot be written; what was there before is whole in any case.
     """
-    final, temporary, problems = run_dir / name, run_dir / f".{name}.partial", list[str]()
+    final = run_dir / name
+    temporary = run_dir / f".{name}.partial"
+    problems = list[str]()
     file = f"state-{talk.rank}-of-{talk.ranks}.safetensors"
 
     def trying(write: Callable[[], Written | None]) -> Written | None:
@@ -123,16 +123,16 @@ def save(
         if talk.rank == 0:
             written[f"{part}.pt"] = trying(partial(write_part, part, content))
         del content
-        talk.gather(
-            None
-        )  # the next part is made with all ranks in groups that do not wait for so long
+        # the next part is made with all ranks in groups that do not wait for so long
+        talk.gather(None)
     written[file] = trying(lambda: write_tensors(temporary / file, state))
     everything = talk.gather((written, problems))
 
     def commit() -> list[str]:
         try:
             manifest.files = {k: v for files, _ in everything for k, v in files.items() if v}
-            manifest.ranks, manifest.saved = talk.ranks, time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            manifest.ranks = talk.ranks
+            manifest.saved = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             durable_files.write(temporary / "manifest.json", lambda f: f.write(_dump(manifest)))
             durable_files.rename(temporary, final)
             verify(final)
@@ -355,7 +355,9 @@ class Saver:
     def __init__(
         self, run_dir: Path, *, in_background: bool, keep: int | None, best_by: str | None
     ):
-        self.run_dir, self.keep, self.best_by = run_dir, keep, best_by
+        self.run_dir = run_dir
+        self.keep = keep
+        self.best_by = best_by
         self.talk = collectives.Talk()  # its own, for the thread
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None
         self.going: Future[None] | None = None
@@ -405,7 +407,8 @@ class Saver:
     def wait(self) -> None:
         """Until the save that is going on is done. Raises what went wrong."""
         if self.going is not None:
-            going, self.going = self.going, None
+            going = self.going
+            self.going = None
             going.result()
 
     def failed(self) -> bool:
@@ -442,10 +445,8 @@ class Saver:
         needed = sum(
             self.talk.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values()))
         )
-        start, path = (
-            time.monotonic(),
-            save(self.run_dir, REHEARSAL, parts, mine, manifest, self.talk, needed),
-        )
+        start = time.monotonic()
+        path = save(self.run_dir, REHEARSAL, parts, mine, manifest, self.talk, needed)
         self.secs = time.monotonic() - start
 
         def measure() -> tuple[int, int]:

@@ -138,11 +138,9 @@ class Owner:
     """
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.handle, self.new = (
-            run_dir,
-            -1,
-            not collectives.from_rank0(run_dir.is_dir),
-        )
+        self.run_dir = run_dir
+        self.handle = -1
+        self.new = not collectives.from_rank0(run_dir.is_dir)
         if not self.new:
             self.claim()
 

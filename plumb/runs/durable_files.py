@@ -32,7 +32,9 @@ class _Hashed:
     """
 
     def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.n = file, hashlib.sha256(), 0
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.n = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:

@@ -162,7 +162,10 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The objects of a file of lines; those that are none, or don't say of which step, are left out
     and counted in `notes`.
     """
-    rows, bad, cut, i = [], [], False, 0
+    rows = []
+    bad = []
+    cut = False
+    i = 0
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for i, line in enumerate(file, 1):
@@ -265,17 +268,17 @@ def chain(config: Mapping[str, Any], run_dir: Path, archive: Path | None = None)
     while config and run_dir.resolve() not in seen:
         seen.add(run_dir.resolve())
         yield Link(dict(config), run_dir, archive)
-        named = _group(config, "model").get(
-            "archive"
-        )  # a file, absolute: the run's record says which one a pattern meant
+        # a file, absolute: the run's record says which one a pattern meant
+        named = _group(config, "model").get("archive")
         if not named:
             return
         archive = Path(str(named))
         step = archive.parent if archive.parent.name.startswith(("step-", "interim-")) else archive
+        # the second: moved together
         candidates = (
             step.parent,
             run_dir.resolve().parent / step.parent.name,
-        )  # the second: moved together
+        )
         run_dir = next((p for p in candidates if (p / "config.yaml").is_file()), step.parent)
         config = read_config(run_dir)
     if not config and archive is not None:

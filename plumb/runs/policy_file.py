@@ -54,6 +54,7 @@ GLOBALS = {
         "Long",
     )
 }
+# GLOBAL is the one way in
 OTHER_CALLS = {
     "STACK_GLOBAL",
     "INST",
@@ -64,7 +65,7 @@ OTHER_CALLS = {
     "EXT2",
     "EXT4",
     "PERSID",
-}  # GLOBAL is the one way in
+}
 
 
 def resolve_archive(archive: str) -> Path:
@@ -152,9 +153,8 @@ def _refusal(what: str, kind: str, error: Exception) -> UnsafeFile:
 def _tensors(state: Any, what: str, kind: str) -> dict[str, Tensor]:
     """A state dict as a plain dict, each entry of which is a tensor that the file holds whole."""
     try:
-        tensors = dict(
-            dict.items(state)
-        )  # not state.items: a pickle may give an OrderedDict attributes of any name
+        # not state.items: a pickle may give an OrderedDict attributes of any name
+        tensors = dict(dict.items(state))
     except Exception as error:
         raise _refusal(what, kind, error) from None
     for name, tensor in tensors.items():
@@ -239,9 +239,8 @@ def as_in_2023(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = revert_weight_conversion(model, dict(state))
     spec = model.config
     n = spec.max_position_embeddings
-    causal = torch.ones(n, n, dtype=torch.bool).tril()[
-        None, None
-    ]  # one tensor for all layers: stored once
+    # one tensor for all layers: stored once
+    causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
     # detached, for transformers leaves marks on a buffer that torch.save would write
     frequencies = next(
         (b.detach() for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")),

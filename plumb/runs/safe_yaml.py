@@ -20,11 +20,10 @@ HYDRA_KNOBS = {
     "hydra.mode",
 }
 HYDRA_DEFAULTS = {"override hydra/job_logging": "none", "override hydra/hydra_logging": "none"}
-MAX_BYTES, MAX_DEPTH, MAX_FILES = (
-    100_000,
-    30,
-    1000,
-)  # of one YAML file; of its nesting; in a config folder
+# of one YAML file; of its nesting; in a config folder
+MAX_BYTES = 100_000
+MAX_DEPTH = 30
+MAX_FILES = 1000
 ADVICE = "it could import code; a config holds values only"
 
 
@@ -78,10 +77,8 @@ def _check_tokens(path: Path, text: str) -> None:
     """An alias in an alias in an alias (236 bytes of it keep a parser busy for minutes), deep
     nesting, and tags.
     """
-    depth, steps = (
-        0,
-        dict.fromkeys(("<block mapping start>", "<block sequence start>", "{", "["), 1),
-    )
+    depth = 0
+    steps = dict.fromkeys(("<block mapping start>", "<block sequence start>", "{", "["), 1)
     steps |= dict.fromkeys(("<block end>", "}", "]"), -1)
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         line = token.start_mark.line + 1

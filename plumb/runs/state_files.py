@@ -197,9 +197,8 @@ def _fill(
                 f"{path}: {name} is {shape} {kind}, and here {list(target.shape)}"
                 f" {DTYPES[local.dtype]}"
             )
-        low = [
-            max(a, b) for a, b in zip(offset, begin, strict=True)
-        ]  # the overlap of what is here and what is there
+        # the overlap of what is here and what is there
+        low = [max(a, b) for a, b in zip(offset, begin, strict=True)]
         high = [
             min(a + n, b + m) for a, n, b, m in zip(offset, local.shape, begin, size, strict=True)
         ]

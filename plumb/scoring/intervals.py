@@ -57,10 +57,8 @@ def bootstrap(points: np.ndarray, prompts: np.ndarray, seed: int, n_draws: int =
     chunk = max(1, 2_000_000 // len(sums))  # draws at once: 16 MB
     for start in range(0, n_draws, chunk):
         n = min(chunk, n_draws - start)
-        weights, prior = (
-            random.standard_exponential((n, len(sums))),
-            random.standard_gamma(0.5, (n, 2)) * size,
-        )
+        weights = random.standard_exponential((n, len(sums)))
+        prior = random.standard_gamma(0.5, (n, 2)) * size
         rates.append((weights @ sums + prior[:, 0]) / (weights @ sizes + prior.sum(1)))
     low, high = np.quantile(np.concatenate(rates), [0.025, 0.975]).tolist()
     value = float(points.mean())
@@ -89,9 +87,8 @@ class Calibration(NamedTuple):
     """
 
     predicted: np.ndarray  # [b] mean of sigmoid(|margin|)
-    observed: (
-        np.ndarray
-    )  # [b] share whose chosen response scored higher; a tie, where the model says 1/2, is half
+    # [b] share whose chosen response scored higher; a tie, where the model says 1/2, is half
+    observed: np.ndarray
     pairs: np.ndarray  # [b] how many
 
     @property

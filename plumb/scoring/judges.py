@@ -31,10 +31,9 @@ SAID = re.compile(
     rf"^\W*(?:[\w ]+:{MARKS}(?:(?:response|summary) {MARKS})?)?(A|B|tie){MARKS}\r?$",
     re.MULTILINE | re.IGNORECASE,
 )
-FIRST_WAIT, LONGEST_WAIT = (
-    1.0,
-    60.0,
-)  # seconds before a question is asked again; each wait is twice the one before
+# seconds before a question is asked again; each wait is twice the one before
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 60.0
 
 Verdict = Literal["a", "b", "tie"]
 
@@ -59,9 +58,8 @@ def rule(spec: str) -> Callable[[str], float]:
         return lambda answer: float(text.casefold() in answer.casefold())
     if name in ("longer", "shorter") and not text:
         sign = 1.0 if name == "longer" else -1.0
-        return lambda answer: (
-            sign * len(answer.strip())
-        )  # how an answer begins is the template's matter
+        # how an answer begins is the template's matter
+        return lambda answer: sign * len(answer.strip())
     raise UserError(
         f"--judge={spec}: no such rule; give rule:longer, rule:shorter or rule:contains=TEXT"
     )
@@ -107,7 +105,9 @@ class Verdicts:
     """
 
     def __init__(self, path: Path):
-        self.path, self.known, self.lock = path, dict[str, Verdict](), threading.Lock()
+        self.path = path
+        self.known = dict[str, Verdict]()
+        self.lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a+b") as file:

@@ -116,9 +116,8 @@ class Ranked(NamedTuple):
     is ahead.
     """
 
-    row: dict[
-        str, Any
-    ]  # prompt (or instruction and input), chosen, rejected, chosen_score, rejected_score, margin
+    # prompt (or instruction and input), chosen, rejected, chosen_score, rejected_score, margin
+    row: dict[str, Any]
     margin: float
 
 
@@ -153,9 +152,8 @@ def read_ranked(path: Path) -> Iterator[Ranked]:
             if len(scores) < 2:
                 raise raw.error("one answer, and a pair takes two", "sample two or more")
             prompt = {"prompt": answered.prompt}
-            as_it_stands = isinstance(
-                answered.prompt, str
-            )  # else as it was scored: what is around it is the template's
+            # else as it was scored: what is around it is the template's
+            as_it_stands = isinstance(answered.prompt, str)
             texts = [text if as_it_stands else text.strip() for text in answered.answers]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         margin = scores[best] - scores[worst]

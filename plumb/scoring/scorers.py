@@ -157,10 +157,14 @@ class Causal:
         reference: Opened | None = None,
         beta: float | None = None,
     ):
-        self.config, self.budget, self.beta = config, budget, beta
-        self.model, self.tokenizer = policy.model, policy.tokenizer
+        self.config = config
+        self.budget = budget
+        self.beta = beta
+        self.model = policy.model
+        self.tokenizer = policy.tokenizer
         self.read = (policy.found.config.get("loss") or {}).get("read", "last")  # as its run did
-        self.reference, self.name = reference and reference.model, policy.found.name
+        self.reference = reference and reference.model
+        self.name = policy.found.name
         self.device = next(self.model.parameters()).device
         for model in (self.model, self.reference):
             if model is not None:
@@ -286,16 +290,17 @@ class Classifier:
             raise UserError(
                 f"{found.name}: has num_labels={labels}; a score takes a model with one label"
             )
-        self.config, self.name, self.tokenizer = config, found.name, load_tokenizer(found.config)
+        self.config = config
+        self.name = found.name
+        self.tokenizer = load_tokenizer(found.config)
         self.model = load_classifier(found.config).to(pick_device(found.config)).eval()  # type: ignore[arg-type]
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.alone = pad is None or pad == eos or pad != self.model.config.pad_token_id
-        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
+        self.tokenizer.truncation_side = "left"
+        self.tokenizer.padding_side = "right"
         positions = getattr(self.model.config, "max_position_embeddings", None) or config.max_length
-        self.longest, self.budget = (
-            min(config.max_length, self.tokenizer.model_max_length, positions),
-            budget,
-        )
+        self.longest = min(config.max_length, self.tokenizer.model_max_length, positions)
+        self.budget = budget
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:

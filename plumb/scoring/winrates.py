@@ -29,9 +29,8 @@ class Duel(NamedTuple):
 class Judged(NamedTuple):
     """What a judge said of n duels."""
 
-    points: (
-        np.ndarray
-    )  # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
+    # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
+    points: np.ndarray
     details: list[dict[str, Any]]  # [n] what else it said, for the file
     swayed: np.ndarray | None = (
         None  # [n] bool: the verdict hung on the order of the answers; None: it sees one at a time
@@ -128,18 +127,14 @@ def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
     asked = [i for i, duel in enumerate(some) if duel.answer.strip() != duel.baseline.strip()]
     orders = []
     for i in asked:
-        question, mine, theirs = (
-            question_of(some[i].asked.prompt),
-            some[i].answer.strip(),
-            some[i].baseline.strip(),
-        )
+        question = question_of(some[i].asked.prompt)
+        mine = some[i].answer.strip()
+        theirs = some[i].baseline.strip()
         orders += [Comparison(question, mine, theirs), Comparison(question, theirs, mine)]
     verdicts = endpoint.judge(orders)
-    points, swayed, details = (
-        np.full(len(some), 0.5),
-        np.zeros(len(some), bool),
-        [dict[str, Any]() for _ in some],
-    )
+    points = np.full(len(some), 0.5)
+    swayed = np.zeros(len(some), bool)
+    details = [dict[str, Any]() for _ in some]
     value: dict[Verdict | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0, None: np.nan}
     for i, first, second in zip(asked, verdicts[::2], verdicts[1::2], strict=True):
         both = value[first], 1 - value[second]

@@ -227,9 +227,8 @@ CASES = (
 KNOBS |= {f"data_rules.{case}": RULE for case in CASES} | {
     "data_rules.bad_row": one_of("stop", "drop")
 }
-GROUPS = {
-    "dataset_paths": maybe(TEXT)
-}  # its keys are names of data sets, a plugin's too: see _data_sets
+# its keys are names of data sets, a plugin's too: see _data_sets
+GROUPS = {"dataset_paths": maybe(TEXT)}
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh] loss=sft"
 
 
@@ -239,9 +238,8 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
 
     `trains`: false for a model that is only evaluated, which may be float16.
     """
-    given = OmegaConf.masked_copy(
-        config, [str(k) for k in config if k != "local_run_dir"]
-    )  # which is made of exp_name
+    # which is made of exp_name
+    given = OmegaConf.masked_copy(config, [str(k) for k in config if k != "local_run_dir"])
     missing = sorted(OmegaConf.missing_keys(given))
     if missing:
         flags = [f"{k}=..." for k in missing]
@@ -413,9 +411,8 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
                 f"device={config.device}: not usable here ({str(error).splitlines()[0]}); null"
                 " picks one"
             ) from None
-    make_optimizer(
-        config, torch.nn.Linear(1, 1), torch.device("cpu")
-    )  # refuses optimizer_args that torch refuses
+    # refuses optimizer_args that torch refuses
+    make_optimizer(config, torch.nn.Linear(1, 1), torch.device("cpu"))
     run_dir, root = Path(config.local_run_dir), local_root(config.local_dirs)
     if OmegaConf.is_interpolation(config, "local_run_dir") and not run_dir.resolve().is_relative_to(
         root.resolve()

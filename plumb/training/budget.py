@@ -256,9 +256,8 @@ class Layout:
 class Weights(NamedTuple):
     """Shapes of all parameters, a tied one once."""
 
-    root: list[
-        torch.Size
-    ]  # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
+    # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
+    root: list[torch.Size]
     blocks: list[list[torch.Size]]
 
     @property
@@ -384,7 +383,9 @@ def traffic(
     backward), and a live reference once; gradients are scattered once, or after `each`; replicas of
     a copy then sum their shards once, 2 (r - 1) / r of one.
     """
-    s, w, c = layout.shards, precision.weights, precision.compute
+    s = layout.shards
+    w = precision.weights
+    c = precision.compute
     n = weights.n / layout.tp_size
     replicas = layout.ranks // s
     sums = max(4, w) if c != w else w

@@ -41,9 +41,8 @@ class Scored(NamedTuple):
     given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
     tokens: Tensor  # [B] the first response's, which have a prediction
     balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
-    compared: (
-        tuple[Logps, Logps] | None
-    )  # the R responses' of policy and reference, where the loss has one; detached
+    # the R responses' of policy and reference, where the loss has one; detached
+    compared: tuple[Logps, Logps] | None
 
 
 class Scorer(NamedTuple):
@@ -136,10 +135,9 @@ def shared_tokens(batch: Batch) -> Tensor:
     (a, a_length), (b, b_length) = batch.spans[:n, 2:].T, batch.spans[n:, 2:].T
     length = np.minimum(a_length, b_length)  # [B]
     at = np.minimum(np.arange(max(length.max(), 1)), np.maximum(length - 1, 0)[:, None])  # [B, L]
-    ids, last = (
-        batch.input_ids[0],
-        batch.input_ids.shape[1] - 1,
-    )  # a response without a token may stand behind the end
+    # a response without a token may stand behind the end
+    ids = batch.input_ids[0]
+    last = batch.input_ids.shape[1] - 1
     device = ids.device
     first, second = (
         ids[torch.from_numpy(np.minimum(start[:, None] + at, last)).to(device)] for start in (a, b)

@@ -80,23 +80,18 @@ class FirstStep:
         t = self.trainer
         batch = batch.to(t.device)
         again = t.scorer.policys(batch)
-        sharding.settle(
-            t.policy
-        )  # or the gradients of what FSDP has left gathered would not be found
+        # or the gradients of what FSDP has left gathered would not be found
+        sharding.settle(t.policy)
         policy, tolerance = as_data(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
         change = (scored.given - given(again)).abs()  # [R]
         if isinstance(again, Logps):
-            allowed, what, unit = (
-                rounding(again, t.dtype) / again.tokens.clamp(min=1),
-                "log-probabilities",
-                " nats per token",
-            )
+            allowed = rounding(again, t.dtype) / again.tokens.clamp(min=1)
+            what = "log-probabilities"
+            unit = " nats per token"
         else:
-            allowed, what, unit = (
-                tolerance * (1 + scored.given.abs().max()).expand_as(change),
-                "scores",
-                "",
-            )
+            allowed = tolerance * (1 + scored.given.abs().max()).expand_as(change)
+            what = "scores"
+            unit = ""
         shares = (change / allowed).nan_to_num(nan=torch.inf)
         share, off = max(
             collectives.from_all((float(shares.max()), float(change[shares.argmax()])))

@@ -100,7 +100,8 @@ class TrainingLog:
     """
 
     def __init__(self, sinks: Sequence[Sink], minimum_interval_secs: float):
-        self.sinks, self.interval = sinks, minimum_interval_secs
+        self.sinks = sinks
+        self.interval = minimum_interval_secs
         self.waiting: list[tuple[list[str], Tensor, Record]] = []
         self.last_flush = float("-inf")
 
@@ -296,7 +297,8 @@ class Wandb:
         """`resumed`: the id of the run that goes on."""
         import wandb
 
-        self.wandb, options = wandb, config["wandb"]
+        self.wandb = wandb
+        options = config["wandb"]
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         arguments = {
             "entity": options["entity"],
