@@ -345,7 +345,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
             "Error while serializing: I/O error: No space left on device (os error 28)"
         )
 
-    monkeypatch.setattr("reference.save_file", full)
+    monkeypatch.setattr("plumb.models.reference_cache.save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left.*; set local_dirs"):
         ReferenceCache(tmp_path, {}).add(np.arange(3, dtype=np.uint64), np.zeros(3))
     assert not list(tmp_path.iterdir())
