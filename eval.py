@@ -26,11 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
 import train  # registers what config.yaml is resolved with
-from plumb.console import plain
+from plumb.console import to_dict
 from plumb.data.prepare import check_margins, load_examples
 from plumb.errors import UserError
 from plumb.losses.registry import Loss
-from plumb.models.find import Found, find_model, start_of
+from plumb.models.find import ModelRef, find_model, start_of
 from plumb.models.load import check_length, check_vocabulary, load_policy, load_tokenizer
 from plumb.paths import new_file
 from plumb.settings.cli import Parser, run
@@ -87,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table of the metrics, and write them if asked to."""
-    found = find_model(args.model, args.base)
-    config = config_of(found, args.overrides)
+    ref = find_model(args.model, args.base)
+    config = config_of(ref, args.overrides)
     with (
         tempfile.TemporaryDirectory() as folder,
         new_file(args.out, "--out") if args.out else nullcontext() as file,
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
                 " it out"
             )
         record, counts = evaluate(
-            found, config, loss, args.reference, args.out.parent if args.out else Path(folder)
+            ref, config, loss, args.reference, args.out.parent if args.out else Path(folder)
         )
         print(
             f"\n{args.model}: held-out data of"
@@ -111,8 +111,8 @@ def main(args: argparse.Namespace) -> None:
         if file:
             content = {
                 "model": args.model,
-                "policy": str(found.archive or ""),
-                "loss": plain(config.loss),
+                "policy": str(ref.archive or ""),
+                "loss": to_dict(config.loss),
                 "examples": counts,
                 "datasets": list(config.eval_datasets or config.datasets),
                 "metrics": record,
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nwritten to {args.out}")
 
 
-def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
+def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
     """The whole tree: config/, under the run's own knobs, under the overrides. Raises UserError for
     what does not compose.
     """
@@ -131,25 +131,25 @@ def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
         check_command_line(overrides, ROOT / "eval.py")
         parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
-            check_override(override, found)
+            check_override(override, ref)
         groups = [o.input_line or "" for o in parsed if o.key_or_group in ("loss", "model", "exp")]
         other_loss = any(line.startswith("loss=") for line in groups)
-        name = OmegaConf.select(found.config, "loss.name")
+        name = OmegaConf.select(ref.config, "loss.name")
         own = [f"loss={name}"] if name and not other_loss else []
         with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
             config = compose("config", ["exp_name=eval", *groups, *own])
         OmegaConf.set_struct(config, False)
-        if found.run_dir is not None:
+        if ref.run_dir is not None:
             known = {
                 k: v
-                for k, v in found.config.items()
+                for k, v in ref.config.items()
                 if k in config and k not in ("model", "loss", "local_run_dir")
             }
             config = cast(
                 DictConfig,
-                OmegaConf.merge(config, known, {"loss": found.config.loss} if own else {}),
+                OmegaConf.merge(config, known, {"loss": ref.config.loss} if own else {}),
             )
-        config.model = found.config.model
+        config.model = ref.config.model
         for knob, value in (ALWAYS | AFRESH).items():
             OmegaConf.update(config, knob, value)
         if any(override.key_or_group == "datasets" for override in parsed):
@@ -164,18 +164,18 @@ def config_of(found: Found, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def check_override(override: Override, found: Found) -> None:
+def check_override(override: Override, ref: ModelRef) -> None:
     """Raise UserError for one that an evaluation would not heed."""
     key, said = override.key_or_group, override.input_line
     if override.is_sweep_override():
         raise UserError(f"{said}: one evaluation has one value; put one with commas into quotes")
     if key == "model" or key in ("model.name_or_path", "model.archive", "model.architecture"):
         raise UserError(
-            f"{said}: the model is {found.name}; leave it out, or give another MODEL (or --base)"
+            f"{said}: the model is {ref.name}; leave it out, or give another MODEL (or --base)"
         )
-    if key == "exp" and found.run_dir is not None:
+    if key == "exp" and ref.run_dir is not None:
         raise UserError(
-            f"{said}: the settings are those of the run {found.run_dir}; give knobs to change them"
+            f"{said}: the settings are those of the run {ref.run_dir}; give knobs to change them"
         )
     if key in ALWAYS:
         raise UserError(
@@ -184,17 +184,17 @@ def check_override(override: Override, found: Found) -> None:
 
 
 def evaluate(
-    found: Found, config: DictConfig, loss: Loss, reference: str | None, folder: Path
+    ref: ModelRef, config: DictConfig, loss: Loss, reference: str | None, folder: Path
 ) -> tuple[Record, dict[str, int]]:
     """The record that training would log, and of how many examples it is: all, and those of each
     group. Pictures of a reward model's scores go to `folder`.
     """
-    if found.scalar != (loss.reads == "scores"):
+    if ref.scalar != (loss.reads == "scores"):
         kind, wanted = (
-            ("a reward model", "a policy") if found.scalar else ("a policy", "a reward model")
+            ("a reward model", "a policy") if ref.scalar else ("a policy", "a reward model")
         )
         raise UserError(
-            f"{found.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss="
+            f"{ref.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss="
         )
     check_length(config)
     tokenizer = load_tokenizer(config)
@@ -208,17 +208,17 @@ def evaluate(
         )
     if loss.needs_margins:
         check_margins(examples)
-    policy, other = load_policy(config, scalar=found.scalar), cast(PreTrainedModel | None, None)
-    check_vocabulary(policy, tokenizer, examples.highest_id(), found.name, examples)
+    policy, other = load_policy(config, scalar=ref.scalar), cast(PreTrainedModel | None, None)
+    check_vocabulary(policy, tokenizer, examples.highest_id(), ref.name, examples)
     if loss.needs_reference:
-        spec = find_model(reference).config if reference else start_of(found)
+        spec = find_model(reference).config if reference else start_of(ref)
         other = load_policy(spec).eval().requires_grad_(False)
     log = TrainingLog([], 0)
     trainer = BasicTrainer(
         config, policy, other, None, loss, tokenizer, examples, examples, folder, log
     )
-    if found.archive is not None and (
-        step := re.fullmatch(r"(?:step|interim)-(\d+)", found.archive.resolve().parent.name)
+    if ref.archive is not None and (
+        step := re.fullmatch(r"(?:step|interim)-(\d+)", ref.archive.resolve().parent.name)
     ):
         trainer.n_seen = int(step[1])
     return trainer.evaluate(), {"all": len(examples)} | {

@@ -74,10 +74,10 @@ def main(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')}: is for --out; a policy.pt holds weights only"
             )
-    found = find_model(options.model, options.base, options.tokenizer, options.dtype)
+    ref = find_model(options.model, options.base, options.tokenizer, options.dtype)
     if options.out:
         export(
-            found,
+            ref,
             options.out,
             dtype=options.dtype,
             max_shard_gb=options.max_shard_gb or 5.0,
@@ -94,12 +94,12 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"--policy {options.policy}: give it a name that ends in .pt")
     if options.dtype is None:
         stored = (
-            stored_dtype(load_policy_state(str(found.archive)))
-            if found.archive
-            else load_config(found.config).dtype
+            stored_dtype(load_policy_state(str(ref.archive)))
+            if ref.archive
+            else load_config(ref.config).dtype
         )
-        found.config.model.policy_dtype = str(stored or torch.float32).removeprefix("torch.")
-    model = open_model(found, "cpu").model
+        ref.config.model.policy_dtype = str(stored or torch.float32).removeprefix("torch.")
+    model = open_model(ref, "cpu").model
     with new_file(options.policy, "--policy", "wb") as file:
         torch.save({"step_idx": 0, "state": model.state_dict(), "metrics": {}}, file)
     print(

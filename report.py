@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from plumb.console import redact, said
+from plumb.console import one_line, redact
 from plumb.errors import UserError
 from plumb.paths import new_file
 from plumb.reports import curves
@@ -67,14 +67,14 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"--out={out}: expected a name that ends in .html")
     findings = [diagnose(run) for run in runs]
     for run, found in zip(runs, findings, strict=True):
-        print(said(f"{run.name}: {verdict(run)}"))
+        print(one_line(f"{run.name}: {verdict(run)}"))
         for line in (*run.notes, healthy(found)):
             if line:
-                print(said(f"  {line}"))
+                print(one_line(f"  {line}"))
         for f in found:
             print(
-                said(f"  {f.level}: {f.title}: {f.evidence}"),
-                said(f"      try: {f.remedy}"),
+                one_line(f"  {f.level}: {f.title}: {f.evidence}"),
+                one_line(f"      try: {f.remedy}"),
                 sep="\n",
             )
     page = render(runs, findings)
@@ -84,7 +84,7 @@ def main(options: argparse.Namespace) -> None:
     picture = out.with_suffix(".png")
     with new_file(picture, "--out", "wb") as file:
         file.write(draw_all([*map(named, runs)]))
-    print(said(f"report: {out}"), said(f"curves: {picture}"), sep="\n")
+    print(one_line(f"report: {out}"), one_line(f"curves: {picture}"), sep="\n")
 
 
 def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:

@@ -21,7 +21,7 @@ import preference_datasets  # noqa: F401  registers its sets
 from plumb.data import prompts
 from plumb.data.tokenization import HH_TEMPLATE, own_template
 from plumb.errors import UserError
-from plumb.models.find import Found, Opened, find_model, open_model, template_of
+from plumb.models.find import ModelRef, Opened, find_model, open_model, template_of
 from plumb.models.load import pad_within, positions_of
 from plumb.models.reference_cache import weights_digest
 from plumb.paths import get_local_dir, new_file
@@ -197,14 +197,14 @@ def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
     return prompts.some_of(found, options.n_prompts, options.seed)
 
 
-def opened(found: Found, device: str | None) -> Opened:
+def opened(ref: ModelRef, device: str | None) -> Opened:
     """Its generation config emptied, but for the tokens that end: hidden settings would make models
     answer in different ways. UserError for a tokenizer without EOS.
     """
-    model = open_model(found, device)
+    model = open_model(ref, device)
     if model.tokenizer.eos_token_id is None:
         raise UserError(
-            f"{found.name}: its tokenizer has no EOS token; set eos_token in its"
+            f"{ref.name}: its tokenizer has no EOS token; set eos_token in its"
             " tokenizer_config.json"
         )
     pad_within(model.model, model.tokenizer)
@@ -219,27 +219,27 @@ def longest_prompt(model: Opened, decoding: Decoding) -> int:
     context = (positions_of(model.model) or (2**20, ""))[0]
     if (room := context - int(decoding.max_new_tokens or 0)) < 2:
         raise UserError(
-            f"--max-new-tokens {decoding.max_new_tokens}: {model.found.name} reads {context} tokens"
+            f"--max-new-tokens {decoding.max_new_tokens}: {model.ref.name} reads {context} tokens"
             " with its prompt; take fewer"
         )
     return room
 
 
 def answered(
-    found: Found, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
+    ref: ModelRef, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:
     """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded
     now.
     """
-    model = opened(found, options.device)
-    template = template_of(found, options.chat_template, model.tokenizer)
-    add_bos = bool(found.config.get("add_bos", True))
+    model = opened(ref, options.device)
+    template = template_of(ref, options.chat_template, model.tokenizer)
+    add_bos = bool(ref.config.get("add_bos", True))
     texts = [prompts.rendered(prompt, model.tokenizer, template) for prompt in asked]
     room = longest_prompt(model, decoding)
     tokens = [prompts.token_ids(text, model.tokenizer, add_bos, room) for text in texts]
     if n_cut := sum(cut for _, cut in tokens):
         print(
-            f"{found.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are"
+            f"{ref.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are"
             " read",
             file=sys.stderr,
         )
@@ -247,7 +247,7 @@ def answered(
         prompt.source for prompt, (ids, _) in zip(asked, tokens, strict=True) if not len(ids)
     ]:
         raise UserError(
-            f"{empty[0]}: the prompt has no token, and {found.name} no BOS to begin with; write a"
+            f"{empty[0]}: the prompt has no token, and {ref.name} no BOS to begin with; write a"
             " prompt"
         )
     settings = (
@@ -264,9 +264,9 @@ def answered(
         }
         | {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     )
-    archive = found.archive and str(found.archive.resolve())
+    archive = ref.archive and str(ref.archive.resolve())
     about = {
-        "model": found.name,
+        "model": ref.name,
         "archive": archive,
         "weights": weights_digest(model.model),
         "settings": settings,
@@ -347,17 +347,17 @@ def wrapped(text: str, width: int) -> list[str]:
     return [piece for some in pieces for piece in some]
 
 
-def chat(found: Found, decoding: Decoding, options: argparse.Namespace) -> None:
+def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None:
     """Turn after turn, until `quit` or the end of the input; `clear` forgets what was said."""
-    model = opened(found, options.device)
-    template = template_of(found, options.chat_template, model.tokenizer)
+    model = opened(ref, options.device)
+    template = template_of(ref, options.chat_template, model.tokenizer)
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
-    add_bos = bool(found.config.get("add_bos", True))
+    add_bos = bool(ref.config.get("add_bos", True))
     if (template or own_template(tokenizer)) == HH_TEMPLATE:
         # or a model goes on and speaks for both
         decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))
     said: list[dict[str, str]] = []
-    print(f"{found.name}; quit ends, clear forgets", flush=True)
+    print(f"{ref.name}; quit ends, clear forgets", flush=True)
     for turn in range(2**31):
         print("> ", end="", flush=True)
         text = sys.stdin.readline()

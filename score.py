@@ -18,12 +18,12 @@ import numpy as np
 from omegaconf import DictConfig
 
 import preference_datasets  # noqa: F401  registers its sets
-from plumb.console import plain
+from plumb.console import to_dict
 from plumb.data.formats import Row
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, resolve
 from plumb.errors import UserError
-from plumb.models.find import Found, find_model
+from plumb.models.find import ModelRef, find_model
 from plumb.paths import get_local_dir, new_file
 from plumb.reports.score_plots import draw_calibration, draw_scores
 from plumb.scoring import judges
@@ -215,18 +215,18 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def found_by(options: argparse.Namespace, name: str) -> tuple[Found, DictConfig]:
+def found_by(options: argparse.Namespace, name: str) -> tuple[ModelRef, DictConfig]:
     """A scorer as the options say, not loaded yet, so that data can be read first; and its
     knobs.
     """
-    found = find_model(name, options.base, options.tokenizer, options.dtype)
-    return found, knobs_of(found, {knob: getattr(options, knob, None) for knob in KNOBS})
+    ref = find_model(name, options.base, options.tokenizer, options.dtype)
+    return ref, knobs_of(ref, {knob: getattr(options, knob, None) for knob in KNOBS})
 
 
-def loaded(options: argparse.Namespace, found: Found, config: DictConfig) -> Scorer:
+def loaded(options: argparse.Namespace, ref: ModelRef, config: DictConfig) -> Scorer:
     budget = options.tokens_per_microbatch or 8192
     return load_scorer(
-        found, config, options.reference, options.beta, device=options.device, budget=budget
+        ref, config, options.reference, options.beta, device=options.device, budget=budget
     )
 
 
@@ -241,9 +241,9 @@ def pairs(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--dataset-path={name}={path}: is for a named set among DATA; leave it out"
             )
-    found, config = found_by(options, options.scorer)
+    ref, config = found_by(options, options.scorer)
     data = [(name, *read_pairs(config, name, options)) for name in wanted]
-    scorer = loaded(options, found, config)
+    scorer = loaded(options, ref, config)
     names = list[str]()
     rows = list[Row]()
     parts = list[Scored]()
@@ -289,14 +289,14 @@ def pairs(options: argparse.Namespace) -> None:
 
 def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
     """The pairs of a data set, a row each, and which end of its long prompts survives."""
-    paths = plain(config.dataset_paths) | {
+    paths = to_dict(config.dataset_paths) | {
         resolve(given): path for given, path in options.dataset_path
     }
     # the run's own files are read as the run read them
     known = name in (config.get("datasets") or [])
-    fields = dict(options.field) or (plain(config.field_map) if known else None)
+    fields = dict(options.field) or (to_dict(config.field_map) if known else None)
     roles, splits = (
-        plain(config.get(knob)) if known else None for knob in ("role_map", "split_names")
+        to_dict(config.get(knob)) if known else None for knob in ("role_map", "split_names")
     )
     bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if known else "stop"
     reading = Reading(roles, splits, bad_row, pairs=True)
@@ -474,9 +474,9 @@ def answers(options: argparse.Namespace) -> None:
     """The command `answers`."""
     lines = list(read_answers(options.file))
     rows = [row for line in lines for row in line.rows()]
-    found, config = found_by(options, options.scorer)
+    ref, config = found_by(options, options.scorer)
     scores = (
-        loaded(options, found, config)
+        loaded(options, ref, config)
         .score(rows, config.truncation_mode or keep_end(rows))
         .scores[:, 0]
     )
@@ -583,8 +583,8 @@ def judge_of(options: argparse.Namespace):
             options.timeout or 60.0,
         )
         return lambda some: by_endpoint(some, endpoint)
-    found, config = found_by(options, spec)
-    scorer = loaded(options, found, config)
+    ref, config = found_by(options, spec)
+    scorer = loaded(options, ref, config)
 
     def judged(some: Sequence[Duel]) -> Judged:
         def points_of(asked):

@@ -33,9 +33,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 import preference_datasets  # noqa: F401  registers its sets
 import trainers
-from plumb.console import plain, rank, rank0_print, redacted, said, under_torchrun
+from plumb.console import one_line, rank, rank0_print, redacted, to_dict, under_torchrun
 from plumb.data.prepare import check_margins, load_examples
-from plumb.data.token_store import fingerprint
+from plumb.data.token_store import tokenizer_fingerprint
 from plumb.distributed import collectives, launch, sharding
 from plumb.distributed.device import pick_device
 from plumb.distributed.launch import report
@@ -87,9 +87,8 @@ def run(config: DictConfig) -> None:
         config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
         run_dir = Path(config.local_run_dir)
-        if (
-            config.model.archive
-        ):  # the run's record then says which policy.pt a pattern or LATEST meant
+        # the run's record then says which policy.pt a pattern or LATEST meant
+        if config.model.archive:
             config.model.archive = str(resolve_archive(config.model.archive).resolve())
         if config.trainer == "BasicTrainer":
             train(config)
@@ -120,12 +119,11 @@ def run(config: DictConfig) -> None:
 
 def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     """Say how the run ended, on the console and in status.json. -> its exit code"""
-    text = said(text)
+    text = one_line(text)
     if run_dir is not None:
         directory.write_status(run_dir, state, code, text.removeprefix("error: "))
-    if (
-        under_torchrun() and rank() != 0
-    ):  # every rank met the same mistake; but a rank that ends takes the others with it
+    # every rank met the same mistake; but a rank that ends takes the others with it
+    if under_torchrun() and rank() != 0:
         launch.end_quietly()
         time.sleep(5)
     print(text, file=sys.stderr)
@@ -135,34 +133,34 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
 def train(config: DictConfig) -> None:
     """One run, from data to the last checkpoint, in this process or in this rank's part of it."""
     import_plugins(config.plugins)
-    config.local_run_dir = collectives.same_everywhere(config.local_run_dir)
+    config.local_run_dir = collectives.broadcast_object(config.local_run_dir)
     run_dir = Path(config.local_run_dir)
-    owner = directory.Owner(run_dir)
+    owner = directory.RunLock(run_dir)
     try:
-        found = collectives.from_rank0(partial(checkpoints.newest, run_dir))
+        checkpoint = collectives.from_rank0(partial(checkpoints.latest_valid, run_dir))
         changed: list[str] = []
-        if found is not None:
+        if checkpoint is not None:
             before, now = (
                 {"settings": x}
-                for x in (found.manifest.recipe["settings"], directory.settings(config))
+                for x in (checkpoint.manifest.fingerprint["settings"], directory.settings(config))
             )
             changed = directory.compare(run_dir, before, now, config.resume_allow)
-        if found is not None and found.manifest.finished and not changed:
-            settle = partial(
-                checkpoints.settle,
+        if checkpoint is not None and checkpoint.manifest.finished and not changed:
+            finish = partial(
+                checkpoints.finish_save,
                 run_dir,
-                found.path.name,
+                checkpoint.path.name,
                 config.keep_checkpoints,
                 config.keep_best,
             )
-            collectives.from_rank0(settle)  # which a kill may have prevented
+            collectives.from_rank0(finish)  # which a kill may have prevented
             rank0_print(
-                f"{run_dir} is finished: {found.manifest.step:,} steps; nothing to do. A new run:"
-                " resume=never"
+                f"{run_dir} is finished: {checkpoint.manifest.step:,} steps; nothing to do."
+                " A new run: resume=never"
             )
-            report(found.manifest.step, found.manifest.examples)
+            report(checkpoint.manifest.step, checkpoint.manifest.examples)
         else:
-            train_from(config, owner, found)
+            train_from(config, owner, checkpoint)
         if config.export and rank() == 0:
             export_run(run_dir)
         if rank() == 0:
@@ -171,10 +169,12 @@ def train(config: DictConfig) -> None:
         owner.release()
 
 
-def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Found | None) -> None:
+def train_from(
+    config: DictConfig, owner: directory.RunLock, checkpoint: checkpoints.Checkpoint | None
+) -> None:
     """From a checkpoint of this run, or from its beginning."""
     start = time.monotonic()
-    loss = build_loss(plain(config.loss))
+    loss = build_loss(to_dict(config.loss))
     run_dir = owner.run_dir
     check_rope(load_config(config), config.max_length)
     check_length(config)
@@ -200,16 +200,16 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
     )
     describe(policy, config)
     weights = weights_digest(policy)
-    recipe = directory.recipe(
-        config, fingerprint(tokenizer), train_examples, eval_examples, weights
+    fingerprint = directory.fingerprint(
+        config, tokenizer_fingerprint(tokenizer), train_examples, eval_examples, weights
     )
     changed = []
-    if found is not None:
-        changed = directory.compare(run_dir, found.manifest.recipe, recipe, config.resume_allow)
-        for (
-            knob,
-            value,
-        ) in found.manifest.found.items():  # what was decided by the memory of that moment stays
+    if checkpoint is not None:
+        changed = directory.compare(
+            run_dir, checkpoint.manifest.fingerprint, fingerprint, config.resume_allow
+        )
+        # what was decided by the memory of that moment stays
+        for knob, value in checkpoint.manifest.decisions.items():
             if (
                 config.get(knob, "") in (None, "auto")
                 and value is not None
@@ -219,14 +219,12 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
     reference, cached = None, False
     if loss.needs_reference:
         cached = cache_reference(config, policy, len(train_examples), layout)
-        if not cached or dtype not in (
-            None,
-            policy.dtype,
-        ):  # otherwise the policy, before its first step, is the reference
+        # otherwise the policy, before its first step, is the reference
+        if not cached or dtype not in (None, policy.dtype):
             reference = load_reference(policy, dtype, config, layout)
 
     owner.claim()
-    log = open_log(config, run_dir, found, changed)
+    log = open_log(config, run_dir, checkpoint, changed)
     failed, budget = True, config.tokens_per_microbatch
     try:
         trainer = trainers.TRAINERS[config.trainer](
@@ -244,9 +242,9 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
         )
         del policy, reference  # the trainer's; one that was only run once is free
         budget = trainer.packing.budget
-        trainer.recipe = recipe
-        if found is not None:
-            trainer.restore(found)
+        trainer.fingerprint = fingerprint
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
         if config.n_examples and config.n_examples > trainer.schedule.n_examples:
             rank0_print(
                 f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after"
@@ -281,24 +279,29 @@ def train_from(config: DictConfig, owner: directory.Owner, found: checkpoints.Fo
 
 
 def open_log(
-    config: DictConfig, run_dir: Path, found: checkpoints.Found | None, changed: Sequence[str]
+    config: DictConfig,
+    run_dir: Path,
+    checkpoint: checkpoints.Checkpoint | None,
+    changed: Sequence[str],
 ) -> TrainingLog:
     """Make the run's records, and take back what was logged after the checkpoint."""
 
     def prepare() -> None:
         try:
-            checkpoints.set_aside(run_dir, found)
-            directory.cut_logs(run_dir, found.manifest.logs if found else {})
-            directory.record(config, run_dir, found and found.manifest.step, changed, environment())
+            checkpoints.quarantine_newer(run_dir, checkpoint)
+            directory.cut_logs(run_dir, checkpoint.manifest.logs if checkpoint else {})
+            directory.record(
+                config, run_dir, checkpoint and checkpoint.manifest.step, changed, environment()
+            )
             directory.write_status(run_dir, "running")
         except OSError as error:
             raise UserError(
                 f"local_run_dir={run_dir}: cannot be written ({error.strerror}); set local_dirs"
             ) from None
 
-    if found is not None:
+    if checkpoint is not None:
         rank0_print(
-            f"resuming from {found.path}, step {found.manifest.step:,}"
+            f"resuming from {checkpoint.path}, step {checkpoint.manifest.step:,}"
             + "".join(f"; {line}" for line in changed)
         )
     elif config.resume != "never":
@@ -306,7 +309,7 @@ def open_log(
             f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning"
         )
     collectives.from_rank0(prepare)
-    sinks = make_sinks(redacted(plain(config)), run_dir, found and found.manifest.wandb)
+    sinks = make_sinks(redacted(to_dict(config)), run_dir, checkpoint and checkpoint.manifest.wandb)
     return TrainingLog(sinks, config.minimum_log_interval_secs)
 
 
@@ -328,7 +331,7 @@ def cache_reference(
             free + one / layout.n_shards,
         )
     tight = short_for_reference(one, trained, free)
-    cached = collectives.same_everywhere(
+    cached = collectives.broadcast_object(
         {"auto": several or tight, "live": False, "cached": True}[config.reference]
     )
     why = (
@@ -367,7 +370,7 @@ def main() -> None:
 
 
 def fail(error: object, code: int) -> int:
-    print(f"error: {said(error)}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return code
 
 
@@ -383,9 +386,8 @@ def in_one_line(error: Exception) -> str:
         for line in str(error).partition("Config search path")[0].splitlines()
         if line.strip()
     ]
-    if (
-        "To append to your config use +" in lines[-1]
-    ):  # Hydra's fix is not ours: validate refuses what + adds
+    # Hydra's fix is not ours: validate refuses what + adds
+    if "To append to your config use +" in lines[-1]:
         knob = lines[-1].partition("+")[2]
         return (
             f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"

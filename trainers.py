@@ -36,8 +36,8 @@ from plumb.losses.registry import Loss
 from plumb.models.blocks import block_class, compile_blocks
 from plumb.models.chunked_head import held_bytes
 from plumb.models.draws import run_without_draws
-from plumb.models.forward_path import DTYPES, Way
-from plumb.models.layout_probe import Precision, choose_way, ordinary_ids
+from plumb.models.forward_path import DTYPES, ForwardPath
+from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
 from plumb.models.reference_cache import Computation, ReferenceCache, described, digests_of_all
 from plumb.models.routers import Routers, routers_of
 from plumb.models.scalar_head import fit_head, scores
@@ -87,7 +87,7 @@ class BasicTrainer:
         # of those who see other rows
         self.rank, self.world_size = (layout.rank, layout.n_rows) if layout is not None else (0, 1)
         # one of the ranks that see the same rows
-        self.counts = layout is None or layout.first_of_rows
+        self.is_primary_replica = layout is None or layout.first_of_rows
         self.schedule = make_schedule(config, len(train))
         self.cost = sizing.cost_of(policy)
         block = block_class(policy, config.model.block_name) if config.compile else None
@@ -112,22 +112,28 @@ class BasicTrainer:
                 f"{', '.join(drawing)} would draw random numbers in training: computed as in"
                 " evaluation"
             )
-        way = self.choose_way(train)
-        budget = collectives.same_everywhere(self.token_budget(train, way))
+        forward_path = self.choose_forward_path(train)
+        budget = collectives.broadcast_object(self.token_budget(train, forward_path))
         rank0_print(f"microbatches of up to {budget:,} tokens")
         self.packing = Packing(
-            way.packed,
+            forward_path.packed,
             budget,
             self.world_size,
             tokenizer.pad_token_id,
             config.max_length,
-            row_length=budget if config.compile and way.packed else None,
+            row_length=budget if config.compile and forward_path.packed else None,
         )
         if block is not None:  # after the layout was tried, on rows of other lengths
             for model in (self.policy, reference) if reference is not None else (self.policy,):
                 compile_blocks(model, block, config.activation_checkpointing)
         self.scorer = Scorer(
-            self.policy, reference, loss, way, self.precision(self.device), self.device, routers
+            self.policy,
+            reference,
+            loss,
+            forward_path,
+            self.precision(self.device),
+            self.device,
+            routers,
         )
         self.train_feed, self.eval_feed = (
             Feed(examples, self.packing, self.rank) for examples in (train, evaluation)
@@ -136,7 +142,7 @@ class BasicTrainer:
             self.find_reference_logps(weights)
             self.scorer = self.scorer._replace(reference=None)
         self.eval_groups = eval_groups(evaluation)
-        self.n_seen = self.n_updates = self.begun = (
+        self.n_seen = self.n_updates = self.first_update = (
             0  # begun: updates that were made before this start
         )
         self.n_steps = self.schedule.n_steps
@@ -150,9 +156,9 @@ class BasicTrainer:
             keep=config.keep_checkpoints,
             best_by=config.keep_best,
         )
-        self.recipe: dict[str, Any] = {}
-        self.found: dict[str, Any] = {"tokens_per_microbatch": budget}
-        self.found |= (
+        self.fingerprint: dict[str, Any] = {}
+        self.decisions: dict[str, Any] = {"tokens_per_microbatch": budget}
+        self.decisions |= (
             {"reference": "live" if weights is None else "cached"} if loss.needs_reference else {}
         )
         self.checkpoint_bytes = 0
@@ -207,32 +213,34 @@ class BasicTrainer:
             )
         return Routers(self.policy) if coefficient else None
 
-    def choose_way(self, train: Sequence[Example]) -> Way:
+    def choose_forward_path(self, train: Sequence[Example]) -> ForwardPath:
         """Return how the models compute, and print why."""
         autocast = self.precision(self.device)
         precisions = [Precision(autocast, self.dtype)]
         if autocast is not nullcontext:  # where errors show that 16 bits would hide
             precisions.insert(0, Precision(nullcontext, DTYPES[self.config.model.policy_dtype]))
-        way, line = choose_way(
+        forward_path, line = choose_forward_path(
             self.policy,
             device=self.device,
             longest=self.config.max_length,
             vocabulary=ordinary_ids(self.policy, self.tokenizer),
-            row_tokens=lambda way: collectives.same_everywhere(self.token_budget(train, way)),
+            row_tokens=lambda forward_path: collectives.broadcast_object(
+                self.token_budget(train, forward_path)
+            ),
             precisions=precisions,
             gradients=True,
         )
         rank0_print(line)
-        return way
+        return forward_path
 
-    def token_budget(self, train: Sequence[Example], way: Way) -> int:
+    def token_budget(self, train: Sequence[Example], forward_path: ForwardPath) -> int:
         """Tokens of a microbatch: as configured, or from the memory at hand."""
         trained = sizing.trained_bytes(self.policy) / (
             1 if self.layout is None else self.layout.n_shards
         )
         free = sizing.memory_at_hand(self.device) - trained - held_bytes(self.device)
         mean = float(np.mean(lengths_of(train).tokens()))
-        small = way.plain_head or scores(self.policy)  # no logits
+        small = forward_path.plain_head or scores(self.policy)  # no logits
         return sizing.token_budget(
             self.config,
             self.policy.config,
@@ -254,7 +262,7 @@ class BasicTrainer:
             weights_dtype=spec.reference_dtype or spec.policy_dtype,
             dtype=str(self.dtype),
             cast_by=type(self).__name__ if spec.fsdp_policy_mp else None,
-            layout=str(self.scorer.way),
+            layout=str(self.scorer.forward_path),
             compile=self.config.compile,
             device=self.device.type,
         )
@@ -278,7 +286,7 @@ class BasicTrainer:
             for start in range(0, len(new), size):
                 some = new[start : start + size]
                 known[some] = all_logps(
-                    self.scorer, model, feed, indices[some], self.counts, progress
+                    self.scorer, model, feed, indices[some], self.is_primary_replica, progress
                 )
                 collectives.from_rank0(partial(cache.add, digests[some], known[some]))
             progress.close()
@@ -307,7 +315,9 @@ class BasicTrainer:
             indices = self.schedule.order(0)[: config.head_pairs]
             progress = tqdm(total=len(indices), desc="head", unit="pair", disable=quiet())
             # [n, 2, d]
-            hidden = all_hidden(self.scorer, self.train_feed, indices, self.counts, progress)
+            hidden = all_hidden(
+                self.scorer, self.train_feed, indices, self.is_primary_replica, progress
+            )
             progress.close()
             folds = folds_of(self.train_feed.examples, indices)
             fit = collectives.from_rank0(
@@ -322,7 +332,7 @@ class BasicTrainer:
                 f"head: fitted to what the untrained model reads of {len(indices):,} pairs; "
                 f"{result if weight.any() else 'they tell nothing, so it starts at zero'}"
             )
-        sharding.settle(self.policy)
+        sharding.reshard(self.policy)
         for part_name, part, where in sharding.parts(self.policy):
             if part_name == name and part.numel():
                 part.copy_(weight[where])
@@ -394,7 +404,7 @@ class BasicTrainer:
             config.save_every_minutes
             and time.monotonic() - self.last_save > 60 * config.save_every_minutes
         )
-        due, failed, save, late, number = collectives.agree(
+        due, failed, save, late, number = collectives.all_reduce_max(
             [
                 self.log.due(),
                 self.saver.failed(),
@@ -414,7 +424,7 @@ class BasicTrainer:
 
     def check_stop(self) -> None:
         """Within an evaluation, between batches."""
-        late, number = collectives.agree([self.out_of_time(), stop_requested()])
+        late, number = collectives.all_reduce_max([self.out_of_time(), stop_requested()])
         if late or number:
             self.finished = False
             self.stop(int(number))
@@ -495,7 +505,7 @@ class BasicTrainer:
             "seconds_left": (
                 (time.monotonic() - self.started)
                 * (self.n_steps - self.n_updates)
-                / (self.n_updates - self.begun)
+                / (self.n_updates - self.first_update)
             ),
             "counters/examples": self.n_seen,
             "counters/updates": self.n_updates,
@@ -556,7 +566,11 @@ class BasicTrainer:
             return {}
         rank0_print(f"evaluating {len(examples)} examples after {self.n_seen:,} training examples")
         evaluation = evaluate(
-            self.scorer, self.eval_feed, config.eval_batch_size, self.counts, self.check_stop
+            self.scorer,
+            self.eval_feed,
+            config.eval_batch_size,
+            self.is_primary_replica,
+            self.check_stop,
         )
         record = evaluation.record(self.loss, self.eval_groups)
         self.saver.check(record)
@@ -642,8 +656,8 @@ class BasicTrainer:
             self.finished and not self.evaluation_due,
             self.evaluation_due,
             record,
-            self.recipe,
-            self.found,
+            self.fingerprint,
+            self.decisions,
             self.logs if self.evaluation_due else self.log.mark(),
             self.order,
             self.log.wandb_id(),
@@ -651,7 +665,7 @@ class BasicTrainer:
             save_secs=self.saver.secs,
         )
 
-    def restore(self, checkpoint: checkpoints.Found) -> None:
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Go on from there: weights, optimizer and position."""
         manifest = checkpoint.manifest
         state_files.restore(self.policy, self.optimizer, checkpoint.state_files(), manifest.values)
@@ -660,7 +674,7 @@ class BasicTrainer:
         self.n_steps = self.n_updates + self.schedule.n_steps_after(self.n_seen)
         self.order = manifest.order
         self.evaluation_due = manifest.evaluation_due
-        self.begun = manifest.step
+        self.first_update = manifest.step
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, self.n_updates)
         self.saved = checkpoint.path.name
         self.saver.secs = manifest.save_secs
@@ -689,8 +703,8 @@ class FSDPTrainer(BasicTrainer):
         super().__init__(*arguments)
         n = sum(p.numel() for p in self.policy.parameters()) / self.layout.tp_size
         each = sizing.sums_each(self.config, n, sizing.memory_at_hand(self.device))
-        self.each = bool(collectives.agree([each])[0])
-        self.found["fsdp_reduce"] = "each" if self.each else "last"
+        self.each = bool(collectives.all_reduce_max([each])[0])
+        self.decisions["fsdp_reduce"] = "each" if self.each else "last"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         sharding.reduce_gradients(self.policy, now=last, each=self.each)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_tokens
 import numpy as np
 
-from plumb.batching.microbatches import Packing, plan
+from plumb.batching.microbatches import Packing, split_into_microbatches
 from plumb.data.examples import Lengths, lengths_of
 from plumb.data.tokenization import Example
 
@@ -32,7 +32,9 @@ RANKS = (2, 4, 8, 16, 32, 64)
 def planned(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
     """Plumb's microbatches, each a list of indices per rank."""
     parts = list(
-        plan(batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1)
+        split_into_microbatches(
+            batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1
+        )
     )
     return [parts[i : i + n] for i in range(0, len(parts), n)]
 

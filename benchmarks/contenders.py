@@ -66,9 +66,8 @@ class Contender(ABC):
             else None
         )
         self.score: nn.Linear | None = None
-        if (
-            setting.objective == "reward"
-        ):  # no vocabulary head: it would be memory and optimizer time for nothing
+        # no vocabulary head: it would be memory and optimizer time for nothing
+        if setting.objective == "reward":
             self.policy.set_output_embeddings(nn.Identity())
             torch.manual_seed(2)
             dtype = getattr(torch, setting.dtype)
@@ -245,7 +244,7 @@ class Plumb(Contender):
         from plumb.batching.feed import Feed
         from plumb.batching.microbatches import Packing
         from plumb.data.tokenization import Example
-        from plumb.models import forward_path
+        from plumb.models.forward_path import use_tree_attention
         from plumb.training import budget as sizing
 
         super().__init__(setting)
@@ -255,7 +254,7 @@ class Plumb(Contender):
         ]
         for model in (self.policy, self.reference):
             if model is not None:
-                forward_path.allow_trees(model)
+                use_tree_attention(model)
         if setting.compile and setting.device == "cpu":  # --smoke: no compiler is needed
             nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment]
         if self.score is None:

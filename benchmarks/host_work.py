@@ -39,7 +39,7 @@ import numpy as np
 
 from plumb.batching.feed import Feed, Step
 from plumb.batching.layout import pack
-from plumb.batching.microbatches import Packing, plan
+from plumb.batching.microbatches import Packing, split_into_microbatches
 from plumb.data.examples import Examples, Table
 from plumb.data.tokenization import Example, trees_of
 from plumb.models.reference_cache import response_digests
@@ -198,7 +198,9 @@ def measure_step(
         expected_parts = [part for parts in plan_of_every_example(batch, packing) for part in parts]
         same = [
             np.array_equal(a, b)
-            for a, b in zip(expected_parts, plan(step.lengths, packing, 1), strict=True)
+            for a, b in zip(
+                expected_parts, split_into_microbatches(step.lengths, packing, 1), strict=True
+            )
         ]
         check(all(same), "plans")
     shares = [Feed(examples, packing, rank).step(indices).microbatches for rank in range(ranks)]

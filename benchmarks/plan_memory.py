@@ -131,7 +131,7 @@ def work(config, out: str) -> None:
 
     trainers.BasicTrainer.train = from_here  # type: ignore[method-assign]
     train.train(config)
-    peak = max(collectives.from_all(status("VmHWM") - before))
+    peak = max(collectives.all_gather_object(status("VmHWM") - before))
     if rank() == 0:
         Path(out).write_text(json.dumps(peak))
 

@@ -412,13 +412,13 @@ class Bench:
             "state": self.contender.state,
         }
         for kind, file in files.items():
-            for way, spoil in WAYS.items():
-                if kind == "state" and "bit" in way:
+            for forward_path, spoil in WAYS.items():
+                if kind == "state" and "bit" in forward_path:
                     continue  # in text it is as likely to be a syntax error as a changed number
                 run_dir = self.copy("damaged")
                 spoil(checkpoint(self.contender, run_dir, CUT) / file)
                 self.started_again(
-                    "damage", f"the newest checkpoint's {kind} file {way}", run_dir, True
+                    "damage", f"the newest checkpoint's {kind} file {forward_path}", run_dir, True
                 )
         run_dir = self.copy("damaged")
         for path in checkpoint(self.contender, run_dir, CUT).iterdir():

@@ -34,7 +34,7 @@ from plumb.batching.microbatches import Packing  # noqa: E402
 from plumb.data.registry import get_dataset  # noqa: E402
 from plumb.losses.registry import build_loss  # noqa: E402
 from plumb.models.find import find_model  # noqa: E402
-from plumb.models.layout_probe import Precision, choose_way, ordinary_ids  # noqa: E402
+from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids  # noqa: E402
 from plumb.models.load import load_policy, load_tokenizer  # noqa: E402
 from plumb.models.scalar_head import FOLDS, fit_head, initial_weight  # noqa: E402
 from plumb.scoring.intervals import wilson  # noqa: E402
@@ -128,26 +128,28 @@ def split(data: Path, out: Path, tokenizer, max_length: int, most: int | None) -
 @torch.no_grad()
 def states(model_name: str, path: Path, max_length: int, read: str) -> tuple[Tensor, np.ndarray]:
     """What a scalar head would read of all pairs of a file, [n, 2, d], and folds by prompt, [n]."""
-    found = find_model(model_name)
-    config = knobs_of(found, {"max_length": max_length, "max_prompt_length": max_length - 1})
-    tokenizer, model = load_tokenizer(found.config), load_policy(found.config, scalar=True).eval()
+    ref = find_model(model_name)
+    config = knobs_of(ref, {"max_length": max_length, "max_prompt_length": max_length - 1})
+    tokenizer, model = load_tokenizer(ref.config), load_policy(ref.config, scalar=True).eval()
     examples = encoded(
         [*get_dataset(str(path), "train", eval_share=0.0).rows], tokenizer, config, "keep_end"
     ).examples
     loss, device = build_loss(REWARD | {"read": read}), torch.device("cpu")
     precision = lambda: torch.autocast("cpu", torch.bfloat16)
-    way, line = choose_way(
+    forward_path, line = choose_forward_path(
         model,
         device=device,
         longest=max_length,
         vocabulary=ordinary_ids(model, tokenizer),
-        row_tokens=lambda way: 4096,
+        row_tokens=lambda forward_path: 4096,
         precisions=[Precision(precision, torch.bfloat16)],
         gradients=False,
     )
     print(line)
-    scorer = Scorer(model, None, loss, way, precision, device)
-    feed = Feed(examples, Packing(way.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0)
+    scorer = Scorer(model, None, loss, forward_path, precision, device)
+    feed = Feed(
+        examples, Packing(forward_path.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0
+    )
     indices = np.arange(len(examples))
     with tqdm(total=len(examples), desc=read) as progress:
         return all_hidden(scorer, feed, indices, True, progress), folds_of(examples, indices)

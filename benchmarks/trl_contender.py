@@ -134,9 +134,8 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
     n_timed = setting.n_timed or setting.n_pairs
     if n_timed % setting.microbatch:
         raise SystemExit(f"{n_timed} pairs are no multiple of microbatches of {setting.microbatch}")
-    if (
-        setting.responses_only
-    ):  # the name that decides which rows the head sees; its kernels keep their own
+    # the name that decides which rows the head sees; its kernels keep their own
+    if setting.responses_only:
         trl.trainer.utils._use_triton = lambda device: True
     stamps = Stamps(setting, batches, pipe)
     policy, reference = build_model(setting, seed=0), build_model(setting, seed=1)
@@ -179,9 +178,8 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
         )
         stamps.trainer = trainer
         stamps.prepared_secs = stamps.clock.read().wall
-        if (
-            setting.reference == "cached"
-        ):  # as it is when no reference is given: the precomputed columns take its place
+        # as it is when no reference is given: the precomputed columns take its place
+        if setting.reference == "cached":
             trainer.ref_model = None
             del reference
             gc.collect()

@@ -12,7 +12,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 
-def plain(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """An OmegaConf node as a plain dict, its interpolations resolved; {} for None."""
     from omegaconf import OmegaConf
 
@@ -55,10 +55,10 @@ def redacted(value: Any) -> Any:
             redacted(key): inner if key == "revision" else redacted(inner)
             for key, inner in value.items()
         }
-    return redacted(plain(value)) if hasattr(value, "_metadata") else value
+    return redacted(to_dict(value)) if hasattr(value, "_metadata") else value
 
 
-def said(error: object) -> str:
+def one_line(error: object) -> str:
     """An error as one line that a terminal shows as it is, whatever the file or knob that it quotes
     holds.
     """

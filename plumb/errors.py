@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can mend. `train.py` prints it as one line and exits with code 2, without
+    """A mistake the user can fix. `train.py` prints it as one line and exits with code 2, without
     a traceback.
 
     The message names the knob, or the file, row and field; its value; and the fix.

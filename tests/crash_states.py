@@ -316,11 +316,11 @@ def torn(synced: Mapping[Node, Any], current: Mapping[Node, Any]) -> Iterator[di
         lambda node: bytes(len(current[node])),
     ]
     yield dict(current)
-    for way in ways[1:] if loose else []:
-        yield dict(current) | {node: way(node) for node in loose}
+    for forward_path in ways[1:] if loose else []:
+        yield dict(current) | {node: forward_path(node) for node in loose}
         if len(loose) > 1:
             for node in loose:
-                yield dict(current) | {node: way(node)}
+                yield dict(current) | {node: forward_path(node)}
 
 
 def apply(entries: dict[str, Node], change: Entries) -> None:

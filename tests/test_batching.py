@@ -14,9 +14,9 @@ from golden import load, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plumb.batching.feed import Ahead, Feed, Step
+from plumb.batching.feed import Feed, Prefetcher, Step
 from plumb.batching.layout import pack, unfold
-from plumb.batching.microbatches import Packing, by_tokens, plan
+from plumb.batching.microbatches import Packing, by_tokens, split_into_microbatches
 from plumb.data.examples import Examples, Table, lengths_of
 from plumb.data.order import Schedule
 from plumb.data.tokenization import Example
@@ -197,7 +197,7 @@ def test_unfolded_batches_equal_the_2023_code():
 def test_a_plan_loses_nothing_and_keeps_the_budget(lengths, budget, at_least, world, packed):
     of_batch = lengths_of([example([1] * (n - 1), [2]) for n in lengths])
     packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
-    micro = microbatches(plan(of_batch, packing, at_least), world)
+    micro = microbatches(split_into_microbatches(of_batch, packing, at_least), world)
     # every rank has the same number of microbatches
     assert all(len(parts) == world for parts in micro)
     assert sorted(i for parts in micro for part in parts for i in part) == list(range(len(lengths)))
@@ -272,7 +272,7 @@ lengths_of_pairs = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers
 def test_a_plan_is_the_one_by_definition(lengths, budget, at_least, world, packed):
     examples = [example([1] * p, [2] * a, [3] * b) for p, a, b in lengths]
     packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
-    found = microbatches(plan(lengths_of(examples), packing, at_least), world)
+    found = microbatches(split_into_microbatches(lengths_of(examples), packing, at_least), world)
     assert found == plan_by_definition(examples, packing, at_least)
 
 
@@ -353,12 +353,12 @@ def test_the_thread_ahead_keeps_order_and_passes_errors_on():
             yield Step(np.array([i]), lengths_of([example([i], [i])]), [])
         raise OSError("the disk is gone")
 
-    ahead = Ahead(steps(), pin=False)
+    ahead = Prefetcher(steps(), pin=False)
     assert [int(next(ahead).indices[0]) for _ in range(5)] == list(range(5))
     for _ in range(2):  # again and again, as of an iterator
         with pytest.raises(OSError, match="the disk is gone"):
             next(ahead)
-    slow = Ahead(
+    slow = Prefetcher(
         (time.sleep(0.2) or Step(np.arange(0), lengths_of([]), []) for _ in range(1)), pin=False
     )
     next(slow)
@@ -386,9 +386,8 @@ def test_schedule(n, batch_size, n_epochs, n_examples, shuffle):
         == schedule.n_examples
         == min(n * n_epochs if n_epochs else n_examples, n_examples or n * n_epochs)
     )
-    for epoch in range(
-        schedule.n_epochs
-    ):  # every epoch sees every example once, the last one as far as it goes
+    # every epoch sees every example once, the last one as far as it goes
+    for epoch in range(schedule.n_epochs):
         part = seen[epoch * n : (epoch + 1) * n]
         assert len(set(part)) == len(part) and (len(part) < n or sorted(part) == list(range(n)))
     assert all(len(b) <= batch_size for b in batches)

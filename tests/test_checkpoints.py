@@ -68,7 +68,7 @@ def test_what_is_pruned(tmp_path):
         for n, loss in losses.items():
             save(run, n, PARTS, {"loss/eval": loss, "rewards_eval/accuracies": loss}, keep, metric)
             save(run, n + 5, PARTS, {}, keep, metric, interim=True)
-            assert checkpoints.newest(run).path.name == f"interim-{n + 5}"
+            assert checkpoints.latest_valid(run).path.name == f"interim-{n + 5}"
         return {p.name for p in run.iterdir()} - {"step-5", "LATEST"}
 
     assert kept(None) == {"step-10", "step-20", "step-30", "step-40", "step-50", "interim-55"}

@@ -195,8 +195,8 @@ def sum_of_gradients(shard_size, dtype):
     body(torch.full((1, 4), x)).sum().backward()
     gradient = body[0].weight.grad
     expected = 1 + (dist.get_world_size() - 1) * 2.0**-9
-    assert torch.equal(sharding.whole(gradient), torch.full((4, 4), expected)), sharding.whole(
-        gradient
+    assert torch.equal(sharding.full_tensor(gradient), torch.full((4, 4), expected)), (
+        sharding.full_tensor(gradient)
     )
     # 16 numbers g: the norm is 4 g, and the copies that other replicas hold are not counted again.
     assert sharding.total_norm([gradient]).item() == pytest.approx(4 * expected, rel=1e-15)

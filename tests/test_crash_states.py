@@ -46,8 +46,8 @@ def save(run_dir: Path, step: int) -> None:
         finished=False,
         evaluation_due=False,
         metrics={},
-        recipe={},
-        found={},
+        fingerprint={},
+        decisions={},
         logs={},
         order="00",
     )
@@ -58,10 +58,10 @@ def save(run_dir: Path, step: int) -> None:
 
 def newest(run_dir: Path) -> Path | None:
     try:
-        found = checkpoints.newest(run_dir)
+        checkpoint = checkpoints.latest_valid(run_dir)
     except UnsafeFile:  # some, and none whole
         return None
-    return found and found.path
+    return checkpoint and checkpoint.path
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_save_works_on_what_a_power_loss_left(folder):
     for state in random.Random(0).sample(list(states(recorder)), 150):
         run_dir = folder / "left"
         write_tree(state.tree, run_dir)
-        checkpoints.set_aside(run_dir, checkpoints.newest(run_dir))
+        checkpoints.quarantine_newer(run_dir, checkpoints.latest_valid(run_dir))
         save(run_dir, 4)
         assert newest(run_dir) == run_dir / "step-4"
         assert sorted(p.name for p in run_dir.iterdir()) == ["LATEST", "step-4"]

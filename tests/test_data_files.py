@@ -521,7 +521,7 @@ BAD_ROWS = {  # rows, message; row n stands on line n
     "several": (
         [PAIR | {"chosen": None}] * 4,
         (
-            "line 1: field 'chosen' is null, not a string; mend or remove it (and 3 more rows with"
+            "line 1: field 'chosen' is null, not a string; fix or remove it (and 3 more rows with"
             " problems)"
         ),
     ),

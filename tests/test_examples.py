@@ -15,7 +15,7 @@ from plumb.data.examples import Examples, concatenate, ids_of, lengths_of, view
 from plumb.data.formats import Row
 from plumb.data.prepare import Part, apply_rules
 from plumb.data.registry import DataSet
-from plumb.data.token_store import Recipe, TokenStore, find_or_make
+from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.data.tokenization import TextRules, automatic_bos
 from plumb.errors import UserError
 
@@ -54,7 +54,7 @@ def look(tmp_path_factory):
             0.0,
             iter([Row(p, [c, r], [(0, 1)], c, f"d:{i}") for i, (p, c, r) in enumerate(rows)]),
         )
-        recipe = Recipe(data, "train", tok, "", RULES, None, None, {})
+        recipe = StoreSpec(data, "train", tok, "", RULES, None, None, {})
         folder, _ = find_or_make(recipe, tmp_path_factory.mktemp("stores"))
         return view(TokenStore(folder), pairs, RULES, keep, automatic_bos(tok))
 
@@ -83,12 +83,8 @@ def test_a_view_is_a_sequence(look, bos):
     assert plain([both[-1], both[np.int64(3)]]) == [plain(both)[13], plain(both)[3]]
     assert both.lengths.tolist() == [[len(p), *map(len, rs)] for p, rs, _ in plain(both)]
     assert not both[:0] and len(concatenate([both[:0], both[:0]])) == 0
-    for some in (
-        both,
-        both.select(np.array(picked)),
-        a,
-        both[:0],
-    ):  # columns and objects say the same
+    # columns and objects say the same
+    for some in (both, both.select(np.array(picked)), a, both[:0]):
         as_columns, as_objects = lengths_of(some), lengths_of(list(some) or both[:0])
         for name in ("prompts", "responses", "roots"):
             assert np.array_equal(getattr(as_columns, name), getattr(as_objects, name)), name

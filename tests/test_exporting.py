@@ -174,9 +174,8 @@ def test_a_reward_model(tmp_path, base_of, family, pad, side):
     assert theirs.padding_side == "right"
     theirs.padding_side = side
     batch = theirs(TEXTS, padding=True, return_tensors="pt")
-    if (
-        family == "gpt2" and side == "left"
-    ):  # whose learned positions transformers counts from the row's beginning
+    # whose learned positions transformers counts from the row's beginning
+    if family == "gpt2" and side == "left":
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         scores = loaded.eval()(**batch).logits[:, 0]
@@ -185,7 +184,7 @@ def test_a_reward_model(tmp_path, base_of, family, pad, side):
     assert len(rows) == (259 if pad == "<pad>" else 260) and (pad == "<pad>" or not rows[-1].any())
     # and Plumb itself reads it as a reward model
     opened = open_model(find_model(str(folder)), "cpu")
-    assert opened.found.scalar and opened.model.get_output_embeddings().weight.equal(
+    assert opened.ref.scalar and opened.model.get_output_embeddings().weight.equal(
         model.get_output_embeddings().weight
     )
 

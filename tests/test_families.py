@@ -10,10 +10,10 @@ from families import FAMILIES, family_config, family_model
 
 from plumb.batching.layout import pack
 from plumb.data.tokenization import Example
-from plumb.models import forward_path
 from plumb.models import logps as models
 from plumb.models.draws import run_without_draws
-from plumb.models.layout_probe import Precision, choose_way
+from plumb.models.forward_path import use_tree_attention
+from plumb.models.layout_probe import Precision, choose_forward_path
 from plumb.planning import activations
 from plumb.training import budget as sizing
 
@@ -86,17 +86,17 @@ def test_log_probabilities_are_those_of_each_response_alone(family):
     model, plain = family_model(family), family_model(family)
     run_without_draws(plain, CPU)
     run_without_draws(model, CPU)
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     random = np.random.default_rng(0)
     some = lambda n: random.integers(3, 2000, n).astype(np.int32)
     lengths = [(2, 1, 4), (24, 36, 3), (5, 20, 2)]
     examples = [Example(some(p), (some(a), some(b)), "") for p, a, b in lengths]
-    way, line = choose_way(
+    forward_path, line = choose_forward_path(
         model,
         device=CPU,
         longest=60,
         vocabulary=np.arange(3, 2000),
-        row_tokens=lambda way: 120,
+        row_tokens=lambda forward_path: 120,
         precisions=[Precision(nullcontext, torch.float32)],
         gradients=False,
     )
@@ -108,7 +108,7 @@ def test_log_probabilities_are_those_of_each_response_alone(family):
     alone = lone(plain, batches[0])
     theirs = gradients(plain, alone, weights)
     tokens = torch.from_numpy(batches[0].spans[:, 3])
-    got = [models.response_logps(model, batch, way).sum for batch in batches]
+    got = [models.response_logps(model, batch, forward_path).sum for batch in batches]
     mine = gradients(model, got[0], weights)
     order = [2, 1, 0, 5, 4, 3]  # all first responses, then all second ones
     for sums in (got[0], got[1][order]):

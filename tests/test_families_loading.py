@@ -61,7 +61,7 @@ def check(folders, expected_logits):
             assert states[0].keys() == states[1].keys() == states[2].keys()
             for key, tensor in states[0].items():
                 for state in states[1:]:
-                    assert torch.equal(sharding.whole(state[key].detach()), tensor), key
+                    assert torch.equal(sharding.full_tensor(state[key].detach()), tensor), key
             tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
             # of others the entry says nothing
             can_tie = bool(getattr(theirs, "_tied_weights_keys", None))
@@ -102,7 +102,7 @@ def check_read(folders):
         total = sum(torch.Size(shape).numel() for shape in stored(folder).values())
         mine = sum(part.numel() for _, part in seen)
         assert mine < 0.6 * total, (name, mine, total)  # half, and rows where their number is odd
-        everyones = sum(collectives.from_all(mine))
+        everyones = sum(collectives.all_gather_object(mine))
         assert total <= everyones < 1.05 * total, (name, everyones, total)
     dist.barrier()
 

@@ -288,9 +288,8 @@ def suspicious(tree):
     modules = [a.name for n in imports if isinstance(n, ast.Import) for a in n.names]
     modules += [n.module for n in imports if isinstance(n, ast.ImportFrom) and n.module]
     yield from (f"import {name}" for name in modules if name.split(".")[0] in MODULES)
-    for node in (
-        n for n in imports if isinstance(n, ast.ImportFrom)
-    ):  # not of its state_dict, which touches no file
+    # not of its state_dict, which touches no file
+    for node in (n for n in imports if isinstance(n, ast.ImportFrom)):
         names = {a.name for a in node.names}
         unsafe = node.module == "torch.distributed.checkpoint" or bool(
             names & {"instantiate", "import_module"}

@@ -11,13 +11,13 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from plumb.batching.layout import pack
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
-from plumb.models import forward_path, layout_probe, tree_attention
+from plumb.models import layout_probe, tree_attention
 from plumb.models import logps as models
-from plumb.models.forward_path import Way
+from plumb.models.forward_path import ForwardPath, use_tree_attention
 from plumb.models.layout_probe import Precision
 from plumb.models.scalar_head import put_scalar_head
 
-PACKED = Way(packed=True, plain_head=True)
+PACKED = ForwardPath(packed=True, plain_head=True)
 
 
 def made(family, dtype=torch.float32, **knobs):
@@ -33,17 +33,17 @@ def made(family, dtype=torch.float32, **knobs):
             if p.ndim > 1:
                 p.mul_(3)
     model = model.to(dtype)
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     return model
 
 
 def choose(model, longest=64, row_tokens=600, gradients=True, precisions=None):
-    return layout_probe.choose_way(
+    return layout_probe.choose_forward_path(
         model,
         device=torch.device("cpu"),
         longest=longest,
         vocabulary=np.arange(3, 259),
-        row_tokens=lambda way: row_tokens,
+        row_tokens=lambda forward_path: row_tokens,
         precisions=precisions or [Precision(nullcontext, model.dtype)],
         gradients=gradients,
     )
@@ -72,8 +72,10 @@ def test_a_window_that_a_model_keeps_in_its_mask_alone_is_found(dtype):
     window cannot show it.
     """
     window = MOE | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
-    way, line = choose(made("qwen2_moe", dtype, **window, layer_types=["sliding_attention"] * 2))
-    assert way == Way(False, True) and "packed, it would be off by 0." in line
+    forward_path, line = choose(
+        made("qwen2_moe", dtype, **window, layer_types=["sliding_attention"] * 2)
+    )
+    assert forward_path == ForwardPath(False, True) and "packed, it would be off by 0." in line
     assert choose(made("qwen2_moe", dtype, **MOE))[0] == PACKED
 
 
@@ -107,8 +109,8 @@ def test_what_runs_along_the_row_is_known_from_the_config(family, knobs, why):
     """Even where short rows or large steps of rounding would hide it: no row is needed to tell."""
     model = made(family, torch.bfloat16, **knobs)
     assert why in layout_probe.cannot_pack(model)
-    way, line = choose(model)
-    assert not way.packed and why in line
+    forward_path, line = choose(model)
+    assert not forward_path.packed and why in line
 
 
 @pytest.fixture
@@ -131,8 +133,8 @@ def test_a_neighbour_that_is_seen_is_found(attend, dtype):
     model = made("llama", dtype)
     assert choose(model)[0] == PACKED
     attend(lambda original, *a, segments=None, **k: sdpa_attention_forward(*a, **k))
-    way, line = choose(model)
-    assert way == Way(False, True) and "would be off by" in line
+    forward_path, line = choose(model)
+    assert forward_path == ForwardPath(False, True) and "would be off by" in line
 
 
 def test_what_only_a_full_microbatch_reveals_is_found(attend):
@@ -146,8 +148,8 @@ def test_what_only_a_full_microbatch_reveals_is_found(attend):
 
     attend(scaled)
     assert choose(made("llama"), row_tokens=300)[0] == PACKED
-    way, line = choose(made("llama"), row_tokens=600)
-    assert not way.packed and "would be off by" in line
+    forward_path, line = choose(made("llama"), row_tokens=600)
+    assert not forward_path.packed and "would be off by" in line
 
 
 def test_a_wrong_gradient_is_found(attend):
@@ -158,8 +160,8 @@ def test_a_wrong_gradient_is_found(attend):
         return original(module, query, key, *arguments, segments=segments, **options)
 
     attend(detached)
-    way, line = choose(made("llama"))
-    assert not way.packed and "of the gradient" in line
+    forward_path, line = choose(made("llama"))
+    assert not forward_path.packed and "of the gradient" in line
     assert choose(made("llama"), gradients=False)[0] == PACKED
 
 
@@ -172,8 +174,8 @@ def test_float32_is_held_to_its_own_rounding(attend):
         )
 
     attend(slightly)
-    way, line = choose(made("llama"), gradients=False)
-    assert not way.packed and "would be off by" in line
+    forward_path, line = choose(made("llama"), gradients=False)
+    assert not forward_path.packed and "would be off by" in line
 
 
 def test_weights_of_32_bits_show_what_autocast_hides(attend):
@@ -210,8 +212,8 @@ def test_a_head_whose_logits_are_changed_stays_the_models_own(family, knobs, nam
     """A soft cap of 30 changes these logits by less than bfloat16 rounds them; it is found all the
     same.
     """
-    way, line = choose(made(family, dtype, **knobs))
-    assert not way.plain_head and named in line
+    forward_path, line = choose(made(family, dtype, **knobs))
+    assert not forward_path.plain_head and named in line
     neutral = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
     assert choose(made(family, dtype, **(knobs | neutral)))[0].plain_head
 
@@ -220,7 +222,7 @@ def test_a_head_with_a_computation_of_its_own_stays_the_models_own():
     """A hook on its output; and a class that is a Linear by name only."""
     model = made("llama", torch.bfloat16)
     model.lm_head.register_forward_hook(lambda module, arguments, output: output * 1.001)
-    assert choose(model)[0] == Way(True, False)
+    assert choose(model)[0] == ForwardPath(True, False)
 
     class Scaled(torch.nn.Linear):
         def forward(self, hidden):
@@ -228,8 +230,8 @@ def test_a_head_with_a_computation_of_its_own_stays_the_models_own():
 
     model = made("llama")
     model.lm_head.__class__ = Scaled
-    way, line = choose(model)
-    assert way == Way(True, False) and "its head is not a plain matrix" in line
+    forward_path, line = choose(model)
+    assert forward_path == ForwardPath(True, False) and "its head is not a plain matrix" in line
 
 
 def test_the_choice_knows_no_data(train, data, capsys):
@@ -247,8 +249,8 @@ def test_the_choice_knows_no_data(train, data, capsys):
 def test_a_reward_model_is_tried_by_its_scores():
     model = made("qwen3", head_dim=8)
     put_scalar_head(model, seed=0)
-    way, line = choose(model)
-    assert way == Way(True, False) and line.startswith(
+    forward_path, line = choose(model)
+    assert forward_path == ForwardPath(True, False) and line.startswith(
         "batches: packed trees, own head; equal to each response alone to"
     )
     assert "nats" not in line
@@ -260,8 +262,8 @@ def test_padding_that_changes_results_is_said(attend):
     model.set_attn_implementation("eager")
     hook = lambda module, arguments, output: output + 0.1 * output.mean(1, keepdim=True)
     model.model.layers[0].mlp.register_forward_hook(hook)
-    way, line = choose(model)
-    assert not way.packed and "WARNING: results depend on padding" in line
+    forward_path, line = choose(model)
+    assert not forward_path.packed and "WARNING: results depend on padding" in line
 
 
 ROPES = {
@@ -302,7 +304,7 @@ def test_rope_that_looks_at_the_whole_batch_is_refused_beyond_its_length(kind):
         match=f"max_length=33: .*{kind}.* more than 32 tokens.*; set max_length=32 or less",
     ):
         choose(model, longest=33)
-    way, _ = choose(model, longest=32)
+    forward_path, _ = choose(model, longest=32)
     rng = np.random.default_rng(0)
     some = lambda *lengths: Example(
         rng.integers(3, 259, 4), tuple(rng.integers(3, 259, n) for n in lengths), ""
@@ -314,7 +316,7 @@ def test_rope_that_looks_at_the_whole_batch_is_refused_beyond_its_length(kind):
     def logps(*neighbours):
         with torch.no_grad():
             batch = pack([short, *neighbours], pad_token_id=0, longest=64)
-            return models.response_logps(model, batch, way).sum.view(2, -1)[:, 0]
+            return models.response_logps(model, batch, forward_path).sum.view(2, -1)[:, 0]
 
     torch.testing.assert_close(logps(fitting), logps(), atol=1e-5, rtol=0)
     assert (logps(long) - logps()).abs().max() > 1e-3, "the refusal would be for nothing"

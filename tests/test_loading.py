@@ -49,7 +49,7 @@ def compare(expected, found):
     state = dict(found.state_dict(keep_vars=True))
     assert state.keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():
-        got = sharding.whole(state[name].detach())
+        got = sharding.full_tensor(state[name].detach())
         assert got.dtype == tensor.dtype and torch.equal(got, tensor), name
     buffers = dict(found.named_buffers())
     for name, buffer in expected.named_buffers():

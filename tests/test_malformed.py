@@ -11,7 +11,7 @@ import time
 import pytest
 from malformed import CASES, LEGAL
 
-from plumb.console import said
+from plumb.console import one_line
 from plumb.data.prepare import load_examples
 from plumb.errors import UserError
 from plumb.models.load import load_tokenizer
@@ -50,7 +50,7 @@ def test_malformed(read, tmp_path, case):
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         load()
-    line = said(error.value)
+    line = one_line(error.value)
     assert error.value.exit_code == 2 and line.isprintable() and len(line) <= 1000
     where = str(path) + (
         f", line {case.line}" if case.line and path.suffix not in (".json", ".parquet") else ""

@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from plumb.batching.layout import pack
 from plumb.data import examples
 from plumb.data.registry import get_dataset
-from plumb.data.token_store import Recipe, TokenStore, find_or_make
+from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.data.tokenization import TextRules
 from plumb.errors import UserError
 from plumb.runs import directory
@@ -43,7 +43,7 @@ def rows_of(path, **options):
 def view_of(path, folder, pairs=True):
     data = get_dataset(str(path), "train", eval_share=0)
     place, _ = find_or_make(
-        Recipe(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder
+        StoreSpec(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder
     )
     return examples.view(TokenStore(place), pairs, RULES, "keep_start", None)
 
@@ -90,7 +90,7 @@ def test_scores_of_a_csv_and_under_other_names(tmp_path):
 def test_a_score_that_is_none_is_named(tmp_path, bad):
     with pytest.raises(
         UserError,
-        match=r"line 2: field 'score_chosen, score_rejected\[1\]' is .*, not a finite number; mend",
+        match=r"line 2: field 'score_chosen, score_rejected\[1\]' is .*, not a finite number; fix",
     ):
         rows_of(write(tmp_path, PAIR, PAIR | {"score_chosen": 1, "score_rejected": bad}))
 

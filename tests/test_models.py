@@ -14,9 +14,9 @@ from plumb.batching.layout import Batch, pack
 from plumb.data.examples import lengths_of
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
-from plumb.models import blocks, chunked_head, forward_path, layout_probe, load
+from plumb.models import blocks, chunked_head, layout_probe, load
 from plumb.models import logps as models
-from plumb.models.forward_path import ORACLE, Way
+from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
 
 TREES = ["llama", "gpt_neox", "gpt2", "qwen3", "mistral", "gemma3_text"]
 
@@ -29,15 +29,15 @@ def batch(n=3, k=2, seed=0, **options) -> Batch:
     return pack(examples, pad_token_id=0, longest=48, **options)
 
 
-def choose_way(model):
+def choose_forward_path(model):
     """As a run would, for sequences of up to 48 tokens."""
     exact = [layout_probe.Precision(nullcontext, torch.float32)]
-    return layout_probe.choose_way(
+    return layout_probe.choose_forward_path(
         model,
         device=torch.device("cpu"),
         longest=48,
         vocabulary=np.arange(3, 259),
-        row_tokens=lambda way: 300,
+        row_tokens=lambda forward_path: 300,
         precisions=exact,
         gradients=True,
     )
@@ -87,13 +87,18 @@ def test_every_way_equals_the_plain_computation(family):
     without padding at the end.
     """
     model = tiny_model(family).eval()
-    forward_path.allow_trees(model)
-    way, said = choose_way(model)
-    assert way.packed == (family in TREES), said
-    assert way.plain_head == (family != "gemma2")  # which soft-caps its logits
+    use_tree_attention(model)
+    forward_path, said = choose_forward_path(model)
+    assert forward_path.packed == (family in TREES), said
+    assert forward_path.plain_head == (family != "gemma2")  # which soft-caps its logits
     for b in (batch(), batch(k=1), batch(k=5), batch(row_length=400)):
         plain = with_gradients(model, lambda b=b: plain_logps(model, b))
-        for candidate in {way, Way(way.packed, False), Way(False, way.plain_head), ORACLE}:
+        for candidate in {
+            forward_path,
+            ForwardPath(forward_path.packed, False),
+            ForwardPath(False, forward_path.plain_head),
+            PLAIN_PATH,
+        }:
             logps = models.response_logps(model, b, candidate)
             assert logps.tokens.tolist() == [length for *_, length in b.spans.tolist()]
             assert_equal(
@@ -121,7 +126,7 @@ def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
     and not.
     """
     model = tiny_model(family).eval()
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     array = lambda x: np.array(x, np.int32)
     examples = [Example(array(p), tuple(map(array, r)), "") for p, r in rows]
     b = pack(
@@ -130,7 +135,9 @@ def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
         longest=32,
         row_length=lengths_of(examples).tokens().sum() + n_padding,
     )
-    ours = with_gradients(model, lambda: models.response_logps(model, b, Way(True, True)).sum)
+    ours = with_gradients(
+        model, lambda: models.response_logps(model, b, ForwardPath(True, True)).sum
+    )
     if b.n_scored:
         assert_equal(ours, with_gradients(model, lambda: plain_logps(model, b)))
 
@@ -138,7 +145,7 @@ def test_ragged_trees_equal_the_oracle(rows, family, n_padding):
 def test_sampling_and_plain_calls_are_as_without_trees():
     """The exchanged attention serves padded batches and generation too."""
     plain, ours = tiny_model().eval(), tiny_model().eval()
-    forward_path.allow_trees(ours)
+    use_tree_attention(ours)
     ids, mask = torch.arange(3, 43).reshape(2, 20), torch.ones(2, 20, dtype=torch.int64)
     mask[0, :7] = 0
     assert torch.equal(
@@ -252,13 +259,13 @@ def test_the_head_runs_on_scored_positions_only():
     model = tiny_model().eval()
     b = batch()
     seen = []
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     model.lm_head.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape))
     handle = model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
-    for way in (Way(True, True), Way(True, False)):
+    for forward_path in (ForwardPath(True, True), ForwardPath(True, False)):
         seen.clear()
-        models.response_logps(model, b, way)
-        assert seen[-1] == (1, b.n_scored, 1 if way.plain_head else 259)
+        models.response_logps(model, b, forward_path)
+        assert seen[-1] == (1, b.n_scored, 1 if forward_path.plain_head else 259)
     handle.remove()
     # and whole again afterwards
     assert model(b.input_ids).logits.shape == (

@@ -29,11 +29,11 @@ def test_a_policy_by_each_of_its_names(tmp_path):
     for name in (run_dir, run_dir / "step-8", run_dir / "step-8/policy.pt", tmp_path / "r*n"):
         opened = open_model(find_model(str(name)), "cpu")
         # its config, like 2023's, does not say
-        assert opened.found.run_dir == run_dir and opened.found.config.add_bos is False
-        assert not opened.found.scalar and opened.model.state_dict()["lm_head.weight"].equal(
+        assert opened.ref.run_dir == run_dir and opened.ref.config.add_bos is False
+        assert not opened.ref.scalar and opened.model.state_dict()["lm_head.weight"].equal(
             state["lm_head.weight"]
         )
-    assert open_model(find_model(str(base)), "cpu").found.archive is None
+    assert open_model(find_model(str(base)), "cpu").ref.archive is None
     loose = tmp_path / "loose.pt"
     loose.write_bytes((run_dir / "step-8/policy.pt").read_bytes())
     assert open_model(find_model(str(loose), base=str(base)), "cpu").model.config.hidden_size == 32
@@ -77,9 +77,9 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     assert all(new.model.state_dict()[k].equal(v) for k, v in body.items())
 
     reward_run = run_of(tmp_path, base, {k: v * 2 for k, v in new.state_dict().items()}, "reward")
-    found = find_model(str(reward_run))
-    assert found.scalar
-    opened = open_model(found, "cpu").model
+    ref = find_model(str(reward_run))
+    assert ref.scalar
+    opened = open_model(ref, "cpu").model
     assert all(opened.state_dict()[k].equal(v * 2) for k, v in new.state_dict().items())
     with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
         load.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"))

@@ -42,7 +42,7 @@ def tile(sizes):
 def check(module, expected):
     parts = [
         part
-        for part in collectives.from_all(sharding.local_part(module.weight))
+        for part in collectives.all_gather_object(sharding.local_part(module.weight))
         if part is not None
     ]
     times, put_together = torch.zeros_like(expected), torch.full_like(expected, torch.nan)
@@ -54,12 +54,12 @@ def check(module, expected):
         module.weight.placements,
         times,
     )
-    assert torch.equal(sharding.whole(module.weight), expected)
+    assert torch.equal(sharding.full_tensor(module.weight), expected)
     ((name, full),) = sharding.gathered(module.state_dict(keep_vars=True).items())
     assert name == "weight" and (
         torch.equal(full, expected) if dist.get_rank() == 0 else full is None
     )
-    plain = collectives.from_all(sharding.local_part(expected))
+    plain = collectives.all_gather_object(sharding.local_part(expected))
     assert plain[0][0] == (0, 0) and torch.equal(plain[0][1], expected) and not any(plain[1:])
 
 

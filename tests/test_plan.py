@@ -20,7 +20,7 @@ from plumb.models.load import no_dropout
 from plumb.planning import activations, plan
 from plumb.settings.validation import validate
 from plumb.training import budget
-from plumb.training.budget import Layout, Precision, Weights
+from plumb.training.budget import ClusterShape, Precision, Weights
 
 SFT = {"name": "sft", "average_over": "examples"}
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
@@ -65,7 +65,7 @@ def test_memory_by_hand():
     assert TWO.n == 104
     got = budget.memory(
         TWO,
-        Layout(),
+        ClusterShape(),
         Precision(4, 4, 2, 8.0),
         sharded=False,
         live=True,
@@ -89,7 +89,7 @@ def test_memory_of_shards_by_hand():
     """Over 4 ranks, computing in 16 bits: 10 rows are cut into 3 each, so a rank keeps 3 * 4 + 1 +
     3 * (4 + 1) = 28 numbers.
     """
-    layout = Layout(n_gpus=4)
+    layout = ClusterShape(n_gpus=4)
     assert TWO.on_one(layout) == 28
     got = budget.memory(
         TWO,
@@ -110,7 +110,7 @@ def test_memory_of_shards_by_hand():
     }
     offloaded = budget.memory(
         TWO,
-        Layout(4, 2, offload=True),
+        ClusterShape(4, 2, offload=True),
         Precision(4, 2, 4, 4.0),
         sharded=True,
         live=False,
@@ -128,7 +128,7 @@ def test_tensor_parallel_splits_the_matrices_of_blocks():
     """2-D on 4 GPUs: the root 22 on each of 2 ranks, a block's matrix a quarter, its bias a
     half.
     """
-    layout = Layout(n_gpus=4, tp_size=2)
+    layout = ClusterShape(n_gpus=4, tp_size=2)
     assert (layout.ranks, layout.shards) == (2, 2)
     assert TWO.on_one(layout) == 20 + 2 + 3 * (4 + 2)
     assert TWO.gathered(layout) == (44, 8 + 4)
@@ -139,11 +139,21 @@ def test_traffic_by_hand():
     scattered after each or once; then shards of 52 are summed, once.
     """
     got = budget.traffic(
-        TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=True
+        TWO,
+        ClusterShape(4, shard_size=2),
+        Precision(4, 2, 4, 4.0),
+        n_micro=3,
+        live=False,
+        each=True,
     )
     assert got == 3 * 52 * (2 + 2 + 4) + 2 * (1 / 2) * 52 * 4
     once = budget.traffic(
-        TWO, Layout(4, shard_size=2), Precision(4, 2, 4, 4.0), n_micro=3, live=False, each=False
+        TWO,
+        ClusterShape(4, shard_size=2),
+        Precision(4, 2, 4, 4.0),
+        n_micro=3,
+        live=False,
+        each=False,
     )
     assert got - once == 2 * 52 * 4
 

@@ -21,8 +21,8 @@ from plumb.batching.layout import pack
 from plumb.data.tokenization import Example
 from plumb.distributed import collectives
 from plumb.errors import UserError
-from plumb.models import forward_path, logps, reference_cache
-from plumb.models.forward_path import ORACLE, Way
+from plumb.models import logps, reference_cache
+from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
 from plumb.models.reference_cache import (
     Computation,
     ReferenceCache,
@@ -93,7 +93,7 @@ def share_digests(pairs, indices, expected):
     original = reference_cache.response_digests
     reference_cache.response_digests = lambda mine: done.append(len(mine)) or original(mine)
     assert reference_cache.digests_of_all(pairs, indices).tolist() == expected
-    assert collectives.from_all(done) == [[4], [3], [3]]
+    assert collectives.all_gather_object(done) == [[4], [3], [3]]
 
 
 def test_ranks_share_the_digests():
@@ -295,7 +295,7 @@ def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, c
     if after == "trainer":
         monkeypatch.setitem(trainers.TRAINERS, "BasicTrainer", AnotherTrainer)
     if after == "way":
-        monkeypatch.setattr(trainers.BasicTrainer, "choose_way", lambda *_: ORACLE)
+        monkeypatch.setattr(trainers.BasicTrainer, "choose_forward_path", lambda *_: PLAIN_PATH)
     train("second", *options, *([after] if "=" in after else []))
     assert f"reference: {4 if found else 0} of 4 examples" in capsys.readouterr().out
 
@@ -322,17 +322,17 @@ def by_formula():
     return model, pack(rows, pad_token_id=0, longest=16)
 
 
-@pytest.mark.parametrize("way", [Way(True, True), ORACLE])
-def test_the_version_of_log_probabilities(way):
+@pytest.mark.parametrize("forward_path", [ForwardPath(True, True), PLAIN_PATH])
+def test_the_version_of_log_probabilities(forward_path):
     """If this fails, cached references of earlier versions are no longer what is computed: raise
     VERSION, and add its numbers.
 
     To 1e-9 nats: float64 rounds sums of these sizes to some 1e-14, on any machine.
     """
     model, batch = by_formula()
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     with torch.no_grad():
-        found = logps.response_logps(model, batch, way).sum.tolist()
+        found = logps.response_logps(model, batch, forward_path).sum.tolist()
     assert found == pytest.approx(OF_VERSION[reference_cache.VERSION], abs=1e-9, rel=0), found
 
 

@@ -26,7 +26,7 @@ from plumb.training.evaluation import Scorer
 def state_of(run_dir):
     """All tensors of the newest checkpoint, whole, by name."""
     found = {}
-    newest = checkpoints.newest(run_dir)
+    newest = checkpoints.latest_valid(run_dir)
     for path in newest.state_files():
         with safe_open(path, "pt") as file:
             for name, place in file.metadata().items():
@@ -43,7 +43,7 @@ def outcome(run_dir):
     """What must be the same however often a run was interrupted: weights and optimizer, order,
     metrics without what is of the machine, samples.
     """
-    manifest = checkpoints.newest(run_dir).manifest
+    manifest = checkpoints.latest_valid(run_dir).manifest
     rows = [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in records(run_dir)]
     samples = (
         (run_dir / "samples.jsonl").read_text() if (run_dir / "samples.jsonl").exists() else ""
@@ -226,7 +226,7 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
             self.optimizer.state.clear()
         else:
             setattr(self, forgotten, 0)
-            self.begun = 0
+            self.first_update = 0
             self.scheduler = trainers.make_scheduler(
                 self.config, self.optimizer, self.n_steps, self.n_updates
             )
@@ -298,14 +298,14 @@ def test_a_limit_that_is_reached_already(train):
         "run", *DPO, "eval_every=8", "n_examples=18", "resume=auto", "resume_allow=[n_examples]"
     )
     # a finished run goes on, if told to
-    assert longer == run and checkpoints.newest(run).manifest.examples == 18
+    assert longer == run and checkpoints.latest_valid(run).manifest.examples == 18
 
 
 # ---- what is refused, and what is not ----
 
 
 @pytest.fixture
-def begun(train, halted_at, tmp_path):
+def first_update(train, halted_at, tmp_path):
     """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each.
     -> its options
     """
@@ -499,14 +499,14 @@ def test_on_another_number_of_processes(
         ]
         run_in_group(n, in_group, partial(compose, *overrides), halt)
     assert len(list((run / "LATEST").glob("state-*"))) == then
-    assert checkpoints.newest(run).manifest.step == 10 and len(records(run, "train")) == 10
+    assert checkpoints.latest_valid(run).manifest.step == 10 and len(records(run, "train")) == 10
     assert same(outcome(run), whole, tolerance=1e-8)
 
 
 def test_a_directory_that_another_process_took_meanwhile_is_left_alone(tmp_path):
     """Both found it absent; the other made it, ran and ended while this one loaded its data."""
-    owner = directory.Owner(tmp_path / "run")
-    other = directory.Owner(tmp_path / "run")
+    owner = directory.RunLock(tmp_path / "run")
+    other = directory.RunLock(tmp_path / "run")
     other.claim()
     directory.write_status(tmp_path / "run", "running")
     other.release()
@@ -542,13 +542,13 @@ def flip(path, byte, bit):
 def test_every_damage_is_seen_and_the_checkpoint_before_is_used(train, capsys, tmp_path):
     run = train("run", *DPO, "n_examples=12", "eval_every=4", "do_first_eval=false")
     good, newest = run / "step-8", run / "step-12"
-    assert checkpoints.newest(run).path == newest
+    assert checkpoints.latest_valid(run).path == newest
     n = 0
     for what, damage in damages(newest):
         copy = shutil.copytree(newest, tmp_path / "kept", symlinks=True)
         damage()
         capsys.readouterr()
-        assert checkpoints.newest(run).path == good, what
+        assert checkpoints.latest_valid(run).path == good, what
         assert f"{newest}: not used: " in capsys.readouterr().out, what
         shutil.rmtree(newest)
         copy.rename(newest)
@@ -557,7 +557,7 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_used(train, capsys, t
     for name in ("policy.pt", "manifest.json"):  # swapped with another step's
         shutil.copy(newest / name, tmp_path / name)
         shutil.copy(good / name, newest / name)
-        assert checkpoints.newest(run).path == good, name
+        assert checkpoints.latest_valid(run).path == good, name
         shutil.copy(tmp_path / name, newest / name)
 
 

@@ -20,9 +20,9 @@ from plumb.data.tokenization import Example
 from plumb.errors import UserError
 from plumb.losses.contract import ScoredPairs, Scores
 from plumb.losses.registry import build_loss
-from plumb.models import export, forward_path
+from plumb.models import export
 from plumb.models.find import find_model
-from plumb.models.forward_path import ORACLE, Way
+from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
 from plumb.models.layout_probe import cannot_pack
 from plumb.models.logps import read_hidden, response_scores
 from plumb.models.scalar_head import (
@@ -34,9 +34,10 @@ from plumb.models.scalar_head import (
     put_scalar_head,
 )
 from plumb.models.tree_attention import NAME as TREES
+from plumb.reports.score_plots import draw_evaluation
 from plumb.scoring.scorers import knobs_of, load_scorer
 from plumb.settings.validation import validate
-from plumb.training.evaluation import Evaluation, shared_tokens
+from plumb.training.evaluation import shared_tokens
 
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 
@@ -150,7 +151,7 @@ def rewarding(family):
         model.get_output_embeddings().weight.data = (
             model.get_output_embeddings().weight.data.double()
         )
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     return model
 
 
@@ -162,8 +163,8 @@ def test_the_score_is_that_of_the_last_token_alone(family):
     model, batch = rewarding(family), pack(EXAMPLES, pad_token_id=EOS, longest=32)
     rows = [[*p, *r] for i in (1, 2) for p, r in ((x[0], x[i]) for x in PAIRS)]
     expected = [model(torch.tensor([row])).logits[0, -1, 0].item() for row in rows]
-    way = Way(packed=model.config._attn_implementation == TREES, plain_head=False)
-    for candidate in {way, ORACLE}:
+    forward_path = ForwardPath(packed=model.config._attn_implementation == TREES, plain_head=False)
+    for candidate in {forward_path, PLAIN_PATH}:
         found = response_scores(model, batch, candidate)
         assert found.last.tolist() == pytest.approx(expected, abs=1e-9)
         assert found.tokens.tolist() == [len(x[i]) for i in (1, 2) for x in PAIRS]
@@ -260,10 +261,10 @@ def test_nothing_is_done_to_scores_after_the_head(family):
     config = AutoConfig.for_model(family, **(SIZES | AFTER_THE_HEAD[family]))
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     put_scalar_head(model, seed=3)
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     head, seen = model.get_output_embeddings(), []
     batch = pack(EXAMPLES, pad_token_id=EOS, longest=32)
-    for candidate in {Way(packed=cannot_pack(model) is None, plain_head=False), ORACLE}:
+    for candidate in {ForwardPath(packed=cannot_pack(model) is None, plain_head=False), PLAIN_PATH}:
         seen.clear()
         handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
         found = response_scores(model, batch, candidate)
@@ -279,9 +280,9 @@ def test_nothing_is_done_to_scores_after_the_head(family):
 def test_the_state_that_a_score_is_of(read):
     """Its product with the head is the score: what a head is fitted to is what it will read."""
     model, batch = rewarding("llama"), pack(EXAMPLES, pad_token_id=EOS, longest=32)
-    for way in (Way(packed=True, plain_head=False), ORACLE):
-        hidden = read_hidden(model, batch, way, read)
-        found = response_scores(model, batch, way).of(read)
+    for forward_path in (ForwardPath(packed=True, plain_head=False), PLAIN_PATH):
+        hidden = read_hidden(model, batch, forward_path, read)
+        found = response_scores(model, batch, forward_path).of(read)
         assert torch.allclose(
             (hidden @ model.get_output_embeddings().weight.T)[:, 0], found, atol=1e-12
         )
@@ -425,8 +426,7 @@ def test_it_learns_the_demos_preference(train_here):
 def test_scores_that_are_no_numbers_are_not_drawn(tmp_path):
     """In 16 bits they may overflow; a run must not end over its picture."""
     for chosen, drawn in (([np.nan, np.inf], 0), ([np.nan, 1.0], 2)):
-        values = {"rewards_{}/chosen": np.array(chosen), "rewards_{}/rejected": np.zeros(2)}
-        Evaluation(values, np.ones(2)).draw_scores(tmp_path, 8)
+        draw_evaluation(np.array(chosen), np.zeros(2), tmp_path, 8)
         assert len(list(tmp_path.glob("*-8.png"))) == drawn
 
 

@@ -13,8 +13,8 @@ from plumb.batching.layout import Batch, pack
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
 from plumb.losses.registry import build_loss
-from plumb.models import forward_path, logps
-from plumb.models.forward_path import ORACLE, Way
+from plumb.models import logps
+from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
 from plumb.models.routers import Routers, balance, routers_of
 from plumb.training.evaluation import Scorer
 
@@ -64,12 +64,12 @@ def expected(model, batch):
     return torch.stack(values)
 
 
-def ours(model, batch, way):
+def ours(model, batch, forward_path):
     routers = Routers(model)
     with routers.watched() as logits:
-        logps.response_logps(model, batch, way)
+        logps.response_logps(model, batch, forward_path)
     assert len(logits) == len(routers_of(model)) > 0
-    return balance(logits, batch, way.packed, routers.top_k)
+    return balance(logits, batch, forward_path.packed, routers.top_k)
 
 
 def gradients(model, loss):
@@ -90,9 +90,11 @@ def test_each_sequence_has_the_balancing_loss_of_transformers(family):
     assert (theirs > model_k).any() and theirs.max() < 4.1
     grads = gradients(model, (weights * theirs).sum())
     assert any(g.any() for g in grads)
-    forward_path.allow_trees(model)
-    for way in [ORACLE, *([Way(True, True)] if family in PACKED else [])]:
-        got = ours(model, laid_out(rows, row_length=300 if way.packed else None), way)
+    use_tree_attention(model)
+    for forward_path in [PLAIN_PATH, *([ForwardPath(True, True)] if family in PACKED else [])]:
+        got = ours(
+            model, laid_out(rows, row_length=300 if forward_path.packed else None), forward_path
+        )
         torch.testing.assert_close(got, theirs, atol=1e-5, rtol=1e-5)
         for mine, other in zip(gradients(model, (weights * got).sum()), grads, strict=True):
             assert (mine - other).norm() <= 1e-4 * max(1, other.norm())
@@ -103,10 +105,10 @@ def test_microbatches_change_nothing():
     gradient.
     """
     model, rows = family_model("mixtral").eval(), examples(6)
-    forward_path.allow_trees(model)
+    use_tree_attention(model)
     loss = build_loss({"name": "sft", "average_over": "examples"})
     one = [Example(e.prompt, e.responses[:1], "") for e in rows]
-    scorer = Scorer(model, None, loss, Way(True, True), torch.no_grad, torch.device("cpu"))
+    scorer = Scorer(model, None, loss, ForwardPath(True, True), torch.no_grad, torch.device("cpu"))
     scorer = scorer._replace(precision=torch.enable_grad, routers=Routers(model))
     whole = scorer(laid_out(one)).balance.sum() / 6
     parts = [scorer(laid_out(one[i:j])).balance.sum() / 6 for i, j in ((0, 1), (1, 4), (4, 6))]

@@ -51,8 +51,8 @@ def run(*arguments):
 
 
 def opened(name):
-    found = find_model(name)
-    return load_scorer(found, knobs_of(found, {}), device="cpu")
+    ref = find_model(name)
+    return load_scorer(ref, knobs_of(ref, {}), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -301,9 +301,9 @@ def test_a_decoder_with_a_score_is_read_in_packed_rows(models, tmp_path):
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "model")
     scorer = opened(str(tmp_path / "model"))
-    assert isinstance(scorer, Causal) and scorer.way is None
+    assert isinstance(scorer, Causal) and scorer.forward_path is None
     scored = scorer.score([Row(p, [a, b], [(0, 1)], None, "x:1") for p, a, b in ROWS], "keep_end")
-    assert scorer.way.packed
+    assert scorer.forward_path.packed
     ids = torch.tensor([sum(as_read(tokenizer, *ROWS[0][:2], 0), [])])
     expected = model.score(model.model(ids).last_hidden_state[0, -1]).item()
     assert scored.scores[0, 0] == pytest.approx(expected, abs=1e-4)
@@ -532,9 +532,9 @@ def test_models_that_score_nothing(models, bert, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="has num_labels=2"):
         opened(str(tmp_path / "two"))
-    found = find_model(bert)
+    ref = find_model(bert)
     with pytest.raises(UserError, match="--device nowhere: not usable here"):
-        load_scorer(found, knobs_of(found, {}), device="nowhere")
+        load_scorer(ref, knobs_of(ref, {}), device="nowhere")
     bad = Bert.from_pretrained(bert)
     bad.classifier.weight.data.fill_(float("inf"))
     bad.save_pretrained(tmp_path / "inf")

@@ -446,7 +446,7 @@ def test_the_environment_is_not_read(compose):
 
 
 def test_an_error_is_one_line_that_a_terminal_shows():
-    line = console.said(UserError("a\nb\x1b[31mc\r\x00 hf_" + "a" * 30 + " é名" + "x" * 5000))
+    line = console.one_line(UserError("a\nb\x1b[31mc\r\x00 hf_" + "a" * 30 + " é名" + "x" * 5000))
     assert line.isprintable() and "é名" in line and "hf_a" not in line and len(line) < 1001
 
 

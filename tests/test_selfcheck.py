@@ -12,6 +12,7 @@ from runs import DPO, records
 
 import trainers
 from plumb.batching.layout import pack
+from plumb.console import to_dict
 from plumb.data.tokenization import Example
 from plumb.distributed import sharding
 from plumb.errors import NonFinite, StorageError
@@ -298,7 +299,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_batch_is_dumped(
         and [e["index"] for e in dump["examples"]] == [8, 9, 10, 11]
         and dump["examples"][0]["responses"]
     )
-    assert checkpoints.newest(run).manifest.step == 2 and len(records(run, "train")) == 2
+    assert checkpoints.latest_valid(run).manifest.step == 2 and len(records(run, "train")) == 2
     state = torch.load(run / "LATEST/policy.pt", weights_only=True)["state"]
     assert all(x.isfinite().all() for x in state.values())
 
@@ -334,7 +335,7 @@ def test_a_first_update_that_is_not_finite_stops_the_run(value, train, poisoned,
         match="step 1: the update leaves NaN or infinity in model.norm.weight .*: lower lr=0.001",
     ):
         train("first", *DPO, "do_first_eval=false")
-    assert checkpoints.newest(tmp_path / "first") is None
+    assert checkpoints.latest_valid(tmp_path / "first") is None
 
 
 @pytest.mark.parametrize("options", [[], ["async_save=true"]])
@@ -359,7 +360,7 @@ def test_weights_that_are_not_finite_become_no_checkpoint(options, train, poison
     run = tmp_path / "later"
     assert {p.name for p in run.glob("*-*") if p.is_dir()} == {"interim-8"}
     assert (
-        checkpoints.newest(run).manifest.step == 2
+        checkpoints.latest_valid(run).manifest.step == 2
         and (run / "LATEST").resolve().name == "interim-8"
     )
     state = torch.load(run / "LATEST/policy.pt", weights_only=True)["state"]
@@ -385,7 +386,7 @@ def test_every_knob_is_compared_or_free_by_name(compose):
     or not, by accident.
     """
     config = compose("exp_name=x", "model=demo", "loss=sft")
-    flat = dict(directory.flatten(directory.plain(config)))
+    flat = dict(directory.flatten(to_dict(config)))
     assert flat.keys() >= directory.BOOKKEEPING | directory.BY_CONTENTS | directory.PLACEMENT
     assert {
         "lr",

@@ -130,7 +130,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr
     (line,) = errors(stderr)
-    step = checkpoints.newest(run_dir).manifest.step
+    step = checkpoints.latest_valid(run_dir).manifest.step
     assert (
         line.startswith(f"stopped by {number.name} after step {step} of 100")
         and "resume=auto" in line
@@ -162,7 +162,7 @@ def test_max_hours_stops_before_the_limit(start):
     process, run_dir = start("max_hours=0.006", "n_epochs=1000")
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and "stopped by max_hours=0.006 after step" in stderr
-    assert checkpoints.newest(run_dir).manifest.step > 0
+    assert checkpoints.latest_valid(run_dir).manifest.step > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -184,7 +184,7 @@ def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
     status = directory.status(run_dir)
     assert (status["state"], status["code"]) == ("failed", 6) and "rank 1" in status["reason"]
-    assert checkpoints.newest(run_dir).manifest.step >= 2
+    assert checkpoints.latest_valid(run_dir).manifest.step >= 2
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(start):
@@ -243,12 +243,12 @@ def test_ranks_meet_on_the_loopback_only(start):
 # Where a rank may be when it is killed: (what is patched, whether before the first checkpoint).
 PHASES = {
     "data": "plumb.data.prepare.token_stores",
-    "building": "trainers.choose_way",
+    "building": "trainers.choose_forward_path",
     "forward": "trainers.Scorer.__call__",
     "backward": "trainers.FSDPTrainer.backward",
     "clip": "trainers.BasicTrainer.clip",
     "update": "torch.optim.RMSprop.step",
-    "agreement": "plumb.distributed.collectives.agree",
+    "agreement": "plumb.distributed.collectives.all_reduce_max",
     "gathering": "plumb.distributed.sharding.gathered_model_state",
     "writing": "plumb.runs.durable_files.write",
     "renaming": "plumb.runs.durable_files.rename",
@@ -295,7 +295,7 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
     ), stderr
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
     if not early:
-        assert checkpoints.newest(run_dir).manifest.step >= 1
+        assert checkpoints.latest_valid(run_dir).manifest.step >= 1
         assert directory.status(run_dir)["code"] == 6
 
 
@@ -324,4 +324,4 @@ def test_a_slow_disk_on_rank_0_is_waited_for(start, tmp_path):
     )
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
-    assert checkpoints.newest(run_dir).manifest.finished
+    assert checkpoints.latest_valid(run_dir).manifest.finished

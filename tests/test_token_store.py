@@ -25,12 +25,12 @@ from plumb.data.prepare import load_examples
 from plumb.data.registry import DataSet, dataset
 from plumb.data.token_store import (
     COLUMNS,
-    Recipe,
+    StoreSpec,
     TokenStore,
     find_or_make,
-    fingerprint,
     ingredients,
     key,
+    tokenizer_fingerprint,
 )
 from plumb.data.tokenization import TextRules
 from plumb.errors import UserError
@@ -49,8 +49,8 @@ PAIRS = [{"prompt": f"Name {i}:", "chosen": f" yes {i}", "rejected": " no"} for 
 def recipe(rows, tokenizer=TOKENIZER, inputs=((1,), []), **changes):
     """Of `rows`, which are known by `inputs`."""
     data = DataSet("d", 0.1, iter(rows))
-    return Recipe(
-        data, "train", tokenizer, fingerprint(tokenizer), RULES, None, inputs, {}
+    return StoreSpec(
+        data, "train", tokenizer, tokenizer_fingerprint(tokenizer), RULES, None, inputs, {}
     )._replace(**changes)
 
 
@@ -232,10 +232,8 @@ CHANGES["a special token"].eos_token = "<pad>"
 @pytest.mark.parametrize("case", CHANGES)
 def test_each_ingredient_makes_new_tokens(load, own, monkeypatch, case):
     change, tokenizer = CHANGES[case], TOKENIZER
-    if case in (
-        "chat_template",
-        "its template",
-    ):  # strings do not go through it, but it is simpler to keep it in
+    # strings do not go through it, but it is simpler to keep it in
+    if case in ("chat_template", "its template"):
         tokenizer = tiny_tokenizer(chat_template=CHAT.replace("<", "["))
     load(f"datasets=[{own}]", tokenizer=tokenizer)
     if callable(change) and not hasattr(change, "get_vocab"):
@@ -273,11 +271,14 @@ def test_the_code_is_an_ingredient(tmp_path, own):
 def test_the_whole_tokenizer_counts_and_not_its_name():
     a, b = tiny_tokenizer(), tiny_tokenizer()
     b.name_or_path = "somewhere/else"
-    assert fingerprint(a) == fingerprint(b)
+    assert tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
     b.add_tokens(["qu"])
-    assert fingerprint(a) != fingerprint(b)
+    assert tokenizer_fingerprint(a) != tokenizer_fingerprint(b)
     a.backend_tokenizer.enable_truncation(5)  # as a tokenizer.json may ask for
-    assert fingerprint(a) == fingerprint(tiny_tokenizer()) and len(a("a" * 9)["input_ids"]) == 9
+    assert (
+        tokenizer_fingerprint(a) == tokenizer_fingerprint(tiny_tokenizer())
+        and len(a("a" * 9)["input_ids"]) == 9
+    )
 
 
 # ---- the hub, and loaders of users ----
@@ -494,7 +495,7 @@ def work(rank, folder):
     except UserError as error:
         assert str(error) == "a bad row"
         open(f"{folder}/failed{rank}", "w").close()
-    collectives.meet()
+    collectives.barrier()
 
 if __name__ == "__main__":
     mp.spawn(work, args=(sys.argv[1],), nprocs=2)

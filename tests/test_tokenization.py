@@ -16,7 +16,7 @@ from tiny import CHAT, tiny_tokenizer
 from plumb.data.examples import cases, lengths_of, view
 from plumb.data.formats import Row
 from plumb.data.registry import DataSet
-from plumb.data.token_store import Recipe, TokenStore, find_or_make
+from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.data.tokenization import HH_TEMPLATE, TextRules, automatic_bos, render, template_text
 from plumb.errors import UserError
 
@@ -42,7 +42,7 @@ def tokenize(data, tokenizer, pairs, rules, template=None):
     """The whole way: into a store on disk, and a view of it."""
     with tempfile.TemporaryDirectory() as folder:
         path, _ = find_or_make(
-            Recipe(data, "train", tokenizer, "", rules, template, None, {}), Path(folder)
+            StoreSpec(data, "train", tokenizer, "", rules, template, None, {}), Path(folder)
         )
         bos = automatic_bos(tokenizer) if rules.add_bos else None
         return view(TokenStore(path), pairs, rules, data.truncation, bos)

@@ -68,9 +68,8 @@ def test_the_2023_trajectory_step_by_step(
         "counters": 0,
         "step": 0,
     }
-    if (
-        stage == "sft"
-    ):  # its loss is a sum of log-probabilities, and its gradient norm is in the hundreds
+    # its loss is a sum of log-probabilities, and its gradient norm is in the hundreds
+    if stage == "sft":
         bounds |= {"loss": 6e-4, "grad_norm": 9e-3}
     for split, n in (("train", 40), ("eval", 5)):
         expected = [r for r in theirs if f"loss/{split}" in r]
@@ -571,7 +570,7 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
     """
     import trainers
     from plumb.batching.feed import Feed
-    from plumb.models.forward_path import ORACLE, Way
+    from plumb.models.forward_path import PLAIN_PATH, ForwardPath
 
     feed_step = Feed.step
 
@@ -579,9 +578,15 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
         yield train(f"{loss}_packed", *options[loss])
         for budget in (1, 60, 200):
             yield train(f"{loss}_{budget}", *options[loss], f"tokens_per_microbatch={budget}")
-        for i, way in enumerate((ORACLE, Way(True, False), Way(False, True))):
+        for i, forward_path in enumerate(
+            (PLAIN_PATH, ForwardPath(True, False), ForwardPath(False, True))
+        ):
             with monkeypatch.context() as patch:
-                patch.setattr(trainers, "choose_way", lambda *a, way=way, **k: (way, "as told"))
+                patch.setattr(
+                    trainers,
+                    "choose_forward_path",
+                    lambda *a, forward_path=forward_path, **k: (forward_path, "as told"),
+                )
                 yield train(f"{loss}_way{i}", *options[loss], "tokens_per_microbatch=200")
         with monkeypatch.context() as patch:
             patch.setattr(

@@ -178,9 +178,8 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             self._be(overrides, gauge, spoil)
-        with contextlib.suppress(
-            OSError
-        ):  # both do it, for either may be first; OSError: it is done, or the child is gone
+        # both do it, for either may be first; OSError: it is done, or the child is gone
+        with contextlib.suppress(OSError):
             os.setpgid(self.pid, self.pid)
         os.close(gauge.tell)  # so that its end is seen when the child is gone
 

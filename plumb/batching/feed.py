@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from plumb.batching.layout import Batch, pack
-from plumb.batching.microbatches import Packing, plan
+from plumb.batching.microbatches import Packing, split_into_microbatches
 from plumb.data.examples import Lengths, lengths_of
 from plumb.data.tokenization import Example
 
@@ -59,7 +59,7 @@ class Feed:
         budget takes.
         """
         lengths, p = self.lengths[indices], self.packing
-        parts, microbatches = plan(lengths, p, at_least), []
+        parts, microbatches = split_into_microbatches(lengths, p, at_least), []
         for i in range(self.rank, len(parts), p.world_size):
             mine = parts[i]
             weight = float(len(mine) > 0)
@@ -76,14 +76,14 @@ class Feed:
 
     def ahead(
         self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1
-    ) -> Ahead:
+    ) -> Prefetcher:
         """The steps of these batches, prepared for `device` in a thread."""
-        return Ahead(
+        return Prefetcher(
             (self.step(indices, at_least) for indices in batches), pin=device.type == "cuda"
         )
 
 
-class Ahead(Iterator[Step]):
+class Prefetcher(Iterator[Step]):
     """The items of an iterator, each made in a thread while the one before is used.
 
     `waited_secs`: how long the last was waited for. An error in the thread is raised where its item

@@ -52,7 +52,7 @@ class Parts:
         return reduced
 
 
-def plan(lengths: Lengths, packing: Packing, at_least: int) -> Parts:
+def split_into_microbatches(lengths: Lengths, packing: Packing, at_least: int) -> Parts:
     """Cut a batch into microbatches, and each into one part per rank: indices into the batch, each
     index once.
 

@@ -65,7 +65,7 @@ def _text_at(row: RawRow, place: str) -> str | None:
         elif value is not None:
             raise row.error(
                 f"field '{place}' isn't there: '{key}' is looked for in {describe(value)}",
-                "mend or remove the row",
+                "fix or remove the row",
             )
     return None if value is None else row.check_text(value, place)
 

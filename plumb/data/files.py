@@ -116,7 +116,7 @@ class RawRow(NamedTuple):
         """
         if not isinstance(value, str):
             raise self.error(
-                f"field '{field}' is {describe(value)}, not a string", "mend or remove it"
+                f"field '{field}' is {describe(value)}, not a string", "fix or remove it"
             )
         if not value.isascii():
             try:
@@ -165,9 +165,8 @@ class RawRow(NamedTuple):
         )
         role_key, content_key = keys
         more = {}
-        if isinstance(
-            turn, dict
-        ):  # null: absent, as Parquet writes it into every message where one has the field
+        # null: absent, as Parquet writes it into every message where one has the field
+        if isinstance(turn, dict):
             more = {str(k): v for k, v in turn.items() if k not in keys and v is not None}
         if (
             not isinstance(turn, dict)
@@ -652,7 +651,7 @@ def _read_json(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iter
             else "nested too deeply"
         )
         raise UserError(
-            f"{file}, line {line}: not valid JSON: {problem}; mend or complete the file"
+            f"{file}, line {line}: not valid JSON: {problem}; fix or complete the file"
         ) from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]

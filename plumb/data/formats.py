@@ -355,7 +355,7 @@ def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
         if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
             raise row.error(
                 f"field '{field}[{i}]' is {describe(score)}, not a finite number",
-                f"mend or remove the {row.unit}",
+                f"fix or remove the {row.unit}",
             )
     return scores
 
@@ -610,7 +610,7 @@ def _rename(row: RawRow, field_map: Mapping[str, str]) -> RawRow:
         if theirs not in row.fields:
             raise row.error(
                 f"no field '{theirs}', which field_map.{ours} names (the row has: {row.names})",
-                "mend field_map",
+                "fix field_map",
             )
     if not field_map:
         return row
@@ -766,6 +766,6 @@ def shp_pair(row: RawRow) -> tuple[list[str], list[float], tuple[int, int]]:
     if label not in (0, 1):
         raise row.error(
             f"field 'labels' is {describe(label)}, not 1 (A preferred) or 0 (B preferred)",
-            "mend the row",
+            "fix the row",
         )
     return responses, scores, (0, 1) if label == 1 else (1, 0)

@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from plumb.console import plain, rank, rank0_print
+from plumb.console import rank, rank0_print, to_dict
 from plumb.data import (
     deepspeed_chat,  # noqa: F401  registers its sets
     splits,
@@ -34,7 +34,7 @@ from plumb.data.examples import (
 from plumb.data.files import digest
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, made_of, resolve
-from plumb.data.token_store import Recipe, TokenStore, find_or_make, fingerprint
+from plumb.data.token_store import StoreSpec, TokenStore, find_or_make, tokenizer_fingerprint
 from plumb.data.token_text import continued, decode
 from plumb.data.tokenization import Example, TextRules, automatic_bos, template_text
 from plumb.distributed import collectives
@@ -164,13 +164,13 @@ def token_stores(
     )
     local_dir = get_local_dir(config.local_dirs)
     bad_row = config.data_rules["bad_row"]
-    reading = Reading(plain(config.role_map), plain(config.split_names), bad_row, pairs)
+    reading = Reading(to_dict(config.role_map), to_dict(config.split_names), bad_row, pairs)
 
     def make() -> list[tuple[str, bool]]:
-        made, identity = [], fingerprint(tokenizer)
+        made, identity = [], tokenizer_fingerprint(tokenizer)
         for split, name in wanted:
             path, share = config.dataset_paths.get(name), shares[split]
-            field_map = plain(config.field_map) if name not in LOADERS else {}
+            field_map = to_dict(config.field_map) if name not in LOADERS else {}
             data = get_dataset(
                 name,
                 split,
@@ -183,8 +183,8 @@ def token_stores(
             inputs = made_of(name, split, str(local_dir), path, reading.choice(field_map))
             options = {"eval_share": share, "field_map": field_map, "path": path}
             options |= {"role_map": reading.role_map, "bad_row": bad_row}
-            recipe = Recipe(data, split, tokenizer, identity, rules, template, inputs, options)
-            folder, kept = find_or_make(recipe, local_dir / "token_cache", keep)
+            spec = StoreSpec(data, split, tokenizer, identity, rules, template, inputs, options)
+            folder, kept = find_or_make(spec, local_dir / "token_cache", keep)
             made.append((str(folder), kept))
         return made
 
@@ -196,7 +196,7 @@ def token_stores(
             f"local_dirs={list(config.local_dirs)}: rank {rank()} cannot read the token cache that"
             f" rank 0 made ({problem}); name a folder that all processes share"
         ) from None
-    collectives.meet()  # what is mapped stays readable when its files are gone
+    collectives.barrier()  # what is mapped stays readable when its files are gone
     for folder, kept in made:
         if not kept and rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -264,7 +264,7 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
         if stops:
             i, case = min(stops)
             raise UserError(
-                f"{some[i].source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; mend the"
+                f"{some[i].source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; fix the"
                 f" row, or set data_rules.{case}=drop or keep"
             )
         for case, is_case in found.items():

@@ -312,9 +312,8 @@ def made_of(
     else:
         functions, hub = [LOADERS[name].load], LOADERS[name].hub
         if hub:
-            with suppress(
-                UserError
-            ):  # which the loader is about to meet, unless it finds another way to the set
+            # which the loader is about to meet, unless it finds another way to the set
+            with suppress(UserError):
                 version = _source(hub, split, path, cache_dir, silent=False).version
         elif path:
             folder = Path(path).expanduser()

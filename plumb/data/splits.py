@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from plumb.console import plain
+from plumb.console import to_dict
 from plumb.data.examples import Examples
 from plumb.data.registry import resolve
 from plumb.errors import UserError
@@ -47,7 +47,7 @@ def weights(data_split: Any) -> tuple[Fraction, ...]:
 def is_data_split(value: Any) -> bool:
     """Is this a legal value of the knob: weights, or for each data set by its name?"""
     with suppress(ValueError, TypeError):
-        value = value if isinstance(value, str) else plain(value)
+        value = value if isinstance(value, str) else to_dict(value)
         return bool(
             [weights(each) for each in (value.values() if isinstance(value, dict) else [value])]
         )

@@ -72,16 +72,16 @@ class TokenStore:
     margins: np.ndarray
     targets: np.ndarray
 
-    def __init__(self, folder: Path, recipe: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, spec: dict[str, Any] | None = None):
         try:
             meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            if recipe is not None and meta["recipe"] != recipe:
+            if spec is not None and meta["recipe"] != spec:
                 raise ValueError("it was made of something else")
             for name, shape in COLUMNS.items():
                 dtype, n, checksum = meta["columns"][name]
                 column = _mapped(folder / f"{name}.bin", np.dtype(dtype), (n, *shape))
                 if (
-                    recipe is not None
+                    spec is not None
                     and hashlib.blake2b(column.data if n else b"").hexdigest() != checksum
                 ):
                     raise ValueError(f"{name}.bin has changed since it was written")
@@ -111,7 +111,7 @@ def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(np.memmap(file, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
 
 
-class Recipe(NamedTuple):
+class StoreSpec(NamedTuple):
     """All that decides about the token ids of one split of one data set."""
 
     data: DataSet  # not drawn yet
@@ -124,7 +124,7 @@ class Recipe(NamedTuple):
     options: dict[str, Any]  # what else the data set was asked for
 
 
-def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, bool]:
+def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, bool]:
     """The folder of the store: found under `root`, or made now. -> (folder, is it kept for later
     starts)
 
@@ -132,8 +132,8 @@ def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, b
     once. `keep` false: what is not found is made among the system's temporary files, for this run
     only. Prints one line.
     """
-    made_of = ingredients(recipe)
-    what = f"tokens of {recipe.data.name} ({recipe.split})"
+    made_of = ingredients(spec)
+    what = f"tokens of {spec.data.name} ({spec.split})"
     place = root / key(made_of) if made_of else None
     if place and place.exists():
         try:
@@ -152,7 +152,7 @@ def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, b
             _remove_what_was_left(root)
         folder = Path(tempfile.mkdtemp(prefix="tmp-", dir=root))
     try:
-        meta = _write(folder, recipe, made_of)
+        meta = _write(folder, spec, made_of)
         if place:
             with _writing(root):
                 _move(folder, place, made_of)
@@ -175,12 +175,12 @@ def find_or_make(recipe: Recipe, root: Path, keep: bool = True) -> tuple[Path, b
 # ---- what a store is made of ----
 
 
-def ingredients(recipe: Recipe) -> dict[str, Any] | None:
+def ingredients(spec: StoreSpec) -> dict[str, Any] | None:
     """What the token ids depend on, as JSON can hold it; None if that isn't known."""
-    if recipe.inputs is None:
+    if spec.inputs is None:
         return None
-    read, code = recipe.inputs
-    tokenizer, rules = recipe.tokenizer, recipe.rules
+    read, code = spec.inputs
+    tokenizer, rules = spec.tokenizer, spec.rules
     modules = (
         data_files,
         formats,
@@ -193,14 +193,14 @@ def ingredients(recipe: Recipe) -> dict[str, Any] | None:
     ours = [Path(str(module.__file__)) for module in modules]
     made_of = {
         "layout": LAYOUT,
-        "name": recipe.data.name,
-        "split": recipe.split,
-        **recipe.options,
+        "name": spec.data.name,
+        "split": spec.split,
+        **spec.options,
         "read": read,
         "bos": automatic_bos(tokenizer) if rules.add_bos else None,
         "eos_in_text": rules.eos_in_text,
-        "template": recipe.template or own_template(tokenizer),
-        "tokenizer": recipe.identity,
+        "template": spec.template or own_template(tokenizer),
+        "tokenizer": spec.identity,
         "code": _digest(*(file.read_bytes() for file in [*ours, Path(__file__), *code])),
         "libraries": [
             version(name)
@@ -214,7 +214,7 @@ def key(made_of: dict[str, Any]) -> str:
     return _digest(json.dumps(made_of, sort_keys=True).encode())
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the whole tokenizer, not of its name."""
     kind, splits = type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", False)
     special = json.dumps(
@@ -238,17 +238,17 @@ def _digest(*parts: bytes) -> str:
 # ---- writing ----
 
 
-def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict[str, Any]:
+def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dict[str, Any]:
     """Draw and tokenize the data set, a chunk at a time. -> meta.json"""
-    data = recipe.data
-    small = max(recipe.tokenizer.get_vocab().values(), default=0) < 2**16
+    data = spec.data
+    small = max(spec.tokenizer.get_vocab().values(), default=0) < 2**16
     dtypes = DTYPES | {"ids": "<u2" if small else "<i4"}
     n, checksums = dict.fromkeys(COLUMNS, 0), {name: hashlib.blake2b() for name in COLUMNS}
     n_rows, files = 0, dict[str, int]()
     with _writing(folder):
         out: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
     try:
-        chunks = encode(data, recipe.tokenizer, recipe.rules, recipe.template)
+        chunks = encode(data, spec.tokenizer, spec.rules, spec.template)
         for columns, n_drawn in _numbered(chunks, files):
             n_rows += n_drawn
             with _writing(folder):
@@ -259,7 +259,7 @@ def _write(folder: Path, recipe: Recipe, made_of: dict[str, Any] | None) -> dict
                     n[name] += len(array)
         meta = {
             "name": data.name,
-            "split": recipe.split,
+            "split": spec.split,
             "form": data.form,
             "truncation": data.truncation,
             "n_rows": n_rows,

@@ -17,7 +17,7 @@ T = TypeVar("T")
 timeout: timedelta | None = None  # how long a rank waits for another; set where the group is made
 
 
-def same_everywhere(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value
@@ -26,7 +26,7 @@ def same_everywhere(value: T) -> T:
     return box[0]
 
 
-class Talk:
+class ObjectGroup:
     """What ranks tell one another beside the training: in an order of its own, and waiting for as
     long as it takes.
 
@@ -70,15 +70,15 @@ def from_rank0(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it
     likes.
     """
-    return _talk(dist.group.WORLD if dist.is_initialized() else None).from_rank0(make)
+    return _object_group(dist.group.WORLD if dist.is_initialized() else None).from_rank0(make)
 
 
 @cache
-def _talk(world: dist.ProcessGroup | None) -> Talk:
-    return Talk()
+def _object_group(world: dist.ProcessGroup | None) -> ObjectGroup:
+    return ObjectGroup()
 
 
-def agree(values: list[float]) -> list[float]:
+def all_reduce_max(values: list[float]) -> list[float]:
     """The highest of all ranks' values, one by one: what is to be done next, in a few bytes between
     hosts.
     """
@@ -95,7 +95,7 @@ def _on_the_cpu(world: dist.ProcessGroup) -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
-def meet() -> None:
+def barrier() -> None:
     """No rank goes on before all are here."""
     if dist.is_initialized():
         dist.barrier()
@@ -105,7 +105,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_all(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Every rank's value, on every rank."""
     if not dist.is_initialized():
         return [value]

@@ -77,9 +77,8 @@ def _handle(number: int, _frame: Any) -> None:
     again = _Signals.requested
     _Signals.requested = _Signals.requested or number
     if not _Signals.gentle:
-        if (
-            again
-        ):  # a terminal and a launcher may both pass one on, while the first is being handled
+        # a terminal and a launcher may both pass one on, while the first is being handled
+        if again:
             if time.monotonic() - _Signals.at > 1:
                 os._exit(exit_code(again))
             return
@@ -326,7 +325,7 @@ def _spawned(
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         _work(index, worker, arguments, timeout, store=store, rank=index, world_size=n)
     except (UserError, Stopped) as error:
-        text = console.said(error)  # short: a pipe takes 64 KiB before somebody reads
+        text = console.one_line(error)  # short: a pipe takes 64 KiB before somebody reads
         said.put(
             (index, Stopped(error.code, text) if isinstance(error, Stopped) else type(error)(text))
         )

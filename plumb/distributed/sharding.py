@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from plumb.distributed.collectives import from_all
+from plumb.distributed.collectives import all_gather_object
 from plumb.errors import UserError
 
 # It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which is
@@ -31,7 +31,7 @@ from plumb.errors import UserError
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let every parameter be this rank's part of it again; FSDP leaves some gathered after a
     forward pass.
     """
@@ -133,9 +133,8 @@ class Layout:
         # What is outside of blocks (embedding, head) stays gathered from forward to backward pass,
         # where there is one.
         fully_shard(model, reshard_after_forward=None if trained else True, **how)
-        for unit in sharded_modules(
-            model
-        ):  # ranks' losses are parts of one sum: gradients are summed, not averaged
+        # ranks' losses are parts of one sum: gradients are summed, not averaged
+        for unit in sharded_modules(model):
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_gradient_divide_factor(1.0)
 
@@ -205,17 +204,17 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
             .tolist()
         )
         bad = next((name for (name, _), fine in zip(mine, finite, strict=True) if not fine), None)
-    return next((name for name in from_all(bad) if name is not None), None)
+    return next((name for name in all_gather_object(bad) if name is not None), None)
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank. Every rank must call it."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -295,7 +294,7 @@ def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor 
     seen: dict[int, Tensor | None] = {}
     for name, tensor in items:
         if id(tensor) not in seen:
-            full = whole(tensor.detach())
+            full = full_tensor(tensor.detach())
             seen[id(tensor)] = (
                 full.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
             )
@@ -319,7 +318,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     )
     squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
     kind = next((t.device_mesh.device_type for t in tensors if isinstance(t, DTensor)), None)
-    return (squares if kind is None else total(squares.to(kind))).sqrt()
+    return (squares if kind is None else all_reduce_sum(squares.to(kind))).sqrt()
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -341,7 +340,7 @@ def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer)
     """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank
     must call it.
     """
-    settle(model)
+    reshard(model)
     names = {p: name for name, p in model.named_parameters()}
     state: dict[str, dict[str, Any]] = {
         names[cast(nn.Parameter, p)]: dict(x) for p, x in optimizer.state.items()

@@ -77,7 +77,7 @@ def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
     return plan
 
 
-def cut_over(
+def shard_tensor_parallel(
     model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apart: Collection[nn.Module] = ()
 ) -> None:
     """Make every parameter a DTensor on `mesh`, cut as the plan says, or whole, as those of `apart`

@@ -32,11 +32,11 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from plumb.console import plain, quiet, rank0_print
+from plumb.console import quiet, rank0_print, to_dict
 from plumb.errors import StorageError, UnsafeFile, UserError
 from plumb.losses.registry import build_loss
 from plumb.models import sharded_load
-from plumb.models.find import Found, find_model, open_model, template_of
+from plumb.models.find import ModelRef, find_model, open_model, template_of
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
 from plumb.models.model_card import card
@@ -67,7 +67,7 @@ class Weight(NamedTuple):
 
 
 def export(
-    found: Found,
+    ref: ModelRef,
     out: Path,
     *,
     dtype: str | None = None,
@@ -83,36 +83,35 @@ def export(
     `check`: load it with transformers and compare. Raises UserError for what cannot be exported or
     written, and leaves nothing.
     """
-    if found.archive is None:
+    if ref.archive is None:
         raise UserError(
-            f"{found.name}: a model's folder or name already; give a policy.pt, a checkpoint or"
-            " a run"
+            f"{ref.name}: a model's folder or name already; give a policy.pt, a checkpoint or a run"
         )
-    if found.scalar and (found.config.get("loss") or {}).get("read") == "mean":
+    if ref.scalar and (ref.config.get("loss") or {}).get("read") == "mean":
         raise UserError(
-            f"{found.name}: it was trained with loss.read=mean, and transformers reads a score at"
+            f"{ref.name}: it was trained with loss.read=mean, and transformers reads a score at"
             " the last token; train with loss.read=last, or score with score.py"
         )
     out = out.resolve()  # "." has no name beside which to write
-    if out.exists() and not (overwrite and _replaceable(out, found)):
+    if out.exists() and not (overwrite and _replaceable(out, ref)):
         fix = "; --overwrite replaces an exported folder only" if overwrite else ", or --overwrite"
         raise UserError(f"--out {out}: is there already; give another name{fix}")
-    state = load_policy_state(str(found.archive))
-    hf_config, tokenizer = load_config(found.config), load_tokenizer(found.config)
-    set_template(tokenizer, template_of(found, chat_template, tokenizer))
-    pad = use_pad_of_its_own(tokenizer) if found.scalar else 0
-    weights = [*weights_of(found, hf_config, state, DTYPES[dtype] if dtype else None, pad)]
+    state = load_policy_state(str(ref.archive))
+    hf_config, tokenizer = load_config(ref.config), load_tokenizer(ref.config)
+    set_template(tokenizer, template_of(ref, chat_template, tokenizer))
+    pad = use_pad_of_its_own(tokenizer) if ref.scalar else 0
+    weights = [*weights_of(ref, hf_config, state, DTYPES[dtype] if dtype else None, pad)]
     partial_out = out.with_name(f".{out.name}.partial")
     try:
         durable_files.begin(partial_out)
         hf_config.save_pretrained(partial_out)
         tokenizer.save_pretrained(partial_out)
-        if not found.scalar:
-            generation_config(found.config, hf_config, tokenizer).save_pretrained(partial_out)
-        (partial_out / "README.md").write_text(card(found, hf_config, tokenizer), encoding="utf-8")
+        if not ref.scalar:
+            generation_config(ref.config, hf_config, tokenizer).save_pretrained(partial_out)
+        (partial_out / "README.md").write_text(card(ref, hf_config, tokenizer), encoding="utf-8")
         write_shards(partial_out, weights, max_shard_gb * GB)
         if check:
-            compare(found, partial_out, dtype)
+            compare(ref, partial_out, dtype)
         if out.exists():
             durable_files.remove(out)
         durable_files.rename(partial_out, out)
@@ -125,7 +124,7 @@ def export(
         with suppress(OSError):
             durable_files.remove(partial_out)
     rank0_print(
-        f"exported {found.archive} to {out}: {hf_config.architectures[0]},"
+        f"exported {ref.archive} to {out}: {hf_config.architectures[0]},"
         f" {sum(w.bytes for w in weights) / GB:.2f} GB"
     )
 
@@ -146,17 +145,17 @@ def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UserError(
-            f"the chat template is not jinja: line {error.lineno}: {error}; mend it"
+            f"the chat template is not jinja: line {error.lineno}: {error}; fix it"
         ) from None
     except TemplateError:  # its own raise_exception: it wants other turns
         pass
 
 
-def _replaceable(folder: Path, found: Found) -> bool:
+def _replaceable(folder: Path, ref: ModelRef) -> bool:
     """A model's folder, with neither what this was trained from in it, nor the policy.pt."""
-    assert found.archive is not None
-    base = found.config.model.name_or_path
-    sources = [found.archive, *([Path(base).expanduser()] if base else [])]
+    assert ref.archive is not None
+    base = ref.config.model.name_or_path
+    sources = [ref.archive, *([Path(base).expanduser()] if base else [])]
     return (folder / "config.json").is_file() and not any(
         s.resolve().is_relative_to(folder.resolve()) for s in sources
     )
@@ -170,10 +169,10 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     out, what = run_dir / "hf", f"export={config.export}"
     if out.exists() and not (out / "config.json").is_file():
         raise UserError(f"{what}: {out} is there already and no model's folder; move it away")
-    scalar = build_loss(plain(config.loss)).reads == "scores"
-    found = Found(str(run_dir), config, None, run_dir, scalar)
+    scalar = build_loss(to_dict(config.loss)).reads == "scores"
+    ref = ModelRef(str(run_dir), config, None, run_dir, scalar)
     hf_config, tokenizer = load_config(config), load_tokenizer(config)
-    set_template(tokenizer, template_of(found, None, tokenizer))
+    set_template(tokenizer, template_of(ref, None, tokenizer))
     if type(hf_config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
             f"{what}: the code of this model ({hf_config.model_type}) is not part of transformers,"
@@ -187,7 +186,7 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=there), tempfile.TemporaryDirectory() as folder:
             pad = use_pad_of_its_own(tokenizer) if scalar else 0
-            for _ in weights_of(found, hf_config, model.state_dict(keep_vars=True), None, pad):
+            for _ in weights_of(ref, hf_config, model.state_dict(keep_vars=True), None, pad):
                 pass
             hf_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -222,7 +221,11 @@ def export_run(run_dir: Path) -> None:
 
 
 def weights_of(
-    found: Found, hf_config: Any, state: Mapping[str, Tensor], dtype: torch.dtype | None, pad: int
+    ref: ModelRef,
+    hf_config: Any,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    pad: int,
 ) -> Iterator[Weight]:
     """All that the folder's files hold, by the names that transformers gives them there; tied
     weights once.
@@ -230,18 +233,18 @@ def weights_of(
     Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is
     not this model's.
     """
-    what = f"model.archive={found.archive}"
+    what = f"model.archive={ref.archive}"
     stored_state = Weights(state, archive=True)
     model = sharded_load.blank(hf_config, stored_state, AutoModelForCausalLM.from_config)
-    head = put_scalar_head(model) if found.scalar else ""
+    head = put_scalar_head(model) if ref.scalar else ""
     try:
         source = sharded_load.stored_source(model, stored_state, strict=True)
-    except sharded_load.Misfit as error:
+    except sharded_load.WeightMismatch as error:
         raise UserError(
             f"{what}: {error}; give the model that it was trained from with --base"
         ) from None
     stored = dtype or stored_dtype(state)
-    if found.scalar:
+    if ref.scalar:
         model, grown = as_classifier(model, head, hf_config, pad), {embedding_name(model)}
     else:
         grown = set[str]()
@@ -428,7 +431,7 @@ def generation_config(
 
 
 @torch.no_grad()
-def compare(found: Found, folder: Path, dtype: str | None) -> None:
+def compare(ref: ModelRef, folder: Path, dtype: str | None) -> None:
     """Raise UnsafeFile unless transformers reads the folder as the same model: logits, or scores,
     of two texts in float32. Holds one model at a time.
     """
@@ -437,15 +440,15 @@ def compare(found: Found, folder: Path, dtype: str | None) -> None:
     texts = [PROBE, PROBE.partition("\n")[0]]
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts]
-    config = copy.deepcopy(found.config)
+    config = copy.deepcopy(ref.config)
     config.model.policy_dtype = stored
-    original: Any = open_model(found._replace(config=config), "cpu").model.float()
+    original: Any = open_model(ref._replace(config=config), "cpu").model.float()
     expected = [original(torch.tensor([row])).logits[0] for row in ids]
     del original
     gc.collect()  # its modules know each other
-    kind = AutoModelForSequenceClassification if found.scalar else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if ref.scalar else AutoModelForCausalLM
     exported: Any = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    if found.scalar:
+    if ref.scalar:
         batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         off = max(
             float((a - b[-1]).abs().max())

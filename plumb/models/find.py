@@ -28,7 +28,7 @@ from plumb.runs.policy_file import load_policy_state, resolve_archive
 from plumb.runs.safe_yaml import check_config_file
 
 
-class Found(NamedTuple):
+class ModelRef(NamedTuple):
     """Where a model is, before it is loaded."""
 
     name: str  # as the user gave it
@@ -42,15 +42,15 @@ class Found(NamedTuple):
 class Opened(NamedTuple):
     """A frozen model on its device, in eval mode."""
 
-    found: Found
-    # a causal LM; with a scalar head (see models/scalar_head.py) if `found.scalar`
+    ref: ModelRef
+    # a causal LM; with a scalar head (see models/scalar_head.py) if `ref.scalar`
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 def find_model(
     name: str, base: str | None = None, tokenizer: str | None = None, dtype: str | None = None
-) -> Found:
+) -> ModelRef:
     """Find out what `name` is. `base`: the model that a policy.pt without a config.yaml was trained
     from; it and `tokenizer` go before what the run says. `dtype`: of the weights; None: float32.
 
@@ -107,7 +107,7 @@ def find_model(
         if archive
         else is_classifier(load_config(config))
     )
-    return Found(name, config, archive, run_dir, scalar)
+    return ModelRef(name, config, archive, run_dir, scalar)
 
 
 def _config_of(run_dir: Path) -> DictConfig:
@@ -125,11 +125,8 @@ def _config_of(run_dir: Path) -> DictConfig:
             f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base"
             " NAME_OR_PATH"
         ) from None
-    for knob in (
-        "name_or_path",
-        "tokenizer_name_or_path",
-        "archive",
-    ):  # relative to where it was started: here, most often
+    # relative to where it was started: here, most often
+    for knob in ("name_or_path", "tokenizer_name_or_path", "archive"):
         if (
             (given := config.model.get(knob))
             and not Path(given).exists()
@@ -142,31 +139,29 @@ def _config_of(run_dir: Path) -> DictConfig:
     return config
 
 
-def start_of(found: Found) -> DictConfig:
+def start_of(ref: ModelRef) -> DictConfig:
     """What the run of a policy started from, as load_policy takes it: its reference. UserError for
     a model that is of no run.
     """
-    if found.run_dir is None:
+    if ref.run_dir is None:
         raise UserError(
-            f"{found.name}: no run of it is known, so neither is its reference; give --reference"
+            f"{ref.name}: no run of it is known, so neither is its reference; give --reference"
             " MODEL"
         )
-    config = copy.deepcopy(found.config)
-    config.model.archive = _config_of(found.run_dir).model.get("archive")
+    config = copy.deepcopy(ref.config)
+    config.model.archive = _config_of(ref.run_dir).model.get("archive")
     return config
 
 
-def open_model(found: Found, device: str | None = None) -> Opened:
+def open_model(ref: ModelRef, device: str | None = None) -> Opened:
     """Load what was found, on `device` (None: the GPU if there is one, else the CPU). UserError for
     one that is not there.
     """
     check_device(device)
-    found.config.device = device
-    tokenizer = load_tokenizer(found.config)
-    model: Any = load_policy(found.config, scalar=found.scalar)
-    return Opened(
-        found, model.to(pick_device(found.config)).eval().requires_grad_(False), tokenizer
-    )
+    ref.config.device = device
+    tokenizer = load_tokenizer(ref.config)
+    model: Any = load_policy(ref.config, scalar=ref.scalar)
+    return Opened(ref, model.to(pick_device(ref.config)).eval().requires_grad_(False), tokenizer)
 
 
 def check_device(device: str | None) -> None:
@@ -180,8 +175,8 @@ def check_device(device: str | None) -> None:
         ) from None
 
 
-def template_of(found: Found, given: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_of(ref: ModelRef, given: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
-    named = given or found.config.get("chat_template")
-    whose = f"--chat-template {given}" if given else f"{found.name}: its chat template {named}"
+    named = given or ref.config.get("chat_template")
+    whose = f"--chat-template {given}" if given else f"{ref.name}: its chat template {named}"
     return template_text(named, whose, tokenizer)

@@ -16,7 +16,7 @@ DTYPES = {
 }
 
 
-class Way(NamedTuple):
+class ForwardPath(NamedTuple):
     """How a model's log-probabilities are computed."""
 
     packed: bool  # trees in one row, or one response to a padded row
@@ -30,10 +30,10 @@ class Way(NamedTuple):
         )
 
 
-ORACLE = Way(packed=False, plain_head=False)
+PLAIN_PATH = ForwardPath(packed=False, plain_head=False)
 
 
-def allow_trees(model: Any) -> None:
+def use_tree_attention(model: Any) -> None:
     """Let `model` take segments (see models/tree_attention.py), if its attention is one that can be
     exchanged for ours.
     """

@@ -28,8 +28,8 @@ from plumb.distributed import collectives, sharding
 from plumb.errors import UserError
 from plumb.models import tree_attention
 from plumb.models.chunked_head import token_logps
-from plumb.models.forward_path import Way
-from plumb.models.logps import head_on, packed_inputs
+from plumb.models.forward_path import ForwardPath
+from plumb.models.logps import lm_head_at_positions, packed_inputs
 from plumb.models.scalar_head import scores
 
 # positions of a response that are compared, spread over its length: their logits must fit in memory
@@ -113,10 +113,10 @@ def keeps_logits(model: Any, precision: Callable[[], AbstractContextManager]) ->
         return given[None].to(hidden.device)
 
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    with precision(), head_on(model, torch.arange(3, device=device), None, ramp):
+    with precision(), lm_head_at_positions(model, torch.arange(3, device=device), None, ramp):
         logits = model(input_ids=ids, use_cache=False).logits
     same = torch.equal(logits[0].float().cpu(), given[:, : logits.shape[-1]])
-    return all(collectives.from_all(same))
+    return all(collectives.all_gather_object(same))
 
 
 def plain_head(model: Any, precision: Callable[[], AbstractContextManager]) -> tuple[bool, str]:
@@ -236,7 +236,9 @@ class Prober(NamedTuple):
         handle = self.model.get_input_embeddings().register_forward_hook(leaf)
         try:
             with torch.set_grad_enabled(self.gradients), self.precision.context():
-                with head_on(self.model, positions, targets if head_in_chunks else None):
+                with lm_head_at_positions(
+                    self.model, positions, targets if head_in_chunks else None
+                ):
                     output = self.model(**inputs, use_cache=False).logits[0]  # [n, 1], or [n, V]
                 one = head_in_chunks or scores(self.model)
                 values = output[:, 0] if one else token_logps(output, targets)
@@ -246,7 +248,7 @@ class Prober(NamedTuple):
                 (gradient,) = torch.autograd.grad((values * signs).sum(), embeddings[0])
         finally:
             handle.remove()
-            sharding.settle(self.model)
+            sharding.reshard(self.model)
         return values.detach().double().cpu(), None if gradient is None else gradient.double().cpu()
 
     def alone(self, example: Example) -> Alone:
@@ -370,19 +372,19 @@ def compared_tokens(response: np.ndarray) -> np.ndarray:
 def worst_of(distances: Sequence[Distance]) -> Distance:
     """Return the largest of each, over all ranks; what is not a number is infinite."""
     values = torch.tensor(distances, dtype=torch.float64).nan_to_num(nan=torch.inf).amax(0)
-    return Distance(*(max(collectives.from_all(float(value))) for value in values))
+    return Distance(*(max(collectives.all_gather_object(float(value))) for value in values))
 
 
-def choose_way(
+def choose_forward_path(
     model: Any,
     *,
     device: torch.device,
     longest: int,
     vocabulary: np.ndarray,
-    row_tokens: Callable[[Way], int],
+    row_tokens: Callable[[ForwardPath], int],
     precisions: Sequence[Precision],
     gradients: bool,
-) -> tuple[Way, str]:
+) -> tuple[ForwardPath, str]:
     """Return the fastest layout that gives this model's own values, and a line that says why it was
     chosen.
 
@@ -393,7 +395,7 @@ def choose_way(
     """
     check_rope(model.config, longest)
     head_in_chunks, why_own_head = plain_head(model, precisions[0].context)
-    packed, padded = Way(True, head_in_chunks), Way(False, head_in_chunks)
+    packed, padded = ForwardPath(True, head_in_chunks), ForwardPath(False, head_in_chunks)
     unit = "" if scores(model) else " nats per token"
     why = cannot_pack(model)
     if why is None:
@@ -428,7 +430,7 @@ def choose_way(
 
 def try_layout(
     model: Any,
-    way: Way,
+    forward_path: ForwardPath,
     rows: Sequence[Row],
     device: torch.device,
     precisions: Sequence[Precision],
@@ -445,15 +447,21 @@ def try_layout(
     for precision in precisions:
         prober = Prober(model, device, precision, gradients and precision is precisions[-1])
         truths = {id(tree): prober.alone(tree) for tree in trees}
-        if way.packed:
+        if forward_path.packed:
             # A full microbatch without gradients: they would take as much time as a second one.
             full = prober._replace(gradients=False)
             distances = [
-                p.packed(row, [truths[id(row.examples[i])] for i in row.compared], way.plain_head)
+                p.packed(
+                    row,
+                    [truths[id(row.examples[i])] for i in row.compared],
+                    forward_path.plain_head,
+                )
                 for p, row in zip((prober, prober, full), rows, strict=True)
             ]
         else:
-            distances = [prober.padded(tree, truths[id(tree)], way.plain_head) for tree in trees]
+            distances = [
+                prober.padded(tree, truths[id(tree)], forward_path.plain_head) for tree in trees
+            ]
         off = worst_of(distances)
         worst.append(off)
         fixed = precision.dtype.itemsize >= 4

@@ -26,13 +26,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from plumb.console import plain, rank0_print
+from plumb.console import rank0_print, to_dict
 from plumb.data.tokenization import Example, named_templates, trees_of
 from plumb.distributed import sharding, tensor_parallel
 from plumb.errors import UnsafeFile, UserError
 from plumb.models import sharded_load, source_trust
 from plumb.models.blocks import block_class
-from plumb.models.forward_path import DTYPES, allow_trees
+from plumb.models.forward_path import DTYPES, use_tree_attention
 from plumb.models.scalar_head import (
     HEADS,
     ScalarHead,
@@ -71,7 +71,7 @@ def load_config(config: DictConfig) -> Any:
     spec, name = config.model, config.model.name_or_path
     with _model_errors(config):
         if spec.architecture:
-            hf_config = AutoConfig.for_model(**plain(spec.architecture))
+            hf_config = AutoConfig.for_model(**to_dict(spec.architecture))
         else:
             hf_config = AutoConfig.from_pretrained(
                 **_source(name), **source_trust.pinned(spec, name)
@@ -133,7 +133,7 @@ def load_policy(
         put_scalar_head(model, config.seed)
     _check_finite(model, f"model.archive={spec.archive}" if spec.archive else _origin(config))
     if layout is None:
-        allow_trees(model)
+        use_tree_attention(model)
     return model
 
 
@@ -160,9 +160,8 @@ def load_reference(
     """
     if layout is None:
         reference: Any = copy.deepcopy(policy)
-        for p in (
-            reference.parameters()
-        ):  # not buffers: rotary frequencies stay in float32, as transformers loads them
+        # not buffers: rotary frequencies stay in float32, as transformers loads them
+        for p in reference.parameters():
             p.data = p.data.to(dtype or p.dtype)
         return reference.eval().requires_grad_(False)
     with sharded_load.parameters_on_meta():
@@ -171,7 +170,7 @@ def load_reference(
         )
     reference.generation_config = policy.generation_config
     reference.eval().requires_grad_(False)
-    allow_trees(reference)
+    use_tree_attention(reference)
     buffers = dict(policy.named_buffers())
     for name, buffer in reference.named_buffers():
         buffer.data = buffers[name].clone()
@@ -259,7 +258,7 @@ def _load_sharded(
             )
         if scalar and not scores(model):
             weights = _with_new_head(model, weights, config.seed)
-        allow_trees(model)
+        use_tree_attention(model)
         return _placed(model, config, layout, weights)
 
 
@@ -316,7 +315,7 @@ def _stored(
         _read_generation_config(model, source)
         spare = {f"{head}.weight" for head in HEADS} if scalar else set[str]()
         return model, sharded_load.stored_source(model, stored, strict=False, apart=spare)
-    except sharded_load.Misfit as error:
+    except sharded_load.WeightMismatch as error:
         if spec.archive:
             raise UserError(
                 f"model.archive={spec.archive}: {error}; give the model that it was trained from"
@@ -348,7 +347,7 @@ def _placed(
     """A model without values, cut over the ranks and filled."""
     apart = [module for module in model.modules() if isinstance(module, ScalarHead)]
     if layout.tp_size > 1:
-        tensor_parallel.cut_over(model, layout.tp_mesh, config.model.tp_plan, apart)
+        tensor_parallel.shard_tensor_parallel(model, layout.tp_mesh, config.model.tp_plan, apart)
     layout.shard(
         model,
         block_class(model, config.model.block_name),
@@ -434,9 +433,8 @@ def _from_files(
         model, info = _filled(
             AutoModelForCausalLM, hf_config, stored, dtype, _code(source), device_map
         )
-    if absent := sorted(
-        {*info["missing_keys"]} - {f"{head}.weight" for head in spare}
-    ):  # which transformers drew at random
+    # which transformers drew at random
+    if absent := sorted({*info["missing_keys"]} - {f"{head}.weight" for head in spare}):
         raise UserError(
             f"model.name_or_path={name}: its files hold no {absent[0]} ({len(absent)} are missing),"
             f" so it is no whole {type(model).__name__}; give a causal LM"
@@ -492,7 +490,7 @@ def _from_archive(
     blank = sharded_load.blank(hf_config, state, _builder(**_code(code)))
     try:
         sharded_load.stored_source(blank, state, strict=True)
-    except sharded_load.Misfit as error:
+    except sharded_load.WeightMismatch as error:
         raise UserError(
             f"model.archive={archive}: {error}; give the model that it was trained from"
         ) from None
@@ -601,12 +599,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
         plain = AutoModelForCausalLM.from_config(hf_config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    for (
-        name,
-        buffer,
-    ) in (
-        model.named_buffers()
-    ):  # non-persistent ones (rotary frequencies) are not in the state dict
+    # non-persistent ones (rotary frequencies) are not in the state dict
+    for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
         plain.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
     plain.generation_config = model.generation_config

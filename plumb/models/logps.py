@@ -19,22 +19,23 @@ from plumb.data.examples import ranges
 from plumb.losses.contract import Logps, Scores
 from plumb.models import tree_attention
 from plumb.models.chunked_head import linear_logps, token_logps
-from plumb.models.forward_path import Way
+from plumb.models.forward_path import ForwardPath
 
 
-def response_logps(model: Any, batch: Batch, way: Way) -> Logps:
+def response_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Logps:
     """Sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]
 
     The head runs on the N scored positions only, so that no [T, V] tensor exists.
     """
-    inputs, padded = _inputs(batch, way)
-    with head_on(
+    inputs, padded = _inputs(batch, forward_path)
+    with lm_head_at_positions(
         model,
         batch.scored if padded is None else padded.scored,
-        batch.targets if way.plain_head else None,
+        batch.targets if forward_path.plain_head else None,
     ):
         output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
-    logps = output[0, :, 0] if way.plain_head else token_logps(output[0], batch.targets)  # [N]
+    # [N]
+    logps = output[0, :, 0] if forward_path.plain_head else token_logps(output[0], batch.targets)
     tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
     return Logps(sums_by_response(logps, batch), tokens)
 
@@ -61,20 +62,20 @@ def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
     return rows.view(-1, longest).sum(1).to(logps.dtype)
 
 
-def response_scores(model: Any, batch: Batch, way: Way) -> Scores:
+def response_scores(model: Any, batch: Batch, forward_path: ForwardPath) -> Scores:
     """Scores of a model with a scalar head (models/scalar_head.py) at all response tokens.  ->
     Scores of [R]
 
     Where a response ends is known from its length: no token id is searched for, and PAD may be EOS.
     One without a token has the score of its prompt.
     """
-    inputs, padded = _inputs(batch, way)
+    inputs, padded = _inputs(batch, forward_path)
     device, (start, n_prompt, own, n) = batch.input_ids.device, batch.spans.T  # [R] each
     if padded is not None:
         start = np.arange(len(n)) * padded.input_ids.shape[1]
         own = start + n_prompt
     own, count = np.where(n > 0, own, start + n_prompt - 1), np.maximum(n, 1)
-    with head_on(model, torch.from_numpy(ranges(own, count)).to(device), None):
+    with lm_head_at_positions(model, torch.from_numpy(ranges(own, count)).to(device), None):
         values = model(**inputs, use_cache=False).logits[0, :, 0]  # [sum of counts]
     first = count.cumsum() - count
     at = first[:, None] + np.minimum(np.arange(count.max()), count[:, None] - 1)  # [R, L]
@@ -92,7 +93,7 @@ def packed_inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
-def read_hidden(model: Any, batch: Batch, way: Way, read: str) -> Tensor:
+def read_hidden(model: Any, batch: Batch, forward_path: ForwardPath, read: str) -> Tensor:
     """What a scalar head reads at each response's last token, or with `read` "mean" the mean over
     its tokens.  -> [R, d]
     """
@@ -101,7 +102,7 @@ def read_hidden(model: Any, batch: Batch, way: Way, read: str) -> Tensor:
         lambda head, inputs, score: seen.append(inputs[0][0])
     )
     try:
-        response_scores(model, batch, way)
+        response_scores(model, batch, forward_path)
     finally:
         handle.remove()
     (hidden,) = seen  # [N, d], all tokens of one response after the other's
@@ -111,16 +112,16 @@ def read_hidden(model: Any, batch: Batch, way: Way, read: str) -> Tensor:
     return hidden[(count.cumsum(0) - 1).to(hidden.device)]
 
 
-def _inputs(batch: Batch, way: Way) -> tuple[dict[str, Any], Padded | None]:
+def _inputs(batch: Batch, forward_path: ForwardPath) -> tuple[dict[str, Any], Padded | None]:
     """What the model is given, and the padded rows, where it is these."""
-    if way.packed:
+    if forward_path.packed:
         return packed_inputs(batch), None
     padded = unfold(batch, 0)
     return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}, padded
 
 
 @contextmanager
-def head_on(
+def lm_head_at_positions(
     model: Any,
     positions: Tensor,
     targets: Tensor | None,

@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from plumb.console import redacted
-from plumb.models.find import Found
+from plumb.models.find import ModelRef
 from plumb.runs.checkpoints import Damaged, Manifest, read_manifest
 from plumb.runs.history import Link, chain, read_config
 
@@ -67,14 +67,14 @@ def public(value: Any) -> Any:
     return redacted(value)
 
 
-def card(found: Found, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def card(ref: ModelRef, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """README.md of an exported folder: how to use it, what it was trained on, how it did, where it
     comes from.
     """
-    assert found.archive is not None
-    chain, spec = stages(found.archive), found.config.model
+    assert ref.archive is not None
+    chain, spec = stages(ref.archive), ref.config.model
     first = chain[0]
-    name = found.run_dir.name if found.run_dir else found.archive.stem
+    name = ref.run_dir.name if ref.run_dir else ref.archive.stem
     base = (
         public(spec.name_or_path)
         if spec.name_or_path
@@ -83,7 +83,7 @@ def card(found: Found, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> st
     on_hub = spec.name_or_path and not Path(spec.name_or_path).expanduser().exists()
     head = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification" if found.scalar else "text-generation",
+        "pipeline_tag": "text-classification" if ref.scalar else "text-generation",
         **({"base_model": spec.name_or_path} if on_hub else {}),
         "tags": [first.loss],
     }
@@ -95,7 +95,7 @@ def card(found: Found, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> st
             f"Licence: see {f'the base model ({base})' if spec.name_or_path else 'who trained it'};"
             " the data sets have their own."
         ),
-        "## Use\n\n" + (_scoring(tokenizer) if found.scalar else _answering(tokenizer)),
+        "## Use\n\n" + (_scoring(tokenizer) if ref.scalar else _answering(tokenizer)),
     ]
     if data := {
         key: public(first.config[key])

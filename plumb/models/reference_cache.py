@@ -63,14 +63,14 @@ def weights_digest(model: nn.Module) -> str:
     found: list[tuple[str, bytes]] = []
     with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
         for i, (name, tensor) in enumerate(sorted(model.state_dict(keep_vars=True).items())):
-            whole = sharding.whole(tensor.detach())
+            whole = sharding.full_tensor(tensor.detach())
             if i % world == me:
                 if len(hashing) == n_threads:
                     found.append(hashing.popleft().result())
                 hashing.append(pool.submit(one, name, whole))
             del whole
     found += [waiting.result() for waiting in hashing]
-    of_all = sorted(digest for part in collectives.from_all(found) for digest in part)
+    of_all = sorted(digest for part in collectives.all_gather_object(found) for digest in part)
     return hashlib.blake2b(b"".join(digest for _, digest in of_all)).hexdigest()[:32]
 
 
@@ -149,7 +149,7 @@ def digests_of_all(examples: Sequence[Example], indices: np.ndarray) -> np.ndarr
     every rank must call it.
     """
     share = np.array_split(indices, collectives.world_size())[rank()]
-    return np.concatenate(collectives.from_all(response_digests(select(examples, share))))
+    return np.concatenate(collectives.all_gather_object(response_digests(select(examples, share))))
 
 
 class ReferenceCache:

@@ -38,7 +38,7 @@ Source = Callable[[str, Where], Tensor]
 LARGE = 1 << 16  # numbers; a smaller parameter may be kept as it is
 
 
-class Misfit(Exception):
+class WeightMismatch(Exception):
     """What a source holds is not what the model wants."""
 
 
@@ -220,7 +220,7 @@ def stored_source(
         try:
             made = conversion.run(model, lambda key: torch.empty(weights.shape(key), device="meta"))
         except Exception as error:  # whatever an operation says of tensors that it does not expect
-            raise Misfit(
+            raise WeightMismatch(
                 f"not the weights of this {type(model).__name__} ({conversion.name} cannot be made"
                 f" of what is stored: {str(error).partition(chr(10))[0][:80]})"
             ) from None
@@ -235,7 +235,7 @@ def stored_source(
 
     def refuse(what: str, found: list[str]) -> None:
         if found:
-            raise Misfit(
+            raise WeightMismatch(
                 f"not the weights of this {type(model).__name__} ({len(found)} {what}, e.g."
                 f" {sorted(found)[0]})"
             )
@@ -270,7 +270,7 @@ def shards_source(model: nn.Module) -> Source:
 # ---- random weights ----
 
 
-class Room:
+class ScratchBuffer:
     """Memory for one tensor at a time: taken anew for each, the pieces that small things leave
     would never fit the next.
     """
@@ -298,7 +298,7 @@ class Initialisation(TorchDispatchMode):
         self.notes: dict[
             int, list[tuple[Any, ...]]
         ] = {}  # storage -> (what, view, arguments, random state before)
-        self.room = Room()
+        self.room = ScratchBuffer()
         self.alive: list[Tensor] = []  # or a storage's number might come again
 
     def __enter__(self):
@@ -328,9 +328,8 @@ class Initialisation(TorchDispatchMode):
         arguments = args[1:]
         state = None
         notes = self.notes[_storage(target)]
-        if (
-            torch.Tag.nondeterministic_seeded in what.tags
-        ):  # drawn for nothing, but for the draws after it
+        # drawn for nothing, but for the draws after it
+        if torch.Tag.nondeterministic_seeded in what.tags:
             state = torch.get_rng_state()
             what(self.room.of(target), *arguments, **(kwargs or {}))
         if (
@@ -367,7 +366,7 @@ def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ..
     """What construction would have put there: drawn again for one parameter at a time, of which a
     part is kept.
     """
-    wholes, room = dict(model.state_dict(keep_vars=True)), Room()
+    wholes, room = dict(model.state_dict(keep_vars=True)), ScratchBuffer()
 
     def source(name: str, where: Where) -> Tensor:
         if name not in notes:

@@ -81,9 +81,8 @@ def _varlen(
         "scale": scale,
         "window_size": (window - 1 if window else -1, 0),
     }
-    if (
-        "enable_gqa" in inspect.signature(varlen_attn).parameters
-    ):  # torch 2.11 takes fewer key heads without being told
+    # torch 2.11 takes fewer key heads without being told
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     queries, keys, values = (x.transpose(0, 1) for x in (query, keys, values))
     n = segments.longest

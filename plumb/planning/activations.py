@@ -91,9 +91,8 @@ def count(
 
 def blank_model(hf_config: Any, dtype: torch.dtype) -> Any:
     """The model with weights that have a shape and nothing else."""
-    with torch.device(
-        "meta"
-    ):  # a copy of the config, for a model writes into it which attention it uses
+    # a copy of the config, for a model writes into it which attention it uses
+    with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
 
 

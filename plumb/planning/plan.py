@@ -34,7 +34,7 @@ from plumb.models.scalar_head import put_scalar_head
 from plumb.planning import activations
 from plumb.planning.activations import Held
 from plumb.training import budget as sizing
-from plumb.training.budget import CARDS, Layout, Memory, Precision, Weights
+from plumb.training.budget import CARDS, ClusterShape, Memory, Precision, Weights
 from plumb.training.optimizers import make_optimizer, make_schedule
 
 GPU = torch.device("cuda")  # what is planned for, wherever the plan is made
@@ -81,7 +81,7 @@ class Steps(NamedTuple):
 class Plan(NamedTuple):
     """What the trainer would decide, and what it would hold."""
 
-    layout: Layout
+    layout: ClusterShape
     precision: Precision
     live: bool  # a second model runs beside the policy
     cached: bool  # or once, before the first step
@@ -209,7 +209,7 @@ def _offline(wanted: bool) -> Iterator[None]:
 # ---- the plan ----
 
 
-def layout_of(config: DictConfig) -> Layout:
+def layout_of(config: DictConfig) -> ClusterShape:
     """The GPUs that are planned for. UserError where they do not divide evenly."""
     sharded = config.trainer != "BasicTrainer"
     n = config.plan_gpus or (GPUS_PER_NODE if sharded else 1)
@@ -230,7 +230,7 @@ def layout_of(config: DictConfig) -> Layout:
         raise UserError(
             f"{knob}={config[knob]}: does not divide the {among} processes; give a divisor, or null"
         )
-    return Layout(
+    return ClusterShape(
         n, nodes, config.fsdp_shard_size if sharded else None, tp, config.fsdp_cpu_offload
     )
 
@@ -353,7 +353,9 @@ def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: in
     lengths = lengths_of(data.examples)
     packing = Packing(model.packed, budget, ranks, 0, config.max_length)
     plans = [
-        microbatches.plan(lengths[batch], packing, config.gradient_accumulation_steps)
+        microbatches.split_into_microbatches(
+            lengths[batch], packing, config.gradient_accumulation_steps
+        )
         for batch in batches
     ]
     parts = [

@@ -117,9 +117,8 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
             for key in present
             if is_evaluation([key]) and key not in shown and key.count("/") == 1
         ]
-        for (
-            key
-        ) in others:  # e.g. kl_eval/policy: a metric that came later is shown under its own name
+        # e.g. kl_eval/policy: a metric that came later is shown under its own name
+        for key in others:
             head, _, tail = key.partition("/")
             metric = f"{head}/{{}}" if tail == "eval" else f"{head[:-5]}_{{}}/{tail}"
             found.append(Panel(metric.format("").replace("_/", "/").strip("/"), {"": metric}))

@@ -452,7 +452,7 @@ RULES = [
         "problem",
         "The run did not finish",
         stopped,
-        "mend what it names, then the same command with resume=auto goes on",
+        "fix what it names, then the same command with resume=auto goes on",
     ),
     Rule(
         "problem",

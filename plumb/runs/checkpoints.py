@@ -42,6 +42,9 @@ from plumb.runs.durable_files import Written
 from plumb.runs.state_files import Part, parts_of, write_tensors
 
 FORMAT = 1
+# Fields that have another name in manifest.json: those of format 1, so that runs of all versions
+# resume.
+ON_DISK = {"fingerprint": "recipe", "decisions": "found"}
 NAME = re.compile(r"(step|interim)-(\d{1,15})")
 REHEARSAL = ".rehearsal"
 MANIFEST_LIMIT = 1 << 26  # bytes
@@ -58,9 +61,9 @@ class Manifest:
     finished: bool  # the run's last
     evaluation_due: bool  # stopped before the evaluation that belongs here
     metrics: dict[str, float]  # of the evaluation
-    recipe: dict[str, Any]  # what the run is made of: see runs/directory.py
+    fingerprint: dict[str, Any]  # what the run is made of: see runs/directory.py
     # what the run decided by itself, and would perhaps decide otherwise today
-    found: dict[str, Any]
+    decisions: dict[str, Any]
     logs: dict[str, int]  # bytes of each log at this moment
     order: str  # a digest of the indices of all examples seen, in their order
     wandb: str | None = None
@@ -86,7 +89,7 @@ def save(
     parts: Mapping[str, Callable[[], Any]],
     state: Mapping[str, Part],
     manifest: Manifest,
-    talk: collectives.Talk,
+    talk: collectives.ObjectGroup,
     needed: int,
 ) -> Path:
     """Write and verify one checkpoint, by all ranks together. -> its directory
@@ -178,6 +181,7 @@ def _gb(n: int) -> str:
 def _dump(manifest: Manifest) -> bytes:
     """JSON with a digest of itself, in exactly one form."""
     content = asdict(manifest) | {"files": {k: list(v) for k, v in manifest.files.items()}}
+    content = {ON_DISK.get(name, name): value for name, value in content.items()}
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f'{text[:-2]},\n "this": "{digest}"\n}}\n'.encode()
@@ -186,7 +190,7 @@ def _dump(manifest: Manifest) -> bytes:
 # ---- reading ----
 
 
-class Found(NamedTuple):
+class Checkpoint(NamedTuple):
     path: Path
     manifest: Manifest
 
@@ -207,7 +211,8 @@ def read_manifest(directory: Path) -> Manifest:
         del content["this"]
         if content["format"] != FORMAT:
             raise Damaged(f"it is of format {content['format']}, and this version reads {FORMAT}")
-        manifest = Manifest(**content)
+        names = {on_disk: name for name, on_disk in ON_DISK.items()}
+        manifest = Manifest(**{names.get(name, name): value for name, value in content.items()})
         manifest.files = {
             name: Written(*size_and_sum) for name, size_and_sum in manifest.files.items()
         }
@@ -258,7 +263,7 @@ def listed(run_dir: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def newest(run_dir: Path) -> Found | None:
+def latest_valid(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, and a line for each newer one that is not. None where
     there is none at all.
 
@@ -267,7 +272,7 @@ def newest(run_dir: Path) -> Found | None:
     paths = listed(run_dir)
     for path in paths:
         try:
-            return Found(path, verify(path))
+            return Checkpoint(path, verify(path))
         except Damaged as problem:
             rank0_print(f"{path}: not used: {problem}")
     if paths:
@@ -279,26 +284,26 @@ def newest(run_dir: Path) -> Found | None:
     return None
 
 
-def set_aside(run_dir: Path, found: Found | None) -> None:
+def quarantine_newer(run_dir: Path, checkpoint: Checkpoint | None) -> None:
     """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill
     left half written; point LATEST to `found`, if a kill came between.
     """
     for path in listed(run_dir):
-        if found is not None and path == found.path:
+        if checkpoint is not None and path == checkpoint.path:
             break
         durable_files.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     for path in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed"), run_dir / REHEARSAL):
         durable_files.remove(path)
     for path in (*run_dir.glob(".LATEST.*"), *run_dir.glob(".status.*")):
         path.unlink()
-    if found is not None:
-        durable_files.point(run_dir / "LATEST", found.path.name)
+    if checkpoint is not None:
+        durable_files.point(run_dir / "LATEST", checkpoint.path.name)
 
 
 # ---- pruning ----
 
 
-def settle(run_dir: Path, name: str, keep: int | None, best_by: str | None) -> None:
+def finish_save(run_dir: Path, name: str, keep: int | None, best_by: str | None) -> None:
     """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer
     needed is removed.
     """
@@ -319,7 +324,7 @@ def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
     found = []
     for path in listed(run_dir):
         try:
-            found.append(Found(path, read_manifest(path)))
+            found.append(Checkpoint(path, read_manifest(path)))
         except Damaged:  # not ours to remove
             continue
     evaluated = [f for f in found if f.path.name.startswith("step-")]
@@ -358,7 +363,7 @@ class Saver:
         self.run_dir = run_dir
         self.keep = keep
         self.best_by = best_by
-        self.talk = collectives.Talk()  # its own, for the thread
+        self.talk = collectives.ObjectGroup()  # its own, for the thread
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None
         self.going: Future[None] | None = None
         self.secs = 0.0  # that the last save took
@@ -424,7 +429,7 @@ class Saver:
     ) -> None:
         start = time.monotonic()
         path = save(self.run_dir, name, parts, state, manifest, self.talk, needed)
-        self.talk.from_rank0(partial(settle, self.run_dir, name, self.keep, self.best_by))
+        self.talk.from_rank0(partial(finish_save, self.run_dir, name, self.keep, self.best_by))
         self.secs = time.monotonic() - start
         rank0_print(f"saved {path}")
 

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from plumb.console import plain, rank, rank0_print, redacted
+from plumb.console import rank, rank0_print, redacted, to_dict
 from plumb.data.examples import Examples
 from plumb.distributed import collectives
 from plumb.distributed import launch as processes
@@ -34,7 +34,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "samples.md")
 LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, but not at once
 
 # Knobs that may change when a run goes on. What is read from paths is compared by its contents
-# instead (see `recipe`).
+# instead (see `fingerprint`).
 BOOKKEEPING = {
     "exp_name",
     "local_dirs",
@@ -131,7 +131,7 @@ def find(config: DictConfig) -> str:
     return str(runs[-1]) if runs else str(config.local_run_dir)
 
 
-class Owner:
+class RunLock:
     """The one process group that is at a run directory. Nothing is made before `claim` is called:
     at once where the directory is there already, else when all else is known to be in order. The
     lock goes with the process, however it ends.
@@ -257,13 +257,13 @@ def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
 def settings(config: DictConfig) -> dict[str, Any]:
     """{knob: value} of all that decides the result, apart from what is compared by its contents."""
     free = BOOKKEEPING | BY_CONTENTS | PLACEMENT
-    flat = dict(flatten(redacted(plain(config))))
+    flat = dict(flatten(redacted(to_dict(config))))
     return {
         k: v for k, v in sorted(flat.items()) if k not in free and not k.startswith(FREE_GROUPS)
     }
 
 
-def recipe(
+def fingerprint(
     config: DictConfig, tokenizer: str, train: Examples, evaluation: Examples, weights: str
 ) -> dict[str, Any]:
     """All that a run is made of: its settings, and digests of data, tokenizer, plugins and the
@@ -292,9 +292,8 @@ def digest_of(examples: Examples) -> str:
         whole.update(f"{ids} {starts} {table.keep_end}".encode())
         whole.update(table.items.tobytes())
     whole.update(examples.items.tobytes() + examples.lengths.tobytes())
-    if not np.isnan(
-        margins := examples.margins()
-    ).all():  # what has no scores keeps the digest that it always had
+    # what has no scores keeps the digest that it always had
+    if not np.isnan(margins := examples.margins()).all():
         whole.update(margins.tobytes())
     return whole.hexdigest()
 

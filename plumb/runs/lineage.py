@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from omegaconf import DictConfig
 
-from plumb.console import plain
+from plumb.console import to_dict
 from plumb.data.files import shorten
 from plumb.data.registry import resolve
 from plumb.data.splits import DECIDES, weights_of
@@ -26,7 +26,7 @@ def lineage(config: DictConfig) -> str | None:
             file for folder in policy.parents[:2] if (file := folder / "config.yaml").is_file()
         )
         check_config_file(file)  # it comes with the archive, from anywhere
-        before, now = yaml.safe_load(file.read_text("utf-8")), plain(config)
+        before, now = yaml.safe_load(file.read_text("utf-8")), to_dict(config)
         shared = [
             name
             for name in map(resolve, now["datasets"])

@@ -172,9 +172,8 @@ def _problem(name: object, tensor: object) -> str:
     whole = (
         tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     )
-    if (
-        not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
-    ):  # expand() makes such a tensor
+    # expand() makes such a tensor
+    if not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
         return f"of shape {list(tensor.shape)} is not stored whole, so it could fill any memory"
     return ""
 
@@ -207,9 +206,8 @@ def check_pickled_tensors(path: Path, what: str) -> None:
                         else "it holds no data.pkl"
                     )
                 )
-            if entries[records[0]].file_size > 2**20 + 1024 * len(
-                entries
-            ):  # some 200 bytes for each tensor
+            # some 200 bytes for each tensor
+            if entries[records[0]].file_size > 2**20 + 1024 * len(entries):
                 raise UnsafeFile(damaged % "its pickle is far too large for its tensors")
             pickled = file.read(records[0])
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:

@@ -94,7 +94,7 @@ def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     """All tensors that training goes on from, by name; sharded ones as they are. Tied weights
     once.
     """
-    sharding.settle(policy)
+    sharding.reshard(policy)
     state: dict[str, Tensor] = {f"policy.{name}": p for name, p in policy.named_parameters()}
     kept = policy.state_dict()
     state |= {f"policy.{name}": b for name, b in policy.named_buffers() if name in kept}
@@ -129,7 +129,7 @@ def restore(
     gradients, so that it is of the right kind and in the right place, and then overwritten, as the
     weights are. Raises what `load_state` does.
     """
-    sharding.settle(policy)
+    sharding.reshard(policy)
     parameters, found = dict(policy.named_parameters()), names(files)
     for name, p in parameters.items():
         if name in values or any(key.startswith(f"optimizer.{name}.") for key in found):

@@ -35,9 +35,9 @@ from plumb.data.tokenization import (
 )
 from plumb.distributed.device import pick_device
 from plumb.errors import UserError
-from plumb.models.find import Found, Opened, check_device, find_model, open_model, start_of
-from plumb.models.forward_path import Way
-from plumb.models.layout_probe import Precision, choose_way, ordinary_ids
+from plumb.models.find import ModelRef, Opened, check_device, find_model, open_model, start_of
+from plumb.models.forward_path import ForwardPath
+from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
 from plumb.models.load import (
     check_positions,
     check_vocabulary,
@@ -68,7 +68,7 @@ class Scorer(Protocol):
 
 
 def load_scorer(
-    found: Found,
+    ref: ModelRef,
     config: DictConfig,
     reference: str | None = None,
     beta: float | None = None,
@@ -80,21 +80,21 @@ def load_scorer(
     run says; `budget`: tokens of a microbatch. Raises UserError for what is no scorer, and for
     options that it has no use for, before weights are read.
     """
-    if found.scalar:
+    if ref.scalar:
         for option, value in (("reference", reference), ("beta", beta)):
             if value is not None:
                 raise UserError(
-                    f"--{option}={value}: {found.name} is a reward model, which needs none; leave"
+                    f"--{option}={value}: {ref.name} is a reward model, which needs none; leave"
                     " it out"
                 )
-        if found.archive is None and not has_scalar_head(found.config):
-            return Classifier(found, config, device, budget)
-        return Causal(config, budget, open_model(found, device))
-    loss = found.config.get("loss") or {}
+        if ref.archive is None and not has_scalar_head(ref.config):
+            return Classifier(ref, config, device, budget)
+        return Causal(config, budget, open_model(ref, device))
+    loss = ref.config.get("loss") or {}
     beta = loss.get("beta") if beta is None else beta
     if beta is None:
         raise UserError(
-            f"{found.name}: neither a reward model nor a run whose loss has a beta; give a reward"
+            f"{ref.name}: neither a reward model nor a run whose loss has a beta; give a reward"
             " model, or --beta and --reference MODEL for the implicit reward beta * log(policy /"
             " reference)"
         )
@@ -103,17 +103,17 @@ def load_scorer(
             f"--beta={beta}: must be above 0, and finite; a reward is beta * log(policy /"
             " reference)"
         )
-    origin: Found | None = None
+    origin: ModelRef | None = None
     if reference is not None:
-        base = found.config.model.name_or_path if reference.endswith(".pt") else None
-        origin = find_model(reference, base, dtype=found.config.model.policy_dtype)
+        base = ref.config.model.name_or_path if reference.endswith(".pt") else None
+        origin = find_model(reference, base, dtype=ref.config.model.policy_dtype)
         if origin.scalar:
             raise UserError(
                 f"--reference={reference}: a reward model has no log-probabilities; give a policy"
             )
     elif not loss.get("reference_free"):
-        origin = found._replace(config=start_of(found))
-    policy, start = open_model(found, device), origin and open_model(origin, device)
+        origin = ref._replace(config=start_of(ref))
+    policy, start = open_model(ref, device), origin and open_model(origin, device)
     if start is not None:
         probe = [
             o.tokenizer("Where is the 3rd house?", add_special_tokens=False)["input_ids"]
@@ -122,17 +122,17 @@ def load_scorer(
         if probe[0] != probe[1]:
             raise UserError(
                 f"--reference={reference}: its tokenizer makes other tokens of a text than that of"
-                f" {found.name}; give the model that it was trained from"
+                f" {ref.name}; give the model that it was trained from"
             )
     return Causal(config, budget, policy, start, beta)
 
 
-def knobs_of(found: Found, given: dict[str, Any]) -> DictConfig:
+def knobs_of(ref: ModelRef, given: dict[str, Any]) -> DictConfig:
     """config.yaml's defaults, under what the model's run says, under what is given and not None."""
     config = cast(DictConfig, OmegaConf.load(CONFIG / "config.yaml"))
     config = cast(
         DictConfig,
-        OmegaConf.merge(config, found.config, {k: v for k, v in given.items() if v is not None}),
+        OmegaConf.merge(config, ref.config, {k: v for k, v in given.items() if v is not None}),
     )
     if not 0 < config.max_prompt_length < config.max_length:
         raise UserError(
@@ -162,14 +162,14 @@ class Causal:
         self.beta = beta
         self.model = policy.model
         self.tokenizer = policy.tokenizer
-        self.read = (policy.found.config.get("loss") or {}).get("read", "last")  # as its run did
+        self.read = (policy.ref.config.get("loss") or {}).get("read", "last")  # as its run did
         self.reference = reference and reference.model
-        self.name = policy.found.name
+        self.name = policy.ref.name
         self.device = next(self.model.parameters()).device
         for model in (self.model, self.reference):
             if model is not None:
                 check_positions(model, config.max_length, "--max-length")
-        self.way: Way | None = None  # found when there are tokens to try
+        self.forward_path: ForwardPath | None = None  # found when there are tokens to try
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
@@ -181,10 +181,10 @@ class Causal:
         for model in (self.model, self.reference):
             if model is not None:
                 check_vocabulary(model, self.tokenizer, highest, self.name, examples)
-        n, way = len(examples), self._way()
+        n, forward_path = len(examples), self._way()
         scores = np.empty((n, len(examples[0].responses)))
         packing = Packing(
-            way.packed,
+            forward_path.packed,
             self.budget,
             1,
             cast(int, self.tokenizer.pad_token_id),
@@ -195,7 +195,8 @@ class Causal:
             for start in range(0, n, 256):
                 step = feed.step(np.arange(start, min(start + 256, n)))
                 for batch, _, where in step.microbatches:
-                    values = self._values(batch.to(self.device), way).view(batch.k, -1).T  # [B, k]
+                    # [B, k]
+                    values = self._values(batch.to(self.device), forward_path).view(batch.k, -1).T
                     scores[start + where] = values.double().cpu().numpy()
                     progress.update(len(where))
         _check_finite(scores, rows, self.name)
@@ -205,27 +206,27 @@ class Causal:
         )
         return Scored(scores, tokens, cut, same)
 
-    def _way(self) -> Way:
+    def _way(self) -> ForwardPath:
         """Return how the models compute."""
-        if self.way is None:
-            self.way, line = choose_way(
+        if self.forward_path is None:
+            self.forward_path, line = choose_forward_path(
                 self.model,
                 device=self.device,
                 longest=self.config.max_length,
                 vocabulary=ordinary_ids(self.model, self.tokenizer),
-                row_tokens=lambda way: self.budget,
+                row_tokens=lambda forward_path: self.budget,
                 precisions=[Precision(nullcontext, self.model.dtype)],
                 gradients=False,
             )
             rank0_print(line)
-        return self.way
+        return self.forward_path
 
-    def _values(self, batch: Batch, way: Way) -> Tensor:  # [R]
+    def _values(self, batch: Batch, forward_path: ForwardPath) -> Tensor:  # [R]
         if self.beta is None:
-            return response_scores(self.model, batch, way).of(self.read)
-        logps = response_logps(self.model, batch, way).sum
+            return response_scores(self.model, batch, forward_path).of(self.read)
+        logps = response_logps(self.model, batch, forward_path).sum
         if self.reference is not None:
-            logps = logps - response_logps(self.reference, batch, way).sum
+            logps = logps - response_logps(self.reference, batch, forward_path).sum
         return self.beta * logps
 
 
@@ -282,18 +283,18 @@ class Classifier:
     own), a batch is one text.
     """
 
-    def __init__(self, found: Found, config: DictConfig, device: str | None, budget: int):
+    def __init__(self, ref: ModelRef, config: DictConfig, device: str | None, budget: int):
         check_device(device)
-        found.config.device = device
-        labels = load_config(found.config).num_labels
+        ref.config.device = device
+        labels = load_config(ref.config).num_labels
         if labels != 1:
             raise UserError(
-                f"{found.name}: has num_labels={labels}; a score takes a model with one label"
+                f"{ref.name}: has num_labels={labels}; a score takes a model with one label"
             )
         self.config = config
-        self.name = found.name
-        self.tokenizer = load_tokenizer(found.config)
-        self.model = load_classifier(found.config).to(pick_device(found.config)).eval()  # type: ignore[arg-type]
+        self.name = ref.name
+        self.tokenizer = load_tokenizer(ref.config)
+        self.model = load_classifier(ref.config).to(pick_device(ref.config)).eval()  # type: ignore[arg-type]
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.alone = pad is None or pad == eos or pad != self.model.config.pad_token_id
         self.tokenizer.truncation_side = "left"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from plumb.console import said
+from plumb.console import one_line
 from plumb.errors import UserError
 from plumb.paths import new_file
 
@@ -50,7 +50,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         main(parser.parse_args())
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {said(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -59,7 +59,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # of a name or a disk that no command foresaw
         print(
-            f"error: {said(error.filename or 'a file')}: {error.strerror or said(error)}",
+            f"error: {one_line(error.filename or 'a file')}: {error.strerror or one_line(error)}",
             file=sys.stderr,
         )
         code = UserError.exit_code

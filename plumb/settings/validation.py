@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from plumb.console import plain, redact, under_torchrun
+from plumb.console import redact, to_dict, under_torchrun
 from plumb.data import (
     deepspeed_chat,  # noqa: F401  registers its sets
     splits,
@@ -263,7 +263,7 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     _data_sets(config)
     splits.check(config)
     try:
-        loss = build_loss(plain(config.loss))
+        loss = build_loss(to_dict(config.loss))
     except ValueError as error:
         raise UserError(str(error)) from None
     for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
@@ -419,7 +419,7 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
     ):
         raise UserError(
             f"local_run_dir={run_dir}: leads out of {root}, to {run_dir.resolve()}; give"
-            " local_run_dir=, or mend it"
+            " local_run_dir=, or fix it"
         )
     held = any((run_dir / name).exists() for name in ("metrics.jsonl", "LATEST")) or list(
         run_dir.glob("step-*")

@@ -232,7 +232,7 @@ def token_budget(
 
 
 @dataclass(frozen=True)
-class Layout:
+class ClusterShape:
     """Over what a model is laid out: n_gpus = tp_size x shard_size x replicas."""
 
     n_gpus: int = 1
@@ -264,7 +264,7 @@ class Weights(NamedTuple):
     def n(self) -> int:
         return sum(shape.numel() for part in (self.root, *self.blocks) for shape in part)
 
-    def on_one(self, layout: Layout) -> int:
+    def on_one(self, layout: ClusterShape) -> int:
         """Numbers that a rank keeps. Sharding cuts along the first dimension, the last part padded
         to the others' length; tensor parallelism splits the matrices of blocks, whatever its plan
         does to the head.
@@ -280,7 +280,7 @@ class Weights(NamedTuple):
         )
         return blocks + sum(part(s, 1) for s in self.root)
 
-    def gathered(self, layout: Layout) -> tuple[int, int]:
+    def gathered(self, layout: ClusterShape) -> tuple[int, int]:
         """(of the root, of the largest block) what sharding alone would put together on one
         rank.
         """
@@ -318,7 +318,7 @@ class Memory(NamedTuple):
 
 def memory(
     weights: Weights,
-    layout: Layout,
+    layout: ClusterShape,
     precision: Precision,
     *,
     sharded: bool,
@@ -371,7 +371,7 @@ def memory(
 
 def traffic(
     weights: Weights,
-    layout: Layout,
+    layout: ClusterShape,
     precision: Precision,
     *,
     n_micro: float,

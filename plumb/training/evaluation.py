@@ -24,7 +24,7 @@ from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
 from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
 from plumb.losses.registry import Loss
-from plumb.models.forward_path import Way
+from plumb.models.forward_path import ForwardPath
 from plumb.models.logps import read_hidden, response_logps, response_scores
 from plumb.models.routers import Routers, balance
 from plumb.models.scalar_head import FOLDS
@@ -38,7 +38,8 @@ class Scored(NamedTuple):
     output: LossOutput
     metrics: dict[str, Tensor]  # the 2023 names, `{}` standing for train or eval, each [B]
     counts: dict[str, float]  # what a metric is averaged over, where that is not the B examples
-    given: Tensor  # [R] what the policy gave each response: nats per token, or a score; detached
+    # [R] what the policy gave each response: nats per token, or a score; detached
+    per_response: Tensor
     tokens: Tensor  # [B] the first response's, which have a prediction
     balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
     # the R responses' of policy and reference, where the loss has one; detached
@@ -54,7 +55,7 @@ class Scorer(NamedTuple):
     policy: PreTrainedModel
     reference: PreTrainedModel | None
     loss: Loss
-    way: Way
+    forward_path: ForwardPath
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
     routers: Routers | None = None  # of the policy, where their balancing loss is trained on
@@ -62,14 +63,14 @@ class Scorer(NamedTuple):
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
         """Of a batch on the device, [R]."""
         with self.precision():
-            return response_logps(model, batch, self.way)
+            return response_logps(model, batch, self.forward_path)
 
-    def policys(self, batch: Batch) -> Logps | Scores:
+    def policy_outputs(self, batch: Batch) -> Logps | Scores:
         """What the loss reads of the policy, of a batch on the device, [R]."""
         if self.loss.reads == "logps":
             return self.logps(self.policy, batch)
         with self.precision():
-            return response_scores(self.policy, batch, self.way)
+            return response_scores(self.policy, batch, self.forward_path)
 
     def __call__(self, batch: Batch) -> Scored:
         batch = batch.to(self.device)
@@ -77,7 +78,7 @@ class Scorer(NamedTuple):
             self.routers.watched() if self.routers else nullcontext([])
         )
         with watched as logits:
-            of_policy = self.policys(batch)
+            of_policy = self.policy_outputs(batch)
         of_reference = None
         if self.loss.needs_reference:
             if batch.reference is not None:
@@ -86,9 +87,9 @@ class Scorer(NamedTuple):
             elif self.reference is not None:
                 with torch.no_grad():
                     of_reference = self.logps(self.reference, batch)
-        policy = as_data(of_policy, batch)
+        policy = to_loss_inputs(of_policy, batch)
         output = self.loss.compute(
-            policy, None if of_reference is None else as_data(of_reference, batch)
+            policy, None if of_reference is None else to_loss_inputs(of_reference, batch)
         )
         counts: dict[str, float] = (
             {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
@@ -101,20 +102,22 @@ class Scorer(NamedTuple):
         )
         metrics, balanced = _metrics(output, policy), None
         if self.routers is not None:
-            each = balance(logits, batch, self.way.packed, self.routers.top_k)  # [R]
+            each = balance(logits, batch, self.forward_path.packed, self.routers.top_k)  # [R]
             balanced = each.view(batch.k, -1).mean(0)
             metrics["router_balance/{}"] = balanced.detach()
-        return Scored(output, metrics, counts, given(of_policy), tokens, balanced, compared)
+        return Scored(
+            output, metrics, counts, per_response_value(of_policy), tokens, balanced, compared
+        )
 
 
-def given(of_policy: Logps | Scores) -> Tensor:
+def per_response_value(of_policy: Logps | Scores) -> Tensor:
     """What it gave each response: nats per token, or a score.  -> [R], detached"""
     if isinstance(of_policy, Scores):
         return of_policy.last.detach()
     return of_policy.sum.detach() / of_policy.tokens.clamp(min=1)
 
 
-def as_data(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPairs:
+def to_loss_inputs(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPairs:
     """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k =
     2).
     """
@@ -258,7 +261,7 @@ def evaluate(
     scorer.policy.train(was_training)
     if not n:
         return Evaluation({}, np.empty(0))
-    *columns, tokens = sharding.total(table * counts).T.cpu().numpy()
+    *columns, tokens = sharding.all_reduce_sum(table * counts).T.cpu().numpy()
     return Evaluation(dict(zip(names, columns, strict=True)), tokens)
 
 
@@ -319,7 +322,9 @@ def all_hidden(
 
     def hidden(batch: Batch) -> Tensor:
         with scorer.precision():
-            return read_hidden(scorer.policy, batch, scorer.way, scorer.loss.read).to(weight.dtype)
+            return read_hidden(scorer.policy, batch, scorer.forward_path, scorer.loss.read).to(
+                weight.dtype
+            )
 
     return of_all(
         hidden, weight.shape[1], scorer.policy, feed, indices, scorer.device, counts, progress
@@ -367,4 +372,4 @@ def of_all(
     some = torch.cat([value.to(values[-1].dtype) for value in values])
     table = some.new_zeros(len(indices), k, width)
     table.index_add_(0, torch.from_numpy(np.concatenate(places)).to(device), some)
-    return sharding.total(table * counts)
+    return sharding.all_reduce_sum(table * counts)

@@ -17,7 +17,7 @@ from plumb.console import rank, rank0_print
 from plumb.distributed import collectives, sharding
 from plumb.errors import NonFinite
 from plumb.losses.contract import Logps
-from plumb.training.evaluation import Scored, as_data, given
+from plumb.training.evaluation import Scored, per_response_value, to_loss_inputs
 from plumb.training.metrics import Means
 
 Trainer = Any  # trainers.BasicTrainer, which imports this
@@ -46,7 +46,7 @@ class FirstStep:
             return
         record = means.reduce()
         shares = [share for scored in seen for share in _shares_of_rounding(scored, t.dtype)]
-        share, apart, n = max(max(some) for some in collectives.from_all(shares))
+        share, apart, n = max(max(some) for some in collectives.all_gather_object(shares))
         rewards = [record.get(f"rewards_{{}}/{which}", 0.0) for which in ("chosen", "rejected")]
         if share <= 1:
             reward = max(map(abs, rewards))
@@ -79,22 +79,22 @@ class FirstStep:
         """
         t = self.trainer
         batch = batch.to(t.device)
-        again = t.scorer.policys(batch)
+        again = t.scorer.policy_outputs(batch)
         # or the gradients of what FSDP has left gathered would not be found
-        sharding.settle(t.policy)
-        policy, tolerance = as_data(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
-        change = (scored.given - given(again)).abs()  # [R]
+        sharding.reshard(t.policy)
+        policy, tolerance = to_loss_inputs(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
+        change = (scored.per_response - per_response_value(again)).abs()  # [R]
         if isinstance(again, Logps):
             allowed = rounding(again, t.dtype) / again.tokens.clamp(min=1)
             what = "log-probabilities"
             unit = " nats per token"
         else:
-            allowed = tolerance * (1 + scored.given.abs().max()).expand_as(change)
+            allowed = tolerance * (1 + scored.per_response.abs().max()).expand_as(change)
             what = "scores"
             unit = ""
         shares = (change / allowed).nan_to_num(nan=torch.inf)
         share, off = max(
-            collectives.from_all((float(shares.max()), float(change[shares.argmax()])))
+            collectives.all_gather_object((float(shares.max()), float(change[shares.argmax()])))
         )
         if share > 1:
             raise NonFinite(
@@ -108,7 +108,9 @@ class FirstStep:
         ):
             expected = t.loss.compute(policy, policy).losses
             off = max(
-                collectives.from_all(float((scored.output.losses.detach() - expected).abs().max()))
+                collectives.all_gather_object(
+                    float((scored.output.losses.detach() - expected).abs().max())
+                )
             )
             if off > tolerance * (1 + float(expected.abs().max())):
                 raise NonFinite(
@@ -136,14 +138,14 @@ class FirstStep:
                 "step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and"
                 " rejected the same?"
             )
-        sharding.settle(t.policy)
+        sharding.reshard(t.policy)
         if bad := sharding.not_finite(t.policy.named_parameters()):
             raise NonFinite(
                 f"step 1: the update leaves NaN or infinity in {bad} (gradient norm"
                 f" {grad_norm:.2g}): lower lr={t.config.lr:g}, or set model.policy_dtype=float32 or"
                 " another optimizer"
             )
-        if not any(collectives.from_all(bool((self._bits() != self.before).any()))):
+        if not any(collectives.all_gather_object(bool((self._bits() != self.before).any()))):
             said = (
                 f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={t.config.lr:g}"
                 " is rounded away"

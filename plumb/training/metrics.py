@@ -204,9 +204,8 @@ class Console:
         tqdm.write(f"{split:>5} {examples:>7,}  {line}{left}")
 
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        for _, prompt, sample in (
-            rows[:2] if name == "policy_samples" else []
-        ):  # the rest stands in samples.jsonl
+        # the rest stands in samples.jsonl
+        for _, prompt, sample in rows[:2] if name == "policy_samples" else []:
             tqdm.write(f"      sample  ...{prompt[-60:]!r} -> {sample[:160]!r}")
 
     def close(self, failed: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from plumb.console import plain
+from plumb.console import to_dict
 from plumb.data.order import Schedule
 from plumb.errors import UserError
 from plumb.models.scalar_head import ScalarHead
@@ -50,7 +50,7 @@ def make_optimizer(
     its arguments are refused.
     """
     factory = OPTIMIZERS[config.optimizer]
-    arguments = plain(config.optimizer_args)
+    arguments = to_dict(config.optimizer_args)
     fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {
         "fused",
         "foreach",
