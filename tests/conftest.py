@@ -26,6 +26,8 @@ import pytest
 import torch
 from runs import FAST, ROWS
 
+import preference_datasets  # noqa: F401  registers its sets, as every command does
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # where torch was imported before
 # a busy one has paused within an example
 hypothesis.settings.register_profile("any machine", deadline=None)

@@ -168,7 +168,11 @@ SCORES = {
     "shp_all": [[30, 20], [4, 0]],
     "harmless_jsonl": [[2.5, 1.0]],
 }
-OURS = [name for name, loader in LOADERS.items() if loader.load.__module__ == "pipeline_datasets"]
+OURS = [
+    name
+    for name, loader in LOADERS.items()
+    if loader.load.__module__ == "plumb.data.deepspeed_chat"
+]
 
 
 def draw(name, path, split="train", **options):
@@ -420,7 +424,7 @@ def test_the_documented_set_of_ones_own(tmp_path, monkeypatch):
     """docs/data.md's example of a template in a plugin; its tokens depend on the plugin's file."""
     monkeypatch.setattr(registry, "LOADERS", dict(LOADERS))
     (code,) = re.findall(
-        r"^```python\n(from pipeline_datasets.*?)^```",
+        r"^```python\n(from plumb.data.deepspeed_chat.*?)^```",
         (ROOT / "docs/data.md").read_text("utf-8"),
         re.M | re.S,
     )

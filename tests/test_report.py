@@ -320,9 +320,9 @@ def test_mistakes(runs, tmp_path, monkeypatch, capsys, arguments, error):
     monkeypatch.setattr(sys, "argv", ["report.py", *(a.format(tmp=tmp_path) for a in arguments)])
     with pytest.raises(SystemExit) as end:
         if arguments:
-            report.commands.run(report.parser(), report.main)
+            report.cli.run(report.parser(), report.main)
         else:
-            report.commands.run(report.parser(), None)
+            report.cli.run(report.parser(), None)
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {error.format(tmp=tmp_path)}")
 

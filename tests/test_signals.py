@@ -300,7 +300,8 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
 
 
 SLOW_DISK = """
-import time, storage
+import time
+from plumb.runs import durable_files as storage
 write = storage.write
 def slow(path, fill):
     if path.name == "policy.pt":

@@ -125,8 +125,9 @@ def test_the_log_probability_of_an_answer_on_a_llama_vocabulary(shared):
     import torch
     from transformers import AutoModelForCausalLM
 
+    folder = shared("models/stories260K")
     tok = tokenizer("stories260K")
-    model = AutoModelForCausalLM.from_pretrained(shared("models/stories260K"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
     prompt, answer = "Once upon a time there was a girl.\n", "Lily was happy."
     (row,) = encode_rows([(prompt, [answer])], tok, tok.bos_token_id)
     apart = ids_of([answer], tok)[0]
