@@ -1,6 +1,6 @@
 """The one training loop (BasicTrainer). The other trainers only place models.
 
-Shapes: B pairs (or SFT examples) in a microbatch; see training/evaluation.py and
+Shapes: B pairs (or SFT examples) in a microbatch; see training/objective.py and
 losses/contract.py.
 """
 

@@ -382,7 +382,7 @@ class Plumb(Contender):
         if "budget" in changes:
             trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
         if changes.get("reference") == "cached" and self.reference is not None:
-            from plumb.training.evaluation import all_logps
+            from plumb.training.evaluator import all_logps
 
             everything, silent = np.arange(len(self.feed.examples)), tqdm(disable=True)
             self.feed.reference = all_logps(
