@@ -48,8 +48,9 @@ from plumb.runs import checkpoints, directory, state_files
 from plumb.runs.policy_file import as_in_2023
 from plumb.training import budget as sizing
 from plumb.training import first_step
-from plumb.training.evaluation import Scorer, all_hidden, all_logps, eval_groups, evaluate, folds_of
+from plumb.training.evaluator import all_hidden, all_logps, eval_groups, evaluate, folds_of
 from plumb.training.metrics import Means, Record, TrainingLog
+from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer, make_schedule, make_scheduler
 from utils import peak_memory_gb
 

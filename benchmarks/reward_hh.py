@@ -39,7 +39,8 @@ from plumb.models.load import load_policy, load_tokenizer  # noqa: E402
 from plumb.models.scalar_head import FOLDS, fit_head, initial_weight  # noqa: E402
 from plumb.scoring.intervals import wilson  # noqa: E402
 from plumb.scoring.scorers import encoded, knobs_of  # noqa: E402
-from plumb.training.evaluation import Scorer, all_hidden, folds_of  # noqa: E402
+from plumb.training.evaluator import all_hidden, folds_of  # noqa: E402
+from plumb.training.objective import Scorer  # noqa: E402
 
 FILES = ("harmless-base/test.jsonl.gz", "helpful-base/test.jsonl.gz")
 PARTS = {"heldout": 22, "valid": 36, "train": 100}  # of a hundred prompts: up to this one

@@ -18,8 +18,9 @@ from plumb.batching.microbatches import Packing
 from plumb.data.tokenization import Example
 from plumb.distributed import sharding
 from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
-from plumb.training.evaluation import _metrics, all_logps, evaluate
+from plumb.training.evaluator import all_logps, evaluate
 from plumb.training.metrics import SQUARES, Means
+from plumb.training.objective import _metrics
 from trainers import BasicTrainer
 
 

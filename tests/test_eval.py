@@ -15,7 +15,7 @@ import eval as command
 from plumb.data.prepare import load_examples
 from plumb.errors import UserError
 from plumb.losses.registry import build_loss
-from plumb.training.evaluation import Evaluation, eval_groups
+from plumb.training.evaluator import Evaluation, eval_groups
 from plumb.training.metrics import SQUARES
 
 LOSSES = {

@@ -20,7 +20,7 @@ from plumb.data.order import Schedule
 from plumb.distributed import launch
 from plumb.errors import ResumeMismatch, UnsafeFile, UserError
 from plumb.runs import checkpoints, directory, durable_files
-from plumb.training.evaluation import Scorer
+from plumb.training.objective import Scorer
 
 
 def state_of(run_dir):

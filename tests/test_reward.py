@@ -37,7 +37,7 @@ from plumb.models.tree_attention import NAME as TREES
 from plumb.reports.score_plots import draw_evaluation
 from plumb.scoring.scorers import knobs_of, load_scorer
 from plumb.settings.validation import validate
-from plumb.training.evaluation import shared_tokens
+from plumb.training.objective import shared_tokens
 
 REWARD = {"name": "reward", "read": "last", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 

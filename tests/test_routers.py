@@ -16,7 +16,7 @@ from plumb.losses.registry import build_loss
 from plumb.models import logps
 from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
 from plumb.models.routers import Routers, balance, routers_of
-from plumb.training.evaluation import Scorer
+from plumb.training.objective import Scorer
 
 FAMILIES = [
     "mixtral",

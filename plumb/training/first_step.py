@@ -17,8 +17,8 @@ from plumb.console import rank, rank0_print
 from plumb.distributed import collectives, sharding
 from plumb.errors import NonFinite
 from plumb.losses.contract import Logps
-from plumb.training.evaluation import Scored, per_response_value, to_loss_inputs
 from plumb.training.metrics import Means
+from plumb.training.objective import Scored, per_response_value, to_loss_inputs
 
 Trainer = Any  # trainers.BasicTrainer, which imports this
 
