@@ -3,6 +3,7 @@ it.
 """
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -257,7 +258,7 @@ def test_bos_is_an_ingredient_where_there_is_one(load, own):
 
 
 def test_the_code_is_an_ingredient(tmp_path, own):
-    """Ours; and a plugin's, where it reads the data."""
+    """A plugin's, where it reads the data, and preference_datasets.py, which users edit."""
     code = tmp_path / "plugin.py"
     key_of = lambda: key(ingredients(recipe([], inputs=((1,), [code]))))
     code.write_text("a")
@@ -265,7 +266,47 @@ def test_the_code_is_an_ingredient(tmp_path, own):
     code.write_text("b")
     assert key_of() != first
     _, files = registry.made_of(str(own), "train", None, None)
-    assert [file.name for file in files] == ["formats.py", "preference_datasets.py"]
+    assert [file.name for file in files] == ["preference_datasets.py"]
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MESSAGES = [{"role": "user", "content": "Hi </s>"}, {"role": "assistant", "content": "Ho"}]
+OF_EACH_FORM = [
+    {"prompt": "a b", "chosen": " c", "rejected": " d"},
+    {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": [{**MESSAGES[1], "content": "?"}]},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+    {"question": "a", "chosen": "b", "rejected": "c"},
+    {"prompt": "a", "responses": [" b", " c", " d"], "scores": [1, 3, 2]},
+    {"question": "a", "response_j": "b", "response_k": "c"},
+    {"prompt": "a", "completion": " b"},
+    {"messages": MESSAGES},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"instruction": "a", "input": "", "output": "b"},
+    {"text": "a b"},
+]
+NAMED = {"hh": "hh.jsonl", "shp": "shp.jsonl", "se": "se.jsonl", "saferlhf": "saferlhf_old.json"}
+OF_VERSION = {1: "eb46332ee4807077a8d8b0cdf027801af7d40dad7a33b7bdc2f7767ea416e664"}
+
+
+def test_the_version_of_token_ids(tmp_path):
+    """If this fails, stores of earlier versions no longer hold what is computed: raise VERSION, and
+    add its digest.
+    """
+    paths = [FIXTURES / "ultrafeedback_binarized.jsonl"]
+    for i, row in enumerate(OF_EACH_FORM):
+        paths.append(tmp_path / f"form{i}.jsonl")
+        paths[-1].write_text(json.dumps(row) + "\n")
+    sets = [(str(path), None) for path in paths]
+    sets += [(name, str(FIXTURES / file)) for name, file in NAMED.items()]
+    whole = hashlib.sha256()
+    for tokenizer in (tiny_tokenizer(bos=True), tiny_tokenizer(chat_template=CHAT)):
+        for name, path in sets:
+            data = registry.get_dataset(name, "train", path=path, eval_share=0.0)
+            store = made(tmp_path, data.rows, tokenizer=tokenizer, inputs=None)
+            for column in token_store.COLUMNS:
+                whole.update(np.asarray(getattr(store, column)).tobytes())
+    assert whole.hexdigest() == OF_VERSION[token_store.VERSION]
 
 
 def test_the_whole_tokenizer_counts_and_not_its_name():

@@ -74,6 +74,7 @@ class Reading(NamedTuple):
         return Choice(self.split_names or {}, fitting(self.pairs, field_map))
 
 
+PACKAGE = Path(__file__).resolve().parents[1]
 READING = Reading()
 BAD_ROWS = "bad rows"
 
@@ -296,8 +297,8 @@ def get_dataset(
 def made_of(
     name: str, split: str, cache_dir: str | None, path: str | None, choice: Choice | None = None
 ) -> tuple[tuple, list[Path]] | None:
-    """What decides about the rows of a data set: the version of what is read, and the files whose
-    code reads it.
+    """Return what decides about the rows of a data set: the version of what is read, and the files
+    outside plumb whose code reads it (plumb's own code has VERSION in token_store.py).
 
     None where that can't be known: a user's loader that declares no hub and is given no path may
     read anything.
@@ -321,6 +322,7 @@ def made_of(
                 [folder] if folder.is_file() else sorted(filter(Path.is_file, folder.rglob("*")))
             )
     code = {str(inspect.getsourcefile(inspect.unwrap(function))) for function in functions}
+    code = {file for file in code if not Path(file).is_relative_to(PACKAGE)}
     return (
         (version, sorted(map(Path, code)))
         if version and all(Path(file).is_file() for file in code)
