@@ -1,0 +1,61 @@
+"""The two walks of docs/walks.md: they name functions that exist, and their counts and picture."""
+
+import importlib.util
+import re
+
+import pytest
+from conftest import ROOT
+
+WALKS = (ROOT / "docs/walks.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def draw_walks():
+    spec = importlib.util.spec_from_file_location("draw_walks", ROOT / "docs/draw_walks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_walks_name_functions_that_exist(draw_walks):
+    """And every numbered line is read, so that none escapes for its form."""
+    walks = draw_walks.walks(WALKS)
+    assert len(walks) == 2
+    stops = [stop for walk in walks.values() for stop in walk]
+    assert len(stops) == len(re.findall(r"^\d+\. ", WALKS, re.M))
+    for stop in stops:
+        draw_walks.definition(stop)
+
+
+def test_a_function_that_is_gone_is_named(draw_walks):
+    with pytest.raises(LookupError, match="no function plumb.batching.layout.fold"):
+        draw_walks.definition(draw_walks.Stop("plumb.batching.layout", "fold", ""))
+
+
+def test_the_counts_of_the_walks(draw_walks):
+    """Functions and files as they are now, and lines to a tenth: a small edit needs no new table.
+    `python docs/draw_walks.py` rewrites it.
+    """
+    rows = re.compile(r"^\| (.+) \| (\d+) \| (\d+) \| (\d+) \|$", re.M)
+    now = rows.findall(draw_walks.table(draw_walks.walks(WALKS)))
+    written = rows.findall(draw_walks.COUNTS.search(WALKS)[0])
+    assert [row[:3] for row in written] == [row[:3] for row in now]
+    assert [int(row[3]) for row in written] == pytest.approx([int(row[3]) for row in now], rel=0.1)
+
+
+def test_lines_of_code_are_counted_without_docstring_comments_and_blanks(
+    draw_walks, tmp_path, monkeypatch
+):
+    """def, two arguments, the closing line, a string over two lines, return: seven of eleven."""
+    (tmp_path / "some.py").write_text(
+        'def f(\n    a,\n    b,\n):\n    """Text.\n    """\n\n    # why\n'
+        '    x = """one\n    two"""\n    return x\n'
+    )
+    monkeypatch.setattr(draw_walks, "ROOT", tmp_path)
+    assert draw_walks.n_code_lines(draw_walks.Stop("some", "f", "")) == 7
+
+
+def test_the_picture_is_drawn(draw_walks, tmp_path):
+    draw_walks.main(tmp_path)
+    assert (tmp_path / "walks.png").read_bytes().startswith(b"\x89PNG")
+    assert "docs/walks.png" in (ROOT / "README.md").read_text(encoding="utf-8")
