@@ -36,9 +36,9 @@ import trainers
 from plumb.console import one_line, rank, rank0_print, redacted, to_dict, under_torchrun
 from plumb.data.prepare import check_margins, load_examples
 from plumb.data.token_store import tokenizer_fingerprint
-from plumb.distributed import collectives, launch, sharding
+from plumb.distributed import collectives, launch, sharding, signals
 from plumb.distributed.device import pick_device
-from plumb.distributed.launch import report
+from plumb.distributed.progress import run_progress
 from plumb.errors import UserError
 from plumb.losses.registry import build_loss
 from plumb.models.export import export_run, rehearse
@@ -78,7 +78,8 @@ def run(config: DictConfig) -> None:
     line, by its exit code, and in status.json.
     """
     run_dir = None
-    launch.begin()
+    signals.reset()
+    run_progress.report(0, 0)
     try:
         loss = validate(config)
         if config.plan:
@@ -105,7 +106,7 @@ def run(config: DictConfig) -> None:
         UserError
     ) as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
         sys.exit(end(run_dir, "failed", error.exit_code, f"error: {error}"))
-    except launch.Stopped as stopped:
+    except signals.Stopped as stopped:
         sys.exit(end(run_dir, "stopped", stopped.code, str(stopped)))
     except InterpolationResolutionError as error:
         sys.exit(fail(in_one_line(error), 2))
@@ -124,7 +125,7 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
         directory.write_status(run_dir, state, code, text.removeprefix("error: "))
     # every rank met the same mistake; but a rank that ends takes the others with it
     if under_torchrun() and rank() != 0:
-        launch.end_quietly()
+        signals.end_quietly()
         time.sleep(5)
     print(text, file=sys.stderr)
     return code
@@ -158,7 +159,7 @@ def train(config: DictConfig) -> None:
                 f"{run_dir} is finished: {checkpoint.manifest.step:,} steps; nothing to do."
                 " A new run: resume=never"
             )
-            report(checkpoint.manifest.step, checkpoint.manifest.examples)
+            run_progress.report(checkpoint.manifest.step, checkpoint.manifest.examples)
         else:
             train_from(config, owner, checkpoint)
         if config.export and rank() == 0:
@@ -350,7 +351,7 @@ def cache_reference(
 
 def main() -> None:
     """The command. Whatever a user can cause ends in one line."""
-    launch.listen()
+    signals.listen()
     together = "-".join(
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     )
@@ -364,7 +365,7 @@ def main() -> None:
         sys.exit(fail(error, error.exit_code))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         sys.exit(fail(in_one_line(error), 2))
-    except launch.Stopped as stopped:
+    except signals.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
 

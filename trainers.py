@@ -31,7 +31,8 @@ from plumb.data.token_text import decode
 from plumb.data.tokenization import Example
 from plumb.distributed import collectives, sharding
 from plumb.distributed.device import pick_device
-from plumb.distributed.launch import Stopped, exit_code, report, stop_requested, uptime_secs
+from plumb.distributed.progress import run_progress
+from plumb.distributed.signals import Stopped, exit_code, stop_requested
 from plumb.losses.registry import Loss
 from plumb.models.blocks import block_class, compile_blocks
 from plumb.models.chunked_head import held_bytes
@@ -435,7 +436,7 @@ class BasicTrainer:
         margin = 2 * (self.longest_step_secs + self.saver.secs) + 10
         return (
             self.config.max_hours is not None
-            and uptime_secs() + margin > 3600 * self.config.max_hours
+            and run_progress.uptime_secs() + margin > 3600 * self.config.max_hours
         )
 
     def stop(self, number: int) -> None:
@@ -494,7 +495,7 @@ class BasicTrainer:
         self.order = hashlib.sha256(
             bytes.fromhex(self.order) + step.indices.astype("<i8").tobytes()
         ).hexdigest()
-        report(self.n_updates, self.n_seen)
+        run_progress.report(self.n_updates, self.n_seen)
         if first:
             first.check(grad_norm)
         self.longest_step_secs = max(self.longest_step_secs, time.perf_counter() - start)
@@ -680,7 +681,7 @@ class BasicTrainer:
         self.saved = checkpoint.path.name
         self.saver.secs = manifest.save_secs
         self.checkpoint_bytes = sum(file.bytes for file in manifest.files.values())
-        report(self.n_updates, self.n_seen)
+        run_progress.report(self.n_updates, self.n_seen)
 
 
 class FSDPTrainer(BasicTrainer):

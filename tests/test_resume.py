@@ -17,7 +17,7 @@ from runs import DPO, FAST, OF_THE_MACHINE, STEADY, records
 from safetensors import safe_open
 
 from plumb.data.order import Schedule
-from plumb.distributed import launch
+from plumb.distributed import signals
 from plumb.errors import ResumeMismatch, UnsafeFile, UserError
 from plumb.runs import checkpoints, directory, durable_files
 from plumb.training.objective import Scorer
@@ -255,14 +255,14 @@ def stopped_at(monkeypatch):
             if place == "step":
                 real(self, *arguments, **options)
             if len(calls) == n:
-                launch._Signals.requested = signal.SIGTERM
+                signals.state.requested = signal.SIGTERM
             return None if place == "step" else real(self, *arguments, **options)
 
-        launch.begin()
+        signals.reset()
         with monkeypatch.context() as patch:
             patch.setattr(trainers.BasicTrainer, place, signalled)
             yield
-        launch.begin()
+        signals.reset()
 
     return install
 
@@ -274,7 +274,7 @@ def test_stopped_by_a_signal_at_any_step_it_ends_the_same(kind, train, stopped_a
     for n in range(1, whole[3][0] + 1):
         with (
             stopped_at("step", n),
-            pytest.raises(launch.Stopped, match=f"SIGTERM after step {n} of") as stopped,
+            pytest.raises(signals.Stopped, match=f"SIGTERM after step {n} of") as stopped,
         ):
             train(f"stopped{n}", *OPTIONS[kind], "resume=auto")
         assert stopped.value.code == 143
@@ -285,7 +285,7 @@ def test_stopped_in_an_evaluation_again_and_again(train, stopped_at):
     """The second of three evaluations is begun three times, and stands in the metrics once."""
     whole = outcome(train("whole", *OPTIONS["dpo"]))
     for n in (2, 1, 1):
-        with stopped_at("evaluate", n), pytest.raises(launch.Stopped):
+        with stopped_at("evaluate", n), pytest.raises(signals.Stopped):
             train("stopped", *OPTIONS["dpo"], "resume=auto")
     assert same(outcome(train("stopped", *OPTIONS["dpo"], "resume=auto")), whole)
 

@@ -1,9 +1,8 @@
-"""Processes and signals: one process per GPU (or CPU process) started and watched here, or joined
-where torchrun started them.
+"""Processes: one per GPU (or CPU process), started and watched here, or joined where torchrun
+started them.
 
-Once training has begun a signal only sets a flag, for which the training loop asks after each step
-(see trainers.py). What became of a process is said by its exit code, and by one line of the process
-that was started first.
+What became of a process shows in its exit code, and in one line of the process that was started
+first.
 """
 
 from __future__ import annotations
@@ -21,139 +20,21 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from plumb import console
 from plumb.console import under_torchrun
-from plumb.distributed import collectives
+from plumb.distributed import collectives, signals
+from plumb.distributed.progress import run_progress
+from plumb.distributed.signals import Stopped
 from plumb.errors import PeerLost, UserError
 
 # after one process has failed: how long the others may take to say why, or to finish what they
 # write
 GRACE_SECS = 10
-REPEAT_SECS = (
-    10  # torchrun and the queue may both pass a signal on: within this time it is the same one
-)
 PR_SET_PDEATHSIG = 1
-
-
-class Stopped(BaseException):
-    """The run was asked to stop. Not an Exception, for the same reason as KeyboardInterrupt.
-    `code`: 130 or 143.
-    """
-
-    def __init__(self, code: int, reason: str):
-        super().__init__(code, reason)
-        self.code = code
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-class _Signals:
-    """What this process was asked. `gentle`: the training loop looks at `requested`; until then a
-    signal ends the process.
-    """
-
-    requested = 0
-    at = 0.0
-    gentle = False
-
-
-def listen() -> None:
-    """Handle SIGTERM, SIGHUP and SIGINT from here on. A second one, once training has begun, quits
-    at once.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, _handle)
-
-
-def _handle(number: int, _frame: Any) -> None:
-    again = _Signals.requested
-    _Signals.requested = _Signals.requested or number
-    if not _Signals.gentle:
-        # a terminal and a launcher may both pass one on, while the first is being handled
-        if again:
-            if time.monotonic() - _Signals.at > 1:
-                os._exit(exit_code(again))
-            return
-        _Signals.at = time.monotonic()
-        raise Stopped(
-            exit_code(number), f"stopped by {signal.Signals(number).name} before the first step"
-        )
-    if (
-        again
-        and time.monotonic() - _Signals.at > (REPEAT_SECS if under_torchrun() else 0)
-        and not _watched
-    ):
-        os._exit(exit_code(again))
-    _Signals.at = time.monotonic()
-
-
-def end_quietly() -> None:
-    """From here on a signal ends this process without a word: another one has said what there is to
-    say.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def begin() -> None:
-    """Another run in the same process (a sweep): no signal is waiting, and no step was made."""
-    _Signals.requested = 0
-    _Signals.gentle = False
-    report(0, 0)
-
-
-def exit_code(number: int) -> int:
-    """Of a run that was stopped: 130 for SIGINT, 143 for all others and for 0 (its time was up)."""
-    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-
-def stop_requested() -> int:
-    """The number of the signal that asked this process to stop, or 0. From the first call on,
-    signals wait to be asked for.
-    """
-    _Signals.gentle = True
-    return _Signals.requested
-
-
-def uptime_secs() -> float:
-    """Since the command was started."""
-    return time.time() - _started
-
-
-_started = psutil.Process().create_time()
-# optimizer steps, examples, and when it last gave a sign of life, of each process started here
-_progress: Any = [
-    0,
-    0,
-    0,
-]
-_watched = False  # another process started this one, passes signals on, and says what is to be said
-_index = 0
-
-
-def report(step: int, examples: int) -> None:
-    """Where this process's training is: for whoever has to say so, should it end."""
-    _progress[3 * _index : 3 * _index + 2] = [step, examples]
-
-
-def reported() -> tuple[int, int]:
-    """Optimizer steps and examples of the process that is furthest behind."""
-    return min(zip(_progress[::3], _progress[1::3], strict=True))
-
-
-def _live() -> None:
-    """Give a sign of life, for as long as this process has one."""
-    while True:
-        _progress[3 * _index + 2] = int(time.monotonic())
-        time.sleep(1)
 
 
 # ---- starting ----
@@ -192,9 +73,9 @@ def launch(
     }
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    global _progress
     spawn = torch.multiprocessing.get_context("spawn")
-    _progress, said = spawn.Array("q", 3 * n, lock=False), spawn.SimpleQueue()
+    run_progress.shared = spawn.Array("q", 3 * n, lock=False)
+    messages = spawn.SimpleQueue()
     with socket.create_server(("127.0.0.1", port or 0)) as server:
         store = dist.TCPStore(
             "127.0.0.1",
@@ -206,21 +87,21 @@ def launch(
         common = (
             n,
             store.port,
-            (os.getpid(), _started),
+            (os.getpid(), run_progress.started),
             worker,
             arguments,
             timeout,
-            _progress,
-            said,
+            run_progress.shared,
+            messages,
         )
         group = [spawn.Process(target=_spawned, args=(i, *common)) for i in range(n)]
-        _Signals.gentle = True
+        signals.state.waits_for_the_loop = True
         for process in group:
             process.start()
         ended_by_us = _watch(group, timeout.total_seconds())
     errors: list[tuple[int, UserError | Stopped]] = []
-    while not said.empty():
-        errors.append(said.get())
+    while not messages.empty():
+        errors.append(messages.get())
     _judge([p.exitcode or 0 for p in group], ended_by_us, sorted(errors, key=lambda e: e[0]))
 
 
@@ -233,13 +114,13 @@ def _watch(group: Sequence[BaseProcess], timeout: float) -> list[int]:
     killed = list[int]()
     while alive := [i for i, p in enumerate(group) if p.exitcode is None]:
         multiprocessing.connection.wait([group[i].sentinel for i in alive], timeout=0.2)
-        if _Signals.requested and not forwarded:
-            forwarded = _Signals.requested
+        if signals.state.requested and not forwarded:
+            forwarded = signals.state.requested
             for i in alive:
                 os.kill(group[i].pid or 0, forwarded)
         now = time.monotonic()
         for i in alive:
-            if 0 < _progress[3 * i + 2] < now - timeout - 2:
+            if 0 < run_progress.seen_alive(i) < now - timeout - 2:
                 killed.append(i)
                 group[i].kill()
         if any(p.exitcode for p in group):
@@ -260,12 +141,12 @@ def _judge(
     """Raise what the group's end was, if not success."""
     if not any(codes):
         return
-    steps = lambda ranks: ", ".join(f"rank {r} at step {_progress[3 * r]}" for r in ranks)
+    steps = lambda ranks: ", ".join(f"rank {r} at step {run_progress.step_of(r)}" for r in ranks)
     # NCCL aborts a process that has waited too long
     ours = {
         0,
         -signal.SIGABRT,
-        -_Signals.requested,
+        -signals.state.requested,
     }
     died = [
         r for r, code in enumerate(codes) if code < 0 and code not in ours and r not in ended_by_us
@@ -279,17 +160,18 @@ def _judge(
     for _, error in errors:
         if not isinstance(error, PeerLost):
             raise error
-    if _Signals.requested:
+    if signals.state.requested:
         raise Stopped(
-            exit_code(_Signals.requested), f"stopped by {signal.Signals(_Signals.requested).name}"
+            signals.exit_code(signals.state.requested),
+            f"stopped by {signal.Signals(signals.state.requested).name}",
         )
     if any(
         code not in (0, PeerLost.exit_code, -signal.SIGABRT) and r not in ended_by_us
         for r, code in enumerate(codes)
     ):
-        sys.exit(1)  # a mistake of ours, whose traceback stands above
+        sys.exit(1)  # an internal error; its traceback is above
     if any(codes):
-        slow = ended_by_us[:1] or [min(range(len(codes)), key=lambda r: _progress[3 * r])]
+        slow = ended_by_us[:1] or [min(range(len(codes)), key=lambda r: run_progress.step_of(r))]
         raise PeerLost(
             f"{steps(slow)} did not answer in time (timeout_minutes), or its connection broke; the"
             " others were ended; resume=auto continues from the last checkpoint"
@@ -304,14 +186,13 @@ def _spawned(
     worker: Callable[..., None],
     arguments: tuple,
     timeout: timedelta,
-    progress: Any,
-    said: Any,
+    shared: Any,
+    messages: Any,
 ) -> None:
-    global _progress, _watched, _index, _started
-    _progress = progress
-    _watched = True
-    _index = index
-    (pid, _started) = parent
+    pid, run_progress.started = parent
+    run_progress.shared = shared
+    run_progress.index = index
+    signals.state.has_launcher = True
     if sys.platform == "linux":  # a launcher that is killed takes its processes with it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != pid:
@@ -319,14 +200,14 @@ def _spawned(
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index)}
     # its default is a semaphore, which Python reports as leaked when this process is ended
     tqdm.set_lock(threading.RLock())
-    listen()
-    threading.Thread(target=_live, daemon=True).start()
+    signals.listen()
+    threading.Thread(target=run_progress.give_signs_of_life, daemon=True).start()
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         _work(index, worker, arguments, timeout, store=store, rank=index, world_size=n)
     except (UserError, Stopped) as error:
         text = console.one_line(error)  # short: a pipe takes 64 KiB before somebody reads
-        said.put(
+        messages.put(
             (index, Stopped(error.code, text) if isinstance(error, Stopped) else type(error)(text))
         )
         _leave(error.code if isinstance(error, Stopped) else error.exit_code)
@@ -362,8 +243,9 @@ def _work(
         if not _broken_connection(error):
             raise
         why = str(error).splitlines()[0][:150]
+        step, _ = run_progress.furthest_behind()
         raise PeerLost(
-            f"another process was lost, or did not answer in time, at step {reported()[0]} ({why});"
+            f"another process was lost, or did not answer in time, at step {step} ({why});"
             " resume=auto continues from the last checkpoint"
         ) from None
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from plumb.console import rank, rank0_print, redacted, to_dict
 from plumb.data.examples import Examples
 from plumb.distributed import collectives
-from plumb.distributed import launch as processes
+from plumb.distributed.progress import run_progress
 from plumb.errors import PeerLost, ResumeMismatch, UserError
 from plumb.paths import CONFIG, get_local_dir
 from plumb.runs.checkpoints import listed
@@ -198,7 +198,7 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
         return
     if code == PeerLost.exit_code and before.get("state") == "failed":
         return  # the one that was lost has said why
-    step, examples = processes.reported()
+    step, examples = run_progress.furthest_behind()
     content = {
         "state": state,
         "code": code,

@@ -1,0 +1,105 @@
+"""Signals: the first asks a run to stop, the second quits at once.
+
+Once training has begun a signal only sets a flag, which the training loop reads after each step
+(see trainers.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from plumb.console import under_torchrun
+
+# torchrun and a queue may both pass a signal on: within this time it is the same one.
+REPEAT_SECS = 10
+
+
+class Stopped(BaseException):
+    """The run was asked to stop. Not an Exception, for the same reason as KeyboardInterrupt.
+    `code`: 130 or 143.
+    """
+
+    def __init__(self, code: int, reason: str):
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass
+class SignalState:
+    """What this process was asked by signals."""
+
+    requested: int = 0  # the number of the first signal
+    at: float = 0.0  # when the last one came
+    # The training loop asks for `requested` after each step; until then a signal ends the process.
+    waits_for_the_loop: bool = False
+    # Another process started this one, passes signals on, and prints what there is to print.
+    has_launcher: bool = False
+
+
+state = SignalState()  # of this process: a signal handler has no other way to its data
+
+
+def listen() -> None:
+    """Handle SIGTERM, SIGHUP and SIGINT from here on. A second one, once training has begun, quits
+    at once.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _handle)
+
+
+def _handle(number: int, _frame: Any) -> None:
+    again = state.requested
+    state.requested = state.requested or number
+    if not state.waits_for_the_loop:
+        # a terminal and a launcher may both pass one on, while the first is being handled
+        if again:
+            if time.monotonic() - state.at > 1:
+                os._exit(exit_code(again))
+            return
+        state.at = time.monotonic()
+        raise Stopped(
+            exit_code(number), f"stopped by {signal.Signals(number).name} before the first step"
+        )
+    if (
+        again
+        and time.monotonic() - state.at > (REPEAT_SECS if under_torchrun() else 0)
+        and not state.has_launcher
+    ):
+        os._exit(exit_code(again))
+    state.at = time.monotonic()
+
+
+def end_quietly() -> None:
+    """From here on a signal ends this process without a word: another one has said what there is to
+    say.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def reset() -> None:
+    """Forget earlier signals: another run begins in the same process (a sweep)."""
+    state.requested = 0
+    state.waits_for_the_loop = False
+
+
+def exit_code(number: int) -> int:
+    """Of a run that was stopped: 130 for SIGINT, 143 for all others and for 0 (its time was up)."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def stop_requested() -> int:
+    """The number of the signal that asked this process to stop, or 0. From the first call on,
+    signals wait to be asked for.
+    """
+    state.waits_for_the_loop = True
+    return state.requested
