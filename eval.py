@@ -68,20 +68,18 @@ AFRESH = {"n_eval_examples": None, "tokens_per_microbatch": None}
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(__doc__ or "", prog="eval.py")
-    p.add_argument("model", help="a run, checkpoint, policy.pt, folder or name on the hub")
+    p.add_argument("model", help="run, checkpoint, policy.pt, folder or hub name")
     p.add_argument(
         "overrides",
         nargs="*",
         metavar="knob=value",
-        help="as for train.py, e.g. datasets=[hh] n_eval_examples=500",
+        help="options as for train.py, e.g. datasets=[hh] n_eval_examples=500",
     )
     p.add_argument(
-        "--reference", help="the reference of a DPO loss; else what the policy's run started from"
+        "--reference", help="reference for a DPO loss (default: what the policy's run started from)"
     )
-    p.add_argument(
-        "--base", help="the model that a policy.pt without a config.yaml was trained from"
-    )
-    p.add_argument("--out", type=Path, help="write the numbers as JSON")
+    p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
+    p.add_argument("--out", type=Path, help="write the metrics to this JSON file")
     return p
 
 
@@ -178,9 +176,7 @@ def check_override(override: Override, ref: ModelRef) -> None:
             f"{said}: the settings are those of the run {ref.run_dir}; give knobs to change them"
         )
     if key in ALWAYS:
-        raise UserError(
-            f"{said}: is nothing that an evaluation does, or it has no choice; leave it out"
-        )
+        raise UserError(f"{said}: not applicable to evaluation; leave it out")
 
 
 def evaluate(

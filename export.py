@@ -21,13 +21,11 @@ from plumb.settings.cli import Parser, run
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        "A policy.pt, ours or of 2023, as a Hugging Face folder; or any model as a policy.pt."
-    )
+    p = Parser("Convert a policy.pt to a Hugging Face folder, or any model to a policy.pt.")
     p.add_argument(
         "model",
         metavar="MODEL",
-        help="run, checkpoint or policy.pt; for --policy also a folder or a name on the hub",
+        help="run, checkpoint or policy.pt; with --policy also a folder or hub name",
     )
     to = p.add_mutually_exclusive_group(required=True)
     to.add_argument("--out", type=Path, metavar="FOLDER", help="write a Hugging Face folder")
@@ -38,27 +36,25 @@ def parser() -> argparse.ArgumentParser:
         help="write a policy.pt: {step_idx, state, metrics}",
     )
     p.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="of the weights; as they are stored if not given"
+        "--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: as stored)"
     )
     p.add_argument(
         "--max-shard-gb",
         type=float,
-        help="of --out: 1e9 bytes of a safetensors file, at most; 5 if not given",
+        help="with --out: maximum size of a safetensors file, in 1e9 bytes (default: 5)",
     )
-    p.add_argument(
-        "--base", help="the model that a policy.pt without a config.yaml was trained from"
-    )
-    p.add_argument("--tokenizer", help="of --out: another tokenizer than the model's own")
+    p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
+    p.add_argument("--tokenizer", help="with --out: tokenizer to use in place of the model's own")
     p.add_argument(
         "--chat-template",
         metavar="hh|NAME|FILE",
-        help="of --out: to write; else the run's, or the tokenizer's",
+        help="with --out: template to write (default: the run's or the tokenizer's)",
     )
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    p.add_argument("--overwrite", action="store_true", help="overwrite an existing export")
     p.add_argument(
         "--no-check",
         action="store_true",
-        help="of --out: don't load it and compare, which holds a model in float32",
+        help="with --out: skip the comparison, which loads the model in float32",
     )
     return p
 

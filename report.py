@@ -48,13 +48,16 @@ MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     options = cli.Parser(
-        "Curves, diagnosis, samples and lineage of one run or several, on one page."
+        "Show the curves, diagnosis, samples and lineage of one or more runs on one page."
     )
-    options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     options.add_argument(
         "--out",
         type=Path,
-        help="the page, a PNG of its name beside it; None: report.html in the first RUN",
+        help=(
+            "path of the page; a PNG of the same name goes beside it (default: report.html in"
+            " the first RUN)"
+        ),
     )
     return options
 

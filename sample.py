@@ -34,48 +34,51 @@ TYPES = {"top_k": int, "num_beams": int, "num_beam_groups": int}
 
 def parser() -> argparse.ArgumentParser:
     """The options. Those of a mode are there only if they were given."""
-    p = Parser("Answers of one model or of several, side by side.")
+    p = Parser("Show the answers of one or more models side by side.")
     p.add_argument(
         "models",
         nargs="+",
         metavar="MODEL",
-        help="name on the hub, folder, .gguf file, run, checkpoint or policy.pt",
+        help="hub name, folder, .gguf file, run, checkpoint or policy.pt",
     )
     source = p.add_mutually_exclusive_group()
     source.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a .jsonl, .json, .csv or .parquet file with a prompt a row",
+        help=".jsonl, .json, .csv or .parquet file with one prompt per row",
     )
     source.add_argument(
-        "--dataset", metavar="NAME_OR_PATH", help="the prompts of a data set's test split"
+        "--dataset", metavar="NAME_OR_PATH", help="take the prompts from a data set's test split"
     )
     source.add_argument(
-        "--language", choices=prompts.BUILT_IN, default="english", help="built-in prompts"
+        "--language",
+        choices=prompts.BUILT_IN,
+        default="english",
+        help="language of the built-in prompts",
     )
-    source.add_argument("--chat", action="store_true", help="talk to one model at the terminal")
+    source.add_argument("--chat", action="store_true", help="chat with one model in the terminal")
     p.add_argument(
-        "--field", default="prompt", help="the field of --prompts: a string, or messages"
+        "--field", default="prompt", help="field of --prompts that holds a string or messages"
     )
     p.add_argument(
         "--raw",
         action="store_true",
-        help="strings of --prompts are read as they stand, not as a user's turn",
+        help="use strings from --prompts verbatim, not as a user's turn",
     )
-    p.add_argument("--split", choices=("train", "test"), default="test", help="of --dataset")
-    p.add_argument("--dataset-path", metavar="PATH", help="a local copy of a named --dataset")
+    p.add_argument("--split", choices=("train", "test"), default="test", help="split of --dataset")
+    p.add_argument("--dataset-path", metavar="PATH", help="local copy of a named --dataset")
     p.add_argument(
         "--eval-share",
         type=share,
         default=0.1,
-        help="test share of a --dataset without a test split",
+        help="share held out from a --dataset without a test split",
     )
     p.add_argument(
-        "--n-prompts", type=positive, help="so many prompts, drawn with --seed; all if not given"
+        "--n-prompts", type=positive, help="number of prompts, drawn with --seed (default: all)"
     )
     how = p.add_argument_group("decoding")
-    how.add_argument("--mode", choices=MODES, default="sample", help="how answers are found")
+    how.add_argument("--mode", choices=MODES, default="sample", help="how answers are generated")
     for name in FIELDS:
         defaults = ", ".join(
             f"{mode} {takes[name]}" for mode, takes in MODES.items() if name in takes
@@ -85,49 +88,54 @@ def parser() -> argparse.ArgumentParser:
             type=TYPES.get(name, float),
             default=argparse.SUPPRESS,
             metavar="N",
-            help=f"of {defaults}",
+            help=f"defaults by mode: {defaults}",
         )
-    how.add_argument("--n", type=positive, default=1, help="answers to each prompt")
+    how.add_argument("--n", type=positive, default=1, help="number of answers per prompt")
     how.add_argument("--max-new-tokens", type=positive, default=128)
     how.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="STRING",
-        help="end an answer here; may be given again",
+        help="string that ends an answer; may be repeated",
     )
-    how.add_argument("--seed", type=seed, default=0, help="of drawing answers, and prompts")
-    p.add_argument("--batch-size", type=positive, default=8, help="prompts at once")
-    p.add_argument(
-        "--base", help="the model that a policy.pt without a config.yaml was trained from"
+    how.add_argument(
+        "--seed", type=seed, default=0, help="seed for sampling answers and choosing prompts"
     )
-    p.add_argument("--tokenizer", help="another tokenizer than the model's own")
+    p.add_argument("--batch-size", type=positive, default=8, help="prompts per batch")
+    p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
+    p.add_argument("--tokenizer", help="tokenizer to use in place of the model's own")
     p.add_argument(
-        "--chat-template", metavar="hh|NAME|FILE", help="in place of the run's, or the tokenizer's"
+        "--chat-template",
+        metavar="hh|NAME|FILE",
+        help="template to use in place of the run's or the tokenizer's",
     )
     p.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the weights",
+        help="dtype of the weights",
     )
-    p.add_argument("--device", help="cpu, cuda, cuda:1; the GPU if there is one")
+    p.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     p.add_argument(
         "--out",
         type=Path,
         metavar="FILE.jsonl",
-        help="write all answers, with what it takes to repeat them",
+        help="write all answers, with the settings needed to reproduce them",
     )
     p.add_argument(
         "--format",
         choices=("answers", "pairs"),
         default="answers",
         help=(
-            "of --out: a line per prompt and model; or {instruction, output_1, output_2}, with"
+            "format of --out: one line per prompt and model, or {instruction, output_1,"
+            " output_2} with"
             " --n 2"
         ),
     )
-    p.add_argument("--show", type=not_negative, default=20, help="prompts to print, at most")
+    p.add_argument(
+        "--show", type=not_negative, default=20, help="maximum number of prompts to print"
+    )
     return p
 
 

@@ -64,16 +64,16 @@ def parser() -> argparse.ArgumentParser:
     commands_ = p.add_subparsers(metavar="pairs | answers | winrate | split", required=True)
     add = lambda name, what: commands_.add_parser(name, help=what, description=what)
 
-    q = add("pairs", "accuracy of a scorer on pairs of a data set")
+    q = add("pairs", "measure a scorer's accuracy on preference pairs")
     q.set_defaults(main=pairs)
     q.add_argument("scorer", metavar="SCORER")
-    q.add_argument("data", nargs="+", metavar="DATA", help="data sets: names, files, folders")
+    q.add_argument("data", nargs="+", metavar="DATA", help="data sets: names, files or folders")
     q.add_argument("--split", choices=("train", "test"), default="test")
     q.add_argument(
         "--n-examples",
         type=_count,
         metavar="N",
-        help="of each data set, in a seeded order; all by default",
+        help="number from each data set, in a seeded order (default: all)",
     )
     q.add_argument(
         "--dataset-path",
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a local copy",
+        help="local copy of a named data set",
     )
     q.add_argument(
         "--field",
@@ -89,32 +89,41 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help="field of an own file",
+        help="field names in your own files",
     )
     q.add_argument(
         "--eval-share",
         type=float,
         metavar="S",
-        help="share held out where a file has no test split",
+        help="share held out if a file has no test split",
     )
-    q.add_argument("--out", type=Path, metavar="FILE", help="the pairs with their scores, as JSONL")
-    q.add_argument("--json", type=Path, metavar="FILE", help="the figures")
     q.add_argument(
-        "--plots", type=Path, metavar="DIR", help="histogram of the scores and calibration, as PNG"
+        "--out", type=Path, metavar="FILE", help="write the pairs with their scores as JSONL"
+    )
+    q.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    q.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="draw the score histogram and calibration curve as PNGs",
     )
     _scorer_options(q)
 
-    q = add("answers", "scores added to a file of prompts and answers")
+    q = add("answers", "add scores to a file of prompts and answers")
     q.set_defaults(main=answers)
     q.add_argument("scorer", metavar="SCORER")
-    q.add_argument("file", type=Path, metavar="FILE", help="of sample.py, for instance")
+    q.add_argument("file", type=Path, metavar="FILE", help="for instance, the output of sample.py")
     q.add_argument("--out", type=Path, required=True, metavar="FILE")
     _scorer_options(q)
 
-    q = add("winrate", "win rates of policies against a baseline, by their samples")
+    q = add("winrate", "compare the samples of policies with a baseline's")
     q.set_defaults(main=winrate)
     q.add_argument(
-        "file", nargs="+", type=Path, metavar="FILE", help="samples, of sample.py for instance"
+        "file",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="samples; for instance, the output of sample.py",
     )
     q.add_argument("--baseline", required=True, metavar="MODEL_OR_FILE")
     q.add_argument(
@@ -123,71 +132,95 @@ def parser() -> argparse.ArgumentParser:
         metavar="SCORER | rule:... | URL",
         help="rule:longer, rule:shorter, rule:contains=TEXT; http://host:port/v1",
     )
-    q.add_argument("--seed", type=_whole, default=0, help="of the bootstrap")
-    q.add_argument("--out", type=Path, metavar="FILE", help="every comparison, as JSONL")
-    q.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    q.add_argument("--seed", type=_whole, default=0, help="seed of the bootstrap")
+    q.add_argument("--out", type=Path, metavar="FILE", help="write every comparison as JSONL")
+    q.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     _scorer_options(q)
     _endpoint_options(q)
 
-    q = add("split", "scored pairs, or samples, as an easy and a hard data set")
+    q = add("split", "split scored pairs or samples into an easy and a hard data set")
     q.set_defaults(main=split)
-    q.add_argument("file", type=Path, metavar="FILE", help="of score.py pairs or answers")
     q.add_argument(
-        "--threshold", type=float, default=1.0, metavar="T", help="easy: a margin of T or more"
+        "file", type=Path, metavar="FILE", help="output of score.py pairs or score.py answers"
+    )
+    q.add_argument(
+        "--threshold",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="pairs with a margin of T or more are easy",
     )
     q.add_argument("--easy", type=Path, required=True, metavar="FILE")
     q.add_argument("--hard", type=Path, required=True, metavar="FILE")
     q.add_argument(
-        "--sort", action="store_true", help="the largest margin first, else the file's order"
+        "--sort",
+        action="store_true",
+        help="sort by margin, largest first (default: the file's order)",
     )
     return p
 
 
 def _scorer_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group(
-        "the scorer", "what is not given is as its run's config.yaml says, or config/config.yaml"
+        "the scorer",
+        "options not given come from its run's config.yaml, or from config/config.yaml",
     )
     g.add_argument(
-        "--reference", metavar="MODEL", help="of an implicit reward; else what its run started from"
+        "--reference",
+        metavar="MODEL",
+        help="reference for an implicit reward (default: from its run)",
     )
-    g.add_argument("--beta", type=float, help="of an implicit reward; else its run's")
+    g.add_argument("--beta", type=float, help="beta of an implicit reward (default: from its run)")
     g.add_argument(
-        "--base", metavar="MODEL", help="what a policy.pt without a config.yaml was trained from"
+        "--base", metavar="MODEL", help="base model of a policy.pt that has no config.yaml"
     )
-    g.add_argument("--tokenizer", metavar="NAME", help="in place of the model's own")
+    g.add_argument(
+        "--tokenizer", metavar="NAME", help="tokenizer to use in place of the model's own"
+    )
     g.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "float64"),
-        help="of the weights; else float32",
+        help="dtype of the weights (default: float32)",
     )
-    g.add_argument("--device", help="cpu, cuda, cuda:1; else the GPU if there is one")
-    g.add_argument("--max-length", type=_count, metavar="N", help="tokens of prompt + response")
+    g.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     g.add_argument(
-        "--max-prompt-length", type=_count, metavar="N", help="tokens of a prompt that does not fit"
+        "--max-length", type=_count, metavar="N", help="maximum tokens of prompt + response"
     )
     g.add_argument(
-        "--chat-template", metavar="hh | NAME | FILE", help="for messages; else the tokenizer's"
+        "--max-prompt-length",
+        type=_count,
+        metavar="N",
+        help="tokens kept of a prompt that is too long",
     )
-    g.add_argument("--tokens-per-microbatch", type=_count, metavar="N", help="else 8192")
+    g.add_argument(
+        "--chat-template",
+        metavar="hh | NAME | FILE",
+        help="template for messages (default: the tokenizer's)",
+    )
+    g.add_argument("--tokens-per-microbatch", type=_count, metavar="N", help="(default: 8192)")
 
 
 def _endpoint_options(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("a judge behind a URL")
-    g.add_argument("--judge-model", metavar="NAME", help="as the server calls it")
+    g = p.add_argument_group("a judge at a URL")
+    g.add_argument("--judge-model", metavar="NAME", help="the server's name for the model")
     g.add_argument(
-        "--judge-template", metavar="hh | tldr | tldr_concise | FILE", help="its prompt; else hh"
+        "--judge-template",
+        metavar="hh | tldr | tldr_concise | FILE",
+        help="prompt for the judge (default: hh)",
     )
     g.add_argument(
-        "--key-env", metavar="VARIABLE", help="the environment variable that holds its key"
+        "--key-env", metavar="VARIABLE", help="environment variable that holds the API key"
     )
     g.add_argument(
         "--verdicts",
         type=Path,
         metavar="FILE",
-        help="what it said, to be read again; else .cache/verdicts.jsonl",
+        help="file that keeps its verdicts (default: .cache/verdicts.jsonl)",
     )
-    g.add_argument("--parallel", type=_count, metavar="N", help="questions at a time; else 4")
-    g.add_argument("--timeout", type=_seconds, metavar="SECS", help="for one reply; else 60")
+    g.add_argument("--parallel", type=_count, metavar="N", help="concurrent requests (default: 4)")
+    g.add_argument(
+        "--timeout", type=_seconds, metavar="SECS", help="time limit for one reply (default: 60)"
+    )
 
 
 def _whole(text: str) -> int:

@@ -112,9 +112,7 @@ def run(config: DictConfig) -> None:
         sys.exit(fail(in_one_line(error), 2))
     except (Exception, SystemExit):
         if run_dir is not None:
-            directory.write_status(
-                run_dir, "failed", 1, "a mistake of ours; its traceback is on the console"
-            )
+            directory.write_status(run_dir, "failed", 1, "internal error; see the traceback above")
         raise
 
 
@@ -249,7 +247,7 @@ def train_from(
         if config.n_examples and config.n_examples > trainer.schedule.n_examples:
             rank0_print(
                 f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after"
-                f" {trainer.schedule.n_examples}; set n_epochs=null to go on"
+                f" {trainer.schedule.n_examples}; set n_epochs=null to continue"
             )
         rank0_print(
             f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.n_steps:,} steps ->"

@@ -450,7 +450,7 @@ class BasicTrainer:
         then = (
             "nothing is saved"
             if self.config.debug or not self.n_updates
-            else "go on with resume=auto"
+            else "resume with resume=auto"
         )
         raise Stopped(
             exit_code(number),

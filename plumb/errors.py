@@ -42,6 +42,6 @@ class PeerLost(UserError):
 
 
 class ResumeMismatch(UserError):
-    """What is to be resumed was made of something else, or is not there."""
+    """The checkpoint does not match this configuration, or there is none."""
 
     exit_code = 7

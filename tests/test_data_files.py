@@ -661,7 +661,9 @@ def test_bad_rows_may_be_dropped(tmp_path, name, content, line):
 
 def test_a_file_of_bad_rows_says_the_first(tmp_path):
     path = jsonl(tmp_path, [1], [2])
-    with pytest.raises(UserError, match=r"no row can be used; the first: .*own.jsonl, line 1: "):
+    with pytest.raises(
+        UserError, match=r"no row is usable; the first error: .*own.jsonl, line 1: "
+    ):
         load(path, reading=Reading(bad_row="drop"))
 
 
@@ -676,7 +678,7 @@ def test_turns_that_are_not_trained_are_counted(tmp_path):
     loaded = load(jsonl(tmp_path, *rows))
     assert len(loaded.rows) == 1
     assert loaded.skipped == {
-        "turns behind the last answer": 2,
+        "turns after the last answer": 2,
         "no answer with a weight above 0": 1,
     }
 

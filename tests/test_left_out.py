@@ -43,7 +43,8 @@ def test_bad_rows_that_are_dropped_are_named(compose, tmp_path, tiny_model, caps
     with pytest.raises(
         UserError,
         match=(
-            r"no row of .*chat.jsonl can be used; the first: .*line 1: field 'messages\[1\].role'"
+            r"no row of .*chat.jsonl is usable; the first error: .*line 1: field"
+            r" 'messages\[1\].role'"
         ),
     ):
         load_examples(config, load_tokenizer(config), pairs=False)

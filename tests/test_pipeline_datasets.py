@@ -256,7 +256,7 @@ def test_what_is_asked_of_the_hub(monkeypatch, name):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     if name not in HUB:
         with pytest.raises(
-            UserError, match=rf"^{name}: it isn't on the hub; set dataset_paths\.{name}=/path/to"
+            UserError, match=rf"^{name}: it is not on the hub; set dataset_paths\.{name}=/path/to"
         ):
             draw(name, None)
         return

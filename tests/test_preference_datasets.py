@@ -305,8 +305,8 @@ def test_decorator_refuses_what_it_would_misread(register):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("harmles", "unknown data set 'harmles'; did you mean 'harmless'? known are "),
-        ("zzzz", "unknown data set 'zzzz'; known are"),
+        ("harmles", "unknown data set 'harmles'; did you mean 'harmless'? known: "),
+        ("zzzz", "unknown data set 'zzzz'; known:"),
         ("none.jsonl", "none.jsonl: no such file"),
         ("./none", "./none: no such file"),
     ],

@@ -334,7 +334,7 @@ REFUSED = {  # template, row -> what the line says
         OPENS,
         {"messages": [Q, A]},
         (
-            "the chat template ends the prompt with '<think>' where, with the answer behind it,"
+            "the chat template ends the prompt with '<think>' where, with the answer after it,"
             " stands 'Soup it is.</s>'"
         ),
     ),
@@ -399,10 +399,10 @@ def test_text_that_the_template_shortens_is_counted(tmp_path):
             "<think>So.</think>Yes.</s>",
         ]
     ]
-    assert data.altered == {"earlier turns that the chat template shortens": 1}
+    assert data.altered == {"earlier turns shortened by the chat template": 1}
     never = LAST.replace("m.content if loop.last else ", "")
     assert encoded(written(tmp_path, {"messages": [Q, thought]}), never)[1].altered == {
-        "answers that the chat template shortens": 1
+        "answers shortened by the chat template": 1
     }
 
 
@@ -414,7 +414,7 @@ def test_content_beside_a_call_that_is_left_out_is_counted(tmp_path):
         written(tmp_path, {"messages": [Q, call(content="Let me look.")]}), template
     )
     assert rows == [["<user>Soup?</s><assistant>", CALLED]]
-    assert data.altered == {"contents that the chat template leaves out beside tool_calls": 1}
+    assert data.altered == {"contents left out by the chat template beside tool_calls": 1}
 
 
 def test_messages_of_a_loader_are_called_by_their_row():

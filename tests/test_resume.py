@@ -305,7 +305,7 @@ def test_a_limit_that_is_reached_already(train):
 
 
 @pytest.fixture
-def first_update(train, halted_at, tmp_path):
+def begun(train, halted_at, tmp_path):
     """`begun(*options)`: a run that was halted after its third step, with a checkpoint after each.
     -> its options
     """
@@ -339,7 +339,9 @@ CHANGES = {
 def test_a_changed_setting_is_refused_with_the_difference(begun, train):
     options = begun()
     for change, said in CHANGES.items():
-        with pytest.raises(ResumeMismatch, match="made of something else: ") as refused:
+        with pytest.raises(
+            ResumeMismatch, match="checkpoint does not match this configuration: "
+        ) as refused:
             train(*options, change, "resume=auto")
         assert said in str(refused.value) and "resume_allow=[" in str(refused.value), change
     # these change no number

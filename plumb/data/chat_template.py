@@ -28,8 +28,8 @@ BASIC = frozenset(("system", "user", "assistant"))  # roles that no mapping is p
 TOOL = frozenset(("function", "observation", "ipython", "function_response", "tool_response"))
 MARK = "Zq7Zq7Zq7"  # stands in a message to see whether its content is rendered
 TRIES = 100  # rows that are asked whether a field is rendered, before the answer is no
-SHORTENED = "earlier turns that the chat template shortens"
-SHORTENED_ANSWER = "answers that the chat template shortens"
+SHORTENED = "earlier turns shortened by the chat template"
+SHORTENED_ANSWER = "answers shortened by the chat template"
 
 
 def variables_of(template: str) -> frozenset[str]:
@@ -207,7 +207,7 @@ class ChatTemplate:
                 if not is_there:
                     self.altered[SHORTENED_ANSWER if i == len(turns) - 1 else SHORTENED] += 1
             elif beside := [name for name in _extras(turn) if name in self._read]:
-                self.altered[f"contents that the chat template leaves out beside {beside[0]}"] += 1
+                self.altered[f"contents left out by the chat template beside {beside[0]}"] += 1
             else:
                 raise self._vanished(turns, i, given, source)
 
@@ -264,7 +264,7 @@ class ChatTemplate:
         alone, with_answer = (shorten(text[same : same + 60]) for text in texts)
         where, _ = place_of(turns[-1], source, len(turns) - 1)
         return UserError(
-            f"{where}: the chat template ends the prompt with {alone} where, with the answer behind"
+            f"{where}: the chat template ends the prompt with {alone} where, with the answer after"
             f" it, stands {with_answer}, so that they cannot be told apart; give another with"
             " chat_template=FILE, or chat_template=hh"
         )

@@ -33,7 +33,7 @@ from plumb.errors import UserError
 ASSISTANT = "\n\nAssistant:"
 PROMPTS_DIFFER = "prompts of the pair differ"
 UNTRAINED = "no answer with a weight above 0"
-BEHIND = "turns behind the last answer"
+BEHIND = "turns after the last answer"
 TRANSCRIPTS = "chosen / rejected, each a whole dialogue"
 EQUAL_SCORES = "equal scores"
 

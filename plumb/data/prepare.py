@@ -92,7 +92,9 @@ def load_examples(
             rank0_print(store.form)
         examples = view(store, pairs, rules, config.truncation_mode or store.truncation, bos)
         if store.first_bad and not examples and split == "train":
-            raise UserError(f"datasets: no row of {name} can be used; the first: {store.first_bad}")
+            raise UserError(
+                f"datasets: no row of {name} is usable; the first error: {store.first_bad}"
+            )
         if store.n_rows and not examples and (split == "train" or own_eval):
             missing = (
                 "preference pairs (chosen and rejected), which this loss needs"

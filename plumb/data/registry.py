@@ -175,7 +175,8 @@ def resolve(name: str) -> str:
     )
     if len(same) > 1:
         raise UserError(
-            f"{name}: {' and '.join(same)} read it, each in its own way; give one of these names"
+            f"{name}: {' and '.join(same)} read it, each in a different way; give one of these"
+            f" names"
         )
     return same[0] if same else name
 
@@ -219,7 +220,9 @@ def _source(hub: Hub, split: str, path: str | None, cache_dir: str | None, silen
         return source
     name = _drawn.get().name
     if hub.name is None:
-        raise UserError(f"{name}: it isn't on the hub; set dataset_paths.{name}=/path/to/its/files")
+        raise UserError(
+            f"{name}: it is not on the hub; set dataset_paths.{name}=/path/to/its/files"
+        )
     import datasets
 
     if silent:
@@ -271,14 +274,16 @@ def get_dataset(
     """
     if not 0 <= eval_share <= 1:
         raise UserError(
-            f"eval_share={eval_share}: the share of prompts held out for evaluation lies in [0, 1]"
+            f"eval_share={eval_share}: the share of prompts held out for evaluation must be in"
+            f" [0, 1]"
         )
     name = resolve(name)
     data = DataSet(name, eval_share, iter(()), reading=reading)
     if name in LOADERS:
         if field_map:
             raise UserError(
-                f"field_map={dict(field_map)}: {name} has its own schema; use it with own files"
+                f"field_map={dict(field_map)}: {name} has its own schema; field_map is for"
+                f" your own files"
             )
         rows = _registered(data, LOADERS[name], split, silent, cache_dir, path)
     elif "/" in name or name.lower().endswith(SUFFIXES):
@@ -333,8 +338,7 @@ def made_of(
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, LOADERS, n=1)
     known = (
-        "".join(f"did you mean '{one}'? " for one in near)
-        + f"known are {', '.join(dataset_names())}"
+        "".join(f"did you mean '{one}'? " for one in near) + f"known: {', '.join(dataset_names())}"
     )
     return UserError(
         f"unknown data set '{name}'; {known}; a file or folder is given by its path, such as"
@@ -376,7 +380,7 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
     first = next(source.rows(), None)
     if first is None:
         why = (
-            f"no row can be used; the first: {data.first_bad}"
+            f"no row is usable; the first error: {data.first_bad}"
             if data.first_bad
             else "it needs at least one row"
         )

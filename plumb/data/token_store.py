@@ -78,7 +78,7 @@ class TokenStore:
         try:
             meta = json.loads((folder / "meta.json").read_text("utf-8"))
             if spec is not None and meta["recipe"] != spec:
-                raise ValueError("it was made of something else")
+                raise ValueError("it does not match this configuration")
             for name, shape in COLUMNS.items():
                 dtype, n, checksum = meta["columns"][name]
                 column = _mapped(folder / f"{name}.bin", np.dtype(dtype), (n, *shape))
@@ -145,7 +145,7 @@ def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, 
             )
             return place, True
         except ValueError as problem:
-            rank0_print(f"{what}: {place} is damaged ({problem}); they are made again")
+            rank0_print(f"{what}: {place} is damaged ({problem}); making them again")
     start = time.monotonic()
     place, root = (place, root) if keep else (None, Path(tempfile.gettempdir()))
     with _writing(root):

@@ -109,7 +109,7 @@ def show(config: DictConfig, loss: Loss) -> str:
     what = (
         "these would fit:"
         if fixes
-        else f"nor does anything here make it, on up to {MOST_GPUS} GPUs"
+        else f"no change tried here makes it fit on up to {MOST_GPUS} GPUs"
     )
     lines.append(f"does not fit: needs {peak:.1f} of {limit:g} GB; {what}")
     rows = [

@@ -169,7 +169,7 @@ def _cannot_write(
     free = durable_files.free_bytes(run_dir) if run_dir.exists() else 0
     return StorageError(
         f"local_run_dir={run_dir}: {name} could not be written ({reason}); it takes {_gb(needed)},"
-        f" and {_gb(free)} are free; older checkpoints are whole; free some space and go on with"
+        f" and {_gb(free)} are free; older checkpoints are valid; free some space and resume with"
         " resume=auto"
     )
 
@@ -388,7 +388,7 @@ class Saver:
             raise NonFinite(
                 f"local_run_dir={self.run_dir}: {name} is not written, since"
                 f" {bad.removeprefix('policy.')} holds NaN or infinity; older checkpoints are"
-                " valid; lower lr, and go on with resume=auto"
+                " valid; lower lr, and resume with resume=auto"
             )
         if self.thread is None:
             return self._save(name, parts, parts_of(state, copied=False), manifest, needed)

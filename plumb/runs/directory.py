@@ -116,8 +116,7 @@ def find(config: DictConfig) -> str:
         ]
         if unfinished and default:
             rank0_print(
-                f"note: {unfinished[-1]} is not finished; resume=auto goes on with it. This is a"
-                " new run"
+                f"note: {unfinished[-1]} is not finished; resume=auto resumes it. This is a new run"
             )
         return str(config.local_run_dir)
     runs = [p for p in runs if listed(p)] or runs
@@ -319,8 +318,9 @@ def compare(
     if refused:
         names = ",".join(name for name in differing)
         raise ResumeMismatch(
-            f"{run_dir}: made of something else: {'; '.join(refused)}; give what it was made of, or"
-            f" resume_allow=[{names}] to go on with the change, or resume=never for a new run"
+            f"{run_dir}: checkpoint does not match this configuration: {'; '.join(refused)};"
+            f" restore these, or set"
+            f" resume_allow=[{names}] to apply the change, or resume=never for a new run"
         )
     return said
 

@@ -28,7 +28,8 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
 
     def refuse(message: str) -> NoReturn:
         raise UserError(
-            f"{message}; train.py takes knob=value, and flags such as -m before or behind them all"
+            f"{message}; train.py takes knob=value, and flags such as -m before or after all"
+            f" of them"
         )
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage

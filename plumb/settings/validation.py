@@ -430,7 +430,7 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
             " resume=auto"
         )
     for knob, off, why in (
-        ("resume", "never", "would go on with a run and not save it"),
+        ("resume", "never", "would resume a run and not save it"),
         ("export", None, "has none to write"),
     ):
         if config.debug and config[knob] != off:

@@ -214,5 +214,5 @@ def not_finite(trainer: Trainer, step: Step, grad_norm: float) -> NonFinite:
     return NonFinite(
         f"step {t.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update;"
         f" batch: {ids} (token ids: {path}); lower lr={t.config.lr:g}, or compute in float32;"
-        " checkpoints are whole"
+        " checkpoints are valid"
     )

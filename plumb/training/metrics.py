@@ -268,7 +268,7 @@ class JsonLines:
         except OSError as error:
             raise StorageError(
                 f"local_run_dir={self.run_dir}: metrics.jsonl or samples.jsonl: {error.strerror};"
-                " checkpoints are whole; free some space and go on with resume=auto"
+                " checkpoints are valid; free some space and resume with resume=auto"
             ) from None
 
 
