@@ -98,7 +98,9 @@ def test_it_evaluates_exports_and_reports(tmp_path, run_dir, monkeypatch, capsys
     monkeypatch.chdir(ROOT)
     copy = tmp_path / "run"
     shutil.copytree(ROOT / HERE / "run", copy, symlinks=True)
-    (copy / "metrics.jsonl").touch()  # a run that has written nothing for long is reported as silent
+    (
+        copy / "metrics.jsonl"
+    ).touch()  # a run that has written nothing for long is reported as silent
     say = lambda command, *arguments: command.main(
         command.parser().parse_args([str(copy), *map(str, arguments)])
     )
