@@ -47,7 +47,7 @@ def read(prepared, tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_malformed(read, tmp_path, case):
     path, load = read(case)
-    start = time.monotonic()
+    start = time.process_time()  # of this process: other load on the machine does not count
     with pytest.raises(UserError) as error:
         load()
     line = one_line(error.value)
@@ -58,7 +58,7 @@ def test_malformed(read, tmp_path, case):
     assert line.startswith(where), line
     for part in case.says:
         assert part in line, line
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert not [f for f in (tmp_path / "runs").rglob("*") if f.is_file()]
 
 

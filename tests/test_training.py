@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -399,7 +398,6 @@ def test_debug_writes_no_checkpoint(train):
 
 
 def test_wandb_offline_is_a_real_run_and_never_asks(train, capfd):
-    start = time.monotonic()
     run = train(
         "wandb",
         *DPO,
@@ -413,7 +411,6 @@ def test_wandb_offline_is_a_real_run_and_never_asks(train, capfd):
         list(run.glob("wandb/offline-run-*/*.wandb"))
         and "wandb: offline; upload later" in capfd.readouterr().out
     )
-    assert time.monotonic() - start < 90
 
 
 def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):

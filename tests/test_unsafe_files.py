@@ -57,14 +57,14 @@ def test_the_payloads_are_loaded_guns(tmp_path, case):
 @each_entry
 @pytest.mark.parametrize("case", BOMBS)
 def test_bomb(tmp_path, entry, case):
-    """In less than 2 seconds, and with less than 200 MB."""
+    """In less than 2 seconds of CPU time, and with less than 200 MB."""
     path = tmp_path / "policy.pt"
     BOMBS[case](path, None)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     refused(entry, path)
     unit = 1 if sys.platform == "darwin" else 1024
     assert (
-        time.monotonic() - start < 2
+        time.process_time() - start < 2
         and (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 200e6
     )
 
