@@ -1,6 +1,4 @@
-"""What is printed: by rank 0, in one line, without secrets. Imports neither torch nor
-transformers.
-"""
+"""Print on rank 0, in one line, without secrets. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from tqdm import tqdm
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """An OmegaConf node as a plain dict, its interpolations resolved; {} for None."""
+    """Return an OmegaConf node as a plain dict with its interpolations resolved; {} for None."""
     from omegaconf import OmegaConf
 
     return (
@@ -36,7 +34,7 @@ SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a secret.
+    """Return the text without anything that looks like a secret.
 
     >>> redact("wandb.entity=hf_0123456789abcdefghij model.revision=" + 40 * "a")
     'wandb.entity=<secret> model.revision=aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'
@@ -45,7 +43,7 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """A config, or what it is made of, fit to be logged."""
+    """Return a config, or a value in it, with secrets removed so that it can be logged."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, list | tuple):
@@ -59,8 +57,8 @@ def redacted(value: Any) -> Any:
 
 
 def one_line(error: object) -> str:
-    """An error as one line that a terminal shows as it is, whatever the file or knob that it quotes
-    holds.
+    """Return an error as one line that is safe for a terminal, whatever the file or option that it
+    quotes holds.
     """
     line = redact(" ".join(str(error).split("\n")))
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -68,10 +66,10 @@ def one_line(error: object) -> str:
 
 
 def rank() -> int:
-    """This process's rank in its group; before the group exists, the one torchrun gave it; 0 when
-    there is one process.
+    """Return this process's rank in its group; before the group exists, the rank given by torchrun;
+    0 for a single process.
 
-    A stray RANK in the environment means nothing.
+    A stray RANK in the environment is ignored.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -90,7 +88,7 @@ def rank0_print(text: str) -> None:
 
 
 def quiet() -> bool | None:
-    """tqdm's `disable`: one process draws bars, and only on a terminal; elsewhere the log lines say
-    how much is left.
+    """Return tqdm's `disable`: one process draws progress bars, and only on a terminal; elsewhere
+    the log lines report progress.
     """
     return True if rank() != 0 else None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can fix. `train.py` prints it as one line and exits with code 2, without
-    a traceback.
+    """Report a mistake the user can fix. `train.py` prints it as one line and exits with code 2,
+    without a traceback.
 
     The message names the knob, or the file, row and field; its value; and the fix.
     """
@@ -14,34 +14,32 @@ class UserError(Exception):
 
 
 class UnsafeFile(UserError):
-    """A file that would run code, or a checkpoint that is damaged with no whole one beside it:
-    refused.
-    """
+    """Refuse a file that would run code, or a damaged checkpoint when no valid one exists."""
 
     exit_code = 3
 
 
 class NonFinite(UserError):
-    """Loss, gradients or the check of the first step are not what they must be: stopped before the
-    optimizer spreads it.
+    """Stop before the optimizer spreads a loss or gradient that is not finite, or when a check of
+    the first step fails.
     """
 
     exit_code = 4
 
 
 class StorageError(UserError):
-    """The disk is full, or cannot be written; what was written before is whole."""
+    """Report that the disk is full or not writable; earlier checkpoints are valid."""
 
     exit_code = 5
 
 
 class PeerLost(UserError):
-    """Another process of this run died, or did not answer in time."""
+    """Report that another process of this run died or did not respond in time."""
 
     exit_code = 6
 
 
 class ResumeMismatch(UserError):
-    """The checkpoint does not match this configuration, or there is none."""
+    """Report that the checkpoint does not match this configuration, or that there is none."""
 
     exit_code = 7

@@ -19,7 +19,7 @@ CONFIG = ROOT / "config"
 
 
 def get_local_dir(local_dirs: Sequence[str]) -> Path:
-    """`<first of local_dirs that exists>/<user>`; the last of them stands in when none exists.
+    """Return `<first of local_dirs that exists>/<user>`; if none exists, the last one is used.
     Creates nothing.
     """
     return local_root(local_dirs) / getpass.getuser()
@@ -30,7 +30,7 @@ def local_root(local_dirs: Sequence[str]) -> Path:
 
 
 def sync_directory(directory: Path) -> None:
-    """A new file or a rename is on the disk once its directory is."""
+    """Sync a directory, so that a new file or a rename in it is on the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -40,8 +40,8 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def new_file(path: Path, option: str, mode: str = "w") -> Iterator[Any]:
-    """A file that has its name once all of it is written, and replaces an older one then. UserError
-    where it can't be.
+    """Open a file that gets its name once it is complete, replacing an older one. Raise UserError
+    if it can't be written.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:

@@ -1,4 +1,4 @@
-"""What several processes agree on: barriers, sums, and objects that all of them get."""
+"""Communicate between processes: barriers, sums, and objects that every rank gets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ timeout: timedelta | None = None  # how long a rank waits for another; set where
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -27,11 +27,11 @@ def broadcast_object(value: T) -> T:
 
 
 class ObjectGroup:
-    """What ranks tell one another beside the training: in an order of its own, and waiting for as
-    long as it takes.
+    """Exchange objects between ranks beside the training, in an order of its own and without a time
+    limit.
 
-    Each rank must make the same calls in the same order, for one Talk in one thread. One process
-    talks to itself.
+    Each rank must make the same calls in the same order, with one ObjectGroup per thread. A single
+    process talks to itself.
     """
 
     def __init__(self):
@@ -43,7 +43,7 @@ class ObjectGroup:
         self.group = dist.new_group(backend="gloo", timeout=patience) if self.several else None
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """Return every rank's value, on every rank."""
         values: list[Any] = [None] * self.ranks
         if not self.several:
             return [value]
@@ -51,7 +51,7 @@ class ObjectGroup:
         return values
 
     def from_rank0(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; its UserError, too."""
+        """Return on every rank what `make` returns on rank 0; also pass on its UserError."""
         if not self.several:
             return make()
         box: list[Any] = [None, None]
@@ -67,8 +67,8 @@ class ObjectGroup:
 
 
 def from_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank; its UserError, too. It may take as long as it
-    likes.
+    """Return on every rank what `make` returns on rank 0; also pass on its UserError. It may take
+    as long as it likes.
     """
     return _object_group(dist.group.WORLD if dist.is_initialized() else None).from_rank0(make)
 
@@ -79,9 +79,7 @@ def _object_group(world: dist.ProcessGroup | None) -> ObjectGroup:
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
-    """The highest of all ranks' values, one by one: what is to be done next, in a few bytes between
-    hosts.
-    """
+    """Return the elementwise maximum over all ranks: a few bytes that decide what to do next."""
     if not dist.is_initialized():
         return values
     said = torch.tensor(values, dtype=torch.float64)
@@ -91,12 +89,12 @@ def all_reduce_max(values: list[float]) -> list[float]:
 
 @cache
 def _on_the_cpu(world: dist.ProcessGroup) -> dist.ProcessGroup | None:
-    """A group of the same ranks: asking the GPU would mean waiting for it."""
+    """Return a CPU group of the same ranks, since asking the GPU would mean waiting for it."""
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def barrier() -> None:
-    """No rank goes on before all are here."""
+    """Wait until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -106,7 +104,7 @@ def world_size() -> int:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
+    """Return every rank's value, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -32,19 +32,19 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every parameter be this rank's part of it again; FSDP leaves some gathered after a
-    forward pass.
+    """Reduce every parameter to this rank's part again; FSDP leaves some gathered after a forward
+    pass.
     """
     for module in sharded_modules(model):
         module.reshard()
 
 
 class Layout:
-    """How models lie over the ranks, and which of them see the same rows.
+    """Describe how models lie over the ranks, and which ranks process the same rows.
 
     A mesh of replicate x shard x tp: parameters, gradients and optimizer state are cut over `shard`
-    (FSDP2) and, within a layer, over `tp`; `replicate` holds copies (HSDP). Ranks that differ in
-    `tp` alone see the same rows. Neighbours in rank, which share a machine, differ in `tp` first,
+    (FSDP2) and, within a layer, over `tp`; `replicate` holds copies (HSDP). Ranks that differ only
+    in `tp` process the same rows. Neighbouring ranks, which share a machine, differ in `tp` first,
     then in `shard`.
     """
 
@@ -101,7 +101,7 @@ class Layout:
 
     @property
     def n_shards(self) -> int:
-        """Over how many ranks one copy of a model is cut."""
+        """Return the number of ranks over which one copy of a model is sharded."""
         return self.shard_size * self.tp_size
 
     @property
@@ -115,10 +115,10 @@ class Layout:
         trained: bool,
         apart: Sequence[nn.Module] = (),
     ) -> None:
-        """Cut the parameters over the ranks, block by block, and what is outside of blocks as one
-        more. In place.
+        """Shard the parameters over the ranks in place, block by block, with everything outside the
+        blocks as one more unit.
 
-        Modules that are `apart` compute in their own precision.
+        Modules in `apart` compute in their own precision.
         """
         offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         how: dict[str, Any] = {
@@ -139,8 +139,8 @@ class Layout:
             unit.set_gradient_divide_factor(1.0)
 
     def materialise(self, model: nn.Module) -> None:
-        """Give a sharded model on the meta device its memory: this rank's part. What it holds then
-        is undefined.
+        """Allocate this rank's part of a sharded model on the meta device. Its values are
+        undefined.
         """
         made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
         device = torch.device("cpu") if self.offload else self.device
@@ -160,8 +160,8 @@ class Layout:
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
-    """(name, this rank's part, to be written into; where it lies in the whole) of each parameter
-    and persistent buffer.
+    """Yield (name, this rank's writable part, its place in the full tensor) of each parameter and
+    persistent buffer.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
         start = _offset(tensor)[0] if isinstance(tensor, DTensor) else (0,) * tensor.ndim
@@ -174,10 +174,10 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reduce_gradients(model: nn.Module, now: bool, each: bool) -> None:
-    """Before a backward pass: are gradients to be summed over ranks after it, or kept for a later
-    pass of the same step?
+    """Set, before a backward pass, whether gradients are summed over ranks after it or kept for a
+    later pass of the same step.
 
-    With `each`, every pass sums within `shard`, so that no rank keeps whole gradients; the sum over
+    With `each`, every pass sums within `shard`, so that no rank keeps full gradients; the sum over
     `replicate` waits anyway.
     """
     root = cast(FSDPModule, model)
@@ -187,10 +187,10 @@ def reduce_gradients(model: nn.Module, now: bool, each: bool) -> None:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first floating-point tensor that holds NaN or infinity, on whatever rank;
-    None where all are finite.
+    """Return the name of the first floating-point tensor that holds NaN or infinity, on any rank;
+    None if all are finite.
 
-    Reads them where they are, and waits for the device once. Every rank must call it.
+    Reads the tensors where they are, and waits for the device once. Every rank must call it.
     """
     mine = [(name, region(tensor)[1]) for name, tensor in tensors if tensor.is_floating_point()]
     mine = [(name, part) for name, part in mine if part.numel()]
@@ -208,14 +208,14 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all ranks."""
+    """Return the sum over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank. Every rank must call it."""
+    """Return the full tensor on every rank. Every rank must call it."""
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
@@ -225,17 +225,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, not copied."""
+    """Return this rank's part of a tensor, without copying."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
-    """The block of a tensor that is this rank's to write: where it begins in the whole, and its
-    values, not copied.
+    """Return the block of a tensor that this rank is to write: its offset in the full tensor, and
+    its values, not copied.
 
-    None where another rank holds the same, or where this one holds nothing; so the parts of all
-    ranks tile the whole exactly once. A plain tensor is the same on all ranks, and rank 0's to
-    write.
+    None if another rank holds the same block or this one holds nothing, so that the parts of all
+    ranks tile the full tensor exactly once. A plain tensor is the same on all ranks, and rank 0
+    writes it.
     """
     if not isinstance(tensor, DTensor):
         return (
@@ -249,8 +249,8 @@ def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
 
 
 def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """The block of a tensor that this rank holds, be it its to write or not: where it begins in the
-    whole, and its values.
+    """Return the block of a tensor that this rank holds, whether or not it is to write it: its
+    offset in the full tensor, and its values.
     """
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim, tensor.detach()
@@ -258,9 +258,10 @@ def region(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
 
 
 def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
-    """Where this rank's block begins in the whole; and is it a copy of another rank's?
+    """Return the offset of this rank's block in the full tensor, and whether it is a copy of
+    another rank's.
 
-    FSDP cuts what tensor parallelism has left to a rank, so its strided placement, which stands
+    FSDP shards what tensor parallelism has left to a rank, so its strided placement, which comes
     first, counts last.
     """
     mesh, at = tensor.device_mesh, cast(list[int], tensor.device_mesh.get_coordinate())
@@ -285,11 +286,10 @@ def _offset(tensor: DTensor) -> tuple[tuple[int, ...], bool]:
 
 
 def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, the whole tensor in rank 0's RAM; None on the others), one at a time: one is held
-    beside rank 0's copies.
+    """Yield (name, the full tensor in rank 0's RAM; None on other ranks), one at a time beside rank
+    0's copies.
 
-    What stands under two names (tied weights) is gathered once. Every rank must go through all of
-    it.
+    A tensor with two names (tied weights) is gathered once. Every rank must iterate to the end.
     """
     seen: dict[int, Tensor | None] = {}
     for name, tensor in items:
@@ -303,11 +303,11 @@ def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor 
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them as one vector, on whatever mesh they lie: each rank's own parts, then
-    one sum over ranks.
+    """Return the norm of all tensors as one vector, on whatever mesh they lie: from each rank's own
+    parts, then one sum over ranks.
 
-    Summed in float64: over a million numbers float32 is off by 1e-5, and by another amount on
-    another number of ranks.
+    Summed in float64: over a million numbers, float32 is off by 1e-5, and by a different amount for
+    each number of ranks.
     """
     device = tensors[0].device
     mine = [part[1] for part in map(local_part, tensors) if part is not None]
@@ -322,13 +322,13 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """In place."""
+    """Multiply the tensors in place."""
     parts = [local(t) for t in tensors]
     torch._foreach_mul_(parts, factor.to(parts[0].device, parts[0].dtype))
 
 
 def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict in rank 0's RAM; empty on the others. Every rank must call it."""
+    """Return the full state dict in rank 0's RAM; empty on other ranks. Every rank must call it."""
     return {
         name: full
         for name, full in gathered(model.state_dict(keep_vars=True).items())
@@ -337,8 +337,8 @@ def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole optimizer state in rank 0's RAM, keyed by parameter name as in 2023. Every rank
-    must call it.
+    """Return the full optimizer state in rank 0's RAM, keyed by parameter name as in the original.
+    Every rank must call it.
     """
     reshard(model)
     names = {p: name for name, p in model.named_parameters()}

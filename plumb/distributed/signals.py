@@ -19,8 +19,8 @@ REPEAT_SECS = 10
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. Not an Exception, for the same reason as KeyboardInterrupt.
-    `code`: 130 or 143.
+    """Report that the run was asked to stop. Not an Exception, for the same reason as
+    KeyboardInterrupt. `code`: 130 or 143.
     """
 
     def __init__(self, code: int, reason: str):
@@ -34,7 +34,7 @@ class Stopped(BaseException):
 
 @dataclass
 class SignalState:
-    """What this process was asked by signals."""
+    """Hold what signals asked of this process."""
 
     requested: int = 0  # the number of the first signal
     at: float = 0.0  # when the last one came
@@ -79,8 +79,8 @@ def _handle(number: int, _frame: Any) -> None:
 
 
 def end_quietly() -> None:
-    """From here on a signal ends this process without a word: another one has said what there is to
-    say.
+    """Let a signal end this process silently from here on, since another one has printed the
+    reason.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -93,13 +93,15 @@ def reset() -> None:
 
 
 def exit_code(number: int) -> int:
-    """Of a run that was stopped: 130 for SIGINT, 143 for all others and for 0 (its time was up)."""
+    """Return the exit code of a run that was stopped: 130 for SIGINT, 143 for all other signals and
+    for 0 (out of time).
+    """
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 def stop_requested() -> int:
-    """The number of the signal that asked this process to stop, or 0. From the first call on,
-    signals wait to be asked for.
+    """Return the number of the signal that asked this process to stop, or 0. From the first call
+    on, signals only set this.
     """
     state.waits_for_the_loop = True
     return state.requested

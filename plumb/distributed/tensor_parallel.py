@@ -29,8 +29,8 @@ from plumb.errors import UserError
 
 
 class Style(NamedTuple):
-    """How a matrix is cut, and what enters and leaves it: all of the features on every rank, or
-    each rank's part of them.
+    """Describe how a matrix is split, and whether its input and output hold all features on every
+    rank or each rank's part.
     """
 
     cut: str | None  # out, in, or not at all
@@ -54,8 +54,8 @@ STYLES = {
 
 
 def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
-    """{pattern of module names: style}. Raises UserError where there is none, or a style that is
-    not known here.
+    """Return {pattern of module names: style}. Raise UserError if there is no plan, or it has an
+    unknown style.
     """
     prefix = f"{model.base_model_prefix}."
     shipped = {
@@ -80,8 +80,8 @@ def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
 def shard_tensor_parallel(
     model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apart: Collection[nn.Module] = ()
 ) -> None:
-    """Make every parameter a DTensor on `mesh`, cut as the plan says, or whole, as those of `apart`
-    are. In place, before FSDP.
+    """Make every parameter a DTensor on `mesh`, split as the plan says, or replicated, as are those
+    in `apart`. In place, before FSDP.
     """
     plan, n = plan_of(model, given), mesh.size()
     patterns = [
@@ -150,8 +150,8 @@ def _cut(
 
 
 class _Enter:
-    """Before a module computes: its parameters are what it has to compute with, and its input what
-    it is to see.
+    """Prepare a module before it computes: replace its parameters by local tensors, and its input
+    by what it should see.
     """
 
     def __init__(self, style: Style, mesh: DeviceMesh):
@@ -192,7 +192,9 @@ class _Enter:
 
 
 class _Leave:
-    """After it: its parameters are what they were, and its output is as the plan says."""
+    """Restore a module after it has computed: put its parameters back, and lay out its output as
+    the plan says.
+    """
 
     def __init__(self, style: Style, mesh: DeviceMesh):
         self.style = style

@@ -52,8 +52,8 @@ MANIFEST_LIMIT = 1 << 26  # bytes
 
 @dataclass
 class Manifest:
-    """What is known of a checkpoint. `step`: optimizer steps; `examples`: training examples
-    seen.
+    """Describe a checkpoint. `step` counts optimizer steps, `examples` the training
+    examples seen.
     """
 
     step: int
@@ -77,7 +77,7 @@ class Manifest:
 
 
 class Damaged(ValueError):
-    """Why a directory is no checkpoint to go on from."""
+    """Say why a directory is not a checkpoint to resume from."""
 
 
 # ---- writing ----
@@ -92,11 +92,12 @@ def save(
     talk: collectives.ObjectGroup,
     needed: int,
 ) -> Path:
-    """Write and verify one checkpoint, by all ranks together. -> its directory
+    """Write and verify one checkpoint, all ranks together. Return its directory.
 
-    `parts`: the 2023 files, each made (by all ranks) when its turn comes, written by rank 0, and
-    forgotten. `needed`: bytes it will take, for the error. Raises StorageError, on all ranks, when
-    the disk is full or cannot be written; what was there before is whole in any case.
+    `parts` are the 2023 files; each is made by all ranks in turn, written by rank 0, and then
+    dropped. `needed` is the number of bytes it will take, for the error message. Raises
+    StorageError on all ranks if the disk is full or not writable; earlier checkpoints stay valid in
+    any case.
     """
     final = run_dir / name
     temporary = run_dir / f".{name}.partial"
@@ -155,8 +156,8 @@ def save(
 
 
 def _clear(directory: Path) -> None:
-    """Of what failed; a disk that fails here too must not hide why. The next start removes what is
-    left.
+    """Remove what a failed save left. A disk that fails here too must not hide the first error; the
+    next start removes the rest.
     """
     with suppress(OSError):
         durable_files.remove(directory)
@@ -179,7 +180,7 @@ def _gb(n: int) -> str:
 
 
 def _dump(manifest: Manifest) -> bytes:
-    """JSON with a digest of itself, in exactly one form."""
+    """Return JSON that contains a digest of itself, in a canonical form."""
     content = asdict(manifest) | {"files": {k: list(v) for k, v in manifest.files.items()}}
     content = {ON_DISK.get(name, name): value for name, value in content.items()}
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=True)
@@ -201,7 +202,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Raises Damaged, saying why, for a manifest that is missing or not what was written."""
+    """Return the manifest. Raise Damaged, with the reason, if it is missing or has changed."""
     path = directory / "manifest.json"
     try:
         if directory.is_symlink() or path.is_symlink() or path.stat().st_size > MANIFEST_LIMIT:
@@ -227,7 +228,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """Every file is there, with the size and sha256 that the manifest says. Raises Damaged. About 1
+    """Check that every file exists with the size and sha256 in the manifest. Raise Damaged. About 1
     GB/s per core.
     """
     manifest = read_manifest(directory)
@@ -254,7 +255,7 @@ def verify(directory: Path) -> Manifest:
 
 
 def listed(run_dir: Path) -> list[Path]:
-    """What goes by a checkpoint's name, the newest first; whole or not."""
+    """Return everything with a checkpoint's name, newest first, whether valid or not."""
     found = [
         (int(m[2]), m[1] == "step", p)
         for p in run_dir.glob("*-*")
@@ -264,10 +265,10 @@ def listed(run_dir: Path) -> list[Path]:
 
 
 def latest_valid(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. None where
-    there is none at all.
+    """Return the newest valid checkpoint and one line for each newer invalid one; None if there are
+    no checkpoints.
 
-    Raises UnsafeFile where there are some, and none is whole.
+    Raises UnsafeFile if there are checkpoints and none is valid.
     """
     paths = listed(run_dir)
     for path in paths:
@@ -285,8 +286,8 @@ def latest_valid(run_dir: Path) -> Checkpoint | None:
 
 
 def quarantine_newer(run_dir: Path, checkpoint: Checkpoint | None) -> None:
-    """Rename what is newer than `found` and damaged, so that its name is free; remove what a kill
-    left half written; point LATEST to `found`, if a kill came between.
+    """Rename damaged checkpoints newer than `found`, so that their names are free. Remove what a
+    kill left half written, and point LATEST to `found` if a kill came between.
     """
     for path in listed(run_dir):
         if checkpoint is not None and path == checkpoint.path:
@@ -304,9 +305,7 @@ def quarantine_newer(run_dir: Path, checkpoint: Checkpoint | None) -> None:
 
 
 def finish_save(run_dir: Path, name: str, keep: int | None, best_by: str | None) -> None:
-    """What follows when a checkpoint has been verified: LATEST points to it, and what is no longer
-    needed is removed.
-    """
+    """Point LATEST to a checkpoint that has been verified, and remove those no longer needed."""
     try:
         durable_files.point(run_dir / "LATEST", name)
         prune(run_dir, keep, best_by)
@@ -317,9 +316,9 @@ def finish_save(run_dir: Path, name: str, keep: int | None, best_by: str | None)
 
 
 def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
-    """Remove what is not needed: interim checkpoints that a newer one has replaced, and all
-    evaluated ones but the newest `keep` (None: all stay) and the best. Two are always left, or one
-    with keep = 1. Called when the newest one has been verified.
+    """Remove checkpoints that are no longer needed: interim ones that a newer one has replaced, and
+    all evaluated ones except the newest `keep` (None: keep all) and the best. At least two are
+    kept, or one if keep = 1. Called once the newest has been verified.
     """
     found = []
     for path in listed(run_dir):
@@ -342,7 +341,7 @@ def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
 
 
 def _score(name: str, metrics: Mapping[str, float]) -> float:
-    """Higher is better: losses count negatively."""
+    """Return the metric with the sign that makes higher better: losses are negated."""
     return -metrics[name] if name.startswith("loss") else metrics[name]
 
 
@@ -350,11 +349,11 @@ def _score(name: str, metrics: Mapping[str, float]) -> float:
 
 
 class Saver:
-    """Saves one after another: at once, or in a thread of its own, when training waits for the copy
-    only.
+    """Save checkpoints one after another, either at once or in a thread, so that training waits
+    only for the copy.
 
-    After each, LATEST points to it and what is no longer needed is removed. An error in the thread
-    is raised by the next call.
+    After each save, LATEST points to it, and checkpoints no longer needed are removed. An error in
+    the thread is raised by the next call.
     """
 
     def __init__(
@@ -376,10 +375,9 @@ class Saver:
         manifest: Manifest,
         needed: int,
     ) -> None:
-        """See the function `save`. Every rank must call it.
+        """Save; see the function `save`. Every rank must call it.
 
-        Raises NonFinite, before anything is written, where a weight is NaN or infinite: what is no
-        model becomes no checkpoint.
+        Raises NonFinite, before anything is written, if a weight is NaN or infinite.
         """
         self.wait()
         if bad := sharding.not_finite(
@@ -399,9 +397,7 @@ class Saver:
         )
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Raise UserError where the best checkpoint is to be kept by a metric that is none of
-        these.
-        """
+        """Raise UserError if keep_best names none of these metrics."""
         if self.keep and self.best_by and self.best_by not in metrics:
             known = ", ".join(metrics)
             raise UserError(
@@ -410,7 +406,7 @@ class Saver:
             )
 
     def wait(self) -> None:
-        """Until the save that is going on is done. Raises what went wrong."""
+        """Wait until the save in progress is done. Raise its error, if any."""
         if self.going is not None:
             going = self.going
             self.going = None
@@ -440,11 +436,11 @@ class Saver:
         manifest: Manifest,
         n_saves: int,
     ) -> int:
-        """Write, verify and delete a checkpoint, before there is anything to lose. -> the bytes
-        that one takes
+        """Write, verify and delete a checkpoint before there is anything to lose. Return the bytes
+        it takes.
 
-        Raises StorageError where it fails, or where there is no room for `n_saves` of them, or for
-        two: one is removed only when the next has been verified.
+        Raises StorageError if that fails, or if there is no room for `n_saves` of them, or for two,
+        since one is removed only once the next has been verified.
         """
         mine = parts_of(state, copied=False)
         needed = sum(
@@ -480,7 +476,7 @@ class Saver:
 
 
 def copied(content: Any) -> Any:
-    """A copy on the CPU that nobody trains on, of tensors in dicts and lists."""
+    """Return a copy on the CPU of tensors in dicts and lists, which training does not change."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, Mapping):

@@ -93,10 +93,10 @@ CONTENTS = ("data", "tokenizer", "weights", "plugins")  # what resume_allow may 
 
 
 def find(config: DictConfig) -> str:
-    """The directory to run in: with resume=auto|must that of the newest run of this exp_name, where
-    none is given by name.
+    """Return the directory to run in. With resume=auto or must, that is the newest run of this
+    exp_name, unless a directory is given.
 
-    Raises ResumeMismatch when resume=must finds none.
+    Raises ResumeMismatch if resume=must finds none.
     """
     default = str(OmegaConf.to_container(config, resolve=False)["local_run_dir"]).startswith("${")  # type: ignore[index, call-overload]
     runs = []
@@ -131,9 +131,9 @@ def find(config: DictConfig) -> str:
 
 
 class RunLock:
-    """The one process group that is at a run directory. Nothing is made before `claim` is called:
-    at once where the directory is there already, else when all else is known to be in order. The
-    lock goes with the process, however it ends.
+    """Hold the lock of a run directory, for one process group. Nothing is created before `claim` is
+    called: at once if the directory exists, otherwise when everything else has been checked. The
+    lock ends with the process, however it ends.
     """
 
     def __init__(self, run_dir: Path):
@@ -144,8 +144,8 @@ class RunLock:
             self.claim()
 
     def claim(self) -> None:
-        """Make the directory and lock it; rank 0 does. Raises UserError when another process is at
-        it, or has been since, or when it can't be made.
+        """Create the directory and lock it, on rank 0. Raise UserError if another process holds it
+        or has used it since, or if it can't be created.
         """
         if self.handle < 0:
             self.handle = collectives.from_rank0(self._lock)
@@ -187,9 +187,9 @@ class RunLock:
 
 
 def write_status(run_dir: Path, state: str, code: int | None = None, reason: str = "") -> None:
-    """Replace status.json. That a run stopped or failed says only the launch that wrote "running":
-    one that was refused leaves it alone. That it is finished says also one that found it so: a kill
-    may have come before that was written.
+    """Replace status.json. Only the launch that wrote "running" may write that the run stopped or
+    failed; one that was refused leaves the file alone. A launch that finds the run finished may
+    write that too, since a kill may have come before it was written.
     """
     launch = os.environ.get("PLUMB_LAUNCH", "")
     before = status(run_dir)
@@ -218,8 +218,8 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
 def record(
     config: DictConfig, run_dir: Path, step: int | None, changed: Sequence[str], environment: str
 ) -> None:
-    """Write the resolved config, and the environment (JSON): env.json at the run's first start, a
-    line of resumes.jsonl at a later one.
+    """Write the resolved config and the environment (JSON): env.json at the run's first start, a
+    line in resumes.jsonl at later ones.
     """
     OmegaConf.save(redacted(config), run_dir / "config.yaml")
     if step is None:
@@ -234,8 +234,8 @@ def record(
 
 
 def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
-    """Take back what was logged after the checkpoint from which the run goes on: it will be logged
-    again.
+    """Remove what was logged after the checkpoint that the run resumes from, since it will be
+    logged again.
     """
     for name in LOGS:
         path, length = run_dir / name, lengths.get(name, 0)
@@ -254,7 +254,9 @@ def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
-    """{knob: value} of all that decides the result, apart from what is compared by its contents."""
+    """Return {knob: value} for everything that affects the result, except what is compared by its
+    contents.
+    """
     free = BOOKKEEPING | BY_CONTENTS | PLACEMENT
     flat = dict(flatten(redacted(to_dict(config))))
     return {
@@ -265,8 +267,8 @@ def settings(config: DictConfig) -> dict[str, Any]:
 def fingerprint(
     config: DictConfig, tokenizer: str, train: Examples, evaluation: Examples, weights: str
 ) -> dict[str, Any]:
-    """All that a run is made of: its settings, and digests of data, tokenizer, plugins and the
-    weights it starts from, which are those of the reference too.
+    """Return the run's fingerprint: its settings, and digests of data, tokenizer, plugins and the
+    weights it starts from, which are also the reference's.
     """
     plugins = [
         hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in config.plugins
@@ -282,8 +284,8 @@ def fingerprint(
 
 
 def digest_of(examples: Examples) -> str:
-    """Of the token ids and margins of all examples, and their order; from the stores' own
-    checksums, not from the texts.
+    """Return a digest of the token ids and margins of all examples in their order, computed from
+    the stores' checksums, not from the texts.
     """
     whole = hashlib.sha256(repr(examples.bos).encode())
     for table in examples.tables:
@@ -300,10 +302,10 @@ def digest_of(examples: Examples) -> str:
 def compare(
     run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence[str]
 ) -> list[str]:
-    """What differs between two recipes, or between two `settings`, each as "name: old -> new"; all
-    of it allowed.
+    """Return the differences between two fingerprints or two `settings`, each as "name: old ->
+    new".
 
-    Raises ResumeMismatch, with the differences, where something differs that `allow` does not name.
+    Raises ResumeMismatch, with the differences, if something differs that `allow` does not name.
     """
     flat = lambda r: r.get("settings", {}) | {name: r[name] for name in CONTENTS if name in r}
     a, b = flat(old), flat(new)
@@ -326,7 +328,7 @@ def compare(
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{knob: default} of the config tree, for a run with these settings."""
+    """Return {knob: default} of the config tree for a run with these settings."""
     files = [CONFIG / "config.yaml", CONFIG / f"loss/{settings.get('loss.name')}.yaml"]
     known = [yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {} for file in files]
     return dict(flatten(known[0] | {"loss": known[1]}))

@@ -1,8 +1,8 @@
-"""The few operations that change what is on disk for a checkpoint; each returns when the disk has
-it.
+"""Write, read back, rename, link and remove files of a checkpoint; each function returns once the
+disk has the change.
 
-Everything else is built of these (see runs/checkpoints.py), so that a test can record them, fail
-them one by one, and try every state that a power loss could leave.
+Everything else is built from these (see runs/checkpoints.py), so that a test can record them, make
+them fail one by one, and try every state that a power loss could leave.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from plumb.paths import sync_directory
 
 
 class Written(NamedTuple):
-    """What a file must be when it is read again."""
+    """Record the size and digest a file must have when it is read again."""
 
     bytes: int
     sha256: str
 
 
 class _Hashed:
-    """A file that is written from the first byte to the last, and hashed on the way.
+    """Write a file from first byte to last and hash it on the way.
 
-    An error is kept until the end: torch's zip writer, which may abort the process over an
-    exception, never sees one.
+    An error is kept until the end: torch's zip writer, which may abort the process on an exception,
+    never sees one.
     """
 
     def __init__(self, file: BinaryIO):
@@ -54,8 +54,8 @@ class _Hashed:
 
 
 def write(path: Path, fill: Callable[[BinaryIO], Any]) -> Written:
-    """A new file of what `fill(file)` writes into it, on the disk when this returns. Raises
-    OSError.
+    """Create a file with what `fill(file)` writes into it; it is on the disk when this returns.
+    Raises OSError.
     """
     with open(path, "xb", buffering=0) as raw:
         hashed = _Hashed(cast(BinaryIO, raw))
@@ -67,27 +67,27 @@ def write(path: Path, fill: Callable[[BinaryIO], Any]) -> Written:
 
 
 def read_back(path: Path) -> Written:
-    """What stands in a file now. Raises OSError."""
+    """Return the size and digest of a file's current contents. Raises OSError."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return Written(file.tell(), digest.hexdigest())
 
 
 def begin(directory: Path) -> None:
-    """A new, empty directory of this name."""
+    """Create an empty directory."""
     remove(directory)
     directory.mkdir(parents=True)
 
 
 def rename(old: Path, new: Path) -> None:
-    """Within one directory; it and what it holds are on the disk before and after."""
+    """Rename within one directory, with the contents synced before and the directory after."""
     sync_directory(old)
     os.rename(old, new)
     sync_directory(new.parent)
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a relative symbolic link to `target`; an older link is replaced in one step."""
+    """Make `link` a relative symbolic link to `target`, replacing an older link atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -96,7 +96,9 @@ def point(link: Path, target: str) -> None:
 
 
 def remove(directory: Path) -> None:
-    """A directory and all in it. Renamed first, so that no half of it goes by its name."""
+    """Remove a directory and its contents. It is renamed first, so that no half of it has
+    its name.
+    """
     gone = directory.with_name(f".{directory.name.lstrip('.')}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     if directory.exists():

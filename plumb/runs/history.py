@@ -1,8 +1,8 @@
-"""What a run directory tells: its config, how it ended, its metrics and samples, and which run it
-started from.
+"""Read a run directory: its config, how it ended, its metrics and samples, and which run it started
+from.
 
-Reads only, and takes a run as it stands: one that is still writing, was killed in the middle of a
-line, or was never finished.
+Only reads, and accepts a run in any state: still writing, killed in the middle of a line, or never
+finished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run directory, read."""
+    """Hold what was read from a run directory."""
 
     path: Path
     name: str
@@ -51,7 +51,7 @@ class Run(NamedTuple):
     notes: list[str]  # what could not be read
 
     def setting(self, knob: str, default: Any = None) -> Any:
-        """The value of a dotted knob, or `default` where the config has none."""
+        """Return the value of a dotted knob, or `default` if the config has none."""
         value: Any = self.config
         for key in knob.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -59,7 +59,9 @@ class Run(NamedTuple):
 
 
 def read_run(path: Path) -> Run:
-    """A run directory as it stands. Raises UserError where `path` is none."""
+    """Read a run directory in whatever state it is. Raise UserError if `path` is not a run
+    directory.
+    """
     if not any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         why = (
             "it holds neither metrics.jsonl nor config.yaml"
@@ -101,8 +103,8 @@ def read_run(path: Path) -> Run:
 
 
 def _wall_secs(environment: Mapping[str, Any], ended: Mapping[str, Any], written: float) -> float:
-    """To status.json's time or the last record's, the sooner: a later start may write the one, a
-    copy of the files the other.
+    """Return the seconds to status.json's time or the last record's, whichever is earlier: a later
+    start may write the one, a copy of the files the other.
     """
     try:
         start = datetime.fromisoformat(environment["started"]).timestamp()
@@ -113,13 +115,13 @@ def _wall_secs(environment: Mapping[str, Any], ended: Mapping[str, Any], written
 
 
 def is_evaluation(keys: Iterable[str]) -> bool:
-    """Is this, by its metrics, an evaluation and no step?"""
+    """Return whether a record is an evaluation rather than a step, judging by its metrics."""
     return any(key.endswith("/eval") or "_eval/" in key for key in keys)
 
 
 def read_metrics(run_dir: Path, notes: list[str] | None = None) -> list[Record]:
-    """The records of metrics.jsonl, in the order they were written; `step` counts training
-    examples. A last line that is cut is left out, and said in `notes`.
+    """Return the records of metrics.jsonl in the order they were written; `step` counts training
+    examples. A truncated last line is left out, and added to `notes`.
     """
     rows = _rows(run_dir / "metrics.jsonl", [] if notes is None else notes)
     return [
@@ -129,8 +131,8 @@ def read_metrics(run_dir: Path, notes: list[str] | None = None) -> list[Record]:
 
 
 def read_config(run_dir: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """config.yaml, nested; {} where there is none that can be read or that holds more than values,
-    which `notes` then says.
+    """Return config.yaml as nested dicts; {} if it can't be read or holds more than values, in
+    which case `notes` says so.
     """
     path = run_dir / "config.yaml"
     try:
@@ -146,7 +148,7 @@ def read_config(run_dir: Path, notes: list[str] | None = None) -> dict[str, Any]
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """status.json; {} where there is none that can be read."""
+    """Return status.json; {} if it can't be read."""
     return _object(run_dir / "status.json")
 
 
@@ -159,8 +161,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a file of lines; those that are none, or don't say of which step, are left out
-    and counted in `notes`.
+    """Return the objects in a file of JSON lines. Lines that are not objects, or have no step, are
+    left out and counted in `notes`.
     """
     rows = []
     bad = []
@@ -199,7 +201,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted knob, value) of a nested config."""
+    """Yield (dotted knob, value) for a nested config."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -208,8 +210,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """{knob: its value in each run}, for the knobs in which they differ; "" where a run has no such
-    knob.
+    """Return {knob: its value in each run} for the knobs in which the runs differ; "" if a run has
+    no such knob.
     """
     flat = [{k: v for k, v in flatten(run.config) if not k.startswith(OWN)} for run in runs]
     knobs = dict.fromkeys(knob for settings in flat for knob in settings)
@@ -220,8 +222,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each run once, under a name that no other has: its directory's; with what it was set to, in a
-    sweep; else its path.
+    """Read each run once, under a unique name: its directory's; in a sweep, with the varied option;
+    otherwise its path.
     """
     runs = [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
     knobs = differences(runs)
@@ -245,7 +247,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 class Stage(NamedTuple):
-    """One link of the chain from a run back to the model that it all began with."""
+    """Hold one link of the chain from a run back to its base model."""
 
     name: str
     what: str  # loss and data, or what the model is
@@ -253,7 +255,7 @@ class Stage(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A run, and its checkpoint that the one after it started from (None: nobody did)."""
+    """Hold a run and the checkpoint that the next run started from (None: no next run)."""
 
     config: dict[str, Any]  # {} where no record of the run stands beside the checkpoint
     run_dir: Path
@@ -261,8 +263,8 @@ class Link(NamedTuple):
 
 
 def chain(config: Mapping[str, Any], run_dir: Path, archive: Path | None = None) -> Iterator[Link]:
-    """This run, the run whose policy.pt it started from (model.archive), and so on, as far as they
-    are still there.
+    """Return this run, the run whose policy.pt it started from (model.archive), and so on, as far
+    back as they exist.
     """
     seen: set[Path] = set()
     while config and run_dir.resolve() not in seen:
@@ -286,7 +288,7 @@ def chain(config: Mapping[str, Any], run_dir: Path, archive: Path | None = None)
 
 
 def lineage(run: Run) -> list[Stage]:
-    """The run, those before it, and the base model: each in words."""
+    """Return the run, its predecessors and the base model, each in words."""
     stages, model = list[Stage](), dict[str, Any]()
     for config, run_dir, archive in chain(run.config, run.path):
         if not config:

@@ -1,4 +1,4 @@
-"""What may be said of the run that `model.archive` comes from."""
+"""Compare a run with the run that `model.archive` comes from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from plumb.runs.safe_yaml import check_config_file
 
 
 def lineage(config: DictConfig) -> str | None:
-    """What there is to say of the run that model.archive comes from: that its examples are, or may
-    be, among this stage's.
+    """Return notes on the run that model.archive comes from: that its examples are, or may be,
+    among this stage's.
     """
     if not config.model.archive:
         return None

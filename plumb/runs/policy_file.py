@@ -69,10 +69,10 @@ OTHER_CALLS = {
 
 
 def resolve_archive(archive: str) -> Path:
-    """The policy.pt that `model.archive` names: a file, a run or step directory, or a pattern,
-    whose newest match counts.
+    """Return the policy.pt that `model.archive` names: a file, a run or step directory, or a
+    pattern, whose newest match is used.
 
-    Raises UserError when nothing matches.
+    Raises UserError if nothing matches.
     """
     matches = (
         [Path(archive)]
@@ -89,8 +89,8 @@ def resolve_archive(archive: str) -> Path:
 
 
 def _policy_file(path: Path) -> Path | None:
-    """The newest policy.pt of a run directory (LATEST, else its highest step), of a step directory,
-    or the file itself.
+    """Return the newest policy.pt of a run directory (LATEST, otherwise its highest step) or of a
+    step directory, or the file itself.
     """
     if path.is_file():
         return path if path.suffix == ".pt" else None
@@ -103,11 +103,12 @@ def _policy_file(path: Path) -> Path | None:
 
 
 def load_policy_state(archive: str) -> dict[str, Tensor]:
-    """The state dict of a policy.pt, ours or the 2023 repository's, on the CPU, memory-mapped.
+    """Return the state dict of a policy.pt, ours or the original repository's, on the CPU and
+    memory-mapped.
 
-    Each tensor is plain, of floating point, and no larger than what the file holds of it; whether
-    its values are finite is seen where they are copied. Raises UnsafeFile for a file that would run
-    code or is damaged, UserError for another kind.
+    Each tensor is plain, floating-point, and no larger than its data in the file; whether its
+    values are finite is checked where they are copied. Raises UnsafeFile for a file that would run
+    code or is damaged, UserError for another kind of file.
     """
     path = resolve_archive(archive)
     what = f"model.archive={path}"
@@ -128,8 +129,8 @@ def load_policy_state(archive: str) -> dict[str, Tensor]:
 
 
 def load_pickled_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The state dict of a model folder's pickle, memory-mapped; buffers in it may be of any type.
-    `what` is how to call the file.
+    """Return the state dict of a model folder's pickle, memory-mapped; its buffers may be of any
+    type. `what` is how to call the file.
 
     Raises UnsafeFile for a file that would run code, is damaged, or holds anything but plain
     tensors.
@@ -151,7 +152,9 @@ def _refusal(what: str, kind: str, error: Exception) -> UnsafeFile:
 
 
 def _tensors(state: Any, what: str, kind: str) -> dict[str, Tensor]:
-    """A state dict as a plain dict, each entry of which is a tensor that the file holds whole."""
+    """Return a state dict as a plain dict, after checking that each entry is a tensor stored in
+    full.
+    """
     try:
         # not state.items: a pickle may give an OrderedDict attributes of any name
         tensors = dict(dict.items(state))
@@ -164,7 +167,7 @@ def _tensors(state: Any, what: str, kind: str) -> dict[str, Tensor]:
 
 
 def _problem(name: object, tensor: object) -> str:
-    """Why this is no entry of a state dict; "" if it is one."""
+    """Return why this is not an entry of a state dict; "" if it is one."""
     if type(name) is not str:
         return f"is a name of type {type(name).__name__}"
     if not isinstance(tensor, Tensor):
@@ -225,12 +228,12 @@ def check_pickled_tensors(path: Path, what: str) -> None:
 
 
 def as_in_2023(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as transformers 4.29 has it: the names of the model's files on the hub, and the
-    buffers it kept.
+    """Return a state dict as transformers 4.29 has it: with the names used in the model's files on
+    the hub, and the buffers it kept.
 
     transformers 5 renamed parameters in memory (GPT-NeoX: embed_out became lm_head) and recomputes
-    those buffers. For the model classes that the 2023 repository names: GPT-NeoX, GPT-2, Llama;
-    GPT-J kept no buffers.
+    those buffers. This covers the model classes that the original repository names: GPT-NeoX,
+    GPT-2, Llama; GPT-J kept no buffers.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -1,4 +1,4 @@
-"""YAML files that come from anywhere: read as values, refused when they hold more."""
+"""Read YAML files from anywhere as values, and refuse them if they hold more."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ADVICE = "it could import code; a config holds values only"
 
 
 def check_config_file(path: Path) -> None:
-    """Raise UserError for a YAML file with more than values. One that is not YAML is left to Hydra,
-    if it is asked for.
+    """Raise UserError for a YAML file that holds more than values. A file that is not YAML is left
+    to Hydra, if it is asked for.
     """
     try:
         with open(path, "rb") as file:
@@ -74,8 +74,8 @@ def check_config_file(path: Path) -> None:
 
 
 def _check_tokens(path: Path, text: str) -> None:
-    """An alias in an alias in an alias (236 bytes of it keep a parser busy for minutes), deep
-    nesting, and tags.
+    """Refuse nested aliases (236 bytes of which keep a parser busy for minutes), deep nesting, and
+    tags.
     """
     depth = 0
     steps = dict.fromkeys(("<block mapping start>", "<block sequence start>", "{", "["), 1)
@@ -103,7 +103,7 @@ def _keys(value: Any) -> Iterator[Any]:
 
 
 def _dotted(value: Any, prefix: str) -> Iterator[str]:
-    """The dotted names of a mapping's leaves."""
+    """Return the dotted names of a mapping's leaves."""
     if not isinstance(value, dict):
         yield prefix
     for key, inner in value.items() if isinstance(value, dict) else ():

@@ -1,5 +1,5 @@
-"""The tensors that training goes on from, in one safetensors file per rank: written by any number
-of ranks, read by any other.
+"""Store the tensors a run resumes from, one safetensors file per rank: written by any number of
+ranks, read by any other number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = {
 
 
 class Part(NamedTuple):
-    """What this rank writes of a tensor."""
+    """Describe what this rank writes of a tensor."""
 
     shape: list[int]  # of the whole
     offset: list[int]  # where the part begins in it
@@ -43,8 +43,8 @@ class Part(NamedTuple):
 
 
 def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
-    """This rank's part of each tensor, where it has one to write; `copied` to the CPU, or as it
-    stands.
+    """Yield this rank's part of each tensor, if it has one to write; `copied` to the CPU, or as it
+    is.
     """
     found = {name: (tensor, sharding.local_part(tensor)) for name, tensor in state.items()}
     kept = lambda x: x.detach().to("cpu", copy=True) if copied else x.detach()
@@ -56,7 +56,7 @@ def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
 
 
 def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
-    """As safetensors; the metadata say where in the whole each part stands."""
+    """Write the parts as safetensors; the metadata say where each part lies in the full tensor."""
     metadata = {name: json.dumps([part.shape, part.offset]) for name, part in parts.items()}
     contents = {name: (part.local.dtype, list(part.local.shape)) for name, part in parts.items()}
     return write_safetensors(path, contents, (part.local for part in parts.values()), metadata)
@@ -68,11 +68,11 @@ def write_safetensors(
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str],
 ) -> Written:
-    """`contents`: name -> type and shape of each of the `tensors`, which are asked for one after
-    another.
+    """Write safetensors one tensor at a time. `contents` maps a name to the type and shape of each
+    of the `tensors`, which are asked for one after another.
 
     The library's own writer takes a path and all tensors; this one writes through a file that is
-    hashed, one tensor at a time on the CPU.
+    hashed, with one tensor at a time on the CPU.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -91,8 +91,8 @@ def write_safetensors(
 
 
 def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors that training goes on from, by name; sharded ones as they are. Tied weights
-    once.
+    """Return all tensors a run resumes from, by name; sharded ones as they are, tied
+    weights once.
     """
     sharding.reshard(policy)
     state: dict[str, Tensor] = {f"policy.{name}": p for name, p in policy.named_parameters()}
@@ -108,7 +108,7 @@ def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def values_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """What the optimizer keeps of each parameter that is no tensor."""
+    """Return the optimizer state of each parameter that is not a tensor."""
     values = {
         name: {
             k: v for k, v in optimizer.state[p].items() if v is not None and not torch.is_tensor(v)
@@ -125,9 +125,9 @@ def restore(
     files: Sequence[Path],
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Take weights and optimizer from the files. What the optimizer keeps is made by a step without
-    gradients, so that it is of the right kind and in the right place, and then overwritten, as the
-    weights are. Raises what `load_state` does.
+    """Load weights and optimizer state from the files. The optimizer state is created by a step
+    without gradients, so that it has the right type and place, and then overwritten, as the weights
+    are. Raises what `load_state` raises.
     """
     sharding.reshard(policy)
     parameters, found = dict(policy.named_parameters()), names(files)
@@ -142,7 +142,7 @@ def restore(
 
 
 def names(files: Sequence[Path]) -> set[str]:
-    """Of all tensors in them."""
+    """Return the names of all tensors in the files."""
     return {name for file in _opened(files) for name in file.metadata() or {}}
 
 
@@ -156,11 +156,10 @@ def _opened(files: Sequence[Path]) -> list[Any]:
 
 
 def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
-    """Fill each tensor (sharded: this rank's part of it) from these files, whatever number of ranks
+    """Fill each tensor (if sharded, this rank's part of it) from these files, however many ranks
     wrote them.
 
-    Raises ResumeMismatch where names, shapes or types differ, and UnsafeFile where a file is not
-    what it should be.
+    Raises ResumeMismatch if names, shapes or types differ, and UnsafeFile if a file is not valid.
     """
     directory = files[0].parent
     try:
