@@ -1,9 +1,8 @@
-"""Evaluate any checkpoint without training: what its training would say of it, on all held-out
-data.
+"""Evaluate any checkpoint without training, on all held-out data, as its training run would.
 
-MODEL: a run, a checkpoint or policy.pt of it, a folder, a name on the hub. Data, loss and lengths
-are those of its run; knobs change them. A model that is not of a run needs them said: `python
-eval.py gpt2 loss=sft datasets=[hh]`.
+MODEL is a run, a checkpoint or its policy.pt, a folder, or a name on the hub. Data, loss and
+lengths are those of its run; options change them. A model that does not come from a run needs them:
+`python eval.py gpt2 loss=sft datasets=[hh]`.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ AFRESH = {"n_eval_examples": None, "tokens_per_microbatch": None}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     p = Parser(__doc__ or "", prog="eval.py")
     p.add_argument("model", help="run, checkpoint, policy.pt, folder or hub name")
     p.add_argument(
@@ -84,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table of the metrics, and write them if asked to."""
+    """Print the table of metrics, and write them to a file if asked to."""
     ref = find_model(args.model, args.base)
     config = config_of(ref, args.overrides)
     with (
@@ -121,8 +120,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
-    """The whole tree: config/, under the run's own knobs, under the overrides. Raises UserError for
-    what does not compose.
+    """Compose the config: config/, overridden by the run's own options, overridden by the command
+    line. Raise UserError if it does not compose.
     """
     overrides = spelled_out(overrides)
     try:
@@ -163,7 +162,7 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
 
 
 def check_override(override: Override, ref: ModelRef) -> None:
-    """Raise UserError for one that an evaluation would not heed."""
+    """Raise UserError for an override that has no effect on an evaluation."""
     key, said = override.key_or_group, override.input_line
     if override.is_sweep_override():
         raise UserError(f"{said}: one evaluation has one value; put one with commas into quotes")
@@ -182,8 +181,8 @@ def check_override(override: Override, ref: ModelRef) -> None:
 def evaluate(
     ref: ModelRef, config: DictConfig, loss: Loss, reference: str | None, folder: Path
 ) -> tuple[Record, dict[str, int]]:
-    """The record that training would log, and of how many examples it is: all, and those of each
-    group. Pictures of a reward model's scores go to `folder`.
+    """Return the record that training would log and the number of examples, overall and by group.
+    Plots of a reward model's scores go to `folder`.
     """
     if ref.scalar != (loss.reads == "scores"):
         kind, wanted = (
@@ -223,8 +222,8 @@ def evaluate(
 
 
 def table(record: Record, counts: dict[str, int]) -> str:
-    """Metrics by row, groups (data sets, lengths) by column; above them how many examples a group
-    has.
+    """Format the metrics by row and the groups (data sets, lengths) by column, with the number of
+    examples in each group on top.
     """
     cells: dict[str, dict[str, float]] = {"examples": dict(counts)}
     for name, value in record.items():

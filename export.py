@@ -1,5 +1,5 @@
-"""A policy.pt as a Hugging Face folder, or the other way: `python export.py MODEL --out FOLDER`.
-See docs/export.md.
+"""Convert a policy.pt to a Hugging Face folder, or back: `python export.py MODEL --out FOLDER`. See
+docs/export.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from plumb.settings.cli import Parser, run
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the command line."""
     p = Parser("Convert a policy.pt to a Hugging Face folder, or any model to a policy.pt.")
     p.add_argument(
         "model",
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command."""
+    """Run the command."""
     if options.max_shard_gb is not None and not options.max_shard_gb > 0:
         raise UserError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
     for name in (

@@ -63,13 +63,13 @@ def get_hh(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
 
 @dataset(truncation="keep_end", hub=HELPFUL)
 def get_helpful(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """The helpful-base part of HH; like get_hh otherwise."""
+    """Load the helpful-base part of HH; otherwise like get_hh."""
     return _hh(load_rows(HELPFUL, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
 
 
 @dataset(truncation="keep_end", hub=HARMLESS)
 def get_harmless(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """The harmless-base part of HH; like get_hh otherwise."""
+    """Load the harmless-base part of HH; otherwise like get_hh."""
     return _hh(
         load_rows(HARMLESS, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent)
     )
@@ -93,11 +93,11 @@ def _hh(rows: Iterable[RawRow]) -> dict[str, Prompt]:
 
 @dataset(hub=SHP, fields=("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels"))
 def get_shp(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """Stanford Human Preferences, less the pairs whose scores differ by a factor under 2
+    """Load Stanford Human Preferences without the pairs whose scores differ by a factor under 2
     (Ethayarajh et al., 2022).
 
-    SFT imitates the response with the best score. Scores are upvotes, from 1 on; a pair with one
-    below 1 has no ratio, and is skipped.
+    SFT imitates the response with the best score. Scores are upvotes, starting at 1; a pair with a
+    score below 1 has no ratio, and is skipped.
     """
     data: dict[str, Prompt] = {}
     best: dict[str, float] = {}
@@ -121,12 +121,13 @@ def _history(row: RawRow) -> str:
 
 @dataset(hub=SE, fields=("question", "answers"))
 def get_se(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Stack Exchange questions with scored answers, HTML stripped; SFT imitates the best answer.
+    """Load Stack Exchange questions with scored answers, with HTML stripped; SFT imitates the best
+    answer.
 
-    The set has a train split only: 1 % of the questions is test, the share of 2023, though not its
-    questions. Equal scores form no pair; in 2023 they did (pinned by test_se_equal_scores). The
-    rows come one at a time, for 10.8 M questions do not fit in memory as a dict; so equal
-    questions, of which there are next to none, are not merged.
+    The set has only a train split: 1 % of the questions is the test split, the same share as in the
+    original, but different questions. Equal scores form no pair; in the original they did (pinned
+    by test_se_equal_scores). The rows come one at a time, since 10.8 M questions do not fit in
+    memory as a dict; therefore identical questions, of which there are almost none, are not merged.
     """
     for row in load_rows(SE, split, _question, path=path, cache_dir=cache_dir, silent=silent):
         prompt, answers = hh_prompt(_question(row)), row.value("answers")
@@ -164,12 +165,12 @@ def _question(row: RawRow) -> str:
     fields=("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),
 )
 def get_saferlhf(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """PKU-SafeRLHF, the rows of which one response is labelled safe and the other not: the safe one
-    is preferred.
+    """Load PKU-SafeRLHF, the rows with one response labelled safe and one unsafe; the safe one is
+    preferred.
 
     SFT imitates the safe one. Reads the first schema (7 fields) and the current one. AmberSafe's
     get_saferlhf passes prompt and responses without a separator, which would glue the answer to the
-    question: here they get HH's.
+    question; here they get HH's format.
     """
     data: dict[str, Prompt] = {}
     for row in load_rows(SAFERLHF, split, _prompt, path=path, cache_dir=cache_dir, silent=silent):
@@ -213,7 +214,7 @@ def _add(
 def _keep_best(
     entry: Prompt, best: dict[str, float], prompt: str, responses: list[str], scores: list[float]
 ) -> None:
-    """The best-scored response so far is the SFT target; the first of equals."""
+    """Make the best-scored response so far the SFT target; the first of equals."""
     top = max(scores)
     if prompt not in best or top > best[prompt]:
         best[prompt] = top

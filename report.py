@@ -46,7 +46,7 @@ MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Return the parser of the command line."""
     options = cli.Parser(
         "Show the curves, diagnosis, samples and lineage of one or more runs on one page."
     )
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Read, say on the console what is to be said, write the page."""
+    """Read the runs, print the summary, and write the page."""
     runs = read_runs(options.runs)
     out = options.out or options.runs[0] / "report.html"
     if out.suffix not in (".html", ".htm"):
@@ -91,7 +91,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
-    """The page. All text is escaped where it enters; samples may hold anything."""
+    """Return the page. All text is escaped where it enters, since samples may hold anything."""
     folder = FileSystemLoader(Path(curves.__file__).parent)
     templates = Environment(
         loader=folder,
@@ -125,7 +125,7 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
 
 
 def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
-    """What the page shows of one run."""
+    """Return what the page shows of one run."""
     command = run.environment.get("command")
     return {
         "name": run.name,
@@ -152,7 +152,7 @@ def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def brief(value: Any) -> str:
-    """A number as a reader wants it; other values as they are, in YAML's words.
+    """Return a number in a readable form; other values unchanged, in YAML syntax.
 
     >>> brief(0.99333), brief(-1236.4), brief(123456), brief(None), brief(5e-07)
     ('0.9933', '-1,236', '123,456', 'null', '5e-07')
@@ -170,7 +170,7 @@ def brief(value: Any) -> str:
 
 
 class Column(NamedTuple):
-    """One column of the tables of evaluations."""
+    """Describe one column of the tables of evaluations."""
 
     title: str
     colour: str
@@ -179,7 +179,9 @@ class Column(NamedTuple):
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:
-    """The last evaluation of each of several runs; the first and the last of a single one."""
+    """Return the last evaluation of each of several runs; for a single run, the first and
+    the last.
+    """
     if len(runs) > 1:
         return [
             Column(run.name, colour(i), run, run.evaluations[-1] if run.evaluations else {})
@@ -197,7 +199,9 @@ def columns(runs: Sequence[Run]) -> list[Column]:
 
 
 def evaluations(table: Sequence[Column]) -> dict[str, list[tuple[float | None, bool]]]:
-    """{metric: (value, is it the best) per column}, for what is over all held-out examples."""
+    """Return {metric: (value, whether it is the best) per column}, for metrics over all held-out
+    examples.
+    """
     keys = dict.fromkeys(
         k for c in table for k in c.record if k.count("/") == 1 and not k.startswith("ratio_")
     )
@@ -212,8 +216,8 @@ def evaluations(table: Sequence[Column]) -> dict[str, list[tuple[float | None, b
 
 
 def parts(table: Sequence[Column]) -> dict[str, dict[str, list[float | None]]]:
-    """By data set and length, of each metric that was split (`rewards_eval/accuracies/length
-    32-63`): {part: value per column}
+    """Return {part: value per column}, by data set and length, for each metric that is split
+    (`rewards_eval/accuracies/length 32-63`).
     """
     found: dict[str, dict[str, list[float | None]]] = {}
     for key in dict.fromkeys(k for c in table for k in c.record if k.count("/") > 1):
@@ -223,7 +227,7 @@ def parts(table: Sequence[Column]) -> dict[str, dict[str, list[float | None]]]:
 
 
 def _best(key: str, table: Sequence[Column]) -> float | None:
-    """The best value of a metric, where values of several runs can be compared and differ."""
+    """Return the best value of a metric, if values of several runs are comparable and differ."""
     runs = [c.run for c in table if key in c.record]
     values = [c.record[key] for c in table if key in c.record and math.isfinite(c.record[key])]
     better = next((better for name, better in BETTER.items() if key.startswith(name)), None)
@@ -235,7 +239,9 @@ def _best(key: str, table: Sequence[Column]) -> float | None:
 
 
 def same_data(runs: Sequence[Run]) -> bool:
-    """Were they evaluated on the same held-out examples, as far as their configs say?"""
+    """Return whether the runs were evaluated on the same held-out examples, as far as their configs
+    say.
+    """
     data = [
         [
             run.config.get("eval_datasets") or run.config.get("datasets"),
@@ -250,21 +256,23 @@ def same_data(runs: Sequence[Run]) -> bool:
 
 
 def before_and_after(run: Run) -> list[tuple[str, list[Sample]]]:
-    """(title, samples): the policy's first and last, and the reference's last."""
+    """Return (title, samples): the policy's first and last, and the reference's last."""
     own, reference = first_and_last(run), first_and_last(run, "reference_samples")
     titled = [(f"policy, after {rows[0].step:,} examples", rows) for rows in own if rows]
     return titled + [("reference", rows) for rows in [reference[1] or reference[0]] if rows]
 
 
 def at_the_end(runs: Sequence[Run]) -> list[tuple[str, list[Sample]]]:
-    """(run, the policy's last samples) of each run that has some, where there are several."""
+    """Return (run, the policy's last samples) for each run that has some, if there are several
+    runs.
+    """
     last = [(run.name, rows[1] or rows[0]) for run in runs if any(rows := first_and_last(run))]
     return last if len(last) > 1 else []
 
 
 def side_by_side(titled: Sequence[tuple[str, list[Sample]]]) -> dict[str, Any]:
-    """Samples of the same prompts in one row: {titles, rows, left_out}, a row (prompt, text or
-    None, ...).
+    """Return samples for the same prompts in one row: {titles, rows, left_out}, each row (prompt,
+    text or None, ...).
     """
     texts = [{s.prompt: s.text for s in samples} for _, samples in titled]
     prompts = list(dict.fromkeys(prompt for by_prompt in texts for prompt in by_prompt))
@@ -280,8 +288,8 @@ def side_by_side(titled: Sequence[tuple[str, list[Sample]]]) -> dict[str, Any]:
 
 
 def pictures(run: Run) -> list[tuple[str, str, str]]:
-    """(title, data: address, alternative text) of the newest of each kind of picture that the run
-    drew: `scores-800.png`.
+    """Return (title, data: address, alternative text) for the newest of each kind of picture that
+    the run drew: `scores-800.png`.
     """
     newest: dict[str, tuple[int, Path]] = {}
     for file in run.path.glob("*-*.png"):

@@ -33,7 +33,7 @@ TYPES = {"top_k": int, "num_beams": int, "num_beam_groups": int}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options. Those of a mode are there only if they were given."""
+    """Return the parser. Options of a decoding mode are present only if they were given."""
     p = Parser("Show the answers of one or more models side by side.")
     p.add_argument(
         "models",
@@ -164,7 +164,9 @@ def share(text: str) -> float:
 
 
 def decoding_of(options: argparse.Namespace) -> Decoding:
-    """Raises UserError for numbers out of their range, and what `Decoding.checked` refuses."""
+    """Return the decoding. Raise UserError for numbers out of range, and for what
+    `Decoding.checked` refuses.
+    """
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "temperature": (
@@ -192,7 +194,7 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
 
 
 def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
-    """From where the options say; see data/prompts.py for the errors."""
+    """Return the prompts that the options ask for; see data/prompts.py for the errors."""
     if options.prompts:
         found: Any = prompts.of_file(options.prompts, options.field, options.raw)
     elif options.dataset:
@@ -206,8 +208,8 @@ def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
 
 
 def opened(ref: ModelRef, device: str | None) -> Opened:
-    """Its generation config emptied, but for the tokens that end: hidden settings would make models
-    answer in different ways. UserError for a tokenizer without EOS.
+    """Load a model and clear its generation config except for the end tokens, since hidden settings
+    would make models answer in different ways. Raise UserError for a tokenizer without EOS.
     """
     model = open_model(ref, device)
     if model.tokenizer.eos_token_id is None:
@@ -223,7 +225,7 @@ def opened(ref: ModelRef, device: str | None) -> Opened:
 
 
 def longest_prompt(model: Opened, decoding: Decoding) -> int:
-    """Tokens that a prompt may have. UserError if that is none."""
+    """Return the maximum number of tokens of a prompt. Raise UserError if it is below 1."""
     context = (positions_of(model.model) or (2**20, ""))[0]
     if (room := context - int(decoding.max_new_tokens or 0)) < 2:
         raise UserError(
@@ -236,9 +238,7 @@ def longest_prompt(model: Opened, decoding: Decoding) -> int:
 def answered(
     ref: ModelRef, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:
-    """(what is known beside the answers, the answers) of each prompt, by one model, which is loaded
-    now.
-    """
+    """Load one model, and return (its details, its answers) for each prompt."""
     model = opened(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     add_bos = bool(ref.config.get("add_bos", True))
@@ -296,7 +296,7 @@ def answered(
 
 
 def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]:
-    """What --out has of a prompt and a model."""
+    """Return the line of --out for a prompt and a model."""
     if form == "pairs":
         asked = about["prompt"]
         plain = asked[0]["content"] if isinstance(asked, list) and len(asked) == 1 else asked
@@ -318,7 +318,7 @@ def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]
 
 
 def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str:
-    """A block for each prompt: what was asked, then each model's answers."""
+    """Yield a block for each prompt: the prompt, then each model's answers."""
     width = min(shutil.get_terminal_size().columns, 120)
     blocks = []
     for i, of_prompt in enumerate(zip(*shown, strict=True), 1):
@@ -344,7 +344,7 @@ def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of a terminal, without what would steer it."""
+    """Return lines for a terminal, without control characters."""
     clean = [
         "".join(c if c.isprintable() else " " for c in part) for part in text.strip().splitlines()
     ]
@@ -356,7 +356,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None:
-    """Turn after turn, until `quit` or the end of the input; `clear` forgets what was said."""
+    """Chat turn by turn, until `quit` or the end of the input; `clear` forgets the conversation."""
     model = opened(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
@@ -397,7 +397,7 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise UserError for options that would be ignored, or do not go together."""
+    """Raise UserError for options that would be ignored or that conflict."""
     ignored = [
         ("field", "prompt", options.prompts, "--prompts"),
         ("raw", False, options.prompts, "--prompts"),
@@ -433,7 +433,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command."""
+    """Run the command."""
     check(options)
     decoding = decoding_of(options)
     asked = [] if options.chat else prompts_of(options)

@@ -1,7 +1,7 @@
-"""Scores of answers: `python score.py pairs | answers | winrate | split`, see docs/scoring.md.
+"""Score answers: `python score.py pairs | answers | winrate | split`, see docs/scoring.md.
 
-A SCORER is a reward model (a run, its policy.pt, a Hugging Face sequence-classification model), or
-a policy whose reference is known: a run of DPO, or any policy with --reference and --beta.
+A SCORER is a reward model (a run, its policy.pt, or a Hugging Face sequence-classification model),
+or a policy with a known reference: a DPO run, or any policy with --reference and --beta.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ OF_ENDPOINTS = ("judge_model", "judge_template", "key_env", "verdicts", "paralle
 
 
 def parser() -> argparse.ArgumentParser:
-    """All options of all four."""
+    """Return the parser with the four subcommands."""
     p = Parser(str(__doc__))
     commands_ = p.add_subparsers(metavar="pairs | answers | winrate | split", required=True)
     add = lambda name, what: commands_.add_parser(name, help=what, description=what)
@@ -249,8 +249,8 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def found_by(options: argparse.Namespace, name: str) -> tuple[ModelRef, DictConfig]:
-    """A scorer as the options say, not loaded yet, so that data can be read first; and its
-    knobs.
+    """Return the scorer that the options name, not loaded yet so that data can be read first, and
+    its config.
     """
     ref = find_model(name, options.base, options.tokenizer, options.dtype)
     return ref, knobs_of(ref, {knob: getattr(options, knob, None) for knob in KNOBS})
@@ -267,7 +267,7 @@ def loaded(options: argparse.Namespace, ref: ModelRef, config: DictConfig) -> Sc
 
 
 def pairs(options: argparse.Namespace) -> None:
-    """The command `pairs`."""
+    """Run the command `pairs`."""
     wanted = list(dict.fromkeys(map(resolve, options.data)))
     for name, path in options.dataset_path:
         if resolve(name) not in wanted or resolve(name) not in LOADERS:
@@ -321,7 +321,7 @@ def pairs(options: argparse.Namespace) -> None:
 
 
 def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
-    """The pairs of a data set, a row each, and which end of its long prompts survives."""
+    """Return the pairs of a data set, one per row, and which end of its long prompts is kept."""
     paths = to_dict(config.dataset_paths) | {
         resolve(given): path for given, path in options.dataset_path
     }
@@ -368,8 +368,8 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
 
 
 def groups(names: Sequence[str], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """All pairs; each data set, if there are several; and by the length of the longer response.
-    name -> mask [n]
+    """Return name -> mask [n]: all pairs; each data set, if there are several; each class of
+    lengths of the longer response.
     """
     found = {"all": np.ones(len(names), bool)}
     if len(set(names)) > 1:
@@ -382,7 +382,9 @@ def groups(names: Sequence[str], tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def figures_of(scored: Scored, mask: np.ndarray) -> dict[str, float]:
-    """What is known of the pairs in `mask`. A tie is no hit, neither of scores nor of lengths."""
+    """Return the figures for the pairs in `mask`. A tie counts as wrong, both for scores and for
+    lengths.
+    """
     scores, tokens = scored.scores[mask], scored.tokens[mask]
     (chosen, rejected), n = scores.T, len(scores)
     accuracy, longer = (wilson(int((x[:, 0] > x[:, 1]).sum()), n) for x in (scores, tokens))
@@ -407,7 +409,7 @@ def figures_of(scored: Scored, mask: np.ndarray) -> dict[str, float]:
 
 
 def table_of(figures: dict[str, dict[str, float]]) -> str:
-    """For the terminal."""
+    """Return the table for the terminal."""
     rows = [
         [
             "",
@@ -449,7 +451,7 @@ def table_of(figures: dict[str, dict[str, float]]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first to the left."""
+    """Return the rows with aligned columns, the first to the left."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     line = lambda row: "  ".join(
         [f"{row[0]:<{first}}", *(f"{x:>{w}}" for x, w in zip(row[1:], others, strict=True))]
@@ -472,7 +474,7 @@ def _scored_pair(name: str, row: Row, scores: np.ndarray) -> dict[str, Any]:
 
 
 def draw(scored: Scored, folder: Path, title: str) -> None:
-    """scores.png and calibration.png."""
+    """Draw scores.png and calibration.png."""
     chosen, rejected = scored.scores.T
     try:
         draw_scores(chosen, rejected, folder / "scores.png", title)
@@ -495,7 +497,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def keep_end(rows: Iterable[Row]) -> str:
-    """A dialogue's end survives, of another text the start, as in training."""
+    """Return whether a prompt's end is kept: for a dialogue yes, for other text no, as in
+    training.
+    """
     return (
         "keep_end"
         if any(isinstance(r.prompt, list) or r.prompt.endswith("\n\nAssistant:") for r in rows)
@@ -504,7 +508,7 @@ def keep_end(rows: Iterable[Row]) -> str:
 
 
 def answers(options: argparse.Namespace) -> None:
-    """The command `answers`."""
+    """Run the command `answers`."""
     lines = list(read_answers(options.file))
     rows = [row for line in lines for row in line.rows()]
     ref, config = found_by(options, options.scorer)
@@ -526,7 +530,7 @@ def answers(options: argparse.Namespace) -> None:
 
 
 def winrate(options: argparse.Namespace) -> None:
-    """The command `winrate`."""
+    """Run the command `winrate`."""
     is_url = options.judge.startswith(("http://", "https://"))
     ignored = OF_SCORERS if is_url or options.judge.startswith("rule:") else ()
     for option in (*ignored, *(() if is_url else OF_ENDPOINTS)):
@@ -569,7 +573,7 @@ def winrate(options: argparse.Namespace) -> None:
 
 
 def win_table(found: Sequence[WinRate], baseline: str) -> str:
-    """For the terminal."""
+    """Return the table for the terminal."""
     rows = [
         [
             f"against {baseline}",
@@ -598,7 +602,9 @@ def win_table(found: Sequence[WinRate], baseline: str) -> str:
 
 
 def judge_of(options: argparse.Namespace):
-    """-> a function of duels, after what it needs was read: no work is lost to a misspelt name."""
+    """Return a function that judges duels, after reading what it needs, so that a typo costs no
+    work.
+    """
     spec = options.judge
     if spec.startswith("rule:"):
         points = judges.rule(spec)
@@ -632,7 +638,7 @@ def judge_of(options: argparse.Namespace):
 
 
 def split(options: argparse.Namespace) -> None:
-    """The command `split`."""
+    """Run the command `split`."""
     if not options.threshold > 0:
         raise UserError(
             f"--threshold={options.threshold}: must be above 0; a margin is the better score less"
@@ -659,7 +665,7 @@ def split(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """The command that was named."""
+    """Run the subcommand."""
     read = (
         []
         if options.main in (pairs, answers)
@@ -682,7 +688,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def check_place(path: Path, option: str, folder: bool) -> None:
-    """Raise UserError for what could not be written after hours of work."""
+    """Raise UserError for outputs that could not be written after hours of work."""
     try:
         (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
         problem = "" if folder or not path.is_dir() else "it is a folder"

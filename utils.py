@@ -1,5 +1,5 @@
-"""What every other module needs and none owns: the user's error, rank-0 printing, and the run
-directory.
+"""Provide what the files at the root need: the run directory's name, the environment record, and
+peak memory.
 
 Imports neither torch nor transformers, so that the data path can be read and tested without them.
 """
@@ -19,15 +19,15 @@ from plumb.paths import get_local_dir
 
 
 def get_local_run_dir(exp_name: str, local_dirs: Sequence[str]) -> str:
-    """`<local dir>/<exp_name>_<timestamp>`. A name only: the directory is made after validation
-    (2023: by the resolver).
+    """Return `<local dir>/<exp_name>_<timestamp>`. Only the name: the directory is created after
+    validation, not by the resolver as in the original.
     """
     return str(get_local_dir(local_dirs) / f"{exp_name}_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
 
 
 def environment() -> str:
-    """JSON record of what ran: command, time, host, commit, versions and device. A log is evidence
-    only with these.
+    """Return a JSON record of what ran: command, time, host, commit, versions and device. A log is
+    evidence only with these.
     """
     import platform
     from importlib.metadata import version
@@ -73,8 +73,8 @@ def _git(*arguments: str) -> str | None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held: allocated on the GPU where one was used, else resident
-    in RAM.
+    """Return the peak memory of this process: allocated on the GPU if one was used, otherwise
+    resident in RAM.
     """
     import resource
 

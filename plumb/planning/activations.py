@@ -32,8 +32,8 @@ PATIENCE_SECS = (
 
 
 class Held(NamedTuple):
-    """Bytes. Tensor parallelism splits what lies within attention and MLP; what is as wide as the
-    model, each rank has whole.
+    """Hold bytes. Tensor parallelism splits the tensors inside attention and MLP; those as wide as
+    the model are complete on each rank.
     """
 
     wide: int
@@ -90,15 +90,15 @@ def count(
 
 
 def blank_model(hf_config: Any, dtype: torch.dtype) -> Any:
-    """The model with weights that have a shape and nothing else."""
+    """Return the model with weights that have a shape and no data."""
     # a copy of the config, for a model writes into it which attention it uses
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the storages that operations make, as long as they live. `most`: the sums when they
-    were highest.
+    """Add up the storages that operations create, as long as they are alive. `most`: the sums at
+    their maximum.
     """
 
     def __init__(self, known: Iterable[Tensor], width: int):
@@ -132,7 +132,9 @@ class _Counter(TorchDispatchMode):
 
 
 class _Flash(torch.autograd.Function):
-    """What a flash kernel keeps for its backward pass: queries, keys, values, and its output."""
+    """Imitate what a flash kernel keeps for its backward pass: queries, keys, values, and its
+    output.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -155,8 +157,8 @@ def _attention(
     n_keys: int,
     **options,
 ):
-    """In place of models/tree_attention.py's: keys and values are gathered as there, [1, Hkv, T, D]
-    -> [1, Hkv, n_keys, D].
+    """Stand in for models/tree_attention.py's attention: keys and values are gathered as there, [1,
+    Hkv, T, D] -> [1, Hkv, n_keys, D].
     """
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks")

@@ -1,5 +1,5 @@
-"""plan=true: what a run would take, told without a GPU, weights, or a file: memory of each GPU by
-kind, steps, and time.
+"""Plan a run (plan=true) without a GPU, weights or writing a file: memory of each GPU by kind,
+steps, and time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MOST_GPUS = 64  # that an alternative may ask for
 
 
 class Model(NamedTuple):
-    """What a plan needs to know of a model."""
+    """Hold what a plan needs to know of a model."""
 
     name: str
     config: Any  # transformers'
@@ -64,7 +64,7 @@ class Data(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one GPU computes of a microbatch: `shape` is rows and tokens of each."""
+    """Describe what one GPU computes of a microbatch; `shape` is rows and tokens in each."""
 
     shape: tuple[int, int]
     n_keys: int | None  # of trees; None: padded rows
@@ -79,7 +79,7 @@ class Steps(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the trainer would decide, and what it would hold."""
+    """Hold the trainer's decisions and the memory they would take."""
 
     layout: ClusterShape
     precision: Precision
@@ -92,7 +92,9 @@ class Plan(NamedTuple):
 
 
 def show(config: DictConfig, loss: Loss) -> str:
-    """The plan of this run, as one screen of text. UserError for what cannot be planned."""
+    """Return the plan of this run as one screen of text. Raise UserError if it cannot be
+    planned.
+    """
     model, data = read_model(config, loss), read_data(config, loss)
     found, limit = make_plan(config, loss, model, data), gb(config)
     lines = [
@@ -127,7 +129,7 @@ def show(config: DictConfig, loss: Loss) -> str:
 
 
 def read_model(config: DictConfig, loss: Loss) -> Model:
-    """From the model's config alone."""
+    """Return the model's description, from its config alone."""
     hf_config = load_config(config)
     model = activations.blank_model(hf_config, DTYPES[config.model.policy_dtype])
     if loss.reads == "scores":
@@ -164,8 +166,8 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
 
 
 def read_data(config: DictConfig, loss: Loss) -> Data:
-    """The run's own examples where they are at hand, else an assumption. Nothing is fetched from
-    the hub, and nothing kept.
+    """Return the run's own examples if they are available locally, otherwise an assumption.
+    Downloads and keeps nothing.
     """
     pairs = loss.data == "pairs"
     afar = [
@@ -195,7 +197,7 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Data sets of the hub come from what was downloaded before, or not at all."""
+    """Let hub data sets come from earlier downloads only."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -210,7 +212,7 @@ def _offline(wanted: bool) -> Iterator[None]:
 
 
 def layout_of(config: DictConfig) -> ClusterShape:
-    """The GPUs that are planned for. UserError where they do not divide evenly."""
+    """Return the layout of the planned GPUs. Raise UserError if they do not divide evenly."""
     sharded = config.trainer != "BasicTrainer"
     n = config.plan_gpus or (GPUS_PER_NODE if sharded else 1)
     nodes = config.plan_nodes or -(-n // GPUS_PER_NODE)
@@ -240,7 +242,7 @@ def gb(config: DictConfig) -> float:
 
 
 def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
-    """What the trainer would decide on these GPUs, and what they would hold then."""
+    """Decide as the trainer would on these GPUs, and compute the memory that takes."""
     layout = layout_of(config)
     spec = config.model
     sharded = config.trainer != "BasicTrainer"
@@ -308,8 +310,8 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
 
 
 def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool]:
-    """(bytes per weight, does a step on a GPU hold a temporary per weight): from one step on a
-    matrix of 256 x 256.
+    """Return (bytes per weight, whether a step on a GPU holds a temporary per weight), from one
+    step on a matrix of 256 x 256.
     """
     layer = nn.Linear(256, 256, bias=False, dtype=dtype)
     layer.weight.grad = torch.ones_like(layer.weight)
@@ -328,8 +330,8 @@ def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool
 def count_body(
     model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float
 ) -> Held | None:
-    """What the body's passes hold; with a share of activations kept, so much of the way from none
-    to all. None: unknown.
+    """Return what the body's passes hold, interpolated if a share of activations is kept; None:
+    unknown.
     """
     least, most = (
         model.held(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
@@ -341,7 +343,7 @@ def count_body(
 
 
 def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: int) -> Steps:
-    """Some steps of the run, cut as the trainer cuts them."""
+    """Lay out some steps of the run, split as the trainer splits them."""
     if data.n is None:
         batches = [
             np.zeros(min(config.batch_size, config.n_examples or config.batch_size), np.int64)
@@ -374,8 +376,8 @@ def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: in
 
 
 def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
-    """The row of these examples, of `at_least` tokens; or the padded rows that it is unfolded
-    to.
+    """Return the shape of these examples' row, of `at_least` tokens, or of the padded rows it is
+    unfolded to.
     """
     n_scored = int(lengths.responses.sum())
     if not packed:
@@ -390,8 +392,8 @@ def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
 def alternatives(
     config: DictConfig, loss: Loss, model: Model, data: Data
 ) -> list[tuple[dict[str, Any], Plan]]:
-    """Changes that make it fit, each planned again: single ones, else the first that suffice
-    together; then more GPUs.
+    """Return changes that make the run fit, each planned again: single changes, otherwise the first
+    that suffice together, otherwise more GPUs.
     """
     changes: list[dict[str, Any]] = (
         [{"activation_checkpointing": True}] if config.activation_checkpointing is not True else []
@@ -461,8 +463,8 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
 
 
 def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
-    """Steps, time and traffic. What is recomputed costs another forward pass, and so does the
-    reference.
+    """Return the lines on steps, time and traffic. Recomputation costs another forward pass, and so
+    does the reference.
     """
     layout, steps = plan.layout, plan.steps
     rows, width = steps.fullest.shape

@@ -1,5 +1,5 @@
-"""Curves of one or more runs as PNG: thin lines are training steps, their running mean thick, dots
-evaluations.
+"""Draw curves of one or more runs as PNGs: thin lines are training steps, thick lines their running
+mean, dots evaluations.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ MAX_POINTS = 4000  # of one line; more can't be seen, and take minutes
 
 
 def named(run: Run) -> Run:
-    """The run with its metrics under the names of the panels: `loss/train` -> `loss dpo/train`, for
-    losses of different kinds have different scales; and `ratio_*`, where a reward is beta times a
-    log-ratio to a reference.
+    """Return the run with its metrics under the names of the panels: `loss/train` -> `loss
+    dpo/train`, since different losses have different scales; and `ratio_*`, if a reward is beta
+    times a log-ratio to a reference.
     """
     name, beta = run.setting("loss.name", "of unknown kind"), run.setting("loss.beta")
     relative = isinstance(beta, int | float) and beta > 0 and not run.setting("loss.reference_free")
@@ -97,8 +97,8 @@ def _is_reward(key: str) -> bool:
 
 
 def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
-    """What the runs (as `named`) have to show. `further`: also how it went, and evaluations that no
-    other panel shows.
+    """Return the panels that the runs (as `named`) have data for. `further`: also the progress
+    panels, and evaluations that no other panel shows.
     """
     # in their order
     present = dict.fromkeys(
@@ -127,7 +127,7 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
 
 
 def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """One picture of what the runs learned. `out`: by default curves.png in the first run
+    """Draw one picture of what the runs learned. `out`: by default curves.png in the first run
     directory.
     """
     out = out or run_dirs[0] / "curves.png"
@@ -137,7 +137,7 @@ def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def draw_all(runs: Sequence[Run], further: bool = True) -> bytes:
-    """All panels of these runs (as `named`) in one PNG."""
+    """Draw all panels of these runs (as `named`) in one PNG."""
     shown = panels(runs, further)
     n_columns = min(4 if len(shown) > 6 else 3, max(1, len(shown)))
     n_rows = -(-len(shown) // n_columns) or 1
@@ -158,8 +158,8 @@ def draw_all(runs: Sequence[Run], further: bool = True) -> bytes:
 
 
 def draw_each(runs: Sequence[Run]) -> Iterator[tuple[Panel, str, str]]:
-    """(panel, its PNG as a data: address, what it shows in words) of each panel of these runs (as
-    `named`).
+    """Yield (panel, its PNG as a data: address, its description in words) for each panel of these
+    runs (as `named`).
     """
     for panel in tqdm(panels(runs), desc="drawing", unit="panel", leave=False, disable=quiet()):
         with _figure(1, 1) as (figure, axes):
@@ -183,7 +183,9 @@ def colour(i: int) -> str:
 
 
 def in_words(panel: Panel, runs: Sequence[Run]) -> str:
-    """What a reader hears who can't see the picture: each line's first and last value."""
+    """Return a description for readers who can't see the picture: each line's first and
+    last value.
+    """
     said = []
     for run in runs:
         for label, metric in panel.lines.items():
@@ -198,21 +200,21 @@ def in_words(panel: Panel, runs: Sequence[Run]) -> str:
 
 
 def points(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of a metric, where it is a number that can be drawn."""
+    """Return (steps, values) of a metric, where it is a number that can be drawn."""
     found = [(r["step"], r[key]) for r in records if key in r and abs(r[key]) < 1e300]
     steps, values = np.array(found, float).reshape(-1, 2).T
     return steps, values
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last 5% of the steps."""
+    """Return the mean over the last 5% of the steps."""
     width, n = max(1, round(len(values) * SMOOTHED)), np.arange(1, len(values) + 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
     return (total[n] - total[np.maximum(0, n - width)]) / np.minimum(n, width)
 
 
 class _figure:
-    """A figure that is closed again: pyplot would keep it."""
+    """Open a figure and close it again, since pyplot would keep it."""
 
     def __init__(self, n_rows: int, n_columns: int):
         import matplotlib
@@ -281,7 +283,7 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
 
 
 def _legend(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
-    """Which line is which; the runs' colours stand elsewhere."""
+    """Draw the legend of the line styles; the runs' colours are explained elsewhere."""
     from matplotlib.lines import Line2D
 
     entries: dict[str, Any] = {}
@@ -306,5 +308,5 @@ def _legend(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
 
 
 def _safe(name: str) -> str:
-    """As a label that matplotlib neither takes for a formula nor leaves out."""
+    """Return text as a label that matplotlib neither treats as a formula nor leaves out."""
     return f" {name[-70:]}".replace("$", r"\$")

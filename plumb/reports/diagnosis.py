@@ -1,8 +1,8 @@
-"""What is wrong with a run, in plain words: rules over its records, each with the condition it
-stands for and a remedy.
+"""Diagnose what is wrong with a run, in plain words: rules over its records, each with its
+condition and a remedy.
 
-A rule is a pure function Run -> evidence, "" where it does not hold. It keeps quiet where a run is
-too short to tell.
+A rule is a pure function Run -> evidence, "" if it does not apply. A rule that needs more steps
+than the run has does not fire.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Rule(NamedTuple):
 
 
 def diagnose(run: Run) -> list[Finding]:
-    """What the rules find, the worst first."""
+    """Return what the rules find, worst first."""
     found = [
         Finding(rule.level, rule.title, evidence, rule.remedy)
         for rule in RULES
@@ -68,12 +68,14 @@ def diagnose(run: Run) -> list[Finding]:
 
 
 def healthy(findings: Sequence[Finding]) -> str:
-    """The sentence for a run in which no rule found more than notes; "" for others."""
+    """Return the sentence for a run in which no rule found more than notes; "" for others."""
     return "" if any(f.level != "note" for f in findings) else "Nothing wrong was found."
 
 
 def verdict(run: Run) -> str:
-    """One line: how the run stands, how far it came, how long it took, and its last evaluation."""
+    """Return one line: the run's state, how far it came, how long it took, and its last
+    evaluation.
+    """
     state = run.status.get("state") or "of unknown state (no status.json)"
     last: Record = max(run.steps[-1:] + run.evaluations[-1:], key=lambda r: r["step"], default={})
     parts = [f"{state}{f' (exit code {code})' if (code := run.status.get('code')) else ''}"]
@@ -123,12 +125,12 @@ def duration(secs: float) -> str:
 
 
 def _values(records: Sequence[Record], key: str) -> np.ndarray:
-    """Of a metric, where it is a number."""
+    """Return the values of a metric where it is a number."""
     return np.array([r[key] for r in records if key in r and math.isfinite(r[key])])
 
 
 def _number(run: Run, knob: str) -> float | None:
-    """The value of a knob, if it is a number: a config may hold anything."""
+    """Return the value of an option if it is a number, since a config may hold anything."""
     value = run.setting(knob)
     return value if isinstance(value, int | float) else None
 
@@ -375,8 +377,8 @@ def too_short(run: Run) -> str:
 
 
 def first_and_last(run: Run, table: str = "policy_samples") -> tuple[list[Sample], list[Sample]]:
-    """The samples of the first and the last evaluation that has some; the last ones are empty where
-    there was one only.
+    """Return the samples of the first and the last evaluation that has some; the latter are empty
+    if there was only one.
     """
     rows = [s for s in run.samples if s.table == table]
     ends = sorted({s.step for s in rows})
@@ -385,14 +387,14 @@ def first_and_last(run: Run, table: str = "policy_samples") -> tuple[list[Sample
 
 
 def words(text: str) -> list[str]:
-    """Words; in scripts without spaces, characters."""
+    """Split a text into words or, in scripts without spaces, characters."""
     return re.findall(
         r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower()
     )
 
 
 def repetition(text: str) -> float:
-    """Share of the 4-grams of words that stand in the text already, in [0, 1).
+    """Return the share of 4-grams of words that already occur in the text, in [0, 1).
 
     >>> repetition("a b c d e f g h"), repetition("no no no no no no no no")
     (0.0, 0.8)

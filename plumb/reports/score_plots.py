@@ -1,5 +1,4 @@
-"""Two pictures of a reward model on pairs: what it scores, and whether its margins mean what they
-say.
+"""Draw two pictures of a reward model on pairs: its scores, and the calibration of its margins.
 
 Shapes: n pairs; scores of their chosen and rejected responses.
 """
@@ -16,8 +15,8 @@ from plumb.scoring.intervals import calibration, wilson
 
 
 def draw_evaluation(chosen: np.ndarray, rejected: np.ndarray, folder: Path, n_seen: int) -> None:
-    """scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png; of the pairs whose scores [n]
-    are numbers.
+    """Draw scores-<n_seen>.png, a histogram, and calibration-<n_seen>.png, of the pairs whose
+    scores [n] are numbers.
     """
     finite = np.isfinite(chosen) & np.isfinite(rejected)
     if not finite.any():
@@ -32,8 +31,8 @@ def draw_evaluation(chosen: np.ndarray, rejected: np.ndarray, folder: Path, n_se
 
 
 def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """Histogram of the scores [n]: chosen green, rejected red, dashed lines at their means. A
-    PNG.
+    """Draw a histogram of the scores [n]: chosen green, rejected red, dashed lines at their means.
+    Return a PNG.
     """
     figure, axis = _figure(title)
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=40)
@@ -52,8 +51,8 @@ def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str
 
 
 def draw_calibration(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """What a Bradley-Terry model with these scores [n] says of its winner, against how often it was
-    the chosen one. A PNG.
+    """Draw a Bradley-Terry model's confidence in its winner, given these scores [n], against how
+    often that was the chosen response. Return a PNG.
     """
     bins = calibration(chosen - rejected)
     figure, axis = _figure(f"{title}\ncalibration error {bins.error:.3f}")

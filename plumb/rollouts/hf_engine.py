@@ -1,4 +1,5 @@
-"""Answers to prompts, for every trainer and for sample.py: one function, whatever the decoding.
+"""Generate answers to prompts, for every trainer and for sample.py: one function for every decoding
+mode.
 
 Shapes: B prompts of up to P tokens, padded on the left; n answers to each.
 """
@@ -40,8 +41,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Decoding(NamedTuple):
-    """How answers are found; what a mode does not take is None. Else None is as the model's
-    generation config says.
+    """Describe how answers are generated. Options that a mode does not use are None; otherwise None
+    means the model's generation config.
     """
 
     mode: str
@@ -59,8 +60,8 @@ class Decoding(NamedTuple):
     penalty_alpha: float | None = None  # share of the degeneration penalty
 
     def checked(self) -> Decoding:
-        """With the mode's defaults. Raises UserError for what the mode would ignore, and for what
-        does not fit together.
+        """Return the options with the mode's defaults. Raise UserError for options the mode would
+        ignore, and for conflicting ones.
         """
         takes, given = MODES[self.mode], {k: v for k, v in self._asdict().items() if v is not None}
         every = {name for of_mode in MODES.values() for name in of_mode}
@@ -86,7 +87,7 @@ class Decoding(NamedTuple):
         return made
 
     def arguments(self) -> dict[str, Any]:
-        """As `generate` of transformers takes them."""
+        """Return the options as arguments of transformers' `generate`."""
         drawn = self.mode in ("sample", "beam-sample")
         said: dict[str, Any] = {"num_beams": self.num_beams}
         said |= (
@@ -100,7 +101,7 @@ class Decoding(NamedTuple):
 
 
 def flag(name: str) -> str:
-    """The option of the command line that sets this field."""
+    """Return the command-line option that sets this field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -122,13 +123,13 @@ def answers(
     max_length: int = 0,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Answer]]:
-    """The n answers to each prompt (an array of token ids), in their order; `batch_size` prompts at
-    a time.
+    """Return n answers to each prompt (an array of token ids), in order, `batch_size` prompts at a
+    time.
 
-    Where `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens with its
-    prompts (the 2023 rule); never beyond the model's positions. Draws depend on `seed`, the prompts
-    and the batch size, and leave the random state as it was. `between` is called before each batch,
-    and may raise.
+    If `decoding.max_new_tokens` is None, a batch may grow to `max_length` tokens including its
+    prompts, as in the original; never beyond the model's positions. Draws depend on `seed`, the
+    prompts and the batch size, and leave the random state unchanged. `between` is called before
+    each batch, and may raise.
     """
     was_training = model.training
     model.eval()
@@ -194,8 +195,8 @@ def sample(
     seed: int,
     between: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """One continuation per prompt, as trainers want it: temperature None draws as the model's
-    generation config says, 0 is greedy. See `answers`.
+    """Return one continuation per prompt for the trainers: temperature None uses the model's
+    generation config, 0 is greedy. See `answers`.
     """
     mode = "greedy" if temperature == 0 else "sample"
     decoding = Decoding(mode, max_new_tokens=max_new_tokens, temperature=temperature or None)
@@ -213,7 +214,9 @@ def sample(
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS, which is what is trained here, and those that the model came with."""
+    """Return the end tokens: the tokenizer's EOS, which training uses, and those of the model's
+    generation config.
+    """
     own = model.generation_config.eos_token_id
     return list(
         dict.fromkeys(
@@ -226,7 +229,7 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, [B, P], padded on the left."""
+    """Return token ids and mask, [B, P], padded on the left."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
@@ -243,8 +246,8 @@ def _answer(
     ends: Sequence[int],
     stop: Sequence[str],
 ) -> Answer:
-    """Read a row that is padded on the right, perhaps with EOS: what it adds to its prompt's
-    text.
+    """Return the text that a row, possibly padded on the right with EOS, adds to its
+    prompt's text.
     """
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
@@ -260,8 +263,8 @@ def _answer(
 
 
 class _Hamming(LogitsProcessor):
-    """Lowers what beams of earlier groups have at the same place, and notes what this group's
-    have.
+    """Lower the scores of tokens chosen by beams of earlier groups at the same position, and record
+    this group's.
     """
 
     def __init__(self, n_prompts: int, n_prompt_tokens: int, penalty: float, ends: Sequence[int]):
@@ -294,7 +297,7 @@ class _Hamming(LogitsProcessor):
         )
 
     def next_group(self) -> None:
-        """What was noted counts for the groups to come."""
+        """Apply what was recorded to the following groups."""
         longest, none = max(len(self.earlier), len(self.own)), torch.tensor(0.0)
         at = lambda found, i: found[i] if i < len(found) else none.to(self.own[0].device)
         self.earlier = [at(self.earlier, i) + at(self.own, i) for i in range(longest)]

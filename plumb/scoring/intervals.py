@@ -1,5 +1,5 @@
-"""How sure a share is: intervals for accuracies and win rates, calibration, and buckets of length.
-numpy alone.
+"""Measure uncertainty: intervals for accuracies and win rates, calibration, and buckets of length.
+Uses only numpy.
 
 Shapes: n judgements, G clusters (prompts), b bins.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Interval(NamedTuple):
-    """A share, and where it lies with 95 % confidence."""
+    """Hold a share and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -24,8 +24,8 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: float, n: int, z: float = 1.959964) -> Interval:
-    """The score interval of a share of n independent trials (Wilson 1927, JASA 22:209). Of none:
-    anything.
+    """Return the score interval of a share of n independent trials (Wilson 1927, JASA 22:209); [0,
+    1] for n = 0.
 
     >>> print(wilson(8, 10))
     0.800 [0.490, 0.943]
@@ -66,7 +66,7 @@ def bootstrap(points: np.ndarray, prompts: np.ndarray, seed: int, n_draws: int =
 
 
 def length_buckets(lengths: np.ndarray) -> np.ndarray:
-    """The power-of-two bucket of each length in tokens, as a label.  [n] -> [n] str
+    """Return the power-of-two bucket of each length in tokens, as a label.  [n] -> [n] str
 
     >>> length_buckets(np.array([1, 2, 3, 31, 32, 100])).tolist()
     ['length 0-1', 'length 2-3', 'length 2-3', 'length 16-31', 'length 32-63', 'length 64-127']
@@ -82,8 +82,8 @@ def length_buckets(lengths: np.ndarray) -> np.ndarray:
 
 
 class Calibration(NamedTuple):
-    """Pairs in bins of like margins, as many in each: how sure a Bradley-Terry model was, and how
-    often it was right.
+    """Hold pairs in bins of similar margins, equally many in each: how confident a Bradley-Terry
+    model was, and how often it was right.
     """
 
     predicted: np.ndarray  # [b] mean of sigmoid(|margin|)
@@ -93,7 +93,7 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Expected calibration error: mean |observed - predicted| over pairs, 0 to 1."""
+        """Return the expected calibration error: mean |observed - predicted| over pairs, 0 to 1."""
         return (
             float(np.average(np.abs(self.observed - self.predicted), weights=self.pairs))
             if len(self.pairs)
@@ -102,8 +102,8 @@ class Calibration(NamedTuple):
 
 
 def calibration(margins: np.ndarray, n_bins: int = 10) -> Calibration:
-    """Of chosen minus rejected scores [n]. Which response stands first says nothing, so the model's
-    own winner is asked about.
+    """Return the calibration of chosen minus rejected scores [n]. The order of the two responses
+    carries no information, so this asks about the model's own winner.
 
     >>> c = calibration(np.array([4.0, 4, 4, -4]), 1)
     >>> c.predicted.round(3).tolist(), c.observed.tolist()

@@ -1,6 +1,7 @@
-"""Who of two answers is better: a rule, or a language model behind an OpenAI-compatible endpoint.
+"""Decide which of two answers is better: by a rule, or by a language model at an OpenAI-compatible
+endpoint.
 
-What an endpoint said is kept on disk, a line for each question, so that no question is paid for
+The replies of an endpoint are kept on disk, one line per question, so that no question is paid for
 twice.
 """
 
@@ -39,7 +40,7 @@ Verdict = Literal["a", "b", "tie"]
 
 
 class Comparison(NamedTuple):
-    """A question to a judge, in one order."""
+    """Hold a question to a judge, in one order."""
 
     prompt: str
     a: str
@@ -47,8 +48,8 @@ class Comparison(NamedTuple):
 
 
 def rule(spec: str) -> Callable[[str], float]:
-    """`rule:longer`, `rule:shorter` (in characters), or `rule:contains=TEXT`: what gives an answer
-    its points.
+    """Return the function that scores an answer by a rule: `rule:longer`, `rule:shorter` (in
+    characters), or `rule:contains=TEXT`.
 
     >>> rule("rule:contains=Thank")("I thank you")
     1.0
@@ -66,7 +67,9 @@ def rule(spec: str) -> Callable[[str], float]:
 
 
 def read_template(name: str) -> str:
-    """The judge's prompt: one of TEMPLATES, or a file with {prompt}, {a} and {b}."""
+    """Return the judge's prompt: one of TEMPLATES, or the contents of a file with {prompt}, {a} and
+    {b}.
+    """
     path = PROMPTS / f"{name}.txt" if name in TEMPLATES else Path(name).expanduser()
     try:
         template = path.read_text("utf-8")
@@ -84,7 +87,7 @@ def read_template(name: str) -> str:
 
 
 def fill(template: str, comparison: Comparison) -> str:
-    """The judge's prompt for these answers, in which braces mean nothing."""
+    """Return the judge's prompt for these answers, whose braces are taken literally."""
     return re.sub(r"\{(prompt|a|b)\}", lambda field: str(comparison._asdict()[field[1]]), template)
 
 
@@ -100,8 +103,8 @@ def verdict_of(reply: str) -> Verdict | None:
 
 
 class Verdicts:
-    """The file of verdicts: a line each, added as they come. A line that was cut by a crash is
-    passed over.
+    """Keep verdicts in a file, one per line, added as they come. A line truncated by a crash is
+    skipped.
     """
 
     def __init__(self, path: Path):
@@ -128,7 +131,7 @@ class Verdicts:
                 continue
 
     def add(self, key: str, verdict: Verdict, **what: Any) -> None:
-        """Keep a verdict, and what stands beside it. Raises UserError."""
+        """Store a verdict and its details. Raises UserError."""
         line = json.dumps({"key": key, "verdict": verdict, **what}, ensure_ascii=False) + "\n"
         try:
             with self.lock, open(self.path, "a", encoding="utf-8") as file:
@@ -141,7 +144,7 @@ class Verdicts:
 
 
 class Endpoint(NamedTuple):
-    """A language model that speaks OpenAI's chat completions."""
+    """Ask a language model that speaks OpenAI's chat completions."""
 
     url: str  # http://host:port/v1
     model: str
@@ -154,18 +157,18 @@ class Endpoint(NamedTuple):
     max_tokens: int = 512
 
     def key_of(self, comparison: Comparison) -> str:
-        """What a verdict is kept under. The order of the answers is part of it; where the model
-        runs is not.
+        """Return the key a verdict is stored under. The order of the answers is part of it; the
+        address of the server is not.
         """
         return hashlib.sha256(
             json.dumps([self.model, self.template, *comparison]).encode()
         ).hexdigest()
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict | None]:
-        """A verdict on each; None where the reply held none. The first is asked alone, so that a
-        dead endpoint is known at once.
+        """Return a verdict for each comparison, None if the reply held none. The first is asked
+        alone, so that a dead endpoint is noticed at once.
 
-        Raises UserError, in one line; the verdicts that came before are kept.
+        Raises UserError, in one line; the verdicts received before are kept.
         """
         new = {self.key_of(c): c for c in comparisons if self.key_of(c) not in self.verdicts.known}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -196,8 +199,8 @@ class Endpoint(NamedTuple):
         return [self.verdicts.known.get(self.key_of(c)) for c in comparisons]
 
     def _ask(self, client: httpx.Client, key: str, comparison: Comparison, tries: int) -> None:
-        """Ask until there is a reply, and keep its verdict, if it holds one. `tries`: when nobody
-        answers; an overloaded server is always given self.tries.
+        """Ask until there is a reply, and store its verdict, if it has one. `tries` limits the
+        attempts if nobody answers; an overloaded server always gets self.tries.
         """
         question = [{"role": "user", "content": fill(self.template, comparison)}]
         body = {
@@ -239,12 +242,12 @@ class Endpoint(NamedTuple):
 
 
 def _seconds(header: str | None, otherwise: float) -> float:
-    """A Retry-After in seconds; a date is not read."""
+    """Return a Retry-After in seconds; dates are ignored."""
     return float(header) if header and header.strip().isdigit() else otherwise
 
 
 def key_from(variable: str | None) -> str | None:
-    """The endpoint's key, from the environment variable of that name."""
+    """Return the endpoint's key from the environment variable of that name."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()

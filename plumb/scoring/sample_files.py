@@ -25,7 +25,7 @@ FORMS = (
 
 
 class Answered(NamedTuple):
-    """A prompt and its answers, as a line of a file has them."""
+    """Hold a prompt and its answers, one line of a file."""
 
     prompt: Text
     answers: list[str]
@@ -33,18 +33,18 @@ class Answered(NamedTuple):
 
     @property
     def model(self) -> str:
-        """Whose answers these are: as the line says, or else the file's name."""
+        """Return whose answers these are, as the line says, otherwise the file's name."""
         name = self.raw.fields.get("model")
         return name if isinstance(name, str) and name else Path(self.raw.file).stem
 
     @property
     def key(self) -> str:
-        """What equal prompts have in common."""
+        """Return a key that is the same for equal prompts."""
         return json.dumps(self.prompt, ensure_ascii=False)
 
     def rows(self) -> list[Row]:
-        """An answer each, in the form that a run trains on: after messages, an answer is the
-        assistant's.
+        """Return one row per answer, in the form used for training: after messages, an answer is
+        the assistant's.
         """
         if isinstance(self.prompt, str):
             return [
@@ -56,7 +56,7 @@ class Answered(NamedTuple):
         return [Row(self.prompt, [turn], [], turn, self.raw.source) for turn in turns]
 
     def with_scores(self, scores: Sequence[float]) -> dict[str, Any]:
-        """The line, and the answers' scores."""
+        """Return the line with its answers' scores."""
         names = score_fields(self.raw)
         return {**self.raw.fields} | (
             {names[0]: list(scores)}
@@ -66,14 +66,14 @@ class Answered(NamedTuple):
 
 
 def score_fields(raw: RawRow) -> list[str]:
-    """Where the scores of a line's answers stand, or will."""
+    """Return the fields that hold the scores of a line's answers, or will."""
     if "answers" in raw.fields:
         return ["scores"]
     return ["output_1_score", "output_2_score"] if "output_1" in raw.fields else ["score"]
 
 
 def read_answers(path: Path) -> Iterator[Answered]:
-    """The file's lines. Raises UserError that names file, line and field."""
+    """Yield the file's lines. Raise UserError that names file, line and field."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a file of {FORMS}")
     return map(_answered, read_file(path))
@@ -98,8 +98,8 @@ def _answered(raw: RawRow) -> Answered:
 
 
 def _prompt(raw: RawRow) -> Text:
-    """An instruction, with a blank line and its input, is a user's turn, unless it was rendered
-    already.
+    """Return an instruction, followed by a blank line and its input, as a user's turn, unless it
+    has already been rendered.
     """
     field = (
         "instruction" if "instruction" in raw.fields and "prompt" not in raw.fields else "prompt"
@@ -112,9 +112,7 @@ def _prompt(raw: RawRow) -> Text:
 
 
 class Ranked(NamedTuple):
-    """A scored line as a pair: what it is called in a data set, and by how much its better answer
-    is ahead.
-    """
+    """Hold a scored line as a pair: its name in a data set, and the margin of its better answer."""
 
     # prompt (or instruction and input), chosen, rejected, chosen_score, rejected_score, margin
     row: dict[str, Any]
@@ -122,8 +120,8 @@ class Ranked(NamedTuple):
 
 
 def read_ranked(path: Path) -> Iterator[Ranked]:
-    """The better and the worse answer of each scored line; of more than two, the best and the
-    worst. A margin of 0: they tie.
+    """Yield the better and the worse answer of each scored line; if there are more than two, the
+    best and the worst. A margin of 0 is a tie.
 
     Raises UserError for a line without scores, or with one answer.
     """

@@ -1,5 +1,5 @@
-"""What gives answers scores: a reward model, a policy beside its reference, or any
-sequence-classification model.
+"""Score answers: with a reward model, a policy and its reference, or any sequence-classification
+model.
 
 Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch (see
 batching/layout.py).
@@ -51,7 +51,7 @@ from plumb.paths import CONFIG
 
 
 class Scored(NamedTuple):
-    """What n rows were given."""
+    """Hold the scores of n rows."""
 
     scores: np.ndarray  # [n, k] float64
     tokens: np.ndarray  # [n, k] of each response, as it was read
@@ -61,8 +61,8 @@ class Scored(NamedTuple):
 
 class Scorer(Protocol):
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
-        """Rows with one pair each, or one SFT target each. `keep`: which end of a long prompt
-        survives.
+        """Score rows with one pair each, or one SFT target each. `keep`: which end of a long prompt
+        is kept.
         """
         ...
 
@@ -76,9 +76,9 @@ def load_scorer(
     device: str | None = None,
     budget: int = 8192,
 ) -> Scorer:
-    """`config`: see knobs_of; `reference` and `beta`: of an implicit reward, in place of what its
-    run says; `budget`: tokens of a microbatch. Raises UserError for what is no scorer, and for
-    options that it has no use for, before weights are read.
+    """Return the scorer. `config`: see knobs_of. `reference` and `beta` of an implicit reward
+    override its run's. `budget` is the number of tokens in a microbatch. Raises UserError for a
+    model that is not a scorer, and for options it does not use, before weights are read.
     """
     if ref.scalar:
         for option, value in (("reference", reference), ("beta", beta)):
@@ -128,7 +128,9 @@ def load_scorer(
 
 
 def knobs_of(ref: ModelRef, given: dict[str, Any]) -> DictConfig:
-    """config.yaml's defaults, under what the model's run says, under what is given and not None."""
+    """Return the defaults in config.yaml, overridden by the model's run, overridden by the given
+    values that are not None.
+    """
     config = cast(DictConfig, OmegaConf.load(CONFIG / "config.yaml"))
     config = cast(
         DictConfig,
@@ -143,8 +145,8 @@ def knobs_of(ref: ModelRef, given: dict[str, Any]) -> DictConfig:
 
 
 class Causal:
-    """A causal LM with a scalar head; or, with `beta`, a policy: beta * log(policy / reference),
-    the reward that DPO implies.
+    """Score with a causal LM with a scalar head or, given `beta`, with a policy: beta * log(policy
+    / reference), DPO's implicit reward.
 
     Tokens, truncation, BOS and EOS are those of training.
     """
@@ -173,8 +175,8 @@ class Causal:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
-        """Of at least one row; see Scorer. Raises UserError for a score that is not finite, and for
-        unknown tokens.
+        """Score at least one row; see Scorer. Raises UserError for a score that is not finite, and
+        for unknown tokens.
         """
         examples, cut = encoded(rows, self.tokenizer, self.config, keep)
         highest = max(int(x.max(initial=0)) for e in examples for x in (e.prompt, *e.responses))
@@ -238,7 +240,7 @@ class Encoded(NamedTuple):
 def encoded(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DictConfig, keep: str
 ) -> Encoded:
-    """Rows as a run trains on them, in memory."""
+    """Return rows as examples in memory, as a run trains on them."""
     rules = TextRules(
         config.max_length,
         config.max_prompt_length,
@@ -276,10 +278,10 @@ def encoded(
 
 
 class Classifier:
-    """Any sequence-classification model with one label, also an encoder: its own tokenizer, its own
-    forward pass.
+    """Score with any sequence-classification model with one label, including encoders, through its
+    own tokenizer and forward pass.
 
-    Text that is too long loses its start. Where padding could be taken for text (no PAD of its
+    Text that is too long loses its start. If padding could be taken for text (no PAD token of its
     own), a batch is one text.
     """
 
@@ -305,7 +307,7 @@ class Classifier:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
-        """See Scorer."""
+        """Score rows; see Scorer."""
         texts = [self._text(row, response) for row in rows for response in row.responses]
         k = len(rows[0].responses) if rows else 1
         ids, cut = [], np.zeros(len(texts), bool)
@@ -344,7 +346,7 @@ class Classifier:
         )
 
     def _batches(self, lengths: np.ndarray) -> list[np.ndarray]:
-        """Texts of like length together, within the budget."""
+        """Yield texts of similar length together, within the token budget."""
         batches: list[list[int]] = []
         for i in np.argsort(-lengths, kind="stable").tolist():
             if (
@@ -358,8 +360,8 @@ class Classifier:
         return [np.array(part) for part in batches]
 
     def _text(self, row: Row, response: Any) -> str:
-        """Prompt and response as one text; BOS, which the tokenizer is about to add, is taken from
-        what a chat template wrote.
+        """Return prompt and response as one text, without a BOS from the chat template, since the
+        tokenizer adds one.
         """
         if isinstance(row.prompt, str):
             return row.prompt + as_text(response)

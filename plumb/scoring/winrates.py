@@ -1,4 +1,6 @@
-"""Samples of several policies against a baseline's: who wins, how often, and how sure that is."""
+"""Compare samples of several policies with a baseline's: who wins, how often, and with what
+uncertainty.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ Answers = dict[str, list[Answered]]  # prompt's key -> the lines with answers to
 
 
 class Duel(NamedTuple):
-    """One answer of a policy, and one of the baseline to the same prompt."""
+    """Hold one answer of a policy and one of the baseline to the same prompt."""
 
     asked: Answered
     answer: str
@@ -27,7 +29,7 @@ class Duel(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a judge said of n duels."""
+    """Hold a judge's verdicts on n duels."""
 
     # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
     points: np.ndarray
@@ -38,7 +40,7 @@ class Judged(NamedTuple):
 
 
 class WinRate(NamedTuple):
-    """How a policy did against the baseline."""
+    """Hold a policy's result against the baseline."""
 
     policy: str
     n: int  # duels with a verdict
@@ -52,11 +54,11 @@ class WinRate(NamedTuple):
 
 
 def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answers], str]:
-    """Whose answers the files hold, by the lines' `model` or else the file's name. -> (policy ->
-    answers, the baseline's name)
+    """Read whose answers the files hold, by the lines' `model` or otherwise the file's name. Return
+    (policy -> answers, the baseline's name).
 
-    `baseline` is one of the models, or a file. Raises UserError where it is neither, or nobody is
-    left to compare with it.
+    `baseline` is one of the models, or a file. Raises UserError if it is neither, or if no other
+    policy is left to compare with it.
     """
     path = Path(baseline)
     is_file = path.is_file() and path.suffix != ".pt"  # a policy.pt is a model's name
@@ -86,7 +88,7 @@ def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answe
 
 
 def duels(policy: Answers, baseline: Answers) -> list[Duel]:
-    """The i-th answer to a prompt against the i-th; what has no counterpart is left out."""
+    """Pair the i-th answers to each prompt; answers without a counterpart are left out."""
     found = []
     for key in policy.keys() & baseline.keys():
         mine, theirs = (
@@ -103,8 +105,8 @@ def duels(policy: Answers, baseline: Answers) -> list[Duel]:
 def by_points(
     some: Sequence[Duel], points_of: Callable[[Sequence[Answered]], Sequence[float]]
 ) -> Judged:
-    """A judge that sees one answer at a time: more points win. Each different answer to a prompt is
-    asked about once; after messages, what is around it is the template's.
+    """Judge by a scorer that sees one answer at a time: more points win. Each distinct answer to a
+    prompt is scored once; after messages, the text around it is the template's.
     """
     read = lambda duel, text: text if isinstance(duel.asked.prompt, str) else text.strip()
     texts = ((duel, read(duel, text)) for duel in some for text in (duel.answer, duel.baseline))
@@ -121,8 +123,8 @@ def by_points(
 
 
 def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
-    """A judge that sees both answers, asked in both orders: a verdict counts where they agree, and
-    is a tie where they don't. Of two equal answers it is not asked.
+    """Judge by an endpoint that sees both answers, in both orders: a verdict counts if the two
+    agree, and is a tie otherwise. Equal answers are not sent.
     """
     asked = [i for i, duel in enumerate(some) if duel.answer.strip() != duel.baseline.strip()]
     orders = []
@@ -163,7 +165,7 @@ def question_of(prompt: Text) -> str:
 
 
 def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> WinRate:
-    """The table's line of a policy."""
+    """Return a policy's line of the table."""
     said = ~np.isnan(judged.points)
     points, prompts = judged.points[said], np.array([duel.asked.key for duel in some])[said]
     wins, ties, losses = (int((points == value).sum()) for value in (1, 0.5, 0))
