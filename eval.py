@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,46 +22,22 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import PreTrainedModel
 
-import train  # registers what config.yaml is resolved with
+import train  # noqa: F401  registers what config.yaml is resolved with
 from plumb.console import to_dict
-from plumb.data.prepare import check_margins, load_examples
 from plumb.errors import UserError
-from plumb.losses.registry import Loss
-from plumb.models.find import ModelRef, find_model, start_of
-from plumb.models.load import check_length, check_vocabulary, load_policy, load_tokenizer
-from plumb.paths import new_file
+from plumb.paths import ROOT, new_file
 from plumb.settings.cli import Parser, run
-from plumb.settings.hydra_guard import check_command_line, spelled_out
+from plumb.settings.hydra_guard import check_command_line, in_one_line, spelled_out
+from plumb.settings.schema import knob_of, values_in_eval
 from plumb.settings.validation import validate
-from plumb.training.metrics import Record, TrainingLog
-from trainers import BasicTrainer
 
-ROOT = Path(__file__).resolve().parent
-# What an evaluation does not do, whatever the run did.
-ALWAYS = {
-    "exp_name": "eval",
-    "trainer": "BasicTrainer",
-    "debug": True,
-    "resume": "never",
-    "resume_allow": [],
-    "plan": False,
-    "keep_best": None,
-    "sample_during_eval": False,
-    "fsdp_shard_size": None,
-    "tp_size": None,
-    "fsdp_cpu_offload": False,
-    "fsdp_reduce": "auto",
-    "reference": "auto",
-    "compile": False,
-    "activation_checkpointing": False,
-    "wandb.enabled": False,
-    "export": None,
-    "max_hours": None,
-}
-# What was said of the run's own evaluations, or machine.
-AFRESH = {"n_eval_examples": None, "tokens_per_microbatch": None}
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from plumb.losses.registry import Loss
+    from plumb.models.find import ModelRef
+    from plumb.training.metrics import Record
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table of metrics, and write them to a file if asked to."""
+    from plumb.models.find import find_model
+
     ref = find_model(args.model, args.base)
     config = config_of(ref, args.overrides)
     with (
@@ -147,7 +125,7 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
                 OmegaConf.merge(config, known, {"loss": ref.config.loss} if own else {}),
             )
         config.model = ref.config.model
-        for knob, value in (ALWAYS | AFRESH).items():
+        for knob, value in values_in_eval().items():
             OmegaConf.update(config, knob, value)
         if any(override.key_or_group == "datasets" for override in parsed):
             config.eval_datasets = None  # which went with the run's data sets
@@ -157,7 +135,7 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
         config.local_run_dir = "eval"
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(train.in_one_line(error)) from None
+        raise UserError(in_one_line(error)) from None
     return config
 
 
@@ -174,7 +152,8 @@ def check_override(override: Override, ref: ModelRef) -> None:
         raise UserError(
             f"{said}: the settings are those of the run {ref.run_dir}; give knobs to change them"
         )
-    if key in ALWAYS:
+    knob = knob_of(key)
+    if knob is not None and "eval" not in knob.commands:
         raise UserError(f"{said}: not applicable to evaluation; leave it out")
 
 
@@ -184,6 +163,12 @@ def evaluate(
     """Return the record that training would log and the number of examples, overall and by group.
     Plots of a reward model's scores go to `folder`.
     """
+    from plumb.data.prepare import check_margins, load_examples
+    from plumb.models.find import find_model, start_of
+    from plumb.models.load import check_length, check_vocabulary, load_policy, load_tokenizer
+    from plumb.training.metrics import TrainingLog
+    from trainers import BasicTrainer
+
     if ref.scalar != (loss.reads == "scores"):
         kind, wanted = (
             ("a reward model", "a policy") if ref.scalar else ("a policy", "a reward model")
@@ -203,7 +188,7 @@ def evaluate(
         )
     if loss.needs_margins:
         check_margins(examples)
-    policy, other = load_policy(config, scalar=ref.scalar), cast(PreTrainedModel | None, None)
+    policy, other = load_policy(config, scalar=ref.scalar), cast("PreTrainedModel | None", None)
     check_vocabulary(policy, tokenizer, examples.highest_id(), ref.name, examples)
     if loss.needs_reference:
         spec = find_model(reference).config if reference else start_of(ref)

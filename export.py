@@ -7,16 +7,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from plumb.errors import UserError
-from plumb.models.export import export, stored_dtype
-from plumb.models.find import find_model, open_model
-from plumb.models.forward_path import DTYPES
-from plumb.models.load import load_config
 from plumb.paths import new_file
-from plumb.runs.policy_file import load_policy_state
 from plumb.settings.cli import Parser, run
+from plumb.settings.schema import DTYPE_NAMES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         help="write a policy.pt: {step_idx, state, metrics}",
     )
     p.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: as stored)"
+        "--dtype", choices=sorted(DTYPE_NAMES), help="dtype of the weights (default: as stored)"
     )
     p.add_argument(
         "--max-shard-gb",
@@ -70,6 +64,14 @@ def main(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')}: is for --out; a policy.pt holds weights only"
             )
+
+    import torch
+
+    from plumb.models.export import export, stored_dtype
+    from plumb.models.find import find_model, open_model
+    from plumb.models.load import load_config
+    from plumb.runs.policy_file import load_policy_state
+
     ref = find_model(options.model, options.base, options.tokenizer, options.dtype)
     if options.out:
         export(

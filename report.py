@@ -24,24 +24,11 @@ from plumb.reports import curves
 from plumb.reports.curves import colour, data_address, draw_all, draw_each, named
 from plumb.reports.diagnosis import Finding, diagnose, first_and_last, healthy, verdict
 from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
-from plumb.settings import cli
+from plumb.settings import cli, schema
 
 # What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not
 # better.
 BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
-# Evaluations can be compared where these agree, and losses where the loss's knobs do, too.
-SAME_DATA = (
-    "eval_datasets",
-    "n_eval_examples",
-    "eval_share",
-    "max_length",
-    "max_prompt_length",
-    "chat_template",
-    "field_map",
-    "data_split",
-    "split_seed",
-    "stage",
-)
 MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
 
 
@@ -64,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace) -> None:
     """Read the runs, print the summary, and write the page."""
-    runs = read_runs(options.runs)
+    runs = read_runs(options.runs, schema.bookkeeping)
     out = options.out or options.runs[0] / "report.html"
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={out}: expected a name that ends in .html")
@@ -114,7 +101,7 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
             for record in run.evaluations + run.steps
             for key in record
         ),
-        differences=differences(runs) if len(runs) > 1 else {},
+        differences=differences(runs, schema.bookkeeping) if len(runs) > 1 else {},
         columns=table,
         evaluations=evaluations(table),
         parts=parts(table),
@@ -240,16 +227,16 @@ def _best(key: str, table: Sequence[Column]) -> float | None:
 
 def same_data(runs: Sequence[Run]) -> bool:
     """Return whether the runs were evaluated on the same held-out examples, as far as their configs
-    say.
+    say. Losses can be compared where the loss's knobs agree, too.
     """
     data = [
-        [
-            run.config.get("eval_datasets") or run.config.get("datasets"),
-            *map(run.config.get, SAME_DATA[1:]),
-        ]
+        run.config
+        | {"eval_datasets": run.config.get("eval_datasets") or run.config.get("datasets")}
         for run in runs
     ]
-    return all(one == data[0] for one in data)
+    return all(
+        one.get(knob) == data[0].get(knob) for one in data for knob in schema.deciding_held_out()
+    )
 
 
 # ---- samples and pictures ----

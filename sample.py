@@ -13,20 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 import preference_datasets  # noqa: F401  registers its sets
 from plumb.data import prompts
 from plumb.data.tokenization import HH_TEMPLATE, own_template
 from plumb.errors import UserError
-from plumb.models.find import ModelRef, Opened, find_model, open_model, template_of
-from plumb.models.load import pad_within, positions_of
-from plumb.models.reference_cache import weights_digest
 from plumb.paths import get_local_dir, new_file
-from plumb.rollouts.hf_engine import MODES, Answer, Decoding, answers, flag
+from plumb.rollouts.decoding import MODES, Decoding, flag
 from plumb.settings.cli import Parser, run
+
+if TYPE_CHECKING:
+    from plumb.models.find import ModelRef, Opened
+    from plumb.rollouts.hf_engine import Answer
 
 FIELDS = sorted({name for takes in MODES.values() for name in takes})
 TYPES = {"top_k": int, "num_beams": int, "num_beam_groups": int}
@@ -211,6 +210,11 @@ def opened(ref: ModelRef, device: str | None) -> Opened:
     """Load a model and clear its generation config except for the end tokens, since hidden settings
     would make models answer in different ways. Raise UserError for a tokenizer without EOS.
     """
+    from transformers import GenerationConfig
+
+    from plumb.models.find import open_model
+    from plumb.models.load import pad_within
+
     model = open_model(ref, device)
     if model.tokenizer.eos_token_id is None:
         raise UserError(
@@ -226,6 +230,8 @@ def opened(ref: ModelRef, device: str | None) -> Opened:
 
 def longest_prompt(model: Opened, decoding: Decoding) -> int:
     """Return the maximum number of tokens of a prompt. Raise UserError if it is below 1."""
+    from plumb.models.load import positions_of
+
     context = (positions_of(model.model) or (2**20, ""))[0]
     if (room := context - int(decoding.max_new_tokens or 0)) < 2:
         raise UserError(
@@ -239,6 +245,10 @@ def answered(
     ref: ModelRef, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:
     """Load one model, and return (its details, its answers) for each prompt."""
+    from plumb.models.find import template_of
+    from plumb.models.reference_cache import weights_digest
+    from plumb.rollouts.hf_engine import answers
+
     model = opened(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     add_bos = bool(ref.config.get("add_bos", True))
@@ -357,6 +367,9 @@ def wrapped(text: str, width: int) -> list[str]:
 
 def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None:
     """Chat turn by turn, until `quit` or the end of the input; `clear` forgets the conversation."""
+    from plumb.models.find import template_of
+    from plumb.rollouts.hf_engine import answers
+
     model = opened(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
@@ -437,6 +450,9 @@ def main(options: argparse.Namespace) -> None:
     check(options)
     decoding = decoding_of(options)
     asked = [] if options.chat else prompts_of(options)
+
+    from plumb.models.find import find_model
+
     models = [
         find_model(name, options.base, options.tokenizer, options.dtype) for name in options.models
     ]

@@ -12,10 +12,9 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 import preference_datasets  # noqa: F401  registers its sets
 from plumb.console import to_dict
@@ -23,14 +22,12 @@ from plumb.data.formats import Row
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, resolve
 from plumb.errors import UserError
-from plumb.models.find import ModelRef, find_model
 from plumb.paths import get_local_dir, new_file
 from plumb.reports.score_plots import draw_calibration, draw_scores
 from plumb.scoring import judges
 from plumb.scoring.intervals import Interval, calibration, length_buckets, wilson
 from plumb.scoring.judges import Endpoint, Verdicts
 from plumb.scoring.sample_files import read_answers, read_ranked
-from plumb.scoring.scorers import Scored, Scorer, knobs_of, load_scorer
 from plumb.scoring.winrates import (
     Duel,
     Judged,
@@ -43,6 +40,13 @@ from plumb.scoring.winrates import (
 )
 from plumb.settings import cli
 from plumb.settings.cli import Parser, write_jsonl
+from plumb.settings.schema import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from plumb.models.find import ModelRef
+    from plumb.scoring.scorers import Scored, Scorer
 
 KNOBS = ("max_length", "max_prompt_length", "chat_template", "eval_share")
 OF_SCORERS = (
@@ -179,7 +183,7 @@ def _scorer_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16", "float64"),
+        choices=DTYPE_NAMES,
         help="dtype of the weights (default: float32)",
     )
     g.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
@@ -252,11 +256,16 @@ def found_by(options: argparse.Namespace, name: str) -> tuple[ModelRef, DictConf
     """Return the scorer that the options name, not loaded yet so that data can be read first, and
     its config.
     """
+    from plumb.models.find import find_model
+    from plumb.scoring.scorers import knobs_of
+
     ref = find_model(name, options.base, options.tokenizer, options.dtype)
     return ref, knobs_of(ref, {knob: getattr(options, knob, None) for knob in KNOBS})
 
 
 def loaded(options: argparse.Namespace, ref: ModelRef, config: DictConfig) -> Scorer:
+    from plumb.scoring.scorers import load_scorer
+
     budget = options.tokens_per_microbatch or 8192
     return load_scorer(
         ref, config, options.reference, options.beta, device=options.device, budget=budget
@@ -268,6 +277,8 @@ def loaded(options: argparse.Namespace, ref: ModelRef, config: DictConfig) -> Sc
 
 def pairs(options: argparse.Namespace) -> None:
     """Run the command `pairs`."""
+    from plumb.scoring.scorers import Scored
+
     wanted = list(dict.fromkeys(map(resolve, options.data)))
     for name, path in options.dataset_path:
         if resolve(name) not in wanted or resolve(name) not in LOADERS:

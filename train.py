@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Hydra then raises what it would print, and `main` says it in one line
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -25,46 +26,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
-import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
+from yaml import YAMLError
 
 import preference_datasets  # noqa: F401  registers its sets
-import trainers
 from plumb.console import one_line, rank, rank0_print, redacted, to_dict, under_torchrun
-from plumb.data.prepare import check_margins, load_examples
-from plumb.data.token_store import tokenizer_fingerprint
-from plumb.distributed import collectives, launch, sharding, signals
-from plumb.distributed.device import pick_device
+from plumb.distributed import signals
 from plumb.distributed.progress import run_progress
 from plumb.errors import UserError
-from plumb.losses.registry import build_loss
-from plumb.models.export import export_run, rehearse
-from plumb.models.forward_path import DTYPES
-from plumb.models.layout_probe import check_rope
-from plumb.models.load import (
-    check_length,
-    check_vocabulary,
-    check_weights,
-    describe,
-    load_config,
-    load_policy,
-    load_reference,
-    load_tokenizer,
-)
-from plumb.models.reference_cache import weights_digest
-from plumb.planning import plan
-from plumb.reports.curves import draw_curves
-from plumb.runs import checkpoints, directory, lineage
-from plumb.runs.policy_file import resolve_archive
-from plumb.settings.hydra_guard import check_command_line, no_environment, spelled_out
-from plumb.settings.validation import import_plugins, validate
-from plumb.training.budget import memory_at_hand, short_for_reference, trained_bytes, weights_bytes
-from plumb.training.metrics import TrainingLog, make_sinks
-from plumb.training.optimizers import make_schedule
+from plumb.runs.policy_path import resolve_archive
+from plumb.settings import schema
+from plumb.settings.hydra_guard import check_command_line, in_one_line, no_environment, spelled_out
+from plumb.settings.plugins import import_plugins
+from plumb.settings.validation import validate
 from utils import environment, get_local_run_dir, peak_memory_gb
+
+# What imports torch or transformers is imported by the functions that use it: --help and a refused
+# knob answer within a second.
+if TYPE_CHECKING:
+    import torch
+
+    from plumb.distributed import sharding
+    from plumb.runs import checkpoints, directory
+    from plumb.training.metrics import TrainingLog
 
 OmegaConf.register_new_resolver(
     "get_local_run_dir", get_local_run_dir, use_cache=True, replace=True
@@ -83,8 +69,13 @@ def run(config: DictConfig) -> None:
     try:
         loss = validate(config)
         if config.plan:
+            from plumb.planning import plan
+
             rank0_print(plan.show(config, loss))
             return
+        from plumb.distributed import launch
+        from plumb.runs import directory
+
         config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
         run_dir = Path(config.local_run_dir)
@@ -120,6 +111,8 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     """Say how the run ended, on the console and in status.json. -> its exit code"""
     text = one_line(text)
     if run_dir is not None:
+        from plumb.runs import directory
+
         directory.write_status(run_dir, state, code, text.removeprefix("error: "))
     # every rank met the same mistake; but a rank that ends takes the others with it
     if under_torchrun() and rank() != 0:
@@ -131,6 +124,10 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
 
 def train(config: DictConfig) -> None:
     """One run, from data to the last checkpoint, in this process or in this rank's part of it."""
+    from plumb.distributed import collectives
+    from plumb.models.export import export_run
+    from plumb.runs import checkpoints, directory, identity
+
     import_plugins(config.plugins)
     config.local_run_dir = collectives.broadcast_object(config.local_run_dir)
     run_dir = Path(config.local_run_dir)
@@ -139,11 +136,9 @@ def train(config: DictConfig) -> None:
         checkpoint = collectives.from_rank0(partial(checkpoints.latest_valid, run_dir))
         changed: list[str] = []
         if checkpoint is not None:
-            before, now = (
-                {"settings": x}
-                for x in (checkpoint.manifest.fingerprint["settings"], directory.settings(config))
-            )
-            changed = directory.compare(run_dir, before, now, config.resume_allow)
+            before = {"settings": checkpoint.manifest.fingerprint["settings"]}
+            now = {"settings": identity.settings(config, schema.may_change)}
+            changed = identity.compare(run_dir, before, now, config.resume_allow)
         if checkpoint is not None and checkpoint.manifest.finished and not changed:
             finish = partial(
                 checkpoints.finish_save,
@@ -172,6 +167,30 @@ def train_from(
     config: DictConfig, owner: directory.RunLock, checkpoint: checkpoints.Checkpoint | None
 ) -> None:
     """From a checkpoint of this run, or from its beginning."""
+    import torch
+
+    import trainers
+    from plumb.data.prepare import check_margins, load_examples
+    from plumb.data.token_store import tokenizer_fingerprint
+    from plumb.distributed import collectives
+    from plumb.losses.registry import build_loss
+    from plumb.models.export import rehearse
+    from plumb.models.forward_path import DTYPES
+    from plumb.models.layout_probe import check_rope
+    from plumb.models.load import (
+        check_length,
+        check_vocabulary,
+        check_weights,
+        describe,
+        load_config,
+        load_policy,
+        load_reference,
+        load_tokenizer,
+    )
+    from plumb.models.reference_cache import weights_digest
+    from plumb.reports.curves import draw_curves
+    from plumb.runs import identity, lineage
+
     start = time.monotonic()
     loss = build_loss(to_dict(config.loss))
     run_dir = owner.run_dir
@@ -182,7 +201,7 @@ def train_from(
     if config.export:
         collectives.from_rank0(partial(rehearse, config, run_dir))
     train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
-    if note := lineage.lineage(config):
+    if note := lineage.lineage(config, schema.deciding_slices()):
         rank0_print(note)
     if loss.needs_margins:
         check_margins(train_examples, eval_examples)
@@ -199,12 +218,17 @@ def train_from(
     )
     describe(policy, config)
     weights = weights_digest(policy)
-    fingerprint = directory.fingerprint(
-        config, tokenizer_fingerprint(tokenizer), train_examples, eval_examples, weights
+    fingerprint = identity.fingerprint(
+        config,
+        schema.may_change,
+        tokenizer_fingerprint(tokenizer),
+        train_examples,
+        eval_examples,
+        weights,
     )
     changed = []
     if checkpoint is not None:
-        changed = directory.compare(
+        changed = identity.compare(
             run_dir, checkpoint.manifest.fingerprint, fingerprint, config.resume_allow
         )
         # what was decided by the memory of that moment stays
@@ -284,6 +308,9 @@ def open_log(
     changed: Sequence[str],
 ) -> TrainingLog:
     """Make the run's records, and take back what was logged after the checkpoint."""
+    from plumb.distributed import collectives
+    from plumb.runs import checkpoints, directory
+    from plumb.training.metrics import TrainingLog, make_sinks
 
     def prepare() -> None:
         try:
@@ -319,6 +346,16 @@ def cache_reference(
     reference=auto: if examples come more than once, or if a second model would take a quarter of
     the memory that the policy's training leaves. Says which.
     """
+    from plumb.distributed import collectives
+    from plumb.distributed.device import pick_device
+    from plumb.training.budget import (
+        memory_at_hand,
+        short_for_reference,
+        trained_bytes,
+        weights_bytes,
+    )
+    from plumb.training.optimizers import make_schedule
+
     several = make_schedule(config, n).n_examples > n
     one = float(weights_bytes(policy))
     trained = float(trained_bytes(policy))
@@ -371,39 +408,6 @@ def main() -> None:
 def fail(error: object, code: int) -> int:
     print(f"error: {one_line(error)}", file=sys.stderr)
     return code
-
-
-def in_one_line(error: Exception) -> str:
-    """What Hydra says of an override that does not compose, less its advice for programmers."""
-    if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        return (
-            f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML:"
-            f" {error.problem}"
-        )
-    lines = [
-        line.strip()
-        for line in str(error).partition("Config search path")[0].splitlines()
-        if line.strip()
-    ]
-    # Hydra's fix is not ours: validate refuses what + adds
-    if "To append to your config use +" in lines[-1]:
-        knob = lines[-1].partition("+")[2]
-        return (
-            f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"
-            " config/model and config/loss"
-        )
-    if lines[0].startswith("In 'config': Could not find '"):
-        group, _, name = lines[0].partition("Could not find '")[2].strip("'").rpartition("/")
-        return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
-    said = [
-        line
-        for line in lines
-        if not line.startswith(("full_key", "object_type", "reference_type", "See https"))
-    ]
-    knob = next(
-        (line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), ""
-    )
-    return knob + "; ".join(said).removeprefix("UserError raised while resolving interpolation: ")
 
 
 if __name__ == "__main__":

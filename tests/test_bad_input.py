@@ -642,7 +642,7 @@ def refused_early(refused, monkeypatch):
     def read(*arguments, **options):
         raise AssertionError("the data were read first")
 
-    monkeypatch.setattr(train, "load_examples", read)
+    monkeypatch.setattr("plumb.data.prepare.load_examples", read)
     return refused
 
 

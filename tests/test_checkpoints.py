@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from plumb.errors import StorageError, UserError
 from plumb.models import load
-from plumb.runs import checkpoints, durable_files, policy_file
+from plumb.runs import checkpoints, durable_files, policy_file, policy_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
         save(run, 10, PARTS, None)
         save(run, 20, PARTS, None)
         os.utime(run / "step-20" / "policy.pt", (1000 + i, 1000 + i))
-    resolve = lambda text: policy_file.resolve_archive(str(text)).resolve()
+    resolve = lambda text: policy_path.resolve_archive(str(text)).resolve()
     newest = (new / "step-20/policy.pt").resolve()
     assert resolve(new) == resolve(new / "LATEST") == resolve(new / "LATEST/policy.pt") == newest
     assert resolve(old / "step-10") == (old / "step-10/policy.pt").resolve()

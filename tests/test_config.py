@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from plumb.data.registry import LOADERS
 from plumb.errors import UserError
 from plumb.losses.registry import LOSSES
-from plumb.settings import validation
-from plumb.training.optimizers import make_optimizer
+from plumb.settings import schema, validation
+from plumb.training.optimizers import OPTIMIZERS, make_optimizer
 
 
 def names(group):
@@ -473,7 +473,7 @@ def leaves(config, prefix=""):
         value = (
             None if OmegaConf.is_missing(config, key) or name == "local_run_dir" else config[key]
         )
-        if isinstance(value, DictConfig) and name not in validation.KNOBS:
+        if isinstance(value, DictConfig) and name not in schema.KNOBS:
             yield from leaves(value, f"{name}.")
         else:
             yield name
@@ -486,10 +486,10 @@ def knobs(compose):
 
 
 def test_every_knob_has_a_check_and_every_check_a_knob(knobs):
-    assert not set(validation.KNOBS) & set(validation.GROUPS)
-    grouped = {knob for knob in knobs if knob.split(".")[0] in validation.GROUPS}
-    assert knobs - grouped == set(validation.KNOBS)
-    assert {knob.split(".")[0] for knob in grouped} == set(validation.GROUPS)
+    assert not set(schema.KNOBS) & set(schema.GROUPS)
+    grouped = {knob for knob in knobs if knob.split(".")[0] in schema.GROUPS}
+    assert knobs - grouped == set(schema.KNOBS)
+    assert {knob.split(".")[0] for knob in grouped} == set(schema.GROUPS)
 
 
 def test_every_check_is_in_force(compose, knobs):
@@ -552,7 +552,7 @@ def test_every_knob_has_a_comment():
                 assert paragraph.lstrip().startswith("#"), f"{file}: {paragraph}"
 
 
-@pytest.mark.parametrize("optimizer", validation.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_takes_a_step(compose, optimizer):
     """What validation lets through works on biases and matrices with dense gradients and torch's
     default arguments.

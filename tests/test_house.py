@@ -224,7 +224,7 @@ ALLOWED = {
         "import pickle",
     ): "the exception that torch raises, to say it in one line",
     (
-        "plumb.settings.validation",
+        "plumb.settings.plugins",
         "exec_module",
     ): "plugins=[my.py] are the user's own code, run by design",
     (

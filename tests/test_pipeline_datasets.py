@@ -14,7 +14,7 @@ from plumb.data import deepspeed_chat, registry
 from plumb.data.deepspeed_chat import TABLE
 from plumb.data.registry import LOADERS, resolve
 from plumb.errors import UserError
-from plumb.settings import validation
+from plumb.settings import plugins, validation
 
 ROWS = json.loads((Path(__file__).parent / "fixtures/pipeline.json").read_text(encoding="utf-8"))
 TREE = "\n\nHuman: Name a tree.\n\nAssistant:"
@@ -430,7 +430,7 @@ def test_the_documented_set_of_ones_own(tmp_path, monkeypatch):
     )
     plugin = tmp_path / "quiz_in_the_docs.py"
     plugin.write_text(code)
-    validation.import_plugins([plugin])
+    plugins.import_plugins([plugin])
     folder = tmp_path / "quiz"
     folder.mkdir()
     (row,) = draw(

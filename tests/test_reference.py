@@ -372,7 +372,9 @@ def test_a_reference_of_another_precision_is_cached_as_such(train, capsys):
 
 def test_a_cached_reference_is_no_second_model(train, monkeypatch):
     """And its samples are those of the policy before its first step."""
-    monkeypatch.setattr("train.load_reference", lambda *a: pytest.fail("a second model was made"))
+    monkeypatch.setattr(
+        "plumb.models.load.load_reference", lambda *a: pytest.fail("a second model was made")
+    )
     seen = []
     monkeypatch.setattr(
         trainers.BasicTrainer,
@@ -419,7 +421,7 @@ def test_the_default_is_the_better_one_and_is_said(options, expected, train, cap
 
 
 def test_short_memory_caches(train, capsys, monkeypatch):
-    monkeypatch.setattr("train.memory_at_hand", lambda device: 0)
+    monkeypatch.setattr("plumb.training.budget.memory_at_hand", lambda device: 0)
     train("short", *DPO, "n_examples=4")
     assert "reference: cached (memory is short)" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ import pytest
 import report
 from plumb.reports import curves, diagnosis
 from plumb.runs import history
+from plumb.settings import schema
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\ud800\u202e\x00"
@@ -169,7 +170,7 @@ def test_what_samples_hold_is_shown_and_not_run(runs):
         and "<script>alert(1)</script><img src=x onerror=alert(2)>" in page
     )
     assert len(page.images) == len(
-        curves.panels([curves.named(r) for r in history.read_runs(runs)])
+        curves.panels([curves.named(r) for r in history.read_runs(runs, schema.bookkeeping)])
     )
     assert (
         "policy, after 0 examples" in page
@@ -200,7 +201,7 @@ def test_best_only_where_it_can_be_compared(tmp_path, runs):
 
 
 def test_a_stage_has_held_out_data_of_its_own(runs):
-    low, high = history.read_runs(runs)
+    low, high = history.read_runs(runs, schema.bookkeeping)
     assert report.same_data([low, high])
     assert not report.same_data(
         [low, high._replace(config=high.config | {"data_split": "5,0,5", "stage": "policy"})]
@@ -279,13 +280,13 @@ def test_names_tell_runs_apart(tmp_path):
         write_run(tmp_path / stamp, beta=beta)
         for stamp, beta in zip(stamps, (0.05, 0.1), strict=True)
     )
-    assert [run.name for run in history.read_runs([a])] == ["x"]
-    assert [run.name for run in history.read_runs([a, b, a / "." / ""])] == [
+    assert [run.name for run in history.read_runs([a], schema.bookkeeping)] == ["x"]
+    assert [run.name for run in history.read_runs([a, b, a / "." / ""], schema.bookkeeping)] == [
         "x loss.beta=0.05",
         "x loss.beta=0.1",
     ]
     c, d = write_run(tmp_path / "c" / stamps[0]), write_run(tmp_path / "d" / stamps[0])
-    assert [run.name for run in history.read_runs([c, d])] == [str(c), str(d)]
+    assert [run.name for run in history.read_runs([c, d], schema.bookkeeping)] == [str(c), str(d)]
 
 
 def test_a_reward_model_s_pictures(runs):

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from plumb.data.order import Schedule
 from plumb.distributed import signals
 from plumb.errors import ResumeMismatch, UnsafeFile, UserError
-from plumb.runs import checkpoints, directory, durable_files
+from plumb.runs import checkpoints, directory, durable_files, identity
+from plumb.settings import schema
 from plumb.training.objective import Scorer
 
 
@@ -351,16 +352,16 @@ def test_a_changed_setting_is_refused_with_the_difference(begun, train):
 
 
 def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_path):
-    now = directory.settings(compose("exp_name=x", "model.name_or_path=y", *DPO))
+    now = identity.settings(compose("exp_name=x", "model.name_or_path=y", *DPO), schema.may_change)
     before = {
         knob: value
         for knob, value in now.items()
         if knob not in ("loss.nll", "split_seed", "stage")
     }
     assert len(now) - len(before) == 3
-    assert directory.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
+    assert identity.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
     with pytest.raises(ResumeMismatch, match="loss.nll: 0.0 -> 1"):
-        directory.compare(tmp_path, {"settings": before}, {"settings": now | {"loss.nll": 1}}, [])
+        identity.compare(tmp_path, {"settings": before}, {"settings": now | {"loss.nll": 1}}, [])
 
 
 def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, tiny_model, tmp_path):

@@ -18,7 +18,9 @@ from plumb.distributed import sharding
 from plumb.errors import NonFinite, StorageError
 from plumb.models import load as pretrained
 from plumb.models import logps as models
-from plumb.runs import checkpoints, directory, durable_files
+from plumb.runs import checkpoints, durable_files, identity
+from plumb.runs.history import flatten
+from plumb.settings import schema
 
 
 @pytest.fixture
@@ -27,7 +29,9 @@ def changed_model(monkeypatch):
 
     def install(f):
         load = pretrained.load_policy
-        monkeypatch.setattr("train.load_policy", lambda *a, **k: (m := load(*a, **k), f(m))[0])
+        monkeypatch.setattr(
+            "plumb.models.load.load_policy", lambda *a, **k: (m := load(*a, **k), f(m))[0]
+        )
 
     return install
 
@@ -54,7 +58,7 @@ def changed_reference(monkeypatch):
 
     def install(f):
         load = pretrained.load_reference
-        monkeypatch.setattr("train.load_reference", lambda *a: (m := load(*a), f(m))[0])
+        monkeypatch.setattr("plumb.models.load.load_reference", lambda *a: (m := load(*a), f(m))[0])
 
     return install
 
@@ -143,7 +147,9 @@ def test_sums_do_not_depend_on_how_often_or_when_they_are_made():
 
 def test_a_cached_reference_of_other_weights_stops_the_run(train, monkeypatch):
     """A file that passes for this reference's, and was computed with other weights."""
-    monkeypatch.setattr("train.weights_digest", lambda model: "the same for all")
+    monkeypatch.setattr(
+        "plumb.models.reference_cache.weights_digest", lambda model: "the same for all"
+    )
     sft = train(
         "sft",
         "loss=sft",
@@ -382,12 +388,12 @@ def test_what_is_not_finite_is_found_in_any_type():
 
 
 def test_every_knob_is_compared_or_free_by_name(compose):
-    """What rundir leaves out of the comparison exists: a renamed knob would otherwise be compared,
-    or not, by accident.
+    """What the comparison leaves out exists: a renamed knob would otherwise be compared, or not, by
+    accident.
     """
     config = compose("exp_name=x", "model=demo", "loss=sft")
-    flat = dict(directory.flatten(to_dict(config)))
-    assert flat.keys() >= directory.BOOKKEEPING | directory.BY_CONTENTS | directory.PLACEMENT
+    flat = dict(flatten(to_dict(config)))
+    assert flat.keys() >= set(filter(schema.may_change, schema.KNOBS))
     assert {
         "lr",
         "seed",
@@ -395,4 +401,4 @@ def test_every_knob_is_compared_or_free_by_name(compose):
         "loss.average_over",
         "model.policy_dtype",
         "max_length",
-    } <= directory.settings(config).keys()
+    } <= identity.settings(config, schema.may_change).keys()

@@ -17,7 +17,7 @@ from plumb.data.splits import STAGES, permuted, sizes, weights
 from plumb.errors import UserError
 from plumb.runs import directory
 from plumb.runs.lineage import lineage
-from plumb.settings import validation
+from plumb.settings import schema, validation
 
 TOKENIZER = tiny_tokenizer()
 STRINGS = [
@@ -284,7 +284,8 @@ def test_a_stage_is_compared_with_the_run_it_starts_from(compose, tmp_path, case
         note = lineage(
             compose(
                 "exp_name=b", "model=pythia28", "datasets=[hh]", f"model.archive={archive}", *now
-            )
+            ),
+            schema.deciding_slices(),
         )
         if said is None:
             assert note is None
@@ -313,4 +314,4 @@ def test_a_config_from_anywhere_harms_nothing(compose, tmp_path, content):
     config = compose(
         "exp_name=b", "model=pythia28", "datasets=[hh]", f"model.archive={tmp_path}", *NEXT
     )
-    assert lineage(config) is None
+    assert lineage(config, schema.deciding_slices()) is None

@@ -13,16 +13,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
-from transformers import PreTrainedTokenizerBase
 
 from plumb.data.files import Messages, describe, place_of, shorten
 from plumb.data.formats import ASKING, is_empty
 from plumb.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASIC = frozenset(("system", "user", "assistant"))  # roles that no mapping is proposed for
 TOOL = frozenset(("function", "observation", "ipython", "function_response", "tool_response"))

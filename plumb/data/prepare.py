@@ -11,11 +11,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
 
 from plumb.console import rank, rank0_print, to_dict
 from plumb.data import (
@@ -40,6 +39,9 @@ from plumb.data.tokenization import Example, TextRules, automatic_bos, template_
 from plumb.distributed import collectives
 from plumb.errors import UserError
 from plumb.paths import get_local_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Part(NamedTuple):

@@ -7,16 +7,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from plumb.data.files import Text, read_file
 from plumb.data.registry import get_dataset
 from plumb.data.token_text import encode_prompt
 from plumb.data.tokenization import automatic_bos, render
 from plumb.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A company, something for a child, a poem, a fact, how a thing works, and why: short, harmless,
 # with answers one can judge.

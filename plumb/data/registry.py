@@ -278,6 +278,7 @@ def get_dataset(
             f" [0, 1]"
         )
     name = resolve(name)
+    check_name(name)
     data = DataSet(name, eval_share, iter(()), reading=reading)
     if name in LOADERS:
         if field_map:
@@ -286,10 +287,8 @@ def get_dataset(
                 f" your own files"
             )
         rows = _registered(data, LOADERS[name], split, silent, cache_dir, path)
-    elif "/" in name or name.lower().endswith(SUFFIXES):
-        rows = _own_files(data, split, silent, field_map)
     else:
-        raise _unknown(name)
+        rows = _own_files(data, split, silent, field_map)
     # A generator sees the context of whoever draws from it: each row is drawn in one where this
     # data set counts.
     context = copy_context()
@@ -335,12 +334,15 @@ def made_of(
     )
 
 
-def _unknown(name: str) -> UserError:
+def check_name(name: str) -> None:
+    """Raise UserError for what is neither a registered name nor a path."""
+    if name in LOADERS or "/" in name or name.lower().endswith(SUFFIXES):
+        return
     near = difflib.get_close_matches(name, LOADERS, n=1)
     known = (
         "".join(f"did you mean '{one}'? " for one in near) + f"known: {', '.join(dataset_names())}"
     )
-    return UserError(
+    raise UserError(
         f"unknown data set '{name}'; {known}; a file or folder is given by its path, such as"
         f" ./{name}.jsonl"
     )

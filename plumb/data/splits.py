@@ -12,19 +12,19 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
 
 from plumb.console import to_dict
-from plumb.data.examples import Examples
 from plumb.data.registry import resolve
 from plumb.errors import UserError
 
+if TYPE_CHECKING:
+    from plumb.data.examples import Examples
+
 STAGES = ("sft", "reward", "policy")
-# What else decides which prompts a slice holds, besides the weights.
-DECIDES = ("split_seed", "eval_share", "chat_template")
 NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 

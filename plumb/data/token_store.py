@@ -18,16 +18,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from plumb.console import rank0_print
 from plumb.data.registry import DataSet
 from plumb.data.tokenization import Chunk, TextRules, automatic_bos, encode, own_template
 from plumb.errors import UserError
 from plumb.paths import sync_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Version of plumb's own way from rows to token ids: files, forms, templates, tokenization. Raise it
 # with every change that gives other ids for the same rows; stores of other versions are then made

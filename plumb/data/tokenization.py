@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from math import nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from plumb.console import rank
 from plumb.data.chat_template import ChatTemplate
@@ -26,6 +25,9 @@ from plumb.data.formats import Row
 from plumb.data.registry import DataSet
 from plumb.data.token_text import encode_rows
 from plumb.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = (
     1000  # rows that are tokenized at once: enough for the tokenizer's threads, and little memory

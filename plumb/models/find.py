@@ -24,7 +24,8 @@ from plumb.errors import UserError
 from plumb.models.load import is_classifier, load_config, load_policy, load_tokenizer
 from plumb.models.scalar_head import holds_scores
 from plumb.paths import CONFIG, ROOT
-from plumb.runs.policy_file import load_policy_state, resolve_archive
+from plumb.runs.policy_file import load_policy_state
+from plumb.runs.policy_path import resolve_archive
 from plumb.runs.safe_yaml import check_config_file
 
 

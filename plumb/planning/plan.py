@@ -33,8 +33,9 @@ from plumb.models.load import load_config, load_tokenizer
 from plumb.models.scalar_head import put_scalar_head
 from plumb.planning import activations
 from plumb.planning.activations import Held
+from plumb.planning.cards import CARDS
 from plumb.training import budget as sizing
-from plumb.training.budget import CARDS, ClusterShape, Memory, Precision, Weights
+from plumb.training.budget import ClusterShape, Memory, Precision, Weights
 from plumb.training.optimizers import make_optimizer, make_schedule
 
 GPU = torch.device("cuda")  # what is planned for, wherever the plan is made

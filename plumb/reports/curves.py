@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from plumb.console import quiet
 from plumb.paths import new_file
-from plumb.runs.history import Record, Run, is_evaluation, read_runs
+from plumb.runs.history import Record, Run, is_evaluation, read_run
 
 
 class Panel(NamedTuple):
@@ -132,7 +132,7 @@ def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """
     out = out or run_dirs[0] / "curves.png"
     with new_file(out, "curves", "wb") as file:
-        file.write(draw_all([named(run) for run in read_runs(run_dirs)], further=False))
+        file.write(draw_all([named(run) for run in map(read_run, run_dirs)], further=False))
     return out
 
 

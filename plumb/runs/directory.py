@@ -7,86 +7,26 @@ examples, reason, time}.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from plumb.console import rank, rank0_print, redacted, to_dict
-from plumb.data.examples import Examples
+from plumb.console import rank, rank0_print, redacted
 from plumb.distributed import collectives
 from plumb.distributed.progress import run_progress
 from plumb.errors import PeerLost, ResumeMismatch, UserError
-from plumb.paths import CONFIG, get_local_dir
+from plumb.paths import get_local_dir
 from plumb.runs.checkpoints import listed
-from plumb.runs.history import flatten, status
+from plumb.runs.history import status
 
 TIME_STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}")
 LOGS = ("metrics.jsonl", "samples.jsonl", "samples.md")
 LOCK_SECS = 10  # a launcher that was just killed takes its processes with it, but not at once
-
-# Knobs that may change when a run goes on. What is read from paths is compared by its contents
-# instead (see `fingerprint`).
-BOOKKEEPING = {
-    "exp_name",
-    "local_dirs",
-    "local_run_dir",
-    "debug",
-    "resume",
-    "resume_allow",
-    "keep_checkpoints",
-    "keep_best",
-    "save_every",
-    "save_every_minutes",
-    "async_save",
-    "save_optimizer_pt",
-    "max_hours",
-    "timeout_minutes",
-    "minimum_log_interval_secs",
-    "policy_format",
-    "export",
-    "plan",
-    "plan_gpus",
-    "plan_nodes",
-    "plan_gpu",
-    "plan_gpu_gb",
-    "plan_mfu",
-}
-BY_CONTENTS = {
-    "datasets",
-    "eval_datasets",
-    "plugins",
-    "model.name_or_path",
-    "model.tokenizer_name_or_path",
-    "model.archive",
-}
-# Where and in what pieces it is computed: the same numbers, to rounding.
-PLACEMENT = {
-    "trainer",
-    "device",
-    "n_cpu_processes",
-    "fsdp_port",
-    "gradient_accumulation_steps",
-    "tokens_per_microbatch",
-    "eval_batch_size",
-    "compile",
-    "activation_checkpointing",
-    "reference",
-    "fsdp_shard_size",
-    "fsdp_cpu_offload",
-    "fsdp_reduce",
-    "tp_size",
-}
-FREE_GROUPS = ("wandb.", "dataset_paths.")
-CONTENTS = ("data", "tokenizer", "weights", "plugins")  # what resume_allow may name beside knobs
 
 
 # ---- which run goes on ----
@@ -248,93 +188,3 @@ def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
             with open(path, "r+b") as file:
                 file.truncate(length)
                 os.fsync(file.fileno())
-
-
-# ---- what it is made of ----
-
-
-def settings(config: DictConfig) -> dict[str, Any]:
-    """Return {knob: value} for everything that affects the result, except what is compared by its
-    contents.
-    """
-    free = BOOKKEEPING | BY_CONTENTS | PLACEMENT
-    flat = dict(flatten(redacted(to_dict(config))))
-    return {
-        k: v for k, v in sorted(flat.items()) if k not in free and not k.startswith(FREE_GROUPS)
-    }
-
-
-def fingerprint(
-    config: DictConfig, tokenizer: str, train: Examples, evaluation: Examples, weights: str
-) -> dict[str, Any]:
-    """Return the run's fingerprint: its settings, and digests of data, tokenizer, plugins and the
-    weights it starts from, which are also the reference's.
-    """
-    plugins = [
-        hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in config.plugins
-    ]
-    data = [digest_of(train), digest_of(evaluation)]
-    return {
-        "settings": settings(config),
-        "data": data,
-        "tokenizer": tokenizer,
-        "weights": weights,
-        "plugins": plugins,
-    }
-
-
-def digest_of(examples: Examples) -> str:
-    """Return a digest of the token ids and margins of all examples in their order, computed from
-    the stores' checksums, not from the texts.
-    """
-    whole = hashlib.sha256(repr(examples.bos).encode())
-    for table in examples.tables:
-        ids, starts = (table.store.checksums[name] for name in ("ids", "starts"))
-        whole.update(f"{ids} {starts} {table.keep_end}".encode())
-        whole.update(table.items.tobytes())
-    whole.update(examples.items.tobytes() + examples.lengths.tobytes())
-    # what has no scores keeps the digest that it always had
-    if not np.isnan(margins := examples.margins()).all():
-        whole.update(margins.tobytes())
-    return whole.hexdigest()
-
-
-def compare(
-    run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence[str]
-) -> list[str]:
-    """Return the differences between two fingerprints or two `settings`, each as "name: old ->
-    new".
-
-    Raises ResumeMismatch, with the differences, if something differs that `allow` does not name.
-    """
-    flat = lambda r: r.get("settings", {}) | {name: r[name] for name in CONTENTS if name in r}
-    a, b = flat(old), flat(new)
-    a = _defaults(b) | a  # of knobs that were not there when the run began
-    differing = [
-        name
-        for name in sorted(a.keys() | b.keys())
-        if name in b and a.get(name, "unset") != b[name]
-    ]
-    said = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
-    refused = [line for name, line in zip(differing, said, strict=True) if name not in allow]
-    if refused:
-        names = ",".join(name for name in differing)
-        raise ResumeMismatch(
-            f"{run_dir}: checkpoint does not match this configuration: {'; '.join(refused)};"
-            f" restore these, or set"
-            f" resume_allow=[{names}] to apply the change, or resume=never for a new run"
-        )
-    return said
-
-
-def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {knob: default} of the config tree for a run with these settings."""
-    files = [CONFIG / "config.yaml", CONFIG / f"loss/{settings.get('loss.name')}.yaml"]
-    known = [yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {} for file in files]
-    return dict(flatten(known[0] | {"loss": known[1]}))
-
-
-def _short(name: str, value: Any) -> str:
-    if name not in CONTENTS:
-        return str(value)
-    return "+".join(v[:8] for v in ([value] if isinstance(value, str) else value)) or "none"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,6 @@ from plumb.runs.safe_yaml import check_config_file
 
 Record = dict[str, float]
 STAMP = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d{6})?$")
-# Knobs in which two runs always differ, and which say nothing about what they learned.
-OWN = ("exp_name", "local_dirs", "local_run_dir", "resume", "wandb.")
 
 
 class Sample(NamedTuple):
@@ -209,11 +207,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[Run], bookkeeping: Callable[[str], bool]) -> dict[str, list[Any]]:
     """Return {knob: its value in each run} for the knobs in which the runs differ; "" if a run has
-    no such knob.
+    no such knob. `bookkeeping` names the knobs to leave out: they say nothing about what a run
+    learned.
     """
-    flat = [{k: v for k, v in flatten(run.config) if not k.startswith(OWN)} for run in runs]
+    flat = [{k: v for k, v in flatten(run.config) if not bookkeeping(k)} for run in runs]
     knobs = dict.fromkeys(knob for settings in flat for knob in settings)
     rows = {knob: [settings.get(knob, "") for settings in flat] for knob in knobs}
     return {
@@ -221,12 +220,12 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     }
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path], bookkeeping: Callable[[str], bool]) -> list[Run]:
     """Read each run once, under a unique name: its directory's; in a sweep, with the varied option;
-    otherwise its path.
+    otherwise its path. `bookkeeping`: as for `differences`.
     """
     runs = [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
-    knobs = differences(runs)
+    knobs = differences(runs, bookkeeping)
     for name in (
         lambda i, run: run.name,
         lambda i, run: (

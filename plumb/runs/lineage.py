@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import yaml
 from omegaconf import DictConfig
 
 from plumb.console import to_dict
 from plumb.data.files import shorten
 from plumb.data.registry import resolve
-from plumb.data.splits import DECIDES, weights_of
+from plumb.data.splits import weights_of
 from plumb.errors import UserError
-from plumb.runs.policy_file import resolve_archive
+from plumb.runs.policy_path import resolve_archive
 from plumb.runs.safe_yaml import check_config_file
 
 
-def lineage(config: DictConfig) -> str | None:
+def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
     """Return notes on the run that model.archive comes from: that its examples are, or may be,
-    among this stage's.
+    among this stage's. `decides`: the knobs that, beside data_split and stage, decide which prompts
+    a slice holds.
     """
     if not config.model.archive:
         return None
@@ -49,12 +52,12 @@ def lineage(config: DictConfig) -> str | None:
     ):
         return None
     run = f"note: {file.parent}, where model.archive comes from,"
-    other = ["data_split", "stage", *(knob for knob in DECIDES if before.get(knob) != now[knob])]
+    other = ["data_split", "stage", *(knob for knob in decides if before.get(knob) != now[knob])]
     said = lambda c: ", ".join(f"{knob} {shorten(c.get(knob))}" for knob in other)
     differ = [
         name
         for name, a, b in pairs
-        if a != b or (b and any(before.get(knob) != now[knob] for knob in DECIDES))
+        if a != b or (b and any(before.get(knob) != now[knob] for knob in decides))
     ]
     if differ:
         return (

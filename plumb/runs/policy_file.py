@@ -1,5 +1,4 @@
-"""Weights to start from: finding the policy.pt that `model.archive` names, and reading it without
-trusting it.
+"""Weights to start from: reading a policy.pt without trusting it.
 
 The only way by which a pickle is read. First the file is held to the form that torch.save gives a
 state dict, for what torch's own weights_only lets through is more than weights need:
@@ -9,11 +8,9 @@ tensor is looked at before anything is copied.
 
 from __future__ import annotations
 
-import os
 import pickletools
 import re
 import zipfile
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plumb.errors import UnsafeFile, UserError
+from plumb.runs.policy_path import resolve_archive
 
 # Buffers that the transformers of 2023 wrote into state dicts and today's recompute.
 STALE_BUFFERS = (
@@ -66,40 +64,6 @@ OTHER_CALLS = {
     "EXT4",
     "PERSID",
 }
-
-
-def resolve_archive(archive: str) -> Path:
-    """Return the policy.pt that `model.archive` names: a file, a run or step directory, or a
-    pattern, whose newest match is used.
-
-    Raises UserError if nothing matches.
-    """
-    matches = (
-        [Path(archive)]
-        if Path(archive).exists()
-        else [Path(m) for m in glob(os.path.expanduser(archive))]
-    )
-    files = [f for f in (_policy_file(m) for m in matches) if f is not None]
-    if not files:
-        raise UserError(
-            f"model.archive={archive}: no such file, run directory or pattern with a policy.pt"
-            " in it"
-        )
-    return max(files, key=lambda f: f.stat().st_mtime)
-
-
-def _policy_file(path: Path) -> Path | None:
-    """Return the newest policy.pt of a run directory (LATEST, otherwise its highest step) or of a
-    step directory, or the file itself.
-    """
-    if path.is_file():
-        return path if path.suffix == ".pt" else None
-    steps = sorted(
-        path.glob("step-*/policy.pt"),
-        key=lambda f: int(f.parent.name[5:]) if f.parent.name[5:].isdigit() else -1,
-    )
-    candidates = [path / "policy.pt", path / "LATEST" / "policy.pt", *reversed(steps)]
-    return next((c for c in candidates if c.is_file()), None)
 
 
 def load_policy_state(archive: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -40,8 +40,7 @@ def check_config_file(path: Path) -> None:
                 " of their own"
             )
         text = raw.decode()
-        _check_tokens(path, text)
-        content = yaml.safe_load(text)
+        content = _ValuesOnly(path, text).get_single_data()
     except UnicodeDecodeError as error:
         what = f"byte {error.start + 1} (0x{raw[error.start]:02x}) isn't UTF-8"
         raise UserError(f"{path}: {what}; save the file as UTF-8") from None
@@ -73,24 +72,39 @@ def check_config_file(path: Path) -> None:
                 raise UserError(f"{path}: defaults: '{said}' is not taken; {ADVICE}")
 
 
-def _check_tokens(path: Path, text: str) -> None:
-    """Refuse nested aliases (236 bytes of which keep a parser busy for minutes), deep nesting, and
-    tags.
+class _ValuesOnly(yaml.SafeLoader):
+    """Load YAML in one pass, without aliases (236 bytes of nested ones keep a parser busy for
+    minutes), tags and deep nesting. Raises UserError for these.
     """
-    depth = 0
-    steps = dict.fromkeys(("<block mapping start>", "<block sequence start>", "{", "["), 1)
-    steps |= dict.fromkeys(("<block end>", "}", "]"), -1)
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        line = token.start_mark.line + 1
-        if isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken):
-            sign = {"AliasToken": "*", "AnchorToken": "&", "TagToken": "!"}[type(token).__name__]
-            raise UserError(
-                f"{path}, line {line}: '{sign}' (an anchor, alias or tag) is not taken; write the"
-                " value out"
-            )
-        depth += steps.get(token.id, 0)
-        if depth > MAX_DEPTH:
-            raise UserError(f"{path}, line {line}: nested more than {MAX_DEPTH} deep")
+
+    def __init__(self, path: Path, text: str):
+        super().__init__(text)
+        self.path = path
+        self.depth = 0
+
+    def refuse(self, sign: str) -> NoReturn:
+        raise UserError(
+            f"{self.path}, line {self.line + 1}: '{sign}' (an anchor, alias or tag) is not taken;"
+            " write the value out"
+        )
+
+    def fetch_alias(self) -> None:
+        self.refuse("*")
+
+    def fetch_anchor(self) -> None:
+        self.refuse("&")
+
+    def fetch_tag(self) -> None:
+        self.refuse("!")
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        line = self.peek_event().start_mark.line + 1
+        self.depth += 1
+        if self.depth > MAX_DEPTH + 1:  # a value is one deeper than what holds it
+            raise UserError(f"{self.path}, line {line}: nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _keys(value: Any) -> Iterator[Any]:

@@ -1,8 +1,9 @@
-"""What may be said to Hydra, on the command line and in YAML files. Looked at before Hydra is.
+"""What may be said to Hydra, on the command line and in YAML files, looked at before Hydra is; and
+what Hydra says, in one line.
 
 Hydra imports and calls what its own settings name (callbacks, launchers, search paths), and reads
 pickles of earlier jobs. None of that is needed to train, so none is let through: a config holds
-values, and the schema in settings/validation.py says which.
+values, and settings/schema.py says which.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from yaml import MarkedYAMLError
 
 from plumb.errors import UserError
 from plumb.runs.safe_yaml import ADVICE, HYDRA_KNOBS, MAX_FILES, check_config_file
@@ -107,3 +109,36 @@ def check_config_folder(folder: Path) -> set[str]:
     for file in files:
         check_config_file(file)
     return groups
+
+
+def in_one_line(error: Exception) -> str:
+    """What Hydra says of an override that does not compose, less its advice for programmers."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return (
+            f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML:"
+            f" {error.problem}"
+        )
+    lines = [
+        line.strip()
+        for line in str(error).partition("Config search path")[0].splitlines()
+        if line.strip()
+    ]
+    # Hydra's fix is not ours: validate refuses what + adds
+    if "To append to your config use +" in lines[-1]:
+        knob = lines[-1].partition("+")[2]
+        return (
+            f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"
+            " config/model and config/loss"
+        )
+    if lines[0].startswith("In 'config': Could not find '"):
+        group, _, name = lines[0].partition("Could not find '")[2].strip("'").rpartition("/")
+        return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
+    said = [
+        line
+        for line in lines
+        if not line.startswith(("full_key", "object_type", "reference_type", "See https"))
+    ]
+    knob = next(
+        (line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), ""
+    )
+    return knob + "; ".join(said).removeprefix("UserError raised while resolving interpolation: ")

@@ -33,25 +33,6 @@ PEAK = {
 }
 
 
-class Card(NamedTuple):
-    """A GPU that plan=true may reckon with, from its data sheet."""
-
-    gb: int  # 1e9 bytes; its real memory is up to 7% more, which its context and fragmentation take
-    flops16: float  # dense, per second
-    flops32: float  # without TF32, which PyTorch leaves off
-
-
-CARDS = {
-    "H100": Card(80, 989e12, 67e12),
-    "H200": Card(141, 989e12, 67e12),
-    "A100": Card(80, 312e12, 19.5e12),
-    "A100-40GB": Card(40, 312e12, 19.5e12),
-    "L40S": Card(48, 362e12, 91.6e12),
-    "A10": Card(24, 125e12, 31.2e12),
-    "RTX4090": Card(24, 165e12, 82.6e12),
-}
-
-
 class Cost(NamedTuple):
     """Operations of one forward pass, from a model's sizes; a backward pass takes twice as many."""
 

@@ -1,0 +1,85 @@
+"""How answers are decoded: the modes, what each takes, and the options that set it. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from plumb.errors import UserError
+
+# What each mode takes beside n, max_new_tokens and stop, with its default.
+DRAW: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": DRAW,
+    "beam": {"num_beams": 4},
+    "beam-sample": {"num_beams": 4} | DRAW,
+    "diverse-beam": {"num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0},
+    "contrastive": {"top_k": 4, "penalty_alpha": 0.6},
+}
+
+
+class Decoding(NamedTuple):
+    """Describe how answers are generated. Options that a mode does not use are None; otherwise None
+    means the model's generation config.
+    """
+
+    mode: str
+    n: int = 1  # answers to a prompt
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()  # strings at which an answer ends; they are no part of it
+    temperature: float | None = None
+    top_k: int | None = None  # draw from the most probable so many, 0: all; contrastive: candidates
+    top_p: float | None = None
+    num_beams: int | None = None
+    num_beam_groups: int | None = None
+    diversity_penalty: float | None = (
+        None  # nats for each beam of an earlier group with the same token at the same place
+    )
+    penalty_alpha: float | None = None  # share of the degeneration penalty
+
+    def checked(self) -> Decoding:
+        """Return the options with the mode's defaults. Raise UserError for options the mode would
+        ignore, and for conflicting ones.
+        """
+        takes, given = MODES[self.mode], {k: v for k, v in self._asdict().items() if v is not None}
+        every = {name for of_mode in MODES.values() for name in of_mode}
+        for name in sorted(given.keys() & every - takes.keys()):
+            modes = ", ".join(mode for mode, of_mode in MODES.items() if name in of_mode)
+            raise UserError(
+                f"{flag(name)} {given[name]}: mode {self.mode} would ignore it; leave it out, or"
+                f" take --mode {modes}"
+            )
+        made = self._replace(**(takes | given))
+        most = made.num_beams or (1 if made.mode in ("greedy", "contrastive") else None)
+        if most is not None and made.n > most:
+            what = f"{most} beams" if made.num_beams else "this mode"
+            raise UserError(
+                f"--n {made.n}: {what} give{'' if made.num_beams else 's'} {most} at most; take"
+                " fewer, more beams, or --mode sample"
+            )
+        if made.num_beam_groups and made.num_beams and made.num_beams % made.num_beam_groups:
+            raise UserError(
+                f"--num-beam-groups {made.num_beam_groups}: must divide --num-beams"
+                f" {made.num_beams}"
+            )
+        return made
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as arguments of transformers' `generate`."""
+        drawn = self.mode in ("sample", "beam-sample")
+        said: dict[str, Any] = {"num_beams": self.num_beams}
+        said |= (
+            {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            if drawn
+            else {}
+        )
+        return {"do_sample": drawn, "num_return_sequences": self.n} | {
+            k: v for k, v in said.items() if v is not None
+        }
+
+
+def flag(name: str) -> str:
+    """Return the command-line option that sets this field."""
+    return f"--{name.replace('_', '-')}"

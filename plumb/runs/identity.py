@@ -1,0 +1,111 @@
+"""What a run is made of: its settings, and digests of its data, tokenizer, plugins and weights; and
+whether a run that resumes is made of the same. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from omegaconf import DictConfig
+
+from plumb.console import redacted, to_dict
+from plumb.data.examples import Examples
+from plumb.errors import ResumeMismatch
+from plumb.paths import CONFIG
+from plumb.runs.history import flatten
+
+CONTENTS = ("data", "tokenizer", "weights", "plugins")  # what resume_allow may name beside knobs
+
+
+def settings(config: DictConfig, may_change: Callable[[str], bool]) -> dict[str, Any]:
+    """Return {knob: value} for everything that affects the result, except what is compared by its
+    contents. `may_change` says which knobs do not affect it.
+    """
+    flat = dict(flatten(redacted(to_dict(config))))
+    return {knob: value for knob, value in sorted(flat.items()) if not may_change(knob)}
+
+
+def fingerprint(
+    config: DictConfig,
+    may_change: Callable[[str], bool],
+    tokenizer: str,
+    train: Examples,
+    evaluation: Examples,
+    weights: str,
+) -> dict[str, Any]:
+    """Return the run's fingerprint: its settings, and digests of data, tokenizer, plugins and the
+    weights it starts from, which are also the reference's.
+    """
+    plugins = [
+        hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in config.plugins
+    ]
+    data = [digest_of(train), digest_of(evaluation)]
+    return {
+        "settings": settings(config, may_change),
+        "data": data,
+        "tokenizer": tokenizer,
+        "weights": weights,
+        "plugins": plugins,
+    }
+
+
+def digest_of(examples: Examples) -> str:
+    """Return a digest of the token ids and margins of all examples in their order, computed from
+    the stores' checksums, not from the texts.
+    """
+    whole = hashlib.sha256(repr(examples.bos).encode())
+    for table in examples.tables:
+        ids, starts = (table.store.checksums[name] for name in ("ids", "starts"))
+        whole.update(f"{ids} {starts} {table.keep_end}".encode())
+        whole.update(table.items.tobytes())
+    whole.update(examples.items.tobytes() + examples.lengths.tobytes())
+    # what has no scores keeps the digest that it always had
+    if not np.isnan(margins := examples.margins()).all():
+        whole.update(margins.tobytes())
+    return whole.hexdigest()
+
+
+def compare(
+    run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence[str]
+) -> list[str]:
+    """Return the differences between two fingerprints or two `settings`, each as "name: old ->
+    new".
+
+    Raises ResumeMismatch, with the differences, if something differs that `allow` does not name.
+    """
+    flat = lambda r: r.get("settings", {}) | {name: r[name] for name in CONTENTS if name in r}
+    a, b = flat(old), flat(new)
+    a = _defaults(b) | a  # of knobs that were not there when the run began
+    differing = [
+        name
+        for name in sorted(a.keys() | b.keys())
+        if name in b and a.get(name, "unset") != b[name]
+    ]
+    said = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
+    refused = [line for name, line in zip(differing, said, strict=True) if name not in allow]
+    if refused:
+        names = ",".join(name for name in differing)
+        raise ResumeMismatch(
+            f"{run_dir}: checkpoint does not match this configuration: {'; '.join(refused)};"
+            f" restore these, or set"
+            f" resume_allow=[{names}] to apply the change, or resume=never for a new run"
+        )
+    return said
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {knob: default} of the config tree for a run with these settings."""
+    files = [CONFIG / "config.yaml", CONFIG / f"loss/{settings.get('loss.name')}.yaml"]
+    known = [yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {} for file in files]
+    return dict(flatten(known[0] | {"loss": known[1]}))
+
+
+def _short(name: str, value: Any) -> str:
+    if name not in CONTENTS:
+        return str(value)
+    return "+".join(v[:8] for v in ([value] if isinstance(value, str) else value)) or "none"

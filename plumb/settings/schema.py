@@ -1,0 +1,306 @@
+"""Every knob, once: which values it takes, what a change of it means, and which commands read it.
+Defaults and meanings stand in config/.
+
+Validation, the comparison on resume, eval.py, the notes on slices, report.py and docs/options.md
+derive from this table. A loss's knobs are not in it: the loss's signature declares them. Imports
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig
+
+from plumb.console import redact
+from plumb.data import splits
+from plumb.paths import CONFIG
+from plumb.planning.cards import CARDS
+from plumb.runs.history import flatten
+
+# ---- checks ----
+
+Check = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and how to describe it
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole(low: int) -> Check:
+    return (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
+        f"a whole number of at least {low}",
+    )
+
+
+def number(test: Callable[[float], bool], description: str) -> Check:
+    return lambda v: _is_number(v) and test(v), description
+
+
+def one_of(*values: Any) -> Check:
+    kinds = {type(value) for value in values}
+    return lambda v: v in values and type(v) in kinds, "one of " + ", ".join(map(str, values))
+
+
+def maybe(check: Check) -> Check:
+    return lambda v: v is None or check[0](v), f"{check[1]}, or null"
+
+
+def names(at_least: int) -> Check:
+    def fits(v: Any) -> bool:
+        return (
+            isinstance(v, ListConfig)
+            and len(v) >= at_least
+            and all(TEXT[0](x) for x in v)
+            and len({*v}) == len(v)
+        )
+
+    return fits, "a list such as [hh] or [hh,my.jsonl], nothing twice"
+
+
+def _texts_by_text(value: Any) -> bool:
+    return isinstance(value, DictConfig) and all(
+        TEXT[0](text) for pair in value.items() for text in pair
+    )
+
+
+def _by_split(value: Any) -> bool:
+    return _texts_by_text(value) and {*value} <= {"train", "test"}
+
+
+TEXT: Check = lambda v: isinstance(v, str) and v != "" and min(v) >= " ", "a text, in one line"
+FLAG: Check = lambda v: isinstance(v, bool), "true or false"
+NAME: Check = (  # of a directory, of which the command line may choose the last part only
+    lambda v: (
+        isinstance(v, str)
+        and bool(re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}", v))
+        and redact(v) == v
+    ),
+    "a text of 1 to 100 letters, digits, '.', '_' and '-', and no key or password",
+)
+MAPPING: Check = lambda v: isinstance(v, DictConfig), "a mapping such as '{a: b}'"
+ROLES: Check = _texts_by_text, "a mapping such as '{model: assistant}'"
+SPLITS: Check = _by_split, "a mapping such as '{train: train_prefs, test: test_prefs}'"
+SHARES: Check = (
+    splits.is_data_split,
+    "three numbers, of which one is above 0, such as 5,0,5; or '{hh: [5,0,5]}'",
+)
+RULE = one_of("keep", "drop", "stop")
+# The names of models/forward_path.py's DTYPES; a test compares.
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+DTYPE = one_of(*DTYPE_NAMES)
+POSITIVE = number(lambda v: v > 0, "a number above 0")
+NOT_NEGATIVE = number(lambda v: v >= 0, "a number of at least 0")
+KEPT: Check = (
+    lambda v: isinstance(v, bool) or (_is_number(v) and 0 < v < 1),
+    "true, false, or a share in (0, 1)",
+)
+
+
+# ---- the table ----
+
+
+class Kind(StrEnum):
+    """What a change of a knob's value means for a run that resumes."""
+
+    BOOKKEEPING = "bookkeeping"  # may change: what is kept, logged or printed
+    PLACEMENT = "placement"  # may change: where and in what pieces it is computed, to rounding
+    CONTENTS = "contents"  # a path, which may change; what it leads to is compared
+    RESULT = "result"  # must not change, unless resume_allow names it
+
+
+BOOKKEEPING, PLACEMENT, CONTENTS, RESULT = Kind
+TRAIN = ("train",)
+TRAIN_AND_EVAL = ("train", "eval")
+SHARDED = ("FSDPTrainer", "TensorParallelTrainer")
+TRAINERS = ("BasicTrainer", *SHARDED)
+AS_THE_RUN = "as the run"  # eval.py takes the run's value
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob of config/config.yaml or config/model.
+
+    Example: Knob(maybe(whole(1)), PLACEMENT, TRAIN, in_eval=None, trainers=("FSDPTrainer",)).
+    """
+
+    check: Check
+    kind: Kind = RESULT
+    commands: tuple[str, ...] = TRAIN_AND_EVAL  # eval.py refuses one that only training reads
+    in_eval: Any = AS_THE_RUN  # the value that eval.py starts from, whatever the run's is
+    trainers: tuple[str, ...] = TRAINERS  # with others, another value than the default is refused
+    head: bool = False  # of a reward model's head: likewise, with a loss that reads no scores
+    held_out: bool = False  # decides which held-out examples there are, or how they read
+    slices: bool = False  # decides which prompts a stage's slice of a data set holds
+
+
+KNOBS: dict[str, Knob] = {
+    # the run
+    "exp_name": Knob(NAME, BOOKKEEPING, TRAIN, in_eval="eval"),
+    "seed": Knob(whole(0)),
+    "debug": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=True),
+    "local_dirs": Knob(names(1), BOOKKEEPING),
+    "local_run_dir": Knob(TEXT, BOOKKEEPING),
+    "resume": Knob(one_of("never", "auto", "must"), BOOKKEEPING, TRAIN, in_eval="never"),
+    "resume_allow": Knob(names(0), BOOKKEEPING, TRAIN, in_eval=()),
+    "max_hours": Knob(maybe(POSITIVE), BOOKKEEPING, TRAIN, in_eval=None),
+    "timeout_minutes": Knob(POSITIVE, BOOKKEEPING, TRAIN),
+    "wandb.enabled": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=False),
+    "wandb.entity": Knob(maybe(TEXT), BOOKKEEPING, TRAIN),
+    "wandb.project": Knob(TEXT, BOOKKEEPING, TRAIN),
+    "plan": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=False),
+    "plan_gpus": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
+    "plan_nodes": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
+    "plan_gpu": Knob(one_of(*CARDS), BOOKKEEPING, TRAIN),
+    "plan_gpu_gb": Knob(maybe(POSITIVE), BOOKKEEPING, TRAIN),
+    "plan_mfu": Knob(number(lambda v: 0 < v <= 1, "a number in (0, 1]"), BOOKKEEPING, TRAIN),
+    "plugins": Knob(names(0), CONTENTS),
+    # the data
+    "datasets": Knob(names(1), CONTENTS),
+    "eval_datasets": Knob(maybe(names(1)), CONTENTS, held_out=True),
+    "field_map": Knob(maybe(MAPPING), held_out=True),
+    "role_map": Knob(maybe(ROLES), held_out=True),
+    "split_names": Knob(maybe(SPLITS), held_out=True),
+    "eval_share": Knob(
+        number(lambda v: 0 <= v < 1, "a number in [0, 1)"), held_out=True, slices=True
+    ),
+    "data_split": Knob(maybe(SHARES), held_out=True),
+    "stage": Knob(maybe(one_of(*splits.STAGES)), held_out=True),
+    "split_seed": Knob(whole(0), held_out=True, slices=True),
+    "chat_template": Knob(maybe(TEXT), held_out=True, slices=True),
+    "max_length": Knob(whole(2), held_out=True),
+    "max_prompt_length": Knob(whole(1), held_out=True),
+    "truncation_mode": Knob(maybe(one_of("keep_start", "keep_end"))),
+    "response_truncation": Knob(one_of("fixed", "fill")),
+    "add_bos": Knob(FLAG),
+    "data_rules.prompt_truncated": Knob(RULE),
+    "data_rules.response_truncated": Knob(RULE),
+    "data_rules.eos_in_text": Knob(RULE),
+    "data_rules.text_changed": Knob(RULE),
+    "data_rules.empty_prompt": Knob(RULE),
+    "data_rules.empty_response": Knob(RULE),
+    "data_rules.identical_pair": Knob(RULE),
+    "data_rules.identical_after_truncation": Knob(RULE),
+    "data_rules.duplicate": Knob(RULE),
+    "data_rules.contradictory": Knob(RULE),
+    "data_rules.prompt_in_eval": Knob(RULE),
+    "data_rules.bad_row": Knob(one_of("stop", "drop")),
+    "eos_in_text": Knob(one_of("strip", "keep")),
+    "shuffle": Knob(FLAG),
+    "n_epochs": Knob(maybe(whole(1)), RESULT, TRAIN),
+    "n_examples": Knob(maybe(whole(1)), RESULT, TRAIN),
+    "n_eval_examples": Knob(maybe(whole(0)), in_eval=None, held_out=True),
+    # the training
+    "trainer": Knob(one_of(*TRAINERS), PLACEMENT, TRAIN, in_eval="BasicTrainer"),
+    "batch_size": Knob(whole(1), RESULT, TRAIN),
+    "gradient_accumulation_steps": Knob(whole(1), PLACEMENT, TRAIN),
+    "tokens_per_microbatch": Knob(maybe(whole(1)), PLACEMENT, in_eval=None),
+    "reference": Knob(one_of("auto", "live", "cached"), PLACEMENT, TRAIN, in_eval="auto"),
+    "eval_batch_size": Knob(whole(1), PLACEMENT),
+    "optimizer": Knob(TEXT, RESULT, TRAIN),  # torch knows which: see validation
+    "optimizer_args": Knob(maybe(MAPPING), RESULT, TRAIN),
+    "lr": Knob(POSITIVE, RESULT, TRAIN),
+    "head_init": Knob(one_of("fit", "zero", "random"), RESULT, TRAIN, head=True),
+    "head_pairs": Knob(whole(1), RESULT, TRAIN, head=True),
+    "head_lr": Knob(maybe(POSITIVE), RESULT, TRAIN, head=True),
+    "warmup_steps": Knob(whole(0), RESULT, TRAIN),
+    "lr_schedule": Knob(one_of("constant", "linear", "cosine"), RESULT, TRAIN),
+    "min_lr_ratio": Knob(number(lambda v: 0 <= v <= 1, "a number in [0, 1]"), RESULT, TRAIN),
+    "router_aux_loss": Knob(NOT_NEGATIVE, trainers=("BasicTrainer", "FSDPTrainer")),
+    "max_grad_norm": Knob(POSITIVE, RESULT, TRAIN),
+    "activation_checkpointing": Knob(KEPT, PLACEMENT, TRAIN, in_eval=False),
+    "compile": Knob(FLAG, PLACEMENT, TRAIN, in_eval=False),
+    "device": Knob(maybe(TEXT), PLACEMENT),
+    "fsdp_shard_size": Knob(maybe(whole(1)), PLACEMENT, TRAIN, None, SHARDED),
+    "fsdp_cpu_offload": Knob(FLAG, PLACEMENT, TRAIN, False, SHARDED),
+    "fsdp_reduce": Knob(one_of("auto", "last", "each"), PLACEMENT, TRAIN, "auto", SHARDED),
+    "tp_size": Knob(maybe(whole(1)), PLACEMENT, TRAIN, None, SHARDED[1:]),
+    "fsdp_port": Knob(maybe(whole(1)), PLACEMENT, TRAIN),
+    "n_cpu_processes": Knob(maybe(whole(1)), PLACEMENT, TRAIN),
+    # evaluating, logging and saving
+    "eval_every": Knob(whole(1), RESULT, TRAIN),
+    "save_every": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
+    "save_every_minutes": Knob(maybe(POSITIVE), BOOKKEEPING, TRAIN),
+    "keep_checkpoints": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
+    "keep_best": Knob(maybe(TEXT), BOOKKEEPING, TRAIN, in_eval=None),
+    "async_save": Knob(FLAG, BOOKKEEPING, TRAIN),
+    "save_optimizer_pt": Knob(FLAG, BOOKKEEPING, TRAIN),
+    "policy_format": Knob(one_of("current", "repo2023"), BOOKKEEPING, TRAIN),
+    "export": Knob(maybe(one_of("hf")), BOOKKEEPING, TRAIN, in_eval=None),
+    "do_first_eval": Knob(FLAG, RESULT, TRAIN),
+    "do_last_eval": Knob(FLAG, RESULT, TRAIN),
+    "sample_during_eval": Knob(FLAG, RESULT, TRAIN, in_eval=False),
+    "n_eval_model_samples": Knob(whole(0), RESULT, TRAIN),
+    "sample_max_new_tokens": Knob(maybe(whole(1)), RESULT, TRAIN),
+    "sample_temperature": Knob(maybe(NOT_NEGATIVE), RESULT, TRAIN),
+    "minimum_log_interval_secs": Knob(number(lambda v: True, "a number of seconds"), BOOKKEEPING),
+    # the model
+    "model.name_or_path": Knob(maybe(TEXT), CONTENTS),
+    "model.tokenizer_name_or_path": Knob(maybe(TEXT), CONTENTS),
+    "model.revision": Knob(maybe(TEXT)),
+    "model.trust_remote_code": Knob(FLAG),
+    "model.archive": Knob(maybe(TEXT), CONTENTS),
+    "model.block_name": Knob(maybe(TEXT)),
+    "model.policy_dtype": Knob(DTYPE),
+    "model.fsdp_policy_mp": Knob(maybe(one_of("bfloat16", "float16"))),
+    "model.reference_dtype": Knob(maybe(DTYPE)),
+    "model.architecture": Knob(maybe(MAPPING)),
+    "model.tp_plan": Knob(maybe(MAPPING)),
+}
+# The keys of these are names of data sets, a plugin's too: see validation.
+GROUPS: dict[str, Knob] = {"dataset_paths": Knob(maybe(TEXT), CONTENTS)}
+
+
+# ---- what derives from it ----
+
+
+def knob_of(name: str) -> Knob | None:
+    """The entry of a dotted name; None where there is none, as for a loss's knobs."""
+    group, dot, _ = name.partition(".")
+    return KNOBS.get(name) or (GROUPS.get(group) if dot else None)
+
+
+def may_change(name: str) -> bool:
+    """Return whether a run may resume with another value of this knob.
+
+    >>> may_change("max_hours"), may_change("dataset_paths.hh"), may_change("loss.beta")
+    (True, True, False)
+    """
+    knob = knob_of(name)
+    return knob is not None and knob.kind is not RESULT
+
+
+def bookkeeping(name: str) -> bool:
+    """Return whether a knob says nothing about what a run learns."""
+    knob = knob_of(name)
+    return knob is not None and knob.kind is BOOKKEEPING
+
+
+def values_in_eval() -> dict[str, Any]:
+    """Return {knob: value} of what eval.py sets, whatever the run did."""
+    return {
+        name: list(knob.in_eval) if isinstance(knob.in_eval, tuple) else knob.in_eval
+        for name, knob in KNOBS.items()
+        if knob.in_eval != AS_THE_RUN
+    }
+
+
+def deciding_slices() -> Sequence[str]:
+    return [name for name, knob in KNOBS.items() if knob.slices]
+
+
+def deciding_held_out() -> Sequence[str]:
+    return [name for name, knob in KNOBS.items() if knob.held_out]
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Return {dotted knob: default} of config/config.yaml, without the model's and the loss's."""
+    return dict(flatten(yaml.safe_load((CONFIG / "config.yaml").read_text("utf-8"))))
