@@ -481,11 +481,20 @@ class BasicTrainer:
                 )
             self.backward(loss, last=i == len(step.microbatches) - 1)
             means.add(scored.metrics, weight, scored.counts)
-        first = first_step.FirstStep(self, batch, seen, means) if self.n_updates == 0 else None
+        first = None
+        if self.n_updates == 0:
+            first = first_step.FirstStep(self.scorer, self.computation(), batch, seen, means)
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
             self.log.flush()
-            raise first_step.not_finite(self, step, grad_norm)
+            raise first_step.not_finite(
+                self.train_feed.examples,
+                step,
+                self.n_updates + 1,
+                grad_norm,
+                self.config.lr,
+                self.run_dir,
+            )
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
@@ -498,6 +507,7 @@ class BasicTrainer:
         run_progress.report(self.n_updates, self.n_seen)
         if first:
             first.check(grad_norm)
+            self.rehearse_save()
         self.longest_step_secs = max(self.longest_step_secs, time.perf_counter() - start)
         means.sums = {name.format("train"): value for name, value in means.sums.items()}
         counters: Record = {
@@ -513,6 +523,14 @@ class BasicTrainer:
             "counters/updates": self.n_updates,
         }
         self.log.step(means, counters)
+
+    def computation(self) -> first_step.Computation:
+        """What the first step's checks need to know beside the scorer."""
+        spec = self.config.model
+        same = spec.reference_dtype in (None, spec.policy_dtype)
+        return first_step.Computation(
+            self.dtype, None if same else spec.reference_dtype, self.config.lr
+        )
 
     def speed(self, step: Step, secs: float, waited_secs: float) -> Record:
         """What docs/metrics.md says of speed; padding is this rank's, all else of all ranks."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,20 @@ from torch import Tensor
 from plumb.batching.feed import Step
 from plumb.batching.layout import Batch
 from plumb.console import rank, rank0_print
+from plumb.data.tokenization import Example
 from plumb.distributed import collectives, sharding
 from plumb.errors import NonFinite
 from plumb.losses.contract import Logps
 from plumb.training.metrics import Means
-from plumb.training.objective import Scored, per_response_value, to_loss_inputs
+from plumb.training.objective import Scored, Scorer, per_response_value, to_loss_inputs
 
-Trainer = Any  # trainers.BasicTrainer, which imports this
+
+class Computation(NamedTuple):
+    """What the checks need to know of how the policy is trained."""
+
+    dtype: torch.dtype  # of computation
+    reference_dtype: str | None  # of the reference's weights, where they are not the policy's
+    lr: float  # for messages
 
 
 class FirstStep:
@@ -28,11 +36,19 @@ class FirstStep:
     update. Both raise NonFinite (exit code 4), which says what is wrong. All ranks must call both.
     """
 
-    def __init__(self, trainer: Trainer, batch: Batch, seen: Sequence[Scored], means: Means):
+    def __init__(
+        self,
+        scorer: Scorer,
+        computation: Computation,
+        batch: Batch,
+        seen: Sequence[Scored],
+        means: Means,
+    ):
         """`seen`: all microbatches of the step, scored, the last of them being `batch`; `means`: of
         their metrics.
         """
-        self.trainer = trainer
+        self.scorer = scorer
+        self.computation = computation
         self._policy_is_reference(seen, means)
         self._nothing_is_random(batch, seen[-1])
         self.before = self._bits()
@@ -41,51 +57,51 @@ class FirstStep:
         """Before the first update policy and reference give each response the same log-probability,
         but for rounding (so that all rewards are 0). Say so, or say what is wrong.
         """
-        t, spec = self.trainer, self.trainer.config.model
-        if not t.loss.needs_reference:
+        loss = self.scorer.loss
+        if not loss.needs_reference:
             return
         record = means.reduce()
-        shares = [share for scored in seen for share in _shares_of_rounding(scored, t.dtype)]
+        dtype = self.computation.dtype
+        shares = [share for scored in seen for share in _shares_of_rounding(scored, dtype)]
         share, apart, n = max(max(some) for some in collectives.all_gather_object(shares))
         rewards = [record.get(f"rewards_{{}}/{which}", 0.0) for which in ("chosen", "rejected")]
         if share <= 1:
             reward = max(map(abs, rewards))
-            said = f"{reward:.0e}, rounding" if reward else "0"
+            shown = f"{reward:.0e}, rounding" if reward else "0"
             rank0_print(
-                f"step 0: policy and reference agree (rewards {said}, {t.loss.name} loss"
+                f"step 0: policy and reference agree (rewards {shown}, {loss.name} loss"
                 f" {record['loss/{}']:.4f})"
             )
             return
-        said = (
+        message = (
             f"step 0: policy and reference DISAGREE: mean rewards {rewards[0]:.2g} and"
             f" {rewards[1]:.2g} instead of 0; at worst {apart:.2g} nats in a response of {n}"
             f" tokens, {share:.2g} times what rounding explains"
         )
-        if spec.reference_dtype in (None, spec.policy_dtype):
-            live = t.scorer.reference is not None
+        other = self.computation.reference_dtype
+        if other is None:
+            live = self.scorer.reference is not None
             raise NonFinite(
-                f"{said};"
+                f"{message};"
                 f" {'is the model deterministic?' if live else 'compare with reference=live'}"
             )
-        rank0_print(
-            f"{said}, since model.reference_dtype={spec.reference_dtype} is not the policy's"
-            " precision"
-        )
+        rank0_print(f"{message}, since model.reference_dtype={other} is not the policy's precision")
 
     @torch.no_grad()
     def _nothing_is_random(self, batch: Batch, scored: Scored) -> None:
         """The same microbatch a second time, in training mode: the same log-probabilities (or
         scores); and the loss of a policy that is its own reference (log 2 for DPO).
         """
-        t = self.trainer
-        batch = batch.to(t.device)
-        again = t.scorer.policy_outputs(batch)
+        scorer = self.scorer
+        dtype = self.computation.dtype
+        batch = batch.to(scorer.device)
+        again = scorer.policy_outputs(batch)
         # or the gradients of what FSDP has left gathered would not be found
-        sharding.reshard(t.policy)
-        policy, tolerance = to_loss_inputs(again, batch), (1e-3 if t.dtype.itemsize >= 4 else 0.05)
+        sharding.reshard(scorer.policy)
+        tolerance = 1e-3 if dtype.itemsize >= 4 else 0.05
         change = (scored.per_response - per_response_value(again)).abs()  # [R]
         if isinstance(again, Logps):
-            allowed = rounding(again, t.dtype) / again.tokens.clamp(min=1)
+            allowed = rounding(again, dtype) / again.tokens.clamp(min=1)
             what = "log-probabilities"
             unit = " nats per token"
         else:
@@ -102,11 +118,12 @@ class FirstStep:
                 " there dropout in the model that its config does not name?"
             )
         if (
-            t.loss.needs_reference
+            scorer.loss.needs_reference
             and batch.reference is None
-            and t.config.model.reference_dtype is None
+            and self.computation.reference_dtype is None
         ):
-            expected = t.loss.compute(policy, policy).losses
+            policy = to_loss_inputs(again, batch)
+            expected = scorer.loss.compute(policy, policy).losses
             off = max(
                 collectives.all_gather_object(
                     float((scored.output.losses.detach() - expected).abs().max())
@@ -123,7 +140,7 @@ class FirstStep:
         kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}
         parameters = [
             sharding.region(p.detach())[1]
-            for p in self.trainer.policy.parameters()
+            for p in self.scorer.policy.parameters()
             if p.requires_grad
         ]
         return torch.stack(
@@ -132,32 +149,32 @@ class FirstStep:
 
     def check(self, grad_norm: float) -> None:
         """After the first update; `grad_norm` was the gradient's."""
-        t = self.trainer
+        policy = self.scorer.policy
+        lr = self.computation.lr
         if grad_norm == 0:
             raise NonFinite(
                 "step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and"
                 " rejected the same?"
             )
-        sharding.reshard(t.policy)
-        if bad := sharding.not_finite(t.policy.named_parameters()):
+        sharding.reshard(policy)
+        if bad := sharding.not_finite(policy.named_parameters()):
             raise NonFinite(
                 f"step 1: the update leaves NaN or infinity in {bad} (gradient norm"
-                f" {grad_norm:.2g}): lower lr={t.config.lr:g}, or set model.policy_dtype=float32 or"
+                f" {grad_norm:.2g}): lower lr={lr:g}, or set model.policy_dtype=float32 or"
                 " another optimizer"
             )
         if not any(collectives.all_gather_object(bool((self._bits() != self.before).any()))):
-            said = (
-                f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={t.config.lr:g}"
+            message = (
+                f"step 1: no weight has changed (gradient norm {grad_norm:.2g}): lr={lr:g}"
                 " is rounded away"
             )
-            dtype = next(t.policy.parameters()).dtype
+            dtype = next(policy.parameters()).dtype
             if dtype.itemsize >= 4:
-                raise NonFinite(f"{said}; raise lr")
+                raise NonFinite(f"{message}; raise lr")
             rank0_print(
-                f"{said} in {str(dtype)[6:]}; model.policy_dtype=float32 with"
+                f"{message} in {str(dtype)[6:]}; model.policy_dtype=float32 with"
                 " model.fsdp_policy_mp=bfloat16 keeps it"
             )
-        t.rehearse_save()
 
 
 def rounding(logps: Logps, dtype: torch.dtype) -> Tensor:
@@ -192,10 +209,14 @@ def _shares_of_rounding(scored: Scored, dtype: torch.dtype) -> list[tuple[float,
     return list(zip(shares.tolist(), apart.tolist(), policy.tokens.tolist(), strict=True))
 
 
-def not_finite(trainer: Trainer, step: Step, grad_norm: float) -> NonFinite:
-    """The error for a step that is not applied; its batch is dumped into the run directory."""
-    t, path = trainer, trainer.run_dir / "non_finite.json"
-    examples = [t.train_feed.examples[i] for i in step.indices.tolist()]
+def not_finite(
+    examples: Sequence[Example], step: Step, n: int, grad_norm: float, lr: float, run_dir: Path
+) -> NonFinite:
+    """Return the error for the run's `n`-th step, which is not applied; its batch of the training
+    `examples` is dumped into the run directory.
+    """
+    path = run_dir / "non_finite.json"
+    batch = [examples[i] for i in step.indices.tolist()]
     rows = [
         {
             "source": e.source,
@@ -203,16 +224,15 @@ def not_finite(trainer: Trainer, step: Step, grad_norm: float) -> NonFinite:
             "prompt": e.prompt.tolist(),
             "responses": [r.tolist() for r in e.responses],
         }
-        for e, i in zip(examples, step.indices, strict=True)
+        for e, i in zip(batch, step.indices, strict=True)
     ]
     if rank() == 0:
         path.write_text(
-            json.dumps({"step": t.n_updates + 1, "grad_norm": str(grad_norm), "examples": rows})
-            + "\n"
+            json.dumps({"step": n, "grad_norm": str(grad_norm), "examples": rows}) + "\n"
         )
-    ids = ", ".join(e.source for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
+    ids = ", ".join(e.source for e in batch[:8]) + (", ..." if len(batch) > 8 else "")
     return NonFinite(
-        f"step {t.n_updates + 1}: the gradient norm is {grad_norm}; stopped before the update;"
-        f" batch: {ids} (token ids: {path}); lower lr={t.config.lr:g}, or compute in float32;"
+        f"step {n}: the gradient norm is {grad_norm}; stopped before the update;"
+        f" batch: {ids} (token ids: {path}); lower lr={lr:g}, or compute in float32;"
         " checkpoints are valid"
     )
