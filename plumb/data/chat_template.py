@@ -1,7 +1,7 @@
-"""Conversations as a chat template renders them, and what it leaves out of them.
+"""Render conversations with a chat template, and find out what the template leaves out.
 
-A message is handed to the template whole, with its tool calls, reasoning and whatever else its row
-gives it, and so are the row's tools, documents and other variables that the template reads. What it
+A message is passed to the template complete, with its tool calls, reasoning and all its other
+fields, and so are the row's tools, documents and other variables that the template reads. What it
 does not render is found by trying.
 """
 
@@ -35,7 +35,7 @@ SHORTENED_ANSWER = "answers shortened by the chat template"
 
 
 def variables_of(template: str) -> frozenset[str]:
-    """The variables that a template reads, but does not set itself; none where it is no valid
+    """Return the variables that a template reads but does not set itself; none if it is not a valid
     template.
 
     >>> sorted(variables_of("{% for m in messages %}{{ m.role }}{% endfor %}{{ tools }}"))
@@ -50,10 +50,10 @@ def variables_of(template: str) -> frozenset[str]:
 
 
 class ChatTemplate:
-    """A chat template, and what it left out of the conversations that it rendered.
+    """Render conversations with a chat template, and record what it leaves out.
 
-    `unused`: fields that it renders nothing of -> rows that have them. `altered`: turns of which
-    text is missing.
+    `unused`: fields that it does not render -> rows that have them. `altered`: turns whose text is
+    incomplete.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
@@ -86,12 +86,12 @@ class ChatTemplate:
         source: str,
         more: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[str]]:
-        """The prompt with the opening of an answer, and each response: what the template appends to
-        that for it.
+        """Return the prompt with the opening of an answer, and for each response what the template
+        appends to that.
 
         A response ends before the EOS that ends its turn, which is added later. `more`: the row's
-        other fields. Raises UserError for what the template refuses, renders nothing of, or renders
-        otherwise once the answer is there.
+        other fields. Raises UserError if the template refuses the conversation, does not render
+        part of it, or renders it differently once the answer is there.
         """
         given = self._given(more or {}, place_of(prompt[0], source, 0)[0] if prompt else source)
         head, wholes = self._rendered(prompt, responses, given, source)
@@ -146,7 +146,7 @@ class ChatTemplate:
     # ---- variables ----
 
     def _given(self, more: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Of a row's fields, the variables that the template reads; the others are counted."""
+        """Return those of a row's fields that the template reads as variables; count the others."""
         named = more.get("chat_template_kwargs")
         named = _json("chat_template_kwargs", named, dict, where) if named else {}
         given = {}
@@ -169,8 +169,8 @@ class ChatTemplate:
     # ---- what is left out ----
 
     def _unread_of(self, turns: Messages, whole: str, given: Mapping[str, Any]) -> set[str]:
-        """Fields of these messages that are not known to be rendered, once these messages have been
-        tried.
+        """Return the fields of these messages that are not known to be rendered, after
+        trying them.
         """
         names = {name for turn in turns for name in _extras(turn)} - self._read
         for name in sorted(names):
@@ -192,8 +192,8 @@ class ChatTemplate:
     def _check_contents(
         self, turns: Messages, whole: str, given: Mapping[str, Any], source: str
     ) -> None:
-        """Raise UserError for a message that is not rendered at all; count those of which text is
-        missing.
+        """Raise UserError for a message that is not rendered at all; count those whose text is
+        incomplete.
         """
         squeezed = ""
         for i, turn in enumerate(turns):
@@ -214,7 +214,7 @@ class ChatTemplate:
                 raise self._vanished(turns, i, given, source)
 
     def _renders(self, turns: Messages, i: int, given: Mapping[str, Any]) -> bool:
-        """Does it matter what the content of this message is?"""
+        """Return whether the content of this message changes the rendering."""
         marked = [*turns[:i], {**turns[i], "content": MARK}, *turns[i + 1 :]]
         try:
             return MARK in self._text(marked, given)
@@ -235,8 +235,8 @@ class ChatTemplate:
         )
 
     def _check_answer(self, turns: Messages, source: str) -> None:
-        """Raise UserError for an answer without content, of whose other fields the template reads
-        none.
+        """Raise UserError for an answer without content whose other fields the template does not
+        read.
         """
         answer = turns[-1]
         extras = _extras(answer)
@@ -272,8 +272,8 @@ class ChatTemplate:
         )
 
     def _role_map(self, turns: Messages, n_prompt: int, given: Mapping[str, Any]) -> dict[str, str]:
-        """Other names of the roles with which the template takes this conversation; {} where there
-        are none to be found.
+        """Return other names for the roles with which the template accepts this conversation; {} if
+        there are none.
         """
         roles = {turn["role"] for turn in turns} - BASIC
         for rename in (_usual, _plain, _plainest):
@@ -310,7 +310,7 @@ class ChatTemplate:
 
 
 def _extras(turn: Mapping[str, Any]) -> list[str]:
-    """Fields of a message beside role and content that say anything."""
+    """Return the fields of a message other than role and content that are not empty."""
     return [
         name
         for name, value in turn.items()
@@ -323,7 +323,7 @@ def _squeeze(text: str) -> str:
 
 
 def _usual(role: str) -> str:
-    """What most templates call this role."""
+    """Return what most templates call this role."""
     low = role.lower()
     if low in BASIC | {"tool"}:
         return low
@@ -331,7 +331,7 @@ def _usual(role: str) -> str:
 
 
 def _plain(role: str) -> str:
-    """Which of system, user and assistant it is nearest to."""
+    """Return which of system, user and assistant a role is closest to."""
     low = role.lower()
     return "system" if low in ("system", "developer") else _plainest(role)
 
@@ -344,7 +344,9 @@ KINDS: dict[type, str] = {list: "a list", dict: "an object"}
 
 
 def _json(field: str, value: Any, kind: type, where: str) -> Any:
-    """A list or object that may be written as a text. Raises UserError for anything else."""
+    """Return a list or object that may be given as JSON in a string. Raise UserError for anything
+    else.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -27,8 +27,8 @@ PLACE = re.compile(r"\{([\w.]+)\}")
 
 
 class Entry(NamedTuple):
-    """A set whose texts are templates: {field}, {field.key} or {field.0} stands for what the row
-    has there.
+    """Describe a set whose texts are templates: {field}, {field.key} or {field.0} stands for the
+    row's value there.
     """
 
     hub: Hub
@@ -41,8 +41,8 @@ class Entry(NamedTuple):
 
 
 def fill(template: str, row: RawRow) -> str | None:
-    """The template with the row's texts in its places; None where one of them is null, or missing
-    from the end of a list.
+    """Return the template filled with the row's texts; None if one of them is null, or missing from
+    the end of a list.
 
     >>> row = RawRow({"a": {"b": ["x", "{c}"]}, "c": None}, "f", 1, "row")
     >>> fill("<{a.b.1}>", row), fill("{a.b.0}{c}", row), fill("{a.b.2}", row)
@@ -73,8 +73,8 @@ def _text_at(row: RawRow, place: str) -> str | None:
 def entry_rows(
     entry: Entry, split: str, silent=False, cache_dir=None, path=None
 ) -> Iterator[dict[str, Any]]:
-    """What the loader of a set with these templates yields. A row without a prompt or a response is
-    skipped and counted; one without a rejected response gives its SFT target only.
+    """Yield the rows of a set with these templates. A row without a prompt or a response is skipped
+    and counted; one without a rejected response has only its SFT target.
     """
     for row in load_rows(
         entry.hub, split, entry.prompt_of, path=path, cache_dir=cache_dir, silent=silent
@@ -204,10 +204,10 @@ SHAREGPT = Hub("pvduy/sharegpt_alpaca_oa_vicuna_format")
 def get_rlhf_reward_datasets(
     split, silent=False, cache_dir=None, path=None
 ) -> Iterator[dict[str, Any]]:
-    """The responses begin with turns of their own: the prompt goes on to the last "Assistant:" of
-    them.
+    """Load a set whose responses begin with turns of their own: the prompt extends to the last
+    "Assistant:" in them.
 
-    A pair whose responses differ before that is skipped: it has no prompt in common.
+    A pair whose responses differ before that is skipped, since it has no common prompt.
     """
     for row in load_rows(REWARD, split, _prompt, path=path, cache_dir=cache_dir, silent=silent):
         (turns, marker, chosen), (others, other_marker, rejected) = (
@@ -227,11 +227,11 @@ def _prompt(row: RawRow) -> str:
 
 @dataset("keep_end", hub=WEBGPT)
 def get_webgpt(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Of two answers, the one with the higher score is preferred; (parentheses) and [brackets],
-    meant for citations, are removed.
+    """Load pairs of answers, preferring the one with the higher score; (parentheses) and
+    [brackets], meant for citations, are removed.
 
-    Equal scores form no pair; the pipeline took the first answer for the better one. SFT imitates
-    the better, or the first.
+    Equal scores form no pair; the pipeline took the first answer as the better one. SFT imitates
+    the better one, or the first.
     """
     for row in load_rows(WEBGPT, split, _full_text, path=path, cache_dir=cache_dir, silent=silent):
         answers = [" " + without_parentheses(row.text(f"answer_{i}")) for i in (0, 1)]
@@ -254,8 +254,8 @@ def _full_text(row: RawRow) -> str:
 
 
 def without_parentheses(text: str) -> str:
-    """Less each (...) and [...], the shortest first: those behind a space go with it, and before
-    the others.
+    """Return the text without each (...) and [...], the shortest first; those after a space are
+    removed with the space, before the others.
 
     >>> without_parentheses("Rain [1] falls(2 (or 3) hours) down.")
     'Rain falls down.'
@@ -267,8 +267,8 @@ def without_parentheses(text: str) -> str:
 
 @dataset("keep_end", hub=SHP)
 def get_shp_all(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Stanford Human Preferences, all pairs, by `labels`; `shp` keeps those whose scores differ by
-    a factor of 2.
+    """Load Stanford Human Preferences, all pairs, by `labels`; `shp` keeps those whose scores
+    differ by a factor of 2.
     """
     for row in load_rows(SHP, split, _history, path=path, cache_dir=cache_dir, silent=silent):
         responses, scores, (better, worse) = shp_pair(row)
@@ -286,8 +286,8 @@ def _history(row: RawRow) -> str:
 
 @dataset("keep_end", hub=SHAREGPT, pairs=False)
 def get_sharegpt_vicuna(split, silent=False, cache_dir=None, path=None) -> Iterator[dict[str, Any]]:
-    """Dialogues for SFT, of which USER and ASSISTANT are renamed Human and Assistant, wherever they
-    stand.
+    """Load dialogues for SFT, with USER and ASSISTANT renamed Human and Assistant wherever they
+    occur.
     """
     for row in load_rows(SHAREGPT, split, _dialogue, path=path, cache_dir=cache_dir, silent=silent):
         prompt, label = _dialogue(row), fill(" {label}", row)

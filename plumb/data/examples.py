@@ -1,5 +1,5 @@
-"""Examples as a view of token stores: which pairs or targets, cut to which lengths. One is made
-only when it is asked for.
+"""View token stores as examples: which pairs or targets, truncated to which lengths. An example is
+created only when asked for.
 
 n examples, k responses each (1 for SFT, 2 for pairs). An example costs 8 + 4 * (1 + k) bytes beside
 the mapped files.
@@ -23,7 +23,7 @@ CHUNK = 1 << 16  # examples that are looked at together: what is computed of the
 
 
 class Table(NamedTuple):
-    """A store, and what is taken from it."""
+    """Hold a store, and what is taken from it."""
 
     store: TokenStore
     items: np.ndarray  # [N, 1 + k] (row, text of each response)
@@ -31,10 +31,10 @@ class Table(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """Examples of one or several stores. `examples[i]` is an Example; slices and `select` give
+    """Hold examples of one or more stores. `examples[i]` is an Example; slices and `select` give
     views.
 
-    `lengths` [n, 1 + k] int32: tokens of the prompt, BOS included, and of each response, after
+    `lengths` [n, 1 + k] int32: tokens of the prompt, including BOS, and of each response, after
     truncation.
     """
 
@@ -83,14 +83,14 @@ class Examples(Sequence[Example]):
         return Example(prompt, tuple(responses), f"{store.files[file]}:{number}", margin)
 
     def select(self, indices: np.ndarray | slice) -> Examples:
-        """The examples at these indices, or where this mask is true, in that order."""
+        """Return the examples at these indices, or where this mask is true, in that order."""
         return Examples(self.tables, self.bos, self.items[indices], self.lengths[indices])
 
     def ids(self) -> np.ndarray:
-        """The tokens of all of them, one example after another, its prompt and then its responses.
-        [tokens] int32
+        """Return the tokens of all examples, one after another, each prompt followed by its
+        responses. [tokens] int32
 
-        Takes some 30 bytes of memory per token: of many examples, ask slice by slice.
+        Takes about 30 bytes of memory per token: for many examples, call it slice by slice.
         """
         n = self.lengths.astype(np.int64)
         each = n.sum(1)
@@ -116,8 +116,8 @@ class Examples(Sequence[Example]):
         return ids
 
     def margins(self) -> np.ndarray:
-        """The score of chosen less that of rejected, of each pair; NaN where unknown, or without
-        pairs.  [n] float32
+        """Return the score of chosen minus that of rejected for each pair; NaN if unknown, or
+        without pairs.  [n] float32
         """
         if self.k != 2:
             return np.full(len(self), nan, np.float32)
@@ -129,13 +129,15 @@ class Examples(Sequence[Example]):
         return names[np.searchsorted(self.offsets, self.items, side="right") - 1]
 
     def highest_id(self) -> int:
-        """The highest token id in the stores, which a model must have an embedding for."""
+        """Return the highest token id in the stores, for which a model must have an embedding."""
         return max([self.bos or 0, *(int(table.store.ids.max(initial=0)) for table in self.tables)])
 
     # What the data rules look at, of examples from one store: slices of it, where there are many.
 
     def text(self, i: int) -> np.ndarray:
-        """Numbers of the prompts' texts (i = 0), or of the i-th responses', in the store.  [n]"""
+        """Return the numbers of the prompts' texts (i = 0), or of the i-th responses', in the
+        store.  [n]
+        """
         (table,) = self.tables
         numbers = table.items[self.items, i]
         return numbers if i else table.store.rows[numbers, 0]
@@ -145,7 +147,7 @@ class Examples(Sequence[Example]):
 
 
 def view(store: TokenStore, pairs: bool, rules: TextRules, keep: str, bos: int | None) -> Examples:
-    """All pairs, or all SFT targets, of a store, in its order; `keep` is "keep_end" or
+    """Return all pairs, or all SFT targets, of a store in its order; `keep` is "keep_end" or
     "keep_start".
     """
     table = Table(store, store.pairs if pairs else store.targets, keep == "keep_end")
@@ -158,7 +160,7 @@ def view(store: TokenStore, pairs: bool, rules: TextRules, keep: str, bos: int |
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
-    """The examples of all parts, one part after another."""
+    """Return the examples of all parts, one part after another."""
     if len(parts) == 1:
         return parts[0]
     tables = [table for part in parts for table in part.tables]
@@ -172,7 +174,9 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
 
 
 def select(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
-    """The examples at these indices, in that order; of a token store, none is made."""
+    """Return the examples at these indices, in that order; for a token store, without creating
+    them.
+    """
     return (
         examples.select(indices)
         if isinstance(examples, Examples)
@@ -181,7 +185,7 @@ def select(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example
 
 
 def ids_of(examples: Sequence[Example]) -> np.ndarray:
-    """The tokens of all examples, each prompt followed by its responses.  [tokens] int32"""
+    """Return the tokens of all examples, each prompt followed by its responses.  [tokens] int32"""
     if isinstance(examples, Examples):
         return examples.ids()
     texts = [x for e in examples for prompt, responses in trees_of(e) for x in (prompt, *responses)]
@@ -212,22 +216,22 @@ class Lengths:
         return self.prompts.shape[1]
 
     def tokens(self) -> np.ndarray:
-        """Of each example, a shared prompt counted once.  [n]"""
+        """Return each example's number of tokens, counting a shared prompt once.  [n]"""
         return (self.prompts * self.roots + self.responses).sum(1)
 
     def longest(self) -> np.ndarray:
-        """Of each example, the tokens of the longest prompt with its response.  [n]"""
+        """Return, for each example, the tokens of the longest prompt with its response.  [n]"""
         return (self.prompts + self.responses).max(1, initial=0)
 
     def n_scored(self) -> int:
-        """Response tokens that have a prediction: all of them, less the first where no prompt token
-        predicts it.
+        """Return the number of response tokens that are predicted: all of them, without the first
+        if no prompt token predicts it.
         """
         return int(np.maximum(self.responses - (self.prompts == 0), 0).sum())
 
 
 def lengths_of(examples: Sequence[Example]) -> Lengths:
-    """The columns of lengths: those of a token store are not copied."""
+    """Return the lengths as columns; those of a token store are not copied."""
     if isinstance(examples, Examples):
         prompts, responses = examples.lengths[:, :1], examples.lengths[:, 1:]
         first = np.arange(examples.k) == 0
@@ -252,7 +256,7 @@ def lengths_of(examples: Sequence[Example]) -> Lengths:
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers of all ranges one after the other.
+    """Return the numbers of all ranges, one after another.
 
     >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
@@ -262,12 +266,14 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def slices(n: int) -> Iterator[slice]:
-    """Parts of n examples, one after another, such that what is computed of each stays small."""
+    """Yield parts of n examples, one after another, so small that intermediate results stay
+    small.
+    """
     return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
 
 
 def _lengths(examples: Examples) -> np.ndarray:
-    """`examples.lengths` as they were before truncation."""
+    """Return `examples.lengths` before truncation."""
     starts = examples.tables[0].store.starts
     texts = np.column_stack([examples.text(i) for i in range(1 + examples.k)])
     lengths = starts[texts + 1] - starts[texts]
@@ -279,8 +285,8 @@ def _lengths(examples: Examples) -> np.ndarray:
 
 
 def cases(examples: Examples) -> dict[str, np.ndarray]:
-    """Which examples are of which case of `data_rules`, by their own texts and tokens.  [n] bool
-    each
+    """Return which examples belong to which case of `data_rules`, judged by their own texts and
+    tokens.  [n] bool each
     """
     marks = np.column_stack(
         [examples.tables[0].store.marks[examples.text(i)] for i in range(1 + examples.k)]
@@ -304,7 +310,7 @@ def cases(examples: Examples) -> dict[str, np.ndarray]:
 
 
 def _same_ids(examples: Examples) -> np.ndarray:
-    """Where chosen and rejected are the same tokens.  [n] bool"""
+    """Return where chosen and rejected are the same tokens.  [n] bool"""
     ids, starts = examples.tables[0].store.ids, examples.tables[0].store.starts
     same = examples.lengths[:, 1] == examples.lengths[:, 2]
     some = examples.select(same)
@@ -316,7 +322,7 @@ def _same_ids(examples: Examples) -> np.ndarray:
 
 
 def _keys(examples: Examples, columns: Sequence[int]) -> np.ndarray:
-    """64 bits that stand for these texts in this order.  [n]"""
+    """Return a 64-bit key of these texts in this order.  [n]"""
     keys = np.zeros(len(examples), np.uint64)
     for i in columns:
         keys = keys * np.uint64(0x9E3779B97F4A7C15) + examples.digest(i)
@@ -324,7 +330,7 @@ def _keys(examples: Examples, columns: Sequence[int]) -> np.ndarray:
 
 
 def contradicted(examples: Examples) -> np.ndarray:
-    """Pairs of two different responses that also stand there the other way round.  [n] bool"""
+    """Return which pairs of two different responses also occur in reverse.  [n] bool"""
     if examples.k != 2:
         return np.zeros(len(examples), bool)
     return np.isin(_keys(examples, (0, 2, 1)), _keys(examples, (0, 1, 2))) & (
@@ -333,7 +339,7 @@ def contradicted(examples: Examples) -> np.ndarray:
 
 
 def seen_before(examples: Examples) -> np.ndarray:
-    """Examples of which an earlier one has the same prompt and responses.  [n] bool"""
+    """Return which examples have the same prompt and responses as an earlier one.  [n] bool"""
     keys = _keys(examples, range(1 + examples.k))
     order = np.argsort(keys, kind="stable")  # equal ones side by side, the first of them first
     keys = keys[order]

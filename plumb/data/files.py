@@ -1,9 +1,9 @@
-"""Local files, row by row: .jsonl, .json, .csv and .parquet, and folders of them.
+"""Read local files row by row: .jsonl, .json, .csv and .parquet, and folders of them.
 
-Our own readers, because every mistake is to name the file, the line or row, and the field.
+These are our own readers, so that every error names the file, the line or row, and the field.
 `open_source` finds the files of a split; `Source.rows()` yields a `RawRow` each, whose methods
-check its fields. A message keeps every field that its row gives it: what a chat template renders of
-them is not known here.
+check its fields. A message keeps every field of its row, since what a chat template renders is not
+known here.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ OnBad = Callable[[UserError], None]  # what to do with a row that cannot be read
 
 
 class Message(dict[str, Any]):
-    """A turn: role, content (a string), and whatever else its row says of it; it knows where it
-    stands.
-    """
+    """Hold a turn: role, content (a string), other fields, and where it is in the file."""
 
     def __init__(self, fields: Mapping[str, Any], where: str, field: str):
         super().__init__(fields)
@@ -70,14 +68,16 @@ class Message(dict[str, Any]):
 
 
 def place_of(message: Mapping[str, Any], source: str, i: int) -> tuple[str, str]:
-    """(file and line, field) of the i-th message of a conversation from `source`, for an error."""
+    """Return (file and line, field) of the i-th message of a conversation from `source`, for an
+    error.
+    """
     if isinstance(message, Message):
         return message._where, message._field
     return source, f"messages[{i}]"
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in its file, and where that is."""
+    """Hold a row as it is in its file, and where that is."""
 
     fields: Mapping[str, Any]
     file: str
@@ -156,7 +156,7 @@ class RawRow(NamedTuple):
         return [self._message(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
 
     def turn(self, role: str, text: str, field: str) -> Message:
-        """The text of a field as a turn."""
+        """Return the text of a field as a turn."""
         return Message({"role": role, "content": text}, self.where, field)
 
     def _message(self, turn: Any, field: str) -> Message:
@@ -195,7 +195,7 @@ class RawRow(NamedTuple):
         )
 
     def _part(self, part: Any, field: str) -> str:
-        """The text of a content part."""
+        """Return the text of a content part."""
         if isinstance(part, str):
             return self.check_text(part, field)
         kind = part.get("type") or "text" if isinstance(part, dict) else None
@@ -209,8 +209,8 @@ class RawRow(NamedTuple):
 
 
 def _transposed(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """One message as a list of it; {role: [...], content: [...]}, as some files hold a dialogue, as
-    its messages.
+    """Return one message as a list of it; {role: [...], content: [...]}, as some files hold a
+    dialogue, as its messages.
     """
     columns = list(value.values())
     if (
@@ -223,7 +223,7 @@ def _transposed(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe(value: Any) -> str:
-    """The value's kind in JSON's words, and its beginning."""
+    """Return the value's type in JSON's terms, and its beginning."""
     if value is None:
         return "null"
     kinds = {
@@ -246,8 +246,8 @@ def shorten(value: Any) -> str:
 
 
 class Source(NamedTuple):
-    """The rows of a split. `rows()` reads them from the start each time, so that no file need be
-    held in memory.
+    """Hold the rows of a split. `rows()` reads them from the start each time, so that no file need
+    be kept in memory.
     """
 
     rows: Callable[[], Iterator[RawRow]]
@@ -298,12 +298,12 @@ def held_out(prompts: Iterable[str], share: float) -> np.ndarray:
 
 
 def digest(text: str) -> int:
-    """64 bits that stand for the text: in the split, and to find duplicates and leaks."""
+    """Return a 64-bit digest of the text, used for the split, and to find duplicates and leaks."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def files_version(files: Iterable[Path]) -> tuple:
-    """Path, size and time of each file: what changes when a file does."""
+    """Return path, size and time of each file, which change when a file does."""
     return tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 
@@ -311,7 +311,7 @@ Fits = Callable[[Mapping[str, Callable[[], RawRow | None]]], list[str]]
 
 
 class Choice(NamedTuple):
-    """How to choose where a folder has several splits of a kind, such as train_prefs and
+    """Say how to choose if a folder has several splits of a kind, such as train_prefs and
     train_sft.
     """
 
@@ -389,7 +389,7 @@ SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+([-_][0-9a-f]{16})?)?$")
 
 
 def split_name(file: str) -> str:
-    """The split of which a file holds all rows or some.
+    """Return the split that a file holds, or part of it.
 
     >>> [split_name(f"train{end}") for end in ("-00000-of-00002.parquet", "_1.jsonl.gz")]
     ['train', 'train']
@@ -408,8 +408,8 @@ def _one_split(
     first: Callable[[list[str]], RawRow | None],
     path: str,
 ) -> tuple[list[str], str]:
-    """Of these names of files or splits, those of the one split that is read. -> (names, what to
-    say of the choice)
+    """Return the names of files or splits that belong to the one split that is read, and a note on
+    the choice.
     """
     splits: dict[str, list[str]] = {}
     for name in names:
@@ -437,7 +437,7 @@ def _one_split(
 
 
 def _beside(names: Mapping[str, str], split: str, splits: Iterable[str]) -> str:
-    """The split that is called as the one chosen for the other kind is: test_prefs beside
+    """Return the split whose name matches the one chosen for the other kind: test_prefs for
     train_prefs. "": none.
     """
     other = "train" if split == "test" else "test"
@@ -470,7 +470,7 @@ def _saved_to_disk(folder: Path, split: str, choice: Choice | None) -> Source:
 
 
 def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of an Arrow table, less what is null below its columns.
+    """Return a row of an Arrow table without nulls below its columns.
 
     >>> without_nulls({"a": None, "b": [{"c": None, "d": 1}]})
     {'a': None, 'b': [{'d': 1}]}
@@ -485,8 +485,8 @@ def _present(value: Any) -> Any:
 
 
 def number(rows: Iterable[Any], file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """Rows in memory or in Arrow as RawRows, numbered from 1. Raises UserError for a row that isn't
-    an object.
+    """Yield rows in memory or in Arrow as RawRows, numbered from 1. Raise UserError for a row that
+    isn't an object.
     """
     for n, fields in enumerate(rows, 1):
         yield from _object(fields, file, n, "row", on_bad)
@@ -510,10 +510,10 @@ def _object(fields: Any, file: str, n: int, unit: str, on_bad: OnBad | None) -> 
 
 
 def read_file(path: Path, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """The file's rows, in order. Raises UserError at the first that can't be read, and for a file
-    without rows.
+    """Yield the file's rows in order. Raise UserError at the first that can't be read, and for a
+    file without rows.
 
-    With `on_bad`, a line that is no row goes there, and the next one is read; what spoils the whole
+    With `on_bad`, a line that is not a row goes there, and reading continues; damage to the whole
     file still raises.
     """
     name = path.name.lower().removesuffix(".gz")
@@ -613,7 +613,7 @@ JSON = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
 def _parse(text: str) -> tuple[Any, str]:
-    """The JSON value, and what is wrong with the text ("" when nothing is)."""
+    """Return the JSON value, and what is wrong with the text ("" if nothing is)."""
     try:
         return JSON.decode(text), ""
     except json.JSONDecodeError as error:

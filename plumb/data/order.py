@@ -1,6 +1,4 @@
-"""The order in which a run sees its examples: a function of seed and epoch, with nothing to
-remember.
-"""
+"""Order the examples of a run: a function of seed and epoch, without any state."""
 
 from __future__ import annotations
 
@@ -10,11 +8,11 @@ import numpy as np
 
 
 class Schedule:
-    """Which examples each optimizer step sees: a pure function of (seed, epoch), so nothing has to
-    be remembered.
+    """Say which examples each optimizer step sees: a pure function of (seed, epoch), so there is no
+    state to save.
 
     Every epoch is a fresh permutation drawn from (seed, epoch), or the data's own order with
-    shuffle=False. Each epoch's last batch may be smaller (the 2023 code dropped it). Training ends
+    shuffle=False. Each epoch's last batch may be smaller (the original dropped it). Training ends
     after n_epochs or n_examples, whichever comes first.
 
     >>> once = dict(n_epochs=1, n_examples=None, shuffle=False, seed=0)
@@ -47,7 +45,7 @@ class Schedule:
         self.n_steps = self.n_steps_after(0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Indices of the epoch's examples, in the order in which they are seen.  [n]"""
+        """Return the indices of the epoch's examples in the order they are seen.  [n]"""
         return (
             np.random.default_rng((self.seed, epoch)).permutation(self.n)
             if self.shuffle
@@ -58,7 +56,7 @@ class Schedule:
         return self.after(0)
 
     def after(self, n_seen: int) -> Iterator[np.ndarray]:
-        """The batches that are left when the first `n_seen` examples have been."""
+        """Yield the batches that remain after the first `n_seen` examples."""
         first, offset = divmod(n_seen, self.n) if self.n else (0, 0)
         for epoch in range(first, self.n_epochs):
             order = self.order(epoch)[: self.n_examples - epoch * self.n]
@@ -67,7 +65,7 @@ class Schedule:
             offset = 0
 
     def n_steps_after(self, n_seen: int) -> int:
-        """How many batches `after` gives.
+        """Return the number of batches that `after` yields.
 
         >>> schedule = Schedule(5, batch_size=2, n_epochs=None, n_examples=13, shuffle=True, seed=0)
         >>> seen = 0, 2, 4, 5, 9, 10, 12, 13

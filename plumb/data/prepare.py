@@ -1,6 +1,6 @@
-"""Data sets become examples that are checked, counted and described before anything is trained.
+"""Turn data sets into examples that are checked, counted and described before training.
 
-Each case that may damage a run in silence (see CASES) is counted and has a rule in `data_rules`:
+Each case that may silently damage a run (see CASES) is counted and has a rule in `data_rules`:
 keep, drop, or stop.
 """
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """One split of one data set."""
+    """Hold one split of one data set."""
 
     examples: Examples
     skipped: Mapping[str, int]  # reason -> rows that the loader left out
@@ -57,13 +57,13 @@ class Part(NamedTuple):
 def load_examples(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool, keep: bool = True
 ) -> tuple[Examples, Examples]:
-    """The training and the evaluation examples of `config.datasets` (and `eval_datasets`), after
-    the data rules.
+    """Return the training and the evaluation examples of `config.datasets` (and `eval_datasets`),
+    after the data rules.
 
-    Training examples stand in the order of the data sets; evaluation is the first n_eval_examples
+    Training examples are in the order of the data sets; evaluation uses the first n_eval_examples
     of a seeded permutation (of the data's own order with shuffle=false), each once. Prints one
     table per data set and the first example. `keep` false: tokens that are not in the cache are
-    made for this process only.
+    created for this process only.
     """
     rules = TextRules(
         config.max_length,
@@ -136,8 +136,8 @@ def load_examples(
 def _of_stage(
     examples: Examples, name: str, split: str, config: DictConfig
 ) -> tuple[Examples, int | None]:
-    """The stage's share, and the prompts of all stages; all, and None, where data_split doesn't
-    speak of this set.
+    """Return the stage's share and the number of prompts of all stages; all examples and None if
+    data_split does not apply to this set.
     """
     shares = splits.weights_of(config.data_split, name)
     if shares is None:
@@ -160,8 +160,8 @@ def token_stores(
     pairs: bool,
     keep: bool,
 ) -> list[TokenStore]:
-    """The tokens of each (split, name) that is wanted: rank 0 finds or makes them, then every rank
-    maps the same files.
+    """Return the tokens of each (split, name): rank 0 finds or makes them, then every rank maps the
+    same files.
     """
     template = template_text(
         config.chat_template, f"chat_template={config.chat_template}", tokenizer
@@ -208,8 +208,8 @@ def token_stores(
 
 
 def _first(examples: Examples, config: DictConfig) -> Examples:
-    """The n_eval_examples of an evaluation, or all when fewer exist (2023 repeated rows, or never
-    returned).
+    """Return the n_eval_examples of an evaluation, or all if there are fewer (the original repeated
+    rows, or never returned).
     """
     n = config.n_eval_examples
     if n is not None and n > len(examples):
@@ -231,8 +231,8 @@ def _first(examples: Examples, config: DictConfig) -> Examples:
 
 
 def check_margins(*splits: Examples) -> None:
-    """Raise UserError when an example has no scores, for a loss that compares with the data's
-    own.
+    """Raise UserError if an example has no scores, for a loss that uses the data's own score
+    differences.
     """
     for examples in splits:
         unknown = np.flatnonzero(np.isnan(examples.margins()))
@@ -245,11 +245,11 @@ def check_margins(*splits: Examples) -> None:
 
 
 def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name: str) -> Part:
-    """Keep, drop, or stop on the examples of each case; the cases are counted before anything is
+    """Keep, drop, or stop at the examples of each case; the cases are counted before anything is
     dropped.
 
-    `held_out`: digests of the eval split's prompts, in order. Raises UserError with the first
-    example for which a rule says stop.
+    `held_out`: sorted digests of the eval split's prompts. Raises UserError with the first example
+    for which a rule says stop.
     """
     examples = part.examples
     whole = {"duplicate": seen_before(examples), "contradictory": contradicted(examples)}
@@ -284,7 +284,7 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
 
 
 def _is_in(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which of the digests are among the known ones, which are in order."""
+    """Return which of the digests are among the known ones, which are sorted."""
     if not len(known):
         return np.zeros(len(digests), bool)
     return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
@@ -298,8 +298,8 @@ def describe(
     eos: str,
     stage: str = "",
 ) -> str:
-    """The table that is printed once per data set before training: what is used, and how many are
-    of each case.
+    """Return the table printed once per data set before training: what is used, and how many
+    examples each case has.
     """
     columns = [(title, part) for title, part in (("train", train), ("eval", test)) if part]
     parts = [part for _, part in columns]
@@ -355,7 +355,7 @@ def describe(
 
 
 def unused_of(parts: Iterable[Part]) -> str:
-    """The fields of the rows, and of their messages, that are not part of any text; "" where there
+    """Return the fields of the rows and their messages that are not part of any text; "" if there
     are none.
     """
     names = sorted(
@@ -369,10 +369,10 @@ def unused_of(parts: Iterable[Part]) -> str:
 
 
 def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The example as the model sees it: what its ids decode to, in their place, special tokens
-    included.
+    """Return the example as the model sees it: the text its ids decode to, including special
+    tokens.
 
-    What is trained stands in green on a terminal, between [[ and ]] elsewhere.
+    The trained part is green on a terminal, and between [[ and ]] elsewhere.
     """
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     lines = [

@@ -1,5 +1,5 @@
-"""Prompts to sample from: a file, the split of a data set, or the built-in ones; and a prompt as
-the tokens that are read.
+"""Read prompts to sample from: from a file, a data set's split, or the built-in ones; turn a prompt
+into tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BUILT_IN = {
 
 
 class Prompt(NamedTuple):
-    """A string is read as it stands; messages go through the model's chat template."""
+    """Hold a prompt: a string is used verbatim, messages go through the model's chat template."""
 
     text: Text
     source: str  # "my.jsonl:17", "hh:123", "english:1"
@@ -69,9 +69,9 @@ def user_turn(text: str) -> list[dict[str, str]]:
 
 
 def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
-    """Of a .jsonl, .json, .csv or .parquet file. Messages must end with the user's. A string is a
-    user's turn, unless it is `raw` or ends with "Assistant:", as a prompt does that was rendered
-    before. Raises UserError that names file, line and field.
+    """Return the prompts of a .jsonl, .json, .csv or .parquet file. Messages must end with the
+    user's. A string is a user's turn, unless it is `raw` or ends with "Assistant:", as an already
+    rendered prompt does. Raises UserError that names file, line and field.
     """
     if not path.is_file():
         raise UserError(
@@ -99,14 +99,14 @@ def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
 def of_dataset(
     name: str, split: str, path: str | None, eval_share: float, cache_dir: str
 ) -> Iterator[Prompt]:
-    """As a run trains on them: strings as they stand, or messages."""
+    """Return a data set's prompts as in training: strings verbatim, or messages."""
     for row in get_dataset(name, split, path=path, eval_share=eval_share, cache_dir=cache_dir).rows:
         yield Prompt(row.prompt, row.source, row.more)
 
 
 def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]:
-    """Each text once; `n` of them, drawn with `seed`, in their own order. None: all. UserError
-    where there are none.
+    """Return each text once; `n` of them, drawn with `seed`, in their own order; None: all. Raise
+    UserError if there are none.
     """
     first: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -124,8 +124,8 @@ def some_of(prompts: Iterable[Prompt], n: int | None, seed: int) -> list[Prompt]
 def token_ids(
     text: str, tokenizer: PreTrainedTokenizerBase, add_bos: bool, longest: int
 ) -> tuple[np.ndarray, bool]:
-    """A rendered prompt as a run trains on it: `longest` tokens at most, of which the end is kept,
-    behind BOS where the tokenizer puts one. -> (ids [P], was it cut)
+    """Return a rendered prompt as in training, after BOS if the tokenizer adds one, keeping the end
+    if it has more than `longest` tokens. Return (ids [P], whether it was truncated).
     """
     bos = [b for b in [automatic_bos(tokenizer)] if b is not None and add_bos]
     ids = encode_prompt(text, tokenizer, bos[0] if bos else None)
@@ -134,5 +134,5 @@ def token_ids(
 
 
 def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    """What the model reads."""
+    """Return the text that the model reads."""
     return render(prompt.text, [], tokenizer, template, prompt.source, prompt.more)[0]

@@ -47,7 +47,7 @@ class Prompt(TypedDict):
 
 
 class Hub(NamedTuple):
-    """A set on the Hugging Face hub, or a local one."""
+    """Name a data set on the Hugging Face hub, or a local one."""
 
     name: str | None  # None: it isn't on the hub, and `dataset_paths` must say where it is
     data_dir: str | None = None  # the part of it that is read
@@ -59,8 +59,8 @@ class Hub(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How own files are read; each field is the knob of that name in config.yaml, or what the loss
-    needs.
+    """Say how own files are read; each field is the option of that name in config.yaml, or what the
+    loss needs.
     """
 
     role_map: Mapping[str, str] | None = None  # the file's name of a role -> the chat template's
@@ -81,7 +81,7 @@ BAD_ROWS = "bad rows"
 
 @dataclass
 class DataSet:
-    """A split of one data set, whose rows can be drawn once."""
+    """Hold a split of one data set, whose rows can be drawn once."""
 
     name: str
     eval_share: float
@@ -108,7 +108,7 @@ class DataSet:
 
 
 class Loader(NamedTuple):
-    """A registered `get_xyz`."""
+    """Hold a registered `get_xyz`."""
 
     name: str
     load: Callable[..., Any]
@@ -165,8 +165,8 @@ def dataset_names() -> list[str]:
 
 
 def resolve(name: str) -> str:
-    """The registered name of a set that is given by its name on the hub, unless there is such a
-    path; else `name` itself.
+    """Return the registered name of a set given by its name on the hub, unless a path of that name
+    exists; otherwise `name` itself.
     """
     if name in LOADERS or "/" not in name or Path(name).expanduser().exists():
         return name
@@ -193,10 +193,11 @@ def load_rows(
     cache_dir: str | None,
     silent: bool,
 ) -> Iterator[RawRow]:
-    """The raw rows of the split: of the local copy at `path`, or of the hub's set when it's None.
+    """Return the raw rows of the split, from the local copy at `path`, or from the hub if it is
+    None.
 
-    Where there are no files of both splits, `eval_share` of the unique prompts is the test split,
-    or `hub.test_share`. Raises UserError when the hub can't be reached or refuses.
+    If there are no files for both splits, `eval_share` of the unique prompts is the test split, or
+    `hub.test_share`. Raises UserError if the hub can't be reached or refuses.
     """
     source = _source(hub, split, path, cache_dir, silent)
     data = _drawn.get()
@@ -265,12 +266,12 @@ def get_dataset(
     reading: Reading = READING,
     eval_share: float,
 ) -> DataSet:
-    """The split of a registered data set (`path`: its local copy), or of the user's own file or
-    folder `name`.
+    """Return the split of a registered data set (`path`: its local copy), or of the user's own file
+    or folder `name`.
 
     `field_map` (our name of a field -> the file's) and `reading` are for own files. `eval_share` is
-    the test split's share of the prompts, where the files don't have one. Raises UserError for
-    unknown names and whatever the loaders and files get wrong.
+    the test split's share of the prompts if the files don't have one. Raises UserError for unknown
+    names and for anything wrong in loaders and files.
     """
     if not 0 <= eval_share <= 1:
         raise UserError(

@@ -1,9 +1,9 @@
-"""Each stage its own prompts: with `data_split=5,0,5`, `stage=sft` takes half of every data set,
-`stage=policy` the other half.
+"""Give each stage its own prompts: with `data_split=5,0,5`, `stage=sft` takes half of every data
+set and `stage=policy` the other half.
 
-A set's prompts stand in one order, drawn from split_seed, and the stages take consecutive parts of
-it. Prompts are shared out, not pairs, so that all pairs of a prompt go to one stage; train and eval
-are cut apart. What is cut is a view of one token store.
+A set's prompts are put into one order, drawn from split_seed, and the stages take consecutive parts
+of it. Prompts are divided, not pairs, so that all pairs of a prompt go to one stage; training and
+evaluation prompts are divided separately. The result is a view of one token store.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
 def weights(data_split: Any) -> tuple[Fraction, ...]:
-    """ "5,0,5", or a list of numbers -> the share of each of STAGES. Raises ValueError for anything
-    else.
+    """Return the share of each of STAGES, from "5,0,5" or a list of numbers. Raise ValueError for
+    anything else.
 
     >>> weights("5,0,5") == weights([1, 0, 1.0])
     True
@@ -45,7 +45,9 @@ def weights(data_split: Any) -> tuple[Fraction, ...]:
 
 
 def is_data_split(value: Any) -> bool:
-    """Is this a legal value of the knob: weights, or for each data set by its name?"""
+    """Return whether this is a legal value of the option: weights, or weights for each data set by
+    name.
+    """
     with suppress(ValueError, TypeError):
         value = value if isinstance(value, str) else to_dict(value)
         return bool(
@@ -55,8 +57,8 @@ def is_data_split(value: Any) -> bool:
 
 
 def weights_of(data_split: Any, name: str) -> tuple[Fraction, ...] | None:
-    """What data_split says of the data set of this name; None: nothing, so that every stage takes
-    all of it.
+    """Return what data_split says for the data set of this name; None if nothing, so that every
+    stage takes all of it.
     """
     if isinstance(data_split, Mapping):
         data_split = {resolve(str(key)): value for key, value in data_split.items()}.get(name)
@@ -86,12 +88,12 @@ def sizes(n: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def permuted(digests: np.ndarray, seed: int) -> np.ndarray:
-    """Other 64 bits for each prompt's digest: their order is the seed's permutation of the prompts.
-    [n] uint64
+    """Return a different 64-bit number for each prompt's digest; their order is the seed's
+    permutation of the prompts. [n] uint64
 
-    So it depends on nothing but the prompts: not on the order of the rows, nor on what else is in
-    the set (the finalizer of splitmix64, which gives different numbers for different digests;
-    Steele et al., OOPSLA 2014).
+    It thus depends only on the prompts: not on the order of the rows, nor on what else is in the
+    set (the finalizer of splitmix64, which gives different numbers for different digests; Steele et
+    al., OOPSLA 2014).
     """
     x = digests + np.full_like(digests, (seed + 1) % 2**64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -102,11 +104,11 @@ def permuted(digests: np.ndarray, seed: int) -> np.ndarray:
 def cut(
     examples: Examples, shares: Sequence[Fraction], stage: str, seed: int
 ) -> tuple[Examples, int]:
-    """The stage's examples, of all that are there of one split of one data set. -> (them, the
-    prompts of all stages)
+    """Return the stage's examples out of one split of one data set, and the number of prompts of
+    all stages.
 
-    The prompts are those of all rows of the store, so that pairs and SFT targets are cut alike.
-    Raises ValueError where they are fewer than the stages.
+    The prompts are those of all rows of the store, so that pairs and SFT targets are divided alike.
+    Raises ValueError if there are fewer prompts than stages.
     """
     store = examples.tables[0].store
     order = np.sort(permuted(np.unique(store.digests[store.rows[:, 0]]), seed))
@@ -119,8 +121,8 @@ def cut(
 
 
 def check(config: DictConfig) -> None:
-    """Raise UserError for a stage without a split, a split without a stage, and a stage to which it
-    gives nothing.
+    """Raise UserError for a stage without a split, a split without a stage, and a stage whose share
+    is 0.
     """
     split, stage = config.data_split, config.stage
     if (split is None) != (stage is None):

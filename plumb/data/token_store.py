@@ -1,8 +1,8 @@
-"""Token ids on disk: flat arrays, written once, which every process, epoch and later start maps
-into memory.
+"""Store token ids on disk: flat arrays, written once, which every process, epoch and later start
+maps into memory.
 
 A store is a folder with the columns of one split of one data set (see `COLUMNS`) and meta.json,
-which says how long they are and what they were made of. It holds each text once and untruncated, so
+which records their lengths and what they depend on. It holds each text once, without truncation, so
 that SFT and DPO, and all lengths, share it.
 """
 
@@ -60,11 +60,11 @@ DTYPES = {
 
 
 class TokenStore:
-    """One split of one data set, mapped into memory: its columns by name, and what was told about
-    it when it was made.
+    """Map one split of one data set into memory: its columns by name, and the details recorded when
+    it was made.
 
-    Raises ValueError, saying why, for a folder that isn't whole; and, where `recipe` is given, for
-    one that was made of something else or whose contents have changed (1 GB/s; rank 0 asks for it).
+    Raises ValueError, with the reason, for an incomplete folder; and, if `spec` is given, for one
+    that does not match it or whose contents have changed (1 GB/s; rank 0 asks for it).
     """
 
     ids: np.ndarray
@@ -116,7 +116,7 @@ def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class StoreSpec(NamedTuple):
-    """All that decides about the token ids of one split of one data set."""
+    """Hold everything that decides the token ids of one split of one data set."""
 
     data: DataSet  # not drawn yet
     split: str
@@ -129,12 +129,12 @@ class StoreSpec(NamedTuple):
 
 
 def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, bool]:
-    """The folder of the store: found under `root`, or made now. -> (folder, is it kept for later
-    starts)
+    """Return the folder of the store, found under `root` or made now, and whether it is kept for
+    later starts.
 
-    It is made beside its place and renamed when it is whole, so two runs may make the same one at
-    once. `keep` false: what is not found is made among the system's temporary files, for this run
-    only. Prints one line.
+    It is made under a temporary name and renamed when complete, so two runs may make the same one
+    at once. `keep` false: a store that is not found is made in the system's temporary directory,
+    for this run only. Prints one line.
     """
     made_of = ingredients(spec)
     what = f"tokens of {spec.data.name} ({spec.split})"
@@ -180,7 +180,9 @@ def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, 
 
 
 def ingredients(spec: StoreSpec) -> dict[str, Any] | None:
-    """What the token ids depend on, as JSON can hold it; None if that isn't known."""
+    """Return what the token ids depend on, in a form that JSON can hold; None if that isn't
+    known.
+    """
     if spec.inputs is None:
         return None
     read, code = spec.inputs
@@ -210,7 +212,7 @@ def key(made_of: dict[str, Any]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the whole tokenizer, not of its name."""
+    """Return a digest of the complete tokenizer, not of its name."""
     kind, splits = type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", False)
     special = json.dumps(
         [kind, splits, tokenizer.special_tokens_map], sort_keys=True, default=str
@@ -234,7 +236,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dict[str, Any]:
-    """Draw and tokenize the data set, a chunk at a time. -> meta.json"""
+    """Draw and tokenize the data set, a chunk at a time. Return the contents of meta.json."""
     data = spec.data
     small = max(spec.tokenizer.get_vocab().values(), default=0) < 2**16
     dtypes = DTYPES | {"ids": "<u2" if small else "<i4"}
@@ -283,8 +285,8 @@ def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dic
 def _numbered(
     chunks: Iterable[Chunk], files: dict[str, int]
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each chunk's columns, with texts and rows numbered from the store's beginning; `files` are
-    numbered as they come.
+    """Yield each chunk's columns, with texts and rows numbered from the store's beginning; `files`
+    are numbered in order of appearance.
     """
     n_tokens = n_texts = n_rows = 0
     yield {"starts": [0]}, 0
@@ -314,8 +316,8 @@ def _numbered(
 
 
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
-    """Rename the whole store into its place, unless another run was first; a damaged one makes
-    way.
+    """Rename the complete store into its place, unless another run was first; a damaged store is
+    replaced.
     """
     for file in (folder, folder.parent):
         sync_directory(file)
@@ -337,7 +339,7 @@ def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
 
 
 def _remove_what_was_left(root: Path) -> None:
-    """By runs that were killed, more than a day ago."""
+    """Remove what runs left that were killed more than a day ago."""
     for folder in root.glob("tmp-*"):
         with suppress(OSError):
             if time.time() - max(f.stat().st_mtime for f in (folder, *folder.iterdir())) > 86_400:

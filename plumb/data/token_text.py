@@ -1,9 +1,9 @@
 """Encode text as token ids that decode to exactly that text, and decode ids to what they add to the
 text before them.
 
-Tokenizers in SentencePiece's manner mark the start of a text with a space, which their decoder
-drops there and nowhere else: a response that is encoded by itself and put behind a prompt would
-begin with a space that nobody wrote.
+SentencePiece-style tokenizers mark the start of a text with a space, which their decoder drops
+there and nowhere else: a response that is encoded by itself and put after a prompt would begin with
+a spurious space.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def ids_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids
 def decode(
     rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, skip_special: bool = False
 ) -> list[str]:
-    """Decode each row as a text of its own, to the letter: no spaces are tidied up."""
+    """Decode each row as a text of its own, exactly: no spaces are tidied up."""
     if not rows:
         return []
     if tokenizer.is_fast:
@@ -96,14 +96,13 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, bos: int | None
 def encode_rows(
     rows: Sequence[tuple[str, Sequence[str]]], tokenizer: PreTrainedTokenizerBase, bos: int | None
 ) -> list[Row]:
-    """Encode prompts and their responses such that prompt + response decodes to exactly their
-    texts.
+    """Encode prompts and their responses so that prompt + response decodes to exactly their texts.
 
     A prompt's ids are the tokenizer's own, the same for all of its responses. So are a response's,
-    encoded apart as in 2023, wherever they continue the prompt exactly; elsewhere it is encoded
-    behind an anchor (see ANCHORS). Where that isn't exact either, as with a tokenizer that
-    lowercases, it is encoded behind its prompt, and not `exact`. `bos`: the id that is put in front
-    of every prompt later; one that a chat template wrote is dropped.
+    encoded separately as in the original, wherever they continue the prompt exactly; elsewhere it
+    is encoded after an anchor (see ANCHORS). If that isn't exact either, as with a tokenizer that
+    lowercases, it is encoded after its prompt, and not `exact`. `bos`: the id that is put before
+    every prompt later; one that a chat template wrote is dropped.
     """
     prompts = [prompt for prompt, _ in rows]
     texts = [(i, text) for i, (_, responses) in enumerate(rows) for text in responses]
@@ -119,7 +118,7 @@ def encode_rows(
 
 
 class _Prompts:
-    """The prompts of some rows, as `ids`."""
+    """Hold the prompts of some rows, as `ids`."""
 
     def __init__(
         self, texts: list[str], ids: list[Ids], tokenizer: PreTrainedTokenizerBase, bos: int | None
@@ -165,16 +164,16 @@ def _end_space(text: str) -> str:
 def _responses(
     texts: list[tuple[int, str]], apart: list[Ids], prompts: _Prompts
 ) -> tuple[list[Ids], list[bool]]:
-    """Encode responses, given as (number of the prompt, text) and encoded apart. -> (ids, is each
-    exact)
+    """Encode responses, given as (number of the prompt, text), separately. Return (ids, whether
+    each is exact).
     """
     tokenizer = prompts.tokenizer
     chosen = apart.copy()
     exact = [False] * len(texts)
 
     def take(candidates: list[tuple[int, Ids]], inexact: bool = False) -> list[int]:
-        """Take those that are exact, or all. -> the numbers of all responses that are not exact
-        yet
+        """Take those that are exact, or all. Return the numbers of all responses that are not exact
+        yet.
         """
         # Behind a prompt without tokens a response is the start of a text.
         starts = [(n, ids) for n, ids in candidates if not prompts.ids[texts[n][0]]]

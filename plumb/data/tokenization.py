@@ -1,5 +1,5 @@
-"""Text becomes token ids: chat templates, BOS and EOS, and the rule of truncation. Nothing is
-repaired without leaving a mark.
+"""Turn text into token ids: chat templates, BOS and EOS, and truncation. Every repair leaves a
+mark.
 
 Lengths are in tokens. An example has a prompt of P tokens and k responses (1 for SFT, 2 for pairs)
 of C_i tokens.
@@ -39,7 +39,7 @@ CHANGED = 4
 
 
 class TextRules(NamedTuple):
-    """How text becomes tokens; each field is the knob of that name in config.yaml."""
+    """Say how text becomes tokens; each field is the option of that name in config.yaml."""
 
     max_length: int  # tokens of prompt + response
     max_prompt_length: (
@@ -55,7 +55,7 @@ class TextRules(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One unit of training, as token ids after truncation: a prompt and k responses (the SFT
+    """Hold one unit of training as token ids after truncation: a prompt and k responses (the SFT
     target; or chosen, rejected).
     """
 
@@ -70,8 +70,8 @@ class Example(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some rows of a data set as columns: each text once, untruncated. Texts and rows are numbered
-    from 0 within the chunk.
+    """Hold some rows of a data set as columns: each text once, without truncation. Texts and rows
+    are numbered from 0 within the chunk.
     """
 
     n_rows: int  # that it was made of, with those that no pair and no target came from
@@ -88,12 +88,12 @@ class Chunk(NamedTuple):
 def encode(
     data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None = None
 ) -> Iterator[Chunk]:
-    """All pairs and SFT targets of a data set, in its order, a chunk of its rows at a time.
+    """Yield all pairs and SFT targets of a data set in its order, a chunk of its rows at a time.
 
     A prompt's ids are the same for all of its responses, and those of prompt + response decode to
-    exactly these texts (see token_text.encode_rows); a text for which that cannot be is marked
-    CHANGED. `template` renders message lists (see `render`). A row that the template does not take
-    is refused as `data` says. When all are drawn, `data` knows which fields nothing reads.
+    exactly these texts (see token_text.encode_rows); a text for which that is impossible is marked
+    CHANGED. `template` renders message lists (see `render`). A row that the template does not
+    accept is refused as `data` says. When all are drawn, `data` knows which fields nothing reads.
     """
     if tokenizer.eos_token is None:
         name = tokenizer.name_or_path
@@ -210,14 +210,14 @@ HH_TEMPLATE = (
 
 
 def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The tokenizer's chat templates by name; a single one is "default"."""
+    """Return the tokenizer's chat templates by name; a single one is "default"."""
     own = tokenizer.chat_template
     return own if isinstance(own, dict) else {"default": own} if own else {}
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's default chat template, or HH's where it has none. UserError for several, none
-    of them the default.
+    """Return the tokenizer's default chat template, or HH's if it has none. Raise UserError if it
+    has several and no default.
     """
     own = named_templates(tokenizer)
     if own and "default" not in own and len(own) > 1:
@@ -231,10 +231,10 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def template_text(
     named: str | None, whose: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> str | None:
-    """The knob chat_template as text: None (see own_template), "hh", the name of one of the
-    tokenizer's templates, or a file.
+    """Return the option chat_template as text: None (see own_template), "hh", the name of one of
+    the tokenizer's templates, or a file.
 
-    Without a tokenizer, what may be a name is None. Raises UserError, which begins with `whose`,
+    Without a tokenizer, a possible name gives None. Raises UserError, which begins with `whose`,
     for a file that cannot be read or is empty, and for an unknown name.
     """
     if named is None:
@@ -268,10 +268,10 @@ def template_text(
 def _as_texts(
     row: Row, responses: list[Text], chat: ChatTemplate, rules: TextRules
 ) -> tuple[list[str], list[int]]:
-    """Cleaned, then rendered: the texts of the prompt and the responses, and the marks of each.
+    """Clean and render; return the texts of the prompt and the responses, and the marks of each.
 
-    A prompt that is a string keeps its EOS strings: it may be a chat that was rendered already, and
-    no prompt is trained.
+    A prompt that is a string keeps its EOS strings: it may be an already rendered chat, and prompts
+    are not trained on.
     """
     eos = str(chat.tokenizer.eos_token)
     strip = rules.eos_in_text == "strip"
@@ -291,7 +291,7 @@ def _as_texts(
 
 
 def _holds(value: Any, eos: str) -> bool:
-    """Does the EOS string stand in a text, or in any text of messages?"""
+    """Return whether the EOS string occurs in a text, or in any text of messages."""
     if isinstance(value, str):
         return eos in value
     within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -299,7 +299,7 @@ def _holds(value: Any, eos: str) -> bool:
 
 
 def _less(value: Any, eos: str) -> Any:
-    """The text, or the messages, without the EOS strings in them."""
+    """Return the text, or the messages, without EOS strings."""
     if isinstance(value, str):
         while eos in value:  # again: what is left may join to a new one
             value = value.replace(eos, "")
@@ -312,18 +312,18 @@ def _less(value: Any, eos: str) -> Any:
 
 
 def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS id, if this tokenizer puts one in front of a text by itself."""
+    """Return the BOS id if this tokenizer adds one to a text by default."""
     ids = tokenizer("x")["input_ids"]
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
 def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np.ndarray:
-    """Lengths before -> lengths after: [n] of the prompts, BOS included, and [n, k] of their
+    """Return the lengths after truncation: [n] of the prompts, including BOS, and [n, k] of their
     responses -> [n, 1 + k].
 
-    The 2023 rules: cut the prompt if it does not fit with the longest response, then all responses
-    if still too long. A response that is cut loses its EOS. BOS, where there is one, stays in front
-    of whatever remains of the prompt.
+    The original's rules: cut the prompt if it does not fit with the longest response, then all
+    responses if still too long. A truncated response loses its EOS. BOS, if there is one, stays at
+    the start of what remains of the prompt.
 
     >>> rules = TextRules(8, 4, response_truncation="fixed", add_bos=True, eos_in_text="strip")
     >>> lengths = np.array([6, 2]), np.array([[3, 2], [7, 3]])
@@ -342,7 +342,7 @@ def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np
 
 
 def trees_of(example: Example) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-    """(prompt, its responses): one tree, or one for each response where their prompts differ."""
+    """Return (prompt, its responses): one tree, or one per response if their prompts differ."""
     if isinstance(example.prompt, tuple):
         return [
             (prompt, (response,))
