@@ -147,7 +147,9 @@ def train(config: DictConfig) -> None:
                 config.keep_checkpoints,
                 config.keep_best,
             )
-            collectives.from_rank0(finish)  # which a kill may have prevented
+            # which a kill may have prevented
+            collectives.from_rank0(finish)
+            collectives.from_rank0(partial(checkpoints.remove_leftovers, run_dir))
             rank0_print(
                 f"{run_dir} is finished: {checkpoint.manifest.step:,} steps; nothing to do."
                 " A new run: resume=never"

@@ -349,7 +349,8 @@ def main():
     for name, part in drafts.items():
         rows = []
         for prompt, chosen, others in part:
-            length = {text: len(tokenizer(text).input_ids) for text in (chosen, *others)}
+            texts = [chosen, *others]
+            length = dict(zip(texts, map(len, tokenizer(texts).input_ids), strict=True))
             # long ones are rare, so ask for more of them
             wanted = length[chosen] + rng.choice([-4, -3, -2, -1, 1, 2, 3, 4, 5])
             rejected = min(others, key=lambda text: abs(length[text] - wanted))

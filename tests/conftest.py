@@ -1,5 +1,5 @@
-"""What tests share: the real data beside the checkout, a tiny model, and three ways to run
-train.py.
+"""What tests share: the real data beside the checkout, a tiny model, and the ways to run train.py:
+in this process, in a forked one (see warm.py), and from cold.
 
 No test needs the network, a GPU, or a path of one machine.
 """
@@ -25,16 +25,24 @@ import hypothesis
 import pytest
 import torch
 from runs import FAST, ROWS
+from warm import SCRIPT as WARM
+from warm import WarmServer
 
 import preference_datasets  # noqa: F401  registers its sets, as every command does
+from plumb.reports import curves
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # where torch was imported before
 # a busy one has paused within an example
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
+# Drawing takes longer than a tiny run does. What is about pictures asks for the fixture.
+draw_all = curves.draw_all
+curves.draw_all = lambda runs, further=True: b""
+
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
+PATIENCE = 600  # seconds: for a hang, which a busy machine is not
 
 
 @pytest.fixture(scope="session")
@@ -69,22 +77,57 @@ def here(tmp_path):
 
 
 @pytest.fixture
-def run_train(here):
-    """`run_train(*overrides, **environment)`: the real command, in a process of its own. ->
-    CompletedProcess with text.
+def pictures(monkeypatch):
+    """Runs draw their curves."""
+    monkeypatch.setattr(curves, "draw_all", draw_all)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """See warm.py."""
+    server = WarmServer(dict(os.environ))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def warm_python(warm, tmp_path_factory):
+    """In place of `python` for a shell script or a command that starts commands: an executable
+    that has them run warm.
+    """
+    path = tmp_path_factory.mktemp("bin") / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {WARM} {warm.address} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def run_train(here, warm):
+    """`run_train(*overrides, **environment)`: `python train.py` in a process of its own, forked
+    after its imports. -> CompletedProcess with text.
     """
 
+    def run(*overrides, **environment):
+        command = ["train.py", *here, *map(str, overrides)]
+        return warm.run(command, ROOT, os.environ | environment, PATIENCE)
+
+    return run
+
+
+@pytest.fixture
+def run_train_from_cold(here):
+    """The same by a new interpreter, which takes seconds: for what a fork might hide."""
     return lambda *overrides, **environment: run_command([*here, *overrides], **environment)
 
 
-def run_command(overrides, timeout=900, **environment):
+def run_command(overrides, **environment):
     command = [sys.executable, "train.py", *map(str, overrides)]
     return subprocess.run(
         command,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
         stdin=subprocess.DEVNULL,
         env=os.environ | environment,
     )

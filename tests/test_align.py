@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -112,7 +111,7 @@ def test_what_is_there_is_not_done_again(asked, tmp_path):
     ]
 
 
-def test_the_whole_chain(tmp_path):
+def test_the_whole_chain(tmp_path, warm_python):
     small = {
         "SFT_ARGS": "n_epochs=null n_examples=64",
         "REWARD_ARGS": "n_epochs=null n_examples=32",
@@ -122,7 +121,7 @@ def test_the_whole_chain(tmp_path):
         os.environ
         | small
         | {
-            "PYTHON": sys.executable,
+            "PYTHON": str(warm_python),
             "OUT": f"{tmp_path}/a b",
             "N_PROMPTS": "6",
             "MAX_NEW_TOKENS": "6",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import PATIENCE, ROOT, run_command
 from families import save_family
 from payloads import Payload
 
@@ -96,11 +96,12 @@ COMMANDS = {
 }
 
 
+FROM_COLD = ("bare", "bad row, two processes")  # a new interpreter takes seconds
+
+
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory, good):
-    """case -> what its process returned, and its runs. They run side by side: starting up takes
-    seconds.
-    """
+def commands(tmp_path_factory, good, warm):
+    """case -> what its process returned, and its runs. They run side by side."""
     folder = tmp_path_factory.mktemp("commands")
     rows = write(folder / "cut.jsonl", PAIR, {"prompt": "Name a sea:", "chosen": " the Baltic"})
     torch.save(
@@ -125,9 +126,12 @@ def commands(tmp_path_factory, good):
 
     def run(case):
         runs = folder / "runs" / case.replace(" ", "_").replace(",", "")
-        return run_command([f"local_dirs=[{runs}]", *overrides[case]], **environment), runs
+        options = [f"local_dirs=[{runs}]", *overrides[case]]
+        if case in FROM_COLD:
+            return run_command(options, **environment), runs
+        return warm.run(["train.py", *options], ROOT, os.environ | environment, PATIENCE), runs
 
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         done = dict(zip(overrides, pool.map(run, overrides), strict=True))
     assert not (folder / "ran").exists(), "loading policy.pt ran its code"
     return done

@@ -57,12 +57,19 @@ def test_the_generator_makes_these_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
 
 
-def test_both_stages_and_the_summary(tmp_path, monkeypatch, capsys):
+def test_both_stages_and_the_summary(pictures, warm_python, tmp_path, monkeypatch, capsys):
     """demo/run.py's own steps on a few examples; the whole demo takes minutes."""
     monkeypatch.syspath_prepend(str(DEMO))
     import run
 
-    short = ["n_examples=32", "n_epochs=null", "eval_every=16", "sample_max_new_tokens=8"]
+    monkeypatch.setattr(sys, "executable", str(warm_python))
+    short = [
+        "n_examples=32",
+        "n_eval_examples=40",
+        "n_epochs=null",
+        "eval_every=16",
+        "sample_max_new_tokens=8",
+    ]
     run.stage("SFT", "exp=demo_sft", tmp_path / "sft", *short)
     run.stage("DPO", "exp=demo_dpo", tmp_path / "dpo", f"model.archive='{tmp_path}/sft'", *short)
     run.summary(

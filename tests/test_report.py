@@ -339,7 +339,7 @@ def test_the_command(runs):
 # ---- curves ----
 
 
-def test_curves(runs):
+def test_curves(runs, pictures):
     out = curves.draw_curves(runs)
     assert out == runs[0] / "curves.png" and out.read_bytes()[:4] == b"\x89PNG"
     assert curves.draw_curves(runs[:1], runs[0] / "x.png") == runs[0] / "x.png"

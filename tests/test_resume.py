@@ -408,6 +408,8 @@ def test_a_finished_run_says_so_and_stops(train, capsys):
     before = {
         p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name not in ("status.json", ".lock")
     }
+    # as a kill in the last removal leaves it
+    shutil.copytree(run / "step-4", run / ".interim-3.removed")
     train(*options, "resume=auto")
     assert "is finished: 1 steps; nothing to do" in capsys.readouterr().out
     assert {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT
 from hydra.errors import HydraException
 from payloads import BOMBS, CODE, touch
 from test_bad_input import one_line
@@ -223,7 +223,7 @@ def test_hydra_would_have_run_it(tmp_path):
     assert (tmp_path / "said").read_text().startswith("error: ") and not (tmp_path / "ran").exists()
 
 
-def test_a_sweep(tmp_path, tiny_model, here, data):
+def test_a_sweep(run_train, tmp_path, tiny_model, data):
     """-m goes on working: two runs, one after the other."""
     small = [
         "n_examples=2",
@@ -232,7 +232,7 @@ def test_a_sweep(tmp_path, tiny_model, here, data):
         f"datasets=[{data}]",
         f"model.name_or_path={tiny_model}",
     ]
-    done = run_command(["-m", *here, "exp_name=a,b", *small])
+    done = run_train("exp_name=a,b", *small, "-m")
     assert done.returncode == 0, done.stderr
     assert {run.name[0] for run in (tmp_path / "runs").glob("*/[ab]_*")} == {"a", "b"}
 

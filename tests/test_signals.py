@@ -9,14 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from runs import DPO, FAST, records
 from test_resume import outcome, same
 
+from plumb.distributed import launch
 from plumb.runs import checkpoints, directory
 
-PATIENCE = 600  # seconds: for a hang, which a busy machine is not
 SLOW_STEPS = """
 import os, time, trainers
 step = trainers.BasicTrainer.step
@@ -36,15 +37,16 @@ def as_on_a_terminal():
 
 
 @pytest.fixture
-def start(tmp_path, data, tiny_model, here):
-    """`start(*overrides)`: the real command, running, its steps 0.3 s apart. -> (process, run
-    directory)
+def start(tmp_path, data, tiny_model, here, warm):
+    """`start(*overrides)`: the command, running, its steps 0.3 s apart. -> (process, run directory)
+
+    `cold`: by a new interpreter, whose ranks are spawned, and not forked after the imports.
     """
     plugin = tmp_path / "slow.py"
     plugin.write_text(SLOW_STEPS)
     started = []
 
-    def begin(*overrides, **environment):
+    def begin(*overrides, cold=False, **environment):
         run_dir = tmp_path / "run"
         options = [
             *here,
@@ -54,27 +56,32 @@ def start(tmp_path, data, tiny_model, here):
             f"datasets=[{data}]",
             *FAST,
             *DPO,
-            "n_epochs=20",
+            "n_epochs=8",
             "save_every=4",
             f"plugins=[{plugin}]",
             "resume=auto",
             *overrides,
         ]
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *map(str, options)],
-            cwd=ROOT,
-            env=os.environ | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=as_on_a_terminal,
-        )
+        command = ["train.py", *map(str, options)]
+        if cold:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=os.environ | environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                preexec_fn=as_on_a_terminal,
+            )
+        else:
+            process = warm.start(command, ROOT, os.environ | environment)
         started.append(process)
         return process, run_dir
 
     yield begin
     for process in started:
         process.kill()
+        process.wait()
 
 
 def wait_for(condition):
@@ -100,12 +107,12 @@ def children(process):
 
 
 def workers(process, n=2):
-    """The ranks of a launcher, in their order; multiprocessing has a process of its own beside
-    them.
+    """The ranks of a launcher, in their order; where they are spawned, multiprocessing has a
+    process of its own beside them.
     """
     found = []
     for pid in children(process):
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             found.append(pid)
     return found if len(found) == n else []
 
@@ -124,7 +131,7 @@ TWO = ["trainer=FSDPTrainer", "n_cpu_processes=2"]
 def test_a_signal_finishes_the_step_saves_and_says_so(
     number, code, where, start, train, train_here
 ):
-    process, run_dir = start(*where)
+    process, run_dir = start(*where, cold=number == signal.SIGTERM and not where)
     wait_for(trained(run_dir, 2))
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=PATIENCE)
@@ -132,7 +139,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     (line,) = errors(stderr)
     step = checkpoints.latest_valid(run_dir).manifest.step
     assert (
-        line.startswith(f"stopped by {number.name} after step {step} of 100")
+        line.startswith(f"stopped by {number.name} after step {step} of 40")
         and "resume=auto" in line
     )
     assert len(records(run_dir, "train")) == step
@@ -143,7 +150,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
         assert (
             process.wait(timeout=PATIENCE) == 0 and directory.status(run_dir)["state"] == "finished"
         )
-        assert same(outcome(run_dir), outcome(train("whole", "n_epochs=20", *DPO, "save_every=4")))
+        assert same(outcome(run_dir), outcome(train("whole", "n_epochs=8", *DPO, "save_every=4")))
 
 
 def test_a_second_signal_quits_at_once(start):
@@ -157,18 +164,36 @@ def test_a_second_signal_quits_at_once(start):
     assert process.returncode in (130, 143)
 
 
-def test_max_hours_stops_before_the_limit(start):
-    # 21.6 s, of which 10 are kept for the save
-    process, run_dir = start("max_hours=0.006", "n_epochs=1000")
+def test_the_time_of_a_run_counts_from_the_start_of_its_process():
+    since = time.time() - psutil.Process().create_time()
+    assert launch.uptime_secs() == pytest.approx(since, abs=1)
+
+
+AN_HOUR_AGO = """
+import trainers
+from plumb.distributed import launch
+step = trainers.BasicTrainer.step
+def late(self, *arguments):
+    step(self, *arguments)
+    if self.n_updates == 3:
+        launch._started -= 3600 - 10  # 10 s are kept for the save
+trainers.BasicTrainer.step = late
+"""
+
+
+def test_max_hours_stops_before_the_limit(start, tmp_path):
+    """As if the command had been started an hour before its third step."""
+    (tmp_path / "late.py").write_text(AN_HOUR_AGO)
+    process, run_dir = start("max_hours=1", f"plugins=[{tmp_path}/late.py]")
     stdout, stderr = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 143 and "stopped by max_hours=0.006 after step" in stderr
-    assert checkpoints.latest_valid(run_dir).manifest.step > 0
+    assert process.returncode == 143 and "stopped by max_hours=1 after step 3 of 40" in stderr
+    assert checkpoints.latest_valid(run_dir).manifest.step == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
     """Killed: at once. Hanging: after timeout_minutes, here 6 s."""
-    process, run_dir = start(*TWO, "timeout_minutes=0.1")
+    process, run_dir = start(*TWO, "timeout_minutes=0.1", cold=number == signal.SIGKILL)
     wait_for(trained(run_dir, 3))
     ranks = workers(process)
     assert len(ranks) == 2
@@ -209,7 +234,7 @@ def test_two_commands_on_one_run_directory(start):
     wait_for(trained(run_dir, 1))
     second, _ = start("n_epochs=4000")
     assert second.wait(timeout=PATIENCE) == 2
-    (line,) = errors(second.stderr.read())
+    (line,) = errors(second.communicate()[1])
     assert (
         line
         == f"error: local_run_dir={run_dir}: in use by process {first.pid}; wait for it, or stop it"

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runs import DPO, FAST, OF_THE_MACHINE, ROWS
+from warm import import_all
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -696,21 +697,6 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-def warm() -> None:
-    """Import what a run imports, also late, and fill the caches of parsers; no tensor is made
-    here.
-    """
-    import hydra
-    import transformers.conversion_mapping as mapping
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import train  # noqa: F401
-
-    with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        hydra.compose("config", ["exp_name=x", *DPO])
-    getattr(mapping, "get_checkpoint_conversion_mapping", str)("llama")
-
-
 # ---- report ----
 
 
@@ -734,7 +720,7 @@ def main() -> None:
     start = time.monotonic()
     os.environ |= ENVIRONMENT
     sys.path.insert(0, str(ROOT))
-    warm()
+    import_all()
     print(f"seed {at.seed}; imported in {time.monotonic() - start:.1f} s", flush=True)
     tallies = []
     # a kill does not ask whether the disk is slow

@@ -293,12 +293,17 @@ def quarantine_newer(run_dir: Path, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None and path == checkpoint.path:
             break
         durable_files.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+    remove_leftovers(run_dir)
+    if checkpoint is not None:
+        durable_files.point(run_dir / "LATEST", checkpoint.path.name)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a kill left half written or half removed. Nobody may be saving."""
     for path in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed"), run_dir / REHEARSAL):
         durable_files.remove(path)
     for path in (*run_dir.glob(".LATEST.*"), *run_dir.glob(".status.*")):
         path.unlink()
-    if checkpoint is not None:
-        durable_files.point(run_dir / "LATEST", checkpoint.path.name)
 
 
 # ---- pruning ----
