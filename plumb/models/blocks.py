@@ -1,4 +1,4 @@
-"""A model's transformer blocks: finding their class, compiling them."""
+"""Find a model's transformer blocks, and compile them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from plumb.errors import UserError
 
 
 def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
-    """The class of the transformer block: by `model.block_name`, or else as the model itself
-    declares it.
+    """Return the class of the transformer block: `model.block_name`, or the one that the model
+    declares.
 
-    Raises UserError when no module of that name exists, with the names that do.
+    Raises UserError if no module of that name exists, with the names that do.
     """
     wanted = {block_name} if block_name else set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Log-probabilities from hidden states, without a tensor of all logits.
+"""Compute log-probabilities from hidden states, without a tensor of all logits.
 
 Shapes: N scored positions, d hidden size, V vocabulary.
 """
@@ -21,17 +21,17 @@ KEPT_BYTES = (
 
 
 def held_bytes(device: torch.device) -> int:
-    """The most that linear_logps holds beside its inputs and gradients."""
+    """Return the most that linear_logps holds beside its inputs and gradients."""
     return (8 if device.type == "cuda" else 1) * (KEPT_BYTES + CHUNK_BYTES)
 
 
 def step_bytes(n: int, width: int, vocab: int, itemsize: int, device: torch.device) -> int:
-    """What linear_logps holds when its backward pass begins: [n] positions, the head's weight
-    [vocab, width] of `itemsize` bytes.
+    """Return what linear_logps holds when its backward pass begins, for [n] positions and the
+    head's weight [vocab, width] of `itemsize` bytes.
 
-    Softmax of all positions if that may be kept, else two chunks (one is made while the one before
-    still has its name); the gradient of the weight in float32, and of hidden states; in 16 bits one
-    chunk and that gradient a second time, rounded.
+    Softmax of all positions if that may be kept, otherwise two chunks (one is made while the
+    previous one still has a name); the gradient of the weight in float32, and of hidden states; in
+    16 bits one chunk and that gradient a second time, rounded.
     """
     scale = 8 if device.type == "cuda" else 1
     whole, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
@@ -41,16 +41,16 @@ def step_bytes(n: int, width: int, vocab: int, itemsize: int, device: torch.devi
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target], in float32 at least.  [N, V], [N] -> [N], nats"""
+    """Return log softmax(logits)[target], in float32 at least.  [N, V], [N] -> [N], nats"""
     return -F.cross_entropy(_wide(logits), targets.to(logits.device), reduction="none")
 
 
 def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T + bias)[target], the softmax in float32.  [N, d], [V, d], [V],
-    [N] -> [N], nats
+    """Return log softmax(hidden @ weight.T + bias)[target], with the softmax in float32.  [N, d],
+    [V, d], [V], [N] -> [N], nats
 
-    In chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The backward pass
-    computes them again, unless their softmax fits in KEPT_BYTES.
+    Computed in chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The
+    backward pass computes them again, unless their softmax fits in KEPT_BYTES.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (
@@ -65,7 +65,7 @@ def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
 
 
 class _LinearLogps(torch.autograd.Function):
-    """d logp / d logits = onehot(target) - softmax(logits)."""
+    """Compute log-probabilities with d logp / d logits = onehot(target) - softmax(logits)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, keep):
@@ -110,7 +110,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """log softmax(hidden @ weight.T + bias): [rows, V], a new tensor, float32 at least.
+    """Return log softmax(hidden @ weight.T + bias): [rows, V], a new tensor, float32 at least.
 
     A GPU's matrix units sum in float32, and need not round the result to 16 bits.
     """

@@ -1,8 +1,8 @@
-"""Random numbers in a model's forward pass: which parts draw them, and how those run without.
+"""Find the parts of a model that draw random numbers in its forward pass, and run them without.
 
-Some routers sample experts while they train, or add noise to what they see; others drop whole
-layers. A preference loss compares two models, so that neither may draw: a policy would differ from
-its own reference, and from itself.
+Some routers sample experts in training, or add noise to their input; others drop whole layers. A
+preference loss compares two models, so neither may draw: a policy would differ from its own
+reference, and from itself.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ N_TOKENS = 32  # of the row that is tried
 
 
 def run_without_draws(model: Any, device: torch.device) -> list[str]:
-    """Let the parts of a model that draw random numbers in training compute as in evaluation, for
-    good. -> their classes
+    """Make the parts of a model that draw random numbers in training compute as in evaluation,
+    permanently. Return their classes.
 
-    Found by trying a short row: the innermost module that was at work when the random state
-    changed, and all of its class. Their mode is changed for the time of their own forward pass, so
-    that what is within them, and recomputation, still trains. Parts that draw in evaluation, too,
-    are left as they are. Every rank must call it.
+    Found by trying a short row: the innermost module that was running when the random state
+    changed, and all of its class. Their mode is changed during their own forward pass, so that the
+    modules inside them, and recomputation, still train. Parts that also draw in evaluation are left
+    as they are. Every rank must call it.
     """
     found = drawing(model, device)
     for module in model.modules():
@@ -35,8 +35,8 @@ def run_without_draws(model: Any, device: torch.device) -> list[str]:
 
 @torch.no_grad()
 def drawing(model: Any, device: torch.device) -> set[type[nn.Module]]:
-    """Classes of the modules that draw random numbers when `model` is in train mode. Random state
-    and mode stay as they are.
+    """Return the classes of the modules that draw random numbers when `model` is in train mode.
+    Random state and mode are left unchanged.
     """
     watch, was_training = _Watch(), model.training
     before = watch.state
@@ -57,7 +57,7 @@ def drawing(model: Any, device: torch.device) -> set[type[nn.Module]]:
 
 
 class _Watch:
-    """Notes which module is at work when the random state changes."""
+    """Record which module is running when the random state changes."""
 
     def __init__(self) -> None:
         self.state = _random_state()

@@ -1,5 +1,5 @@
-"""A policy.pt as a Hugging Face folder: safetensors, config, tokenizer, generation config and a
-model card.
+"""Export a policy.pt as a Hugging Face folder: safetensors, config, tokenizer, generation config
+and a model card.
 
 Tensors go from the memory-mapped file to the shards one at a time. A reward model becomes a
 sequence-classification model, whose `score` is read at the last token that is not the pad token; so
@@ -54,7 +54,7 @@ PROBE = (
 
 
 class Weight(NamedTuple):
-    """A tensor of a file."""
+    """Describe a tensor of a file."""
 
     name: str  # in the file
     shape: list[int]
@@ -76,12 +76,12 @@ def export(
     overwrite: bool = False,
     check: bool = False,
 ) -> None:
-    """Write the folder `out`, which has its name once all of it is there. `dtype`: of the weights;
-    None: as they are stored. `chat_template`: hh, a name or a file, the default of the export;
-    None: the run's. Named ones of the tokenizer stay beside it.
+    """Write the folder `out`, which gets its name once it is complete. `dtype`: of the weights;
+    None: as stored. `chat_template`: hh, a name or a file, which becomes the default of the export;
+    None: the run's. The tokenizer's other named templates are kept.
 
     `check`: load it with transformers and compare. Raises UserError for what cannot be exported or
-    written, and leaves nothing.
+    written, and leaves nothing behind.
     """
     if ref.archive is None:
         raise UserError(
@@ -130,8 +130,8 @@ def export(
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Make a template, if one is given, the default; others that have names stay. UserError for one
-    that is no jinja.
+    """Make a template, if one is given, the default; other named templates are kept. Raise
+    UserError for one that is not valid Jinja.
     """
     if template:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
@@ -140,7 +140,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
 
 
 def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a chat template that is no jinja template."""
+    """Raise UserError for a chat template that is not valid Jinja."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
@@ -152,7 +152,9 @@ def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _replaceable(folder: Path, ref: ModelRef) -> bool:
-    """A model's folder, with neither what this was trained from in it, nor the policy.pt."""
+    """Return whether this is a model's folder that holds neither what this was trained from nor the
+    policy.pt.
+    """
     assert ref.archive is not None
     base = ref.config.model.name_or_path
     sources = [ref.archive, *([Path(base).expanduser()] if base else [])]
@@ -164,7 +166,8 @@ def _replaceable(folder: Path, ref: ModelRef) -> bool:
 def rehearse(config: DictConfig, run_dir: Path) -> None:
     """Do what export_run will do at the end of training, in a temporary folder and without weights.
 
-    Raises UserError, with the knob's name, for a model, tokenizer or place that cannot be exported.
+    Raises UserError, with the option's name, for a model, tokenizer or place that cannot be
+    exported.
     """
     out, what = run_dir / "hf", f"export={config.export}"
     if out.exists() and not (out / "config.json").is_file():
@@ -209,7 +212,9 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
 
 
 def export_run(run_dir: Path) -> None:
-    """The folder `hf` in a run's directory, of its newest checkpoint; unless that is there."""
+    """Export the newest checkpoint into the folder `hf` in a run's directory, unless it is there
+    already.
+    """
     found, out = find_model(str(run_dir / "LATEST")), run_dir / "hf"
     assert found.archive is not None
     made = out / "config.json"
@@ -227,7 +232,7 @@ def weights_of(
     dtype: torch.dtype | None,
     pad: int,
 ) -> Iterator[Weight]:
-    """All that the folder's files hold, by the names that transformers gives them there; tied
+    """Return all that the folder's files hold, by the names that transformers uses there; tied
     weights once.
 
     Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is
@@ -276,14 +281,14 @@ def weights_of(
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    """Of the largest tensor: a head may have a precision of its own."""
+    """Return the dtype of the largest tensor, since a head may have a precision of its own."""
     return max(state.values(), key=torch.numel).dtype
 
 
 def _read(
     source: sharded_load.Source, name: str, dtype: torch.dtype, shape: list[int] | None
 ) -> Tensor:
-    """A whole tensor; with `shape`, zeros are added below. Raises UnsafeFile where it is not
+    """Return a full tensor; with `shape`, zeros are added below. Raise UnsafeFile if it is not
     finite.
     """
     tensor = source(name, ())
@@ -299,7 +304,7 @@ def _read(
 
 
 def _split(model: Any, name: str, read: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """A tensor that is stored as several: name in the file -> part."""
+    """Return a tensor that is stored in several parts: name in the file -> part."""
     return revert_weight_conversion(model, {name: read()})
 
 
@@ -310,7 +315,7 @@ def _part(
 
 
 def write_shards(folder: Path, weights: list[Weight], max_bytes: float) -> None:
-    """model.safetensors, or several files and their index where it has more than `max_bytes`."""
+    """Write model.safetensors, or several files and their index if it has more than `max_bytes`."""
     shards: list[list[Weight]] = [[]]
     for weight in weights:
         if shards[-1] and sum(w.bytes for w in shards[-1]) + weight.bytes > max_bytes:
@@ -350,11 +355,11 @@ def write_shards(folder: Path, weights: list[Weight], max_bytes: float) -> None:
 
 
 def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
-    """The sequence-classification model with the weights of this causal LM and its head as `score`;
-    without values.
+    """Return the sequence-classification model with the weights of this causal LM and its head as
+    `score`; without values.
 
-    Raises UserError where transformers has none for this architecture, or one that is built
-    otherwise.
+    Raises UserError if transformers has none for this architecture, or one that is built
+    differently.
     """
     # so that a pipeline gives the score itself, not its sigmoid
     hf_config.num_labels = 1
@@ -380,18 +385,19 @@ def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
 
 
 def embedding_name(model: Any) -> str:
-    """In the state dict."""
+    """Return the name of the embedding in the state dict."""
     table = model.get_input_embeddings()
     return next(f"{name}.weight" for name, module in model.named_modules() if module is table)
 
 
 def use_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the tokenizer a pad token that no text ends with, where EOS or UNK is one now. -> its id
+    """Give the tokenizer a pad token that no text ends with, if PAD is EOS or UNK now. Return its
+    id.
 
-    transformers scores at the rightmost token that is not PAD: were that EOS, it would score at the
-    token before. Taken is a special token with "pad" in its name if there is one; else [PAD] is
-    added. Padding is on the right, which is safe for learned positions too: transformers counts
-    them from the row's beginning.
+    transformers scores at the rightmost token that is not PAD: if PAD were EOS, it would score at
+    the token before. A special token with "pad" in its name is used if there is one; otherwise
+    [PAD] is added. Padding is on the right, which is safe for learned positions too: transformers
+    counts them from the row's beginning.
     """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
         special = [
@@ -411,8 +417,8 @@ def use_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> int:
 def generation_config(
     config: DictConfig, hf_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    """The base model's, if it has one that is valid; its end tokens with the tokenizer's EOS, at
-    which training ends answers.
+    """Return the base model's generation config, if it has a valid one, with the tokenizer's EOS,
+    which ends answers in training, among its end tokens.
     """
     made, spec = GenerationConfig.from_model_config(hf_config), config.model
     if not spec.architecture:

@@ -1,9 +1,9 @@
-"""A model by whatever name its user has for it: on the hub, a folder, a .gguf file, a run, a
-checkpoint of it, a policy.pt.
+"""Find a model by whatever name its user has for it: a name on the hub, a folder, a .gguf file, a
+run, one of its checkpoints, a policy.pt.
 
-The commands beside train.py open models with this. What a policy.pt does not say (architecture,
-tokenizer) stands in the config.yaml of its run, ours or the 2023 repository's, or is the `base`
-that the user gives.
+The commands other than train.py open models with this. What a policy.pt does not say (architecture,
+tokenizer) comes from the config.yaml of its run, ours or the original repository's, or from the
+`base` that the user gives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from plumb.runs.safe_yaml import check_config_file
 
 
 class ModelRef(NamedTuple):
-    """Where a model is, before it is loaded."""
+    """Say where a model is, before it is loaded."""
 
     name: str  # as the user gave it
     # model.*, seed and device, as load_policy takes them; of a run: all that its config.yaml holds
@@ -41,7 +41,7 @@ class ModelRef(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A frozen model on its device, in eval mode."""
+    """Hold a frozen model on its device, in eval mode."""
 
     ref: ModelRef
     # a causal LM; with a scalar head (see models/scalar_head.py) if `ref.scalar`
@@ -53,9 +53,9 @@ def find_model(
     name: str, base: str | None = None, tokenizer: str | None = None, dtype: str | None = None
 ) -> ModelRef:
     """Find out what `name` is. `base`: the model that a policy.pt without a config.yaml was trained
-    from; it and `tokenizer` go before what the run says. `dtype`: of the weights; None: float32.
+    from; it and `tokenizer` override what the run says. `dtype`: of the weights; None: float32.
 
-    Raises UserError for what is not there, and for a policy.pt of which nobody says what it is.
+    Raises UserError if there is no such model, and for a policy.pt whose base model is unknown.
     """
     config = OmegaConf.create({"seed": 0, "device": None, "trainer": "BasicTrainer"})
     config.model = OmegaConf.load(CONFIG / "model/blank_model.yaml")
@@ -112,8 +112,8 @@ def find_model(
 
 
 def _config_of(run_dir: Path) -> DictConfig:
-    """A run's config.yaml. One of 2023 has fewer knobs, and paths of its own machine, which are
-    left out.
+    """Return a run's config.yaml. One of the original repository has fewer options, and paths of
+    its own machine, which are left out.
     """
     try:
         check_config_file(run_dir / "config.yaml")  # it comes with the weights, from anywhere
@@ -141,8 +141,8 @@ def _config_of(run_dir: Path) -> DictConfig:
 
 
 def start_of(ref: ModelRef) -> DictConfig:
-    """What the run of a policy started from, as load_policy takes it: its reference. UserError for
-    a model that is of no run.
+    """Return what the run of a policy started from, as load_policy takes it: its reference. Raise
+    UserError for a model that is not from a run.
     """
     if ref.run_dir is None:
         raise UserError(
@@ -155,8 +155,8 @@ def start_of(ref: ModelRef) -> DictConfig:
 
 
 def open_model(ref: ModelRef, device: str | None = None) -> Opened:
-    """Load what was found, on `device` (None: the GPU if there is one, else the CPU). UserError for
-    one that is not there.
+    """Load a model that was found, on `device` (None: the GPU if there is one, otherwise the CPU).
+    Raise UserError if that fails.
     """
     check_device(device)
     ref.config.device = device
@@ -166,7 +166,7 @@ def open_model(ref: ModelRef, device: str | None = None) -> Opened:
 
 
 def check_device(device: str | None) -> None:
-    """Raise UserError for one that is not there, or that can hold no numbers."""
+    """Raise UserError for a device that does not exist, or that can hold no numbers."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -177,7 +177,9 @@ def check_device(device: str | None) -> None:
 
 
 def template_of(ref: ModelRef, given: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """--chat-template, else what the run was trained with; None: the tokenizer's, or HH's."""
+    """Return --chat-template, otherwise what the run was trained with; None: the tokenizer's, or
+    HH's.
+    """
     named = given or ref.config.get("chat_template")
     whose = f"--chat-template {given}" if given else f"{ref.name}: its chat template {named}"
     return template_text(named, whose, tokenizer)

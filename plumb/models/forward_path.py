@@ -1,4 +1,4 @@
-"""How a model computes a batch: packed or padded, with its own head or in chunks."""
+"""Say how a model computes a batch: packed or padded, with its own head or in chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {
 
 
 class ForwardPath(NamedTuple):
-    """How a model's log-probabilities are computed."""
+    """Say how a model's log-probabilities are computed."""
 
     packed: bool  # trees in one row, or one response to a padded row
     # log-probabilities straight from the head's weight, in chunks, or through the model's own head
@@ -34,8 +34,8 @@ PLAIN_PATH = ForwardPath(packed=False, plain_head=False)
 
 
 def use_tree_attention(model: Any) -> None:
-    """Let `model` take segments (see models/tree_attention.py), if its attention is one that can be
-    exchanged for ours.
+    """Let `model` take segments (see models/tree_attention.py), if its attention can be
+    exchanged.
     """
     if (
         getattr(model, "_supports_attention_backend", False)

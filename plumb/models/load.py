@@ -1,5 +1,5 @@
-"""Loading policy, reference and tokenizer: from the hub, folders, GGUF files, a policy.pt, or a
-seed; sharded or not.
+"""Load policy, reference and tokenizer: from the hub, folders, GGUF files, a policy.pt, or a seed;
+sharded or not.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.tokenizer_name_or_path`, else of `model.name_or_path`; PAD is EOS
-    where it has none.
+    """Return the tokenizer of `model.tokenizer_name_or_path`, otherwise of `model.name_or_path`;
+    PAD is EOS if it has none.
     """
     knob = "tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "name_or_path"
     name = config.model[knob]
@@ -65,8 +65,8 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def load_config(config: DictConfig) -> Any:
-    """The transformers config of the model, by name or by `model.architecture`, with dropout off.
-    UserError as for weights.
+    """Return the transformers config of the model, by name or by `model.architecture`, with dropout
+    off. Raises UserError as for weights.
     """
     spec, name = config.model, config.model.name_or_path
     with _model_errors(config):
@@ -139,7 +139,7 @@ def load_policy(
 
 @torch.no_grad()
 def _check_finite(model: nn.Module, what: str) -> None:
-    """Raise UnsafeFile for weights that are NaN or infinite: a damaged file, or a run that had
+    """Raise UnsafeFile for weights that are NaN or infinite: a damaged file, or a run that
     diverged.
     """
     if bad := sharding.not_finite(model.named_parameters()):
@@ -155,8 +155,8 @@ def load_reference(
     config: DictConfig,
     layout: sharding.Layout | None,
 ) -> PreTrainedModel:
-    """A frozen copy of the policy as it is before the first step, in its dtype unless
-    `model.reference_dtype` says otherwise. Of a sharded policy each rank copies its part.
+    """Return a frozen copy of the policy as it is before the first step, in its dtype unless
+    `model.reference_dtype` says otherwise. Each rank copies its part of a sharded policy.
     """
     if layout is None:
         reference: Any = copy.deepcopy(policy)
@@ -194,8 +194,8 @@ def no_dropout(hf_config: Any) -> None:
 
 
 def _source(name: str) -> dict[str, Any]:
-    """The arguments that make transformers read `name`: a hub name, a folder, or a GGUF file (or a
-    folder with just that).
+    """Return the arguments that make transformers read `name`: a hub name, a folder, or a GGUF file
+    (or a folder with only that).
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -227,8 +227,8 @@ def _load_sharded(
     layout: sharding.Layout,
     scalar: bool,
 ) -> PreTrainedModel:
-    """What load_policy gives without a layout, of which each rank makes or reads its own part
-    only.
+    """Return what load_policy returns without a layout, with each rank creating or reading only its
+    own part.
     """
     spec, build = config.model, _builder(dtype=dtype, **_code(source))
     with ExitStack() as stack:
@@ -263,8 +263,8 @@ def _load_sharded(
 
 
 def check_weights(config: DictConfig, scalar: bool) -> None:
-    """Compare names and shapes of the weights with the model's; no value is read, unless to see
-    whether a head is tied.
+    """Compare names and shapes of the weights with the model's; values are read only to see whether
+    a head is tied.
 
     Raises UserError for a policy.pt or a folder that load_policy would refuse for them, UnsafeFile
     for one that is damaged.
@@ -290,10 +290,10 @@ def _stored(
     scalar: bool,
     stack: ExitStack,
 ) -> tuple[PreTrainedModel, sharded_load.Source]:
-    """The model of a policy.pt, folder or hub name without its values, and where these are; files
-    stay open in `stack`.
+    """Return the model of a policy.pt, folder or hub name without its values, and where these are;
+    files stay open in `stack`.
 
-    Raises NotImplementedError where weights have to be computed as a whole, UserError for those of
+    Raises NotImplementedError if weights have to be computed as a whole, UserError for those of
     another model.
     """
     spec = config.model
@@ -344,7 +344,7 @@ def _placed(
     layout: sharding.Layout,
     weights: sharded_load.Source,
 ) -> PreTrainedModel:
-    """A model without values, cut over the ranks and filled."""
+    """Return a model without values, sharded over the ranks and filled."""
     apart = [module for module in model.modules() if isinstance(module, ScalarHead)]
     if layout.tp_size > 1:
         tensor_parallel.shard_tensor_parallel(model, layout.tp_mesh, config.model.tp_plan, apart)
@@ -361,24 +361,24 @@ def _placed(
 
 
 def _builder(**options: Any) -> Callable[[Any], PreTrainedModel]:
-    """A causal LM of a config."""
+    """Return a function that builds a causal LM from a config."""
     return lambda hf_config: AutoModelForCausalLM.from_config(hf_config, **options)
 
 
 def _code(source: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments for transformers: those that say whether a model's own code is run."""
+    """Return the arguments for transformers that say whether a model's own code is run."""
     return {k: source[k] for k in ("code_revision", "trust_remote_code") if k in source}
 
 
 def _opened(hf_config: Any, source: dict[str, Any]) -> AbstractContextManager[Weights]:
-    """The weights of a folder or hub name, open within."""
+    """Open the weights of a folder or hub name within the context."""
     explicit = getattr(hf_config, "transformers_weights", None)
     return open_weights(source["pretrained_model_name_or_path"], source.get("revision"), explicit)
 
 
 def _read_generation_config(model: PreTrainedModel, source: dict[str, Any]) -> None:
-    """As transformers does for a folder or hub name: of generation_config.json, else of
-    config.json.
+    """Read the generation config as transformers does for a folder or hub name: from
+    generation_config.json, otherwise from config.json.
     """
     name, revision = source["pretrained_model_name_or_path"], source.get("revision") or "main"
     with suppress(OSError):
@@ -398,10 +398,10 @@ def _filled(
     code: dict[str, Any],
     device_map: Any = None,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A model of the class that `auto` chooses, filled by transformers with these weights. -> it,
-    and what transformers says
+    """Return a model of the class that `auto` chooses, filled by transformers with these weights,
+    and transformers' report.
 
-    transformers is given tensors and no name, so that it opens no file.
+    transformers gets tensors and no name, so that it opens no file.
     """
     with torch.device("meta"):
         kind = type(auto.from_config(copy.deepcopy(hf_config), **code))
@@ -424,8 +424,8 @@ def _from_files(
     device_map: Any,
     spare: Iterable[str],
 ) -> PreTrainedModel:
-    """The causal LM of a folder or hub name. `spare`: heads that may be missing, since they are
-    about to be replaced.
+    """Return the causal LM of a folder or hub name. `spare`: heads that may be missing, since they
+    are about to be replaced.
     """
     name = source["pretrained_model_name_or_path"]
     with _opened(hf_config, source) as stored:
@@ -446,7 +446,7 @@ def _from_files(
 def _from_gguf(
     hf_config: Any, source: dict[str, Any], dtype: torch.dtype, device_map: Any
 ) -> PreTrainedModel:
-    """A GGUF file's model, dequantised."""
+    """Return a GGUF file's model, dequantized."""
     folder = source["pretrained_model_name_or_path"]
     if (Path(folder) / "adapter_config.json").exists():
         raise UserError(
@@ -466,7 +466,7 @@ def _from_gguf(
 
 
 def archive_weights(archive: str, scalar: bool) -> Weights:
-    """A policy.pt's weights. Raises UserError for a reward model's where a policy is wanted."""
+    """Return a policy.pt's weights. Raise UserError for a reward model's if a policy is needed."""
     state = Weights(load_policy_state(archive), archive=True)
     if holds_scores(state) and not scalar:
         raise UserError(
@@ -484,8 +484,8 @@ def _from_archive(
     archive: str,
     code: dict[str, Any],
 ) -> PreTrainedModel:
-    """A model with exactly these weights; transformers renames what it has renamed since 2023
-    (GPT-NeoX's embed_out).
+    """Return a model with exactly these weights; transformers renames what it has renamed since
+    2023 (GPT-NeoX's embed_out).
     """
     blank = sharded_load.blank(hf_config, state, _builder(**_code(code)))
     try:
@@ -498,8 +498,8 @@ def _from_archive(
 
 
 def is_classifier(hf_config: Any) -> bool:
-    """Is it the config of a sequence-classification model: of an exported reward model, or
-    anybody's?
+    """Return whether this is the config of a sequence-classification model: an exported reward
+    model, or any other.
     """
     return any(
         str(name).endswith("ForSequenceClassification")
@@ -508,8 +508,8 @@ def is_classifier(hf_config: Any) -> bool:
 
 
 def has_scalar_head(config: DictConfig) -> bool:
-    """Of a sequence-classification model: is it a causal LM whose one score per token is a plain
-    matrix, so that load_policy's `scalar` can read it? Nothing but its config is read.
+    """Return whether a sequence-classification model is a causal LM whose one score per token is a
+    plain matrix, so that load_policy's `scalar` can read it. Only its config is read.
     """
     hf_config = load_config(config)
     with _model_errors(config), torch.device("meta"):
@@ -520,8 +520,8 @@ def has_scalar_head(config: DictConfig) -> bool:
 
 
 def load_classifier(config: DictConfig) -> PreTrainedModel:
-    """A sequence-classification model of any class, as it is. Raises UserError, in one line, for
-    what cannot be loaded.
+    """Return a sequence-classification model of any class, as it is. Raises UserError, in one line,
+    for what cannot be loaded.
     """
     spec, name = config.model, config.model.name_or_path
     hf_config = load_config(config)
@@ -543,7 +543,7 @@ def _scorer_of_state(
     origin: str,
     code: dict[str, Any],
 ) -> PreTrainedModel:
-    """A reward model with exactly these weights, its head in float32."""
+    """Return a reward model with exactly these weights, its head in float32."""
     with sharded_load.parameters_on_meta():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_code(code))
     head = put_scalar_head(model)
@@ -565,8 +565,8 @@ def _scorer_of_state(
 def _scorer_of_classifier(
     hf_config: Any, source: dict[str, Any], dtype: torch.dtype, name: str
 ) -> PreTrainedModel:
-    """A Hugging Face sequence-classification model with one score, as a causal LM with a scalar
-    head: `score` is the head.
+    """Return a Hugging Face sequence-classification model with one score as a causal LM with a
+    scalar head: `score` is the head.
     """
     with _opened(hf_config, source) as stored:
         donor, _ = _filled(
@@ -587,8 +587,8 @@ def _scorer_of_classifier(
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights without the GGUF quantisation record, with which transformers refuses to
-    save or copy a model.
+    """Return the same weights without the GGUF quantization record, with which transformers refuses
+    to save or copy a model.
     """
     hf_config = copy.deepcopy(model.config)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -608,7 +608,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _origin(config: DictConfig) -> str:
-    """The knob that says where the model comes from, and its value."""
+    """Return the option that says where the model comes from, and its value."""
     knob = "architecture" if config.model.architecture else "name_or_path"
     return f"model.{knob}={config.model[knob]}"
 
@@ -693,10 +693,11 @@ def pad_within(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def positions_of(model: Any) -> tuple[int, str] | None:
-    """The positions that a model was made for, and what limits them; None where nothing does.
+    """Return the number of positions a model was made for, and what limits them; None if nothing
+    does.
 
-    Positions are a table ("learned", or computed once), or rotary ones, which compute beyond their
-    length what was never trained. ALiBi, relative positions and state-space models have no limit.
+    Positions are a table ("learned", or computed once), or rotary, which beyond their length
+    compute what was never trained. ALiBi, relative positions and state-space models have no limit.
     """
     spec = model.config.get_text_config()
     n = getattr(spec, "max_position_embeddings", None) or getattr(spec, "max_seq_len", None)
@@ -758,7 +759,7 @@ def check_length(config: DictConfig) -> None:
 
 
 def describe(model: nn.Module, config: DictConfig) -> None:
-    """Print what is trained, and a word on weights that are too coarse for small learning rates."""
+    """Print what is trained, and a note on weights that are too coarse for small learning rates."""
     n = sum(p.numel() for p in model.parameters())
     first = next(model.parameters())
     kind = type(model).__name__.removeprefix("FSDP")

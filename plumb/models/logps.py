@@ -63,11 +63,11 @@ def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
 
 
 def response_scores(model: Any, batch: Batch, forward_path: ForwardPath) -> Scores:
-    """Scores of a model with a scalar head (models/scalar_head.py) at all response tokens.  ->
-    Scores of [R]
+    """Return the scores of a model with a scalar head (models/scalar_head.py) at all response
+    tokens.  -> Scores of [R]
 
-    Where a response ends is known from its length: no token id is searched for, and PAD may be EOS.
-    One without a token has the score of its prompt.
+    The end of a response is known from its length: no token id is searched for, and PAD may be EOS.
+    A response without a token has the score of its prompt.
     """
     inputs, padded = _inputs(batch, forward_path)
     device, (start, n_prompt, own, n) = batch.input_ids.device, batch.spans.T  # [R] each
@@ -94,8 +94,8 @@ def packed_inputs(batch: Batch) -> dict[str, Any]:
 
 
 def read_hidden(model: Any, batch: Batch, forward_path: ForwardPath, read: str) -> Tensor:
-    """What a scalar head reads at each response's last token, or with `read` "mean" the mean over
-    its tokens.  -> [R, d]
+    """Return what a scalar head reads at each response's last token, or with `read` "mean" the mean
+    over its tokens.  -> [R, d]
     """
     seen: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_hook(
@@ -113,7 +113,7 @@ def read_hidden(model: Any, batch: Batch, forward_path: ForwardPath, read: str) 
 
 
 def _inputs(batch: Batch, forward_path: ForwardPath) -> tuple[dict[str, Any], Padded | None]:
-    """What the model is given, and the padded rows, where it is these."""
+    """Return the model's inputs, and the padded rows if it is given those."""
     if forward_path.packed:
         return packed_inputs(batch), None
     padded = unfold(batch, 0)
@@ -127,13 +127,13 @@ def lm_head_at_positions(
     targets: Tensor | None,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
-    """Within, the LM head of `model` sees only the hidden states at `positions`, [N] of the R * W
-    tokens.
+    """Within the context, show the LM head of `model` only the hidden states at `positions`, [N] of
+    the R * W tokens.
 
-    With `targets` it gives their log-probabilities in place of logits, [1, N, 1]; without, all
-    their logits, [1, N, V]. In the head, not after it: there FSDP has gathered its weight; and what
-    the model does to logits afterwards (soft-capping, scaling) stays as it is. `forward` [1, N, d]
-    -> [1, N, V] stands in for the head's own computation.
+    With `targets`, it returns their log-probabilities instead of logits, [1, N, 1]; without, all
+    their logits, [1, N, V]. This happens in the head, not after it: there FSDP has gathered its
+    weight; and what the model does to logits afterwards (soft-capping, scaling) is unchanged.
+    `forward` [1, N, d] -> [1, N, V] replaces the head's own computation.
     """
     head = model.get_output_embeddings()
 

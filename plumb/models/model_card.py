@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: its run, the checkpoint that run started from, and so on to the
-base model; as a model card.
+"""Describe where a checkpoint comes from, as a model card: its run, the checkpoint that run started
+from, and so on to the base model.
 
-Nothing in a card names a place on this machine: of a path its last parts are kept.
+A card names no local path: of a path, only its last parts are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 class Stage(NamedTuple):
-    """A checkpoint and the run that wrote it."""
+    """Hold a checkpoint and the run that wrote it."""
 
     archive: Path
     config: dict[str, Any]  # of the run; {} where its config.yaml is not beside it
@@ -36,8 +36,8 @@ class Stage(NamedTuple):
 
 
 def stages(archive: Path) -> list[Stage]:
-    """This checkpoint, the one that its run started from, and so on; as far as they are still
-    there.
+    """Return this checkpoint, the one that its run started from, and so on, as far back as they
+    exist.
     """
     file, found = archive.resolve(), []
     folder = next(
@@ -53,7 +53,7 @@ def stages(archive: Path) -> list[Stage]:
 
 
 def public(value: Any) -> Any:
-    """A config without places on this machine, and without keys and passwords."""
+    """Return a config without local paths, keys and passwords."""
     if isinstance(value, dict):
         return {
             key: public(inner)
@@ -68,9 +68,7 @@ def public(value: Any) -> Any:
 
 
 def card(ref: ModelRef, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """README.md of an exported folder: how to use it, what it was trained on, how it did, where it
-    comes from.
-    """
+    """Return the README.md of an exported folder: usage, training data, results, lineage."""
     assert ref.archive is not None
     chain, spec = stages(ref.archive), ref.config.model
     first = chain[0]

@@ -44,11 +44,10 @@ VERSION = 1
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of the name, type, shape and bytes of all that is in the state dict, however it is sharded; 1
-    to 2 GB/s per core.
+    """Return a digest of the name, type, shape and bytes of everything in the state dict, however
+    it is sharded; 1 to 2 GB/s per core.
 
-    One parameter is gathered at a time, and each rank hashes its share of them meanwhile. Every
-    rank must call it.
+    One parameter is gathered at a time, while each rank hashes its share. Every rank must call it.
     """
 
     def one(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
@@ -75,7 +74,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 class Computation(NamedTuple):
-    """How the log-probabilities are computed: what changes any of them, be it by rounding alone,
+    """Describe how the log-probabilities are computed: what changes any of them, even by rounding,
     besides the model.
     """
 
@@ -94,11 +93,12 @@ class Computation(NamedTuple):
 def described(
     model: Any, weights: str, revision: str | None, computation: Computation
 ) -> dict[str, Any]:
-    """All that a cache file belongs to: the model, `weights` being the digest of its own, and how
-    it is computed, by what code.
+    """Return everything that a cache file depends on: the model, with `weights` the digest of its
+    own, how it is computed, and by which code.
 
-    `revision`: the commit that was asked for, of a model on the hub; else the one that transformers
-    has found there. A config and weights do not tell the code of a repository that brings its own.
+    `revision`: the commit that was requested, for a model on the hub; otherwise the one that
+    transformers found there. Config and weights do not determine the code of a repository that
+    brings its own.
     """
     hf_config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     return computation._asdict() | {
@@ -145,19 +145,19 @@ def _digests(examples: Sequence[Example]) -> np.ndarray:
 
 
 def digests_of_all(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
-    """The digests of these examples' responses, [n, k], on every rank. Each rank computes a share;
-    every rank must call it.
+    """Return the digests of these examples' responses, [n, k], on every rank. Each rank computes a
+    share; every rank must call it.
     """
     share = np.array_split(indices, collectives.world_size())[rank()]
     return np.concatenate(collectives.all_gather_object(response_digests(select(examples, share))))
 
 
 class ReferenceCache:
-    """One file of (digest, log-probability), sorted by digest. `made_of` says of what; its digest
-    is the file's name.
+    """Keep one file of (digest, log-probability), sorted by digest. `made_of` says what it depends
+    on; its digest is the file's name.
 
-    A file that is damaged, or that is not what its name says, is not used (`problem` says why) and
-    is written anew.
+    A file that is damaged, or does not match its name, is not used (`problem` says why) and is
+    replaced.
     """
 
     def __init__(self, folder: Path, made_of: dict[str, Any]):
@@ -189,17 +189,16 @@ class ReferenceCache:
         return digests, logps
 
     def find(self, digests: np.ndarray) -> np.ndarray:
-        """Log-probabilities in nats, NaN where none is known; in the shape of `digests`."""
+        """Return log-probabilities in nats, NaN if unknown, in the shape of `digests`."""
         if not len(self.digests):
             return np.full(digests.shape, np.nan)
         at = np.searchsorted(self.digests, digests).clip(max=len(self.digests) - 1)
         return np.where(self.digests[at] == digests, self.logps[at], np.nan)
 
     def add(self, digests: np.ndarray, logps: np.ndarray) -> None:
-        """Take these in, and what another run has written meanwhile, and write the file, whole or
-        not at all.
+        """Add these and what another run has written meanwhile, and write the file atomically.
 
-        Raises UserError where it can't be written.
+        Raises UserError if it can't be written.
         """
         known, values = self._read()
         self.digests, first = np.unique(np.concatenate([digests.ravel(), known]), return_index=True)

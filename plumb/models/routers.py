@@ -32,7 +32,7 @@ class _Router(NamedTuple):
 
 
 def routers_of(model: nn.Module) -> list[_Router]:
-    """The modules that transformers knows as routers; [] for a model without experts."""
+    """Return the modules that transformers treats as routers; [] for a model without experts."""
     found: dict[int, _Router] = {}
     for part in model.modules():
         recorders = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", [])
@@ -47,10 +47,10 @@ def routers_of(model: nn.Module) -> list[_Router]:
 
 
 class Routers:
-    """Keeps what the routers of a policy give in a forward pass, for the balancing loss."""
+    """Record the output of a policy's routers in a forward pass, for the balancing loss."""
 
     def __init__(self, model: Any):
-        """Raises UserError for a model without routers, or one for which transformers knows no
+        """Raise UserError for a model without routers, or one for which transformers has no
         balancing loss.
         """
         found = routers_of(model)
@@ -79,7 +79,7 @@ class Routers:
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """Within, what each router gives: its logits, [A, E]."""
+        """Record, within the context, the logits of each router, [A, E]."""
         logits: list[Tensor] = []
         self.logits = logits
         try:
@@ -89,8 +89,8 @@ class Routers:
 
 
 def balance(logits: list[Tensor], batch: Batch, packed: bool, top_k: int) -> Tensor:
-    """The balancing loss of each response's sequence: [R] float32, k where all experts are used
-    alike, at most E.
+    """Return the balancing loss of each response's sequence: [R] float32, k if all experts are used
+    equally, at most E.
     """
     if not logits:
         raise UserError("router_aux_loss: the routers did not run; set router_aux_loss=0")

@@ -1,5 +1,5 @@
-"""A reward model: a causal LM whose vocabulary head is replaced by one row, the score of all that
-was read up to a token.
+"""Build a reward model: a causal LM whose LM head is replaced by one row, which scores the text up
+to each token.
 
 Shapes: d hidden size. Everything else (packed trees, sharding, checkpoints) sees a causal LM with a
 vocabulary of one.
@@ -29,7 +29,7 @@ SPREADS = [
 
 
 class ScalarHead(nn.Linear):
-    """hidden -> score, without a bias.  [..., d] -> [..., 1]
+    """Map hidden states to scores, without a bias.  [..., d] -> [..., 1]
 
     Weight, product and score are float32 (or float64), whatever the model computes in.
     """
@@ -49,8 +49,8 @@ class ScalarHead(nn.Linear):
 
 
 def _scores_as_logits(model: Any, inputs: Any, output: Any) -> Any:
-    """After the model's forward pass: its logits are what the scalar head gave, whatever was done
-    to them after the head.
+    """Set the logits, after the model's forward pass, to the scalar head's output, whatever was
+    done to them after the head.
     """
     head = model.get_output_embeddings()
     output.logits = head.computed
@@ -59,15 +59,15 @@ def _scores_as_logits(model: Any, inputs: Any, output: Any) -> Any:
 
 
 def initial_weight(d: int, seed: int) -> Tensor:
-    """Normal with variance 1 / (d + 1), so that first scores are of order one (Stiennon et al.
-    2020, arXiv:2009.01325, C.2). -> [1, d] float32
+    """Draw from a normal with variance 1 / (d + 1), so that first scores are of order one (Stiennon
+    et al. 2020, arXiv:2009.01325, C.2). -> [1, d] float32
     """
     return torch.randn(1, d, generator=torch.Generator().manual_seed(seed)) / (d + 1) ** 0.5
 
 
 def put_scalar_head(model: Any, seed: int | None = None) -> str:
-    """Replace the model's vocabulary head, in place; with a seed the new one has its first values.
-    -> its weight's name
+    """Replace the model's LM head in place; given a seed, the new one gets initial values. Return
+    its weight's name.
 
     What the model does to logits afterwards (soft-capping, scaling) no longer matters: its output's
     `logits` are the head's scores. The embedding is no longer tied to the head.
@@ -87,7 +87,7 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
 
 
 class Fit(NamedTuple):
-    """A head for frozen hidden states, and what cross-validation says of it."""
+    """Hold a head for frozen hidden states, and its cross-validation results."""
 
     weight: Tensor  # [1, d] float64, on the CPU
     accuracy: float  # share of pairs that a fit without their fold ranks as the data do
@@ -95,14 +95,13 @@ class Fit(NamedTuple):
 
 
 def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
-    """The linear head that tells chosen from rejected, by what a model without training reads at
-    their ends.
+    """Fit the linear head that separates chosen from rejected by the hidden states of a model
+    without training at their ends.  [n, d], [n, d], [n] numbers 0 to FOLDS - 1.
 
-    [n, d], [n, d], [n] numbers 0 to FOLDS - 1. Ridge regression of 1 on the difference of the two
-    hidden states, each coordinate divided by its root mean square; then scaled so that
-    Bradley-Terry's loss is least. Ridge and scale are those of the least loss on pairs of left-out
-    folds; where none is below log 2, or with fewer than MIN_PAIRS, the head is 0. The mean score of
-    all responses is 0.
+    Ridge regression of 1 on the difference of the two hidden states, each coordinate divided by its
+    root mean square; then scaled to minimise the Bradley-Terry loss. Ridge and scale are those with
+    the least loss on held-out folds; if none is below log 2, or with fewer than MIN_PAIRS, the head
+    is 0. The mean score of all responses is 0.
     """
     if chosen.device.type == "mps":  # which has no float64
         chosen, rejected = chosen.cpu(), rejected.cpu()
@@ -133,8 +132,8 @@ def fit_head(chosen: Tensor, rejected: Tensor, folds: Tensor) -> Fit:
 
 
 def _ridge(points: Tensor) -> Tensor:
-    """Coefficients of the regression of 1 on the points, for each of RIDGES.  [n, r] -> [r,
-    ridges]
+    """Return the coefficients of the regression of 1 on the points, for each of RIDGES.  [n, r] ->
+    [r, ridges]
     """
     values, vectors = torch.linalg.eigh(points.T @ points)
     ridges = values.new_tensor(RIDGES) * values.clamp(min=0).mean()
@@ -145,10 +144,10 @@ def _ridge(points: Tensor) -> Tensor:
 
 
 def scores(model: Any) -> bool:
-    """Is it a reward model with a scalar head?"""
+    """Return whether this is a reward model with a scalar head."""
     return isinstance(model.get_output_embeddings(), ScalarHead)
 
 
 def holds_scores(state: Mapping[str, Tensor]) -> bool:
-    """Is it the state dict of one?"""
+    """Return whether this is the state dict of one."""
     return any(state[f"{name}.weight"].shape[0] == 1 for name in HEADS if f"{name}.weight" in state)

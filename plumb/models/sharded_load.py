@@ -39,15 +39,15 @@ LARGE = 1 << 16  # numbers; a smaller parameter may be kept as it is
 
 
 class WeightMismatch(Exception):
-    """What a source holds is not what the model wants."""
+    """Report that a source does not hold what the model needs."""
 
 
 @contextmanager
 def parameters_on_meta(
     seen: Callable[[Tensor, Tensor], None] = lambda real, meta: None,
 ) -> Iterator[None]:
-    """Within, parameters of new modules have no values. Buffers do: what a model computes from its
-    config is as it should be.
+    """Create the parameters of new modules without values, within the context. Buffers do get
+    values: what a model computes from its config is as it should be.
     """
     register = nn.Module.register_parameter
 
@@ -66,7 +66,7 @@ def parameters_on_meta(
 
 
 def fill(model: nn.Module, source: Source) -> None:
-    """Every parameter and persistent buffer of a sharded model: this rank's part of it."""
+    """Fill this rank's part of every parameter and persistent buffer of a sharded model."""
     done: set[int] = set()
     for name, part, where in sharding.parts(model):
         if part.numel() and part.data_ptr() not in done:
@@ -80,11 +80,11 @@ def fill(model: nn.Module, source: Source) -> None:
 def blank(
     hf_config: Any, weights: Weights, build: Callable[[Any], PreTrainedModel]
 ) -> PreTrainedModel:
-    """`build(config)` for these weights, without values: its head is tied to the embedding only
-    where both have the same.
+    """Return `build(config)` for these weights, without values, with the head tied to the embedding
+    only if both have the same values.
 
-    Where the values differ, `hf_config` is corrected, so that whatever else is built or saved with
-    it has them apart, too.
+    If the values differ, `hf_config` is corrected, so that anything else built or saved with it has
+    them separate, too.
     """
     model = _built(hf_config, build)
     if _head_apart(model, weights):
@@ -100,8 +100,8 @@ def _built(hf_config: Any, build: Callable[[Any], PreTrainedModel]) -> PreTraine
 
 
 def _head_apart(model: PreTrainedModel, weights: Weights) -> bool:
-    """Do the files hold other values for the head than for the embedding, to which the config ties
-    it?
+    """Return whether the files hold different values for the head and the embedding, to which the
+    config ties it.
     """
     head = model.get_output_embeddings()
     ties = getattr(model, "all_tied_weights_keys", None) or {}
@@ -115,8 +115,8 @@ def _head_apart(model: PreTrainedModel, weights: Weights) -> bool:
 
 
 class Conversion(NamedTuple):
-    """Several tensors of the files from which transformers computes one of the model's, or the
-    other way.
+    """Convert several tensors of the files to one of the model's, or the other way round, as
+    transformers does.
     """
 
     name: str  # in the model, of the first that it gives
@@ -160,8 +160,8 @@ class Conversion(NamedTuple):
 
 
 def _keeps_rows(operation: ConversionOps) -> bool:
-    """Does each row of what it gives (index of the first dimension) come from the same row of what
-    it takes?
+    """Return whether each output row (index of the first dimension) comes from the same row of the
+    input.
     """
     if isinstance(operation, Transpose):
         return min(operation.dim0, operation.dim1) > 0 and not operation.check_dims
@@ -171,10 +171,10 @@ def _keeps_rows(operation: ConversionOps) -> bool:
 
 
 def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], list[Conversion]]:
-    """Where the files have what: name in the model -> name in the files, and what has to be
+    """Return where the files have what: name in the model -> name in the files, and what has to be
     computed.
 
-    By transformers' own renamings. Names that the model has not stand for themselves.
+    By transformers' own renamings. Names that the model does not have stand for themselves.
     """
     wanted = dict.fromkeys(model.state_dict(keep_vars=True), True)
     if weights.archive and wanted.keys() == weights.keys():
@@ -203,11 +203,11 @@ def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], lis
 def stored_source(
     model: PreTrainedModel, weights: Weights, strict: bool, apart: Collection[str] = ()
 ) -> Source:
-    """The parts of a model's tensors as its files have them, renamed and converted as transformers
-    does.
+    """Return the source that reads parts of a model's tensors from its files, renamed and converted
+    as transformers does.
 
     `strict`: the files may hold nothing else. `apart`: names that are filled from elsewhere. Raises
-    Misfit.
+    WeightMismatch.
     """
     at, conversions = _keys(model, weights)
     shapes = {name: weights.shape(key) for name, key in at.items()}
@@ -260,8 +260,8 @@ def stored_source(
 
 
 def shards_source(model: nn.Module) -> Source:
-    """The parts that another model has, sharded in the same way. They may be wanted in another
-    precision.
+    """Return the source that copies the parts of another model, sharded in the same way, possibly
+    to another precision.
     """
     mine = {name: part for name, part, _ in sharding.parts(model)}
     return lambda name, where: mine[name]
@@ -271,26 +271,26 @@ def shards_source(model: nn.Module) -> Source:
 
 
 class ScratchBuffer:
-    """Memory for one tensor at a time: taken anew for each, the pieces that small things leave
-    would never fit the next.
+    """Reuse memory for one tensor at a time: memory allocated anew for each would be fragmented by
+    small tensors.
     """
 
     def __init__(self) -> None:
         self.held = torch.empty(0)
 
     def of(self, like: Tensor) -> Tensor:
-        """Of this shape and type; what was asked for before is gone."""
+        """Return a tensor of this shape and type; the previous one is overwritten."""
         if self.held.numel() < like.numel() or self.held.dtype != like.dtype:
             self.held = torch.empty(like.numel(), dtype=like.dtype, device="cpu")
         return self.held[: like.numel()].view(like.shape)
 
 
 class Initialisation(TorchDispatchMode):
-    """Notes what a model's construction does to parameters on the meta device, and draws what it
+    """Record what a model's construction does to parameters on the meta device, and draw what it
     would draw, one at a time.
 
-    What was done to one parameter can be done again later (`source`): the same numbers as if all
-    had been kept.
+    What was done to one parameter can be repeated later (`source`): the same numbers as if all had
+    been kept.
     """
 
     def __init__(self) -> None:
@@ -342,8 +342,8 @@ class Initialisation(TorchDispatchMode):
         return out
 
     def of(self, model: nn.Module) -> dict[str, list[tuple[Any, ...]]]:
-        """The notes of each parameter. Raises NotImplementedError where a large one was made with
-        values of its own.
+        """Return the records of each parameter. Raise NotImplementedError if a large one was
+        created with values of its own.
         """
         notes = {
             name: self.notes.get(_storage(p), [])
@@ -363,8 +363,8 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...]]]) -> Source:
-    """What construction would have put there: drawn again for one parameter at a time, of which a
-    part is kept.
+    """Return the source of the values that construction would have drawn: drawn again for one
+    parameter at a time, of which a part is kept.
     """
     wholes, room = dict(model.state_dict(keep_vars=True)), ScratchBuffer()
 

@@ -1,5 +1,5 @@
-"""What of a model's folder or repository is believed: its weights and settings, and its code only
-where one commit is named.
+"""Decide which parts of a model's folder or repository to trust: its weights and settings, and its
+code only at one named commit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check_revision(spec: DictConfig) -> None:
-    """model.revision and model.trust_remote_code name something, and are not ignored. Raises
+    """Check that model.revision and model.trust_remote_code are valid and not ignored. Raises
     UserError.
     """
     name, revision = spec.name_or_path, spec.revision
@@ -43,11 +43,11 @@ def check_revision(spec: DictConfig) -> None:
 
 
 def pinned(spec: DictConfig, name: str) -> dict[str, Any]:
-    """Arguments with which transformers reads `name` at model.revision, and runs code from there
-    only if told to.
+    """Return the arguments with which transformers reads `name` at model.revision, and runs code
+    from there only if told to.
 
-    Code that it names in another repository is asked for at the same commit, where there is none.
-    Without `trust_remote_code` said, transformers would ask on the terminal.
+    Code that it refers to in another repository is requested at the same commit, where there is
+    none. If `trust_remote_code` were not given, transformers would ask on the terminal.
     """
     if name != spec.name_or_path or spec.revision is None:
         return {"trust_remote_code": False}

@@ -26,8 +26,8 @@ NAME = "tree"
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions is handed on as it is, so that no model builds one of its own over
-    the row.
+    """Return a mask of four dimensions, which transformers passes on unchanged, so that no model
+    builds one of its own over the row.
     """
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
@@ -44,8 +44,8 @@ def tree_attention(
     segments: Segments | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. Without `segments`
-    (sampling): transformers' SDPA.
+    """Compute attention over trees: query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H,
+    D]. Without `segments` (sampling): transformers' SDPA.
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -73,7 +73,7 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Flash attention over all segments in one call.  -> [T, H, D]"""
+    """Compute flash attention over all segments in one call.  -> [T, H, D]"""
     from torch.nn.attention.varlen import varlen_attn
 
     # theirs does not count itself
@@ -100,7 +100,7 @@ def _loop(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """One SDPA call per segment.  -> [T, H, D]"""
+    """Compute one SDPA call per segment.  -> [T, H, D]"""
     if len(keys) != len(query):
         keys, values = (x.repeat_interleave(len(query) // len(x), 0) for x in (keys, values))
     n_queries, n_keys = segments.query_lengths, segments.key_lengths

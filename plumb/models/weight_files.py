@@ -1,8 +1,7 @@
-"""The weight files of a model's folder or hub name: which ones they are, and their tensors, read
-only when they are asked for.
+"""Find the weight files of a model's folder or hub name, and read their tensors on demand.
 
-transformers is given these tensors and no folder, so that it opens no other file: no pickle that
-was not checked, no distributed checkpoint (whose metadata is a pickle), no adapter.
+transformers gets these tensors and no folder, so that it opens no other file: no pickle that was
+not checked, no distributed checkpoint (whose metadata is a pickle), no adapter.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ INDEX = ".index.json"
 
 
 class Weights(dict[str, Any]):
-    """Name in the files -> a tensor, or a slice of a safetensors file, of which what is indexed is
-    read.
+    """Map a name in the files to a tensor, or to a slice of a safetensors file, which is read when
+    indexed.
 
-    `archive`: they are a policy.pt's, which has the names that the model has in memory, or had in
-    2023.
+    `archive`: they are a policy.pt's, with the names that the model has in memory, or had in 2023.
     """
 
     def __init__(self, tensors: Mapping[str, Any] | None = None, archive: bool = False):
@@ -44,17 +42,17 @@ class Weights(dict[str, Any]):
         self.archive = archive
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Reads no values."""
+        """Return the shape without reading values."""
         stored = self[name]
         return tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
 
     def read(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
-        """The part at `where`; without it all."""
+        """Return the part at `where`; without it, everything."""
         return self[name][where or ...]
 
     def equal(self, a: str, b: str) -> bool:
-        """Do two names stand for the same values? Compared in pieces of at most some 64 MB, up to
-        the first difference.
+        """Return whether two names stand for the same values, compared in pieces of about 64 MB, up
+        to the first difference.
         """
         shape = self.shape(a)
         if self[a] is self[b] or shape != self.shape(b):
@@ -66,12 +64,12 @@ class Weights(dict[str, Any]):
 
 @contextmanager
 def open_weights(name: str, revision: str | None, explicit: str | None) -> Iterator[Weights]:
-    """The tensors of a folder or hub name; its files stay open within.
+    """Open the tensors of a folder or hub name within the context.
 
-    `explicit`: the file that its config names (`transformers_weights`). Else, as transformers
-    chooses: model.safetensors, its index, pytorch_model.bin, its index. Raises UserError where
-    there is none of them, UnsafeFile for one that is not what its name says, or a pickle with more
-    than tensors.
+    `explicit`: the file that its config names (`transformers_weights`). Otherwise, as transformers
+    chooses: model.safetensors, its index, pytorch_model.bin, its index. Raises UserError if there
+    is none of them, UnsafeFile for one that does not match its name, or a pickle with more than
+    tensors.
     """
     with ExitStack() as stack:
         weights = Weights()
@@ -87,7 +85,7 @@ def open_weights(name: str, revision: str | None, explicit: str | None) -> Itera
 
 
 def _files(name: str, revision: str | None, explicit: str | None) -> list[str]:
-    """Paths on this machine; what the hub has is downloaded."""
+    """Return local paths; files on the hub are downloaded."""
 
     def find(file: str) -> str | None:
         return cached_file(
