@@ -1,4 +1,6 @@
-"""The two walks of docs/walks.md: they name functions that exist, and their counts and picture."""
+"""The two walks of docs/walks.md: they name functions that exist, and their counts and picture.
+docs/options.md is what config/ and the schema say.
+"""
 
 import importlib.util
 import re
@@ -6,15 +8,21 @@ import re
 import pytest
 from conftest import ROOT
 
+from plumb.settings import schema
+
 WALKS = (ROOT / "docs/walks.md").read_text(encoding="utf-8")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def draw_walks():
-    spec = importlib.util.spec_from_file_location("draw_walks", ROOT / "docs/draw_walks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("draw_walks")
 
 
 def test_the_walks_name_functions_that_exist(draw_walks):
@@ -59,3 +67,14 @@ def test_the_picture_is_drawn(draw_walks, tmp_path):
     draw_walks.main(tmp_path)
     assert (tmp_path / "walks.png").read_bytes().startswith(b"\x89PNG")
     assert "docs/walks.png" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_options():
+    """`python docs/list_options.py` writes it anew."""
+    list_options = script("list_options")
+    assert (ROOT / "docs/options.md").read_text(encoding="utf-8") == list_options.page()
+    listed = {option.name for option in list_options.options("config.yaml")} | {
+        option.name for option in list_options.options("model/blank_model.yaml", "model.")
+    }
+    assert listed == set(schema.KNOBS) | set(schema.GROUPS)
+    assert all(option.meaning for option in list_options.options("config.yaml"))
