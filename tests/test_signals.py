@@ -15,7 +15,7 @@ from conftest import PATIENCE, ROOT
 from runs import DPO, FAST, records
 from test_resume import outcome, same
 
-from plumb.distributed import launch
+from plumb.distributed.progress import run_progress
 from plumb.runs import checkpoints, directory
 
 SLOW_STEPS = """
@@ -166,17 +166,17 @@ def test_a_second_signal_quits_at_once(start):
 
 def test_the_time_of_a_run_counts_from_the_start_of_its_process():
     since = time.time() - psutil.Process().create_time()
-    assert launch.uptime_secs() == pytest.approx(since, abs=1)
+    assert run_progress.uptime_secs() == pytest.approx(since, abs=1)
 
 
 AN_HOUR_AGO = """
 import trainers
-from plumb.distributed import launch
+from plumb.distributed.progress import run_progress
 step = trainers.BasicTrainer.step
 def late(self, *arguments):
     step(self, *arguments)
     if self.n_updates == 3:
-        launch._started -= 3600 - 10  # 10 s are kept for the save
+        run_progress.started -= 3600 - 10  # 10 s are kept for the save
 trainers.BasicTrainer.step = late
 """
 

@@ -159,16 +159,19 @@ def import_all() -> None:
     """Import what a run imports, also late, and fill the caches of parsers. No tensor is made:
     threads that have computed do not survive a fork.
     """
+    import importlib
+    import pkgutil
+
     import hydra
     import transformers.conversion_mapping as mapping
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import eval  # noqa: F401
-    import report  # noqa: F401
-    import sample  # noqa: F401
-    import score  # noqa: F401
-    import train  # noqa: F401
+    import plumb
 
+    for module in pkgutil.walk_packages(plumb.__path__, "plumb."):
+        importlib.import_module(module.name)
+    for name in ("eval", "report", "sample", "score", "train", "trainers"):
+        importlib.import_module(name)
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         hydra.compose("config", ["exp_name=x", "loss=dpo", "loss.beta=0.1"])
     getattr(mapping, "get_checkpoint_conversion_mapping", str)("llama")
@@ -272,10 +275,11 @@ def started_just_now() -> None:
     import psutil
     import torch
 
-    from plumb.distributed import launch
+    from plumb.distributed import launch, signals
+    from plumb.distributed.progress import run_progress
     from plumb.reports import curves
 
-    launch._started = psutil.Process().create_time()
+    run_progress.started = psutil.Process().create_time()
     curves.draw_all = lambda runs, further=True: b""  # takes longer than a tiny run
     get_context = torch.multiprocessing.get_context
     torch.multiprocessing.get_context = lambda method=None: get_context(
@@ -284,7 +288,7 @@ def started_just_now() -> None:
     work = launch._spawned
 
     def fresh(*arguments: object) -> None:
-        launch._Signals.gentle = False
+        signals.state.waits_for_the_loop = False
         work(*arguments)
 
     launch._spawned = fresh
