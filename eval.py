@@ -180,7 +180,7 @@ def evaluate(
     tokenizer = load_tokenizer(config)
     # it is evaluated, not started from
     data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))
-    _, examples = load_examples(data, tokenizer, pairs=loss.data == "pairs")
+    _, examples = load_examples(data, tokenizer, loss.group)
     if not examples:
         raise UserError(
             f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give"

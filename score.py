@@ -343,7 +343,7 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
         to_dict(config.get(knob)) if known else None for knob in ("role_map", "split_names")
     )
     bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if known else "stop"
-    reading = Reading(roles, splits, bad_row, pairs=True)
+    reading = Reading(roles, splits, bad_row, group="pair")
     cache_dir = str(get_local_dir(config.local_dirs))
     share = config.eval_share
     data = get_dataset(

@@ -202,7 +202,7 @@ def train_from(
     check_weights(config, scalar=loss.reads == "scores")
     if config.export:
         collectives.from_rank0(partial(rehearse, config, run_dir))
-    train_examples, eval_examples = load_examples(config, tokenizer, pairs=loss.data == "pairs")
+    train_examples, eval_examples = load_examples(config, tokenizer, loss.group)
     if note := lineage.lineage(config, schema.deciding_slices()):
         rank0_print(note)
     if loss.needs_margins:

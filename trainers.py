@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -472,7 +473,7 @@ class BasicTrainer:
         for i, (batch, weight, _) in enumerate(step.microbatches):
             scored = self.scorer(batch)
             if self.n_updates == 0:
-                losses = scored.output._replace(losses=scored.output.losses.detach())
+                losses = replace(scored.output, losses=scored.output.losses.detach())
                 seen.append(scored._replace(output=losses, balance=None))
             loss = weight * scored.output.losses.sum() / n
             if scored.balance is not None:
@@ -592,7 +593,7 @@ class BasicTrainer:
             self.is_primary_replica,
             self.check_stop,
         )
-        record = evaluation.record(self.loss, self.eval_groups)
+        record = evaluation.record(self.eval_groups)
         self.saver.check(record)
         self.log.evaluation(record, self.n_seen)
         if self.loss.reads == "scores" and rank() == 0:

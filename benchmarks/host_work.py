@@ -66,7 +66,6 @@ def store_of(n: int, seed: int = 0) -> Examples:
         ids=rng.integers(0, 50_000, starts[-1], dtype=np.uint16),
         starts=starts,
         rows=np.column_stack([texts[:, 0], np.zeros(n, np.int32), np.arange(n, dtype=np.int32)]),
-        margins=np.full(n, np.nan, np.float32),
         files=["pairs.jsonl"],
     )
     items = np.column_stack([np.arange(n, dtype=np.int32), texts[:, 1:]])

@@ -145,7 +145,7 @@ def load(name: str, data: Path, folder: Path, tokenizer: Any) -> Any:
     overrides += ["loss.beta=0.1", "max_length=512", "max_prompt_length=256", "n_eval_examples=64"]
     with initialize_config_dir(str(ROOT / "config"), version_base=None):
         config = compose("config", overrides=overrides)
-    return load_examples(config, tokenizer, pairs=True)[0]
+    return load_examples(config, tokenizer, "pair")[0]
 
 
 # ---- measured in the children ----

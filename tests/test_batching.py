@@ -80,7 +80,10 @@ def test_trees_see_what_the_rule_says_and_score_what_they_hold(rows, n_padding):
     examples = [example(p, *r) for p, r in rows]
     n = lengths_of(examples).tokens().sum()
     batch = pack(examples, pad_token_id=0, longest=64, row_length=n + n_padding)
-    k, flat = batch.k, [x for p, r in rows for x in (*p, *(t for one in r for t in one))]
+    k, flat = (
+        batch.n_responses[0],
+        [x for p, r in rows for x in (*p, *(t for one in r for t in one))],
+    )
     assert (
         batch.input_ids[0, :n].tolist() == flat
         and batch.n_tokens == n
@@ -296,7 +299,7 @@ def test_ranks_share_a_step_and_a_rank_without_a_part_has_weight_0():
     # the batch is everyone's
     assert all(step.indices.tolist() == [2, 0, 1] and len(step.lengths) == 3 for step in steps)
     shares = [
-        (m.weight, m.batch.targets.tolist(), m.batch.reference.tolist())
+        (m.weight, m.batch.targets.tolist(), m.batch.extras.response["reference"].tolist())
         for step in steps
         for m in step.microbatches
     ]
@@ -322,7 +325,6 @@ def test_a_rank_makes_its_own_examples_alone():
         ids=np.arange(600, dtype=np.uint16),
         starts=np.arange(0, 601, 2),
         rows=np.array([(3 * i, 0, i) for i in range(100)]),
-        margins=np.full(100, np.nan),
         files=["x"],
     )
     items = np.array([(i, 3 * i + 1, 3 * i + 2) for i in range(100)])

@@ -66,9 +66,16 @@ def test_means_leave_out_what_has_no_weight():
     the 9, the first would be 1.
     """
     means = Means()
-    means.add({"a": tensor(1, 2), "b": tensor(1, 2)}, 1.0, {"b": 6})
-    means.add({"a": tensor(9), "b": tensor(9)}, 0.0, {"b": 4})
+    means.add({"a": tensor(1, 2), "b": tensor(1, 2)}, 1.0, {"b": tensor(2, 4)})
+    means.add({"a": tensor(9), "b": tensor(9)}, 0.0, {"b": tensor(4)})
     assert means.reduce() == {"a": 1.5, "b": 0.5}
+
+
+def test_a_mean_over_nothing_is_left_out():
+    """3 of no count and 0: 0 / 0 is no number that a log could hold."""
+    means = Means()
+    means.add({"a": tensor(3), "b": tensor(0, 0)}, 1.0, {"b": tensor(0, 0)})
+    assert means.reduce() == {"a": 3}
 
 
 def test_means_are_summed_in_float64():
@@ -145,7 +152,9 @@ class OfIds:
 
     def __call__(self, batch):
         of_policy = self.logps(self.policy, batch)
-        return SimpleNamespace(metrics={"loss/{}": of_policy.sum}, tokens=of_policy.tokens)
+        return SimpleNamespace(
+            metrics={"loss/{}": of_policy.sum}, counts={}, tokens=of_policy.tokens
+        )
 
 
 def feeds(examples, n):

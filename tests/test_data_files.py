@@ -742,11 +742,11 @@ def ufb(tmp_path):
 @pytest.mark.parametrize(
     "reading, names",
     [
-        (Reading(pairs=True), ("train_prefs", "test_prefs")),
-        (Reading(pairs=False), ("train_sft", "test_sft")),
-        (Reading(pairs=True, split_names={"train": "train_gen"}), ("train_gen", "test_gen")),
+        (Reading(group="pair"), ("train_prefs", "test_prefs")),
+        (Reading(group="single"), ("train_sft", "test_sft")),
+        (Reading(group="pair", split_names={"train": "train_gen"}), ("train_gen", "test_gen")),
         (
-            Reading(pairs=True, split_names={"train": "train_gen", "test": "test_sft"}),
+            Reading(group="pair", split_names={"train": "train_gen", "test": "test_sft"}),
             ("train_gen", "test_sft"),
         ),
     ],
@@ -762,8 +762,8 @@ def test_one_split_of_several_is_read(ufb, reading, names):
 def test_splits_are_told_apart_by_their_form(tmp_path):
     (tmp_path / "train_a.jsonl").write_text(json.dumps(PAIR))
     (tmp_path / "train_b.jsonl").write_text(json.dumps({"messages": [Q, GOOD]}))
-    assert load(tmp_path, reading=Reading(pairs=True)).rows[0].prompt == PAIR["prompt"]
-    assert load(tmp_path, reading=Reading(pairs=False)).rows[0].prompt == [Q]
+    assert load(tmp_path, reading=Reading(group="pair")).rows[0].prompt == PAIR["prompt"]
+    assert load(tmp_path, reading=Reading(group="single")).rows[0].prompt == [Q]
 
 
 @pytest.mark.parametrize(
@@ -792,7 +792,7 @@ def test_one_split_of_a_saved_set(tmp_path):
         for kind in ("prefs", "sft")
     }
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
-    assert [row.prompt for row in load(tmp_path / "set", reading=Reading(pairs=True)).rows] == [
+    assert [row.prompt for row in load(tmp_path / "set", reading=Reading(group="pair")).rows] == [
         "prefs"
     ]
 
@@ -802,7 +802,7 @@ def test_parts_of_one_split_are_one(tmp_path):
         (tmp_path / f"train-0000{i}-of-00002.jsonl").write_text(
             json.dumps(PAIR | {"prompt": str(i)})
         )
-    loaded = load(tmp_path, reading=Reading(pairs=True))
+    loaded = load(tmp_path, reading=Reading(group="pair"))
     assert [row.prompt for row in loaded.rows] == ["0", "1"] and not loaded.taken
 
 

@@ -14,7 +14,6 @@ from tiny import tiny_tokenizer
 import eval as command
 from plumb.data.prepare import load_examples
 from plumb.errors import UserError
-from plumb.losses.registry import build_loss
 from plumb.training.evaluator import Evaluation, eval_groups
 from plumb.training.metrics import SQUARES
 
@@ -111,27 +110,25 @@ def test_the_record_by_hand():
     of_policy = Evaluation(
         {"loss/{}": np.array([4.0, 12]), "logps_{}/chosen": np.array([-4.0, -12])}, tokens
     )
-    by_example, by_token = (
-        build_loss({"name": "sft", "average_over": over}) for over in ("examples", "tokens")
-    )
-    found = of_policy.record(by_token, {"short": np.array([True, False])})
+    by_token = of_policy._replace(counts={"loss/{}": tokens})
+    found = by_token.record({"short": np.array([True, False])})
     assert (
         found["perplexity/eval"] == pytest.approx(math.exp(2))
         and found["loss/eval"] == 2
         and found["loss/eval/short"] == 2
     )
-    assert of_policy.record(by_example, {})["loss/eval"] == 8
+    assert of_policy.record({})["loss/eval"] == 8
     # 1,000 nats per token: still a number
     hopeless = of_policy._replace(metrics={"logps_{}/chosen": np.array([-8e3, 0])})
-    assert hopeless.record(by_example, {})["perplexity/eval"] == pytest.approx(math.exp(700))
+    assert hopeless.record({})["perplexity/eval"] == pytest.approx(math.exp(700))
     scores = {"rewards_{}/chosen": np.array([3.0, 1]), "rewards_{}/rejected": np.array([-1.0, 1])}
     squares = {
         SQUARES: (scores["rewards_{}/chosen"] ** 2 + scores["rewards_{}/rejected"] ** 2) / 2,
         "loss/{}": tokens,
     }
-    assert Evaluation(scores | squares, tokens).record(by_example, {})[
-        "rewards_eval/spread"
-    ] == pytest.approx(math.sqrt(2))
+    assert Evaluation(scores | squares, tokens).record({})["rewards_eval/spread"] == pytest.approx(
+        math.sqrt(2)
+    )
 
 
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
@@ -180,7 +177,7 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
         f"local_dirs=[{tmp_path}]",
     )
     shutil.copy(tmp_path / "c/test-1.jsonl", tmp_path / "c/train.jsonl")
-    groups = eval_groups(load_examples(config, TOKENIZER, pairs=True)[1])
+    groups = eval_groups(load_examples(config, TOKENIZER, "pair")[1])
     found = {
         name: int(mask.sum()) for name, mask in groups.items() if not name.startswith("length")
     }

@@ -43,11 +43,11 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory):
-    """`look(rows, pairs=True, bos=False, keep="keep_end")`: examples of rows (prompt, chosen,
+    """`look(rows, group="pair", bos=False, keep="keep_end")`: examples of rows (prompt, chosen,
     rejected).
     """
 
-    def run(rows, pairs=True, bos=False, keep="keep_end"):
+    def run(rows, group="pair", bos=False, keep="keep_end"):
         tok = tiny_tokenizer(bos)
         data = DataSet(
             "d",
@@ -56,7 +56,7 @@ def look(tmp_path_factory):
         )
         recipe = StoreSpec(data, "train", tok, "", RULES, None, None, {})
         folder, _ = find_or_make(recipe, tmp_path_factory.mktemp("stores"))
-        return view(TokenStore(folder), pairs, RULES, keep, automatic_bos(tok))
+        return view(TokenStore(folder), group, RULES, keep, automatic_bos(tok))
 
     return run
 

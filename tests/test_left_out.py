@@ -34,7 +34,7 @@ def test_bad_rows_that_are_dropped_are_named(compose, tmp_path, tiny_model, caps
         f"local_dirs=[{tmp_path}/runs]",
     )
     for _ in ("made", "from the cache"):
-        assert len(load_examples(config, load_tokenizer(config), pairs=True)[0]) == 2
+        assert len(load_examples(config, load_tokenizer(config), "pair")[0]) == 2
         shown = capsys.readouterr().out
         assert re.search(r"  bad rows +1 +1? *.*not loaded\n", shown), shown
         assert f"  the first bad row: {path}, line 2: field 'chosen' is null" in shown
@@ -47,7 +47,7 @@ def test_bad_rows_that_are_dropped_are_named(compose, tmp_path, tiny_model, caps
             r" 'messages\[1\].role'"
         ),
     ):
-        load_examples(config, load_tokenizer(config), pairs=False)
+        load_examples(config, load_tokenizer(config), "single")
 
 
 def test_one_split_of_a_folder_is_named(compose, tmp_path, tiny_model, capsys):

@@ -1,13 +1,17 @@
 """Losses: hand-derived values, the papers' gradients, limits, and the 2023 code's own numbers."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from golden import load, needs_golden
 
-from plumb.losses.contract import Logps, Pairs
-from plumb.losses.registry import LOSSES, build_loss
+from plumb.losses import registry as losses
+from plumb.losses.contract import Logps, LossOutput, Pairs, TokenLogps
+from plumb.losses.registry import LOSSES, build_loss, loss
+from plumb.training.objective import to_loss_inputs
 
 
 def logps(*values: float, dtype=torch.float64) -> Logps:
@@ -106,7 +110,7 @@ def test_reference_free_needs_no_reference():
 def test_sft_is_the_summed_negative_log_probability():
     bound = build_loss({"name": "sft", "average_over": "examples"})
     assert bound.compute(logps(-3, -40)).losses.tolist() == [3, 40]
-    assert bound.data == "responses" and not bound.needs_reference
+    assert bound.group == "single" and not bound.needs_reference
     assert build_loss({"name": "sft", "average_over": "tokens"}).average_over == "tokens"
 
 
@@ -210,3 +214,35 @@ def test_losses_equal_the_peers_where_they_agree():
         )
         checked += 1
     assert checked >= 6
+
+
+# ---- the contract ----
+
+
+def test_the_old_spelling_gets_the_new_one():
+    with pytest.raises(ValueError, match=r'@loss\(data="pairs"\): write group="pair" instead'):
+        loss(data="pairs")
+    with pytest.raises(ValueError, match="@loss.group='triple'.: write one of single, labelled"):
+        loss(group="triple")
+
+
+def test_the_signature_decides_what_a_loss_gets(monkeypatch):
+    """Two pairs in one row, of 2 + 1 and 1 + 2 tokens: their positions lie tree by tree, so the
+    chosen tokens are the 1st, 2nd and 4th. A sum over tokens is what a loss on sums gets.
+    """
+    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+
+    @loss(group="pair")
+    def largest(policy: Pairs[TokenLogps], reference: None = None) -> LossOutput:
+        return LossOutput(policy.chosen.sum(policy.chosen.each**2))
+
+    bound = build_loss({"name": "largest"})
+    assert bound.reads == "token_logps" and build_loss(DPO).reads == "logps"
+    each = torch.tensor([-1.0, -2, -3, -4, -5, -6])
+    tokens = TokenLogps(each, torch.tensor([0, 0, 2, 1, 3, 3]), 4)
+    assert tokens.sum().tolist() == [-3, -4, -3, -11]
+    two = SimpleNamespace(n_responses=np.array([2, 2]))
+    both = to_loss_inputs(tokens, two, "pair")
+    assert both.chosen.each.tolist() == [-1, -2, -4] and both.chosen.response.tolist() == [0, 0, 1]
+    assert both.rejected.sum().tolist() == [-3, -11]
+    assert bound.compute(both).losses.tolist() == [1 + 4, 16]

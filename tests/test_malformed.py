@@ -39,7 +39,7 @@ def read(prepared, tmp_path):
         case.write(path)
         config.datasets = [str(path)]
         config.local_dirs = [str(tmp_path / "runs")]
-        return path, lambda: load_examples(config, tokenizer, pairs=True)
+        return path, lambda: load_examples(config, tokenizer, "pair")
 
     return run
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
+from plumb.batching.feed import Feed
 from plumb.batching.layout import pack
+from plumb.batching.microbatches import Packing
 from plumb.data import examples
 from plumb.data.registry import get_dataset
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
@@ -40,12 +42,12 @@ def rows_of(path, **options):
     return list(get_dataset(str(path), "train", eval_share=0, **options).rows)
 
 
-def view_of(path, folder, pairs=True):
+def view_of(path, folder, group="pair"):
     data = get_dataset(str(path), "train", eval_share=0)
     place, _ = find_or_make(
         StoreSpec(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder
     )
-    return examples.view(TokenStore(place), pairs, RULES, "keep_start", None)
+    return examples.view(TokenStore(place), group, RULES, "keep_start", None)
 
 
 ROWS = {
@@ -118,23 +120,23 @@ def test_margins_reach_the_batch(tmp_path):
         {"prompt": "e", "responses": ["f", "f"], "scores": [1, 0]},
     )
     some = view_of(scored, tmp_path / "a")
-    assert [e.margin for e in some] == some.margins().tolist() == [
-        1.0,
-        2.25,
-        3.25,
-        1.0,
-    ] and some.margins().dtype == np.float32
+    assert some.margins().tolist() == [1.0, 2.25, 3.25, 1.0]
+    assert some.margins().dtype == np.float32
     unscored = view_of(write(tmp_path, PAIR), tmp_path / "b")
     both = examples.concatenate([unscored, some]).select(np.array([3, 0, 1]))
     np.testing.assert_array_equal(both.margins(), [3.25, np.nan, 1.0])
-    batch = pack([both[i] for i in range(3)], pad_token_id=0, longest=64).to("cpu")
-    np.testing.assert_array_equal(batch.margins, [3.25, np.nan, 1.0])
-    assert pack([unscored[0]], pad_token_id=0, longest=64).margins is None
-    targets = view_of(scored, tmp_path / "c", pairs=False)
-    assert (
-        np.isnan(targets.margins()).all()
-        and pack([targets[0]], pad_token_id=0, longest=64).margins is None
-    )
+    extras = both.extras().take(np.arange(3))
+    batch = pack([both[i] for i in range(3)], pad_token_id=0, longest=64, extras=extras).to("cpu")
+    np.testing.assert_array_equal(batch.extras.example["margins"], [3.25, np.nan, 1.0])
+    packing = Packing(packed=True, budget=99, world_size=1, pad_token_id=0, longest=64)
+    (part,) = Feed(both, packing, 0).step(np.array([2, 0])).microbatches
+    margins = dict(zip(part.where.tolist(), part.batch.extras.example["margins"], strict=True))
+    assert margins == {0: 1.0, 1: 3.25}  # of examples 2 and 0
+    targets = view_of(scored, tmp_path / "c", "single")
+    for without in (unscored, targets):
+        assert np.isnan(without.margins()).all()
+        (part,) = Feed(without, packing, 0).step(np.array([0])).microbatches
+        assert not part.batch.extras.example
 
 
 def test_resume_sees_that_scores_changed(tmp_path):

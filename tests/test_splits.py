@@ -159,11 +159,11 @@ def own(tmp_path):
 
 @pytest.fixture
 def load(compose, tmp_path, capsys):
-    def run(*overrides, pairs=True):
+    def run(*overrides, group="pair"):
         config = compose(
             "exp_name=x", f"local_dirs=[{tmp_path}/runs]", "n_eval_examples=null", *overrides
         )
-        return *load_examples(config, TOKENIZER, pairs), capsys.readouterr().out
+        return *load_examples(config, TOKENIZER, group), capsys.readouterr().out
 
     return run
 
@@ -177,11 +177,11 @@ def test_no_prompt_is_in_two_stages(load, own):
     one copy of the tokens.
     """
     both = [f"datasets=[{own}]", "eval_share=0.2"]
-    train, held, _ = load(*both, pairs=False)
+    train, held, _ = load(*both, group="single")
     assert len(prompts(train)) == 48 and len(prompts(held)) == 12
     parts = {}
-    for stage, pairs in zip(STAGES, (False, True, True), strict=True):
-        *parts[stage], out = load(*both, "data_split=2,4,4", f"stage={stage}", pairs=pairs)
+    for stage, group in zip(STAGES, ("single", "pair", "pair"), strict=True):
+        *parts[stage], out = load(*both, "data_split=2,4,4", f"stage={stage}", group=group)
         assert out.count("from the cache") == 2
         assert "of all stages'" in out and "data_split=2,4,4 stage=" + stage in out
     seen = [prompts(part) for pair in parts.values() for part in pair]
@@ -196,7 +196,7 @@ def test_no_prompt_is_in_two_stages(load, own):
     other = load(*both, "data_split=2,4,4", "stage=reward", "split_seed=7")[0]
     assert prompts(other) != seen[2]
     assert [
-        len(prompts(p)) for p in load(*both, "data_split=2,4,4", "stage=reward", pairs=False)[:2]
+        len(prompts(p)) for p in load(*both, "data_split=2,4,4", "stage=reward", group="single")[:2]
     ] == [19, 5]
 
 
@@ -204,10 +204,10 @@ def test_each_set_its_own_split(load, own, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(own.read_text().replace("Name", "Tell"))
     sets = f"datasets=[{own},{other}]"
-    train, _, out = load(sets, f"data_split={{{own}: [0,0,1]}}", "stage=sft", pairs=False)
+    train, _, out = load(sets, f"data_split={{{own}: [0,0,1]}}", "stage=sft", group="single")
     assert all(prompt.startswith("Tell") for prompt in prompts(train)) and len(prompts(train)) == 54
     train, _, _ = load(
-        sets, f"data_split={{{own}: [0,0,1], {other}: '1,0,1'}}", "stage=policy", pairs=False
+        sets, f"data_split={{{own}: [0,0,1], {other}: '1,0,1'}}", "stage=policy", group="single"
     )
     assert sorted(
         map(len, ({p for p in prompts(train) if p.startswith(name)} for name in ("Name", "Tell")))

@@ -38,14 +38,14 @@ def dataset(rows, truncation="keep_start") -> DataSet:
     return DataSet("d", 0.0, iter(rows), truncation=truncation)
 
 
-def tokenize(data, tokenizer, pairs, rules, template=None):
+def tokenize(data, tokenizer, group, rules, template=None):
     """The whole way: into a store on disk, and a view of it."""
     with tempfile.TemporaryDirectory() as folder:
         path, _ = find_or_make(
             StoreSpec(data, "train", tokenizer, "", rules, template, None, {}), Path(folder)
         )
         bos = automatic_bos(tokenizer) if rules.add_bos else None
-        return view(TokenStore(path), pairs, rules, data.truncation, bos)
+        return view(TokenStore(path), group, rules, data.truncation, bos)
 
 
 def flags(examples):
@@ -72,7 +72,7 @@ def test_tokens_equal_the_2023_code():
         if lengths == (64, 0) and setting["truncation_mode"] == "keep_end":
             continue
         rules = TextRules(*lengths, "fixed", add_bos=False, eos_in_text="keep")
-        examples = tokenize(dataset(rows, setting["truncation_mode"]), tokenizer, True, rules)
+        examples = tokenize(dataset(rows, setting["truncation_mode"]), tokenizer, "pair", rules)
         for ours, found, theirs in zip(examples, flags(examples), setting["rows"], strict=True):
             assert ours.prompt.tolist() == theirs["prompt_input_ids"]
             for side, response in zip(("chosen", "rejected"), ours.responses, strict=True):
@@ -87,7 +87,7 @@ def test_a_prompt_of_which_only_bos_fits():
     max_prompt_length=0.
     """
     rules, tok = RULES._replace(max_length=4, max_prompt_length=1), tiny_tokenizer(bos=True)
-    (example,) = tokenize(data("abcd", "e", truncation="keep_end"), tok, False, rules)
+    (example,) = tokenize(data("abcd", "e", truncation="keep_end"), tok, "single", rules)
     assert example.prompt.tolist() == [tok.bos_token_id]
 
 
@@ -125,7 +125,7 @@ def test_truncation(texts, keep, lengths, policy, bos, pairs):
     tok = tokenizer(bos)
     rules = TextRules(*lengths, policy, add_bos=True, eos_in_text="strip")
     rows = [Row(p, [c, r], [(0, 1)], c, f"d:{i}") for i, (p, c, r) in enumerate(texts)]
-    examples = tokenize(dataset(rows, keep), tok, pairs, rules)
+    examples = tokenize(dataset(rows, keep), tok, "pair" if pairs else "single", rules)
     ids = lambda text: tok(text, add_special_tokens=False)["input_ids"]
     for example, found, n, row in zip(
         examples, flags(examples), examples.lengths, texts, strict=True
@@ -167,7 +167,7 @@ def test_tokenization_properties(prompt, chosen, rejected):
     """
     tok = tokenizer()
     rules = RULES._replace(max_length=2000, max_prompt_length=1000)
-    (example,) = tokenize(data(prompt, chosen, rejected), tok, True, rules)
+    (example,) = tokenize(data(prompt, chosen, rejected), tok, "pair", rules)
     for text, response in zip((chosen, rejected), example.responses, strict=True):
         assert response[-1] == tok.eos_token_id and tok.eos_token_id not in response[:-1]
         while tok.eos_token in text:
@@ -180,7 +180,7 @@ def test_tokenization_properties(prompt, chosen, rejected):
 
 def test_bos_stands_once_where_the_tokenizer_adds_one():
     tok = tiny_tokenizer(bos=True)
-    prompt = lambda rules, text: tokenize(data(text, " b", " c"), tok, True, rules)[
+    prompt = lambda rules, text: tokenize(data(text, " b", " c"), tok, "pair", rules)[
         0
     ].prompt.tolist()
     assert (
@@ -194,14 +194,14 @@ def test_bos_stands_once_where_the_tokenizer_adds_one():
     assert long[0] == tok.bos_token_id and len(long) == 4
     assert (
         tokenizer().bos_token_id
-        not in tokenize(data("a", " b"), tokenizer(), False, RULES)[0].prompt
+        not in tokenize(data("a", " b"), tokenizer(), "single", RULES)[0].prompt
     )
 
 
 def test_eos_within_a_text():
     eos = tokenizer().eos_token
     ids_of = lambda rule: tokenize(
-        data(f"a{eos}b", f" c{eos}"), tokenizer(), False, RULES._replace(eos_in_text=rule)
+        data(f"a{eos}b", f" c{eos}"), tokenizer(), "single", RULES._replace(eos_in_text=rule)
     )
     strip, keep = ids_of("strip"), ids_of("keep")
     assert flags(strip) == flags(keep) == [{"eos_in_text"}]
@@ -216,7 +216,7 @@ def test_eos_within_a_message():
     chat = tiny_tokenizer(chat_template=CHAT)
     prompt = [{"role": "user", "content": "H</s>i."}]
     answer = [{"role": "assistant", "content": "Hel</s>lo."}]
-    examples = tokenize(data(prompt, answer), chat, False, RULES)
+    examples = tokenize(data(prompt, answer), chat, "single", RULES)
     (example,) = examples
     assert (
         flags(examples) == [{"eos_in_text"}] and chat.decode(example.responses[0]) == "Hello.</s>"
@@ -238,7 +238,7 @@ def test_messages_go_through_the_chat_template():
     rendered = render(prompt, [answer], chat, None, "f:1")
     assert rendered == (f"<user>Hi.{eos}<assistant>", ["Hello."])  # EOS is added once, later
     assert render(prompt, [answer], chat, HH_TEMPLATE, "f:1")[1] == [" Hello."]
-    examples = tokenize(data(prompt, answer), chat, False, RULES)
+    examples = tokenize(data(prompt, answer), chat, "single", RULES)
     (example,) = examples
     assert flags(examples) == [set()] and list(example.responses[0]).count(chat.eos_token_id) == 1
     with pytest.raises(UserError, match="f:1: the chat template refuses"):
@@ -246,11 +246,11 @@ def test_messages_go_through_the_chat_template():
 
 
 def test_rows_without_pairs_make_no_example_of_pairs():
-    assert len(tokenize(data("a", " b"), tokenizer(), True, RULES)) == 0
+    assert len(tokenize(data("a", " b"), tokenizer(), "pair", RULES)) == 0
 
 
 def test_arrays_are_small():
-    (example,) = tokenize(data("a", " b", " c"), tokenizer(), True, RULES)
+    (example,) = tokenize(data("a", " b", " c"), tokenizer(), "pair", RULES)
     assert example.prompt.dtype == np.int32
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 
 from plumb.batching.layout import Batch, pack
 from plumb.batching.microbatches import Packing, split_into_microbatches
-from plumb.data.examples import Lengths, lengths_of
+from plumb.data.examples import Examples, Lengths, lengths_of
+from plumb.data.extras import Extras
 from plumb.data.tokenization import Example
 
 
@@ -53,6 +55,9 @@ class Feed:
         self.rank = rank
         self.reference = reference
         self.lengths = lengths_of(examples)
+        # what the examples carry beside their tokens, less what no example has
+        own = examples.extras().example if isinstance(examples, Examples) else {}
+        self.extras = Extras({name: x for name, x in own.items() if not np.isnan(x).all()})
 
     def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
         """The batch of these examples in `at_least` microbatches, or as many more as the token
@@ -60,6 +65,9 @@ class Feed:
         """
         lengths, p = self.lengths[indices], self.packing
         parts, microbatches = split_into_microbatches(lengths, p, at_least), []
+        extras = self.extras
+        if self.reference is not None:
+            extras = replace(extras, response={"reference": self.reference})
         for i in range(self.rank, len(parts), p.world_size):
             mine = parts[i]
             weight = float(len(mine) > 0)
@@ -69,7 +77,7 @@ class Feed:
                 pad_token_id=p.pad_token_id,
                 longest=p.longest,
                 row_length=p.row_length,
-                reference=None if self.reference is None else self.reference[indices[mine]],
+                extras=extras.take(indices[mine]),
             )
             microbatches.append(Microbatch(batch, weight, mine))
         return Step(indices, lengths, microbatches)

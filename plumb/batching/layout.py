@@ -4,8 +4,9 @@ A *tree* (prompt-shared row) is a prompt followed by its k responses, positions 
 prompt for each; trees stand one after the other in a row without padding. A token sees its own
 tree's prompt and its own response, up to itself, and nothing else.
 
-Shapes: B examples in a microbatch, k responses each (1 for SFT, 2 for pairs), R = k * B responses;
-T tokens in the row, of which N predict a response token ("scored"); S segments.
+Shapes: B examples in a microbatch, of k responses each (1 for SFT, 2 for pairs; k may differ from
+example to example), together R responses; T tokens in the row, of which N predict a response token
+("scored"); S segments.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from plumb.data.examples import ranges
+from plumb.data.extras import Extras
 from plumb.data.tokenization import Example, trees_of
 
 
@@ -70,7 +72,8 @@ class Segments:
 
 class Batch(NamedTuple):
     """A microbatch: B trees in one row. Responses are numbered with all first ones before all
-    second ones.
+    second ones: example b's j-th comes after every response j' < j, and after the j-th of the
+    examples before b that have one.
     """
 
     input_ids: Tensor  # [1, T] int64
@@ -84,14 +87,9 @@ class Batch(NamedTuple):
     # [R, 4] on the CPU: where the prompt begins in the row, its length, and the same of the
     # response
     spans: np.ndarray
-    k: int
+    n_responses: np.ndarray  # [B] k of each example, on the CPU
     n_tokens: int  # T less the padding at the end of the row
-    reference: Tensor | None = (
-        None  # [R] float64 log-probabilities of the reference, where they were computed before
-    )
-    margins: Tensor | None = (
-        None  # [B] float64 score of chosen less that of rejected, NaN where unknown; None: all are
-    )
+    extras: Extras = Extras()  # float64: [B], [R] and [N]; see `pack`
 
     @property
     def n_scored(self) -> int:
@@ -126,7 +124,7 @@ class Batch(NamedTuple):
         segments = replace(
             s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends), masks={}
         )
-        return self._replace(segments=segments, **tensors)
+        return self._replace(segments=segments, extras=self.extras.map(f), **tensors)
 
 
 def pack(
@@ -135,10 +133,10 @@ def pack(
     pad_token_id: int,
     longest: int,
     row_length: int | None = None,
-    reference: np.ndarray | None = None,
+    extras: Extras | None = None,
 ) -> Batch:
-    """Lay B examples out as trees in one row. `reference` [B, k]: their reference
-    log-probabilities, if known.
+    """Lay B examples out as trees in one row. `extras`: what these examples carry beside their
+    tokens.
 
     `row_length` pads the row to a fixed length (for compiled models), in segments of their own: a
     kernel leaves what lies outside all segments uninitialised. `longest`: the most keys a segment
@@ -154,9 +152,12 @@ def pack(
     ([1, 2, 1, 4, 5], [3, 0, 4, 5, 0], [0, 0, 1, 1, 1])
     """
     trees = [tree for e in examples for tree in trees_of(e)]
-    k = len(examples[0].responses)
-    # [R] of the responses, tree by tree
-    numbers = np.arange(len(examples) * k).reshape(k, -1).T.ravel()
+    n_responses = np.array([len(e.responses) for e in examples])
+    # [R] each: of a response in the row, its example and its place in it; and its number
+    example_of = np.arange(len(examples)).repeat(n_responses)
+    place_of = ranges(np.zeros_like(n_responses), n_responses)
+    order = np.lexsort((example_of, place_of))
+    numbers = order.argsort()
     ids = np.concatenate([x for prompt, responses in trees for x in (prompt, *responses)])  # [T]
     lengths = np.array([len(x) for prompt, responses in trees for x in (prompt, *responses)])
     starts = lengths.cumsum() - lengths
@@ -180,22 +181,48 @@ def pack(
     firsts = (n_scored.cumsum() - n_scored)[(n_scored > 0) & (skipped == 0)]
     scored[firsts] = (spans[:, 0] + spans[:, 1] - 1)[(n_scored > 0) & (skipped == 0)]
 
-    margins = np.array([e.margin for e in examples])
     n_padding = max(0, (row_length or 0) - len(ids))
     tensor = torch.from_numpy
+    row = np.pad(ids, (0, n_padding), constant_values=pad_token_id).astype(np.int64)
     return Batch(
-        tensor(np.pad(ids, (0, n_padding), constant_values=pad_token_id).astype(np.int64))[None],
-        tensor(np.pad(positions, (0, n_padding)))[None],
-        _segments(spans, leaves == root + 1, len(ids), n_padding, longest),
-        tensor(scored),
-        tensor(ids[targets].astype(np.int64)),
-        tensor(numbers.repeat(n_scored)),
-        spans[numbers.argsort()],
-        k,
-        len(ids),
-        None if reference is None else tensor(np.ascontiguousarray(reference.T).ravel()),
-        None if np.isnan(margins).all() else tensor(margins),
+        input_ids=tensor(row)[None],
+        position_ids=tensor(np.pad(positions, (0, n_padding)))[None],
+        segments=_segments(spans, leaves == root + 1, len(ids), n_padding, longest),
+        scored=tensor(scored),
+        targets=tensor(ids[targets].astype(np.int64)),
+        response=tensor(numbers.repeat(n_scored)),
+        spans=spans[order],
+        n_responses=n_responses,
+        n_tokens=len(ids),
+        extras=_as_tensors(extras or Extras(), example_of[order], place_of[order]),
     )
+
+
+def _as_tensors(extras: Extras, example_of: np.ndarray, place_of: np.ndarray) -> Extras:
+    """Return the extras of a batch's examples in the order of its examples, responses and scored
+    tokens; [R] each: the example of a response and its place in it.
+    """
+    as_float64 = lambda column: torch.from_numpy(np.asarray(column, np.float64))
+    return Extras(
+        {name: as_float64(x) for name, x in extras.example.items()},
+        {name: as_float64(x[example_of, place_of]) for name, x in extras.response.items()},
+        {name: as_float64(np.concatenate(list(x))) for name, x in extras.token.items()},
+    )
+
+
+def by_example(values: Tensor, n_responses: np.ndarray, fill: float = 0.0) -> Tensor:
+    """Return the values of a batch's responses, [R, ...], by example and place: [B, k, ...], where
+    k is the largest number of responses, and `fill` stands where an example has fewer.
+
+    >>> by_example(torch.tensor([1, 2, 3, 4]), np.array([1, 3]))  # responses 1; 2, 3, 4
+    tensor([[1, 0, 0],
+            [2, 3, 4]])
+    """
+    n, k = len(n_responses), int(n_responses.max())
+    (where,) = (np.arange(k)[:, None] < n_responses).ravel().nonzero()  # of [k, B]
+    table = values.new_full((k * n, *values.shape[1:]), fill)
+    index = torch.from_numpy(where).to(values.device, non_blocking=True)
+    return table.index_copy(0, index, values).unflatten(0, (k, n)).transpose(0, 1)
 
 
 def _segments(

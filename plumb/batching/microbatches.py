@@ -64,6 +64,7 @@ def split_into_microbatches(lengths: Lengths, packing: Packing, at_least: int) -
     sizes = lengths.tokens() if packing.packed else lengths.longest()
     longest_first = np.argsort(-sizes, kind="stable")
     sizes = sizes[longest_first]
+    n_rows = lengths.counts[longest_first]
     most = -(-n // world)  # more would leave nothing to most parts
     n_micro = min(
         most, max(1, min(at_least, n // world), -(-int(sizes.sum()) // (packing.budget * world)))
@@ -74,7 +75,8 @@ def split_into_microbatches(lengths: Lengths, packing: Packing, at_least: int) -
             costs = parts.reduce(np.add, sizes)
         else:
             parts = by_count(n, n_micro * world)
-            costs = lengths.k * parts.counts * parts.reduce(np.maximum, sizes)
+            rows = parts.reduce(np.add, n_rows)  # one for each response
+            costs = rows * parts.reduce(np.maximum, sizes)
         if n_micro == most or ((costs <= packing.budget) | (parts.counts == 1)).all():
             return Parts(longest_first[parts.order], parts.counts)
         n_micro += 1

@@ -1,14 +1,14 @@
-"""View token stores as examples: which pairs or targets, truncated to which lengths. An example is
-created only when asked for.
+"""View token stores as examples: which pairs, targets or lists, truncated to which lengths. An
+example is created only when asked for.
 
-n examples, k responses each (1 for SFT, 2 for pairs). An example costs 8 + 4 * (1 + k) bytes beside
-the mapped files.
+n examples of at most k responses each (1 for SFT, 2 for pairs). An example costs 8 + 4 * (1 + k)
+bytes beside the mapped files.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import nan
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from plumb.data.extras import Extras
 from plumb.data.token_store import TokenStore
 from plumb.data.tokenization import BLANK, CHANGED, HAS_EOS, Example, TextRules, trees_of, truncate
 
@@ -26,8 +27,9 @@ class Table(NamedTuple):
     """Hold a store, and what is taken from it."""
 
     store: TokenStore
-    items: np.ndarray  # [N, 1 + k] (row, text of each response)
+    items: np.ndarray  # [N, 1 + k] (row, text of each response; -1 where there are fewer)
     keep_end: bool  # which end of a long prompt survives
+    extras: Mapping[str, np.ndarray] = {}  # [N] each, what the examples carry beside their tokens
 
 
 class Examples(Sequence[Example]):
@@ -35,7 +37,7 @@ class Examples(Sequence[Example]):
     views.
 
     `lengths` [n, 1 + k] int32: tokens of the prompt, including BOS, and of each response, after
-    truncation.
+    truncation; 0 where an example has fewer responses (one that it has keeps a token at least).
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Examples(Sequence[Example]):
             return self.select(i)
         item = int(self.items[i])
         t = bisect_right(self.offsets, item) - 1
-        store, items, keep_end = self.tables[t]
+        store, items, keep_end, _ = self.tables[t]
         row, *texts = items[item - self.offsets[t]].tolist()
         n_prompt, *n_tokens = self.lengths[i].tolist()
         text, file, number = store.rows[row].tolist()
@@ -76,11 +78,12 @@ class Examples(Sequence[Example]):
         if n_bos:
             prompt[0] = self.bos
         responses = []
-        for text, n in zip(texts, n_tokens, strict=True):
-            start = starts.item(text)
-            responses.append(ids[start : start + n].astype(np.int32))
-        margin = store.margins.item(item - self.offsets[t]) if self.k == 2 else nan
-        return Example(prompt, tuple(responses), f"{store.files[file]}:{number}", margin)
+        # a table may have fewer columns than the longest list of another
+        for text, n in zip(texts, n_tokens, strict=False):
+            if n:
+                start = starts.item(text)
+                responses.append(ids[start : start + n].astype(np.int32))
+        return Example(prompt, tuple(responses), f"{store.files[file]}:{number}")
 
     def select(self, indices: np.ndarray | slice) -> Examples:
         """Return the examples at these indices, or where this mask is true, in that order."""
@@ -97,11 +100,12 @@ class Examples(Sequence[Example]):
         ids = np.empty(each.sum(), np.int32)
         table_of = np.searchsorted(self.offsets, self.items, side="right") - 1
         for t in np.unique(table_of):
-            store, items, keep_end = self.tables[t]
+            store, items, keep_end, _ = self.tables[t]
             mine = table_of == t
             texts = items[self.items[mine] - self.offsets[t]]
             texts[:, 0] = store.rows[texts[:, 0], 0]
-            starts = store.starts[texts]
+            starts = np.zeros((len(texts), n.shape[1]), np.int64)
+            starts[:, : texts.shape[1]] = store.starts[texts]
             if keep_end:
                 starts[:, 0] = store.starts[texts[:, 0] + 1] - n[mine, 0]
             elif self.bos is not None:
@@ -115,13 +119,21 @@ class Examples(Sequence[Example]):
             ids[each.cumsum() - each] = self.bos
         return ids
 
+    def extras(self) -> Extras:
+        """Return what the examples carry beside their tokens."""
+        names = self.tables[0].extras if self.tables else ()
+        columns = {
+            name: np.concatenate([table.extras[name] for table in self.tables])[self.items]
+            for name in names
+        }
+        return Extras(example=columns)
+
     def margins(self) -> np.ndarray:
         """Return the score of chosen minus that of rejected for each pair; NaN if unknown, or
         without pairs.  [n] float32
         """
-        if self.k != 2:
-            return np.full(len(self), nan, np.float32)
-        return np.concatenate([table.store.margins for table in self.tables])[self.items]
+        margins = self.extras().example.get("margins")
+        return np.full(len(self), nan, np.float32) if margins is None else margins
 
     def data_sets(self) -> np.ndarray:
         """The name of each example's data set.  [n] str"""
@@ -142,21 +154,43 @@ class Examples(Sequence[Example]):
         numbers = table.items[self.items, i]
         return numbers if i else table.store.rows[numbers, 0]
 
+    def of_text(self, column: str, i: int) -> np.ndarray:
+        """A column of the store at these texts, 0 where an example has no i-th response.  [n]"""
+        numbers = self.text(i)
+        values = getattr(self.tables[0].store, column)[numbers]
+        return np.where(numbers < 0, values.dtype.type(0), values)
+
     def digest(self, i: int) -> np.ndarray:
-        return self.tables[0].store.digests[self.text(i)]  # [n]
+        return self.of_text("digests", i)  # [n]
 
 
-def view(store: TokenStore, pairs: bool, rules: TextRules, keep: str, bos: int | None) -> Examples:
-    """Return all pairs, or all SFT targets, of a store in its order; `keep` is "keep_end" or
-    "keep_start".
+def view(store: TokenStore, group: str, rules: TextRules, keep: str, bos: int | None) -> Examples:
+    """Return all examples of this group (see losses/contract.py) in a store, in its order; `keep`
+    is "keep_end" or "keep_start".
     """
-    table = Table(store, store.pairs if pairs else store.targets, keep == "keep_end")
-    n, k = len(table.items), 2 if pairs else 1
-    whole = Examples([table], bos, np.arange(n), np.empty((n, 1 + k), np.int32))
+    items, extras = VIEWS[group](store)
+    table = Table(store, items, keep == "keep_end", extras)
+    n = len(items)
+    whole = Examples([table], bos, np.arange(n), np.empty((n, items.shape[1]), np.int32))
     for here in slices(n):
         lengths = _lengths(whole[here])
         whole.lengths[here] = truncate(lengths[:, 0], lengths[:, 1:], rules)
     return whole
+
+
+def _targets(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return store.targets, {}
+
+
+def _pairs(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return store.pairs, {"margins": store.margins}
+
+
+# group -> what of a store it is: items (see Table) and extras
+VIEWS: dict[str, Callable[[TokenStore], tuple[np.ndarray, dict[str, np.ndarray]]]] = {
+    "single": _targets,
+    "pair": _pairs,
+}
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
@@ -170,7 +204,9 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     items = np.concatenate(
         [part.items + offset for part, offset in zip(parts, offsets, strict=False)]
     )
-    return Examples(tables, parts[0].bos, items, np.concatenate([part.lengths for part in parts]))
+    k = max(part.k for part in parts)
+    lengths = [np.pad(part.lengths, ((0, 0), (0, k - part.k))) for part in parts]
+    return Examples(tables, parts[0].bos, items, np.concatenate(lengths))
 
 
 def select(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
@@ -194,22 +230,29 @@ def ids_of(examples: Sequence[Example]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """Tokens of n examples of k responses each, as columns: no example is looked at to know them.
+    """Tokens of n examples of at most k responses each, as columns: no example is looked at to know
+    them.
 
     A prompt is a root of the first response alone where an example's responses share it, else of
-    every response.
+    every response. All three are 0 where an example has fewer than k responses.
     """
 
     prompts: np.ndarray  # [n, k] of the prompt that the response follows
     responses: np.ndarray  # [n, k]
     # [n, k] bool: is the prompt computed before this response? A shared one is, before the first
     roots: np.ndarray
+    counts: np.ndarray  # [n] number of responses
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, indices: np.ndarray | slice) -> Lengths:
-        return Lengths(self.prompts[indices], self.responses[indices], self.roots[indices])
+        return Lengths(
+            self.prompts[indices],
+            self.responses[indices],
+            self.roots[indices],
+            self.counts[indices],
+        )
 
     @property
     def k(self) -> int:
@@ -233,26 +276,23 @@ class Lengths:
 def lengths_of(examples: Sequence[Example]) -> Lengths:
     """Return the lengths as columns; those of a token store are not copied."""
     if isinstance(examples, Examples):
-        prompts, responses = examples.lengths[:, :1], examples.lengths[:, 1:]
-        first = np.arange(examples.k) == 0
-        return Lengths(
-            np.broadcast_to(prompts, responses.shape),
-            responses,
-            np.broadcast_to(first, responses.shape),
-        )
-    k = len(examples[0].responses) if examples else 1
-    columns = [
-        [
-            (len(prompt), len(response), i == 0)
+        responses = examples.lengths[:, 1:]
+        prompts = np.broadcast_to(examples.lengths[:, :1], responses.shape)
+        counts = np.count_nonzero(responses, axis=1)
+        if (counts < examples.k).any():
+            prompts = prompts * (responses > 0)
+        first = np.broadcast_to(np.arange(examples.k) == 0, responses.shape)
+        return Lengths(prompts, responses, first, counts)
+    counts = np.array([len(e.responses) for e in examples], np.int64)
+    columns = np.zeros((len(examples), counts.max(initial=1), 3), np.int32)
+    for i, e in enumerate(examples):
+        columns[i, : counts[i]] = [
+            (len(prompt), len(response), j == 0)
             for prompt, responses in trees_of(e)
-            for i, response in enumerate(responses)
+            for j, response in enumerate(responses)
         ]
-        for e in examples
-    ]
-    prompts, responses, roots = (
-        np.array(columns, np.int32).reshape(len(columns), k, 3).transpose(2, 0, 1)
-    )
-    return Lengths(prompts, responses, roots.astype(bool))
+    prompts, responses, roots = columns.transpose(2, 0, 1)
+    return Lengths(prompts, responses, roots.astype(bool), counts)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -276,7 +316,7 @@ def _lengths(examples: Examples) -> np.ndarray:
     """Return `examples.lengths` before truncation."""
     starts = examples.tables[0].store.starts
     texts = np.column_stack([examples.text(i) for i in range(1 + examples.k)])
-    lengths = starts[texts + 1] - starts[texts]
+    lengths = np.where(texts < 0, 0, starts[texts + 1] - starts[texts])
     lengths[:, 0] += examples.bos is not None
     return lengths
 
@@ -288,9 +328,7 @@ def cases(examples: Examples) -> dict[str, np.ndarray]:
     """Return which examples belong to which case of `data_rules`, judged by their own texts and
     tokens.  [n] bool each
     """
-    marks = np.column_stack(
-        [examples.tables[0].store.marks[examples.text(i)] for i in range(1 + examples.k)]
-    )
+    marks = np.column_stack([examples.of_text("marks", i) for i in range(1 + examples.k)])
     cut = examples.lengths < _lengths(examples)
     found: dict[str, Any] = {
         "prompt_truncated": cut[:, 0],

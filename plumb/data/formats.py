@@ -663,15 +663,16 @@ def _convert(form_: Form, row: RawRow) -> Row | None:
     )
 
 
-def fitting(pairs: bool | None, field_map: Mapping[str, str] | None = None) -> Fits:
-    """Which of a folder's splits serve a loss on pairs, or on single responses: by their form, then
-    by their name.
+def fitting(group: str | None, field_map: Mapping[str, str] | None = None) -> Fits:
+    """Return which of a folder's splits serve a loss of this group: by their form, then by their
+    name.
 
-    `pairs` None: nobody knows what is needed, so all of them do.
+    `group` None: nobody knows what is needed, so all of them do.
     """
+    pairs = group != "single"
 
     def fits(splits: Mapping[str, Callable[[], RawRow | None]]) -> list[str]:
-        if pairs is None:
+        if group is None:
             return list(splits)
         single = {}
         for name, first in splits.items():

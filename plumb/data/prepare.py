@@ -43,6 +43,13 @@ from plumb.paths import get_local_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# what a loss's group is called in messages
+UNITS = {"single": "examples", "pair": "pairs"}
+NEEDED = {
+    "single": "SFT targets",
+    "pair": "preference pairs (chosen and rejected), which this loss needs",
+}
+
 
 class Part(NamedTuple):
     """Hold one split of one data set."""
@@ -55,10 +62,10 @@ class Part(NamedTuple):
 
 
 def load_examples(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, pairs: bool, keep: bool = True
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, group: str, keep: bool = True
 ) -> tuple[Examples, Examples]:
     """Return the training and the evaluation examples of `config.datasets` (and `eval_datasets`),
-    after the data rules.
+    of what the loss's `group` says one holds, after the data rules.
 
     Training examples are in the order of the data sets; evaluation uses the first n_eval_examples
     of a seeded permutation (of the data's own order with shuffle=false), each once. Prints one
@@ -88,22 +95,17 @@ def load_examples(
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
     for (split, name), store in zip(
-        wanted, token_stores(config, tokenizer, rules, wanted, shares, pairs, keep), strict=True
+        wanted, token_stores(config, tokenizer, rules, wanted, shares, group, keep), strict=True
     ):
         if split == "train" or own_eval:
             rank0_print(store.form)
-        examples = view(store, pairs, rules, config.truncation_mode or store.truncation, bos)
+        examples = view(store, group, rules, config.truncation_mode or store.truncation, bos)
         if store.first_bad and not examples and split == "train":
             raise UserError(
                 f"datasets: no row of {name} is usable; the first error: {store.first_bad}"
             )
         if store.n_rows and not examples and (split == "train" or own_eval):
-            missing = (
-                "preference pairs (chosen and rejected), which this loss needs"
-                if pairs
-                else "SFT targets"
-            )
-            raise UserError(f"datasets: {name} holds no {missing}; its form: {store.form}")
+            raise UserError(f"datasets: {name} holds no {NEEDED[group]}; its form: {store.form}")
         examples, n_prompts = _of_stage(examples, name, split, config)
         parts[split][name] = Part(examples, store.skipped, Counter(), n_prompts, store)
 
@@ -157,7 +159,7 @@ def token_stores(
     rules: TextRules,
     wanted: list[tuple[str, str]],
     shares: dict[str, float],
-    pairs: bool,
+    group: str,
     keep: bool,
 ) -> list[TokenStore]:
     """Return the tokens of each (split, name): rank 0 finds or makes them, then every rank maps the
@@ -168,7 +170,7 @@ def token_stores(
     )
     local_dir = get_local_dir(config.local_dirs)
     bad_row = config.data_rules["bad_row"]
-    reading = Reading(to_dict(config.role_map), to_dict(config.split_names), bad_row, pairs)
+    reading = Reading(to_dict(config.role_map), to_dict(config.split_names), bad_row, group)
 
     def make() -> list[tuple[str, bool]]:
         made, identity = [], tokenizer_fingerprint(tokenizer)

@@ -68,10 +68,10 @@ class Reading(NamedTuple):
         None  # "train" or "test" -> which split of a folder with several of a kind
     )
     bad_row: str = "stop"  # "stop" | "drop": what a row that cannot be used does
-    pairs: bool | None = None  # pairs are needed, or single responses; None: either
+    group: str | None = None  # what a loss's example holds, see losses/contract.py; None: anything
 
     def choice(self, field_map: Mapping[str, str] | None = None) -> Choice:
-        return Choice(self.split_names or {}, fitting(self.pairs, field_map))
+        return Choice(self.split_names or {}, fitting(self.group, field_map))
 
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -56,7 +56,7 @@ class TextRules(NamedTuple):
 
 class Example(NamedTuple):
     """Hold one unit of training as token ids after truncation: a prompt and k responses (the SFT
-    target; or chosen, rejected).
+    target; chosen, rejected; or a list, best first).
     """
 
     # [P] int32, BOS included where there is one; a tuple of k such arrays where each response has
@@ -64,9 +64,6 @@ class Example(NamedTuple):
     prompt: Any
     responses: tuple[np.ndarray, ...]  # k arrays [C_i] int32, each ending in EOS unless it was cut
     source: str  # "my.jsonl:17"
-    margin: float = (
-        nan  # the chosen response's score less the rejected one's; NaN where they aren't known
-    )
 
 
 class Chunk(NamedTuple):

@@ -6,7 +6,7 @@ with its knobs. Models, batches and the division by the batch's count do not bel
 """
 
 from plumb.losses import pairwise, reward_model, supervised  # noqa: F401  registers the losses
-from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
+from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores, TokenLogps
 from plumb.losses.registry import loss
 
-__all__ = ["Logps", "LossOutput", "Pairs", "ScoredPairs", "Scores", "loss"]
+__all__ = ["Logps", "LossOutput", "Pairs", "ScoredPairs", "Scores", "TokenLogps", "loss"]

@@ -1,40 +1,73 @@
 """What a loss is given, and what it returns.
 
-Shapes: B examples (pairs, or single responses for SFT). Units: nats. Every loss is a *sum* over
-what it scores; the trainer divides by a global count known before the forward pass, so
-microbatches, ranks and padding cannot change the objective.
+Shapes: B examples; R responses of a batch, k of one example; N response tokens with a prediction.
+Units: nats. Every loss is a *sum* over what it scores; the trainer divides by a global count known
+before the forward pass, so microbatches, ranks and padding cannot change the objective.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+# What one example holds: an SFT target; a response with a label; a chosen and a rejected response;
+# responses from best to worst; the policy's own samples.
+Group = Literal["single", "labelled", "pair", "list", "rollout"]
+
 
 class Logps(NamedTuple):
-    """Log-probabilities of B responses given their prompts."""
+    """Log-probabilities of responses given their prompts, one number for each response.
+
+    Example: two responses, of 3 and 1 tokens: Logps(sum=[-4.5, -0.7], tokens=[3, 1]).
+    """
 
     sum: Tensor  # [B] sum over the response's tokens of log pi(y_t | x, y_<t), nats
-    tokens: Tensor  # [B] how many tokens that was; mean = sum / tokens
+    tokens: Tensor  # [B] number of tokens in that sum; mean = sum / tokens
+
+    def mean(self) -> Tensor:
+        """Return the mean log-probability per token, 0 for a response without a token.  [B]"""
+        return self.sum / self.tokens.clamp(min=1)
 
 
-class Pairs(NamedTuple):
-    chosen: Logps
-    rejected: Logps
+class TokenLogps(NamedTuple):
+    """Log-probabilities of B responses given their prompts, one number for each token.
+
+    Example: the same two responses: TokenLogps(each=[-1, -2, -1.5, -0.7], response=[0, 0, 0, 1],
+    n=2).
+    """
+
+    each: Tensor  # [N] log pi(y_t | x, y_<t), nats
+    response: Tensor  # [N] int64: the response that the token belongs to, 0 .. n - 1
+    n: int  # number of responses
+
+    def of(self, responses: Tensor) -> TokenLogps:
+        """Return the tokens of these responses ([M] int64), which are then numbered 0 .. M - 1."""
+        number = self.response.new_full((self.n,), -1)
+        number[responses] = torch.arange(len(responses), device=number.device)
+        mine = number[self.response]  # [N]
+        kept = mine >= 0
+        return TokenLogps(self.each[kept], mine[kept], len(responses))
+
+    def sum(self, values: Tensor | None = None) -> Tensor:
+        """Return the sum of `values` [N], or of the log-probabilities, over each response.  [n]"""
+        values = self.each if values is None else values
+        return values.new_zeros(self.n).index_add(0, self.response, values)
 
 
 class Scores(NamedTuple):
-    """What a reward model gives B responses."""
+    """The scores that a reward model gives B responses."""
 
     last: Tensor  # [B] the score at each response's last token
-    each: Tensor  # [B, L] the scores at all of its tokens; behind its end, its last one again
-    tokens: Tensor  # [B] how many tokens it has
+    each: Tensor  # [B, L] the scores at all of its tokens; after its end, its last one again
+    tokens: Tensor  # [B] its number of tokens
 
     def of(self, read: str) -> Tensor:
-        """The score of each response: at its last token, or with `read` "mean" the mean over its
-        tokens.  [B]
+        """Return the score of each response: at its last token, or with `read` "mean" the mean over
+        its tokens.  [B]
         """
         if read != "mean":
             return self.last
@@ -43,17 +76,37 @@ class Scores(NamedTuple):
         return (self.each * within).sum(1) / n[:, 0]
 
 
+T = TypeVar("T", Logps, TokenLogps, Scores)
+
+
+class Pairs(NamedTuple, Generic[T]):
+    """What a loss with group="pair" gets: `Pairs` (of Logps), or `Pairs[TokenLogps]`."""
+
+    chosen: T
+    rejected: T
+
+
 class ScoredPairs(NamedTuple):
+    """What a reward model's loss with group="pair" gets."""
+
     chosen: Scores
     rejected: Scores
-    shared: Tensor  # [B] tokens that both responses begin with
+    shared: Tensor  # [B] number of tokens that both responses begin with
     # [B] by how much the data's own scores prefer chosen; None where there are none
     margins: Tensor | None
 
 
-class LossOutput(NamedTuple):
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss returns.
+
+    Example: LossOutput(losses, chosen.detach(), rejected.detach()) of a loss on pairs.
+    """
+
     losses: Tensor  # [B]
-    chosen_rewards: Tensor | None = (
-        None  # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: it has none
-    )
+    # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: the loss has none
+    chosen_rewards: Tensor | None = None
     rejected_rewards: Tensor | None = None  # [B]
+    # the loss's own metrics: name, with `{}` for train or eval -> (values [B], counts [B]), logged
+    # as sum(values) / sum(counts)
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -23,8 +23,8 @@ def _check(beta: float, label_smoothing: float, nll: float) -> None:
 
 
 def _nll(response: Logps) -> Tensor:
-    """Mean negative log-likelihood per token, [B]."""
-    return -response.sum / response.tokens.clamp(min=1)
+    """Return the mean negative log-likelihood per token.  [B]"""
+    return -response.mean()
 
 
 def _margin(policy: Pairs, reference: Pairs | None) -> Tensor:
@@ -48,7 +48,7 @@ def _with_rewards(
     return LossOutput(losses, beta * chosen, beta * rejected)
 
 
-@loss(data="pairs", needs_reference=lambda knobs: not knobs["reference_free"])
+@loss(group="pair", needs_reference=lambda knobs: not knobs["reference_free"])
 def dpo(
     policy: Pairs,
     reference: Pairs | None,
@@ -76,7 +76,7 @@ def dpo(
     return _with_rewards(losses, policy, reference, beta)
 
 
-@loss(data="pairs", needs_reference=lambda knobs: not knobs["reference_free"])
+@loss(group="pair", needs_reference=lambda knobs: not knobs["reference_free"])
 def ipo(
     policy: Pairs,
     reference: Pairs | None,

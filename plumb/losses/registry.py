@@ -9,60 +9,91 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
+from plumb.losses.contract import (
+    Group,
+    Logps,
+    LossOutput,
+    Pairs,
+    ScoredPairs,
+    Scores,
+    TokenLogps,
+)
+
+AverageOver = Literal["examples", "tokens"]
+Reads = Literal["logps", "token_logps", "scores"]
+Read = Literal["last", "mean"]
+V = TypeVar("V")
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """A loss with its knobs bound. The trainer asks it what it needs; nowhere in the code stands a
     list of loss names.
     """
 
     name: str
-    # what one example holds: an SFT target, or a chosen and a rejected response
-    data: Literal["responses", "pairs"]
+    group: Group  # what one example holds
+    # log-probabilities by response or by token, or the scores of a model with a scalar head
+    reads: Reads
     needs_reference: bool
-    # the global count that the summed losses are divided by
-    average_over: Literal["examples", "tokens"]
-    # log-probabilities of a policy, or the scores of a model with a scalar head
-    reads: Literal["logps", "scores"]
-    needs_margins: bool  # of data whose responses have scores
-    read: Literal["last", "mean"]  # which of a response's scores is its own, where it reads scores
+    average_over: AverageOver  # the global count that the summed losses are divided by
+    needs_margins: bool  # needs data whose responses have scores
+    read: Read  # which of a response's scores is its own, where it reads scores
     # (policy, reference) -> LossOutput; reference is None unless needs_reference
     compute: Callable[..., LossOutput]
 
 
-class _Entry(NamedTuple):
+@dataclass(frozen=True)
+class Declaration:
+    """A loss as declared: what is a function here is called with the loss's knobs."""
+
     function: Callable[..., LossOutput]
-    data: Literal["responses", "pairs"]
-    needs_reference: Callable[[Mapping[str, Any]], bool]
-    average_over: Callable[[Mapping[str, Any]], Literal["examples", "tokens"]]
-    reads: Literal["logps", "scores"]
-    needs_margins: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any]], Literal["last", "mean"]]
+    group: Group
+    needs_reference: bool | Callable[[Mapping[str, Any]], bool]
+    average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver]
+    needs_margins: bool | Callable[[Mapping[str, Any]], bool]
+    read: Read | Callable[[Mapping[str, Any]], Read]
 
 
-LOSSES: dict[str, _Entry] = {}
+LOSSES: dict[str, Declaration] = {}
+OLD_SPELLING = {"pairs": "pair", "responses": "single"}
 
 
 def loss(
-    data,
-    needs_reference=lambda knobs: False,
-    average_over=lambda knobs: "examples",
-    reads="logps",
-    needs_margins=lambda knobs: False,
-    read=lambda knobs: "last",
-):
-    """Register a function under its name. What is given as a function may depend on the loss's
-    knobs.
-    """
+    *,
+    group: Group | None = None,
+    needs_reference: bool | Callable[[Mapping[str, Any]], bool] = False,
+    average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver] = "examples",
+    needs_margins: bool | Callable[[Mapping[str, Any]], bool] = False,
+    read: Read | Callable[[Mapping[str, Any]], Read] = "last",
+    data: str | None = None,
+) -> Callable[[Callable[..., LossOutput]], Callable[..., LossOutput]]:
+    """Register a function under its name. A setting that depends on the loss's knobs is a function
+    of them: `needs_reference=lambda knobs: not knobs["reference_free"]`.
 
-    def register(function):
-        LOSSES[function.__name__] = _Entry(
-            function, data, needs_reference, average_over, reads, needs_margins, read
+    Raises ValueError, in one line, for a group that does not exist, and for the spelling `data`,
+    which `group` replaced.
+    """
+    if data is not None:
+        raise ValueError(
+            f'@loss(data="{data}"): write group="{OLD_SPELLING.get(data, "pair")}" instead of data='
+        )
+    if group is None or group not in get_args(Group):
+        raise ValueError(f"@loss(group={group!r}): write one of {', '.join(get_args(Group))}")
+
+    def register(function: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+        LOSSES[function.__name__] = Declaration(
+            function=function,
+            group=group,
+            needs_reference=needs_reference,
+            average_over=average_over,
+            needs_margins=needs_margins,
+            read=read,
         )
         return function
 
@@ -79,13 +110,48 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
     name = knobs.pop("name")
     if name not in LOSSES:
         raise ValueError(f"loss.name={name}: no such loss; known: {', '.join(sorted(LOSSES))}")
-    entry = LOSSES[name]
+    declared = LOSSES[name]
+    hints = get_type_hints(declared.function)
+    _check_knobs(name, knobs, declared.function, hints)
+    bound = Loss(
+        name=name,
+        group=declared.group,
+        reads=_reads(hints.get("policy")),
+        needs_reference=_resolved(declared.needs_reference, knobs),
+        average_over=_resolved(declared.average_over, knobs),
+        needs_margins=_resolved(declared.needs_margins, knobs),
+        read=_resolved(declared.read, knobs),
+        compute=lambda policy, reference=None: declared.function(policy, reference, **knobs),
+    )
+    _try_on_zeros(bound)
+    return bound
+
+
+def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str, Any]) -> V:
+    return setting(knobs) if callable(setting) else setting
+
+
+def _reads(hint: Any) -> Reads:
+    """Return what a loss reads of the policy, by the type of its first parameter.
+
+    >>> _reads(Pairs[TokenLogps]), _reads(ScoredPairs), _reads(Logps)
+    ('token_logps', 'scores', 'logps')
+    """
+    types = {hint, *get_args(hint)}
+    if TokenLogps in types:
+        return "token_logps"
+    return "scores" if types & {Scores, ScoredPairs} else "logps"
+
+
+def _check_knobs(
+    name: str, knobs: Mapping[str, Any], function: Callable[..., LossOutput], hints: dict[str, Any]
+) -> None:
+    """Raise ValueError for a knob that the function does not take, or takes and is not given, or
+    that is of another type.
+    """
     expected = [
-        k
-        for k, p in inspect.signature(entry.function).parameters.items()
-        if p.kind is p.KEYWORD_ONLY
+        k for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY
     ]
-    hints = get_type_hints(entry.function)
     for knob in knobs:
         if knob not in expected:
             raise ValueError(
@@ -104,18 +170,6 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
             )
         if not _fits(knobs[knob], hints[knob]):
             raise ValueError(f"loss.{knob}={knobs[knob]}: expected {_say(hints[knob])}")
-    bound = Loss(
-        name,
-        entry.data,
-        entry.needs_reference(knobs),
-        entry.average_over(knobs),
-        entry.reads,
-        entry.needs_margins(knobs),
-        entry.read(knobs),
-        lambda policy, reference=None: entry.function(policy, reference, **knobs),
-    )
-    _try_on_zeros(bound)
-    return bound
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -138,12 +192,27 @@ def _try_on_zeros(bound: Loss) -> None:
     """Run the loss on one all-zero example, so that a value out of range is refused before any
     model is loaded.
     """
-    zero: Any = Logps(torch.zeros(1), torch.ones(1))
-    example: Any = zero if bound.data == "responses" else Pairs(zero, zero)
-    if bound.reads == "scores":
-        zero = Scores(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
-        example = ScoredPairs(zero, zero, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    one = _zeros(bound.reads)
     try:
+        example: Any = _example_of(bound, one)
         bound.compute(example, example if bound.needs_reference else None)
     except ValueError as error:
         raise ValueError(f"loss.{error}") from None
+
+
+def _zeros(reads: Reads) -> Any:
+    """Return one response of one token, of log-probability or score 0."""
+    if reads == "scores":
+        return Scores(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
+    if reads == "token_logps":
+        return TokenLogps(torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1)
+    return Logps(torch.zeros(1), torch.ones(1))
+
+
+def _example_of(bound: Loss, one: Any) -> Any:
+    """Return an example whose responses are all `one`."""
+    if bound.group == "pair":
+        if bound.reads == "scores":
+            return ScoredPairs(one, one, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+        return Pairs(one, one)
+    return one

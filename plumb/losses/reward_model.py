@@ -14,8 +14,7 @@ from plumb.losses.registry import loss
 
 
 @loss(
-    data="pairs",
-    reads="scores",
+    group="pair",
     needs_margins=lambda knobs: knobs["margin"] > 0,
     read=lambda knobs: "mean" if knobs["read"] == "mean" else "last",
 )

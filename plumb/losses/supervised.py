@@ -7,10 +7,8 @@ from typing import Literal
 from plumb.losses.contract import Logps, LossOutput
 from plumb.losses.registry import loss
 
-# ---- the losses ----
 
-
-@loss(data="responses", average_over=lambda knobs: knobs["average_over"])
+@loss(group="single", average_over=lambda knobs: knobs["average_over"])
 def sft(
     policy: Logps, reference: None = None, *, average_over: Literal["examples", "tokens"]
 ) -> LossOutput:

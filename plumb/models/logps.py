@@ -16,16 +16,33 @@ from torch import Tensor
 
 from plumb.batching.layout import Batch, Padded, unfold
 from plumb.data.examples import ranges
-from plumb.losses.contract import Logps, Scores
+from plumb.losses.contract import Logps, Scores, TokenLogps
 from plumb.models import tree_attention
 from plumb.models.chunked_head import linear_logps, token_logps
 from plumb.models.forward_path import ForwardPath
 
 
 def response_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Logps:
-    """Sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]
+    """Return the sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]"""
+    return sums_of(_logps(model, batch, forward_path), batch)
 
-    The head runs on the N scored positions only, so that no [T, V] tensor exists.
+
+def response_token_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> TokenLogps:
+    """Return log pi(y_t | x, y_<t) of every response token.  -> TokenLogps of R responses"""
+    each = _logps(model, batch, forward_path)
+    return TokenLogps(each, batch.response.to(each.device), len(batch.spans))
+
+
+def sums_of(logps: Tensor, batch: Batch) -> Logps:
+    """Return the sums of [N] log-probabilities over responses, and how many they sum.  [R]"""
+    tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
+    return Logps(sums_by_response(logps, batch), tokens)
+
+
+def _logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Tensor:
+    """Return the log-probabilities of the N scored tokens.
+
+    The head runs on their positions only, so that no [T, V] tensor exists.
     """
     inputs, padded = _inputs(batch, forward_path)
     with lm_head_at_positions(
@@ -34,10 +51,7 @@ def response_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Logps
         batch.targets if forward_path.plain_head else None,
     ):
         output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
-    # [N]
-    logps = output[0, :, 0] if forward_path.plain_head else token_logps(output[0], batch.targets)
-    tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
-    return Logps(sums_by_response(logps, batch), tokens)
+    return output[0, :, 0] if forward_path.plain_head else token_logps(output[0], batch.targets)
 
 
 def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 from plumb.batching import microbatches
 from plumb.batching.microbatches import Packing
 from plumb.data.examples import Lengths, lengths_of
-from plumb.data.prepare import load_examples
+from plumb.data.prepare import UNITS, load_examples
 from plumb.data.registry import LOADERS, resolve
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
@@ -42,6 +42,8 @@ GPU = torch.device("cuda")  # what is planned for, wherever the plan is made
 N_STEPS = 32  # that are laid out, evenly spread over the run
 GPUS_PER_NODE = 8
 MOST_GPUS = 64  # that an alternative may ask for
+# of an example, where the data is not at hand
+ASSUMED_RESPONSES = {"single": 1, "labelled": 1, "pair": 2, "list": 4, "rollout": 1}
 
 
 class Model(NamedTuple):
@@ -170,7 +172,6 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
     """Return the run's own examples if they are available locally, otherwise an assumption.
     Downloads and keeps nothing.
     """
-    pairs = loss.data == "pairs"
     afar = [
         name
         for name in map(resolve, config.datasets)
@@ -178,7 +179,7 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
     ]
     try:
         with _offline(bool(afar)), redirect_stdout(io.StringIO()):
-            train, _ = load_examples(config, load_tokenizer(config), pairs, keep=False)
+            train, _ = load_examples(config, load_tokenizer(config), loss.group, keep=False)
         said = f"read here: {', '.join(map(str, config.datasets))}"
         return Data(train, len(train), said)
     except UserError as problem:
@@ -186,9 +187,8 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
             raise
         why = f"{', '.join(afar)} not on this machine" if "hub" in str(problem) else str(problem)
     quarter = max(1, config.max_length // 4)
-    example = Example(
-        np.zeros(quarter, np.int32), (np.zeros(quarter, np.int32),) * (2 if pairs else 1), ""
-    )
+    text = np.zeros(quarter, np.int32)
+    example = Example(text, (text,) * ASSUMED_RESPONSES[loss.group], "")
     return Data(
         [example],
         None,
@@ -382,7 +382,7 @@ def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
     """
     n_scored = int(lengths.responses.sum())
     if not packed:
-        return Part((lengths.prompts.size, int(lengths.longest().max())), None, n_scored)
+        return Part((int(lengths.counts.sum()), int(lengths.longest().max())), None, n_scored)
     n_keys = int((lengths.prompts + lengths.responses).sum())
     return Part((1, max(at_least, int(lengths.tokens().sum()))), max(at_least, n_keys), n_scored)
 
@@ -454,7 +454,7 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
     if layout.n_gpus > 1:
         on += f", a copy of the model over {layout.shards * layout.tp_size}"
         on += f", {layout.tp_size} of them by tensor parallelism" if layout.tp_size > 1 else ""
-    examples = "pairs" if loss.data == "pairs" else "examples"
+    examples = UNITS[loss.group]
     each = f"{plan.steps.n_tokens:,.0f} tokens on average"
     return [
         f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{kind}",

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from plumb.batching.feed import Feed
-from plumb.batching.layout import Batch
+from plumb.batching.layout import Batch, by_example
 from plumb.batching.microbatches import Packing
 from plumb.console import quiet, rank0_print
 from plumb.data.formats import Row
@@ -197,8 +197,8 @@ class Causal:
             for start in range(0, n, 256):
                 step = feed.step(np.arange(start, min(start + 256, n)))
                 for batch, _, where in step.microbatches:
-                    # [B, k]
-                    values = self._values(batch.to(self.device), forward_path).view(batch.k, -1).T
+                    values = self._values(batch.to(self.device), forward_path)  # [R]
+                    values = by_example(values, batch.n_responses)  # [B, k]
                     scores[start + where] = values.double().cpu().numpy()
                     progress.update(len(where))
         _check_finite(scores, rows, self.name)

@@ -82,7 +82,7 @@ def _check_loss(config: DictConfig) -> Loss:
     except ValueError as error:
         raise UserError(str(error)) from None
     for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
-        if loss.data == "pairs" and name in LOADERS and not LOADERS[name].pairs:
+        if loss.group != "single" and name in LOADERS and not LOADERS[name].pairs:
             raise UserError(
                 f"datasets={list(config.datasets)}: {name} has SFT targets only, and this loss"
                 f" ({loss.name}) needs pairs; train on it with loss=sft"

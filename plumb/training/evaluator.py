@@ -15,12 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumb.batching.feed import Feed
-from plumb.batching.layout import Batch
+from plumb.batching.layout import Batch, by_example
 from plumb.console import quiet
 from plumb.data.examples import Examples
 from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
-from plumb.losses.registry import Loss
 from plumb.models.logps import read_hidden
 from plumb.models.scalar_head import FOLDS
 from plumb.scoring.intervals import length_buckets
@@ -33,10 +32,11 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, np.ndarray]  # as in Scored, each [n]
     tokens: np.ndarray  # [n] of the first response
+    # as in Scored, [n]: what a metric is averaged over, where that is not 1 for each example
+    counts: Mapping[str, np.ndarray] = {}
 
-    def record(self, loss: Loss, groups: Mapping[str, np.ndarray]) -> Record:
-        """Means of the 2023 metrics, each example counted once; the loss per token if it averages
-        over tokens.
+    def record(self, groups: Mapping[str, np.ndarray]) -> Record:
+        """Return the means of the 2023 metrics, each example counted once or as its metric says.
 
         Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens;
         and for each group (name -> mask [n]) loss, accuracy, margin and perplexity:
@@ -44,11 +44,18 @@ class Evaluation(NamedTuple):
         """
         if not len(self.tokens):
             return {}
-        means = {name: float(values.mean()) for name, values in self.metrics.items()}
-        if loss.average_over == "tokens":
-            means["loss/{}"] = float(self.metrics["loss/{}"].sum() / max(self.tokens.sum(), 1))
+        means = {
+            name: float(
+                values.sum() / max(self.counts[name].sum(), 1)
+                if name in self.counts
+                else values.mean()
+            )
+            for name, values in self.metrics.items()
+            if name not in self.counts or self.counts[name].any()
+        }
         if "logps_{}/chosen" in means:
-            nats = -self.metrics["logps_{}/chosen"].sum() / max(self.tokens.sum(), 1)
+            tokens = self.tokens * self.counts.get("logps_{}/chosen", 1)
+            nats = -self.metrics["logps_{}/chosen"].sum() / max(tokens.sum(), 1)
             means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
         split = {name.format("eval"): value for name, value in means.items()}
         shown = means.keys() & {
@@ -59,12 +66,14 @@ class Evaluation(NamedTuple):
         }
         for group, mask in groups.items():
             part = Evaluation(
-                {name: values[mask] for name, values in self.metrics.items()}, self.tokens[mask]
-            ).record(loss, {})
+                {name: values[mask] for name, values in self.metrics.items()},
+                self.tokens[mask],
+                {name: values[mask] for name, values in self.counts.items()},
+            ).record({})
             split |= {
                 f"{name.format('eval')}/{group}": part[name.format("eval")]
                 for name in means
-                if name in shown and part
+                if name in shown and name.format("eval") in part
             }
         return with_spread(split, "eval")
 
@@ -84,7 +93,7 @@ def evaluate(
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
-    n, names = len(feed.examples), list[str]()
+    n, names, counted = len(feed.examples), list[str](), list[str]()
     table = torch.zeros(0)
     steps = feed.ahead(
         (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)),
@@ -102,17 +111,24 @@ def evaluate(
         between()
         for batch, weight, where in step.microbatches:
             scored = scorer(batch)
-            values = torch.stack([*scored.metrics.values(), scored.tokens]).double().T  # [B, M]
+            rows = [*scored.metrics.values(), *scored.counts.values(), scored.tokens]
+            values = torch.stack([row.double() for row in rows]).T  # [B, M]
             if not names:
-                names, table = list(scored.metrics), values.new_zeros(n, values.shape[1])
+                names, counted = list(scored.metrics), list(scored.counts)
+                table = values.new_zeros(n, values.shape[1])
             table.index_add_(
                 0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values
             )
     scorer.policy.train(was_training)
     if not n:
-        return Evaluation({}, np.empty(0))
+        return Evaluation({}, np.empty(0), {})
     *columns, tokens = sharding.all_reduce_sum(table * counts).T.cpu().numpy()
-    return Evaluation(dict(zip(names, columns, strict=True)), tokens)
+    m = len(names)
+    return Evaluation(
+        dict(zip(names, columns[:m], strict=True)),
+        tokens,
+        dict(zip(counted, columns[m:], strict=True)),
+    )
 
 
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -214,9 +230,9 @@ def of_all(
     for start, step in zip(starts, steps, strict=True):
         for batch, weight, where in step.microbatches:
             places.append(start + where)
-            values.append(
-                weight * compute(batch.to(device)).to(device).view(k, -1, width).transpose(0, 1)
-            )
+            of_batch = by_example(compute(batch.to(device)).to(device), batch.n_responses)
+            missing = (0, 0, 0, k - of_batch.shape[1])  # no example of this batch has k responses
+            values.append(weight * torch.nn.functional.pad(of_batch, missing))
         progress.update(len(step.indices))
     model.train(was_training)
     some = torch.cat([value.to(values[-1].dtype) for value in values])

@@ -18,9 +18,15 @@ from plumb.console import rank, rank0_print
 from plumb.data.tokenization import Example
 from plumb.distributed import collectives, sharding
 from plumb.errors import NonFinite
-from plumb.losses.contract import Logps
+from plumb.losses.contract import Logps, Scores
 from plumb.training.metrics import Means
-from plumb.training.objective import Scored, Scorer, per_response_value, to_loss_inputs
+from plumb.training.objective import (
+    Scored,
+    Scorer,
+    per_response,
+    per_response_value,
+    to_loss_inputs,
+)
 
 
 class Computation(NamedTuple):
@@ -95,10 +101,11 @@ class FirstStep:
         scorer = self.scorer
         dtype = self.computation.dtype
         batch = batch.to(scorer.device)
-        again = scorer.policy_outputs(batch)
+        again = outputs = scorer.policy_outputs(batch)
         # or the gradients of what FSDP has left gathered would not be found
         sharding.reshard(scorer.policy)
         tolerance = 1e-3 if dtype.itemsize >= 4 else 0.05
+        again = again if isinstance(again, Scores) else per_response(again, batch)
         change = (scored.per_response - per_response_value(again)).abs()  # [R]
         if isinstance(again, Logps):
             allowed = rounding(again, dtype) / again.tokens.clamp(min=1)
@@ -119,11 +126,12 @@ class FirstStep:
             )
         if (
             scorer.loss.needs_reference
-            and batch.reference is None
+            and "reference" not in batch.extras.response
             and self.computation.reference_dtype is None
         ):
-            policy = to_loss_inputs(again, batch)
-            expected = scorer.loss.compute(policy, policy).losses
+            group = scorer.loss.group
+            policy, reference = (to_loss_inputs(x, batch, group) for x in (outputs, again))
+            expected = scorer.loss.compute(policy, reference).losses
             off = max(
                 collectives.all_gather_object(
                     float((scored.output.losses.detach() - expected).abs().max())

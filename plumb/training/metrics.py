@@ -39,30 +39,34 @@ class Means:
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}  # each a scalar
-        self.counts: dict[str, float] = {}
+        self.counts: dict[str, float | Tensor] = {}
 
     def add(
         self,
         values: Mapping[str, Tensor],
         weight: float = 1.0,
-        counts: Mapping[str, float] | None = None,
+        counts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`values`: per-example tensors [B], counted as B unless `counts` says otherwise (a loss
-        per token).
+        """`values`: per-example tensors [B], each example counted as 1 unless `counts` [B] says
+        otherwise (the tokens of a loss per token).
 
         Weight 0 leaves them out: a rank that only keeps the others company.
         """
         for name, value in values.items():
-            count = (counts or {}).get(name, value.numel())
+            counted = (counts or {}).get(name)
+            count = value.numel() if counted is None else counted.detach().double().sum()
             self.sums[name] = self.sums.get(name, 0) + weight * value.detach().double().sum()
             self.counts[name] = self.counts.get(name, 0) + weight * count
 
     def pack(self) -> Tensor:
         """[2, M] float64: sums, counts."""
         sums = torch.stack(list(self.sums.values()))
-        return torch.stack(
-            [sums, torch.tensor(list(self.counts.values()), dtype=sums.dtype).to(sums.device)]
-        )
+        known = [0.0 if isinstance(n, Tensor) else n for n in self.counts.values()]
+        counts = torch.tensor(known, dtype=sums.dtype).to(sums.device)
+        for i, n in enumerate(self.counts.values()):
+            if isinstance(n, Tensor):
+                counts[i] = n
+        return torch.stack([sums, counts])
 
     def reduce(self) -> Record:
         """The means over all ranks. {} when nothing was added."""
@@ -71,13 +75,17 @@ class Means:
 
 def _means(names: list[str], packs: list[Tensor]) -> list[Record]:
     """[2, M] per record -> {name: mean} per record, with one all-reduce and one copy to the host
-    for all.
+    for all. A mean over nothing is left out.
     """
     packed = torch.stack(packs)  # [S, 2, M]
     if dist.is_initialized():
         dist.all_reduce(packed)
-    values = (packed[:, 0] / packed[:, 1]).tolist()
-    return [dict(zip(names, row, strict=True)) for row in values]
+    sums, counts = packed.unbind(1)
+    empty = (counts == 0).tolist()
+    return [
+        {name: mean for name, mean, none in zip(names, row, nothing, strict=True) if not none}
+        for row, nothing in zip((sums / counts).tolist(), empty, strict=True)
+    ]
 
 
 def with_spread(record: Record, split: str) -> Record:

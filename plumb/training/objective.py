@@ -1,24 +1,32 @@
 """A microbatch -> the loss of each example, with its metrics.
 
-Shapes: B examples in a microbatch, R = k * B responses (see batching/layout.py).
+Shapes: B examples in a microbatch, R responses (see batching/layout.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plumb.batching.layout import Batch
-from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
+from plumb.batching.layout import Batch, by_example
+from plumb.losses.contract import (
+    Group,
+    Logps,
+    LossOutput,
+    Pairs,
+    ScoredPairs,
+    Scores,
+    TokenLogps,
+)
 from plumb.losses.registry import Loss
 from plumb.models.forward_path import ForwardPath
-from plumb.models.logps import response_logps, response_scores
+from plumb.models.logps import response_logps, response_scores, response_token_logps, sums_of
 from plumb.models.routers import Routers, balance
 from plumb.training.metrics import SQUARES
 
@@ -28,7 +36,8 @@ class Scored(NamedTuple):
 
     output: LossOutput
     metrics: dict[str, Tensor]  # the 2023 names, `{}` standing for train or eval, each [B]
-    counts: dict[str, float]  # what a metric is averaged over, where that is not the B examples
+    # [B] what a metric is averaged over, where that is not 1 for each of the B examples
+    counts: dict[str, Tensor]
     # [R] what the policy gave each response: nats per token, or a score; detached
     per_response: Tensor
     tokens: Tensor  # [B] the first response's, which have a prediction
@@ -56,12 +65,17 @@ class Scorer(NamedTuple):
         with self.precision():
             return response_logps(model, batch, self.forward_path)
 
-    def policy_outputs(self, batch: Batch) -> Logps | Scores:
-        """What the loss reads of the policy, of a batch on the device, [R]."""
-        if self.loss.reads == "logps":
-            return self.logps(self.policy, batch)
+    def policy_outputs(self, batch: Batch) -> Logps | TokenLogps | Scores:
+        """Return what the loss reads of the policy, for the R responses of a batch on the
+        device.
+        """
+        read: Callable[..., Any] = {
+            "logps": response_logps,
+            "token_logps": response_token_logps,
+            "scores": response_scores,
+        }[self.loss.reads]
         with self.precision():
-            return response_scores(self.policy, batch, self.forward_path)
+            return read(self.policy, batch, self.forward_path)
 
     def __call__(self, batch: Batch) -> Scored:
         batch = batch.to(self.device)
@@ -70,57 +84,89 @@ class Scorer(NamedTuple):
         )
         with watched as logits:
             of_policy = self.policy_outputs(batch)
-        of_reference = None
-        if self.loss.needs_reference:
-            if batch.reference is not None:
-                logps = batch.reference.to(of_policy[0])
-                of_reference = Logps(logps, of_policy.tokens)
-            elif self.reference is not None:
-                with torch.no_grad():
-                    of_reference = self.logps(self.reference, batch)
-        policy = to_loss_inputs(of_policy, batch)
+        summed = of_policy if isinstance(of_policy, Scores) else per_response(of_policy, batch)
+        of_reference = self.reference_logps(batch, summed)
+        group = self.loss.group
         output = self.loss.compute(
-            policy, None if of_reference is None else to_loss_inputs(of_reference, batch)
+            to_loss_inputs(of_policy, batch, group),
+            None if of_reference is None else to_loss_inputs(of_reference, batch, group),
         )
-        counts: dict[str, float] = (
-            {"loss/{}": batch.n_scored} if self.loss.average_over == "tokens" else {}
-        )
-        tokens = of_policy.tokens[: len(output.losses)]
-        compared = (
-            None
-            if of_reference is None
-            else (Logps(*(x.detach() for x in of_policy)), of_reference)
-        )
-        metrics, balanced = _metrics(output, policy), None
+        tokens = summed.tokens[: len(output.losses)]
+        counts: dict[str, Tensor] = {}
+        if self.loss.average_over == "tokens":
+            counts["loss/{}"] = by_example(summed.tokens, batch.n_responses).sum(1)
+        metrics, own = _metrics(output, to_loss_inputs(summed, batch, group)), output.metrics
+        metrics |= {name: value.detach() for name, (value, _) in own.items()}
+        counts |= {name: count for name, (_, count) in own.items()}
+        compared = balanced = None
+        if of_reference is not None:
+            compared = Logps(summed[0].detach(), summed.tokens), of_reference
         if self.routers is not None:
             each = balance(logits, batch, self.forward_path.packed, self.routers.top_k)  # [R]
-            balanced = each.view(batch.k, -1).mean(0)
+            n = torch.from_numpy(batch.n_responses).to(each.device)
+            balanced = by_example(each, batch.n_responses).sum(1) / n
             metrics["router_balance/{}"] = balanced.detach()
         return Scored(
-            output, metrics, counts, per_response_value(of_policy), tokens, balanced, compared
+            output=output,
+            metrics=metrics,
+            counts=counts,
+            per_response=per_response_value(summed),
+            tokens=tokens,
+            balance=balanced,
+            compared=compared,
         )
+
+    def reference_logps(self, batch: Batch, like: Logps | Scores) -> Logps | None:
+        """Return the reference's log-probabilities of a batch on the device, [R]: those that the
+        batch carries, or those of the live reference; None where the loss needs none.
+        """
+        if not self.loss.needs_reference:
+            return None
+        if (known := batch.extras.response.get("reference")) is not None:
+            return Logps(known.to(like[0]), like.tokens)
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return self.logps(self.reference, batch)
+
+
+def per_response(of_policy: Logps | TokenLogps, batch: Batch) -> Logps:
+    """Return the sums over responses, [R]."""
+    return of_policy if isinstance(of_policy, Logps) else sums_of(of_policy.each, batch)
 
 
 def per_response_value(of_policy: Logps | Scores) -> Tensor:
-    """What it gave each response: nats per token, or a score.  -> [R], detached"""
+    """Return what the policy gave each response: nats per token, or a score.  [R], detached"""
     if isinstance(of_policy, Scores):
         return of_policy.last.detach()
-    return of_policy.sum.detach() / of_policy.tokens.clamp(min=1)
+    return of_policy.mean().detach()
 
 
-def to_loss_inputs(of_model: Logps | Scores, batch: Batch) -> Logps | Pairs | ScoredPairs:
-    """R responses -> what the loss takes: as they are (k = 1), or chosen and rejected halves (k =
-    2).
-    """
-    if batch.k == 1:
-        return cast(Logps, of_model)
-    n = len(of_model.tokens) // 2
+def to_loss_inputs(of_model: Logps | TokenLogps | Scores, batch: Batch, group: Group) -> Any:
+    """Return what a loss of this group takes, from the values of R responses."""
+    return INPUTS[group](of_model, batch)
+
+
+def _single(of_model: Any, batch: Batch) -> Any:
+    return of_model
+
+
+def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
+    """Return the first half, chosen, and the second, rejected."""
+    n = len(batch.n_responses)
+    if isinstance(of_model, TokenLogps):
+        first = torch.arange(n, device=of_model.each.device)
+        return Pairs(of_model.of(first), of_model.of(first + n))
     chosen, rejected = (
         type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None))
     )
     if isinstance(chosen, Scores):
-        return ScoredPairs(chosen, cast(Scores, rejected), shared_tokens(batch), batch.margins)
-    return Pairs(cast(Logps, chosen), cast(Logps, rejected))
+        margins = batch.extras.example.get("margins")
+        return ScoredPairs(chosen, rejected, shared_tokens(batch), margins)
+    return Pairs(chosen, rejected)
+
+
+INPUTS: dict[str, Callable[[Any, Batch], Any]] = {"single": _single, "pair": _pairs}
 
 
 def shared_tokens(batch: Batch) -> Tensor:
