@@ -355,6 +355,21 @@ FORMS = {
         {"instruction": "Name", "input": "", "output": "x"},
         ([user("Name")], [[assistant("x")]], [], [assistant("x")]),
     ),
+    "ranks": (
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, 3]},
+        ("p", ["a", "b", "c"], [(1, 0), (0, 2), (1, 2)], "b"),
+    ),
+    "label": ({"prompt": "p", "completion": " c", "label": True}, ("p", [" c"], [], None)),
+    "label, response": ({"prompt": "p", "response": " c", "label": False}, ("p", [" c"], [], None)),
+    "label, messages": ({"messages": [Q, GOOD], "label": "true"}, ([Q], [[GOOD]], [], None)),
+    "label, conversations": (
+        {"conversations": [shown(Q), shown(GOOD)], "label": True},
+        ([Q], [[GOOD]], [], None),
+    ),
+    "a label that is none": (
+        {"prompt": "p", "completion": " c", "label": 3},
+        ("p", [" c"], [], " c"),
+    ),
 }
 
 
@@ -486,6 +501,7 @@ def test_bad_files(tmp_path, case):
     check_message(caught, message)
 
 
+LABELLED = {"prompt": "p", "completion": "c", "label": False}
 CHAT_PAIR = {"prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}
 BAD_ROWS = {  # rows, message; row n stands on line n
     "no rejected at all": (
@@ -530,10 +546,24 @@ BAD_ROWS = {  # rows, message; row n stands on line n
         "field 'prompt[0]' is an object ({'x': 'yyyyyyyy",
     ),
     "kto messages": (
-        [{"messages": [Q, GOOD], "label": True}],
-        "line 1: unpaired data (field 'label' is a boolean); pairs are needed",
+        [{"messages": [Q, GOOD], "kto_tag": True}],
+        (
+            "line 1: labelled data (field 'kto_tag' is a boolean) in another form; write prompt,"
+            " completion and label, or use field_map"
+        ),
     ),
-    "kto completion": ([{"prompt": "p", "completion": "c", "label": False}], "unpaired data"),
+    "kto completion": (
+        [LABELLED, LABELLED | {"label": 1}],
+        "line 2: field 'label' is a number (1), not true or false; fix or remove the",
+    ),
+    "no label": (
+        [LABELLED, {"prompt": "p", "completion": "c"}],
+        "line 2: no field 'label' (the row has: prompt, completion), but the file began",
+    ),
+    "ranks": (
+        [{"prompt": "p", "responses": ["a", "b"], "ranks": [1]}],
+        "line 1: field 'ranks' is a list ([1]), not a list of 2 numbers",
+    ),
     "role": (
         [CHAT_PAIR | {"chosen": [{"role": 7, "content": "x"}]}],
         "field 'chosen[0].role' is a number (7), not a role",
@@ -858,9 +888,11 @@ def test_real_files(name):
 
 
 @needs_shared
-def test_real_unpaired_data():
-    with pytest.raises(UserError, match="pairs are needed"):
-        load(SHARED / "sharegpt/kto_en_demo.json.gz")
+def test_real_labelled_data():
+    loaded = load(SHARED / "sharegpt/kto_en_demo.json.gz")
+    assert "messages / label (labelled) (as chat messages)" in loaded.form
+    assert {row.labels[0] for row in loaded.rows} == {True, False}
+    assert all(row.sft_target is None and row.pairs == [] for row in loaded.rows)
 
 
 @needs_shared

@@ -9,7 +9,7 @@ import torch
 from golden import load, needs_golden
 
 from plumb.losses import registry as losses
-from plumb.losses.contract import Logps, LossOutput, Pairs, TokenLogps
+from plumb.losses.contract import Lists, Logps, LossOutput, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
 from plumb.training.objective import to_loss_inputs
 
@@ -246,3 +246,131 @@ def test_the_signature_decides_what_a_loss_gets(monkeypatch):
     assert both.chosen.each.tolist() == [-1, -2, -4] and both.chosen.response.tolist() == [0, 0, 1]
     assert both.rejected.sum().tolist() == [-3, -11]
     assert bound.compute(both).losses.tolist() == [1 + 4, 16]
+
+
+# ---- simpo ----
+
+SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+
+
+def of(sums, tokens, grad=False) -> Logps:
+    return Logps(torch.tensor(sums, dtype=torch.float64, requires_grad=grad), torch.tensor(tokens))
+
+
+def test_simpo_by_hand():
+    """Rewards 2 * -4 / 4 = -2 and 2 * -9 / 6 = -3, though the sums differ by 5; ahead by 1 - 0.5:
+    log(1 + e^-0.5).
+    """
+    bound = build_loss(SIMPO)
+    out = bound.compute(Pairs(of([-4.0], [4]), of([-9.0], [6])))
+    assert out.losses.item() == pytest.approx(math.log1p(math.exp(-0.5)))
+    assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (-2, -3)
+    assert not bound.needs_reference
+    for change, line in (({"beta": 0}, "loss.beta=0: must be"), ({"gamma": -1}, "loss.gamma=-1")):
+        with pytest.raises(ValueError, match=line):
+            build_loss(SIMPO | change)
+
+
+def test_simpo_gradient_is_the_papers():
+    """-beta s (grad log pi(y_w) / |y_w| - grad log pi(y_l) / |y_l|), with the weight s =
+    sigmoid(r_l - r_w + gamma) (section 2.4 of arXiv:2405.14734).
+    """
+    policy = Pairs(of([-4.0, -3], [4, 2], grad=True), of([-9.0, -1], [6, 5], grad=True))
+    out = build_loss(SIMPO).compute(policy)
+    out.losses.sum().backward()
+    weight = torch.sigmoid(out.rejected_rewards - out.chosen_rewards + 0.5)
+    torch.testing.assert_close(policy.chosen.sum.grad, -2 * weight / policy.chosen.tokens)
+    torch.testing.assert_close(policy.rejected.sum.grad, 2 * weight / policy.rejected.tokens)
+
+
+def golden_pairs(golden, dtype):
+    """The golden file's pairs, policy and reference, with their lengths."""
+    inputs = golden["inputs"][dtype]
+    return (
+        Pairs(
+            *(
+                Logps(
+                    torch.tensor(inputs[f"{model}_{side}_logps"], dtype=getattr(torch, dtype)),
+                    torch.tensor(inputs[f"{side}_lengths"]),
+                )
+                for side in ("chosen", "rejected")
+            )
+        )
+        for model in ("policy", "reference")
+    )
+
+
+@needs_golden
+def test_simpo_equals_the_peers():
+    """TRL's gamma is ours; HALOs writes gamma / beta. Label smoothing is not part of the paper."""
+    golden, checked = load("losses.json.gz"), 0
+    for case in golden["cases"]:
+        hyper = case["hyperparameters"]
+        if case["name"] != "simpo" or hyper.get("label_smoothing"):
+            continue
+        gamma = hyper.get("simpo_gamma", hyper["beta"] * hyper.get("gamma_beta_ratio", 0))
+        policy, _ = golden_pairs(golden, case["dtype"])
+        out = build_loss(SIMPO | {"beta": hyper["beta"], "gamma": gamma}).compute(policy)
+        expected = torch.tensor(case["losses"], dtype=out.losses.dtype)
+        torch.testing.assert_close(out.losses, expected, rtol=1e-5, atol=1e-6)
+        checked += 1
+    assert checked == 8
+
+
+# ---- lists ----
+
+PLACKETT_LUCE = {"name": "plackett_luce", "beta": 0.5}
+
+
+def lists(*rows, grad=False) -> Lists:
+    """Lists of summed log-probabilities, padded to the longest."""
+    k = max(map(len, rows))
+    sums = [[*row, *[0.0] * (k - len(row))] for row in rows]
+    exists = torch.tensor([[j < len(row) for j in range(k)] for row in rows])
+    return Lists(of(sums, [[1] * k] * len(rows), grad), exists)
+
+
+def test_plackett_luce_by_hand():
+    """Log-ratios 4, 2, 0 times beta 0.5: r = 2, 1, 0. First of three: log(e^2 + e + 1) - 2; first
+    of the two left: log(e + 1) - 1; the last costs nothing. Rewards are the best's and the worst's.
+    """
+    out = build_loss(PLACKETT_LUCE).compute(lists([-6, -8, -10]), lists([-10, -10, -10]))
+    expected = math.log(math.e**2 + math.e + 1) - 2 + math.log(math.e + 1) - 1
+    assert out.losses.item() == pytest.approx(expected)
+    assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (2, 0)
+
+
+def test_a_list_of_two_is_a_pair_whatever_stands_beside_it():
+    """Plackett-Luce of two is Bradley-Terry, so the loss is dpo's, also in a batch with a list of
+    four; and gradients are finite, 0 in empty places.
+    """
+    policy, reference = lists([-6, -8], [-1, -2, -3, -4], grad=True), lists([-7, -3], [-1] * 4)
+    out = build_loss(PLACKETT_LUCE).compute(policy, reference)
+    two = build_loss(DPO | {"beta": 0.5}).compute(pairs([-6], [-8]), pairs([-7], [-3]))
+    assert out.losses[0].item() == pytest.approx(two.losses.item())
+    assert out.rejected_rewards[0] == two.rejected_rewards and out.chosen_rewards[0] == 0.5
+    out.losses.sum().backward()
+    grad = policy.responses.sum.grad
+    assert grad.isfinite().all() and grad[0, 2:].tolist() == [0, 0]
+    torch.testing.assert_close(grad.sum(1), torch.zeros(2, dtype=torch.float64))
+
+
+def test_plackett_luce_gradient():
+    """d loss / d r_j = sum over places i <= j of p_i(j), less 1: p_i is the softmax over what is
+    left at place i. At the reference of three: 1/3 - 1; 1/3 + 1/2 - 1; 1/3 + 1/2 + 1 - 1.
+    """
+    policy = lists([-5.0, -6, -7], grad=True)
+    build_loss(PLACKETT_LUCE).compute(policy, lists([-5.0, -6, -7])).losses.sum().backward()
+    expected = 0.5 * torch.tensor([[-2 / 3, -1 / 6, 5 / 6]], dtype=torch.float64)
+    torch.testing.assert_close(policy.responses.sum.grad, expected)
+
+
+def test_a_batch_s_values_become_lists():
+    """Responses are numbered first ones first: 0, 1 are the firsts, 2, 3 the seconds, 4 the third
+    of the second list.
+    """
+    batch = SimpleNamespace(n_responses=np.array([2, 3]))
+    found = to_loss_inputs(of([-1.0, -2, -3, -4, -5], [1, 2, 3, 4, 5]), batch, "list")
+    assert found.responses.sum.tolist() == [[-1, -3, 0], [-2, -4, -5]]
+    assert found.exists.tolist() == [[True, True, False], [True, True, True]]
+    assert found.worst(found.responses.sum).tolist() == [-3, -5]

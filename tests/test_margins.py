@@ -18,7 +18,7 @@ from plumb.data.registry import get_dataset
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.data.tokenization import TextRules
 from plumb.errors import UserError
-from plumb.runs import directory
+from plumb.runs import identity
 
 RULES = TextRules(
     max_length=64,
@@ -146,5 +146,5 @@ def test_resume_sees_that_scores_changed(tmp_path):
             write(tmp_path, PAIR | {"score_chosen": 3, "score_rejected": score}, PAIR),
             tmp_path / str(i),
         )
-        digests.append(directory.digest_of(some))
+        digests.append(identity.digest_of(some))
     assert len(set(digests)) == 3 and digests[0] == digests[3]

@@ -182,7 +182,7 @@ def test_changed_texts_are_counted_and_may_be_dropped(tmp_path, compose, capsys)
             f"data_rules.text_changed={rule}",
             f"local_dirs=[{tmp_path}]",
         )
-        assert len(load_examples(config, lower_case(), pairs=True)[0]) == n
+        assert len(load_examples(config, lower_case(), "pair")[0]) == n
         assert "text changed" in capsys.readouterr().out
 
 

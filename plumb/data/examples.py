@@ -186,10 +186,31 @@ def _pairs(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return store.pairs, {"margins": store.margins}
 
 
+def _lists(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the lists of two responses and more, of which no two rank alike."""
+    rows, starts, counts = store.lists[store.lists[:, 2] > 1].T
+    k = int(counts.max(initial=2))
+    items = np.full((len(rows), 1 + k), -1, np.int32)
+    items[:, 0] = rows
+    items[:, 1:][np.arange(k) < counts[:, None]] = store.ranked[ranges(starts, counts)]
+    return items, {}
+
+
+def _labelled(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the labelled responses, and each pair as a desirable and an undesirable one."""
+    row, chosen, rejected = store.pairs.T
+    yes, no = np.ones_like(row), np.zeros_like(row)
+    unfolded = np.stack([row, chosen, yes, row, rejected, no], 1).reshape(-1, 3)
+    both = np.concatenate([store.labelled, unfolded])
+    return np.ascontiguousarray(both[:, :2]), {"labels": both[:, 2].astype(np.float32)}
+
+
 # group -> what of a store it is: items (see Table) and extras
 VIEWS: dict[str, Callable[[TokenStore], tuple[np.ndarray, dict[str, np.ndarray]]]] = {
     "single": _targets,
     "pair": _pairs,
+    "list": _lists,
+    "labelled": _labelled,
 }
 
 
@@ -368,7 +389,14 @@ def _keys(examples: Examples, columns: Sequence[int]) -> np.ndarray:
 
 
 def contradicted(examples: Examples) -> np.ndarray:
-    """Return which pairs of two different responses also occur in reverse.  [n] bool"""
+    """Return where a pair of two different responses also stands there the other way round, and
+    where a response is desirable in one example and undesirable in another.  [n] bool
+    """
+    labels = examples.extras().example.get("labels")
+    if labels is not None:
+        keys = _keys(examples, (0, 1))
+        both = np.intersect1d(keys[labels > 0], keys[labels == 0])
+        return np.isin(keys, both)
     if examples.k != 2:
         return np.zeros(len(examples), bool)
     return np.isin(_keys(examples, (0, 2, 1)), _keys(examples, (0, 1, 2))) & (

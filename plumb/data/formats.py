@@ -51,6 +51,9 @@ class Row(NamedTuple):
     more: Mapping[str, Any] | None = (
         None  # fields that no form reads, such as tools; a chat template may
     )
+    # of the responses, one each: the higher, the better; None: the pairs are all that is known
+    ranking: list[float] | None = None
+    labels: list[bool] | None = None  # of the responses, one each: is it desirable?
 
 
 class Fields(Mapping[str, Any]):
@@ -106,6 +109,10 @@ class Form(NamedTuple):
     @property
     def sft(self) -> bool:
         return self.name.endswith("(SFT)")
+
+    @property
+    def labelled(self) -> bool:
+        return self.name.endswith("(labelled)")
 
     @property
     def dialogue(self) -> bool:
@@ -215,12 +222,31 @@ def _transcript_pair(row: RawRow) -> Row | None:
 
 @form("prompt / responses / scores", "prompt", "responses", "scores")
 def _scored(row: RawRow) -> Row:
-    prompt, responses = row.text_or_messages("prompt"), row.value("responses")
+    return _ranked(row, check_scores(row, row.value("scores"), "scores", _n_responses(row)), True)
+
+
+@form("prompt / responses / ranks", "prompt", "responses", "ranks")
+def _with_ranks(row: RawRow) -> Row:
+    """1 is the best rank. Ranks order responses, and say nothing of how far apart they are."""
+    ranks = check_scores(row, row.value("ranks"), "ranks", _n_responses(row))
+    return _ranked(row, [-rank for rank in ranks], False)
+
+
+def _n_responses(row: RawRow) -> int:
+    responses = row.value("responses")
     if not isinstance(responses, list) or not responses:
         raise row.error(
             f"field 'responses' is {describe(responses)}, not a list of responses",
             "write at least one",
         )
+    return len(responses)
+
+
+def _ranked(row: RawRow, ranking: list[float], as_scores: bool) -> Row:
+    """Return the row of responses of which the higher ranked are better; `as_scores`: the numbers
+    say how far apart they are.
+    """
+    prompt, responses = row.text_or_messages("prompt"), row.value("responses")
     texts: list[Text] = [
         row.check_text(response, f"responses[{i}]") for i, response in enumerate(responses)
     ]
@@ -229,9 +255,14 @@ def _scored(row: RawRow) -> Row:
         texts = [
             _as_messages(row, text, "assistant", f"responses[{i}]") for i, text in enumerate(texts)
         ]
-    scores = check_scores(row, row.value("scores"), "scores", len(texts))
     return Row(
-        prompt, texts, score_pairs(scores), texts[scores.index(max(scores))], row.source, scores
+        prompt,
+        texts,
+        score_pairs(ranking),
+        texts[ranking.index(max(ranking))],
+        row.source,
+        ranking if as_scores else None,
+        ranking=ranking,
     )
 
 
@@ -242,6 +273,45 @@ def _stack_exchange_pair(row: RawRow) -> Row:
     """
     chosen, rejected = " " + row.text("response_j"), " " + row.text("response_k")
     return Row(hh_prompt(row.text("question")), [chosen, rejected], [(0, 1)], chosen, row.source)
+
+
+@form("prompt / completion / label (labelled)", "prompt", "completion", "label")
+def _labelled_completion(row: RawRow) -> Row | None:
+    return _labelled(row, "completion")
+
+
+@form("prompt / response / label (labelled)", "prompt", "response", "label")
+def _labelled_response(row: RawRow) -> Row | None:
+    return _labelled(row, "response")
+
+
+@form("messages / label (labelled)", "messages", "label")
+def _labelled_messages(row: RawRow) -> Row | None:
+    return _labelled(row, "messages")
+
+
+@form("conversations / label (labelled)", "conversations", "label")
+def _labelled_conversations(row: RawRow) -> Row | None:
+    return _labelled(row, "conversations")
+
+
+def _labelled(row: RawRow, field: str) -> Row | None:
+    """Return a row with one response, and whether it is desirable."""
+    label = row.value("label")
+    if not is_label(label):
+        raise row.error(
+            f"field 'label' is {describe(label)}, not true or false",
+            f"fix or remove the {row.unit}",
+        )
+    whole = field in ("messages", "conversations")
+    converted = _sft(row, [] if whole else row.text_or_messages("prompt"), field)
+    desirable = str(label).lower() == "true"
+    return converted and converted._replace(sft_target=None, labels=[desirable])
+
+
+def is_label(value: Any) -> bool:
+    """Is this a boolean, or its text in a CSV's cell?"""
+    return str(value).lower() in ("true", "false")
 
 
 @form("prompt / completion (SFT)", "prompt", "completion")
@@ -621,23 +691,21 @@ def _rename(row: RawRow, field_map: Mapping[str, str]) -> RawRow:
 
 
 def recognise(row: RawRow) -> Form:
-    """The first form whose fields the row has. Raises UserError for unpaired data, and for fields
-    that fit no form.
+    """Return the first form whose fields the row has. Raises UserError for a label in a row that is
+    of no form with labels, and for fields that fit no form.
     """
     has = row.fields.keys()
-    if fits := next((form_ for form_ in FORMS if has >= set(form_.needs)), None):
-        labels = (
-            f
-            for f in ("label", "kto_tag")
-            if f in has and str(row.fields[f]).lower() in ("true", "false")
-        )
-        if (unpaired := next(labels, None)) and fits.sft:
+    labels = [f for f in ("label", "kto_tag") if f in has and is_label(row.fields[f])]
+    # another label, a class for instance, is a field like others
+    forms = [form_ for form_ in FORMS if not form_.labelled or "label" in labels]
+    if fits := next((form_ for form_ in forms if has >= set(form_.needs)), None):
+        if labels and fits.sft:
             raise row.error(
-                f"unpaired data (field '{unpaired}' is a boolean)",
-                "pairs are needed: write chosen and rejected",
+                f"labelled data (field '{labels[0]}' is a boolean) in another form",
+                "write prompt, completion and label, or use field_map",
             )
         return fits
-    near = max(FORMS, key=lambda form_: (len(has & set(form_.needs)), -len(form_.needs)))
+    near = max(forms, key=lambda form_: (len(has & set(form_.needs)), -len(form_.needs)))
     fix = "add it, or name the file's own fields in field_map"
     if not has & set(near.needs):
         raise row.error(
@@ -669,21 +737,23 @@ def fitting(group: str | None, field_map: Mapping[str, str] | None = None) -> Fi
 
     `group` None: nobody knows what is needed, so all of them do.
     """
-    pairs = group != "single"
 
     def fits(splits: Mapping[str, Callable[[], RawRow | None]]) -> list[str]:
         if group is None:
             return list(splits)
-        single = {}
+        forms: dict[str, Form] = {}
         for name, first in splits.items():
             with suppress(UserError):
                 row = first()
                 if row is not None:
-                    single[name] = form_of(row, field_map).sft
-        serve = [name for name in single if single[name] != pairs] or (
-            [] if pairs else list(single)
-        )
-        wanted = PAIR_NAMES if pairs else SFT_NAMES
+                    forms[name] = form_of(row, field_map)
+        of_pairs = [name for name, form_ in forms.items() if not (form_.sft or form_.labelled)]
+        serve = of_pairs
+        if group == "single":
+            serve = [name for name, form_ in forms.items() if form_.sft] or list(forms)
+        elif group == "labelled":
+            serve = [name for name, form_ in forms.items() if form_.labelled] or of_pairs
+        wanted = SFT_NAMES if group == "single" else PAIR_NAMES
         named = [
             name
             for name in serve

@@ -44,11 +44,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # what a loss's group is called in messages
-UNITS = {"single": "examples", "pair": "pairs"}
+UNITS = {
+    "single": "examples",
+    "labelled": "labelled responses",
+    "pair": "pairs",
+    "list": "lists",
+    "rollout": "prompts",
+}
 NEEDED = {
     "single": "SFT targets",
+    "labelled": "responses with a label (prompt, completion, label), nor pairs to make them of",
     "pair": "preference pairs (chosen and rejected), which this loss needs",
+    "list": "ranked lists (prompt, responses, and ranks or scores), which this loss needs",
 }
+
+
+UNRANKED = "lists with equal ranks, or of one response"
 
 
 class Part(NamedTuple):
@@ -99,6 +110,7 @@ def load_examples(
     ):
         if split == "train" or own_eval:
             rank0_print(store.form)
+        skipped = store.skipped if group != "list" else _check_lists(store, config.data_rules)
         examples = view(store, group, rules, config.truncation_mode or store.truncation, bos)
         if store.first_bad and not examples and split == "train":
             raise UserError(
@@ -107,7 +119,7 @@ def load_examples(
         if store.n_rows and not examples and (split == "train" or own_eval):
             raise UserError(f"datasets: {name} holds no {NEEDED[group]}; its form: {store.form}")
         examples, n_prompts = _of_stage(examples, name, split, config)
-        parts[split][name] = Part(examples, store.skipped, Counter(), n_prompts, store)
+        parts[split][name] = Part(examples, skipped, Counter(), n_prompts, store)
 
     train, test = parts["train"], parts["test"]
     none = np.empty(0, np.uint64)
@@ -232,6 +244,26 @@ def _first(examples: Examples, config: DictConfig) -> Examples:
     return examples.select(schedule.order(0)[: schedule.n_examples])
 
 
+def _check_lists(store: TokenStore, rules: Mapping[str, str]) -> Mapping[str, int]:
+    """Return what is left out, lists without an order of two responses included. Raises UserError
+    for the first of these where data_rules.bad_row=stop.
+    """
+    (bad,) = (store.lists[:, 2] < 2).nonzero()
+    if len(bad) and rules["bad_row"] == "stop":
+        row, _, n = store.lists[bad[0]].tolist()
+        _, file, number = store.rows[row].tolist()
+        problem = (
+            "a list of one response, which ranks nothing"
+            if n
+            else "two of its responses have the same rank or score, and a list needs an order"
+        )
+        raise UserError(
+            f"{store.files[file]}:{number}: {problem}; fix or remove the row, or set"
+            " data_rules.bad_row=drop"
+        )
+    return {**store.skipped, UNRANKED: len(bad)} if len(bad) else store.skipped
+
+
 def check_margins(*splits: Examples) -> None:
     """Raise UserError if an example has no scores, for a loss that uses the data's own score
     differences.
@@ -306,7 +338,7 @@ def describe(
     columns = [(title, part) for title, part in (("train", train), ("eval", test)) if part]
     parts = [part for _, part in columns]
     examples = [part.examples for part in parts]
-    unit = "pairs" if any(some.k > 1 for some in examples) else "examples"
+    unit = next((unit_of(some) for some in examples if some), "examples")
     rows = [(name, *(title for title, _ in columns), "")]
 
     def add(label: str, values: Iterable[int], rule: str = "") -> None:
@@ -356,6 +388,13 @@ def describe(
     return "\n".join([*lines, *(f"  {note}" for note in (first_bad, unused_of(parts)) if note)])
 
 
+def unit_of(examples: Examples) -> str:
+    """Return what these examples are called."""
+    if "labels" in examples.extras().example:
+        return UNITS["labelled"]
+    return UNITS["single" if examples.k == 1 else "pair" if examples.k == 2 else "list"]
+
+
 def unused_of(parts: Iterable[Part]) -> str:
     """Return the fields of the rows and their messages that are not part of any text; "" if there
     are none.
@@ -384,7 +423,9 @@ def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     prompt = example.prompt.tolist()
     responses = [response.tolist() for response in example.responses]
     lines.append("  " + decode([prompt], tokenizer)[0].replace("\n", "\n  "))
-    names = ("chosen", "rejected") if len(responses) > 1 else ("target",)
+    names = {1: ["target"], 2: ["chosen", "rejected"]}.get(
+        len(responses), [f"rank {i}" for i, _ in enumerate(responses, 1)]
+    )
     texts = continued(prompt, responses, tokenizer)
     for name, response, text in zip(names, responses, texts, strict=True):
         lines.append(f"  {name} ({len(response)} tokens): {on}{text}{off}".replace("\n", "\n  "))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # with every change that gives other ids for the same rows; stores of other versions are then made
 # anew. test_the_version_of_token_ids holds the digest that belongs to it.
 VERSION = 1
-LAYOUT = 4  # of the files below; another number makes every store anew
+LAYOUT = 5  # of the files below; another number makes every store anew
 COLUMNS = {
     "ids": (),  # [tokens] of all texts, uint16 if the vocabulary allows, else int32
     "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
@@ -47,6 +47,11 @@ COLUMNS = {
     "pairs": (3,),  # [pairs, 3] (row, text of chosen, text of rejected)
     "margins": (),  # [pairs] score of chosen less that of rejected; NaN where they aren't known
     "targets": (2,),  # [targets, 2] (row, text of the SFT target)
+    "labelled": (3,),  # [labelled, 3] (row, text, 1 if desirable, else 0)
+    "lists": (
+        3,
+    ),  # [lists, 3] (row, where it begins in `ranked`, its responses; 0: two rank alike)
+    "ranked": (),  # [ranked] the texts of all lists, each from best to worst
 }
 DTYPES = {
     "starts": "<i8",
@@ -56,6 +61,9 @@ DTYPES = {
     "pairs": "<i4",
     "margins": "<f4",
     "targets": "<i4",
+    "labelled": "<i4",
+    "lists": "<i4",
+    "ranked": "<i4",
 }
 
 
@@ -75,6 +83,9 @@ class TokenStore:
     pairs: np.ndarray
     margins: np.ndarray
     targets: np.ndarray
+    labelled: np.ndarray
+    lists: np.ndarray
+    ranked: np.ndarray
 
     def __init__(self, folder: Path, spec: dict[str, Any] | None = None):
         try:
@@ -288,7 +299,7 @@ def _numbered(
     """Yield each chunk's columns, with texts and rows numbered from the store's beginning; `files`
     are numbered in order of appearance.
     """
-    n_tokens = n_texts = n_rows = 0
+    n_tokens = n_texts = n_rows = n_ranked = 0
     yield {"starts": [0]}, 0
     for chunk in chunks:
         places = [(text, *source.rpartition(":")[::2]) for text, source in chunk.rows]
@@ -307,12 +318,18 @@ def _numbered(
                 ),
                 "margins": chunk.margins,
                 "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
+                "labelled": (
+                    np.array(chunk.labelled, np.int64).reshape(-1, 3) + (n_rows, n_texts, 0)
+                ),
+                "lists": np.array(chunk.lists, np.int64).reshape(-1, 3) + (n_rows, n_ranked, 0),
+                "ranked": np.array(chunk.ranked, np.int64) + n_texts,
             },
             chunk.n_rows,
         )
         n_tokens = n_tokens + len(chunk.ids)
         n_texts = n_texts + len(chunk.lengths)
         n_rows = n_rows + len(chunk.rows)
+        n_ranked = n_ranked + len(chunk.ranked)
 
 
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:

@@ -80,6 +80,10 @@ class Chunk(NamedTuple):
     pairs: list[tuple[int, int, int]]  # (row, chosen text, rejected text)
     margins: list[float]  # [pairs] score of chosen less that of rejected, or NaN
     targets: list[tuple[int, int]]  # (row, text)
+    labelled: list[tuple[int, int, int]]  # (row, text, 1 if desirable, else 0)
+    # (row, where its responses begin in `ranked`, how many they are; 0: two rank alike)
+    lists: list[tuple[int, int, int]]
+    ranked: list[int]  # the texts of all lists, each from best to worst
 
 
 def encode(
@@ -120,12 +124,15 @@ def _encode(
     rules: TextRules,
     chat: ChatTemplate,
 ) -> Chunk:
-    chunk = Chunk(len(rows), [], [], [], [], [], [], [], [])
+    chunk = Chunk(len(rows), *([] for _ in Chunk._fields[1:]))
     texts = list[tuple[str, list[str]]]()
     n_texts = 0
     for row in rows:
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
         wanted += [] if row.sft_target is None else [row.sft_target]
+        lists = _lists_of(row)
+        wanted += [row.responses[i] for some in lists for i in some]
+        wanted += [] if row.labels is None else row.responses
         # a response stands in many pairs, but is rendered and kept once
         unique = {_hashable(text): text for text in wanted}
         if not unique:
@@ -141,12 +148,18 @@ def _encode(
         numbers = [place[_hashable(text)] for text in wanted]
         n = len(chunk.rows)
         end = 2 * len(row.pairs)
+        text_of = lambda i, row=row, place=place: place[_hashable(row.responses[i])]
         chunk.rows.append((n_texts, row.source))
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
         chunk.margins.extend(
             nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs
         )
-        chunk.targets.extend((n, number) for number in numbers[end:])
+        if row.sft_target is not None:
+            chunk.targets.append((n, numbers[end]))
+        for some in lists:
+            chunk.lists.append((n, len(chunk.ranked), len(some)))
+            chunk.ranked.extend(map(text_of, some))
+        chunk.labelled.extend((n, text_of(i), int(x)) for i, x in enumerate(row.labels or ()))
         texts.append((rendered[0], rendered[1:]))
         n_texts += len(rendered)
         chunk.marks.extend(marks)
@@ -162,6 +175,17 @@ def _encode(
             chunk.lengths.append(len(ids))
             chunk.digests.append(digest(text))
     return chunk
+
+
+def _lists_of(row: Row) -> list[list[int]]:
+    """Return the row's lists of responses (their indices), each from best to worst: the one that it
+    ranks, empty if two rank alike; or each of its pairs.
+    """
+    if row.ranking is None:
+        return [list(pair) for pair in row.pairs]
+    tied = len(set(row.ranking)) < len(row.ranking)
+    ranking = row.ranking
+    return [[] if tied else sorted(range(len(ranking)), key=lambda i: -ranking[i])]
 
 
 def _hashable(text: Text) -> object:

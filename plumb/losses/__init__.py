@@ -5,8 +5,13 @@ A loss is a decorated function (registry.py) of the types in contract.py, and a 
 with its knobs. Models, batches and the division by the batch's count do not belong here.
 """
 
-from plumb.losses import pairwise, reward_model, supervised  # noqa: F401  registers the losses
-from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores, TokenLogps
+from plumb.losses import (  # noqa: F401  registers the losses
+    listwise,
+    pairwise,
+    reward_model,
+    supervised,
+)
+from plumb.losses.contract import Lists, Logps, LossOutput, Pairs, ScoredPairs, Scores, TokenLogps
 from plumb.losses.registry import loss
 
-__all__ = ["Logps", "LossOutput", "Pairs", "ScoredPairs", "Scores", "TokenLogps", "loss"]
+__all__ = ["Lists", "Logps", "LossOutput", "Pairs", "ScoredPairs", "Scores", "TokenLogps", "loss"]

@@ -96,6 +96,22 @@ class ScoredPairs(NamedTuple):
     margins: Tensor | None
 
 
+class Lists(NamedTuple):
+    """What a loss with group="list" gets: each example's responses from best to worst. k is the
+    length of the longest list; a shorter one leaves its last places empty.
+
+    Example: lists of 2 and 1: Lists(Logps(sum=[[-3, -5], [-4, 0]], tokens=[[2, 2], [3, 0]]),
+    exists=[[True, True], [True, False]]).
+    """
+
+    responses: Logps  # of [B, k], 0 where a list has fewer responses
+    exists: Tensor  # [B, k] bool
+
+    def worst(self, values: Tensor) -> Tensor:
+        """Return the values [B, k] of the last response of each list.  [B]"""
+        return values.gather(1, self.exists.sum(1, keepdim=True) - 1)[:, 0]
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """What a loss returns.

@@ -1,5 +1,5 @@
-"""Losses on pairs of responses to the same prompt: DPO, conservative DPO, IPO. Shapes and units:
-contract.py.
+"""Losses on pairs of responses to the same prompt: DPO, conservative DPO, IPO, SimPO. Shapes and
+units: contract.py.
 """
 
 from __future__ import annotations
@@ -102,3 +102,21 @@ def ipo(
         + nll * _nll(policy.chosen)
     )
     return _with_rewards(losses, policy, reference, beta)
+
+
+@loss(group="pair")
+def simpo(policy: Pairs, reference: None = None, *, beta: float, gamma: float) -> LossOutput:
+    """-log sigmoid(r_w - r_l - gamma) with the rewards r = beta log pi(y|x) / |y|: Eq. 6 of
+    arXiv:2405.14734.
+
+    The mean over a response's tokens takes the place of the reference: long responses gain nothing
+    by their length. Rewards are r.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta={beta}: must be above 0 (2 to 10 is usual)")
+    if not gamma >= 0:
+        raise ValueError(f"gamma={gamma}: must not be negative (0.3 to 0.5 times beta is usual)")
+    chosen_rewards = beta * policy.chosen.mean()
+    rejected_rewards = beta * policy.rejected.mean()
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
+    return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())

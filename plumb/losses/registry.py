@@ -16,6 +16,7 @@ import torch
 
 from plumb.losses.contract import (
     Group,
+    Lists,
     Logps,
     LossOutput,
     Pairs,
@@ -113,10 +114,13 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
     declared = LOSSES[name]
     hints = get_type_hints(declared.function)
     _check_knobs(name, knobs, declared.function, hints)
+    reads = _reads(hints.get("policy"))
+    if declared.group == "list" and reads != "logps":
+        raise ValueError(f"loss.name={name}: a loss on lists gets Lists of log-probabilities only")
     bound = Loss(
         name=name,
         group=declared.group,
-        reads=_reads(hints.get("policy")),
+        reads=reads,
         needs_reference=_resolved(declared.needs_reference, knobs),
         average_over=_resolved(declared.average_over, knobs),
         needs_margins=_resolved(declared.needs_margins, knobs),
@@ -215,4 +219,7 @@ def _example_of(bound: Loss, one: Any) -> Any:
         if bound.reads == "scores":
             return ScoredPairs(one, one, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
         return Pairs(one, one)
+    if bound.group == "list":
+        of_two = Logps(torch.zeros(1, 2), torch.ones(1, 2))
+        return Lists(of_two, torch.ones(1, 2, dtype=torch.bool))
     return one

@@ -55,8 +55,8 @@ def fingerprint(
 
 
 def digest_of(examples: Examples) -> str:
-    """Return a digest of the token ids and margins of all examples in their order, computed from
-    the stores' checksums, not from the texts.
+    """Return a digest of the token ids and extras (margins, labels) of all examples in their order,
+    computed from the stores' checksums, not from the texts.
     """
     whole = hashlib.sha256(repr(examples.bos).encode())
     for table in examples.tables:
@@ -65,8 +65,9 @@ def digest_of(examples: Examples) -> str:
         whole.update(table.items.tobytes())
     whole.update(examples.items.tobytes() + examples.lengths.tobytes())
     # what has no scores keeps the digest that it always had
-    if not np.isnan(margins := examples.margins()).all():
-        whole.update(margins.tobytes())
+    for column in examples.extras().example.values():
+        if not np.isnan(column).all():
+            whole.update(column.tobytes())
     return whole.hexdigest()
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from plumb.batching.layout import Batch, by_example
 from plumb.losses.contract import (
     Group,
+    Lists,
     Logps,
     LossOutput,
     Pairs,
@@ -166,7 +167,20 @@ def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
     return Pairs(chosen, rejected)
 
 
-INPUTS: dict[str, Callable[[Any, Batch], Any]] = {"single": _single, "pair": _pairs}
+def _lists(of_model: Logps, batch: Batch) -> Lists:
+    """Return one row for each list; an example's responses stand from best to worst."""
+    n = batch.n_responses
+    of_lists = Logps(*(by_example(x, n) for x in of_model))
+    exists = by_example(torch.ones_like(of_model.tokens, dtype=torch.bool), n, fill=False)
+    return Lists(of_lists, exists)
+
+
+# group -> what a loss takes, from the values of a batch's responses
+INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
+    "single": _single,
+    "pair": _pairs,
+    "list": _lists,
+}
 
 
 def shared_tokens(batch: Batch) -> Tensor:
@@ -186,7 +200,7 @@ def shared_tokens(batch: Batch) -> Tensor:
     return ((first == second) & within).long().cumprod(1).sum(1)
 
 
-def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[str, Tensor]:
+def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs | Lists) -> dict[str, Tensor]:
     """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties
     do not count.
     """
@@ -202,14 +216,21 @@ def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs) -> dict[st
     if isinstance(policy, ScoredPairs):
         assert chosen is not None and rejected is not None
         metrics[SQUARES] = (chosen**2 + rejected**2) / 2
-    elif isinstance(policy, Pairs):
+    elif isinstance(policy, (Pairs, Lists)):
+        best, worst = _ends(policy)
         metrics |= {
-            "logps_{}/chosen": policy.chosen.sum,
-            "logps_{}/rejected": policy.rejected.sum,
-            "logps_{}/accuracies": (
-                (policy.chosen.sum > policy.rejected.sum).float()
-            ),  # ours: the policy's own ranking
+            "logps_{}/chosen": best,
+            "logps_{}/rejected": worst,
+            "logps_{}/accuracies": (best > worst).float(),  # ours: the policy's own ranking
         }
     else:
         metrics["logps_{}/chosen"] = policy.sum
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def _ends(policy: Pairs | Lists) -> tuple[Tensor, Tensor]:
+    """Return the summed log-probabilities of the best and of the worst responses.  [B] each"""
+    if isinstance(policy, Pairs):
+        return policy.chosen.sum, policy.rejected.sum
+    sums = policy.responses.sum
+    return sums[:, 0], policy.worst(sums)
