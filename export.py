@@ -86,7 +86,7 @@ def main(options: argparse.Namespace) -> None:
         return
     if options.policy.exists() and not options.overwrite:
         raise UserError(
-            f"--policy {options.policy}: is there already; give another name, or --overwrite"
+            f"--policy {options.policy}: already exists; give another name, or --overwrite"
         )
     if options.policy.suffix != ".pt":
         raise UserError(f"--policy {options.policy}: give it a name that ends in .pt")

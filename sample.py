@@ -396,9 +396,9 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
                 break
         said = said[dropped:]
         if dropped:
-            print(f"(forgotten, for {room} tokens fit: {dropped // 2} of the oldest turns)")
+            print(f"(only {room} tokens fit; the oldest turns are dropped: {dropped // 2})")
         if cut:
-            print(f"(too long: {room} tokens fit; the end of it is read)")
+            print(f"(too long: only {room} tokens fit; only its end is read)")
         ((answer,),) = answers(
             model.model, tokenizer, [ids], decoding, batch_size=1, seed=options.seed + turn
         )
@@ -432,7 +432,7 @@ def check(options: argparse.Namespace) -> None:
         )
     if twice := [name for i, name in enumerate(options.models) if name in options.models[:i]]:
         raise UserError(
-            f"{twice[0]}: is given twice, and its answers could not be told apart; give it once,"
+            f"{twice[0]}: given twice, so its answers could not be distinguished; give it once,"
             " and --n for more"
         )
     if options.chat and len(options.models) > 1:

@@ -547,7 +547,7 @@ def winrate(options: argparse.Namespace) -> None:
     for option in (*ignored, *(() if is_url else OF_ENDPOINTS)):
         if getattr(options, option, None) is not None:
             raise UserError(
-                f"--{option.replace('_', '-')}: --judge={options.judge} has no use for it; leave"
+                f"--{option.replace('_', '-')}: --judge={options.judge} does not use it; leave"
                 " it out"
             )
     policies, baseline = read_policies(options.file, options.baseline)
@@ -691,7 +691,7 @@ def main(options: argparse.Namespace) -> None:
             check_place(path, f"--{name}", folder=name == "plots")
             if path.resolve() in taken:
                 raise UserError(
-                    f"--{name}={path}: is read, or written by another option, too; give another"
+                    f"--{name}={path}: is also read, or written by another option; give another"
                     " place"
                 )
             taken.append(path.resolve())

@@ -180,7 +180,7 @@ KNOBS = {
     "lr=fast": ("lr=fast", "above 0"),
     "debug=1": ("debug=1", "true or false"),
     "eval_share=1": ("eval_share=1", "[0, 1)"),
-    "data_split=5,0,5": ("data_split=5,0,5", "which part?", "stage="),  # not three runs to Hydra
+    "data_split=5,0,5": ("data_split=5,0,5", "needs a stage", "stage="),  # not three runs to Hydra
     "data_split=5,0": ("data_split=5,0", "three numbers", "5,0,5"),
     "min_lr_ratio=2": ("min_lr_ratio=2", "[0, 1]"),
     "lr_schedule=step": ("lr_schedule=step", "constant, linear, cosine"),
@@ -610,7 +610,7 @@ POLICIES = {
     "state of numbers": ("not a policy.pt",),
     "another architecture": (
         "not the weights of this LlamaForCausalLM",
-        "the model that it was trained from",
+        "the model it was trained from",
     ),
     "another size": ("not the weights of this LlamaForCausalLM",),
     "a layer more": ("not the weights of this LlamaForCausalLM", "layers.2"),
@@ -686,7 +686,7 @@ def _cut_short(path):
 ARCHIVES = {
     "other shapes": (_other_shapes, "tensors of another shape", 2),
     "a weight missing": (_missing, "model.norm.weight", 2),
-    "a reward model": (_reward, "a reward model's, which has no vocabulary head", 2),
+    "a reward model": (_reward, "a reward model, which has no LM head", 2),
     "a foreign file": (_foreign, "it holds model, epoch", 2),
     "another model": (_another_model, "not the weights of this LlamaForCausalLM", 2),
     "cut short": (_cut_short, "cut short", 3),
@@ -749,12 +749,15 @@ def test_an_export_that_cannot_work_is_refused_before_data_are_read(refused_earl
         "export=hf: GraniteForCausalLM: transformers has no sequence-classification model"
     )
     (tmp_path / "bad.jinja").write_text("{% for")
-    assert "not jinja" in refused_early(*good, f"chat_template={tmp_path}/bad.jinja", "export=hf")
+    assert "not valid Jinja" in refused_early(
+        *good, f"chat_template={tmp_path}/bad.jinja", "export=hf"
+    )
     (tmp_path / "file").write_text("")
     line = refused_early(*good, f"local_run_dir={tmp_path}/file/run", "export=hf")
     assert "cannot be written" in line and "local_dirs" in line
     (tmp_path / "run/hf").mkdir(parents=True)
     line = refused_early(*good, f"local_run_dir={tmp_path}/run", "export=hf")
     assert (
-        line == f"export=hf: {tmp_path}/run/hf is there already and no model's folder; move it away"
+        line
+        == f"export=hf: {tmp_path}/run/hf already exists and is not a model's folder; move it away"
     )

@@ -212,7 +212,7 @@ def test_a_disk_that_keeps_something_else(folder, monkeypatch):
         save(run_dir, 1)
         with monkeypatch.context() as patch:
             patch.setattr(durable_files, "write", worn)
-            with pytest.raises(StorageError, match=f"reads back otherwise: {worn.name}"):
+            with pytest.raises(StorageError, match=f"does not read back the same: {worn.name}"):
                 save(run_dir, 2)
             assert newest(run_dir) == (run_dir / "LATEST").resolve() == run_dir / "step-1"
             patch.setattr(checkpoints, "verify", lambda directory: None)

@@ -607,7 +607,7 @@ BAD_ROWS = {  # rows, message; row n stands on line n
     ),
     "other prompt": (
         [CHAT_PAIR | {"rejected": [user("?"), BAD]}],
-        "field 'rejected' begins with another prompt",
+        "field 'rejected' begins with a different prompt",
     ),
     "no user": ([{"messages": [GOOD]}], "field 'messages' has no user's turn"),
     "no assistant": ([{"messages": [Q]}], "field 'messages' has no assistant's turn"),

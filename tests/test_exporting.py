@@ -267,20 +267,20 @@ def test_what_is_refused(tmp_path, base_of):
     inside = Path(shutil.copytree(base, tmp_path / "folder")) / "policy.pt"
     shutil.copy(run_dir / "step-8/policy.pt", inside)
     for options, said in (
-        ([base, "--out", out], "a model's folder or name already"),
-        ([run_dir, "--out", base], "is there already; give another name, or --overwrite"),
+        ([base, "--out", out], "already a model's folder or name"),
+        ([run_dir, "--out", base], "already exists; give another name, or --overwrite"),
         ([run_dir, "--out", base, "--overwrite"], "--overwrite replaces an exported folder only"),
         (
             [run_dir, "--out", tmp_path, "--overwrite"],
             "--overwrite replaces an exported folder only",
         ),
-        ([run_dir, "--policy", run_dir / "step-8/policy.pt"], "is there already"),
+        ([run_dir, "--policy", run_dir / "step-8/policy.pt"], "already exists"),
         ([run_dir, "--policy", tmp_path / "x"], "ends in .pt"),
         ([run_dir, "--out", out, "--max-shard-gb", 0], "must be above 0"),
         ([run_dir, "--out", out, "--max-shard-gb", "nan"], "must be above 0"),
         ([run_dir, "--policy", tmp_path / "x.pt", "--no-check"], "--no-check: is for --out"),
         ([run_dir, "--out", out, "--chat-template", empty], "empty.jinja: is empty"),
-        ([run_dir, "--out", out, "--chat-template", bad], "not jinja: line 1"),
+        ([run_dir, "--out", out, "--chat-template", bad], "not valid Jinja: line 1"),
         (
             [inside, "--base", base, "--out", inside.parent, "--overwrite"],
             "--overwrite replaces an exported folder only",
@@ -307,7 +307,7 @@ def test_a_folder_that_computes_otherwise_is_not_kept(tmp_path, base_of, monkeyp
         "_read",
         lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)),
     )
-    with pytest.raises(UserError, match="computes otherwise"):
+    with pytest.raises(UserError, match="computes differently"):
         run(run_of(tmp_path, base, trained(base).state_dict()), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     shutil.rmtree(base)
@@ -370,7 +370,7 @@ def test_at_the_end_of_training_a_distinct_head_is_exported_and_compared(
         "_read",
         lambda source, name, *how: real(source, name, *how) * (1 + ("embed" in name)),
     )
-    with pytest.raises(UserError, match="computes otherwise"):
+    with pytest.raises(UserError, match="computes differently"):
         train("broken", *short)
     assert not (tmp_path / "broken/hf").exists() and (tmp_path / "broken/LATEST").exists()
 

@@ -299,16 +299,16 @@ BEHIND_A_URL = ["--baseline", "sft", "--judge", "http://localhost:1/v1", "--judg
     [
         (
             ["--baseline", "base", "--judge", "rule:longer"],
-            r"--baseline=base: none of the models \(sft, dpo\) fit",
+            r"--baseline=base: none of the models \(sft, dpo\) match",
         ),
         (["--baseline", "sft", "--judge", "rule:nicer"], "--judge=rule:nicer: no such rule"),
         (
             ["--baseline", "sft", "--judge", "rule:longer", "--beta", "1"],
-            "--beta: --judge=rule:longer has no use for it",
+            "--beta: --judge=rule:longer does not use it",
         ),
         (
             ["--baseline", "sft", "--judge", "some-model", "--parallel", "2"],
-            "--parallel: --judge=some-model has no use for it",
+            "--parallel: --judge=some-model does not use it",
         ),
         (BEHIND_A_URL[:4], "give --judge-model NAME"),
         ([*BEHIND_A_URL, "--key-env", "NO_SUCH_KEY"], "--key-env=NO_SUCH"),
@@ -345,7 +345,7 @@ def test_a_policy_pt_is_a_models_name(tmp_path, monkeypatch):
     lines = winrates.read_policies([Path("both.jsonl")], "b")[0].values()
     some = winrates.duels(*lines)
     assert winrates.by_points(some, lambda asked: range(len(asked))).points.tolist() == [0.5]
-    with pytest.raises(UserError, match="--out=both.jsonl: is read"):
+    with pytest.raises(UserError, match="--out=both.jsonl: is also read"):
         winrate(["both.jsonl"], "--baseline", "b", "--judge", "rule:longer", "--out", "both.jsonl")
 
 
@@ -369,7 +369,7 @@ def test_no_verdict_at_all_is_json(files, tmp_path):
 
 
 def test_files_that_do_not_fit_together(files, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="hold nobody else's answers"):
+    with pytest.raises(UserError, match="have no other model's answers"):
         winrate(files[:1], "--baseline", "sft", "--judge", "rule:longer")
     other = samples(tmp_path / "other.jsonl", "sft", [[" a"]])
     with pytest.raises(UserError, match=r"none of the models|2 of the models"):

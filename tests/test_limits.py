@@ -134,7 +134,7 @@ def test_pad_without_an_embedding_is_no_hindrance(capsys):
     [
         ("eos_token", "its EOS, which ends every"),
         ("bos_token", "its BOS"),
-        (None, "stands in the data"),
+        (None, "occurs in the data"),
     ],
 )
 def test_a_token_without_an_embedding_is_named(role, where):
@@ -144,7 +144,7 @@ def test_a_token_without_an_embedding_is_named(role, where):
     ids = np.array([5, 259])
     examples = [Example(ids[:1], (ids[:1],), "d:1"), Example(ids[:1], (ids,), "d:2")]
     with pytest.raises(
-        UserError, match=f"knows 259 tokens.*number 259: '<x>', .*{where}.*first in d:2; give"
+        UserError, match=f"has 259 tokens.*id 259: '<x>', .*{where}.*first in d:2; give"
     ):
         check_vocabulary(tiny_model("llama"), tokenizer, 259, "m", examples)
 

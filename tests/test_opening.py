@@ -43,7 +43,7 @@ def test_a_policy_by_each_of_its_names(tmp_path):
     assert find_model(str(loose), base=str(base)).run_dir is None
     with pytest.raises(UserError, match="config.yaml: cannot be read .* --base"):
         find_model(str(loose))
-    with pytest.raises(UserError, match="no model.s folder, run, checkpoint"):
+    with pytest.raises(UserError, match="not a model.s folder, run, checkpoint"):
         find_model(str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded"):
         find_model("no-such-model-anywhere")
@@ -81,7 +81,7 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     assert ref.scalar
     opened = open_model(ref, "cpu").model
     assert all(opened.state_dict()[k].equal(v * 2) for k, v in new.state_dict().items())
-    with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
+    with pytest.raises(UserError, match="a reward model, which has no LM head"):
         load.load_policy(compose(f"model.name_or_path={base}", f"model.archive={reward_run}"))
     going_on = load.load_policy(
         compose(f"model.name_or_path={base}", f"model.archive={reward_run}"), scalar=True
@@ -94,7 +94,9 @@ def test_a_reward_model_from_each_of_its_sources(tmp_path, compose):
     (tmp_path / "classifier/tokenizer_config.json").write_bytes(
         (base / "tokenizer_config.json").read_bytes()
     )
-    with pytest.raises(UserError, match="hold no lm_head.weight .* no whole LlamaForCausalLM"):
+    with pytest.raises(
+        UserError, match="hold no lm_head.weight .* not a complete LlamaForCausalLM"
+    ):
         load.load_policy(compose(f"model.name_or_path={tmp_path}/classifier"))
     opened = open_model(find_model(str(tmp_path / "classifier")), "cpu").model
     assert opened.get_output_embeddings().weight.equal(classifier.score.weight)

@@ -145,7 +145,7 @@ def test_a_damaged_or_foreign_file_is_not_used(damage, tmp_path):
     again = ReferenceCache(tmp_path, {"weights": "a"})
     assert (
         np.isnan(again.find(digests)).all()
-        and "not used, and written anew" in again.problem
+        and "not used, and replaced" in again.problem
         and "\n" not in again.problem
     )
     again.add(digests, -np.arange(50.0))

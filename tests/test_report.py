@@ -241,7 +241,7 @@ def test_a_run_as_it_stands(tmp_path, runs):
         in page
     )
     assert (
-        "metrics.jsonl: 1 of 24 lines are no records, the first of them line 23; left out" in page
+        "metrics.jsonl: 1 of 24 lines are not records, the first of them line 23; left out" in page
     )
     new = write_run(
         tmp_path / "new",

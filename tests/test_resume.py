@@ -515,7 +515,7 @@ def test_a_directory_that_another_process_took_meanwhile_is_left_alone(tmp_path)
     other.claim()
     directory.write_status(tmp_path / "run", "running")
     other.release()
-    with pytest.raises(UserError, match="another process has used it meanwhile; start again"):
+    with pytest.raises(UserError, match="another process has used it in the meantime; start again"):
         owner.claim()
 
 

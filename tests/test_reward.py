@@ -419,7 +419,7 @@ def test_it_learns_the_demos_preference(train_here):
     )
     # its head was kept
     assert records(again, "eval")[0]["loss/eval"] == pytest.approx(record["loss/eval"], rel=1e-5)
-    with pytest.raises(UserError, match="a reward model's, which has no vocabulary head"):
+    with pytest.raises(UserError, match="a reward model, which has no LM head"):
         train_here("exp=demo_dpo", f"model.archive={run_dir}")
 
 

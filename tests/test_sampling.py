@@ -298,7 +298,7 @@ def test_models_side_by_side(tmp_path, capsys):
     assert pairs[0]["instruction"] == rows[0]["prompt"][0]["content"]
     # which score.py goes by: a string was read as it stands
     assert pairs[0]["prompt"] == rows[0]["prompt"]
-    with pytest.raises(UserError, match="is given twice"):
+    with pytest.raises(UserError, match="given twice"):
         run(base, trained, base)
 
 
@@ -318,7 +318,7 @@ REFUSED = [
     (["--device", "meta"], "--device meta: not usable here"),
     (["--dataset", "demo", "--dataset-path", "x"], "--dataset-path x: is for named sets"),
     (["--dataset", "rm_static", "--dataset-path", "nosuch"], "nosuch: no such file or folder"),
-    (["demo"], "demo: no model's folder"),
+    (["demo"], "demo: not a model's folder"),
     (["--stop", ""], "--stop '': an empty string"),
     (["--raw"], "--raw True: is for --prompts"),
     (["--format", "pairs", "--out", "x"], "--format pairs: needs --n 2"),
@@ -366,7 +366,7 @@ def test_a_chat(tiny_model, monkeypatch, capsys):
     )
     run(tiny_model, "--chat", "--max-new-tokens", "60", "--device", "cpu", "--mode", "greedy")
     out = capsys.readouterr().out
-    assert "forgotten" in out and "(too long" in out and out.count("> ") == 7
+    assert "oldest turns are dropped" in out and "(too long" in out and out.count("> ") == 7
     assert "never" not in str(read)
     # as they were answered
     lengths = {messages[-1]["content"][0]: len(messages) for messages in read}

@@ -468,7 +468,7 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
             ["pairs", "{reward}", "{pairs}", "--field", "prompt"],
             "--field: 'prompt' is not of the form NAME=VALUE",
         ),
-        (["pairs", "{tmp}", "{pairs}"], "no model's folder, run, checkpoint or policy.pt"),
+        (["pairs", "{tmp}", "{pairs}"], "not a model's folder, run, checkpoint or policy.pt"),
         (
             ["answers", "{reward}", "{tmp}/none.jsonl", "--out", "{tmp}/o"],
             "none.jsonl: no such file",
@@ -501,9 +501,9 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
         ),
         (
             ["split", "{pairs}", "--easy", "{tmp}/e", "--hard", "{tmp}/e"],
-            "--hard=.*/e: is read, or written by another option",
+            "--hard=.*/e: is also read, or written by another option",
         ),
-        (["split", "{pairs}", "--easy", "{pairs}", "--hard", "{tmp}/h"], "--easy=.*: is read"),
+        (["split", "{pairs}", "--easy", "{pairs}", "--hard", "{tmp}/h"], "--easy=.*: is also read"),
         ([], "are required"),
     ],
 )
@@ -523,7 +523,9 @@ def test_what_is_refused(models, pairs, tmp_path, arguments, said):
 def test_a_reference_with_another_tokenizer_is_refused(models, pairs, tmp_path):
     save_tiny_llama(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="--reference=.*other: its tokenizer makes other tokens"):
+    with pytest.raises(
+        UserError, match="--reference=.*other: its tokenizer encodes text differently"
+    ):
         run("pairs", models / "dpo", pairs, "--eval-share", "1", "--reference", tmp_path / "other")
 
 

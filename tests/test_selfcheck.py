@@ -275,7 +275,7 @@ def test_a_save_that_will_fail_fails_at_the_first_step(train, monkeypatch, tmp_p
 def test_room_for_two_checkpoints_is_asked_for_at_the_first_step(train, monkeypatch):
     monkeypatch.setattr(durable_files, "free_bytes", lambda _: 3_000_000)
     with pytest.raises(
-        StorageError, match="a checkpoint takes 2.38 MB, two must have room, and 3.00 MB are free"
+        StorageError, match="a checkpoint takes 2.38 MB, two must fit, and 3.00 MB are free"
     ):
         train("tight", *DPO, "eval_every=4")
     train("one", *DPO, "n_examples=4")  # writes one only

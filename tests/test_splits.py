@@ -109,8 +109,8 @@ def test_what_is_no_split_is_refused(compose, value):
 
 
 ACROSS = [
-    (["stage=sft"], "stage=sft: says which part of data_split"),
-    (["data_split=5,0,5"], r"data_split=5,0,5: which part\? Add stage=sft, reward, policy"),
+    (["stage=sft"], "stage=sft: chooses a part of data_split"),
+    (["data_split=5,0,5"], r"data_split=5,0,5: needs a stage; add stage=sft, reward, policy"),
     (["data_split=5,0,5", "stage=reward"], "data_split=5,0,5: gives stage=reward nothing"),
     (["data_split={shp: [1,0,1]}", "stage=sft"], "shp is not among datasets="),
     (["data_split=5,0,5", "stage=dpo"], "stage=dpo: expected one of sft, reward, policy"),

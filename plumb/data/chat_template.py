@@ -267,7 +267,7 @@ class ChatTemplate:
         where, _ = place_of(turns[-1], source, len(turns) - 1)
         return UserError(
             f"{where}: the chat template ends the prompt with {alone} where, with the answer after"
-            f" it, stands {with_answer}, so that they cannot be told apart; give another with"
+            f" it, stands {with_answer}, so that they cannot be separated; give another with"
             " chat_template=FILE, or chat_template=hh"
         )
 
@@ -304,7 +304,7 @@ class ChatTemplate:
         names = ", ".join(f"{theirs}: {ours}" for theirs, ours in proposed.items())
         return UserError(
             f"{where}: field '{field}.role' is {describe(turns[i]['role'])}, a role that the chat"
-            f" template {does}; set role_map='{{{names}}}', or give a template that takes it with"
+            f" template {does}; set role_map='{{{names}}}', or give a template that accepts it with"
             " chat_template=FILE"
         )
 

@@ -605,7 +605,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"field '{twice}' stands there twice")
+        raise ValueError(f"field '{twice}' occurs twice")
     return fields
 
 

@@ -593,7 +593,7 @@ def _split_turns(
     if after[: len(before)] != before:
         if not after or after[0]["role"].lower() in ("user", "human", "system"):
             raise row.error(
-                f"field '{field}' begins with another prompt than the row's",
+                f"field '{field}' begins with a different prompt than the row's",
                 "begin with the assistant's turn",
             )
         after = before + after
@@ -651,7 +651,7 @@ def read_rows(
                     f"mixed forms: the file began with {before}, and field 'chosen' or 'prompt'"
                     f" here is {here}"
                 )
-                raise raw.error(mixed, "write all rows alike")
+                raise raw.error(mixed, "write all rows in the same format")
         except UserError as error:
             if on_bad:
                 on_bad(error)

@@ -272,8 +272,8 @@ def check_margins(*splits: Examples) -> None:
         unknown = np.flatnonzero(np.isnan(examples.margins()))
         if len(unknown):
             raise UserError(
-                f"{examples[int(unknown[0])].source}: no scores of its two responses, and"
-                " loss.margin above 0 wants them; add score_chosen and score_rejected, or set"
+                f"{examples[int(unknown[0])].source}: no scores for its two responses, which"
+                " loss.margin above 0 needs; add score_chosen and score_rejected, or set"
                 " loss.margin=0"
             )
 
@@ -361,7 +361,7 @@ def describe(
     for case, rule in rules.items():
         note = " (EOS lost)" if case == "response_truncated" else ""
         kept = (
-            {"strip": "kept, less the EOS", "keep": "kept"}[eos]
+            {"strip": "kept, without the EOS", "keep": "kept"}[eos]
             if case == "eos_in_text"
             else "kept"
         )

@@ -127,13 +127,13 @@ def check(config: DictConfig) -> None:
     split, stage = config.data_split, config.stage
     if (split is None) != (stage is None):
         missing = (
-            f"stage={stage}: says which part of data_split, which is not given; add"
+            f"stage={stage}: chooses a part of data_split, which is not set; add"
             " data_split=5,0,5 or the like"
         )
         raise UserError(
             missing
             if split is None
-            else f"data_split={split}: which part? Add stage={', '.join(STAGES)}"
+            else f"data_split={split}: needs a stage; add stage={', '.join(STAGES)}"
         )
     if split is None:
         return

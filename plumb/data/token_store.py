@@ -178,7 +178,7 @@ def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, 
     kept = (
         f"in {place}"
         if place
-        else "for this run only, as what the loader reads is not known (see docs/data.md)"
+        else "for this run only, since it is unknown what the loader reads (see docs/data.md)"
     )
     rank0_print(
         f"{what}: {meta['columns']['ids'][1]:,}, of {meta['n_rows']:,} rows, made in {secs:,.1f} s "

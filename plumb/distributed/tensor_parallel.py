@@ -112,7 +112,7 @@ def shard_tensor_parallel(
         if any(p is not None for p in module._parameters.values()):
             _cut(module, name, style, mesh, shared)
         elif style.cut:
-            raise UserError(f"model.tp_plan: {name} has no weights to cut")
+            raise UserError(f"model.tp_plan: {name} has no weights to split")
     if missing := [pattern.pattern for pattern, _ in patterns if pattern not in used]:
         raise UserError(f"model.tp_plan: {type(model).__name__} has no module {missing[0]}")
 

@@ -85,7 +85,7 @@ def export(
     """
     if ref.archive is None:
         raise UserError(
-            f"{ref.name}: a model's folder or name already; give a policy.pt, a checkpoint or a run"
+            f"{ref.name}: already a model's folder or name; give a policy.pt, a checkpoint or a run"
         )
     if ref.scalar and (ref.config.get("loss") or {}).get("read") == "mean":
         raise UserError(
@@ -95,7 +95,7 @@ def export(
     out = out.resolve()  # "." has no name beside which to write
     if out.exists() and not (overwrite and _replaceable(out, ref)):
         fix = "; --overwrite replaces an exported folder only" if overwrite else ", or --overwrite"
-        raise UserError(f"--out {out}: is there already; give another name{fix}")
+        raise UserError(f"--out {out}: already exists; give another name{fix}")
     state = load_policy_state(str(ref.archive))
     hf_config, tokenizer = load_config(ref.config), load_tokenizer(ref.config)
     set_template(tokenizer, template_of(ref, chat_template, tokenizer))
@@ -145,7 +145,7 @@ def check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UserError(
-            f"the chat template is not jinja: line {error.lineno}: {error}; fix it"
+            f"the chat template is not valid Jinja: line {error.lineno}: {error}; fix it"
         ) from None
     except TemplateError:  # its own raise_exception: it wants other turns
         pass
@@ -171,7 +171,7 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     """
     out, what = run_dir / "hf", f"export={config.export}"
     if out.exists() and not (out / "config.json").is_file():
-        raise UserError(f"{what}: {out} is there already and no model's folder; move it away")
+        raise UserError(f"{what}: {out} already exists and is not a model's folder; move it away")
     scalar = build_loss(to_dict(config.loss)).reads == "scores"
     ref = ModelRef(str(run_dir), config, None, run_dir, scalar)
     hf_config, tokenizer = load_config(config), load_tokenizer(config)
@@ -246,7 +246,7 @@ def weights_of(
         source = sharded_load.stored_source(model, stored_state, strict=True)
     except sharded_load.WeightMismatch as error:
         raise UserError(
-            f"{what}: {error}; give the model that it was trained from with --base"
+            f"{what}: {error}; give the model it was trained from with --base"
         ) from None
     stored = dtype or stored_dtype(state)
     if ref.scalar:
@@ -468,9 +468,10 @@ def compare(ref: ModelRef, folder: Path, dtype: str | None) -> None:
     largest = max(float(b.abs().max()) for b in expected)
     if not off <= 1e-4 * max(largest, 1):
         raise UnsafeFile(
-            f"--out {folder}: what transformers reads back computes otherwise (by {off:.1g} of"
+            f"--out {folder}: in transformers, the exported model computes differently (by"
+            f" {off:.1g} of"
             f" {largest:.1g}); nothing is kept; please report this"
         )
     rank0_print(
-        f"checked: {type(exported).__name__} from the folder computes the same, to {off:.0e}"
+        f"checked: {type(exported).__name__} loaded from the folder computes the same, to {off:.0e}"
     )

@@ -70,7 +70,8 @@ def find_model(
             archive = resolve_archive(name)
         except UserError:
             raise UserError(
-                f"{name}: no model's folder, run, checkpoint or policy.pt; give one, or a name on"
+                f"{name}: not a model's folder, run, checkpoint or policy.pt; give one, or a"
+                f" name on"
                 " the hub"
             ) from None
         file = archive.resolve()
@@ -92,7 +93,7 @@ def find_model(
             config = cast(DictConfig, OmegaConf.merge(config, own))
         elif base is None:
             raise UserError(
-                f"{archive}: no config.yaml beside it says which model this is; give the model that"
+                f"{archive}: no config.yaml beside it says which model this is; give the model"
                 " it was trained from: --base NAME_OR_PATH"
             )
     if base is not None or archive is None:
@@ -146,8 +147,7 @@ def start_of(ref: ModelRef) -> DictConfig:
     """
     if ref.run_dir is None:
         raise UserError(
-            f"{ref.name}: no run of it is known, so neither is its reference; give --reference"
-            " MODEL"
+            f"{ref.name}: its run is unknown, and so is its reference; give --reference MODEL"
         )
     config = copy.deepcopy(ref.config)
     config.model.archive = _config_of(ref.run_dir).model.get("archive")

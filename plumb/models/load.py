@@ -305,11 +305,11 @@ def _stored(
                 put_scalar_head(model)
             return model, sharded_load.stored_source(model, stored, strict=True)
         if "gguf_file" in source:
-            raise NotImplementedError("GGUF is dequantised as a whole")
+            raise NotImplementedError("GGUF is dequantized as a whole")
         if scalar and is_classifier(hf_config):
             raise NotImplementedError("its score is renamed as a whole")
         if getattr(hf_config, "quantization_config", None) is not None:
-            raise NotImplementedError("its weights are quantised")
+            raise NotImplementedError("its weights are quantized")
         stored = stack.enter_context(_opened(hf_config, source))
         model = sharded_load.blank(hf_config, stored, build)
         _read_generation_config(model, source)
@@ -318,10 +318,10 @@ def _stored(
     except sharded_load.WeightMismatch as error:
         if spec.archive:
             raise UserError(
-                f"model.archive={spec.archive}: {error}; give the model that it was trained from"
+                f"model.archive={spec.archive}: {error}; give the model it was trained from"
             ) from None
         raise UserError(
-            f"model.name_or_path={spec.name_or_path}: {error}; give a whole causal LM"
+            f"model.name_or_path={spec.name_or_path}: {error}; give a complete causal LM"
         ) from None
 
 
@@ -437,7 +437,7 @@ def _from_files(
     if absent := sorted({*info["missing_keys"]} - {f"{head}.weight" for head in spare}):
         raise UserError(
             f"model.name_or_path={name}: its files hold no {absent[0]} ({len(absent)} are missing),"
-            f" so it is no whole {type(model).__name__}; give a causal LM"
+            f" so it is not a complete {type(model).__name__}; give a causal LM"
         )
     _read_generation_config(model, source)
     return model
@@ -470,7 +470,7 @@ def archive_weights(archive: str, scalar: bool) -> Weights:
     state = Weights(load_policy_state(archive), archive=True)
     if holds_scores(state) and not scalar:
         raise UserError(
-            f"model.archive={archive}: a reward model's, which has no vocabulary head; give a"
+            f"model.archive={archive}: a reward model, which has no LM head; give a"
             " policy's, or loss=reward"
         )
     return state
@@ -492,7 +492,7 @@ def _from_archive(
         sharded_load.stored_source(blank, state, strict=True)
     except sharded_load.WeightMismatch as error:
         raise UserError(
-            f"model.archive={archive}: {error}; give the model that it was trained from"
+            f"model.archive={archive}: {error}; give the model it was trained from"
         ) from None
     return _filled(AutoModelForCausalLM, hf_config, state, dtype, _code(code), device_map)[0]
 
@@ -557,7 +557,7 @@ def _scorer_of_state(
         problem = str(error).splitlines()[1:2] or [str(error)]
         raise UserError(
             f"{origin}: not the weights of this {type(model).__name__} as a reward model "
-            f"({problem[0].strip()[:150]}); give the model that it was trained from"
+            f"({problem[0].strip()[:150]}); give the model it was trained from"
         ) from None
     return model
 
@@ -626,7 +626,7 @@ def _one_line_errors(knob: str, value: Any, what: str) -> Iterator[None]:
     except UnpicklingError:  # of torch.load with weights_only
         raise UnsafeFile(
             f"{knob}={value}: its weights are a pickle with more than tensors, which could run"
-            " code; convert them to safetensors where they come from"
+            " code; convert them to safetensors at their source"
         ) from None
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -665,7 +665,7 @@ def check_vocabulary(
         (f", first in {source}" for source, ids in rows if any((x == highest).any() for x in ids)),
         "",
     )
-    where = "which stands in the data"
+    where = "which occurs in the data"
     if any(str(token) in text for text in named_templates(tokenizer).values()):
         where = "which its chat template writes"
     if highest == tokenizer.bos_token_id:
@@ -673,8 +673,8 @@ def check_vocabulary(
     if highest == tokenizer.eos_token_id:
         where = "its EOS, which ends every response"
     raise UserError(
-        f"model.name_or_path={name}: the model knows {n:,} tokens, numbers 0 to {n - 1:,}, and its"
-        f" tokenizer makes number {highest:,}: {token!r}, {where}{first}; give the model's own"
+        f"model.name_or_path={name}: the model has {n:,} tokens, ids 0 to {n - 1:,}, but its"
+        f" tokenizer produces id {highest:,}: {token!r}, {where}{first}; give the model's own"
         " tokenizer, or add the token to the model's embeddings"
     )
 
@@ -687,7 +687,7 @@ def pad_within(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if pad is not None and pad >= n:
         rank0_print(
             f"note: PAD ({tokenizer.pad_token!r}, number {pad:,}) has no embedding in the model,"
-            f" which knows {n:,} tokens; EOS pads in its place, and is masked"
+            f" which has {n:,} tokens; EOS is used for padding instead, and masked"
         )
         tokenizer.pad_token = tokenizer.eos_token
 

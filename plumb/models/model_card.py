@@ -146,7 +146,7 @@ def _answering(tokenizer: PreTrainedTokenizerBase) -> str:
         "The tokenizer has a chat template: use `apply_chat_template`."
         if tokenizer.chat_template
         else (
-            "There is no chat template; prompts are read as they stand, in the form of the training"
+            "There is no chat template; prompts are used verbatim, in the format of the training"
             " data."
         )
     )

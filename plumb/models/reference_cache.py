@@ -173,9 +173,7 @@ class ReferenceCache:
             try:
                 return self._checked()
             except (SafetensorError, OSError, ValueError, KeyError) as error:
-                self.problem = (
-                    f"{self.path}: not used, and written anew ({str(error).splitlines()[0]})"
-                )
+                self.problem = f"{self.path}: not used, and replaced ({str(error).splitlines()[0]})"
         return np.empty(0, np.uint64), np.empty(0)
 
     def _checked(self) -> tuple[np.ndarray, np.ndarray]:

@@ -479,7 +479,7 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
     lines += (
         []
         if plan.counted
-        else [f"{'':<8}activations are an ample guess: this model's could not be counted"]
+        else [f"{'':<8}activations are a generous estimate: this model's could not be counted"]
     )
     schedule = make_schedule(config, data.n or config.n_examples or 0)
     n = schedule.n_examples or 1000
@@ -495,7 +495,7 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
         return [
             *lines,
             (
-                f"{'time':<8}unknown: no data sheet says what a {config.plan_gpu} does in this"
+                f"{'time':<8}unknown: there is no data-sheet rate for a {config.plan_gpu} in this"
                 " precision"
             ),
         ]

@@ -144,7 +144,7 @@ def save(
             return [error.strerror or str(error)]
         except Damaged as error:
             _clear(final)
-            return [f"what was written reads back otherwise: {error}"]
+            return [f"what was written does not read back the same: {error}"]
         return []
 
     problems = [p for _, problems in everything for p in problems] or talk.from_rank0(commit)
@@ -464,7 +464,7 @@ class Saver:
         wanted = n_saves if self.keep is None else min(n_saves, self.keep + 2)
         if free < 1.1 * size * min(2, n_saves):
             raise StorageError(
-                f"local_run_dir={self.run_dir}: a checkpoint takes {_gb(size)}, two must have room,"
+                f"local_run_dir={self.run_dir}: a checkpoint takes {_gb(size)}, two must fit,"
                 f" and {_gb(free)} are free; free some space, or set local_dirs, or"
                 " save_optimizer_pt=false"
             )

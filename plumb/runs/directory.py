@@ -115,7 +115,8 @@ class RunLock:
                 time.sleep(0.1)
         if self.new and (self.run_dir / "status.json").exists():
             raise UserError(
-                f"local_run_dir={self.run_dir}: another process has used it meanwhile; start again"
+                f"local_run_dir={self.run_dir}: another process has used it in the meantime;"
+                f" start again"
             )
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
@@ -182,7 +183,8 @@ def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:
         size = path.stat().st_size if path.exists() else 0
         if size < length:
             rank0_print(
-                f"{path}: {length - size:,} bytes of what was logged before the checkpoint are gone"
+                f"{path}: {length - size:,} bytes that were logged before the checkpoint are"
+                f" missing"
             )
         elif size > length:
             with open(path, "r+b") as file:

@@ -136,7 +136,7 @@ def read_config(run_dir: Path, notes: list[str] | None = None) -> dict[str, Any]
     try:
         check_config_file(path)
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        problem = "" if isinstance(config, dict) else "it holds no knobs"
+        problem = "" if isinstance(config, dict) else "it has no options"
     except (OSError, ValueError, yaml.YAMLError, UserError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
         config, problem = None, reason or "unreadable"
@@ -189,7 +189,8 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         )
     if bad:
         notes.append(
-            f"{path.name}: {len(bad)} of {i} lines are no records, the first of them line {bad[0]};"
+            f"{path.name}: {len(bad)} of {i} lines are not records, the first of them line"
+            f" {bad[0]};"
             " left out"
         )
     return rows

@@ -80,8 +80,7 @@ def read_template(name: str) -> str:
         ) from None
     if missing := [field for field in ("{prompt}", "{a}", "{b}") if field not in template]:
         raise UserError(
-            f"--judge-template={name}: {missing[0]} does not stand in it; write it where that text"
-            " belongs"
+            f"--judge-template={name}: {missing[0]} is missing; put it where that text belongs"
         )
     return template.strip()
 
@@ -258,6 +257,6 @@ def key_from(variable: str | None) -> str | None:
         )
     if not (key.isascii() and key.isprintable()):
         raise UserError(
-            f"--key-env={variable}: what it holds is no key; export one line of plain characters"
+            f"--key-env={variable}: its value is not a key; export one line of plain characters"
         )
     return key

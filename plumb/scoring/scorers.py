@@ -121,8 +121,8 @@ def load_scorer(
         ]
         if probe[0] != probe[1]:
             raise UserError(
-                f"--reference={reference}: its tokenizer makes other tokens of a text than that of"
-                f" {ref.name}; give the model that it was trained from"
+                f"--reference={reference}: its tokenizer encodes text differently from that of"
+                f" {ref.name}; give the model it was trained from"
             )
     return Causal(config, budget, policy, start, beta)
 

@@ -76,12 +76,14 @@ def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answe
     if len(chosen) != 1:
         known = ", ".join(names.values())
         raise UserError(
-            f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) fit; give one"
+            f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) match;"
+            f" give one"
             " of them, or a file with one model's answers"
         )
     if len(names) < 2:
         raise UserError(
-            f"--baseline={baseline}: the files hold nobody else's answers; give samples of another"
+            f"--baseline={baseline}: the files have no other model's answers; add samples of"
+            f" another"
             " model, too"
         )
     return {names[key]: answers for key, answers in found.items()}, chosen[0]
