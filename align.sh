@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# The whole pipeline in one chain: SFT -> reward model -> DPO -> evaluation -> report. Each stage sees its own part of the data
-# (data_split) and starts from the checkpoint that the SFT stage left.
+# The whole pipeline: SFT -> reward model -> DPO -> evaluation -> report. Each stage has its own share of the data (data_split)
+# and starts from the SFT stage's checkpoint.
 #
-#   bash align.sh                        the demo's data and its model of random weights: minutes on two CPU cores
+#   bash align.sh                        the demo's data and randomly initialized model: minutes on two CPU cores
 #   MODEL=smollm2-135m DATASETS=helpful,harmless OUT=.cache/mine bash align.sh
 #
-# The same command again, whatever ended it: finished stages are skipped, one that was interrupted goes on.
-# Every variable can be set from outside; whatever follows the script's name is added to each training command, and wins.
+# Run the same command again after any interruption: finished stages are skipped, an interrupted one is resumed.
+# Every variable can be set in the environment; extra arguments are added to each training command, and take precedence.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-.cache/align}               # all stages' runs, samples, numbers, and report.html
 MODEL=${MODEL:-}                       # a file of config/model; empty: the demo, with its data
-DATASETS=${DATASETS:-}                 # one or several, with commas between them
+DATASETS=${DATASETS:-}                 # one or more, separated by commas
 DATA_SPLIT=${DATA_SPLIT:-4,1,1}        # shares of the prompts for SFT, reward model and DPO
 BETA=${BETA:-0.1}                      # strength of DPO's KL constraint
 N_PROMPTS=${N_PROMPTS:-100}            # held-out prompts that SFT and DPO policies answer, for the win rate
-PROMPTS=${PROMPTS:-}                   # of this data set; empty: the first of DATASETS
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}   # of an answer
-SFT_ARGS=${SFT_ARGS:-}                 # further knobs of one stage, apart by spaces, such as "lr=1e-5 n_epochs=3"
+PROMPTS=${PROMPTS:-}                   # from this data set; empty: the first in DATASETS
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}   # per answer
+SFT_ARGS=${SFT_ARGS:-}                 # more options for one stage, separated by spaces, such as "lr=1e-5 n_epochs=3"
 REWARD_ARGS=${REWARD_ARGS:-}
 DPO_ARGS=${DPO_ARGS:-}
 
@@ -33,7 +33,7 @@ else
 fi
 archive="model.archive='$OUT/sft'"     # the inner quotes are Hydra's
 
-stage() {  # its name, its place in data_split, its settings; what follows goes to train.py as it is
+stage() {  # name, share in data_split, settings; further arguments are passed to train.py unchanged
     local name=$1 slice=$2 settings=$3
     shift 3
     echo "=== $name"
@@ -41,7 +41,7 @@ stage() {  # its name, its place in data_split, its settings; what follows goes 
     "$PYTHON" -u train.py $settings stage="$slice" data_split="$DATA_SPLIT" local_run_dir="'$OUT/$name'" resume=auto "$@"
 }
 
-newer() {  # is the file there, and no checkpoint younger?
+newer() {  # does the file exist, with no newer checkpoint?
     local file=$1
     shift
     for run in "$@"; do [[ -s $file && ! $run/LATEST/policy.pt -nt $file ]] || return 1; done

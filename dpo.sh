@@ -4,13 +4,13 @@
 #   bash dpo.sh                                     AmberSafe's setting, from the newest run of sft.sh
 #   SFT_CKPT_PATH=/runs/my_sft BETA=0.3 bash dpo.sh
 #
-# Every variable below can be set from outside; whatever follows the script's name is added to the command, and wins.
+# Every variable below can be set in the environment; extra arguments are added to the command, and take precedence.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 TRAIN_SCRIPT_PATH=${TRAIN_SCRIPT_PATH:-"$(dirname "${BASH_SOURCE[0]}")/train.py"}
 MODEL=${MODEL:-LLM360/AmberChat}       # the model that sft.sh started from: its architecture and tokenizer
-DATASETS=${DATASETS:-saferlhf}         # one or several, with commas between them
+DATASETS=${DATASETS:-saferlhf}         # one or more, separated by commas
 EXP_NAME=${EXP_NAME:-ambersafe_dpo}
 RUNS=${RUNS:-.cache}                   # run directories are made in $RUNS/<user>/; as in sft.sh
 # The SFT policy: a policy.pt, a run directory, or a pattern, whose newest match with a policy.pt in it is used.
@@ -22,7 +22,7 @@ GRADIENT_ACCUMULATION_STEPS=${GRADIENT_ACCUMULATION_STEPS:-4}
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-32}
 LR=${LR:-5e-7}
 N_EPOCHS=${N_EPOCHS:-3}
-MAX_LENGTH=${MAX_LENGTH:-512}          # tokens of prompt and answer
+MAX_LENGTH=${MAX_LENGTH:-512}          # tokens of prompt + answer
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-256}
 TRAINER=${TRAINER:-FSDPTrainer}        # one process per GPU; BasicTrainer: one process
 

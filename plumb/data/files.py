@@ -276,8 +276,8 @@ _held_out: dict[Hashable, np.ndarray] = {}
 
 
 def held_out(prompts: Iterable[str], share: float) -> np.ndarray:
-    """Which rows are the test split, when `share` of the unique prompts is: those with the lowest
-    digests.  [rows] bool
+    """Return which rows are the test split, if `share` of the unique prompts is: those with the
+    lowest digests.  [rows] bool
 
     So the split depends on nothing but the prompts: it is the same for every stage, seed and order
     of the file. Shares of 0 and 1 leave a split empty; any other gives each split a prompt, if

@@ -66,9 +66,9 @@ def weights_of(data_split: Any, name: str) -> tuple[Fraction, ...] | None:
 
 
 def sizes(n: int, shares: Sequence[Fraction]) -> list[int]:
-    """n prompts as so many for each stage: rounded down, what is left over to the largest
-    remainders, the first of equals; then one from the largest to each that would have none. Raises
-    ValueError where there are too few for that.
+    """Divide n prompts among the stages: exact shares rounded down, the rest to the largest
+    remainders, the first of equals; then one from the largest to each stage that would have none.
+    Raise ValueError if there are too few for that.
 
     >>> sizes(7, weights("5,0,5")), sizes(7, weights("0,5,5")), sizes(10, weights("98,1,1"))
     ([4, 0, 3], [0, 4, 3], [8, 1, 1])

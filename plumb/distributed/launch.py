@@ -1,8 +1,6 @@
-"""Processes: one per GPU (or CPU process), started and watched here, or joined where torchrun
-started them.
+"""Start and watch processes, one per GPU (or CPU process), or join those started by torchrun.
 
-What became of a process shows in its exit code, and in one line of the process that was started
-first.
+The exit code of the first process, and its one line of output, say how the others ended.
 """
 
 from __future__ import annotations
@@ -48,13 +46,14 @@ def launch(
     port: int | None,
     timeout: timedelta,
 ) -> None:
-    """Run `worker(*arguments)` in one process per GPU (on a CPU: in n_cpu_processes), or join the
-    group of torchrun.
+    """Run `worker(*arguments)` in one process per GPU (on a CPU: in n_cpu_processes), or join
+    torchrun's group.
 
-    On return all are gone. A UserError or Stopped of theirs is raised here, in the form of the
-    lowest rank that has one; PeerLost names the rank that died or hung, and its step. `timeout`:
-    how long a process waits for another. They meet on the loopback interface only. Raises UserError
-    where there is neither a GPU nor a number of CPU processes (2023: exit 0, nothing trained).
+    When it returns, all processes have ended. A worker's UserError or Stopped is raised here as it
+    was raised on the lowest rank that has one; PeerLost names the rank that died or hung, and its
+    step. `timeout`: how long a process waits for another. Processes communicate over the loopback
+    interface only. Raises UserError if there is neither a GPU nor a number of CPU processes (the
+    original exited with 0 and trained nothing).
     """
     if under_torchrun():
         _work(int(os.environ["LOCAL_RANK"]), worker, arguments, timeout)
@@ -252,8 +251,8 @@ def _work(
 
 
 def _broken_connection(error: RuntimeError) -> bool:
-    """Does a collective say that it has lost another process? gloo's errors have no type of their
-    own.
+    """Return whether a collective reports that it has lost another process. gloo's errors have no
+    type of their own.
     """
     return isinstance(error, dist.DistError) or any(
         word in str(error) for word in ("gloo", "onnection", "Broken pipe", "NCCL")

@@ -1,4 +1,4 @@
-"""How far each process of a run is, in memory that all share: for the line that ends a run."""
+"""Share how far each process of a run is, for the line that ends a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import psutil
 
 @dataclass
 class Progress:
-    """Three numbers for each process of a group: optimizer steps, examples, and the time of its
-    last sign of life (seconds of the monotonic clock; 0: none yet).
+    """Hold three numbers for each process of a group: optimizer steps, examples, and the time of
+    its last heartbeat (seconds of the monotonic clock; 0: none yet).
     """
 
     shared: Any = field(default_factory=lambda: [0, 0, 0])  # [3 * processes]
@@ -24,7 +24,7 @@ class Progress:
         self.shared[3 * self.index : 3 * self.index + 2] = [step, examples]
 
     def furthest_behind(self) -> tuple[int, int]:
-        """Return (optimizer steps, examples) of the process that is furthest behind."""
+        """Return (optimizer steps, examples) of the slowest process."""
         return min(zip(self.shared[::3], self.shared[1::3], strict=True))
 
     def uptime_secs(self) -> float:

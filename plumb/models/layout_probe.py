@@ -99,7 +99,7 @@ LOGIT_KNOBS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_h
 
 @torch.no_grad()
 def keeps_logits(model: Any, precision: Callable[[], AbstractContextManager]) -> bool:
-    """Does the model return what its head computes, unchanged (no soft cap, no scale)?
+    """Return whether the model returns its head's output unchanged (no soft cap, no scale).
 
     Exact in any precision: the head is made to return integers up to 60, which bfloat16 holds, and
     they must come back.
@@ -150,7 +150,7 @@ def ordinary_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 class Row(NamedTuple):
-    """One row to try, and which of its trees are compared."""
+    """Hold one row to try, and which of its trees are compared."""
 
     examples: list[Example]
     compared: list[int]
@@ -193,14 +193,14 @@ def synthetic_rows(longest: int, row_tokens: int, vocabulary: np.ndarray, seed: 
 
 
 class Alone(NamedTuple):
-    """What the responses of a tree give, each in a row of its own."""
+    """Hold the outputs of a tree's responses, each in a row of its own."""
 
     values: list[Tensor]  # [n] float64 of each response, on the CPU: nats, or scores
     gradients: list[Tensor]  # [prompt + response, d] of each, see Prober.compute; none without
 
 
 class Distance(NamedTuple):
-    """How far two computations are apart."""
+    """Measure how far two computations are apart."""
 
     # of the worst response, the mean absolute difference: nats per token, or scores relative to the
     # largest
@@ -214,7 +214,7 @@ class Precision(NamedTuple):
 
 
 class Prober(NamedTuple):
-    """Compares computations of one model in one precision. All ranks must make the same calls."""
+    """Compare computations of one model in one precision. All ranks must make the same calls."""
 
     model: Any
     device: torch.device
@@ -370,7 +370,7 @@ def compared_tokens(response: np.ndarray) -> np.ndarray:
 
 
 def worst_of(distances: Sequence[Distance]) -> Distance:
-    """Return the largest of each, over all ranks; what is not a number is infinite."""
+    """Return the maximum of each over all ranks; NaN counts as infinite."""
     values = torch.tensor(distances, dtype=torch.float64).nan_to_num(nan=torch.inf).amax(0)
     return Distance(*(max(collectives.all_gather_object(float(value))) for value in values))
 

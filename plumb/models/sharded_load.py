@@ -141,9 +141,9 @@ class Conversion(NamedTuple):
     def part(
         self, model: PreTrainedModel, weights: Weights, name: str, where: Where, n_rows: int
     ) -> Tensor:
-        """What is at `where` in the model's tensor `name` of `n_rows`. Read is no more than that
-        where rows stay apart, as those of experts do, each of which has a tensor of its own in the
-        files.
+        """Return the values at `where` in the model's tensor `name` of `n_rows`. No more than that
+        is read if rows are independent, as those of experts are, each of which has its own tensor
+        in the files.
         """
         if where and all(map(_keeps_rows, self.converter.operations)):
             listed = isinstance(self.converter.operations[0], MergeModulelist)

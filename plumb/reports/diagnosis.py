@@ -454,13 +454,13 @@ RULES = [
         "problem",
         "The run did not finish",
         stopped,
-        "fix what it names, then the same command with resume=auto goes on",
+        "fix what it names, then run the same command with resume=auto",
     ),
     Rule(
         "problem",
         "The run has fallen silent",
         silent,
-        "it was probably killed; the same command with resume=auto goes on",
+        "it was probably killed; run the same command with resume=auto",
     ),
     Rule(
         "problem",

@@ -1,5 +1,5 @@
-"""How answers are decoded: the modes, what each takes, and the options that set it. Imports no
-torch.
+"""Describe how answers are decoded: the modes, the options of each, and their command-line flags.
+Imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The run directory: which run goes on, who owns it, how it ended, and what it is made of.
+"""Manage the run directory: which run to resume, its lock, how it ended, and its fingerprint.
 
-status.json says how a run stands: {state: running | finished | stopped | failed, code, step,
+status.json holds a run's state: {state: running | finished | stopped | failed, code, step,
 examples, reason, time}.
 """
 

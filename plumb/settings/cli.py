@@ -1,5 +1,5 @@
-"""What the small commands beside train.py share: options and errors in one line, and files that are
-whole or not there.
+"""Share what the commands other than train.py need: options and one-line errors, and files that are
+either complete or absent.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> NoReturn:
-    """The command: parse, call, and say what the user can cause in one line. Exits with 0, the
-    error's code, or 130.
+    """Run a command: parse, call, and print errors the user can cause in one line. Exits with 0,
+    the error's code, or 130.
     """
     code = 0
     try:
@@ -67,7 +67,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], option: str = "--out") -> int:
-    """One object per line. -> how many"""
+    """Write one object per line. Return how many."""
     n = 0
     with new_file(path, option) as file:
         n = sum(_line(file, row) for row in rows)

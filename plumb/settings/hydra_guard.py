@@ -1,9 +1,8 @@
-"""What may be said to Hydra, on the command line and in YAML files, looked at before Hydra is; and
-what Hydra says, in one line.
+"""Decide what the command line and YAML files may tell Hydra, before Hydra reads them.
 
 Hydra imports and calls what its own settings name (callbacks, launchers, search paths), and reads
-pickles of earlier jobs. None of that is needed to train, so none is let through: a config holds
-values, and settings/schema.py says which.
+pickles of earlier jobs. Training needs none of that, so none is allowed: a config holds values, and
+the settings' schema says which.
 """
 
 from __future__ import annotations
