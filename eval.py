@@ -11,10 +11,10 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,7 +27,7 @@ import train  # noqa: F401  registers what config.yaml is resolved with
 from plumb.console import to_dict
 from plumb.errors import UserError
 from plumb.paths import ROOT, new_file
-from plumb.settings.cli import Parser, run
+from plumb.settings.cli import Parser, run, temporary_jsonl
 from plumb.settings.hydra_guard import check_command_line, in_one_line, spelled_out
 from plumb.settings.schema import knob_of, values_in_eval
 from plumb.settings.validation import validate
@@ -95,6 +95,33 @@ def main(args: argparse.Namespace) -> None:
             json.dump(content, file, indent=1)
     if args.out:
         print(f"\nwritten to {args.out}")
+
+
+def evaluate_on(
+    model: str | Path,
+    rows: Iterable[Mapping[str, Any]],
+    *overrides: str,
+    reference: str | None = None,
+) -> Record:
+    """Evaluate a model on rows given as dicts, all of them, as the command does on a file of them.
+    `overrides`: knob=value. Raises UserError.
+    """
+    from plumb.models.find import find_model
+
+    ref = find_model(str(model))
+    with (
+        temporary_jsonl(rows, "test.jsonl") as file,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        keep = ("n_eval_examples=null", "data_rules.prompt_in_eval=keep")
+        held_out = (f"datasets=['{file}']", f"eval_datasets=['{file}']", *keep)
+        config = config_of(
+            ref,
+            [*held_out, *overrides],
+        )
+        config.local_run_dir = f"{folder}/eval"
+        loss = validate(config, trains=False)
+        return evaluate(ref, config, loss, reference, Path(folder))[0]
 
 
 def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:

@@ -24,7 +24,7 @@ from plumb.rollouts.decoding import MODES, Decoding, flag
 from plumb.settings.cli import Parser, run
 
 if TYPE_CHECKING:
-    from plumb.models.find import ModelRef, Opened
+    from plumb.models.find import ModelRef
     from plumb.rollouts.hf_engine import Answer
 
 FIELDS = sorted({name for takes in MODES.values() for name in takes})
@@ -206,41 +206,6 @@ def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
     return prompts.some_of(found, options.n_prompts, options.seed)
 
 
-def opened(ref: ModelRef, device: str | None) -> Opened:
-    """Load a model and clear its generation config except for the end tokens, since hidden settings
-    would make models answer in different ways. Raise UserError for a tokenizer without EOS.
-    """
-    from transformers import GenerationConfig
-
-    from plumb.models.find import open_model
-    from plumb.models.load import pad_within
-
-    model = open_model(ref, device)
-    if model.tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{ref.name}: its tokenizer has no EOS token; set eos_token in its"
-            " tokenizer_config.json"
-        )
-    pad_within(model.model, model.tokenizer)
-    model.model.generation_config = GenerationConfig(
-        eos_token_id=model.model.generation_config.eos_token_id
-    )
-    return model
-
-
-def longest_prompt(model: Opened, decoding: Decoding) -> int:
-    """Return the maximum number of tokens of a prompt. Raise UserError if it is below 1."""
-    from plumb.models.load import positions_of
-
-    context = (positions_of(model.model) or (2**20, ""))[0]
-    if (room := context - int(decoding.max_new_tokens or 0)) < 2:
-        raise UserError(
-            f"--max-new-tokens {decoding.max_new_tokens}: {model.ref.name} reads {context} tokens"
-            " with its prompt; take fewer"
-        )
-    return room
-
-
 def answered(
     ref: ModelRef, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:
@@ -248,25 +213,18 @@ def answered(
     from plumb.models.find import template_of
     from plumb.models.reference_cache import weights_digest
     from plumb.rollouts.hf_engine import answers
+    from plumb.rollouts.sampling import longest_prompt, open_policy, read_prompts
 
-    model = opened(ref, options.device)
+    model = open_policy(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     add_bos = bool(ref.config.get("add_bos", True))
-    texts = [prompts.rendered(prompt, model.tokenizer, template) for prompt in asked]
     room = longest_prompt(model, decoding)
-    tokens = [prompts.token_ids(text, model.tokenizer, add_bos, room) for text in texts]
-    if n_cut := sum(cut for _, cut in tokens):
+    read = read_prompts(model, asked, template, add_bos, room)
+    if n_cut := sum(prompt.cut for prompt in read):
         print(
             f"{ref.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are"
             " read",
             file=sys.stderr,
-        )
-    if empty := [
-        prompt.source for prompt, (ids, _) in zip(asked, tokens, strict=True) if not len(ids)
-    ]:
-        raise UserError(
-            f"{empty[0]}: the prompt has no token, and {ref.name} no BOS to begin with; write a"
-            " prompt"
         )
     settings = (
         decoding._asdict()
@@ -292,14 +250,19 @@ def answered(
     drawn = answers(
         model.model,
         model.tokenizer,
-        [ids for ids, _ in tokens],
+        [prompt.ids for prompt in read],
         decoding,
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    for prompt, text, (_, cut), some in zip(asked, texts, tokens, drawn, strict=True):
+    for prompt, one, some in zip(asked, read, drawn, strict=True):
         yield (
-            {"prompt": prompt.text, "source": prompt.source, "rendered": text, "prompt_cut": cut}
+            {
+                "prompt": prompt.text,
+                "source": prompt.source,
+                "rendered": one.text,
+                "prompt_cut": one.cut,
+            }
             | about,
             some,
         )
@@ -369,8 +332,9 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
     """Chat turn by turn, until `quit` or the end of the input; `clear` forgets the conversation."""
     from plumb.models.find import template_of
     from plumb.rollouts.hf_engine import answers
+    from plumb.rollouts.sampling import longest_prompt, open_policy
 
-    model = opened(ref, options.device)
+    model = open_policy(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
     add_bos = bool(ref.config.get("add_bos", True))

@@ -11,12 +11,12 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Hydra then raises what it would print, and `main` says it in one line
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -36,8 +36,10 @@ from plumb.console import one_line, rank, rank0_print, redacted, to_dict, under_
 from plumb.distributed import signals
 from plumb.distributed.progress import run_progress
 from plumb.errors import UserError
+from plumb.paths import CONFIG
 from plumb.runs.policy_path import resolve_archive
 from plumb.settings import schema
+from plumb.settings.cli import temporary_jsonl
 from plumb.settings.hydra_guard import check_command_line, in_one_line, no_environment, spelled_out
 from plumb.settings.plugins import import_plugins
 from plumb.settings.validation import validate
@@ -73,18 +75,12 @@ def run(config: DictConfig) -> None:
 
             rank0_print(plan.show(config, loss))
             return
-        from plumb.distributed import launch
-        from plumb.runs import directory
-
-        config.local_run_dir = directory.find(config)
-        OmegaConf.resolve(config)
-        run_dir = Path(config.local_run_dir)
-        # the run's record then says which policy.pt a pattern or LATEST meant
-        if config.model.archive:
-            config.model.archive = str(resolve_archive(config.model.archive).resolve())
+        run_dir = prepare(config)
         if config.trainer == "BasicTrainer":
             train(config)
         else:
+            from plumb.distributed import launch
+
             patience = timedelta(minutes=config.timeout_minutes)
             launch.launch(
                 train,
@@ -103,8 +99,46 @@ def run(config: DictConfig) -> None:
         sys.exit(fail(in_one_line(error), 2))
     except (Exception, SystemExit):
         if run_dir is not None:
+            from plumb.runs import directory
+
             directory.write_status(run_dir, "failed", 1, "internal error; see the traceback above")
         raise
+
+
+def prepare(config: DictConfig) -> Path:
+    """Choose the run directory and resolve the config. -> the directory"""
+    from plumb.runs import directory
+
+    config.local_run_dir = directory.find(config)
+    OmegaConf.resolve(config)
+    # the run's record then says which policy.pt a pattern or LATEST meant
+    if config.model.archive:
+        config.model.archive = str(resolve_archive(config.model.archive).resolve())
+    return Path(config.local_run_dir)
+
+
+def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
+    """Train on rows given as dicts, as `python train.py datasets=[rows.jsonl]` does on a file of
+    them; one process. `overrides`: knob=value. -> the run directory. Raises UserError.
+    """
+    signals.reset()
+    with temporary_jsonl(rows, "rows.jsonl") as file:
+        words = ["exp_name=notebook", "wandb.enabled=false", f"datasets=['{file}']", *overrides]
+        words = spelled_out(words)
+        check_command_line(words, Path(__file__))
+        try:
+            with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
+                config = hydra.compose("config", words)
+            validate(config)
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise UserError(in_one_line(error)) from None
+        if config.trainer != "BasicTrainer":
+            raise UserError(
+                f"trainer={config.trainer}: train_on has one process; use python train.py"
+            )
+        run_dir = prepare(config)
+        train(config)
+    return run_dir
 
 
 def end(run_dir: Path | None, state: str, code: int, text: str) -> int:

@@ -27,6 +27,7 @@ ROOMS = [
     {"training", "reports"},
     {"planning"},
     {"settings"},
+    {"api"},
 ]
 # The files at the root, which import plumb; plumb imports none of them.
 FILES = [

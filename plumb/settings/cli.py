@@ -8,8 +8,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TextIO
 
 from plumb.console import one_line
@@ -64,6 +66,17 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         )
         code = UserError.exit_code
     sys.exit(code)
+
+
+@contextmanager
+def temporary_jsonl(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Path]:
+    """Write rows to a file of this name, which is removed afterwards: from Python, data take the
+    path that files take, with its checks.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        write_jsonl(path, map(dict, rows), "rows")
+        yield path
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], option: str = "--out") -> int:
