@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import train  # noqa: F401  registers what config.yaml is resolved with
-from plumb.console import to_dict
+from plumb.console import rank0_print, to_dict
 from plumb.errors import UserError
 from plumb.paths import ROOT, new_file
 from plumb.settings.cli import Parser, run, temporary_jsonl
@@ -33,10 +33,12 @@ from plumb.settings.schema import knob_of, values_in_eval
 from plumb.settings.validation import validate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from plumb.data.examples import Examples
     from plumb.losses.registry import Loss
     from plumb.models.find import ModelRef
+    from plumb.training.evaluator import Evaluator
     from plumb.training.metrics import Record
 
 
@@ -193,8 +195,7 @@ def evaluate(
     from plumb.data.prepare import check_margins, load_examples
     from plumb.models.find import find_model, start_of
     from plumb.models.load import check_length, check_vocabulary, load_policy, load_tokenizer
-    from plumb.training.metrics import TrainingLog
-    from trainers import BasicTrainer
+    from plumb.reports.score_plots import draw_evaluation
 
     if ref.scalar != (loss.reads == "scores"):
         kind, wanted = (
@@ -220,17 +221,71 @@ def evaluate(
     if loss.needs_reference:
         spec = find_model(reference).config if reference else start_of(ref)
         other = load_policy(spec).eval().requires_grad_(False)
-    log = TrainingLog([], 0)
-    trainer = BasicTrainer(
-        config, policy, other, None, loss, tokenizer, examples, examples, folder, log
+    evaluator = make_evaluator(config, policy, other, loss, tokenizer, examples)
+    rank0_print(f"evaluating {len(evaluator)} examples")
+    evaluation = evaluator.evaluate()
+    if loss.reads == "scores":
+        draw_evaluation(*evaluation.scores(), folder, examples_seen(ref))
+    return evaluator.record(evaluation), evaluator.counts()
+
+
+def make_evaluator(
+    config: DictConfig,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    loss: Loss,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+) -> Evaluator:
+    """Return the evaluator of the policy on these examples; models compute as in training."""
+    from plumb.batching.feed import Feed
+    from plumb.batching.microbatches import Packing
+    from plumb.data.examples import lengths_of
+    from plumb.distributed.device import pick_device
+    from plumb.models.forward_path import DTYPES, ForwardPath
+    from plumb.models.scalar_head import scores
+    from plumb.training import budget, setup
+    from plumb.training.evaluator import Evaluator
+    from plumb.training.objective import Scorer
+
+    spec = config.model
+    device = pick_device(config)
+    policy = setup.place_on(policy, device)
+    reference = None if reference is None else setup.place_on(reference, device)
+    computation = setup.Computation(
+        device=device,
+        dtype=DTYPES[spec.fsdp_policy_mp or spec.policy_dtype],
+        weights_dtype=DTYPES[spec.policy_dtype],
+        autocast=setup.autocast_to(spec.fsdp_policy_mp, device),
     )
-    if ref.archive is not None and (
-        step := re.fullmatch(r"(?:step|interim)-(\d+)", ref.archive.resolve().parent.name)
-    ):
-        trainer.n_seen = int(step[1])
-    return trainer.evaluate(), {"all": len(examples)} | {
-        name: int(mask.sum()) for name, mask in trainer.eval_groups.items()
-    }
+    routers = setup.watch_routers(policy, config.router_aux_loss)
+    setup.stop_draws(policy, device)
+
+    def row_tokens(path: ForwardPath) -> int:
+        return budget.token_budget(
+            config,
+            policy.config,
+            device,
+            computation.dtype,
+            free=budget.memory_at_hand(device),
+            plain_head=path.plain_head or scores(policy),
+            mean=float(lengths_of(examples).tokens().mean()),
+            ranks=1,
+        )
+
+    path = setup.find_forward_path(policy, tokenizer, computation, config.max_length, row_tokens)
+    packing = Packing(path.packed, row_tokens(path), 1, tokenizer.pad_token_id, config.max_length)
+    rank0_print(f"microbatches of up to {packing.budget:,} tokens")
+    scorer = Scorer(policy, reference, loss, path, computation.autocast, device, routers)
+    return Evaluator(scorer, Feed(examples, packing, 0), config.eval_batch_size)
+
+
+def examples_seen(ref: ModelRef) -> int:
+    """Return the training examples that a checkpoint has seen, by its name; 0 for other models."""
+    step = ref.archive and re.fullmatch(
+        r"(?:step|interim)-(\d+)", ref.archive.resolve().parent.name
+    )
+    return int(step[1]) if step else 0
 
 
 def table(record: Record, counts: dict[str, int]) -> str:

@@ -226,7 +226,7 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
         if forgotten == "optimizer":
             self.optimizer.state.clear()
         else:
-            setattr(self, forgotten, 0)
+            setattr(self.position, forgotten, 0)
             self.first_update = 0
             self.scheduler = trainers.make_scheduler(
                 self.config, self.optimizer, self.n_steps, self.n_updates

@@ -268,7 +268,7 @@ def test_ranks_meet_on_the_loopback_only(start):
 # Where a rank may be when it is killed: (what is patched, whether before the first checkpoint).
 PHASES = {
     "data": "plumb.data.prepare.token_stores",
-    "building": "trainers.choose_forward_path",
+    "building": "plumb.training.setup.choose_forward_path",
     "forward": "trainers.Scorer.__call__",
     "backward": "trainers.FSDPTrainer.backward",
     "clip": "trainers.BasicTrainer.clip",
@@ -277,7 +277,7 @@ PHASES = {
     "gathering": "plumb.distributed.sharding.gathered_model_state",
     "writing": "plumb.runs.durable_files.write",
     "renaming": "plumb.runs.durable_files.rename",
-    "evaluation": "trainers.evaluate",
+    "evaluation": "plumb.training.evaluator.evaluate",
 }
 DYING = """
 import os, torch, torch.distributed as dist

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch, by_example
 from plumb.console import quiet
 from plumb.data.examples import Examples
+from plumb.data.token_text import decode
 from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
 from plumb.models.logps import read_hidden
 from plumb.models.scalar_head import FOLDS
+from plumb.rollouts.hf_engine import sample
 from plumb.scoring.intervals import length_buckets
 from plumb.training.metrics import Record, with_spread
 from plumb.training.objective import Scorer
@@ -34,6 +38,10 @@ class Evaluation(NamedTuple):
     tokens: np.ndarray  # [n] of the first response
     # as in Scored, [n]: what a metric is averaged over, where that is not 1 for each example
     counts: Mapping[str, np.ndarray] = {}
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the reward model's scores of the chosen and the rejected responses, [n] each."""
+        return self.metrics["rewards_{}/chosen"], self.metrics["rewards_{}/rejected"]
 
     def record(self, groups: Mapping[str, np.ndarray]) -> Record:
         """Return the means of the 2023 metrics, each example counted once or as its metric says.
@@ -129,6 +137,75 @@ def evaluate(
         tokens,
         dict(zip(counted, columns[m:], strict=True)),
     )
+
+
+class Evaluator:
+    """Evaluates a policy on held-out examples. It needs no trainer, optimizer or saver."""
+
+    def __init__(
+        self, scorer: Scorer, feed: Feed, batch_size: int, is_primary_replica: bool = True
+    ):
+        """`feed`: the held-out examples. `is_primary_replica`: true on one of the ranks that see
+        the same rows.
+        """
+        self.scorer = scorer
+        self.feed = feed
+        self.batch_size = batch_size
+        self.is_primary_replica = is_primary_replica
+        self.groups = eval_groups(feed.examples)  # name -> mask [n]
+
+    def __len__(self) -> int:
+        return len(self.feed.examples)
+
+    def evaluate(self, between: Callable[[], None] = lambda: None) -> Evaluation:
+        """Score every example once, in evaluation mode. `between` is called before each batch, and
+        may raise. Every rank must call it.
+        """
+        return evaluate(self.scorer, self.feed, self.batch_size, self.is_primary_replica, between)
+
+    def record(self, evaluation: Evaluation) -> Record:
+        """Return the metrics that are logged, overall and by group."""
+        return evaluation.record(self.groups)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of examples, overall ("all") and by group."""
+        return {"all": len(self)} | {name: int(mask.sum()) for name, mask in self.groups.items()}
+
+
+@dataclass(frozen=True)
+class EvalSampler:
+    """Samples responses to the first prompts of the held-out examples."""
+
+    tokenizer: PreTrainedTokenizerBase
+    n: int  # prompts
+    batch_size: int
+    max_length: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    def rows(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Example],
+        n_seen: int,
+        between: Callable[[], None],
+    ) -> list[tuple[int, str, str]]:
+        """Return (n_seen, prompt, sample) of each prompt; `between` is called between batches."""
+        prompts = [examples[i].prompt for i in range(min(self.n, len(examples)))]
+        texts = sample(
+            model,
+            self.tokenizer,
+            prompts,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed + n_seen,
+            between=between,
+        )
+        decoded = decode([p.tolist() for p in prompts], self.tokenizer, skip_special=True)
+        return [(n_seen, prompt, text) for prompt, text in zip(decoded, texts, strict=True)]
 
 
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
