@@ -26,12 +26,12 @@ from plumb.data.tokenization import Example, trees_of
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Who sees whom in a row: each segment's queries are consecutive tokens, its keys the tree's
-    prompt and these tokens.
+    """Say which tokens of a row attend to which: each segment's queries are consecutive tokens, its
+    keys the tree's prompt and these tokens.
 
     Queries `[P+C], [R]`, keys `[P+C], [P, R]`: the prompt is computed once, its keys and values are
-    gathered once per response. Not a tuple, so that what walks over a module's inputs (FSDP,
-    checkpointing) takes it as one thing.
+    gathered once per response. Not a tuple, so that code that walks over a module's inputs (FSDP,
+    checkpointing) treats it as one object.
     """
 
     query_lengths: list[int]  # S numbers, together T
@@ -45,11 +45,11 @@ class Segments:
     masks: dict = field(default_factory=dict)
 
     def mask(self, n_queries: int, n_keys: int, window: int | None, like: Tensor) -> Tensor | None:
-        """[n_queries, n_keys] to be added to scores: 0 or -inf, causal from the bottom right,
-        `window` keys back at most.
+        """Return a mask [n_queries, n_keys] to be added to scores: 0 or -inf, causal from the
+        bottom right, `window` keys back at most.
 
-        None where plain causal attention is all that is asked. Made once per shape, of `like`'s
-        type and on its device; all layers share it.
+        None if plain causal attention is all that is needed. Made once per shape, with `like`'s
+        type and device; all layers share it.
 
         >>> Segments([2], [3], *[torch.empty(0)] * 3, 3).mask(2, 3, 2, torch.empty(0))
         tensor([[0., 0., -inf],
@@ -102,7 +102,9 @@ class Batch(NamedTuple):
         return np.maximum(self.spans[:, 3] - (self.spans[:, 1] == 0), 0)
 
     def n_processed(self, packed: bool) -> int:
-        """Tokens that a model is given: the row, or the padded rows that it is unfolded to."""
+        """Return the number of tokens a model is given: the row, or the padded rows that it is
+        unfolded to.
+        """
         return (
             self.input_ids.numel()
             if packed
@@ -113,7 +115,7 @@ class Batch(NamedTuple):
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """In page-locked memory, from which copies to a GPU need not be waited for."""
+        """Return a copy in page-locked memory, from which copies to a GPU are asynchronous."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
@@ -256,7 +258,7 @@ def _segments(
 
 
 class Padded(NamedTuple):
-    """The same responses one to a row, each after its prompt, padded on the right."""
+    """Hold the same responses one per row, each after its prompt, padded on the right."""
 
     input_ids: Tensor  # [R, W] int64
     attention_mask: Tensor  # [R, W] int64, 0 on padding

@@ -1,4 +1,4 @@
-"""Cutting a step's batch into microbatches of about as many tokens each, over ranks."""
+"""Split a step's batch into microbatches with similar numbers of tokens, over ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plumb.data.examples import Lengths
 
 
 class Packing(NamedTuple):
-    """How batches are cut and laid out: the same for all steps of a run."""
+    """Say how batches are split and laid out: the same for all steps of a run."""
 
     # trees in a row; False: the model is given padded rows, so examples of like lengths go together
     packed: bool
@@ -24,7 +24,7 @@ class Packing(NamedTuple):
 
 
 class Parts:
-    """n examples in P parts: as a sequence, the indices of each part's examples."""
+    """Hold n examples in P parts: a sequence of the indices of each part's examples."""
 
     def __init__(self, order: np.ndarray, counts: np.ndarray):
         """`order` [n]: the examples' indices, part by part; `counts` [P]: how many each part
@@ -44,8 +44,8 @@ class Parts:
         return (self[i] for i in range(len(self)))
 
     def reduce(self, reduction: np.ufunc, values: np.ndarray) -> np.ndarray:
-        """The sum (np.add) or maximum of the values [n] of each part's examples; 0 for an empty
-        part.  [P]
+        """Return the sum (np.add) or maximum of the values [n] of each part's examples; 0 for an
+        empty part.  [P]
         """
         reduced, filled = np.zeros(len(self), np.int64), self.counts > 0
         reduced[filled] = reduction.reduceat(values[self.order], (self.ends - self.counts)[filled])
@@ -53,12 +53,13 @@ class Parts:
 
 
 def split_into_microbatches(lengths: Lengths, packing: Packing, at_least: int) -> Parts:
-    """Cut a batch into microbatches, and each into one part per rank: indices into the batch, each
-    index once.
+    """Split a batch into microbatches, and each into one part per rank. Return indices into the
+    batch, each index once.
 
-    With W ranks, rank r's part of microbatch m is part m * W + r. As few microbatches as keep every
-    part within the budget, but at least `at_least`. A pure function of the batch's lengths, so
-    every rank makes the same plan; a part may be empty only in a plan of one example to a part.
+    With W ranks, rank r's part of microbatch m is part m * W + r. There are as few microbatches as
+    keep every part within the budget, but at least `at_least`. A pure function of the batch's
+    lengths, so every rank makes the same split; a part may be empty only if no part has more than
+    one example.
     """
     n, world = len(lengths), packing.world_size
     sizes = lengths.tokens() if packing.packed else lengths.longest()
@@ -83,10 +84,10 @@ def split_into_microbatches(lengths: Lengths, packing: Packing, at_least: int) -
 
 
 def by_tokens(sizes: np.ndarray, n_parts: int) -> Parts:
-    """Parts of like sums: one size after the other, the largest first as they come, goes into the
-    part with the fewest tokens so far, and into the first of equally full ones (LPT; Graham 1969).
+    """Return parts with similar sums: starting with the largest, each size goes into the part with
+    the fewest tokens so far, the first of equals (LPT; Graham 1969).
 
-    Fullest part first, so that the parts that run at the same time are the most alike.
+    The fullest part comes first, so that parts that run at the same time are most alike.
 
     >>> [part.tolist() for part in by_tokens(np.array([7, 5, 4, 3]), 2)]
     [[0, 3], [1, 2]]

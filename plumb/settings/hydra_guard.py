@@ -22,8 +22,8 @@ from plumb.runs.safe_yaml import ADVICE, HYDRA_KNOBS, MAX_FILES, check_config_fi
 
 
 def check_command_line(arguments: Sequence[str], script: Path) -> None:
-    """Raise UserError for what would make Hydra do more than compose values, or read a config that
-    does.
+    """Raise UserError for arguments that would make Hydra do more than compose values, or read a
+    config that does.
     """
     parser = get_args_parser()  # Hydra's own: it takes --config-d for --config-dir, too
 
@@ -66,7 +66,7 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra wants them: it takes 5,0,5 for three runs, unless it is quoted.
+    """Return the arguments as Hydra needs them: it treats 5,0,5 as three runs unless it is quoted.
 
     >>> spelled_out(["data_split=5,0,5", "stage=sft"])
     ["data_split='5,0,5'", 'stage=sft']
@@ -78,8 +78,8 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 
 def no_environment(*names: str) -> NoReturn:
-    """In place of OmegaConf's ${oc.env:NAME}: configs are logged, and the environment holds keys
-    and passwords.
+    """Replace OmegaConf's ${oc.env:NAME}: configs are logged, and the environment holds keys and
+    passwords.
     """
     raise UserError(
         f"${{oc.env:{','.join(map(str, names))}}}: configs are logged, so nothing is read from the"
@@ -92,7 +92,9 @@ def _is_hydras(key: str, package: str | None) -> bool:
 
 
 def check_config_folder(folder: Path) -> set[str]:
-    """The names of its groups, once each of its YAML files holds values only. Raises UserError."""
+    """Return the names of the folder's groups, after checking that each of its YAML files holds
+    only values. Raises UserError.
+    """
     groups: set[str] = set()
     files: list[Path] = []
     for here, subfolders, names in os.walk(folder, followlinks=True):
@@ -111,7 +113,9 @@ def check_config_folder(folder: Path) -> set[str]:
 
 
 def in_one_line(error: Exception) -> str:
-    """What Hydra says of an override that does not compose, less its advice for programmers."""
+    """Return Hydra's message about an override that does not compose, without its advice for
+    programmers.
+    """
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         return (
             f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML:"

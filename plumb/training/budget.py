@@ -1,4 +1,4 @@
-"""What a step costs, in operations and in bytes: for the MFU, the default token budget of a
+"""Compute the cost of a step in operations and bytes: for the MFU, the default token budget of a
 microbatch, and plan=true.
 
 Symbols: N parameters of the body (neither embeddings nor head), V vocabulary, d hidden size, L
@@ -34,15 +34,17 @@ PEAK = {
 
 
 class Cost(NamedTuple):
-    """Operations of one forward pass, from a model's sizes; a backward pass takes twice as many."""
+    """Count the operations of one forward pass from a model's sizes; a backward pass takes twice as
+    many.
+    """
 
     body: int  # N
     head: int  # V * d
     attention: int  # q * L
 
     def forward(self, lengths: Lengths) -> float:
-        """2 N T + 2 V d H + 4 q L A: T tokens, each prompt's once; H response tokens; A pairs of a
-        query and a key it sees.
+        """Return 2 N T + 2 V d H + 4 q L A, for T tokens, each prompt's once; H response tokens; A
+        pairs of a query and a key it attends to.
         """
         p, c = lengths.prompts.astype(float), lengths.responses.astype(float)
         pairs = (p * p / 2 * lengths.roots + p * c + c * c / 2).sum()
@@ -54,7 +56,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(model: Any) -> Cost:
-    """From a causal language model of transformers that is not sharded yet."""
+    """Return the cost of a causal language model of transformers that is not sharded yet."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     n = (
         sum(p.numel() for p in model.parameters())
@@ -65,11 +67,11 @@ def cost_of(model: Any) -> Cost:
 
 
 def attention_width(spec: Any) -> int:
-    """Heads * head size, summed over the layers, of which each may have its own; 0 for one without
-    heads (state-space).
+    """Return heads * head size, summed over the layers, each of which may have its own; 0 for a
+    model without heads (state-space).
 
-    What a config does not give as a whole number counts as absent, for an estimate must not end a
-    run.
+    Anything a config does not give as a whole number counts as absent, since an estimate must not
+    end a run.
     """
     apart = list(spec.per_layer_config) if getattr(spec, "is_heterogeneous", False) else []
     return sum(map(_width, apart)) or _width(spec) * _number(spec, "num_hidden_layers")
@@ -81,7 +83,7 @@ def _width(layer: Any) -> int:
 
 
 def _number(spec: Any, name: str) -> int:
-    """An entry of a transformers config, or 0. It may be absent, a list, or raise, where layers
+    """Return an entry of a transformers config, or 0. It may be absent, a list, or raise, if layers
     differ.
     """
     try:
@@ -112,7 +114,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def memory_at_hand(device: torch.device) -> int:
-    """Bytes that are free now."""
+    """Return the number of free bytes."""
     return (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
@@ -125,35 +127,41 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def trained_bytes(policy: nn.Module) -> int:
-    """Gradients, and an optimizer state of two numbers per weight (Adam; RMSprop has one)."""
+    """Return the bytes of gradients and of an optimizer state with two numbers per weight (Adam;
+    RMSprop has one).
+    """
     return 3 * weights_bytes(policy)
 
 
 def short_for_reference(weights: float, trained: float, memory: float) -> bool:
-    """Would a second model take a quarter of the memory that the policy's training leaves? In bytes
-    of one process.
+    """Return whether a second model would take a quarter of the memory left by the policy's
+    training, in bytes of one process.
     """
     return weights > (memory - weights - trained) / 4
 
 
 def sums_each(config: Any, n_weights: float, memory: float) -> bool:
-    """Are gradients to be summed over processes after each microbatch? With fsdp_reduce=auto: if
-    all of them, in float32, would take more than an eighth of `memory`, bytes of one process.
+    """Return whether gradients are summed over processes after each microbatch. With
+    fsdp_reduce=auto: if all of them, in float32, would take more than an eighth of `memory`, bytes
+    of one process.
     """
     return {"auto": 4 * n_weights > memory / 8, "last": False, "each": True}[config.fsdp_reduce]
 
 
 def kept(config: Any) -> float:
-    """The share of activations that is kept for the backward pass; the others are recomputed."""
+    """Return the share of activations that is kept for the backward pass; the others are
+    recomputed.
+    """
     recompute = config.activation_checkpointing  # all, none, or all but a share
     return float(not recompute) if isinstance(recompute, bool) else recompute
 
 
 def activation_bytes(model_config: Any, dtype: torch.dtype, kept: float) -> float:
-    """Per token: 48 d numbers per layer, of which a share is kept, and of one layer at work.
+    """Return the bytes per token: 48 d numbers per layer, of which a share is kept, plus one layer
+    at work.
 
-    That is ample. Counted in 16 bits by planning/activations.py: GPT-NeoX 16, Llama 23, Qwen3-0.6B
-    40; under autocast up to 7 more.
+    This is generous. Counted in 16 bits by planning/activations.py: GPT-NeoX 16, Llama 23,
+    Qwen3-0.6B 40; under autocast up to 7 more.
     """
     spec = model_config.get_text_config()
     return (spec.num_hidden_layers * kept + 1) * 48 * spec.hidden_size * dtype.itemsize
@@ -167,11 +175,11 @@ def default_budget(
     kept: float,
     plain_head: bool,
 ) -> int:
-    """Tokens of a microbatch whose activations take half of `free` bytes, at most what makes a
-    difference.
+    """Return the tokens of a microbatch whose activations take half of `free` bytes, up to the
+    number beyond which little is gained.
 
     For a head that is not computed in chunks, logits and their gradient are added, in float32 for
-    half of the tokens. Beyond 1,024 tokens a CPU gains a few percent only, and a GPU nothing beyond
+    half of the tokens. Beyond 1,024 tokens a CPU gains only a few percent, and a GPU nothing beyond
     16,384.
     """
     per_token = activation_bytes(config, dtype, kept) + (
@@ -190,10 +198,11 @@ def token_budget(
     mean: float,
     ranks: int,
 ) -> int:
-    """Tokens of a microbatch: as configured, or by `free` bytes, but room for two examples.
+    """Return the tokens of a microbatch: as configured, or chosen from `free` bytes, but at least
+    two examples.
 
-    Compiled blocks take rows of one length, whatever is in them, so no longer ones than a step
-    needs: `mean` is of an example.
+    Compiled blocks take rows of one length, whatever their contents, so the rows are no longer than
+    a step needs: `mean` is the mean length of an example.
     """
     found = default_budget(model_config, device, dtype, free, kept(config), plain_head)
     budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
@@ -214,7 +223,7 @@ def token_budget(
 
 @dataclass(frozen=True)
 class ClusterShape:
-    """Over what a model is laid out: n_gpus = tp_size x shard_size x replicas."""
+    """Describe the ranks a model is laid out over: n_gpus = tp_size x shard_size x replicas."""
 
     n_gpus: int = 1
     n_nodes: int = 1
@@ -226,7 +235,7 @@ class ClusterShape:
 
     @property
     def ranks(self) -> int:
-        """That have their own part of a batch."""
+        """Return the number of ranks that have their own part of a batch."""
         return self.n_gpus // self.tp_size
 
     @property
@@ -235,7 +244,7 @@ class ClusterShape:
 
 
 class Weights(NamedTuple):
-    """Shapes of all parameters, a tied one once."""
+    """Hold the shapes of all parameters, a tied one once."""
 
     # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
     root: list[torch.Size]
@@ -246,9 +255,9 @@ class Weights(NamedTuple):
         return sum(shape.numel() for part in (self.root, *self.blocks) for shape in part)
 
     def on_one(self, layout: ClusterShape) -> int:
-        """Numbers that a rank keeps. Sharding cuts along the first dimension, the last part padded
-        to the others' length; tensor parallelism splits the matrices of blocks, whatever its plan
-        does to the head.
+        """Return how many numbers a rank keeps. Sharding cuts along the first dimension, with the
+        last part padded to the others' length; tensor parallelism splits the matrices of blocks,
+        whatever its plan does to the head.
         """
 
         def part(shape: torch.Size, split: int) -> int:
@@ -262,8 +271,8 @@ class Weights(NamedTuple):
         return blocks + sum(part(s, 1) for s in self.root)
 
     def gathered(self, layout: ClusterShape) -> tuple[int, int]:
-        """(of the root, of the largest block) what sharding alone would put together on one
-        rank.
+        """Return (of the root, of the largest block) the numbers that undoing the sharding would
+        gather on one rank.
         """
         size = lambda s: s.numel() // (layout.tp_size if len(s) > 1 else 1)
         return sum(s.numel() for s in self.root), max(
@@ -272,7 +281,7 @@ class Weights(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """Bytes per number."""
+    """Hold bytes per number."""
 
     weights: int  # of gradients, too
     compute: int  # of gathered weights, and of gradients before they are summed
@@ -281,7 +290,7 @@ class Precision(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one GPU, by kind, at the moments when most is held: as a backward pass starts, as it
+    """Hold the bytes of one GPU, by kind, at the peak moments: as a backward pass starts, as it
     ends, and as the optimizer steps.
     """
 

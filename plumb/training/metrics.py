@@ -1,8 +1,8 @@
-"""Metrics: kept on the device while training, reduced over ranks once per log line, and written to
-every sink.
+"""Keep metrics on the device while training, reduce them over ranks once per log line, and write
+them to every sink.
 
-Names are those of the 2023 repository (`rewards_train/accuracies`, `loss/eval`, ...), so that its
-dashboards work.
+Names are those of the original DPO repository (`rewards_train/accuracies`, `loss/eval`, ...), so
+that its dashboards work.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SQUARES = (  # of both scores of a pair; becomes their spread where means are ta
 
 
 class Means:
-    """Named means over examples, summed in float64 on the device; one all-reduce gives all of
-    them.
+    """Accumulate named means over examples, summed in float64 on the device; one all-reduce gives
+    all of them.
     """
 
     def __init__(self):
@@ -69,7 +69,7 @@ class Means:
         return torch.stack([sums, counts])
 
     def reduce(self) -> Record:
-        """The means over all ranks. {} when nothing was added."""
+        """Return the means over all ranks; {} if nothing was added."""
         return _means(list(self.sums), [self.pack()])[0] if self.sums else {}
 
 
@@ -89,8 +89,8 @@ def _means(names: list[str], packs: list[Tensor]) -> list[Record]:
 
 
 def with_spread(record: Record, split: str) -> Record:
-    """`rewards_<split>/spread`, the standard deviation of all scores, in place of the mean of their
-    squares, if that is there.
+    """Return the record with `rewards_<split>/spread`, the standard deviation of all scores, in
+    place of the mean of their squares, if that is there.
     """
     squares = record.pop(SQUARES.format(split), None)
     if squares is not None:
@@ -100,11 +100,11 @@ def with_spread(record: Record, split: str) -> Record:
 
 
 class TrainingLog:
-    """One record per optimizer step. Steps wait on the device until `flush`, at most every
+    """Keep one record per optimizer step. Steps wait on the device until `flush`, at most every
     minimum_log_interval_secs.
 
-    metrics.jsonl gets every step; the console and wandb get the latest at each flush (2023 lost the
-    steps in between).
+    metrics.jsonl gets every step; the console and wandb get the latest at each flush (the original
+    lost the steps in between).
     """
 
     def __init__(self, sinks: Sequence[Sink], minimum_interval_secs: float):
@@ -117,7 +117,9 @@ class TrainingLog:
         self.waiting.append((list(means.sums), means.pack(), counters))
 
     def due(self) -> bool:
-        """Is it time to flush, by this rank's clock? Ranks must agree before they do."""
+        """Return whether it is time to flush, by this rank's clock. Ranks must agree before they
+        do.
+        """
         return time.monotonic() - self.last_flush > self.interval
 
     def flush(self) -> None:
@@ -141,14 +143,14 @@ class TrainingLog:
         return next((str(sink.run.id) for sink in self.sinks if isinstance(sink, Wandb)), None)
 
     def samples(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        """Sample tables: `name` is policy_samples or reference_samples, rows (step, prompt,
+        """Log sample tables: `name` is policy_samples or reference_samples, rows (step, prompt,
         sample).
         """
         for sink in self.sinks:
             sink.table(name, rows, examples)
 
     def mark(self) -> dict[str, int]:
-        """Bring all that was logged onto the disk. -> bytes of each log file"""
+        """Sync everything logged to the disk. Return the bytes of each log file."""
         self.flush()
         return {
             name: n
@@ -179,7 +181,7 @@ class Sink(Protocol):
 
 
 class Console:
-    """One readable line per record, above the progress bar."""
+    """Print one readable line per record, above the progress bar."""
 
     every_step = False
     SHOWN = {
@@ -225,8 +227,8 @@ def _brief(value: float) -> str:
 
 
 class JsonLines:
-    """In the run directory: metrics.jsonl (one object per step and evaluation, `step` = examples
-    seen), and samples.jsonl, with samples.md for reading.
+    """Write files in the run directory: metrics.jsonl (one object per step and evaluation, `step` =
+    examples seen), and samples.jsonl, with samples.md for reading.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl", "samples.md")
@@ -256,7 +258,7 @@ class JsonLines:
             )
 
     def mark(self) -> dict[str, int]:
-        """{file: bytes}, all of them on the disk."""
+        """Return {file: bytes}, all of them synced to the disk."""
         lengths = {}
         for path in (self.run_dir / name for name in self.FILES):
             if path.exists():
@@ -294,14 +296,14 @@ def _quoted(text: str, depth: int = 1) -> str:
 
 
 class Wandb:
-    """Weights & Biases: online where this machine is logged in, offline otherwise. It never asks,
-    and never stops a run.
+    """Log to Weights & Biases: online if this machine is logged in, offline otherwise. Never
+    prompts, and never stops a run.
     """
 
     every_step = False
 
     def __init__(self, config: Mapping[str, Any], run_dir: Path, resumed: str | None):
-        """`resumed`: the id of the run that goes on."""
+        """Start a wandb run; `resumed` is the id of the run that is resumed."""
         import wandb
 
         self.wandb = wandb
@@ -346,7 +348,7 @@ class Wandb:
 
 
 def _logged_in() -> bool:
-    """Is there an API key in the environment or in netrc? Asked without importing wandb's
+    """Return whether there is an API key in the environment or in netrc, without importing wandb's
     prompt.
     """
     if os.environ.get("WANDB_API_KEY"):
@@ -359,8 +361,8 @@ def _logged_in() -> bool:
 
 
 def make_sinks(config: Mapping[str, Any], run_dir: Path, wandb_id: str | None = None) -> list[Sink]:
-    """What rank 0 writes to; other ranks write nowhere. debug and wandb.enabled=false leave wandb
-    out. `wandb_id`: of the run that goes on.
+    """Return the sinks that rank 0 writes to; other ranks write nowhere. debug and
+    wandb.enabled=false leave wandb out. `wandb_id`: of the run that is resumed.
     """
     if rank() != 0:
         return []

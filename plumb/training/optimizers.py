@@ -1,4 +1,4 @@
-"""Schedules and optimizers, from the config: pure functions of it."""
+"""Make schedules and optimizers: pure functions of the config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def make_schedule(config: DictConfig, n: int) -> Schedule:
-    """The steps of a run on n examples."""
+    """Return the steps of a run on n examples."""
     return Schedule(
         n,
         batch_size=config.batch_size,
@@ -46,8 +46,8 @@ def make_schedule(config: DictConfig, n: int) -> Schedule:
 def make_optimizer(
     config: DictConfig, policy: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
-    """torch.optim.<config.optimizer>, fused on a GPU where torch has such a kernel. UserError when
-    its arguments are refused.
+    """Return torch.optim.<config.optimizer>, fused on a GPU if torch has such a kernel. Raise
+    UserError if its arguments are refused.
     """
     factory = OPTIMIZERS[config.optimizer]
     arguments = to_dict(config.optimizer_args)
@@ -67,8 +67,8 @@ def make_optimizer(
 
 
 def _groups(policy: nn.Module, head_lr: float | None) -> Any:
-    """All parameters; or, with a rate of its own for a scalar head, those of the rest and those of
-    the head.
+    """Return all parameters as one group or, if a scalar head has its own learning rate, the head's
+    and the others.
     """
     heads = [module for module in policy.modules() if isinstance(module, ScalarHead)]
     if head_lr is None or not heads:
@@ -81,7 +81,9 @@ def _groups(policy: nn.Module, head_lr: float | None) -> Any:
 def make_scheduler(
     config: DictConfig, optimizer: torch.optim.Optimizer, n_steps: int, done: int = 0
 ) -> Any:
-    """The learning rate as a function of the number of updates, of which `done` have been made."""
+    """Return the learning rate as a function of the number of updates, of which `done` have been
+    made.
+    """
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor := lr_factor(config, n_steps))
     if done:
         rates = [base * factor(done) for base in scheduler.base_lrs]
@@ -98,9 +100,9 @@ def make_scheduler(
 
 
 def lr_factor(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Update k (from 0) runs at lr times: linear warmup min(1, (k + 1) / (warmup_steps + 1)) as in
-    2023; then, by lr_schedule, constant, or down to min_lr_ratio at the last step by a line or half
-    a cosine.
+    """Return the factor of lr for update k (from 0): linear warmup min(1, (k + 1) / (warmup_steps +
+    1)) as in the original; then, by lr_schedule, constant, or down to min_lr_ratio at the last
+    step, linearly or as half a cosine.
     """
     warmup, floor = config.warmup_steps, config.min_lr_ratio
     shape = {
