@@ -45,7 +45,7 @@ def score(
     ref = find.find_model(str(scorer))
     config = knobs_of(ref, knobs)
     with temporary_jsonl(rows, "rows.jsonl") as file:
-        reading = Reading(None, None, "stop", pairs=True)
+        reading = Reading(group="pair")
         data = get_dataset(str(file), "train", reading=reading, eval_share=0.0)
         pairs = [
             Row(row.prompt, [row.responses[i], row.responses[j]], [(0, 1)], None, row.source)
