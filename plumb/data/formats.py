@@ -39,7 +39,7 @@ EQUAL_SCORES = "equal scores"
 
 
 class Row(NamedTuple):
-    """One prompt with its responses; what the rest of the code consumes."""
+    """Hold one prompt with its responses; this is what the rest of the code consumes."""
 
     prompt: Text
     responses: list[Text]
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 class Fields(Mapping[str, Any]):
-    """A row's fields, which remembers those that were read."""
+    """Hold a row's fields, and remember which were read."""
 
     def __init__(self, fields: Mapping[str, Any]):
         self._fields = fields
@@ -78,7 +78,7 @@ class Fields(Mapping[str, Any]):
         return len(self._fields)
 
     def unread(self) -> dict[str, Any]:
-        """Those that say anything: not null, nor empty."""
+        """Return the fields that were not read and are neither null nor empty."""
         return {k: v for k, v in self._fields.items() if k not in self._read and not is_empty(v)}
 
 
@@ -100,7 +100,7 @@ def skipped(reason: str, n: int = 1) -> None:
 
 
 class Form(NamedTuple):
-    """One way to write a row of pairs or of SFT."""
+    """Describe one way to write a row of pairs or of SFT."""
 
     name: str  # as the form line calls it
     needs: tuple[str, ...]
@@ -127,9 +127,7 @@ FORMS: list[
 def form(
     name: str, *needs: str
 ) -> Callable[[Callable[[RawRow], Row | None]], Callable[[RawRow], Row | None]]:
-    """Register a form: what it's called in the form line, and the fields that every row must
-    have.
-    """
+    """Register a form: its name in the form line, and the fields that every row must have."""
 
     def register(convert):
         FORMS.append(Form(name, needs, convert))
@@ -163,7 +161,7 @@ SFT_NAMES = frozenset({"sft", "instruct", "instruction", "instructions", "demons
 
 
 def answers(turn: Mapping[str, Any]) -> bool:
-    """Is this a turn that a model may be trained to write?"""
+    """Return whether a model may be trained to write this turn."""
     return turn["role"].lower() not in ASKING
 
 
@@ -199,7 +197,7 @@ def _input_pair(row: RawRow) -> Row | None:
     "non_preferred_output",
 )
 def _openai_pair(row: RawRow) -> Row | None:
-    """OpenAI's: `input` is {messages, tools, ...}."""
+    """Read OpenAI's form: `input` is {messages, tools, ...}."""
     given = row.value("input")
     within = given if isinstance(given, dict) and "messages" in given else {"messages": given}
     field = "input.messages" if within is given else "input"
@@ -212,7 +210,9 @@ def _openai_pair(row: RawRow) -> Row | None:
 
 @form(TRANSCRIPTS, "chosen", "rejected")
 def _transcript_pair(row: RawRow) -> Row | None:
-    """Two whole dialogues, as HH transcripts or as messages, that differ in the last answer."""
+    """Read two complete dialogues, as HH transcripts or as messages, that differ in the last
+    answer.
+    """
     texts = {"chosen": row.text_or_messages("chosen"), **_several(row, "rejected")}
     if any(isinstance(text, list) for text in texts.values()):
         return _pair(row, [])
@@ -227,7 +227,9 @@ def _scored(row: RawRow) -> Row:
 
 @form("prompt / responses / ranks", "prompt", "responses", "ranks")
 def _with_ranks(row: RawRow) -> Row:
-    """1 is the best rank. Ranks order responses, and say nothing of how far apart they are."""
+    """Read ranks, of which 1 is the best. Ranks order responses, but do not say how far apart they
+    are.
+    """
     ranks = check_scores(row, row.value("ranks"), "ranks", _n_responses(row))
     return _ranked(row, [-rank for rank in ranks], False)
 
@@ -243,7 +245,7 @@ def _n_responses(row: RawRow) -> int:
 
 
 def _ranked(row: RawRow, ranking: list[float], as_scores: bool) -> Row:
-    """Return the row of responses of which the higher ranked are better; `as_scores`: the numbers
+    """Return the row of ranked responses, where a higher number is better; `as_scores`: the numbers
     say how far apart they are.
     """
     prompt, responses = row.text_or_messages("prompt"), row.value("responses")
@@ -268,8 +270,8 @@ def _ranked(row: RawRow, ranking: list[float], as_scores: bool) -> Row:
 
 @form("question / response_j / response_k", "question", "response_j", "response_k")
 def _stack_exchange_pair(row: RawRow) -> Row:
-    """lvwerra/stack-exchange-paired: response_j is preferred. Turned into HH's dialogue, as
-    `get_se` does.
+    """Read lvwerra/stack-exchange-paired, where response_j is preferred. Turned into HH's dialogue,
+    as `get_se` does.
     """
     chosen, rejected = " " + row.text("response_j"), " " + row.text("response_k")
     return Row(hh_prompt(row.text("question")), [chosen, rejected], [(0, 1)], chosen, row.source)
@@ -310,7 +312,7 @@ def _labelled(row: RawRow, field: str) -> Row | None:
 
 
 def is_label(value: Any) -> bool:
-    """Is this a boolean, or its text in a CSV's cell?"""
+    """Return whether this is a boolean, or its text in a CSV's cell."""
     return str(value).lower() in ("true", "false")
 
 
@@ -341,7 +343,7 @@ def _sft_instruction(row: RawRow) -> Row | None:
 
 @form("text (SFT)", "text")
 def _sft_text(row: RawRow) -> Row | None:
-    """A whole text, all of which is trained on."""
+    """Read a text, all of which is trained on."""
     text = row.text("text")
     return Row("", [text], [], text, row.source)
 
@@ -413,8 +415,8 @@ def strip_html(html: str) -> str:
 
 
 def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
-    """The n scores of a row's responses, as numbers. Raises UserError for anything else: NaN, and
-    what float32 can't hold.
+    """Return the n scores of a row's responses as numbers. Raise UserError for anything else: NaN,
+    and what float32 can't hold.
     """
     if not isinstance(scores, list) or len(scores) != n:
         raise row.error(
@@ -431,7 +433,7 @@ def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
 
 
 def score_pairs(scores: list[float]) -> list[tuple[int, int]]:
-    """Every (better, worse); equal scores carry no preference, and are counted.
+    """Return every (better, worse); equal scores carry no preference, and are counted.
 
     >>> score_pairs([1, 3, 1])
     [(1, 0), (1, 2)]
@@ -447,8 +449,8 @@ def score_pairs(scores: list[float]) -> list[tuple[int, int]]:
 
 
 def _instruction(row: RawRow) -> Messages:
-    """instruction, a blank line, and the input, as a user's turn: a template has to set the turns
-    apart.
+    """Return instruction, a blank line, and the input as a user's turn, since a template has to
+    separate the turns.
     """
     text = row.text("instruction")
     if row.fields.get("history"):
@@ -459,13 +461,13 @@ def _instruction(row: RawRow) -> Messages:
 
 
 def _asked(row: RawRow, field: str) -> Messages:
-    """A question that stands apart from its answers: a user's turn."""
+    """Return a question that is separate from its answers as a user's turn."""
     return _as_messages(row, row.text_or_messages(field), "user", field)
 
 
 def _as_messages(row: RawRow, text: Text, role: str, field: str) -> Messages:
-    """A string as one turn of `role`; before a prompt stands the row's system field, if it has no
-    system turn.
+    """Return a string as one turn of `role`; the row's system field comes before a prompt, if it
+    has no system turn.
     """
     turns: Messages = [row.turn(role, text, field)] if isinstance(text, str) else text
     if role == "user" and row.fields.get("system") and not (turns and turns[0]["role"] == "system"):
@@ -474,7 +476,7 @@ def _as_messages(row: RawRow, text: Text, role: str, field: str) -> Messages:
 
 
 def _several(row: RawRow, field: str) -> dict[str, Text]:
-    """A response, or each of a list of them, by the field it stands in."""
+    """Return a response, or each of a list of them, with the field it is in."""
     value = row.value(field)
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         return {
@@ -491,8 +493,8 @@ def _pair(
     rejected: str = "rejected",
     target: str = "sft_target",
 ) -> Row | None:
-    """chosen, and one or several rejected, after `prompt`; SFT imitates the field `target` instead
-    of chosen, if it's there.
+    """Return chosen, and one or more rejected, after `prompt`; SFT imitates the field `target`
+    instead of chosen, if it exists.
     """
     texts = {chosen: row.text_or_messages(chosen), **_several(row, rejected)}
     if row.fields.get(target) is not None:
@@ -511,8 +513,8 @@ def _pair(
 def _pair_of(
     row: RawRow, halves: Mapping[str, tuple[Text, Text]], chosen: str, target: str
 ) -> Row | None:
-    """The row of (prompt, response) by field; a rejected response after another prompt is skipped
-    and counted.
+    """Return the row of (prompt, response) by field; a rejected response after a different prompt
+    is skipped and counted.
     """
     prompt = halves[chosen][0]
     rejected = {field: half for field, half in halves.items() if field not in (chosen, target)}
@@ -529,7 +531,7 @@ def _pair_of(
 
 
 def pair_scores(row: RawRow) -> list[float] | None:
-    """The scores of chosen and rejected, where the row has both, or its `metadata` does
+    """Return the scores of chosen and rejected, if the row or its `metadata` has both
     (UltraFeedback).
     """
     for fields in (row.fields, row.fields.get("metadata")):
@@ -543,8 +545,8 @@ def pair_scores(row: RawRow) -> list[float] | None:
 
 
 def _sft(row: RawRow, prompt: Text, field: str) -> Row | None:
-    """The response is the target; of a dialogue, the last turn that answers and isn't marked as not
-    to be trained.
+    """Return a row whose response is the target; of a dialogue, the last turn that answers and
+    isn't marked as not to be trained on.
     """
     target = row.messages(field) if prompt == [] else row.text_or_messages(field)
     if isinstance(prompt, list) or isinstance(target, list) or "system" in row.fields:
@@ -572,8 +574,8 @@ def _unmarked(turn: Mapping[str, Any]) -> bool:
 
 
 def _less_mark(turn: Mapping[str, Any]) -> Message:
-    """The turn without the marks that say yes or no; a weight in between is not used, and stays to
-    be named.
+    """Return the turn without the marks that say yes or no; a weight in between is not used, and
+    stays so that it is reported.
     """
     assert isinstance(turn, Message)
     return turn.without(*(mark for mark in MARKS if turn.get(mark) in (0, 1)))
@@ -582,7 +584,7 @@ def _less_mark(turn: Mapping[str, Any]) -> Message:
 def _split_turns(
     row: RawRow, prompt: Messages, response: Text, field: str
 ) -> tuple[Messages, Messages]:
-    """(all turns before the last, [the last]), which is an answer.
+    """Return (all turns before the last, [the last]); the last must be an answer.
 
     `response` may begin with the prompt's own turns, as in UltraFeedback; otherwise it follows
     them.
@@ -617,8 +619,8 @@ def _n_system(turns: Messages) -> int:
 
 
 def form_of(first: RawRow, field_map: Mapping[str, str] | None) -> Form:
-    """The form of a file that begins with this row. Raises UserError for a field_map or fields that
-    fit none.
+    """Return the form of a file that begins with this row. Raise UserError for a field_map or
+    fields that fit none.
     """
     check_field_map(field_map)
     return recognise(_rename(first, field_map or {}))
@@ -631,10 +633,10 @@ def read_rows(
     role_map: Mapping[str, str] | None = None,
     on_bad: OnBad | None = None,
 ) -> Iterator[Row]:
-    """One Row for each raw row, in order, less those that are skipped.
+    """Yield one Row for each raw row, in order, except those that are skipped.
 
     A row that can't be used goes to `on_bad`. Without it, the first such row raises UserError once
-    all have been read: it says how many more there are.
+    all have been read, so that it can say how many more there are.
     """
     roles = ROLES | dict(role_map or {})
     problem: UserError | None = None
@@ -768,8 +770,8 @@ def fitting(group: str | None, field_map: Mapping[str, str] | None = None) -> Fi
 
 
 def check_loaded(name: str, loaded: Any) -> Iterator[Row]:
-    """A loader's prompts as Rows. Raises UserError for what breaks the contract, naming loader,
-    prompt and field.
+    """Yield a loader's prompts as Rows. Raise UserError for what breaks the contract, naming
+    loader, prompt and field.
     """
     if isinstance(loaded, Mapping):
         entries = ((prompt, entry) for prompt, entry in loaded.items())
@@ -830,7 +832,9 @@ def _checked_pairs(row: RawRow, n_responses: int) -> list[tuple[int, int]]:
 
 
 def shp_pair(row: RawRow) -> tuple[list[str], list[float], tuple[int, int]]:
-    """A row of SHP. -> (responses A and B, their scores, (preferred, dispreferred) by `labels`)"""
+    """Return, for a row of SHP, (responses A and B, their scores, (preferred, dispreferred) by
+    `labels`).
+    """
     responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
     scores = check_scores(row, [row.value("score_A"), row.value("score_B")], "score_A, score_B", 2)
     label = row.value("labels")
