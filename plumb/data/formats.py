@@ -378,7 +378,7 @@ def strip_html(html: str) -> str:
     """The text of the HTML: blocks apart by a blank line, inline markup dropped, code kept inside
     <code>...</code>.
 
-    The 2023 code lost whatever was nested in a paragraph (links, bold), lists and quotes.
+    The original code lost whatever was nested in a paragraph (links, bold), lists and quotes.
 
     >>> strip_html("<p>Use <b>this</b>:</p><pre><code>x = 1\\n</code></pre>")
     'Use this:\\n\\n<code>x = 1\\n</code>'

@@ -64,7 +64,7 @@ def dpo(
     e = a = 0: Eq. 7 of arXiv:2305.18290. e > 0: conservative DPO, labels flipped with probability e
     (Eq. 3 of https://ericmitchell.ai/cdpo.pdf). a = `nll` > 0 keeps the chosen responses likely
     (Eq. 1 of arXiv:2404.19733). `reference_free` takes pi_ref as constant: no reference is loaded,
-    and the rewards are beta log pi (the 2023 code still ran the reference and reported rewards
+    and the rewards are beta log pi (the original code still ran the reference and reported rewards
     against it).
     """
     _check(beta, label_smoothing, nll)
@@ -87,7 +87,7 @@ def ipo(
     nll: float,
 ) -> LossOutput:
     """(h - 1/(2 beta))^2, with h as in `dpo`: Eq. 17 of arXiv:2310.12036, beta its tau;
-    log-probabilities are sums, as in 2023.
+    log-probabilities are sums, as in the original.
 
     label_smoothing e mixes in the loss of the flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2
     beta))^2, the same reading of label noise as in `dpo` (the 2023 code ignored the knob without a

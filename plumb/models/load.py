@@ -180,7 +180,7 @@ def load_reference(
 def no_dropout(hf_config: Any) -> None:
     """Set every dropout probability of a transformers config to 0 (nested configs too).
 
-    The 2023 code only switched off nn.Dropout modules; attention dropout in Llama and others is
+    The original code only switched off nn.Dropout modules; attention dropout in Llama and others is
     functional and stayed on.
     """
     for key, value in list(vars(hf_config).items()):

@@ -4,7 +4,7 @@ believed, pruned afterwards.
 A checkpoint is a directory, step-N where it was evaluated and interim-N where it was not, N the
 training examples seen:
 
-    policy.pt, optimizer.pt, scheduler.pt   the 2023 form, {step_idx, state, metrics}, whole
+    policy.pt, optimizer.pt, scheduler.pt   the original format, {step_idx, state, metrics}, whole
     state-<rank>-of-<ranks>.safetensors     what training goes on from: this rank's parts of
                                             weights and optimizer
     manifest.json                           every file's size and sha256, how far the run is, and
@@ -94,7 +94,7 @@ def save(
 ) -> Path:
     """Write and verify one checkpoint, all ranks together. Return its directory.
 
-    `parts` are the 2023 files; each is made by all ranks in turn, written by rank 0, and then
+    `parts` are the original's files; each is made by all ranks in turn, written by rank 0, and then
     dropped. `needed` is the number of bytes it will take, for the error message. Raises
     StorageError on all ranks if the disk is full or not writable; earlier checkpoints stay valid in
     any case.
