@@ -277,7 +277,9 @@ def make_evaluator(
     packing = Packing(path.packed, row_tokens(path), 1, tokenizer.pad_token_id, config.max_length)
     rank0_print(f"microbatches of up to {packing.budget:,} tokens")
     scorer = Scorer(policy, reference, loss, path, computation.autocast, device, routers)
-    return Evaluator(scorer, Feed(examples, packing, 0), config.eval_batch_size)
+    return Evaluator(
+        scorer, Feed(examples, packing, 0, context=loss.context_examples), config.eval_batch_size
+    )
 
 
 def examples_seen(ref: ModelRef) -> int:

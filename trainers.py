@@ -131,8 +131,9 @@ class BasicTrainer:
             self.device,
             routers,
         )
-        self.train_feed = Feed(train, self.packing, self.rank)
-        self.eval_feed = Feed(evaluation, self.packing, self.rank)
+        context = loss.context_examples
+        self.train_feed = Feed(train, self.packing, self.rank, context=context)
+        self.eval_feed = Feed(evaluation, self.packing, self.rank, context=context)
         if weights is not None:
             self.find_reference_logps(weights)
             self.scorer = self.scorer._replace(reference=None)
@@ -238,8 +239,15 @@ class BasicTrainer:
         # a run of few examples needs only these
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *self.schedule]))
         every = np.arange(len(self.eval_feed.examples))
-        for feed, indices in ((self.train_feed, used), (self.eval_feed, every)):
+        for feed, indices, batches in (
+            (self.train_feed, used, self.schedule),
+            (self.eval_feed, every, [every]),
+        ):
             setup.add_reference_logps(self.scorer, feed, indices, cache, self.is_primary_replica)
+            if feed.context == "mismatched":
+                setup.add_mismatched_logps(
+                    self.scorer, feed, batches, cache, self.is_primary_replica
+                )
 
     # ---- the loop ----
 
@@ -313,10 +321,11 @@ class BasicTrainer:
 
         # forward and backward, one microbatch after another
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
+        context = self.scorer.context(step.whole, self.is_primary_replica)
         means = Means()
         seen = []
         for i, (batch, weight, _) in enumerate(step.microbatches):
-            scored = self.scorer(batch)
+            scored = self.scorer(batch, context)
             if is_first:
                 losses = replace(scored.output, losses=scored.output.losses.detach())
                 seen.append(scored._replace(output=losses, balance=None))

@@ -150,7 +150,7 @@ class OfIds:
         tokens = zeros.index_add(0, batch.response, torch.ones_like(batch.targets).double())
         return Logps(zeros.index_add(0, batch.response, batch.targets.double()), tokens)
 
-    def __call__(self, batch):
+    def __call__(self, batch, context=None):
         of_policy = self.logps(self.policy, batch)
         return SimpleNamespace(
             metrics={"loss/{}": of_policy.sum}, counts={}, tokens=of_policy.tokens

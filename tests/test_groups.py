@@ -1,4 +1,6 @@
-"""Data for losses on lists: ranked rows -> examples of k responses, where k differs."""
+"""Losses on lists and on labelled responses: from rows to runs. k differs from example to example,
+and a loss may see the whole batch.
+"""
 
 import json
 
@@ -11,9 +13,10 @@ from test_margins import view_of, write
 from plumb.batching.feed import Feed
 from plumb.batching.layout import by_example, pack
 from plumb.batching.microbatches import Packing, split_into_microbatches
-from plumb.data.examples import concatenate, ids_of, lengths_of
+from plumb.data.examples import concatenate, contradicted, ids_of, lengths_of
 from plumb.data.extras import Extras
 from plumb.errors import UserError
+from plumb.losses import BatchContext, LossOutput, registry
 
 RANKED = [
     {"prompt": "a", "responses": ["x", "yy", "zzz"], "ranks": [2, 3, 1]},
@@ -124,3 +127,136 @@ def test_lists_without_an_order_are_refused_or_dropped(train, lists, tmp_path, c
     lists.write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n")
     with pytest.raises(UserError, match="holds no ranked lists .prompt, responses, and ranks or"):
         train("sft", *options)
+
+
+# ---- labelled responses, and the batch context ----
+
+
+def test_labelled_rows_and_pairs_are_labelled_responses(tmp_path):
+    """A pair is a desirable and an undesirable response; a response with both labels is
+    contradictory.
+    """
+    row = {"prompt": "a", "completion": "x", "label": True}
+    rows = write(tmp_path, row, row | {"label": False}, row | {"completion": "y"})
+    votes = view_of(rows, tmp_path / "rows", "labelled")
+    some = concatenate([votes, view_of(write(tmp_path, PAIR), tmp_path / "pair", "labelled")])
+    labels = some.extras().example["labels"]
+    assert labels.tolist() == [1, 0, 1, 1, 0]
+    assert [len(e.responses[0]) - 1 for e in some] == [1, 1, 1, 4, 3]
+    assert contradicted(votes).tolist() == [True, True, False]
+
+
+def labelled_rows():
+    for row in ROWS:
+        for i, response in enumerate(row["responses"][:2]):
+            yield {"prompt": row["prompt"], "completion": response, "label": i == 0}
+
+
+KTO = ["loss=kto", "loss.beta=0.1", *DPO[2:], "batch_size=6", "n_examples=24"]
+
+
+@pytest.fixture
+def votes(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in labelled_rows()))
+    return path
+
+
+def test_how_kto_is_computed_changes_nothing(train, votes):
+    """One microbatch or several, packed or padded, live or cached reference: the reference point is
+    the batch's. At the reference it is 0 and each loss is 1 - sigmoid(0) = 1/2.
+    """
+    options = [*KTO, *FAST, STEADY, f"datasets=[{votes}]"]
+    live = train("live", *options, "reference=live", "eval_every=12")
+    first, *_, last = records(live, "train")
+    assert first["loss/train"] == pytest.approx(0.5, abs=1e-5) and first["kl_train/z0"] < 1e-4
+    assert last["loss/train"] < 0.5
+    assert last["rewards_train/chosen"] > last["rewards_train/rejected"]
+    assert any(row["kl_train/z0"] > 1e-3 for row in records(live, "train"))
+    names = ("loss/train", "kl_train/z0", "rewards_train/chosen")
+    for name, *more in (
+        ("several", "reference=live", "gradient_accumulation_steps=3"),
+        ("cached", "reference=cached"),
+        ("batch", "reference=live", "eval_batch_size=2"),
+    ):
+        run = train(name, *options, "eval_every=12", *more)
+        for split in ("train", "eval"):
+            for ours, theirs in zip(records(run, split), records(live, split), strict=True):
+                for metric in (n.replace("train", split) for n in names):
+                    assert ours[metric] == pytest.approx(theirs[metric], rel=1e-3, abs=2e-5)
+
+
+def test_kto_says_what_is_wrong(train, votes):
+    with pytest.raises(UserError, match="batch_size=1: this loss .kto. pairs prompts with"):
+        train("one", *KTO, "batch_size=1", f"datasets=[{votes}]")
+    rows = [{"prompt": "a", "completion": "x"}] * 4
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="holds no responses with a label"):
+        train("sft", *KTO, f"datasets=[{votes}]")
+
+
+def test_two_processes_see_one_batch(train, run_train, tmp_path, votes, tiny_model):
+    """The reference point of two gloo ranks, of which one has no part at times, is that of one."""
+    options = [
+        *KTO,
+        *FAST,
+        STEADY,
+        "batch_size=3",
+        "reference=live",
+        f"datasets=[{votes}]",
+        f"model.name_or_path={tiny_model}",
+        "n_eval_examples=4",
+        "n_examples=9",
+    ]
+    one = train("one", *options)
+    done = run_train(
+        *options,
+        "exp_name=two",
+        f"local_run_dir={tmp_path}/two",
+        "trainer=FSDPTrainer",
+        "n_cpu_processes=2",
+    )
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(records(tmp_path / "two", "train"), records(one, "train"), strict=True):
+        for name in ("loss/train", "kl_train/z0", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), name
+
+
+def test_a_loss_may_compare_each_example_with_the_whole_batch(train, data, monkeypatch):
+    """A plugin's loss, whose context is the mean log-ratio of the batch's own pairs: in one
+    microbatch or in three it is the same number.
+    """
+    monkeypatch.setattr(registry, "LOSSES", dict(registry.LOSSES))
+
+    def mean_margin(policy, reference):
+        h = policy.sum - reference.sum
+        return (h[:, 0] - h[:, 1]).mean()
+
+    @registry.loss(group="pair", needs_reference=True, context=BatchContext("own", mean_margin))
+    def centred(policy, reference, context, *, beta: float) -> LossOutput:
+        h = policy.chosen.sum - policy.rejected.sum
+        h = h - (reference.chosen.sum - reference.rejected.sum)
+        return LossOutput(
+            (h - 1 - context.to(h)) ** 2, metrics={"mean_{}/h": (context + 0 * h, h == h)}
+        )
+
+    options = [
+        *DPO,
+        *FAST,
+        STEADY,
+        "loss.name=centred",
+        "~loss.label_smoothing",
+        "~loss.reference_free",
+        "~loss.nll",
+        "n_examples=16",
+        f"datasets=[{data}]",
+        "reference=live",
+    ]
+    runs = [
+        records(train(name, *options, f"gradient_accumulation_steps={n}"), "train")
+        for name, n in (("one", 1), ("three", 3))
+    ]
+    assert abs(runs[0][-1]["mean_train/h"]) > 1e-3
+    for ours, theirs in zip(*runs, strict=True):
+        for name in ("loss/train", "mean_train/h"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5)

@@ -9,8 +9,9 @@ import torch
 from golden import load, needs_golden
 
 from plumb.losses import registry as losses
-from plumb.losses.contract import Lists, Logps, LossOutput, Pairs, TokenLogps
+from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
+from plumb.losses.unpaired import kl_to_reference
 from plumb.training.objective import to_loss_inputs
 
 
@@ -374,3 +375,79 @@ def test_a_batch_s_values_become_lists():
     assert found.responses.sum.tolist() == [[-1, -3, 0], [-2, -4, -5]]
     assert found.exists.tolist() == [[True, True, False], [True, True, True]]
     assert found.worst(found.responses.sum).tolist() == [-3, -5]
+
+
+# ---- kto ----
+
+KTO = {"name": "kto", "beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 2.0}
+
+
+def labelled(sums, desirable, grad=False) -> Labelled:
+    return Labelled(of(sums, [1] * len(sums), grad), torch.tensor(desirable))
+
+
+def test_kto_by_hand():
+    """z0 = 2. Log-ratios 4 (desirable) and 6 (not): 1 - sigmoid(0.5 (4 - 2)) = sigmoid(-1), and
+    2 (1 - sigmoid(0.5 (2 - 6))) = 2 sigmoid(2). Rewards 2 and 3; the first is ranked right, the
+    second is not.
+    """
+    policy, reference = labelled([-6.0, -4], [True, False]), labelled([-10.0, -10], [True, False])
+    out = build_loss(KTO).compute(policy, reference, torch.tensor(2.0))
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    assert out.losses.tolist() == pytest.approx([sigmoid(-1), 2 * sigmoid(2)])
+    means = {name: (v.tolist(), n.tolist()) for name, (v, n) in out.metrics.items()}
+    assert means["rewards_{}/chosen"] == ([2, 0], [True, False])
+    assert means["rewards_{}/rejected"] == ([0, 3], [False, True])
+    assert means["rewards_{}/accuracies"] == ([1, 0], [True, True])
+    assert means["kl_{}/z0"][0] == [2, 2]
+    for change in ({"beta": 0}, {"desirable_weight": 0}, {"undesirable_weight": -1}):
+        (knob,) = change
+        with pytest.raises(ValueError, match=f"loss.{knob}="):
+            build_loss(KTO | change)
+
+
+def test_the_reference_point_of_kto():
+    """The mean of log-ratios 3 and 1, but never below 0, and 0 of none."""
+    column = lambda *values: Logps(torch.tensor(values)[:, None], torch.ones(len(values), 1))
+    assert kl_to_reference(column(-2.0, -4.0), column(-5.0, -5.0)) == 2
+    assert kl_to_reference(column(-5.0, -5.0), column(-2.0, -4.0)) == 0
+    assert kl_to_reference(column(), column()) == 0
+
+
+def test_kto_gradient():
+    """Through d = sigmoid(beta (r - z0)): -w_d beta d (1 - d) for a desirable response, w_u beta d
+    (1 - d) for an undesirable one (the derivative of Eq. 8 of arXiv:2402.01306, where z0 is
+    constant).
+    """
+    policy = labelled([-6.0, -9, -4], [True, False, False], grad=True)
+    reference = labelled([-5.0, -9, -7], [True, False, False])
+    build_loss(KTO).compute(policy, reference, torch.tensor(1.0)).losses.sum().backward()
+    sums = policy.responses.sum
+    d = torch.sigmoid(0.5 * (sums - reference.responses.sum - 1)).detach()
+    weight = torch.tensor([-1.0, 2, 2], dtype=torch.float64)
+    torch.testing.assert_close(sums.grad, weight * 0.5 * d * (1 - d))
+
+
+@needs_golden
+def test_kto_equals_the_peers():
+    """16 desirable and 16 undesirable responses, with the peers' own KL term. TRL and HALOs give
+    the same mean.
+    """
+    golden, checked = load("losses.json.gz"), 0
+    for case in golden["cases"]:
+        if case["name"] != "kto":
+            continue
+        knobs = {k: case["hyperparameters"][k] for k in KTO if k != "name"}
+        yes = torch.arange(32) < 16
+        policy, reference = (
+            Labelled(Logps(torch.cat([side.sum for side in of_model]), torch.ones(32)), yes)
+            for of_model in golden_pairs(golden, case["dtype"])
+        )
+        z0 = torch.tensor(case["KL"], dtype=policy.responses.sum.dtype)
+        out = build_loss(KTO | knobs).compute(policy, reference, z0)
+        assert out.losses.mean().item() == pytest.approx(case["mean_loss"], rel=1e-5)
+        if "losses" in case:
+            expected = torch.tensor(case["losses"], dtype=out.losses.dtype)
+            torch.testing.assert_close(out.losses, expected, rtol=1e-5, atol=1e-6)
+        checked += 1
+    assert checked == 12

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 
 from plumb.batching.layout import Batch, pack
 from plumb.batching.microbatches import Packing, split_into_microbatches
+from plumb.batching.mismatched import mismatched
 from plumb.data.examples import Examples, Lengths, lengths_of
 from plumb.data.extras import Extras
 from plumb.data.tokenization import Example
@@ -28,6 +29,20 @@ class Microbatch(NamedTuple):
     where: np.ndarray  # [B] the examples' places in the batch
 
 
+class WholeBatch(NamedTuple):
+    """What a loss's batch context is computed from: this rank's parts."""
+
+    microbatches: list[Microbatch]
+    shape: tuple[int, int]  # examples of all ranks, and the most responses of one
+
+
+class KnownLogps(NamedTuple):
+    """Log-probabilities by a digest of prompt and response, in the order of the digests."""
+
+    digests: np.ndarray  # [m] uint64
+    logps: np.ndarray  # [m] float64
+
+
 class Step(NamedTuple):
     """A batch, ready: which examples all ranks together see, and this rank's part of each
     microbatch.
@@ -36,6 +51,7 @@ class Step(NamedTuple):
     indices: np.ndarray  # [n] of the examples among all
     lengths: Lengths  # of these n
     microbatches: list[Microbatch]
+    whole: WholeBatch | None = None  # for a loss with a batch context
 
 
 class Feed:
@@ -49,11 +65,18 @@ class Feed:
         packing: Packing,
         rank: int,
         reference: np.ndarray | None = None,
+        context: str | None = None,
     ):
+        """`reference` [n, k]: log-probabilities, where they were computed before. `context`: the
+        examples of the loss's batch context (see losses/contract.py), if it has one.
+        """
         self.examples = examples
         self.packing = packing
         self.rank = rank
         self.reference = reference
+        self.context = context
+        self.digests: Callable[[Sequence[Example]], np.ndarray] | None = None
+        self.known: KnownLogps | None = None  # of mismatched examples, with `reference`
         self.lengths = lengths_of(examples)
         # what the examples carry beside their tokens, less what no example has
         own = examples.extras().example if isinstance(examples, Examples) else {}
@@ -63,24 +86,58 @@ class Feed:
         """The batch of these examples in `at_least` microbatches, or as many more as the token
         budget takes.
         """
-        lengths, p = self.lengths[indices], self.packing
-        parts, microbatches = split_into_microbatches(lengths, p, at_least), []
-        extras = self.extras
+        lengths, extras = self.lengths[indices], self.extras
         if self.reference is not None:
             extras = replace(extras, response={"reference": self.reference})
+        microbatches = self._parts(self.examples, indices, lengths, extras, at_least)
+        whole = None
+        if self.context == "own":
+            whole = WholeBatch(microbatches, lengths.prompts.shape)
+        elif self.context == "mismatched":
+            whole = self.mismatched(indices)
+        return Step(indices, lengths, microbatches, whole)
+
+    def mismatched(self, indices: np.ndarray) -> WholeBatch:
+        """Return the mismatched examples of a batch. Every rank looks at all of its examples."""
+        examples = self.mismatched_examples(indices)
+        if not examples:
+            return WholeBatch([], (0, 1))
+        extras = Extras()
+        if self.known is not None and self.digests is not None:
+            at = np.searchsorted(self.known.digests, self.digests(examples))
+            extras = Extras(response={"reference": self.known.logps[at]})
+        everything = np.arange(len(examples))
+        parts = self._parts(examples, everything, lengths_of(examples), extras, 1)
+        return WholeBatch(parts, (len(examples), 1))
+
+    def mismatched_examples(self, indices: np.ndarray) -> list[Example]:
+        """Return a batch's prompts with responses to other prompts."""
+        return mismatched([self.examples[i] for i in indices.tolist()], self.packing.longest)
+
+    def _parts(
+        self,
+        examples: Sequence[Example],
+        indices: np.ndarray,
+        lengths: Lengths,
+        extras: Extras,
+        at_least: int,
+    ) -> list[Microbatch]:
+        """Return this rank's parts of the examples at these indices, whose lengths are known."""
+        p, microbatches = self.packing, []
+        parts = split_into_microbatches(lengths, p, at_least)
         for i in range(self.rank, len(parts), p.world_size):
             mine = parts[i]
             weight = float(len(mine) > 0)
             mine = mine if len(mine) else np.array([0])
             batch = pack(
-                [self.examples[i] for i in indices[mine].tolist()],
+                [examples[i] for i in indices[mine].tolist()],
                 pad_token_id=p.pad_token_id,
                 longest=p.longest,
                 row_length=p.row_length,
                 extras=extras.take(indices[mine]),
             )
             microbatches.append(Microbatch(batch, weight, mine))
-        return Step(indices, lengths, microbatches)
+        return microbatches
 
     def ahead(
         self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1

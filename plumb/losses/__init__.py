@@ -10,8 +10,30 @@ from plumb.losses import (  # noqa: F401  registers the losses
     pairwise,
     reward_model,
     supervised,
+    unpaired,
 )
-from plumb.losses.contract import Lists, Logps, LossOutput, Pairs, ScoredPairs, Scores, TokenLogps
+from plumb.losses.contract import (
+    BatchContext,
+    Labelled,
+    Lists,
+    Logps,
+    LossOutput,
+    Pairs,
+    ScoredPairs,
+    Scores,
+    TokenLogps,
+)
 from plumb.losses.registry import loss
 
-__all__ = ["Lists", "Logps", "LossOutput", "Pairs", "ScoredPairs", "Scores", "TokenLogps", "loss"]
+__all__ = [
+    "BatchContext",
+    "Labelled",
+    "Lists",
+    "Logps",
+    "LossOutput",
+    "Pairs",
+    "ScoredPairs",
+    "Scores",
+    "TokenLogps",
+    "loss",
+]

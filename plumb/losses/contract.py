@@ -7,7 +7,7 @@ before the forward pass, so microbatches, ranks and padding cannot change the ob
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -110,6 +110,28 @@ class Lists(NamedTuple):
     def worst(self, values: Tensor) -> Tensor:
         """Return the values [B, k] of the last response of each list.  [B]"""
         return values.gather(1, self.exists.sum(1, keepdim=True) - 1)[:, 0]
+
+
+class Labelled(NamedTuple, Generic[T]):
+    """What a loss with group="labelled" gets: `Labelled` (of Logps), or `Labelled[TokenLogps]`."""
+
+    responses: T
+    desirable: Tensor  # [B] bool
+
+
+class BatchContext(NamedTuple):
+    """What a loss whose examples depend on each other needs to know of the batch as a whole: of all
+    ranks and microbatches, computed without gradients before the first microbatch.
+
+    In training the whole is the step's batch, in an evaluation all evaluated examples.
+    """
+
+    # whose log-probabilities: the batch's own examples, or its prompts with responses to other
+    # prompts (batching/mismatched.py)
+    examples: Literal["own", "mismatched"]
+    # (policy, reference or None), Logps of [n, k] in the batch's order, 0 where an example has
+    # fewer responses -> what the loss gets as its third argument
+    compute: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

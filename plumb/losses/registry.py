@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 
 from plumb.losses.contract import (
+    BatchContext,
     Group,
+    Labelled,
     Lists,
     Logps,
     LossOutput,
@@ -45,8 +47,15 @@ class Loss:
     average_over: AverageOver  # the global count that the summed losses are divided by
     needs_margins: bool  # needs data whose responses have scores
     read: Read  # which of a response's scores is its own, where it reads scores
-    # (policy, reference) -> LossOutput; reference is None unless needs_reference
+    context: BatchContext | None  # what it needs to know of the batch as a whole
+    # (policy, reference, context) -> LossOutput; reference is None unless needs_reference, context
+    # None unless declared
     compute: Callable[..., LossOutput]
+
+    @property
+    def context_examples(self) -> Literal["own", "mismatched"] | None:
+        """Return the examples of the batch context, where it has one."""
+        return None if self.context is None else self.context.examples
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,16 @@ class Declaration:
     average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver]
     needs_margins: bool | Callable[[Mapping[str, Any]], bool]
     read: Read | Callable[[Mapping[str, Any]], Read]
+    context: BatchContext | None
+
+    def bind(self, knobs: Mapping[str, Any]) -> Callable[..., LossOutput]:
+        """Return (policy, reference, context) -> LossOutput with these knobs."""
+
+        def compute(policy: Any, reference: Any = None, context: Any = None) -> LossOutput:
+            of_batch = () if self.context is None else (context,)
+            return self.function(policy, reference, *of_batch, **knobs)
+
+        return compute
 
 
 LOSSES: dict[str, Declaration] = {}
@@ -72,6 +91,7 @@ def loss(
     average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver] = "examples",
     needs_margins: bool | Callable[[Mapping[str, Any]], bool] = False,
     read: Read | Callable[[Mapping[str, Any]], Read] = "last",
+    context: BatchContext | None = None,
     data: str | None = None,
 ) -> Callable[[Callable[..., LossOutput]], Callable[..., LossOutput]]:
     """Register a function under its name. A setting that depends on the loss's knobs is a function
@@ -95,6 +115,7 @@ def loss(
             average_over=average_over,
             needs_margins=needs_margins,
             read=read,
+            context=context,
         )
         return function
 
@@ -125,7 +146,8 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         average_over=_resolved(declared.average_over, knobs),
         needs_margins=_resolved(declared.needs_margins, knobs),
         read=_resolved(declared.read, knobs),
-        compute=lambda policy, reference=None: declared.function(policy, reference, **knobs),
+        context=declared.context,
+        compute=declared.bind(knobs),
     )
     _try_on_zeros(bound)
     return bound
@@ -199,7 +221,14 @@ def _try_on_zeros(bound: Loss) -> None:
     one = _zeros(bound.reads)
     try:
         example: Any = _example_of(bound, one)
-        bound.compute(example, example if bound.needs_reference else None)
+        reference = example if bound.needs_reference else None
+        context = None
+        if bound.context is not None:
+            of_two = bound.context.examples == "own" and bound.group in ("pair", "list")
+            zeros = torch.zeros(1, 2 if of_two else 1)
+            whole = Logps(zeros, torch.ones_like(zeros))
+            context = bound.context.compute(whole, whole if bound.needs_reference else None)
+        bound.compute(example, reference, context)
     except ValueError as error:
         raise ValueError(f"loss.{error}") from None
 
@@ -222,4 +251,4 @@ def _example_of(bound: Loss, one: Any) -> Any:
     if bound.group == "list":
         of_two = Logps(torch.zeros(1, 2), torch.ones(1, 2))
         return Lists(of_two, torch.ones(1, 2, dtype=torch.bool))
-    return one
+    return Labelled(one, torch.ones(1, dtype=torch.bool)) if bound.group == "labelled" else one

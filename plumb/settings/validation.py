@@ -42,6 +42,12 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     check_knobs(config, trains)
     loss = _check_loss(config)
     _check_with_torch(config)
+    mismatched = loss.context is not None and loss.context.examples == "mismatched"
+    if trains and mismatched and config.batch_size < 2:
+        raise UserError(
+            f"batch_size={config.batch_size}: this loss ({loss.name}) pairs prompts with responses"
+            " to other prompts of the batch; set 2 or more (32 is usual)"
+        )
     return loss
 
 

@@ -102,6 +102,8 @@ def evaluate(
     was_training = scorer.policy.training
     scorer.policy.eval()
     n, names, counted = len(feed.examples), list[str](), list[str]()
+    # of all examples, so that the batch size of the evaluation changes nothing
+    context = scorer.context(feed.step(np.arange(n)).whole, counts) if n and feed.context else None
     table = torch.zeros(0)
     steps = feed.ahead(
         (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)),
@@ -118,7 +120,7 @@ def evaluate(
     for i, step in enumerate(shown):
         between()
         for batch, weight, where in step.microbatches:
-            scored = scorer(batch)
+            scored = scorer(batch, context)
             rows = [*scored.metrics.values(), *scored.counts.values(), scored.tokens]
             values = torch.stack([row.double() for row in rows]).T  # [B, M]
             if not names:

@@ -131,7 +131,7 @@ class FirstStep:
         ):
             group = scorer.loss.group
             policy, reference = (to_loss_inputs(x, batch, group) for x in (outputs, again))
-            expected = scorer.loss.compute(policy, reference).losses
+            expected = scorer.loss.compute(policy, reference, scored.context).losses
             off = max(
                 collectives.all_gather_object(
                     float((scored.output.losses.detach() - expected).abs().max())

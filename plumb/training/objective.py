@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plumb.batching.feed import WholeBatch
 from plumb.batching.layout import Batch, by_example
+from plumb.distributed import sharding
 from plumb.losses.contract import (
     Group,
+    Labelled,
     Lists,
     Logps,
     LossOutput,
@@ -45,6 +48,7 @@ class Scored(NamedTuple):
     balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
     # the R responses' of policy and reference, where the loss has one; detached
     compared: tuple[Logps, Logps] | None
+    context: Tensor | None = None  # the loss's batch context
 
 
 class Scorer(NamedTuple):
@@ -78,7 +82,32 @@ class Scorer(NamedTuple):
         with self.precision():
             return read(self.policy, batch, self.forward_path)
 
-    def __call__(self, batch: Batch) -> Scored:
+    @torch.no_grad()
+    def context(self, whole: WholeBatch | None, counts: bool) -> Tensor | None:
+        """Return the loss's batch context, the same on every rank; None where it has none. `counts`
+        is true on one of the ranks that see the same rows. Every rank must call it.
+        """
+        declared = self.loss.context
+        if declared is None or whole is None:
+            return None
+        # policy's sums, tokens, reference's sums
+        table = torch.zeros(*whole.shape, 3, dtype=torch.float64, device=self.device)
+        for batch, weight, where in whole.microbatches:
+            batch = batch.to(self.device)
+            policy = self.logps(self.policy, batch)
+            reference = self.reference_logps(batch, policy)
+            other = torch.zeros_like(policy.sum) if reference is None else reference.sum
+            columns = torch.stack([x.double() for x in (*policy, other)], 1)  # [R, 3]
+            values = by_example(columns, batch.n_responses)  # [B, k, 3]
+            rows = torch.from_numpy(where).to(self.device)
+            table[:, : values.shape[1]].index_add_(0, rows, weight * values)
+        # or the gradients of what FSDP has left gathered would not be found
+        sharding.reshard(self.policy)
+        sums, tokens, reference_sums = sharding.all_reduce_sum(table * counts).unbind(2)
+        known = Logps(reference_sums, tokens) if self.loss.needs_reference else None
+        return declared.compute(Logps(sums, tokens), known)
+
+    def __call__(self, batch: Batch, context: Tensor | None = None) -> Scored:
         batch = batch.to(self.device)
         watched: AbstractContextManager[list[Tensor]] = (
             self.routers.watched() if self.routers else nullcontext([])
@@ -91,12 +120,14 @@ class Scorer(NamedTuple):
         output = self.loss.compute(
             to_loss_inputs(of_policy, batch, group),
             None if of_reference is None else to_loss_inputs(of_reference, batch, group),
+            context,
         )
         tokens = summed.tokens[: len(output.losses)]
         counts: dict[str, Tensor] = {}
         if self.loss.average_over == "tokens":
             counts["loss/{}"] = by_example(summed.tokens, batch.n_responses).sum(1)
-        metrics, own = _metrics(output, to_loss_inputs(summed, batch, group)), output.metrics
+        inputs = to_loss_inputs(summed, batch, group)
+        metrics, own = _metrics(output, inputs), {**output.metrics, **_label_metrics(inputs)}
         metrics |= {name: value.detach() for name, (value, _) in own.items()}
         counts |= {name: count for name, (_, count) in own.items()}
         compared = balanced = None
@@ -115,6 +146,7 @@ class Scorer(NamedTuple):
             tokens=tokens,
             balance=balanced,
             compared=compared,
+            context=context,
         )
 
     def reference_logps(self, batch: Batch, like: Logps | Scores) -> Logps | None:
@@ -175,11 +207,17 @@ def _lists(of_model: Logps, batch: Batch) -> Lists:
     return Lists(of_lists, exists)
 
 
+def _labelled(of_model: Any, batch: Batch) -> Labelled:
+    labels = batch.extras.example["labels"]
+    return Labelled(of_model, labels > 0)
+
+
 # group -> what a loss takes, from the values of a batch's responses
 INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
     "single": _single,
     "pair": _pairs,
     "list": _lists,
+    "labelled": _labelled,
 }
 
 
@@ -200,7 +238,9 @@ def shared_tokens(batch: Batch) -> Tensor:
     return ((first == second) & within).long().cumprod(1).sum(1)
 
 
-def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs | Lists) -> dict[str, Tensor]:
+def _metrics(
+    output: LossOutput, policy: Logps | Labelled | Pairs | ScoredPairs | Lists
+) -> dict[str, Tensor]:
     """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties
     do not count.
     """
@@ -223,9 +263,18 @@ def _metrics(output: LossOutput, policy: Logps | Pairs | ScoredPairs | Lists) ->
             "logps_{}/rejected": worst,
             "logps_{}/accuracies": (best > worst).float(),  # ours: the policy's own ranking
         }
-    else:
+    elif isinstance(policy, Logps):
         metrics["logps_{}/chosen"] = policy.sum
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def _label_metrics(policy: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the log-probabilities of desirable responses as chosen, of undesirable as rejected."""
+    if not isinstance(policy, Labelled):
+        return {}
+    yes = policy.desirable
+    sums = policy.responses.sum
+    return {"logps_{}/chosen": (sums * yes, yes), "logps_{}/rejected": (sums * ~yes, ~yes)}
 
 
 def _ends(policy: Pairs | Lists) -> tuple[Tensor, Tensor]:

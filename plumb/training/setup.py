@@ -4,7 +4,7 @@ log-probabilities, the first values of a scalar head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumb.batching.feed import Feed
+from plumb.batching.feed import Feed, KnownLogps
 from plumb.console import quiet, rank0_print
 from plumb.distributed import collectives, sharding
 from plumb.models.draws import run_without_draws
 from plumb.models.forward_path import DTYPES, ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
-from plumb.models.reference_cache import ReferenceCache, digests_of_all
+from plumb.models.reference_cache import ReferenceCache, digests_of_all, response_digests
 from plumb.models.routers import Routers, routers_of
 from plumb.models.scalar_head import fit_head
 from plumb.training.evaluator import all_hidden, all_logps, folds_of
@@ -118,8 +118,44 @@ def add_reference_logps(
     cache: ReferenceCache,
     is_primary_replica: bool,
 ) -> None:
-    """Give the feed the reference's log-probabilities of the examples `indices`: from the cache,
-    and by one pass over those that are not in it. Every rank must call it.
+    """Give the feed the reference's log-probabilities of the examples `indices`. Every rank must
+    call it.
+    """
+    _, known = _reference_logps(scorer, feed, indices, cache, is_primary_replica)
+    feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
+    feed.reference[indices] = known
+
+
+@torch.no_grad()
+def add_mismatched_logps(
+    scorer: Scorer,
+    feed: Feed,
+    batches: Iterable[np.ndarray],
+    cache: ReferenceCache,
+    is_primary_replica: bool,
+) -> None:
+    """Give the feed the reference's log-probabilities of the mismatched examples of all these
+    batches, for a loss with a batch context. Every rank must call it.
+    """
+    examples = [e for indices in batches for e in feed.mismatched_examples(indices)]
+    mismatched = Feed(examples, feed.packing, feed.rank)
+    digests, logps = _reference_logps(
+        scorer, mismatched, np.arange(len(examples)), cache, is_primary_replica
+    )
+    digests, first = np.unique(digests, return_index=True)
+    feed.known = KnownLogps(digests, logps.ravel()[first])
+    feed.digests = response_digests
+
+
+def _reference_logps(
+    scorer: Scorer,
+    feed: Feed,
+    indices: np.ndarray,
+    cache: ReferenceCache,
+    is_primary_replica: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the digests and the reference's log-probabilities of the examples `indices`, [n, k]
+    each: from the cache, and by one pass over those that are not in it.
     """
     model = scorer.reference or scorer.policy
     digests = digests_of_all(feed.examples, indices)
@@ -138,8 +174,7 @@ def add_reference_logps(
         f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
         + (f", {len(new):,} computed now" if len(new) else "")
     )
-    feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
-    feed.reference[indices] = known
+    return digests, known
 
 
 @torch.no_grad()
