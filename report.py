@@ -1,5 +1,5 @@
-"""The report on runs: `python report.py RUN [RUN ...]` writes a page that stands by itself, and its
-curves as a PNG.
+"""Report on runs: `python report.py RUN [RUN ...]` writes a self-contained page, and its curves as
+a PNG.
 
 What it says is in reports/diagnosis.py and runs/history.py, what it draws in reports/curves.py, how
 it looks in reports/report.html.

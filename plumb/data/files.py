@@ -144,8 +144,8 @@ class RawRow(NamedTuple):
         return self.check_messages(self.value(field), field)
 
     def check_messages(self, value: Any, field: str) -> Messages:
-        """A list of {role, content} or ShareGPT {from, value}, one of them alone, or lists of roles
-        and contents.
+        """Return a list of {role, content} or ShareGPT {from, value}, one of them alone, or lists
+        of roles and contents, as messages.
         """
         turns = _transposed(value) if isinstance(value, dict) else value
         if not isinstance(turns, list) or not turns:
@@ -556,7 +556,7 @@ def _read_bytes(
 def _lines(
     stream: BinaryIO, file: str, longest: int = -1, on_bad: OnBad | None = None
 ) -> Iterator[str]:
-    """The lines, decoded one at a time so that an error can say where; the byte-order mark is
+    """Yield the lines, decoded one at a time so that an error can say where; the byte-order mark is
     dropped.
 
     What cannot be decoded goes to `on_bad`, where there is one, and leaves an empty line.
@@ -631,8 +631,8 @@ def and_more(n: int, unit: str) -> str:
 
 
 def _read_json(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """A list of rows, {"data": [rows]}, or JSON lines under the name .json, as SHP's own files
-    are.
+    """Yield the rows of a list, of {"data": [rows]}, or of JSON lines under the name .json, as
+    SHP's own files are.
     """
     text = "".join(_lines(stream, file))
     if not text.strip():
@@ -663,8 +663,8 @@ def _read_json(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iter
 
 
 def _read_csv(stream: BinaryIO, file: str, on_bad: OnBad | None = None) -> Iterator[RawRow]:
-    """The header names the fields; a row is called by its first line, for quoted cells may hold
-    line breaks.
+    """Yield the rows, with the fields named by the header; a row is named after its first line,
+    since quoted cells may hold line breaks.
 
     Cells stand apart by a comma, or by the semicolon or tab that parts the header where no comma
     does.

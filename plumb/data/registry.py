@@ -36,8 +36,8 @@ from plumb.errors import UserError
 
 
 class Prompt(TypedDict):
-    """What a loader returns for each prompt text: the 2023 contract, and the scores where there are
-    any.
+    """Hold what a loader returns for each prompt text: the original's contract, and scores if there
+    are any.
     """
 
     responses: list[str]  # each starting with its own leading space

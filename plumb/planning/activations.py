@@ -48,10 +48,10 @@ def count(
     autocast: torch.dtype | None,
     recompute: bool,
 ) -> Held:
-    """The most that the body's forward and backward pass hold beside weights and gradients, which
-    are there from an earlier microbatch. `shape`: rows, and tokens of each; `n_keys` of one row of
-    trees, each prompt's counted once per response, or None for padded rows through the model's own
-    attention. `dtype`: of the weights as they compute.
+    """Return the most that the body's forward and backward pass hold beside weights and gradients,
+    which are present from an earlier microbatch. `shape`: rows, and tokens in each; `n_keys`: of
+    one row of trees, each prompt's counted once per response, or None for padded rows through the
+    model's own attention. `dtype`: of the weights as they compute.
 
     Raises whatever the model's code raises where it looks into data, or where its attention cannot
     be exchanged.

@@ -1,4 +1,4 @@
-"""The GPUs that plan=true may plan for. Imports no torch."""
+"""List the GPUs that plan=true may plan for. Imports no torch."""
 
 from __future__ import annotations
 
