@@ -72,7 +72,8 @@ class Segments:
 
 class Batch(NamedTuple):
     """Hold a microbatch: B trees in one row. Responses are numbered with all first ones before all
-    second ones.
+    second ones: example b's j-th comes after every response j' < j, and after the j-th of the
+    examples before b that have one.
     """
 
     input_ids: Tensor  # [1, T] int64
