@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 import torch
 from runs import DPO, FAST, STEADY, records
+from test_eval import evaluate
 from test_margins import view_of, write
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import by_example, pack
 from plumb.batching.microbatches import Packing, split_into_microbatches
+from plumb.console import to_dict
 from plumb.data.examples import concatenate, contradicted, ids_of, lengths_of
 from plumb.data.extras import Extras
 from plumb.errors import UserError
 from plumb.losses import BatchContext, LossOutput, registry
+from plumb.losses.registry import build_loss
+from plumb.models.forward_path import PLAIN_PATH
+from plumb.planning import plan
+from plumb.training import setup
 
 RANKED = [
     {"prompt": "a", "responses": ["x", "yy", "zzz"], "ranks": [2, 3, 1]},
@@ -260,3 +266,59 @@ def test_a_loss_may_compare_each_example_with_the_whole_batch(train, data, monke
     for ours, theirs in zip(*runs, strict=True):
         for name in ("loss/train", "mean_train/h"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5)
+
+
+# ---- every new loss, from its data to its evaluation ----
+
+NEW = {
+    "simpo": (["loss=simpo", "loss.beta=2", "loss.gamma=0.5"], "data"),
+    "plackett_luce": (["loss=plackett_luce", "loss.beta=0.1"], "lists"),
+    "kto": (["loss=kto", "loss.beta=0.1"], "votes"),
+}
+
+
+@pytest.fixture(params=NEW)
+def new_loss(request):
+    """`(options of the loss, its data)`, of each in turn."""
+    options, rows = NEW[request.param]
+    return [*options, f"datasets=[{request.getfixturevalue(rows)}]", *FAST]
+
+
+SHORT = [*DPO[2:], "n_examples=12", "batch_size=6", STEADY]
+
+
+def test_the_layout_of_a_batch_changes_nothing(train, new_loss, monkeypatch):
+    """Packed trees, padded rows, and three microbatches of either."""
+
+    def run(name, *more):
+        return [
+            (row["loss/train"], row["grad_norm"])
+            for row in records(train(name, *new_loss, *SHORT, "reference=auto", *more), "train")
+        ]
+
+    first = run("packed")
+    assert first[-1][0] < first[0][0]
+    others = [run("packed3", "gradient_accumulation_steps=3")]
+    padded = lambda *a, **k: (PLAIN_PATH, "as told")
+    monkeypatch.setattr(setup, "choose_forward_path", padded)
+    others += [run("padded"), run("padded3", "gradient_accumulation_steps=3")]
+    for other in others:
+        assert other == [pytest.approx(step, rel=2e-4) for step in first]
+
+
+def test_eval_says_what_training_said(train, new_loss, tmp_path):
+    """On all held-out examples, from the run directory alone."""
+    run_dir = train("run", *new_loss, *SHORT, "eval_share=0.3", "n_eval_examples=null")
+    out = tmp_path / "numbers.json"
+    evaluate(run_dir, "--out", out)
+    found, said = json.loads(out.read_text())["metrics"], records(run_dir, "eval")[-1]
+    expected = {name: value for name, value in said.items() if name != "step"}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_plan_of_it(new_loss, compose, here, tiny_model):
+    config = compose(
+        *here, "exp_name=x", *new_loss, f"model.name_or_path={tiny_model}", "plan=true"
+    )
+    text = plan.show(config, build_loss(to_dict(config.loss)))
+    assert "\nfits: " in text and "read here" in text
