@@ -7,6 +7,7 @@ through the user's hands ends in one line and exit code 2.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -48,11 +49,15 @@ from utils import environment, get_local_run_dir, peak_memory_gb
 # What imports torch or transformers is imported by the functions that use it: --help and a refused
 # knob answer within a second.
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
     from plumb.distributed import sharding
+    from plumb.losses.registry import Loss
     from plumb.runs import checkpoints, directory
     from plumb.training.metrics import TrainingLog
+    from plumb.training.run_plan import RunPlan
+    from plumb.training.setup import Data, Reference
+    from trainers import BasicTrainer
 
 OmegaConf.register_new_resolver(
     "get_local_run_dir", get_local_run_dir, use_cache=True, replace=True
@@ -202,123 +207,54 @@ def train(config: DictConfig) -> None:
 def train_from(
     config: DictConfig, owner: directory.RunLock, checkpoint: checkpoints.Checkpoint | None
 ) -> None:
-    """From a checkpoint of this run, or from its beginning."""
+    """Train from a checkpoint of this run, or from its beginning."""
     import torch
 
-    import trainers
-    from plumb.data.prepare import check_margins, load_examples
-    from plumb.data.token_store import tokenizer_fingerprint
-    from plumb.distributed import collectives
     from plumb.losses.registry import build_loss
-    from plumb.models.export import rehearse
-    from plumb.models.forward_path import DTYPES
-    from plumb.models.layout_probe import check_rope
-    from plumb.models.load import (
-        check_length,
-        check_vocabulary,
-        check_weights,
-        describe,
-        load_config,
-        load_policy,
-        load_reference,
-        load_tokenizer,
-    )
+    from plumb.models.load import describe
     from plumb.models.reference_cache import weights_digest
     from plumb.reports.curves import draw_curves
-    from plumb.runs import identity, lineage
+    from plumb.runs import identity
+    from trainers import TRAINERS
 
     start = time.monotonic()
     loss = build_loss(to_dict(config.loss))
     run_dir = owner.run_dir
-    check_rope(load_config(config), config.max_length)
-    check_length(config)
-    tokenizer = load_tokenizer(config)
-    check_weights(config, scalar=loss.reads == "scores")
-    if config.export:
-        collectives.from_rank0(partial(rehearse, config, run_dir))
-    train_examples, eval_examples = load_examples(config, tokenizer, loss.group)
-    if note := lineage.lineage(config, schema.deciding_slices()):
-        rank0_print(note)
-    if loss.needs_margins:
-        check_margins(train_examples, eval_examples)
-    layout = trainers.TRAINERS[config.trainer].make_layout(config)
-    several_gpus = (
-        config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
-    )
-    device_map = "balanced" if several_gpus else None
-    policy = load_policy(config, device_map, layout, scalar=loss.reads == "scores")
-    dtype = config.model.reference_dtype and DTYPES[config.model.reference_dtype]
-    highest = max(train_examples.highest_id(), eval_examples.highest_id())
-    check_vocabulary(
-        policy, tokenizer, highest, config.model.name_or_path, chain(train_examples, eval_examples)
-    )
+
+    # data and policy
+    data = load_data(config, loss, run_dir)
+    layout = TRAINERS[config.trainer].make_layout(config)
+    policy = load_checked_policy(config, loss, data, layout)
     describe(policy, config)
-    weights = weights_digest(policy)
-    fingerprint = identity.fingerprint(
-        config,
-        schema.may_change,
-        tokenizer_fingerprint(tokenizer),
-        train_examples,
-        eval_examples,
-        weights,
-    )
-    changed = []
+    digest = weights_digest(policy)
+
+    # what the run is made of, and is it that of the checkpoint?
+    fingerprint = fingerprint_of(config, data, digest)
+    changed: list[str] = []
     if checkpoint is not None:
         changed = identity.compare(
             run_dir, checkpoint.manifest.fingerprint, fingerprint, config.resume_allow
         )
-        # what was decided by the memory of that moment stays
-        for knob, value in checkpoint.manifest.decisions.items():
-            if (
-                config.get(knob, "") in (None, "auto")
-                and value is not None
-                and (knob != "fsdp_reduce" or layout is not None)
-            ):
-                config[knob] = value
-    reference, cached = None, False
-    if loss.needs_reference:
-        cached = cache_reference(config, policy, len(train_examples), layout)
-        # otherwise the policy, before its first step, is the reference
-        if not cached or dtype not in (None, policy.dtype):
-            reference = load_reference(policy, dtype, config, layout)
+        config = with_decisions(config, checkpoint.manifest.decisions, sharded=layout is not None)
 
+    # what memory decides, and the reference
+    plan = decide(config, loss, policy, data, layout)
+    reference = load_reference_for(config, plan, policy, digest, layout)
+
+    # train
     owner.claim()
     log = open_log(config, run_dir, checkpoint, changed)
-    failed, budget = True, config.tokens_per_microbatch
+    failed = True
+    budget = config.tokens_per_microbatch
     try:
-        trainer = trainers.TRAINERS[config.trainer](
-            config,
-            policy,
-            reference,
-            weights if cached else None,
-            loss,
-            tokenizer,
-            train_examples,
-            eval_examples,
-            run_dir,
-            log,
-            layout,
+        trainer = TRAINERS[config.trainer](
+            config, policy, reference, loss, data, plan, fingerprint, run_dir, log, layout
         )
-        del policy, reference  # the trainer's; one that was only run once is free
+        del policy, reference  # the trainer's; a reference that was only run once is freed
         budget = trainer.packing.budget
-        trainer.fingerprint = fingerprint
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        if config.n_examples and config.n_examples > trainer.schedule.n_examples:
-            rank0_print(
-                f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after"
-                f" {trainer.schedule.n_examples}; set n_epochs=null to continue"
-            )
-        rank0_print(
-            f"{loss.name}: {trainer.schedule.n_examples:,} examples in {trainer.n_steps:,} steps ->"
-            f" {run_dir}"
-        )
-        if config.warmup_steps >= trainer.n_steps > 0:
-            rank0_print(
-                "note: the run ends within its warmup, at"
-                f" {trainer.n_steps / (config.warmup_steps + 1):.0%} of lr;"
-                f" warmup_steps={trainer.n_steps // 10} would be a tenth of its steps"
-            )
+        print_schedule(config, trainer)
         trainer.train()
         failed = False
     except torch.OutOfMemoryError:
@@ -334,6 +270,152 @@ def train_from(
         print(
             f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves:"
             f" {draw_curves([run_dir])}"
+        )
+
+
+def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
+    """Return tokenizer and examples, after checks of what the model's config says without its
+    weights.
+    """
+    from plumb.data.prepare import check_margins, load_examples
+    from plumb.distributed import collectives
+    from plumb.models.export import rehearse
+    from plumb.models.layout_probe import check_rope
+    from plumb.models.load import check_length, check_weights, load_config, load_tokenizer
+    from plumb.runs import lineage
+    from plumb.training.setup import Data
+
+    check_rope(load_config(config), config.max_length)
+    check_length(config)
+    tokenizer = load_tokenizer(config)
+    check_weights(config, scalar=loss.reads == "scores")
+    if config.export:
+        collectives.from_rank0(partial(rehearse, config, run_dir))
+    train_examples, eval_examples = load_examples(config, tokenizer, loss.group)
+    if note := lineage.lineage(config, schema.deciding_slices()):
+        rank0_print(note)
+    if loss.needs_margins:
+        check_margins(train_examples, eval_examples)
+    return Data(tokenizer, train_examples, eval_examples)
+
+
+def load_checked_policy(
+    config: DictConfig, loss: Loss, data: Data, layout: sharding.Layout | None
+) -> PreTrainedModel:
+    """Return the policy where it will be trained, once it knows all ids of the data."""
+    import torch
+
+    from plumb.models.load import check_vocabulary, load_policy
+
+    several_gpus = (
+        config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
+    )
+    device_map = "balanced" if several_gpus else None
+    policy = load_policy(config, device_map, layout, scalar=loss.reads == "scores")
+    check_vocabulary(
+        policy,
+        data.tokenizer,
+        max(data.train.highest_id(), data.evaluation.highest_id()),
+        config.model.name_or_path,
+        chain(data.train, data.evaluation),
+    )
+    return policy
+
+
+def fingerprint_of(config: DictConfig, data: Data, digest: str) -> dict[str, Any]:
+    """Return what the run is made of; `digest`: of the policy's weights."""
+    from plumb.data.token_store import tokenizer_fingerprint
+    from plumb.runs import identity
+
+    return identity.fingerprint(
+        config,
+        schema.may_change,
+        tokenizer_fingerprint(data.tokenizer),
+        data.train,
+        data.evaluation,
+        digest,
+    )
+
+
+def with_decisions(config: DictConfig, decisions: dict[str, Any], sharded: bool) -> DictConfig:
+    """Return the config with what the run decided by the memory of its first start, where the
+    config leaves the choice.
+    """
+    config = copy.deepcopy(config)
+    for knob, value in decisions.items():
+        is_open = config.get(knob, "") in (None, "auto")
+        if is_open and value is not None and (knob != "fsdp_reduce" or sharded):
+            config[knob] = value
+    return config
+
+
+def decide(
+    config: DictConfig,
+    loss: Loss,
+    policy: PreTrainedModel,
+    data: Data,
+    layout: sharding.Layout | None,
+) -> RunPlan:
+    """Return what the memory at hand decides, and print whether the reference is live or cached."""
+    from plumb.data.examples import lengths_of
+    from plumb.distributed.device import pick_device
+    from plumb.training.optimizers import make_schedule
+    from plumb.training.run_plan import numbers_at_hand, plan_run
+
+    n = len(data.train)
+    numbers = numbers_at_hand(
+        policy,
+        layout.device if layout is not None else pick_device(config),
+        layout,
+        mean_tokens=float(lengths_of(data.train).tokens().mean()),
+        repeats=make_schedule(config, n).n_examples > n,
+    )
+    plan = plan_run(config, policy.config, loss.needs_reference, numbers)
+    if plan.reference is not None:
+        rank0_print(f"reference: {plan.reference} ({plan.why})")
+    return plan
+
+
+def load_reference_for(
+    config: DictConfig,
+    plan: RunPlan,
+    policy: PreTrainedModel,
+    digest: str,
+    layout: sharding.Layout | None,
+) -> Reference:
+    """Return the reference of this plan. A cached one of the policy's precision needs no model: it
+    is the policy before its first step. `digest`: of the policy's weights.
+    """
+    from plumb.models.forward_path import DTYPES
+    from plumb.models.load import load_reference
+    from plumb.training.setup import Reference
+
+    if plan.reference is None:
+        return Reference()
+    name = config.model.reference_dtype
+    dtype = name and DTYPES[name]
+    cached = plan.reference == "cached"
+    model = None
+    if not cached or dtype not in (None, policy.dtype):
+        model = load_reference(policy, dtype, config, layout)
+    return Reference(model, digest if cached else None)
+
+
+def print_schedule(config: DictConfig, trainer: BasicTrainer) -> None:
+    """Print how long the run will be, and what is odd about that."""
+    n = trainer.schedule.n_examples
+    n_steps = trainer.n_steps
+    if config.n_examples and config.n_examples > n:
+        rank0_print(
+            f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {n}; set"
+            " n_epochs=null to continue"
+        )
+    rank0_print(f"{trainer.loss.name}: {n:,} examples in {n_steps:,} steps -> {trainer.run_dir}")
+    if config.warmup_steps >= n_steps > 0:
+        rank0_print(
+            "note: the run ends within its warmup, at"
+            f" {n_steps / (config.warmup_steps + 1):.0%} of lr;"
+            f" warmup_steps={n_steps // 10} would be a tenth of its steps"
         )
 
 
@@ -373,51 +455,6 @@ def open_log(
     collectives.from_rank0(prepare)
     sinks = make_sinks(redacted(to_dict(config)), run_dir, checkpoint and checkpoint.manifest.wandb)
     return TrainingLog(sinks, config.minimum_log_interval_secs)
-
-
-def cache_reference(
-    config: DictConfig, policy: torch.nn.Module, n: int, layout: sharding.Layout | None
-) -> bool:
-    """Is the reference to be run once over the data, and not beside the policy? With
-    reference=auto: if examples come more than once, or if a second model would take a quarter of
-    the memory that the policy's training leaves. Says which.
-    """
-    from plumb.distributed import collectives
-    from plumb.distributed.device import pick_device
-    from plumb.training.budget import (
-        memory_at_hand,
-        short_for_reference,
-        trained_bytes,
-        weights_bytes,
-    )
-    from plumb.training.optimizers import make_schedule
-
-    several = make_schedule(config, n).n_examples > n
-    one = float(weights_bytes(policy))
-    trained = float(trained_bytes(policy))
-    free = float(memory_at_hand(pick_device(config)))
-    if layout is not None:  # a sharded policy lies where it will be trained already
-        one, trained, free = (
-            one / layout.n_shards,
-            trained / layout.n_shards,
-            free + one / layout.n_shards,
-        )
-    tight = short_for_reference(one, trained, free)
-    cached = collectives.broadcast_object(
-        {"auto": several or tight, "live": False, "cached": True}[config.reference]
-    )
-    why = (
-        "examples come more than once"
-        if several
-        else "memory is short"
-        if tight
-        else "each example comes once"
-    )
-    rank0_print(
-        f"reference: {'cached' if cached else 'live'}"
-        f" ({why if config.reference == 'auto' else 'as set'})"
-    )
-    return cached
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from plumb.batching.feed import Feed, Step
 from plumb.batching.microbatches import Packing
 from plumb.console import quiet, rank, rank0_print
-from plumb.data.examples import lengths_of
-from plumb.data.tokenization import Example
 from plumb.distributed import collectives, sharding
 from plumb.distributed.device import pick_device
 from plumb.distributed.progress import run_progress
@@ -32,7 +30,6 @@ from plumb.distributed.signals import stop_requested
 from plumb.losses.registry import Loss
 from plumb.models import reference_cache
 from plumb.models.blocks import block_class, compile_blocks
-from plumb.models.chunked_head import held_bytes
 from plumb.models.forward_path import DTYPES, ForwardPath
 from plumb.models.scalar_head import scores
 from plumb.paths import get_local_dir
@@ -44,6 +41,7 @@ from plumb.training.evaluator import EvalSampler, Evaluator
 from plumb.training.metrics import Means, Record, TrainingLog
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer, make_schedule, make_scheduler
+from plumb.training.run_plan import RunPlan
 from plumb.training.stopping import StopRule
 from plumb.training.throughput import Throughput
 from plumb.training.train_state import Position, TrainState, parts_of_2023
@@ -59,32 +57,31 @@ class BasicTrainer:
         self,
         config: DictConfig,
         policy: PreTrainedModel,
-        reference: PreTrainedModel | None,
-        weights: str | None,
+        reference: setup.Reference,
         loss: Loss,
-        tokenizer: PreTrainedTokenizerBase,
-        train: Sequence[Example],
-        evaluation: Sequence[Example],
+        data: setup.Data,
+        plan: RunPlan,
+        fingerprint: dict[str, Any],
         run_dir: Path,
         log: TrainingLog,
         layout: sharding.Layout | None = None,
     ):
-        """`reference`: to be run beside the policy, or, with `weights`, once. `weights`: the digest
-        of the reference's, whose log-probabilities are then taken from a cache; a reference that is
-        None is the policy before its first step. `layout`: how both models lie over several
-        processes, which they do already.
+        """`plan`: what was decided by the memory at hand. `fingerprint`: what the run is made of.
+        `layout`: how both models lie over several processes, which they do already.
         """
         self.config = config
         self.run_dir = run_dir
         self.log = log
         self.loss = loss
-        self.tokenizer = tokenizer
+        self.tokenizer = data.tokenizer
+        self.plan = plan
+        self.fingerprint = fingerprint
         self.layout = layout
         # of those who see other rows
         self.rank, self.world_size = (layout.rank, layout.n_rows) if layout is not None else (0, 1)
         # one of the ranks that see the same rows
         self.is_primary_replica = layout is None or layout.first_of_rows
-        self.schedule = make_schedule(config, len(train))
+        self.schedule = make_schedule(config, len(data.train))
         cost = sizing.cost_of(policy)
         block = block_class(policy, config.model.block_name) if config.compile else None
         if config.activation_checkpointing is True:
@@ -92,7 +89,7 @@ class BasicTrainer:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         self.policy = self.place(policy)
-        reference = self.place(reference) if reference is not None else None
+        reference_model = self.place(reference.model) if reference.model is not None else None
         self.device = layout.device if layout is not None else next(self.policy.parameters()).device
         spec = config.model
         self.computation = setup.Computation(
@@ -108,23 +105,23 @@ class BasicTrainer:
 
         routers = setup.watch_routers(self.policy, config.router_aux_loss)
         setup.stop_draws(self.policy, self.device)
-        forward_path = self.choose_forward_path(train)
-        budget = collectives.broadcast_object(self.token_budget(train, forward_path))
+        forward_path = self.choose_forward_path()
+        budget = self.token_budget(forward_path)
         rank0_print(f"microbatches of up to {budget:,} tokens")
         self.packing = Packing(
             forward_path.packed,
             budget,
             self.world_size,
-            tokenizer.pad_token_id,
+            data.tokenizer.pad_token_id,
             config.max_length,
             row_length=budget if config.compile and forward_path.packed else None,
         )
         if block is not None:  # after the layout was tried, on rows of other lengths
-            for model in (self.policy, reference) if reference is not None else (self.policy,):
+            for model in filter(None, (self.policy, reference_model)):
                 compile_blocks(model, block, config.activation_checkpointing)
         self.scorer = Scorer(
             self.policy,
-            reference,
+            reference_model,
             loss,
             forward_path,
             self.computation.autocast,
@@ -132,10 +129,10 @@ class BasicTrainer:
             routers,
         )
         context = loss.context_examples
-        self.train_feed = Feed(train, self.packing, self.rank, context=context)
-        self.eval_feed = Feed(evaluation, self.packing, self.rank, context=context)
-        if weights is not None:
-            self.find_reference_logps(weights)
+        self.train_feed = Feed(data.train, self.packing, self.rank, context=context)
+        self.eval_feed = Feed(data.evaluation, self.packing, self.rank, context=context)
+        if reference.digest is not None:
+            self.find_reference_logps(reference.digest)
             self.scorer = self.scorer._replace(reference=None)
         self.evaluator = Evaluator(
             self.scorer, self.eval_feed, config.eval_batch_size, self.is_primary_replica
@@ -152,10 +149,9 @@ class BasicTrainer:
             best_by=config.keep_best,
         )
         self.state = TrainState(self.policy, self.optimizer, self.saver)
-        self.fingerprint: dict[str, Any] = {}
         self.decisions: dict[str, Any] = {"tokens_per_microbatch": budget}
-        if loss.needs_reference:
-            self.decisions["reference"] = "live" if weights is None else "cached"
+        if plan.reference is not None:
+            self.decisions["reference"] = plan.reference
 
     # ---- what other trainers change ----
 
@@ -188,34 +184,21 @@ class BasicTrainer:
 
     # ---- before training ----
 
-    def choose_forward_path(self, train: Sequence[Example]) -> ForwardPath:
+    def choose_forward_path(self) -> ForwardPath:
         """Return how the models compute, and print why."""
         return setup.find_forward_path(
             self.policy,
             self.tokenizer,
             self.computation,
             self.config.max_length,
-            lambda forward_path: self.token_budget(train, forward_path),
+            self.token_budget,
         )
 
-    def token_budget(self, train: Sequence[Example], forward_path: ForwardPath) -> int:
-        """Return the tokens of a microbatch: as configured, or from the memory at hand."""
-        trained = sizing.trained_bytes(self.policy) / (
-            1 if self.layout is None else self.layout.n_shards
-        )
-        free = sizing.memory_at_hand(self.device) - trained - held_bytes(self.device)
-        mean = float(np.mean(lengths_of(train).tokens()))
-        small = forward_path.plain_head or scores(self.policy)  # no logits
-        return sizing.token_budget(
-            self.config,
-            self.policy.config,
-            self.device,
-            self.computation.dtype,
-            free,
-            small,
-            mean,
-            self.world_size,
-        )
+    def token_budget(self, forward_path: ForwardPath) -> int:
+        """Return the tokens of a microbatch. A score takes no logits, and so does a head that is
+        computed in chunks.
+        """
+        return self.plan.tokens(forward_path.plain_head or scores(self.policy))
 
     def find_reference_logps(self, weights: str) -> None:
         """Give both feeds the reference's log-probabilities: from the cache, and by one pass over
@@ -571,15 +554,12 @@ class FSDPTrainer(BasicTrainer):
     def autocast(self, device: torch.device) -> Callable[[], Any]:
         return nullcontext  # the sharded modules cast by themselves
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        n = sum(p.numel() for p in self.policy.parameters()) / self.layout.tp_size
-        each = sizing.sums_each(self.config, n, sizing.memory_at_hand(self.device))
-        self.each = bool(collectives.all_reduce_max([each])[0])
-        self.decisions["fsdp_reduce"] = "each" if self.each else "last"
+    def __init__(self, config: DictConfig, *arguments: Any, **options: Any):
+        super().__init__(config, *arguments, **options)
+        self.decisions["fsdp_reduce"] = "each" if self.plan.reduce_each else "last"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        sharding.reduce_gradients(self.policy, now=last, each=self.each)
+        sharding.reduce_gradients(self.policy, now=last, each=self.plan.reduce_each)
         super().backward(loss, last)
 
     def policy_state(self) -> dict[str, torch.Tensor]:

@@ -280,8 +280,11 @@ class Plumb(Contender):
         """The trainer as train.py would build it, its config without Hydra."""
         from omegaconf import OmegaConf
 
+        from plumb.data.examples import lengths_of
         from plumb.losses.registry import build_loss
         from plumb.training.metrics import TrainingLog
+        from plumb.training.run_plan import numbers_at_hand, plan_run
+        from plumb.training.setup import Data, Reference
         from trainers import BasicTrainer
 
         setting, root = self.setting, Path(__file__).resolve().parents[1]
@@ -318,15 +321,18 @@ class Plumb(Contender):
             }
         self.log = TrainingLog([], float("inf"))
         tokenizer: Any = PlainIds(self.policy.config.vocab_size)
+        loss = build_loss(knobs)
+        data: Any = (examples, [])
+        mean = float(lengths_of(examples).tokens().mean())
+        numbers = numbers_at_hand(self.policy, self.device, None, mean, repeats=False)
         return BasicTrainer(
             config,
             self.policy,
-            self.reference,
-            None,
-            build_loss(knobs),
-            tokenizer,
-            examples,
-            [],
+            Reference(self.reference),
+            loss,
+            Data(tokenizer, *data),
+            plan_run(config, self.policy.config, loss.needs_reference, numbers),
+            {},
             Path(),
             self.log,
         )

@@ -27,7 +27,7 @@ from plumb.data.tokenization import Example
 from plumb.errors import UserError
 from plumb.losses.registry import Loss
 from plumb.models.blocks import block_class
-from plumb.models.chunked_head import held_bytes, step_bytes
+from plumb.models.chunked_head import step_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
 from plumb.models.scalar_head import put_scalar_head
@@ -37,6 +37,7 @@ from plumb.planning.cards import CARDS
 from plumb.training import budget as sizing
 from plumb.training.budget import ClusterShape, Memory, Precision, Weights
 from plumb.training.optimizers import make_optimizer, make_schedule
+from plumb.training.run_plan import Numbers, plan_run
 
 GPU = torch.device("cuda")  # what is planned for, wherever the plan is made
 N_STEPS = 32  # that are laid out, evenly spread over the run
@@ -265,18 +266,25 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         if data.n is None
         else make_schedule(config, data.n).n_examples > data.n
     )
-    tight = sizing.short_for_reference(each, 3 * each, room)
-    cached = {"auto": several or tight, "live": False, "cached": True}[config.reference]
-    live = loss.needs_reference and not cached
-
-    free = room - (4 + live) * each - held_bytes(GPU)
-    mean = float(np.mean(lengths_of(data.examples).tokens()))
-    budget = sizing.token_budget(
-        config, model.config, GPU, compute, free, model.plain_head, mean, layout.ranks
+    decided = plan_run(
+        config,
+        model.config,
+        loss.needs_reference,
+        Numbers(
+            device=GPU,
+            memory=room,
+            weights=each,
+            n_weights=model.weights.n / layout.tp_size,
+            ranks=layout.ranks,
+            mean_tokens=float(np.mean(lengths_of(data.examples).tokens())),
+            repeats=several,
+        ),
     )
+    live = decided.reference == "live"
+    budget = decided.tokens(model.plain_head)
     steps = lay_out(config, model, data, layout.ranks, budget)
 
-    summed = sizing.sums_each(config, model.weights.n / layout.tp_size, room)
+    summed = decided.reduce_each
     dtype, autocast = (compute, None) if sharded or compute == weights else (weights, compute)
     held = count_body(model, steps.fullest, dtype, autocast, sizing.kept(config))
     text, n = model.config.get_text_config(), steps.fullest.n_scored
@@ -302,7 +310,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         layout,
         precision,
         live,
-        loss.needs_reference and cached,
+        decided.reference == "cached",
         summed,
         held is not None,
         steps,

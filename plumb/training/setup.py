@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plumb.batching.feed import Feed, KnownLogps
 from plumb.console import quiet, rank0_print
+from plumb.data.examples import Examples
 from plumb.distributed import collectives, sharding
 from plumb.models.draws import run_without_draws
 from plumb.models.forward_path import DTYPES, ForwardPath
@@ -40,6 +41,26 @@ class Computation:
     dtype: torch.dtype  # of the forward pass
     weights_dtype: torch.dtype
     autocast: Callable[[], AbstractContextManager]  # entered around each forward pass
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and is evaluated on, and the tokenizer that made it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    evaluation: Examples
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How the reference's log-probabilities are computed. The model runs beside the policy, or,
+    with a `digest` of its weights, once over what their cache lacks; a model that is None is the
+    policy before its first step, or there is no reference.
+    """
+
+    model: PreTrainedModel | None = None
+    digest: str | None = None
 
 
 def autocast_to(name: str | None, device: torch.device) -> Callable[[], Any]:

@@ -1,0 +1,114 @@
+"""Decide what depends on memory: live or cached reference, tokens of a microbatch, when gradients
+are reduced. One pure function of numbers, for the card at hand and for one that plan=true assumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from plumb.distributed import collectives
+from plumb.models.chunked_head import held_bytes
+from plumb.models.forward_path import DTYPES
+from plumb.training import budget
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the decisions are made from; bytes are of one process.
+
+    Example: a policy of 1 B parameters in float32 on one card of 80 GB, 64,000 pairs for one epoch:
+    `Numbers(torch.device("cuda"), 80e9, 4e9, 1e9, 1, 310.0, False)`.
+    """
+
+    device: torch.device  # its kind counts
+    memory: float  # bytes, before a model is loaded
+    weights: float  # bytes of the policy's, or of its shard
+    n_weights: float  # of which gradients are kept until they are reduced
+    ranks: int  # that have their own part of a batch
+    mean_tokens: float  # of an example
+    repeats: bool  # examples come more than once
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The decisions of one run."""
+
+    reference: str | None  # "live": beside the policy; "cached": once over the data; None: no need
+    why: str  # the reason of that
+    budget: int  # tokens of a microbatch, where the head's logits are never whole
+    budget_with_logits: int
+    reduce_each: bool  # gradients after each microbatch, not after the step's last
+
+    def tokens(self, no_logits: bool) -> int:
+        """Return the tokens of a microbatch."""
+        return self.budget if no_logits else self.budget_with_logits
+
+
+def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Numbers) -> RunPlan:
+    """Decide, where the config leaves a choice.
+
+    reference=auto: cached if examples come more than once, or if a second model would take a
+    quarter of the memory that the policy's training leaves. tokens_per_microbatch=null: by what is
+    free beside weights, gradients, optimizer and a live reference. fsdp_reduce=auto: by the size of
+    all gradients.
+    """
+    weights = numbers.weights
+    tight = budget.short_for_reference(weights, 3 * weights, numbers.memory)
+    cached = {"auto": numbers.repeats or tight, "live": False, "cached": True}[config.reference]
+    why = "each example comes once"
+    if config.reference != "auto":
+        why = "as set"
+    elif numbers.repeats:
+        why = "examples come more than once"
+    elif tight:
+        why = "memory is short"
+    live = needs_reference and not cached
+    free = numbers.memory - (4 + live) * weights - held_bytes(numbers.device)
+
+    def tokens(no_logits: bool) -> int:
+        return budget.token_budget(
+            config,
+            model_config,
+            numbers.device,
+            DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype],
+            free,
+            no_logits,
+            numbers.mean_tokens,
+            numbers.ranks,
+        )
+
+    return RunPlan(
+        reference=("cached" if cached else "live") if needs_reference else None,
+        why=why,
+        budget=tokens(True),
+        budget_with_logits=tokens(False),
+        reduce_each=budget.sums_each(config, numbers.n_weights, numbers.memory),
+    )
+
+
+def numbers_at_hand(
+    policy: nn.Module, device: torch.device, layout: Any, mean_tokens: float, repeats: bool
+) -> Numbers:
+    """Return the numbers of this run, the same on all ranks: the memory of the one that has least.
+    `layout`: of several processes, over which the policy lies already. Every rank must call it.
+    """
+    shards = layout.n_shards if layout is not None else 1
+    weights = budget.weights_bytes(policy) / shards
+    loaded = weights
+    if layout is None:
+        parameters = [p for p in policy.parameters() if p.device.type == device.type]
+        loaded = float(sum(p.numel() * p.element_size() for p in parameters))
+    (least,) = collectives.all_reduce_max([-float(budget.memory_at_hand(device))])
+    return Numbers(
+        device=device,
+        memory=loaded - least,
+        weights=weights,
+        n_weights=sum(p.numel() for p in policy.parameters()) / (layout.tp_size if layout else 1),
+        ranks=layout.n_rows if layout is not None else 1,
+        mean_tokens=mean_tokens,
+        repeats=repeats,
+    )
