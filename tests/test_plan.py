@@ -19,7 +19,7 @@ from plumb.models.blocks import block_class
 from plumb.models.load import no_dropout
 from plumb.planning import activations, plan
 from plumb.settings.validation import validate
-from plumb.training import budget
+from plumb.training import budget, run_plan
 from plumb.training.budget import ClusterShape, Precision, Weights
 
 SFT = {"name": "sft", "average_over": "examples"}
@@ -368,3 +368,44 @@ def test_the_command(run_train, tmp_path, tiny_model):
     assert [f.name for f in tmp_path.iterdir()] == ["config-only"] and json.loads(
         (folder / "config.json").read_text()
     )
+
+
+# ---- the run decides the same ----
+
+
+@pytest.mark.parametrize(
+    ("gb", "options", "reference"),
+    [
+        (80, [], "live"),
+        (12, [], "cached"),  # a second model would take more than a quarter of what is left
+        (80, ["n_epochs=2"], "cached"),
+        (80, ["reference=cached", "tokens_per_microbatch=2048"], "cached"),
+    ],
+)
+def test_the_run_decides_as_the_plan(gb, options, reference, planned, monkeypatch):
+    """On a card with as much memory, from the model itself."""
+    config, loss = planned(*PAIRS, f"plan_gpu_gb={gb}", *options)
+    model = plan.read_model(config, loss)
+    data = plan.read_data(config, loss)
+    made = []
+
+    def noting(*arguments):
+        made.append((arguments[-1], run_plan.plan_run(*arguments)))
+        return made[-1][1]
+
+    monkeypatch.setattr(plan, "plan_run", noting)
+    plan.make_plan(config, loss, model, data)
+    ((numbers, decided),) = made
+
+    monkeypatch.setattr("plumb.training.budget.memory_at_hand", lambda device: gb * 1e9)
+    policy = activations.blank_model(model.config, torch.float32)
+    here = run_plan.numbers_at_hand(
+        policy,
+        torch.device("cuda"),
+        None,
+        mean_tokens=float(lengths_of(data.examples).tokens().mean()),
+        repeats=numbers.repeats,
+    )
+    assert here == numbers
+    assert run_plan.plan_run(config, policy.config, True, here) == decided
+    assert decided.reference == reference
