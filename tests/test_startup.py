@@ -1,6 +1,6 @@
 """Start-up: what only prints help or refuses a knob imports neither torch nor transformers."""
 
-import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -67,3 +67,16 @@ def test_an_evaluation_refuses_what_only_training_reads():
 
 def test_the_schema_knows_the_names_of_the_dtypes():
     assert set(schema.DTYPE_NAMES) == set(DTYPES)
+
+
+def test_the_benchmark_s_table():
+    """Median, range and CPU time of each side."""
+    spec = importlib.util.spec_from_file_location("startup", ROOT / "benchmarks/startup.py")
+    startup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(startup)
+    times = {("help", "now"): [startup.Time(wall, 0.5) for wall in (3.0, 1.0, 2.0)]}
+    assert startup.table(times, ["now"]).splitlines()[2] == "| help | 2.00 | 1.00-3.00 | 0.50 |"
+    case = startup.Case("refused", ["train.py", "lr=-1"], 2, until="missing: exp_name")
+    assert startup.measure(case, ROOT).wall > 0
+    with pytest.raises(RuntimeError, match="refused ended with 2"):
+        startup.measure(case._replace(code=0), ROOT)
