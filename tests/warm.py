@@ -119,11 +119,16 @@ class WarmServer:
     def __init__(self, environment: dict[str, str]):
         self.folder = tempfile.TemporaryDirectory()
         self.address = f"{self.folder.name}/socket"
+        self.python = Path(self.folder.name, "python")  # in place of an interpreter
+        self.python.write_text(
+            f'#!/bin/sh\nexec {sys.executable} -SE {SCRIPT} {self.address} "$@"\n'
+        )
+        self.python.chmod(0o755)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
             listener.listen(64)  # who connects meanwhile waits for the imports
             self.process = subprocess.Popen(
-                [sys.executable, SCRIPT, "--serve", str(listener.fileno())],
+                [sys.executable, SCRIPT, "--serve", str(listener.fileno()), self.python],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 cwd=ROOT,
@@ -177,12 +182,15 @@ def import_all() -> None:
     getattr(mapping, "get_checkpoint_conversion_mapping", str)("llama")
 
 
-def serve(listener: socket.socket) -> None:
-    """Fork a process for each connection, until stdin ends."""
+def serve(listener: socket.socket, python: str) -> None:
+    """Fork a process for each connection, until stdin ends. `python`: what those processes take for
+    their interpreter, so that the commands they start run warm, too.
+    """
     import select
 
     sys.path[0] = str(ROOT)  # in place of this script's folder
     import_all()
+    sys.executable = python
     children = set()
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
@@ -253,9 +261,14 @@ def be(request: dict, streams: list[int]) -> None:
         os.environ.update(request["env"])
         started_just_now()
         script, *arguments = request["command"]
-        sys.argv = [script, *arguments]
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
-        runpy.run_path(script, run_name="__main__")
+        if script == "-c":
+            code_text, *arguments = arguments
+            sys.argv = [script, *arguments]
+            exec(code_text, {"__name__": "__main__"})
+        else:
+            sys.argv = [script, *arguments]
+            sys.path[0] = os.path.dirname(os.path.abspath(script))
+            runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as exit:
         code = exit.code
@@ -296,7 +309,7 @@ def started_just_now() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(socket.socket(fileno=int(sys.argv[2])))
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
     else:
         words = [word for word in sys.argv[2:] if word != "-u"]
         connection, _ = ask(sys.argv[1], words, os.getcwd(), dict(os.environ), [0, 1, 2])

@@ -1,0 +1,119 @@
+"""Each script in benchmarks/ runs to its end at its smallest: a benchmark is run by hand, and rots
+unseen otherwise.
+
+Numbers mean nothing here. The scripts run warm (see warm.py), and so do the processes they start.
+"""
+
+import gzip
+import json
+import os
+import runpy
+
+import pytest
+from conftest import PATIENCE, ROOT
+from runs import ROWS
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(warm):
+    """`benchmark(script, *arguments)` -> what it printed."""
+
+    def run(script, *arguments):
+        command = [f"benchmarks/{script}", *map(str, arguments)]
+        done = warm.run(command, ROOT, dict(os.environ), PATIENCE)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def hh(tmp_path):
+    """A folder with files in the form of Anthropic/hh-rlhf."""
+    for part in ("harmless-base", "helpful-base"):
+        rows = [
+            {key: row["prompt"].replace("What", f"{part} {i}: what") + row[key] for key in row}
+            for i in range(6)
+            for row in ROWS
+        ]
+        path = tmp_path / "hh" / part / "test.jsonl.gz"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return tmp_path / "hh"
+
+
+def test_throughput(benchmark, tmp_path):
+    """Plumb and the manner of 2023 agree; TRL is skipped where it is not installed."""
+    out = benchmark("throughput.py", "--smoke", "--scenarios", "dpo", "--out", tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "throughput.jsonl").open()]
+    events = {(r.get("label"), r["event"]) for r in records}
+    assert {("plumb", "step"), ("2023 manner", "step"), ("2023 manner", "agrees")} <= events
+    assert ("TRL, best", "step") in events or "TRL is not installed" in out
+    assert (tmp_path / "throughput.png").is_file()
+
+
+def test_host_work(benchmark, tmp_path):
+    assert "digests" in benchmark("host_work.py", "--smoke", "--out", tmp_path)
+
+
+def test_balance(benchmark, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import make_tokens
+
+    make_tokens.save(tmp_path / "tokens.npz", make_tokens.synthetic(128, 1000, scale=0.2))
+    benchmark(
+        "balance.py", "--tokens", tmp_path / "tokens.npz", "--pairs", 64, "--out", tmp_path / "out"
+    )
+    assert (tmp_path / "out/balance.md").read_text().count("\n") > 2
+
+
+def test_make_tokens_and_input(benchmark, hh, tmp_path):
+    tokenizer = ["--tokenizer", ROOT / "demo/tokenizer/tokenizer.json"]
+    data = hh / "harmless-base/test.jsonl.gz"
+    tokens = tmp_path / "tokens.npz"
+    out = benchmark(
+        "make_tokens.py", "--data", data, *tokenizer, "--eos", "<|end|>", "--out", tokens
+    )
+    assert "120 pairs" in out
+    out = benchmark(
+        "input.py", "--hh", hh, *tokenizer, "--pairs", 300, "--questions", 20, "--out", tmp_path
+    )
+    assert [line.split("  ")[0].strip() for line in out.splitlines()] == [
+        "cold",
+        *["warm"] * 3,
+        "assembly",
+        "written",
+        "questions, cold",
+        "questions, warm",
+    ]
+
+
+def test_plan_memory(benchmark, tmp_path):
+    out = benchmark("plan_memory.py", "--smoke", "--only", "gpt_neox loss=sft", "--out", tmp_path)
+    assert out.count("| gpt_neox ") == 2  # once as it comes, once in the table
+
+
+def test_reward_hh(benchmark, hh, tiny_model, tmp_path):
+    out = benchmark(
+        "reward_hh.py",
+        tmp_path / "out",
+        *("--model", tiny_model, "--data", hh, "--smoke"),
+        *("--parts", "frozen", "final", "--final", "n_examples=8", "batch_size=4"),
+    )
+    assert "| fitted |" in out and "| final |" in out
+
+
+def test_malformed():
+    files = runpy.run_path(str(BENCHMARKS / "malformed.py"))["malformed"](ROWS)
+    assert len(files) == 30 and all(isinstance(content, bytes) for content in files.values())
+
+
+def test_reliability(benchmark, tmp_path):
+    """Plumb's side: a run, one that is killed, and its resume."""
+    benchmark(
+        *("reliability_trl.py", "plumb", "--groups", "kills", "--kills", 1, "--folder", tmp_path)
+    )
+    cases = json.loads((tmp_path / "plumb.json").read_text())["cases"]
+    assert cases and all(verdict == "right" for _, _, verdict, _ in cases), cases
