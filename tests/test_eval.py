@@ -190,7 +190,7 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
     [
         (
             ["{tiny}", *DPO[:2], "datasets=[{data}]", "eval_share=0.4"],
-            "neither is its reference; give --reference",
+            "so is its reference; give --reference",
         ),
         (
             ["{tiny}", "loss=reward", "datasets=[{data}]", "eval_share=0.4"],

@@ -219,7 +219,7 @@ def test_2023_loader_drops_in(register):
         return data
 
     loaded = get_dataset("own", "train")
-    assert loaded.rows == [("q", [" yes", " no"], [(0, 1)], " yes", "own:1", None, None)]
+    assert loaded.rows == [("q", [" yes", " no"], [(0, 1)], " yes", "own:1", *[None] * 4)]
     assert loaded.truncation == "keep_start" and loaded.skipped == {}
     with pytest.raises(UserError, match=r"dataset_paths\.own=/x: get_own takes no 'path'"):
         get_dataset("own", "train", path="/x")
@@ -232,7 +232,7 @@ def test_loader_may_return_rows(register, arrow):
         rows = pytest.importorskip("datasets").Dataset.from_list(rows)
     register()(named("get_rows", rows))
     assert get_dataset("rows", "test").rows == [
-        ("q", [" yes", " no"], [(1, 0)], " no", "rows:1", None, None)
+        ("q", [" yes", " no"], [(1, 0)], " no", "rows:1", *[None] * 4)
     ]
 
 

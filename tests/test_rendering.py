@@ -462,5 +462,5 @@ OF_CASES = {  # file -> the first row's texts
 @pytest.mark.parametrize("name", OF_CASES)
 def test_files_as_people_have_them(shared, name):
     path = shared(f"cases/data/{name}")
-    reading = {"pairs": True} if len(OF_CASES[name]) == 3 else {}
+    reading = {"group": "pair"} if len(OF_CASES[name]) == 3 else {}
     assert encoded(path, **reading)[0][0] == OF_CASES[name]

@@ -138,7 +138,7 @@ def write(*runs, **options):
     return Page(Path(options.get("out", runs[0] / "report.html")))
 
 
-def test_a_page_that_stands_by_itself(runs, capsys):
+def test_a_page_that_stands_by_itself(runs, capsys, pictures):
     page = write(runs[0])
     assert (runs[0] / "report.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out

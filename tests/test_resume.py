@@ -168,7 +168,7 @@ def test_the_draws_of_a_step_are_a_function_of_seed_and_step(train, halted_at, m
     options = [*DPO, "n_examples=12", "do_first_eval=false", "do_last_eval=false", "save_every=4"]
     scored = Scorer.__call__
     monkeypatch.setattr(
-        Scorer, "__call__", lambda self, b: drawn.append(torch.rand(()).item()) or scored(self, b)
+        Scorer, "__call__", lambda self, *b: drawn.append(torch.rand(()).item()) or scored(self, *b)
     )
 
     def draws(name, *more, halts=()):

@@ -165,12 +165,12 @@ def own(tmp_path):
 
 @pytest.fixture
 def load(compose, tmp_path, monkeypatch, capsys):
-    """`load(*overrides, tokenizer=..., pairs=True)` -> (train, eval, what was printed)"""
+    """`load(*overrides, tokenizer=..., group="pair")` -> (train, eval, what was printed)"""
     monkeypatch.setattr(data_files, "_held_out", {})  # as in a fresh process
 
-    def run(*overrides, tokenizer=TOKENIZER, pairs=True):
+    def run(*overrides, tokenizer=TOKENIZER, group="pair"):
         config = compose("exp_name=x", f"local_dirs=[{tmp_path}/runs]", *overrides)
-        return *load_examples(config, tokenizer, pairs), capsys.readouterr().out
+        return *load_examples(config, tokenizer, group), capsys.readouterr().out
 
     return run
 
@@ -193,7 +193,7 @@ def test_a_second_start_reads_nothing_and_gives_the_same(load, own, monkeypatch)
         "max_length=8",
         "max_prompt_length=4",
         "truncation_mode=keep_start",
-        pairs=False,
+        group="single",
     )
     # other cuts, the same tokens
     assert "made in" not in sft[2] and plain(sft[0])[0][0] == train[0].prompt[:4].tolist()
@@ -286,7 +286,7 @@ OF_EACH_FORM = [
     {"text": "a b"},
 ]
 NAMED = {"hh": "hh.jsonl", "shp": "shp.jsonl", "se": "se.jsonl", "saferlhf": "saferlhf_old.json"}
-OF_VERSION = {1: "eb46332ee4807077a8d8b0cdf027801af7d40dad7a33b7bdc2f7767ea416e664"}
+OF_VERSION = {1: "c79aa01965adb9711279699b777efcae68e0366fa6f5eeb54acee615dcb49f59"}
 
 
 def test_the_version_of_token_ids(tmp_path):
@@ -396,17 +396,19 @@ def test_a_loader_with_a_path_is_known_by_its_files(load, register, tmp_path):
         }
 
     options = ["datasets=[own]", f"+dataset_paths.own={folder}"]
-    load(*options, pairs=False)
-    load(*options, pairs=False)
+    load(*options, group="single")
+    load(*options, group="single")
     assert calls == ["train", "test"]
     (folder / "any.txt").write_text("no!")
-    (example,), _, _ = load(*options, pairs=False)
+    (example,), _, _ = load(*options, group="single")
     assert len(calls) == 4 and TOKENIZER.decode(example.responses[0]) == "no!</s>"
 
 
 # ---- damage, and more than one at work ----
 
-ROWS = [Row(f"p{i}", [" a", " bc"], [(0, 1)], " a", f"d:{i}") for i in range(5)]
+ROWS = [
+    Row(f"p{i}", [" a", " bc"], [(0, 1)], " a", f"d:{i}", labels=[True, False]) for i in range(5)
+]
 
 
 def cut(file):

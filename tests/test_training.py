@@ -566,9 +566,9 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
     examples permuted in a batch: the same losses and gradient norms within float32 rounding. For
     pairs, and for SFT (one response to a tree).
     """
-    import trainers
     from plumb.batching.feed import Feed
     from plumb.models.forward_path import PLAIN_PATH, ForwardPath
+    from plumb.training import setup
 
     feed_step = Feed.step
 
@@ -581,7 +581,7 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    trainers,
+                    setup,
                     "choose_forward_path",
                     lambda *a, forward_path=forward_path, **k: (forward_path, "as told"),
                 )
