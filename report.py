@@ -21,7 +21,7 @@ from plumb.console import one_line, redact
 from plumb.errors import UserError
 from plumb.paths import new_file
 from plumb.reports import curves
-from plumb.reports.curves import colour, data_address, draw_all, draw_each, named
+from plumb.reports.curves import colour, data_address, draw_each, named
 from plumb.reports.diagnosis import Finding, diagnose, first_and_last, healthy, verdict
 from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
 from plumb.settings import cli, schema
@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> None:
         file.write(page.encode("utf-8", errors="replace"))
     picture = out.with_suffix(".png")
     with new_file(picture, "--out", "wb") as file:
-        file.write(draw_all([*map(named, runs)]))
+        file.write(curves.draw_all([*map(named, runs)]))
     print(one_line(f"report: {out}"), one_line(f"curves: {picture}"), sep="\n")
 
 
