@@ -451,3 +451,16 @@ def test_kto_equals_the_peers():
             torch.testing.assert_close(out.losses, expected, rtol=1e-5, atol=1e-6)
         checked += 1
     assert checked == 12
+
+
+def test_sums_of_tokens_do_not_depend_on_their_order():
+    """1e8 + 1 - 1e8 is 0 in float32, and 1 where the two large ones meet first; in float64 it is 1
+    in every order. The gradient of each token is 1.
+    """
+    values, response = torch.tensor([1e8, 1.0, -1e8, 5.0]), torch.tensor([0, 0, 0, 2])
+    for order in ([0, 1, 2, 3], [3, 2, 0, 1], [1, 3, 0, 2]):
+        each = values[order].requires_grad_()
+        sums = TokenLogps(each, response[order], 3).sum()
+        assert sums.tolist() == [1.0, 0.0, 5.0] and sums.dtype == torch.float32
+        sums.sum().backward()
+        assert each.grad.tolist() == [1.0] * 4

@@ -44,8 +44,8 @@ def choose_forward_path(model):
 
 
 def plain_logps(model, batch):
-    """The straightforward computation, one unpadded response at a time, logits at every position:
-    the oracle.
+    """The straightforward computation, one unpadded response at a time, logits at every position;
+    what the other paths are compared with.
     """
     sums = []
     for prompt, n_prompt, start, length in batch.spans.tolist():

@@ -157,8 +157,8 @@ def rewarding(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3", "mistral"])
 def test_the_score_is_that_of_the_last_token_alone(family):
-    """Each answer after its prompt in a row of its own, nothing else: the oracle. PAD is EOS, and
-    EOS stands in texts too.
+    """Compared with each answer alone after its prompt, in a row of its own. PAD is EOS, and EOS
+    stands in texts too.
     """
     model, batch = rewarding(family), pack(EXAMPLES, pad_token_id=EOS, longest=32)
     rows = [[*p, *r] for i in (1, 2) for p, r in ((x[0], x[i]) for x in PAIRS)]

@@ -91,11 +91,19 @@ class Feed:
             extras = replace(extras, response={"reference": self.reference})
         microbatches = self._parts(self.examples, indices, lengths, extras, at_least)
         whole = None
-        if self.context == "own":
+        if self.context == "own":  # the same microbatches, not made twice
             whole = WholeBatch(microbatches, lengths.prompts.shape)
         elif self.context == "mismatched":
             whole = self.mismatched(indices)
         return Step(indices, lengths, microbatches, whole)
+
+    def whole(self, indices: np.ndarray) -> WholeBatch | None:
+        """Return what a loss's batch context of these examples is computed from, and nothing else;
+        None for a loss without one.
+        """
+        return (
+            self.mismatched(indices) if self.context == "mismatched" else self.step(indices).whole
+        )
 
     def mismatched(self, indices: np.ndarray) -> WholeBatch:
         """Return the mismatched examples of a batch. Every rank looks at all of its examples."""

@@ -266,7 +266,8 @@ class Padded(NamedTuple):
 
 
 def unfold(batch: Batch, pad_token_id: int) -> Padded:
-    """For models that trees are not for, and as the oracle of the tests.
+    """Return the batch as padded rows, one for each response: for models that cannot take
+    prompt-shared rows, and as the reference computation of the tests.
 
     >>> a = Example(np.array([1, 2]), (np.array([3, 0]), np.array([4, 5, 0])), "")
     >>> padded = unfold(pack([a], pad_token_id=9, longest=8), 9)

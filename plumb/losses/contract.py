@@ -53,9 +53,16 @@ class TokenLogps(NamedTuple):
         return TokenLogps(self.each[kept], mine[kept], len(responses))
 
     def sum(self, values: Tensor | None = None) -> Tensor:
-        """Return the sum of `values` [N], or of the log-probabilities, over each response.  [n]"""
+        """Return the sum of `values` [N], or of the log-probabilities, over each response.  [n]
+
+        In a fixed order, and in float64 where the device has it: `index_add` would add in the order
+        in which a GPU's threads arrive, so the same batch could give two losses.
+        """
         values = self.each if values is None else values
-        return values.new_zeros(self.n).index_add(0, self.response, values)
+        wide = values if values.device.type == "mps" else values.double()
+        order = self.response.argsort(stable=True)
+        lengths = torch.bincount(self.response, minlength=self.n)
+        return torch.segment_reduce(wide[order], "sum", lengths=lengths).to(values.dtype)
 
 
 class Scores(NamedTuple):

@@ -103,7 +103,7 @@ def evaluate(
     scorer.policy.eval()
     n, names, counted = len(feed.examples), list[str](), list[str]()
     # of all examples, so that the batch size of the evaluation changes nothing
-    context = scorer.context(feed.step(np.arange(n)).whole, counts) if n and feed.context else None
+    context = scorer.context(feed.whole(np.arange(n)), counts) if n and feed.context else None
     table = torch.zeros(0)
     steps = feed.ahead(
         (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)),
