@@ -57,8 +57,8 @@ def test_the_2023_form(tmp_path):
 
 
 def test_what_is_pruned(tmp_path):
-    """Interim checkpoints when a newer one is valid; evaluated ones beyond `keep`, but not the best;
-    never a file that the run did not write.
+    """Interim checkpoints when a newer one is valid; evaluated ones beyond `keep`, except the
+    best; never a file that the run did not write.
     """
     losses = {10: 0.5, 20: 0.2, 30: 0.3, 40: 0.4, 50: 0.6}
 
