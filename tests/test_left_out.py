@@ -60,11 +60,11 @@ def test_one_split_of_a_folder_is_named(compose, tmp_path, tiny_model, capsys):
         f"datasets=[{tmp_path}/data]",
         f"local_dirs=[{tmp_path}/runs]",
     )
-    for pairs, taken in (
-        (True, ("train_prefs", "test_prefs", "train_sft")),
-        (False, ("train_sft", "test_sft", "train_prefs")),
+    for group, taken in (
+        ("pair", ("train_prefs", "test_prefs", "train_sft")),
+        ("single", ("train_sft", "test_sft", "train_prefs")),
     ):
-        train, evaluation = load_examples(config, load_tokenizer(config), pairs)
+        train, evaluation = load_examples(config, load_tokenizer(config), group)
         assert (len(train), len(evaluation)) == (2, 1)
         shown = capsys.readouterr().out
         assert re.search(r"split +{} +{} +\(not {}\)\n".format(*taken), shown), shown
