@@ -13,11 +13,11 @@ test: $(VENV)/dev lint
 
 # Some minutes of kills, faults and full disks; what came of it is in benchmarks/results/torture.md.
 torture: $(VENV)/dev
-	$(BIN)/python tests/torture.py --report benchmarks/results/torture.md
+	$(BIN)/python tests/support/torture.py --report benchmarks/results/torture.md
 
 # All model families through SFT, DPO, reward and export, a few steps each: some minutes. The table stands in docs/models.md.
 families: $(VENV)/dev
-	$(BIN)/python tests/run_families.py --report docs/models.md
+	$(BIN)/python tests/support/run_families.py --report docs/models.md
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

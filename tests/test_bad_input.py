@@ -18,22 +18,12 @@ import torch
 from conftest import PATIENCE, ROOT, run_command
 from families import save_family
 from payloads import Payload
+from runs import one_line
 
 import train
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 OTHER = {"prompt": "Name a hill:", "chosen": " the Brocken", "rejected": " the Po"}
-
-
-def one_line(returned, stderr, runs, code=2):
-    """The checks that hold for every case. -> what the line says, without "error: " """
-    assert "Traceback" not in stderr
-    assert returned == code, stderr
-    assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
-    assert stderr.startswith("error: ")
-    assert not list(runs.glob("*/[!t]*")), "a run directory was made for a run that never began"
-    assert not list(runs.glob("*/token_cache/tmp-*")), "half a token store was left behind"
-    return stderr.removeprefix("error: ").strip()
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import DPO, FAST, records
+from runs import DPO, FAST, evaluate, records
 from tiny import tiny_tokenizer
 
-import eval as command
 from plumb.data.prepare import load_examples
 from plumb.errors import UserError
 from plumb.training.evaluator import Evaluation, eval_groups
@@ -40,10 +39,6 @@ def trained(train_here, data, tiny_model):
         "warmup_steps=0",
     ]
     return lambda name, *overrides: train_here(*base, *LOSSES[name], *overrides)
-
-
-def evaluate(*words):
-    command.main(command.parser().parse_args(list(map(str, words))))
 
 
 @pytest.mark.parametrize("name", LOSSES)

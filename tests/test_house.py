@@ -391,7 +391,14 @@ def test_no_path_of_one_machine():
     """Nothing under version control knows where somebody's home or checkout is."""
     mine = {
         f
-        for pattern in ("*.py", "plumb/**/*.py", "*.sh", "*.toml", "config/**/*.yaml", "tests/*.py")
+        for pattern in (
+            "*.py",
+            "plumb/**/*.py",
+            "*.sh",
+            "*.toml",
+            "config/**/*.yaml",
+            "tests/**/*.py",
+        )
         for f in ROOT.glob(pattern)
     }
     known = [

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_opening import run_of
+from runs import run_of
 from tiny import save_tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from hydra.errors import HydraException
 from payloads import BOMBS, CODE, touch
-from test_bad_input import one_line
+from runs import one_line
 from transformers import AutoConfig
 
 import train

@@ -269,7 +269,7 @@ def test_the_code_is_an_ingredient(tmp_path, own):
     assert [file.name for file in files] == ["preference_datasets.py"]
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 MESSAGES = [{"role": "user", "content": "Hi </s>"}, {"role": "assistant", "content": "Ho"}]
 OF_EACH_FORM = [
     {"prompt": "a b", "chosen": " c", "rejected": " d"},

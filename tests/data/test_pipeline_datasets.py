@@ -16,7 +16,9 @@ from plumb.data.registry import LOADERS, resolve
 from plumb.errors import UserError
 from plumb.settings import plugins, validation
 
-ROWS = json.loads((Path(__file__).parent / "fixtures/pipeline.json").read_text(encoding="utf-8"))
+ROWS = json.loads(
+    (Path(__file__).parents[1] / "fixtures/pipeline.json").read_text(encoding="utf-8")
+)
 TREE = "\n\nHuman: Name a tree.\n\nAssistant:"
 HH = (TREE, TREE + " The oak.", TREE + " A what?")
 POST = (

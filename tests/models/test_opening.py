@@ -3,23 +3,13 @@
 import pytest
 import torch
 from conftest import ROOT
+from runs import run_of
 from tiny import save_tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from plumb.errors import UserError
 from plumb.models import load, scalar_head
 from plumb.models.find import find_model, open_model
-
-
-def run_of(tmp_path, base, state, name="run"):
-    """What a run leaves: config.yaml and step-8/policy.pt."""
-    step = tmp_path / name / "step-8"
-    step.mkdir(parents=True)
-    (step.parent / "config.yaml").write_text(
-        f"exp_name: x\nseed: 3\nloss: {{name: sft}}\nmodel: {{name_or_path: {base}}}\n"
-    )
-    torch.save({"step_idx": 8, "state": state, "metrics": {}}, step / "policy.pt")
-    return step.parent
 
 
 def test_a_policy_by_each_of_its_names(tmp_path):

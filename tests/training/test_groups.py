@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import DPO, FAST, STEADY, records
-from test_eval import evaluate
-from test_margins import view_of, write
+from runs import DPO, FAST, STEADY, evaluate, records
+from stores import view_of, write
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import by_example, pack

@@ -13,8 +13,7 @@ from functools import partial
 import pytest
 import torch
 from groups import run_in_group
-from runs import DPO, FAST, OF_THE_MACHINE, STEADY, records
-from safetensors import safe_open
+from runs import DPO, FAST, STEADY, outcome, records, same
 
 from plumb.data.order import Schedule
 from plumb.distributed import signals
@@ -22,57 +21,6 @@ from plumb.errors import ResumeMismatch, UnsafeFile, UserError
 from plumb.runs import checkpoints, directory, durable_files, identity
 from plumb.settings import schema
 from plumb.training.objective import Scorer
-
-
-def state_of(run_dir):
-    """All tensors of the newest checkpoint, whole, by name."""
-    found = {}
-    newest = checkpoints.latest_valid(run_dir)
-    for path in newest.state_files():
-        with safe_open(path, "pt") as file:
-            for name, place in file.metadata().items():
-                shape, offset = json.loads(place)
-                part = file.get_tensor(name)
-                whole = found.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
-                whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = (
-                    part
-                )
-    return found
-
-
-def outcome(run_dir):
-    """What must be the same however often a run was interrupted: weights and optimizer, order,
-    metrics without what is of the machine, samples.
-    """
-    manifest = checkpoints.latest_valid(run_dir).manifest
-    rows = [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in records(run_dir)]
-    samples = (
-        (run_dir / "samples.jsonl").read_text() if (run_dir / "samples.jsonl").exists() else ""
-    )
-    policy = torch.load(run_dir / "LATEST/policy.pt", weights_only=True)["state"]
-    return (
-        state_of(run_dir),
-        policy,
-        manifest.order,
-        (manifest.step, manifest.examples, manifest.finished),
-        rows,
-        samples,
-    )
-
-
-def same(a, b, tolerance=0.0):
-    """Two outcomes, to the bit; or, with a tolerance, weights within it."""
-    for one, other in ((a[0], b[0]), (a[1], b[1])):
-        assert one.keys() == other.keys()
-        for name in one:
-            if tolerance:
-                torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=0)
-            else:
-                assert torch.equal(one[name], other[name]), name
-    assert a[2:4] == b[2:4]
-    if not tolerance:
-        assert a[4:] == b[4:]
-    return True
 
 
 class Halt(BaseException):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_family
+from runs import run_of
 from safetensors import safe_open
-from test_opening import run_of
 from tiny import CHAT, FAMILIES, SIZES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

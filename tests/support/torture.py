@@ -5,7 +5,7 @@ One process imports torch, transformers and Plumb, and forks a child for each st
 then is what `python train.py` would be after its imports. So a start costs a fraction of a second,
 and hundreds of kills a minute or two.
 
-    python tests/torture.py --seed 1 --kills 300 --report benchmarks/results/torture.md
+    python tests/support/torture.py --seed 1 --kills 300 --report benchmarks/results/torture.md
 
 The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry
 of the k-th write, fsync, rename, ... of a save; errors in their place; a file system that is full.
@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 from runs import DPO, FAST, OF_THE_MACHINE, ROWS
 from warm import import_all
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # no thread before a fork
@@ -783,8 +783,8 @@ def write_report(path: Path, at: argparse.Namespace, tallies: list[Tally], secs:
         "# Torture",
         "",
         (
-            f"Command: `make torture`, which is `python tests/torture.py --seed {at.seed} --report"
-            " ...`; commit"
+            "Command: `make torture`, which is `python tests/support/torture.py"
+            f" --seed {at.seed} --report ...`; commit"
         ),
         f"{commit}, {machine}; {secs / 60:.1f} minutes.",
         "",

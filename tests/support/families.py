@@ -3,7 +3,8 @@
 
 Two layers of width 48; windows and chunks of 16 tokens, and ropes that change at 64, so that short
 texts reveal them. Matrices are three times as large as they are drawn, so that differences of
-computation show. As a program: `python tests/families.py OUT [NAME ...]` writes a folder of each.
+computation show. As a program: `python tests/support/families.py OUT [NAME ...]` writes a folder of
+each.
 """
 
 import shutil
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 transformers.utils.logging.disable_progress_bar()
 
-TOKENIZER = Path(__file__).parents[1] / "demo/tokenizer"
+TOKENIZER = Path(__file__).parents[2] / "demo/tokenizer"
 VOCABULARY = 2048  # of the embeddings; the tokenizer has 2,000 tokens
 # tokens; ORIGINAL: the length up to which longrope and dynamic ropes leave frequencies alone
 WINDOW = 16

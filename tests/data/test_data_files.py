@@ -11,8 +11,8 @@ from plumb.data import files, formats
 from plumb.data.registry import Reading, get_dataset
 from plumb.errors import UserError
 
-FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = Path(__file__).parents[2] / "shared/data"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SHARED = Path(__file__).parents[3] / "shared/data"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason=f"the real data of {SHARED} isn't here"
 )

@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PATIENCE, ROOT
-from runs import DPO, FAST, records
-from test_resume import outcome, same
+from runs import DPO, FAST, outcome, records, same
 
 from plumb.distributed.progress import run_progress
 from plumb.runs import checkpoints, directory

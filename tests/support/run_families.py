@@ -24,8 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 import torch  # noqa: E402
 from conftest import compose_config  # noqa: E402

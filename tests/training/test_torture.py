@@ -19,7 +19,7 @@ def tallies(tmp_path_factory):
     forks.
     """
     path = tmp_path_factory.mktemp("torture") / "report.json"
-    command = [sys.executable, "tests/torture.py", *SHORT, f"--json={path}"]
+    command = [sys.executable, "tests/support/torture.py", *SHORT, f"--json={path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert path.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     return [

@@ -2,8 +2,8 @@
 and both.
 
 Groups of gloo processes are forked, and each runs many small trainings. `SCALE=all python -m pytest
-tests/test_scale.py` runs every combination; the suite runs each layout, family, loss and precision
-at least once.
+tests/training/test_scale.py` runs every combination; the suite runs each layout, family, loss and
+precision at least once.
 """
 
 import itertools

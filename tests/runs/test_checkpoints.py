@@ -17,7 +17,7 @@ from plumb.errors import StorageError, UserError
 from plumb.models import load
 from plumb.runs import checkpoints, durable_files, policy_file, policy_path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def save(run_dir, examples, parts, metrics, keep=None, best_by="loss/eval", interim=False):
@@ -98,7 +98,7 @@ def test_archive_may_be_a_file_a_run_a_step_or_a_pattern(tmp_path):
 
 SAVER = """
 import resource, sys, torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/runs", "tests/support"]
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 from pathlib import Path
 from test_checkpoints import save

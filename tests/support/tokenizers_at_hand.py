@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 PIECES = [

@@ -8,46 +8,23 @@ import math
 
 import numpy as np
 import pytest
-from tiny import tiny_tokenizer
+from stores import view_of, write
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import pack
 from plumb.batching.microbatches import Packing
 from plumb.data import examples
 from plumb.data.registry import get_dataset
-from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
-from plumb.data.tokenization import TextRules
 from plumb.errors import UserError
 from plumb.runs import identity
 
-RULES = TextRules(
-    max_length=64,
-    max_prompt_length=32,
-    response_truncation="fixed",
-    add_bos=True,
-    eos_in_text="strip",
-)
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 CHAT = [{"role": "user", "content": "Name a sea."}]
 DIALOGUES = {x: f"\n\nHuman: Name a sea.\n\nAssistant: {x}" for x in ("chosen", "rejected")}
 
 
-def write(tmp_path, *rows):
-    path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def rows_of(path, **options):
     return list(get_dataset(str(path), "train", eval_share=0, **options).rows)
-
-
-def view_of(path, folder, group="pair"):
-    data = get_dataset(str(path), "train", eval_share=0)
-    place, _ = find_or_make(
-        StoreSpec(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder
-    )
-    return examples.view(TokenStore(place), group, RULES, "keep_start", None)
 
 
 ROWS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_opening import run_of
+from runs import run_of
 from tiny import CHAT, save_tiny_llama, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -82,7 +82,7 @@ def save_tiny_llama(folder: Path) -> Path:
     """
     import torch
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "demo/tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "demo/tokenizer")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
