@@ -44,6 +44,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 PATIENCE = 600  # seconds: for a hang, which a busy machine is not
 
 
+@pytest.fixture(autouse=True)
+def threads_stay():
+    """A run computes other bits with other threads: no test may leave their number changed."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture(scope="session")
 def shared():
     """`shared("data/hh")`: that path among the real data beside the checkout; skips the test where

@@ -135,7 +135,6 @@ def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
 
 def one(family: str) -> Row:
     """All runs of a family."""
-    torch.set_num_threads(1)
     row = Row(family)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -236,7 +235,12 @@ def main() -> None:
     given = parser.parse_args()
     names, start = given.only.split(",") if given.only else list(FAMILIES), time.monotonic()
     rows = []
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        given.jobs,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
         for row in pool.map(one, names):
             rows.append(row)
             print(" | ".join(row), flush=True)
