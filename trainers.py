@@ -318,7 +318,7 @@ class BasicTrainer:
                     step.indices
                 )
             self.backward(loss, last=i == len(step.microbatches) - 1)
-            means.add(scored.metrics, weight, scored.counts)
+            means.add(scored.metrics, weight)
 
         # clip and update; the first time, with checks before and after
         checks = None
@@ -348,7 +348,6 @@ class BasicTrainer:
         # log
         secs = time.perf_counter() - start
         self.stop_rule.longest_step_secs = max(self.stop_rule.longest_step_secs, secs)
-        means.sums = {name.format("train"): value for name, value in means.sums.items()}
         live = self.scorer.reference is not None
         counters: Record = {
             **self.throughput.of(step, secs + waited_secs, waited_secs, live),

@@ -382,9 +382,9 @@ class Plumb(Contender):
         self.processed += sum(m.batch.n_processed(True) for m in ready.microbatches)
         self.trainer.started = time.monotonic()
         self.trainer.step(ready, 0.0)
-        names, values, counters = self.log.waiting[-1]
-        sums, counts = values[:, names.index("loss/train")]
-        return sums / counts, torch.tensor(counters["grad_norm"])
+        means, counters = self.log.waiting[-1]
+        total, count = means.sums["loss"]
+        return total / count, torch.tensor(counters["grad_norm"])
 
     def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
         super().change(changes, batches)

@@ -17,10 +17,10 @@ from plumb.batching.layout import Segments
 from plumb.batching.microbatches import Packing
 from plumb.data.tokenization import Example
 from plumb.distributed import sharding
-from plumb.losses.contract import Logps, LossOutput, Pairs, ScoredPairs, Scores
+from plumb.losses.contract import Logps, LossOutput, Mean, Pairs, ScoredPairs, Scores
 from plumb.training.evaluator import all_logps, evaluate
-from plumb.training.metrics import SQUARES, Means
-from plumb.training.objective import _metrics
+from plumb.training.metrics import Means
+from plumb.training.objective import _logp_metrics, _reward_metrics
 from trainers import BasicTrainer
 
 
@@ -40,25 +40,28 @@ def test_an_accuracy_counts_no_ties():
     policy = Pairs(
         Logps(tensor(-1, -5, -9), tensor(1, 1, 1)), Logps(tensor(-4, -5, -2), tensor(1, 1, 1))
     )
-    found = {name: value.tolist() for name, value in _metrics(output, policy).items()}
-    assert found == {
-        "loss/{}": [1, 2, 3],
-        "rewards_{}/chosen": [0.5, 0, -2],
-        "rewards_{}/rejected": [0.25, 0, 1],
-        "rewards_{}/accuracies": [1, 0, 0],
-        "rewards_{}/margins": [0.25, 0, -3],
-        "logps_{}/chosen": [-1, -5, -9],
-        "logps_{}/rejected": [-4, -5, -2],
-        "logps_{}/accuracies": [1, 0, 0],
+    metrics = _reward_metrics(output, policy) | _logp_metrics(policy)
+    assert {name: metric.values.tolist() for name, metric in metrics.items()} == {
+        "rewards/chosen": [0.5, 0, -2],
+        "rewards/rejected": [0.25, 0, 1],
+        "rewards/accuracies": [1, 0, 0],
+        "rewards/margins": [0.25, 0, -3],
+        "logps/chosen": [-1, -5, -9],
+        "logps/rejected": [-4, -5, -2],
+        "logps/accuracies": [1, 0, 0],
     }
 
 
 def test_the_metrics_of_scores():
-    """Scores 3 and -1: the mean of their squares is (9 + 1) / 2 = 5."""
+    """Scores 3 and -1: the mean of their squares is (9 + 1) / 2 = 5, of themselves 1, so they
+    deviate by sqrt(5 - 1) = 2.
+    """
     of = lambda x: Scores(tensor(x), tensor(x)[:, None], torch.tensor([1]))
     policy = ScoredPairs(of(3), of(-1), torch.tensor([0]), None)
-    found = _metrics(LossOutput(tensor(0), tensor(3), tensor(-1)), policy)
-    assert found[SQUARES].tolist() == [5] and not any(name.startswith("logps") for name in found)
+    metrics = _reward_metrics(LossOutput(tensor(0), tensor(3), tensor(-1)), policy)
+    means = Means()
+    means.add(metrics)
+    assert means.reduce()["rewards/spread"] == 2 and not _logp_metrics(policy)
 
 
 def test_means_leave_out_what_has_no_weight():
@@ -66,15 +69,15 @@ def test_means_leave_out_what_has_no_weight():
     the 9, the first would be 1.
     """
     means = Means()
-    means.add({"a": tensor(1, 2), "b": tensor(1, 2)}, 1.0, {"b": tensor(2, 4)})
-    means.add({"a": tensor(9), "b": tensor(9)}, 0.0, {"b": tensor(4)})
+    means.add({"a": Mean(tensor(1, 2)), "b": Mean(tensor(1, 2), tensor(2, 4))}, 1.0)
+    means.add({"a": Mean(tensor(9)), "b": Mean(tensor(9), tensor(4))}, 0.0)
     assert means.reduce() == {"a": 1.5, "b": 0.5}
 
 
 def test_a_mean_over_nothing_is_left_out():
     """3 of no count and 0: 0 / 0 is no number that a log could hold."""
     means = Means()
-    means.add({"a": tensor(3), "b": tensor(0, 0)}, 1.0, {"b": tensor(0, 0)})
+    means.add({"a": Mean(tensor(3)), "b": Mean(tensor(0, 0), tensor(0, 0))})
     assert means.reduce() == {"a": 3}
 
 
@@ -83,7 +86,7 @@ def test_means_are_summed_in_float64():
     small ones are in long sums.
     """
     means = Means()
-    means.add({"a": torch.tensor([1e8, 1.0])})
+    means.add({"a": Mean(torch.tensor([1e8, 1.0]))})
     assert means.reduce() == {"a": 50_000_000.5}
 
 
@@ -152,9 +155,7 @@ class OfIds:
 
     def __call__(self, batch, context=None):
         of_policy = self.logps(self.policy, batch)
-        return SimpleNamespace(
-            metrics={"loss/{}": of_policy.sum}, counts={}, tokens=of_policy.tokens
-        )
+        return SimpleNamespace(metrics={"loss": Mean(of_policy.sum)}, tokens=of_policy.tokens)
 
 
 def feeds(examples, n):
@@ -174,8 +175,8 @@ def test_an_evaluation_counts_each_example_once(training):
     n_tokens = np.zeros(5)
     for feed in feeds(FIVE, 3):
         part = evaluate(scorer, feed, batch_size=2)
-        found, n_tokens = found + part.metrics["loss/{}"], n_tokens + part.tokens
-        assert not evaluate(scorer, feed, 2, counts=False).metrics["loss/{}"].any()
+        found, n_tokens = found + part.columns["loss"][0], n_tokens + part.tokens
+        assert not evaluate(scorer, feed, 2, counts=False).columns["loss"].any()
     assert found.tolist() == [7, 17, 27, 37, 47] and n_tokens.tolist() == [2] * 5
     assert scorer.modes == {False} and scorer.policy.training == training
 

@@ -8,13 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from runs import DPO, FAST, evaluate, records
 from tiny import tiny_tokenizer
 
 from plumb.data.prepare import load_examples
 from plumb.errors import UserError
+from plumb.losses.contract import Mean, Spread
 from plumb.training.evaluator import Evaluation, eval_groups
-from plumb.training.metrics import SQUARES
 
 LOSSES = {
     "sft": ["loss=sft", "loss.average_over=tokens"],
@@ -102,28 +103,25 @@ def test_the_record_by_hand():
     standard deviation is sqrt 2.
     """
     tokens = np.array([2.0, 6])
-    of_policy = Evaluation(
-        {"loss/{}": np.array([4.0, 12]), "logps_{}/chosen": np.array([-4.0, -12])}, tokens
-    )
-    by_token = of_policy._replace(counts={"loss/{}": tokens})
-    found = by_token.record({"short": np.array([True, False])})
-    assert (
-        found["perplexity/eval"] == pytest.approx(math.exp(2))
-        and found["loss/eval"] == 2
-        and found["loss/eval/short"] == 2
-    )
-    assert of_policy.record({})["loss/eval"] == 8
+    kinds = {"loss": Mean, "logps/chosen": Mean, "rewards/spread": Spread}
+
+    def evaluation(logps, counts=(1, 1)):
+        columns = {
+            "loss": np.array([[4.0, 12], counts]),
+            "logps/chosen": np.array([logps, [1.0, 1]]),
+            "rewards/spread": Spread(torch.tensor([[3.0, -1], [1, 1]])).columns().T.numpy(),
+        }
+        return Evaluation(kinds, columns, tokens)
+
+    by_token = evaluation([-4, -12], tokens).record({"short": np.array([True, False])})
+    assert by_token["perplexity/eval"] == pytest.approx(math.exp(2))
+    assert by_token["loss/eval"] == by_token["loss/eval/short"] == 2
+    record = evaluation([-4, -12]).record({})
+    assert record["loss/eval"] == 8
+    assert record["rewards_eval/spread"] == pytest.approx(math.sqrt(2))
     # 1,000 nats per token: still a number
-    hopeless = of_policy._replace(metrics={"logps_{}/chosen": np.array([-8e3, 0])})
-    assert hopeless.record({})["perplexity/eval"] == pytest.approx(math.exp(700))
-    scores = {"rewards_{}/chosen": np.array([3.0, 1]), "rewards_{}/rejected": np.array([-1.0, 1])}
-    squares = {
-        SQUARES: (scores["rewards_{}/chosen"] ** 2 + scores["rewards_{}/rejected"] ** 2) / 2,
-        "loss/{}": tokens,
-    }
-    assert Evaluation(scores | squares, tokens).record({})["rewards_eval/spread"] == pytest.approx(
-        math.sqrt(2)
-    )
+    hopeless = evaluation([-8e3, 0]).record({})
+    assert hopeless["perplexity/eval"] == pytest.approx(math.exp(700))
 
 
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):

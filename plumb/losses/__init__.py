@@ -18,9 +18,11 @@ from plumb.losses.contract import (
     Lists,
     Logps,
     LossOutput,
+    Mean,
     Pairs,
     ScoredPairs,
     Scores,
+    Spread,
     TokenLogps,
 )
 from plumb.losses.registry import loss
@@ -31,9 +33,11 @@ __all__ = [
     "Lists",
     "Logps",
     "LossOutput",
+    "Mean",
     "Pairs",
     "ScoredPairs",
     "Scores",
+    "Spread",
     "TokenLogps",
     "loss",
 ]

@@ -7,7 +7,7 @@ before the forward pass, so microbatches, ranks and padding cannot change the ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -141,6 +141,52 @@ class BatchContext(NamedTuple):
     compute: Callable[..., Tensor]
 
 
+class Mean(NamedTuple):
+    """A metric that is logged as sum(values) / sum(counts) over all examples of a batch, whatever
+    its microbatches and ranks.
+
+    Example: the mean reward of desirable responses: Mean(rewards * desirable, desirable).
+    """
+
+    values: Tensor  # [B]
+    counts: Tensor | None = None  # [B]; None: each example counts once
+
+    def columns(self) -> Tensor:
+        """Return what is summed over examples: values, counts.  [B, 2] float64"""
+        values = self.values.detach().double()
+        counts = torch.ones_like(values) if self.counts is None else self.counts.detach().double()
+        return torch.stack([values, counts], 1)
+
+    @staticmethod
+    def value(sums: Sequence[float]) -> float | None:
+        """Return the mean from the sums of the columns; None where nothing was counted."""
+        total, count = sums
+        return total / count if count else None
+
+
+class Spread(NamedTuple):
+    """A metric that is logged as the standard deviation of all values of a batch."""
+
+    values: Tensor  # [B, m]
+
+    def columns(self) -> Tensor:
+        """Return what is summed over examples: values, their squares, their number.  [B, 3]
+        float64
+        """
+        values = self.values.detach().double()
+        number = torch.ones_like(values)
+        return torch.stack([values.sum(1), (values**2).sum(1), number.sum(1)], 1)
+
+    @staticmethod
+    def value(sums: Sequence[float]) -> float | None:
+        """Return the deviation from the sums of the columns; None where there are no values."""
+        total, squares, number = sums
+        return max(0.0, squares / number - (total / number) ** 2) ** 0.5 if number else None
+
+
+Metric = Mean | Spread
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """What a loss returns.
@@ -152,6 +198,5 @@ class LossOutput:
     # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: the loss has none
     chosen_rewards: Tensor | None = None
     rejected_rewards: Tensor | None = None  # [B]
-    # the loss's own metrics: name, with `{}` for train or eval -> (values [B], counts [B]), logged
-    # as sum(values) / sum(counts)
-    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # the loss's own metrics; "kl/z0" is logged as kl_train/z0 and kl_eval/z0
+    metrics: Mapping[str, Metric] = field(default_factory=dict)

@@ -8,6 +8,7 @@ YAML in config/loss with its knobs.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -21,9 +22,11 @@ from plumb.losses.contract import (
     Lists,
     Logps,
     LossOutput,
+    Mean,
     Pairs,
     ScoredPairs,
     Scores,
+    Spread,
     TokenLogps,
 )
 
@@ -228,9 +231,25 @@ def _try_on_zeros(bound: Loss) -> None:
             zeros = torch.zeros(1, 2 if of_two else 1)
             whole = Logps(zeros, torch.ones_like(zeros))
             context = bound.context.compute(whole, whole if bound.needs_reference else None)
-        bound.compute(example, reference, context)
+        output = bound.compute(example, reference, context)
     except ValueError as error:
         raise ValueError(f"loss.{error}") from None
+    _check_metrics(bound.name, output)
+
+
+def _check_metrics(name: str, output: LossOutput) -> None:
+    """Raise ValueError for a metric that could not be logged."""
+    for metric, value in output.metrics.items():
+        if not isinstance(value, (Mean, Spread)):
+            raise ValueError(
+                f"loss.name={name}: its metric {metric!r} is a {type(value).__name__}; write"
+                " Mean(values, counts)"
+            )
+        if not re.fullmatch(r"\w+(/\w+)?", metric):
+            raise ValueError(
+                f"loss.name={name}: its metric {metric!r} must have a name like 'kl' or 'kl/z0',"
+                " which is logged as kl_train/z0 and kl_eval/z0"
+            )
 
 
 def _zeros(reads: Reads) -> Any:

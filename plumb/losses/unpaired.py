@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plumb.losses.contract import BatchContext, Labelled, Logps, LossOutput
+from plumb.losses.contract import BatchContext, Labelled, Logps, LossOutput, Mean
 from plumb.losses.registry import loss
 
 
@@ -52,12 +52,9 @@ def kto(
     losses = weight * (1 - torch.sigmoid(sign * beta * (r - z0)))
     rewards = beta * r.detach()
     metrics = {
-        "rewards_{}/chosen": (rewards * desirable, desirable),
-        "rewards_{}/rejected": (rewards * ~desirable, ~desirable),
-        "rewards_{}/accuracies": (
-            (sign * (r.detach() - z0) > 0).to(r),
-            torch.ones_like(desirable),
-        ),
-        "kl_{}/z0": (z0.expand_as(r), torch.ones_like(desirable)),
+        "rewards/chosen": Mean(rewards * desirable, desirable),
+        "rewards/rejected": Mean(rewards * ~desirable, ~desirable),
+        "rewards/accuracies": Mean((sign * (r.detach() - z0) > 0).to(r)),
+        "kl/z0": Mean(z0.expand_as(r)),
     }
     return LossOutput(losses, metrics=metrics)

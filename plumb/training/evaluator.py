@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,67 +23,61 @@ from plumb.data.examples import Examples
 from plumb.data.token_text import decode
 from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
+from plumb.losses.contract import Metric
 from plumb.models.logps import read_hidden
 from plumb.models.scalar_head import FOLDS
 from plumb.rollouts.hf_engine import sample
 from plumb.scoring.intervals import length_buckets
-from plumb.training.metrics import Record, with_spread
+from plumb.training.metrics import Record, logged_name, metric_values
 from plumb.training.objective import Scorer
 
+SHOWN_BY_GROUP = ("loss", "rewards/accuracies", "rewards/margins", "perplexity")
 
-class Evaluation(NamedTuple):
+
+@dataclass(frozen=True)
+class Evaluation:
     """What came out for each of n examples, in their order, the same on every rank."""
 
-    metrics: dict[str, np.ndarray]  # as in Scored, each [n]
+    kinds: dict[str, type[Metric]]
+    columns: dict[str, np.ndarray]  # of each metric, [c, n]
     tokens: np.ndarray  # [n] of the first response
-    # as in Scored, [n]: what a metric is averaged over, where that is not 1 for each example
-    counts: Mapping[str, np.ndarray] = {}
 
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the reward model's scores of the chosen and the rejected responses, [n] each."""
-        return self.metrics["rewards_{}/chosen"], self.metrics["rewards_{}/rejected"]
+        return self.columns["rewards/chosen"][0], self.columns["rewards/rejected"][0]
+
+    def of(self, mask: np.ndarray) -> Evaluation:
+        """Return the evaluation of some of the examples, `mask` [n]."""
+        columns = {name: values[:, mask] for name, values in self.columns.items()}
+        return Evaluation(self.kinds, columns, self.tokens[mask])
+
+    def values(self) -> Record:
+        """Return the metrics over all examples, and the `perplexity` of the first responses (SFT
+        targets, chosen), by their tokens.
+        """
+        sums = [[float(column.sum()) for column in own] for own in self.columns.values()]
+        values = metric_values(self.kinds, sums)
+        if "logps/chosen" in values:
+            logps, counts = self.columns["logps/chosen"]
+            nats = -logps.sum() / max((self.tokens * counts).sum(), 1)
+            values["perplexity"] = float(np.exp(min(nats, 700.0)))
+        return values
 
     def record(self, groups: Mapping[str, np.ndarray]) -> Record:
-        """Return the means of the 2023 metrics, each example counted once or as its metric says.
-
-        Beside them `perplexity/eval` of the first responses (SFT targets, chosen), by their tokens;
-        and for each group (name -> mask [n]) loss, accuracy, margin and perplexity:
-        `rewards_eval/accuracies/<group>`. {} without examples.
+        """Return the metrics as they are logged; for each group (name -> mask [n]) loss, accuracy,
+        margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
         """
         if not len(self.tokens):
             return {}
-        means = {
-            name: float(
-                values.sum() / max(self.counts[name].sum(), 1)
-                if name in self.counts
-                else values.mean()
-            )
-            for name, values in self.metrics.items()
-            if name not in self.counts or self.counts[name].any()
-        }
-        if "logps_{}/chosen" in means:
-            tokens = self.tokens * self.counts.get("logps_{}/chosen", 1)
-            nats = -self.metrics["logps_{}/chosen"].sum() / max(tokens.sum(), 1)
-            means["perplexity/{}"] = float(np.exp(min(nats, 700.0)))
-        split = {name.format("eval"): value for name, value in means.items()}
-        shown = means.keys() & {
-            "loss/{}",
-            "rewards_{}/accuracies",
-            "rewards_{}/margins",
-            "perplexity/{}",
-        }
+        record = {logged_name(name, "eval"): value for name, value in self.values().items()}
         for group, mask in groups.items():
-            part = Evaluation(
-                {name: values[mask] for name, values in self.metrics.items()},
-                self.tokens[mask],
-                {name: values[mask] for name, values in self.counts.items()},
-            ).record({})
-            split |= {
-                f"{name.format('eval')}/{group}": part[name.format("eval")]
-                for name in means
-                if name in shown and name.format("eval") in part
+            values = self.of(mask).values()
+            record |= {
+                f"{logged_name(name, 'eval')}/{group}": values[name]
+                for name in SHOWN_BY_GROUP
+                if name in values
             }
-        return with_spread(split, "eval")
+        return record
 
 
 @torch.no_grad()
@@ -101,7 +95,9 @@ def evaluate(
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
-    n, names, counted = len(feed.examples), list[str](), list[str]()
+    n = len(feed.examples)
+    kinds: dict[str, type[Metric]] = {}
+    widths: list[int] = []  # of the metrics' columns
     # of all examples, so that the batch size of the evaluation changes nothing
     context = scorer.context(feed.whole(np.arange(n)), counts) if n and feed.context else None
     table = torch.zeros(0)
@@ -121,24 +117,21 @@ def evaluate(
         between()
         for batch, weight, where in step.microbatches:
             scored = scorer(batch, context)
-            rows = [*scored.metrics.values(), *scored.counts.values(), scored.tokens]
-            values = torch.stack([row.double() for row in rows]).T  # [B, M]
-            if not names:
-                names, counted = list(scored.metrics), list(scored.counts)
+            columns = [metric.columns() for metric in scored.metrics.values()]
+            values = torch.cat([*columns, scored.tokens.double()[:, None]], 1)  # [B, M]
+            if not kinds:
+                kinds = {name: type(metric) for name, metric in scored.metrics.items()}
+                widths = [own.shape[1] for own in columns]
                 table = values.new_zeros(n, values.shape[1])
             table.index_add_(
                 0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values
             )
     scorer.policy.train(was_training)
     if not n:
-        return Evaluation({}, np.empty(0), {})
-    *columns, tokens = sharding.all_reduce_sum(table * counts).T.cpu().numpy()
-    m = len(names)
-    return Evaluation(
-        dict(zip(names, columns[:m], strict=True)),
-        tokens,
-        dict(zip(counted, columns[m:], strict=True)),
-    )
+        return Evaluation({}, {}, np.empty(0))
+    rows = sharding.all_reduce_sum(table * counts).T.cpu().numpy()  # [M, n]
+    of_metrics = np.split(rows[:-1], np.cumsum(widths)[:-1])
+    return Evaluation(kinds, dict(zip(kinds, of_metrics, strict=True)), rows[-1])
 
 
 class Evaluator:

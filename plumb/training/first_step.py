@@ -70,13 +70,13 @@ class FirstStep:
         dtype = self.computation.dtype
         shares = [share for scored in seen for share in _shares_of_rounding(scored, dtype)]
         share, apart, n = max(max(some) for some in collectives.all_gather_object(shares))
-        rewards = [record.get(f"rewards_{{}}/{which}", 0.0) for which in ("chosen", "rejected")]
+        rewards = [record.get(f"rewards/{which}", 0.0) for which in ("chosen", "rejected")]
         if share <= 1:
             reward = max(map(abs, rewards))
             shown = f"{reward:.0e}, rounding" if reward else "0"
             rank0_print(
                 f"step 0: policy and reference agree (rewards {shown}, {loss.name} loss"
-                f" {record['loss/{}']:.4f})"
+                f" {record['loss']:.4f})"
             )
             return
         message = (

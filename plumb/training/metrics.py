@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
 import torch
@@ -25,78 +25,63 @@ from tqdm import tqdm
 
 from plumb.console import rank, rank0_print
 from plumb.errors import StorageError
+from plumb.losses.contract import Metric
 
 Record = dict[str, float]
-SQUARES = (  # of both scores of a pair; becomes their spread where means are taken
-    "rewards_{}/squares"
-)
+
+
+def logged_name(name: str, split: Literal["train", "eval"]) -> str:
+    """Return the name that a metric is logged by, that of the original DPO repository.
+
+    >>> logged_name("loss", "train"), logged_name("rewards/chosen", "eval")
+    ('loss/train', 'rewards_eval/chosen')
+    """
+    kind, slash, which = name.partition("/")
+    return f"{kind}_{split}/{which}" if slash else f"{kind}/{split}"
 
 
 class Means:
-    """Accumulate named means over examples, summed in float64 on the device; one all-reduce gives
+    """Accumulate named metrics over examples, summed in float64 on the device; one all-reduce gives
     all of them.
     """
 
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}  # each a scalar
-        self.counts: dict[str, float | Tensor] = {}
+    def __init__(self) -> None:
+        self.kinds: dict[str, type[Metric]] = {}
+        self.sums: dict[str, Tensor] = {}  # of the metric's columns, each [c]
 
-    def add(
-        self,
-        values: Mapping[str, Tensor],
-        weight: float = 1.0,
-        counts: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """`values`: per-example tensors [B], each example counted as 1 unless `counts` [B] says
-        otherwise (the tokens of a loss per token).
-
-        Weight 0 leaves them out: a rank that only keeps the others company.
-        """
-        for name, value in values.items():
-            counted = (counts or {}).get(name)
-            count = value.numel() if counted is None else counted.detach().double().sum()
-            self.sums[name] = self.sums.get(name, 0) + weight * value.detach().double().sum()
-            self.counts[name] = self.counts.get(name, 0) + weight * count
+    def add(self, metrics: Mapping[str, Metric], weight: float = 1.0) -> None:
+        """Add the metrics of a microbatch. Weight 0: this rank has no part of it."""
+        for name, metric in metrics.items():
+            self.kinds[name] = type(metric)
+            self.sums[name] = self.sums.get(name, 0) + weight * metric.columns().sum(0)
 
     def pack(self) -> Tensor:
-        """[2, M] float64: sums, counts."""
-        sums = torch.stack(list(self.sums.values()))
-        known = [0.0 if isinstance(n, Tensor) else n for n in self.counts.values()]
-        counts = torch.tensor(known, dtype=sums.dtype).to(sums.device)
-        for i, n in enumerate(self.counts.values()):
-            if isinstance(n, Tensor):
-                counts[i] = n
-        return torch.stack([sums, counts])
+        """Return the sums of all metrics, in a row.  [C] float64"""
+        return torch.cat(list(self.sums.values()))
 
     def reduce(self) -> Record:
-        """Return the means over all ranks; {} if nothing was added."""
-        return _means(list(self.sums), [self.pack()])[0] if self.sums else {}
+        """Return the metrics over all ranks; {} if nothing was added."""
+        return _reduced([self])[0] if self.sums else {}
 
 
-def _means(names: list[str], packs: list[Tensor]) -> list[Record]:
-    """[2, M] per record -> {name: mean} per record, with one all-reduce and one copy to the host
-    for all. A mean over nothing is left out.
+def metric_values(kinds: Mapping[str, type[Metric]], sums: Sequence[Sequence[float]]) -> Record:
+    """Return the value of each metric from the sums of its columns, if it counted anything."""
+    values = {name: kind.value(own) for (name, kind), own in zip(kinds.items(), sums, strict=True)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _reduced(steps: Sequence[Means]) -> list[Record]:
+    """Return {name: value} for each step, with one all-reduce and one copy to the host for all. A
+    mean over nothing is left out. All steps have the same metrics.
     """
-    packed = torch.stack(packs)  # [S, 2, M]
+    packed = torch.stack([means.pack() for means in steps])  # [S, C]
     if dist.is_initialized():
         dist.all_reduce(packed)
-    sums, counts = packed.unbind(1)
-    empty = (counts == 0).tolist()
+    widths = [len(sums) for sums in steps[0].sums.values()]
     return [
-        {name: mean for name, mean, none in zip(names, row, nothing, strict=True) if not none}
-        for row, nothing in zip((sums / counts).tolist(), empty, strict=True)
+        metric_values(steps[0].kinds, [sums.tolist() for sums in row.split(widths)])
+        for row in packed.cpu()
     ]
-
-
-def with_spread(record: Record, split: str) -> Record:
-    """Return the record with `rewards_<split>/spread`, the standard deviation of all scores, in
-    place of the mean of their squares, if that is there.
-    """
-    squares = record.pop(SQUARES.format(split), None)
-    if squares is not None:
-        mean = (record[f"rewards_{split}/chosen"] + record[f"rewards_{split}/rejected"]) / 2
-        record[f"rewards_{split}/spread"] = max(0.0, squares - mean**2) ** 0.5
-    return record
 
 
 class TrainingLog:
@@ -110,11 +95,11 @@ class TrainingLog:
     def __init__(self, sinks: Sequence[Sink], minimum_interval_secs: float):
         self.sinks = sinks
         self.interval = minimum_interval_secs
-        self.waiting: list[tuple[list[str], Tensor, Record]] = []
+        self.waiting: list[tuple[Means, Record]] = []
         self.last_flush = float("-inf")
 
     def step(self, means: Means, counters: Record) -> None:
-        self.waiting.append((list(means.sums), means.pack(), counters))
+        self.waiting.append((means, counters))
 
     def due(self) -> bool:
         """Return whether it is time to flush, by this rank's clock. Ranks must agree before they
@@ -125,9 +110,9 @@ class TrainingLog:
     def flush(self) -> None:
         if not self.waiting:
             return
-        records = _means(self.waiting[0][0], [pack for _, pack, _ in self.waiting])
-        for i, (means, (_, _, counters)) in enumerate(zip(records, self.waiting, strict=True)):
-            record = with_spread(means, "train")
+        records = _reduced([means for means, _ in self.waiting])
+        for i, (means, (_, counters)) in enumerate(zip(records, self.waiting, strict=True)):
+            record = {logged_name(name, "train"): value for name, value in means.items()}
             for sink in self.sinks:
                 if i == len(records) - 1 or sink.every_step:
                     sink.write({**record, **counters}, int(counters["counters/examples"]))

@@ -23,25 +23,25 @@ from plumb.losses.contract import (
     Lists,
     Logps,
     LossOutput,
+    Mean,
+    Metric,
     Pairs,
     ScoredPairs,
     Scores,
+    Spread,
     TokenLogps,
 )
 from plumb.losses.registry import Loss
 from plumb.models.forward_path import ForwardPath
 from plumb.models.logps import response_logps, response_scores, response_token_logps, sums_of
 from plumb.models.routers import Routers, balance
-from plumb.training.metrics import SQUARES
 
 
 class Scored(NamedTuple):
     """What came out for a microbatch."""
 
     output: LossOutput
-    metrics: dict[str, Tensor]  # the 2023 names, `{}` standing for train or eval, each [B]
-    # [B] what a metric is averaged over, where that is not 1 for each of the B examples
-    counts: dict[str, Tensor]
+    metrics: dict[str, Metric]  # by their names in 2023, less train or eval
     # [R] what the policy gave each response: nats per token, or a score; detached
     per_response: Tensor
     tokens: Tensor  # [B] the first response's, which have a prediction
@@ -123,13 +123,16 @@ class Scorer(NamedTuple):
             context,
         )
         tokens = summed.tokens[: len(output.losses)]
-        counts: dict[str, Tensor] = {}
+        n_scored = None
         if self.loss.average_over == "tokens":
-            counts["loss/{}"] = by_example(summed.tokens, batch.n_responses).sum(1)
+            n_scored = by_example(summed.tokens, batch.n_responses).sum(1)
         inputs = to_loss_inputs(summed, batch, group)
-        metrics, own = _metrics(output, inputs), {**output.metrics, **_label_metrics(inputs)}
-        metrics |= {name: value.detach() for name, (value, _) in own.items()}
-        counts |= {name: count for name, (_, count) in own.items()}
+        metrics: dict[str, Metric] = {
+            "loss": Mean(output.losses.detach(), n_scored),
+            **_reward_metrics(output, inputs),
+            **_logp_metrics(inputs),
+            **output.metrics,
+        }
         compared = balanced = None
         if of_reference is not None:
             compared = Logps(summed[0].detach(), summed.tokens), of_reference
@@ -137,11 +140,10 @@ class Scorer(NamedTuple):
             each = balance(logits, batch, self.forward_path.packed, self.routers.top_k)  # [R]
             n = torch.from_numpy(batch.n_responses).to(each.device)
             balanced = by_example(each, batch.n_responses).sum(1) / n
-            metrics["router_balance/{}"] = balanced.detach()
+            metrics["router_balance"] = Mean(balanced.detach())
         return Scored(
             output=output,
             metrics=metrics,
-            counts=counts,
             per_response=per_response_value(summed),
             tokens=tokens,
             balance=balanced,
@@ -238,43 +240,42 @@ def shared_tokens(batch: Batch) -> Tensor:
     return ((first == second) & within).long().cumprod(1).sum(1)
 
 
-def _metrics(
-    output: LossOutput, policy: Logps | Labelled | Pairs | ScoredPairs | Lists
-) -> dict[str, Tensor]:
-    """The 2023 metrics, `{}` standing for train or eval. An accuracy counts chosen > rejected; ties
-    do not count.
+def _reward_metrics(output: LossOutput, policy: Any) -> dict[str, Metric]:
+    """Return the metrics of the rewards of pairs and lists. An accuracy counts chosen > rejected;
+    ties do not count.
     """
-    metrics = {"loss/{}": output.losses}
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
-    if chosen is not None and rejected is not None:
-        metrics |= {
-            "rewards_{}/chosen": chosen,
-            "rewards_{}/rejected": rejected,
-            "rewards_{}/accuracies": (chosen > rejected).float(),
-            "rewards_{}/margins": chosen - rejected,
-        }
-    if isinstance(policy, ScoredPairs):
-        assert chosen is not None and rejected is not None
-        metrics[SQUARES] = (chosen**2 + rejected**2) / 2
-    elif isinstance(policy, (Pairs, Lists)):
-        best, worst = _ends(policy)
-        metrics |= {
-            "logps_{}/chosen": best,
-            "logps_{}/rejected": worst,
-            "logps_{}/accuracies": (best > worst).float(),  # ours: the policy's own ranking
-        }
-    elif isinstance(policy, Logps):
-        metrics["logps_{}/chosen"] = policy.sum
-    return {name: value.detach() for name, value in metrics.items()}
-
-
-def _label_metrics(policy: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the log-probabilities of desirable responses as chosen, of undesirable as rejected."""
-    if not isinstance(policy, Labelled):
+    if chosen is None or rejected is None:
         return {}
-    yes = policy.desirable
-    sums = policy.responses.sum
-    return {"logps_{}/chosen": (sums * yes, yes), "logps_{}/rejected": (sums * ~yes, ~yes)}
+    metrics: dict[str, Metric] = {
+        "rewards/chosen": Mean(chosen),
+        "rewards/rejected": Mean(rejected),
+        "rewards/accuracies": Mean((chosen > rejected).float()),
+        "rewards/margins": Mean(chosen - rejected),
+    }
+    if isinstance(policy, ScoredPairs):
+        metrics["rewards/spread"] = Spread(torch.stack([chosen, rejected], 1))
+    return metrics
+
+
+def _logp_metrics(policy: Any) -> dict[str, Metric]:
+    """Return the metrics of the policy's log-probabilities, by what the examples hold: chosen and
+    rejected are the best and the worst of a list, and the desirable and the undesirable responses.
+    """
+    if isinstance(policy, Logps):
+        return {"logps/chosen": Mean(policy.sum.detach())}
+    if isinstance(policy, Labelled):
+        yes = policy.desirable
+        sums = policy.responses.sum.detach()
+        return {"logps/chosen": Mean(sums * yes, yes), "logps/rejected": Mean(sums * ~yes, ~yes)}
+    if isinstance(policy, (Pairs, Lists)):
+        best, worst = (x.detach() for x in _ends(policy))
+        return {
+            "logps/chosen": Mean(best),
+            "logps/rejected": Mean(worst),
+            "logps/accuracies": Mean((best > worst).float()),  # ours: the policy's own ranking
+        }
+    return {}
 
 
 def _ends(policy: Pairs | Lists) -> tuple[Tensor, Tensor]:

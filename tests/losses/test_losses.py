@@ -9,7 +9,7 @@ import torch
 from golden import load, needs_golden
 
 from plumb.losses import registry as losses
-from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Pairs, TokenLogps
+from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Mean, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
 from plumb.losses.unpaired import kl_to_reference
 from plumb.training.objective import to_loss_inputs
@@ -249,6 +249,22 @@ def test_the_signature_decides_what_a_loss_gets(monkeypatch):
     assert bound.compute(both).losses.tolist() == [1 + 4, 16]
 
 
+def test_a_metric_that_could_not_be_logged_is_refused(monkeypatch):
+    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+    bare = torch.zeros(1)
+    for metrics, line in (
+        ({"kl/z0": (bare, bare)}, "its metric 'kl/z0' is a tuple; write Mean"),
+        ({"kl_{}/z0": Mean(bare)}, "its metric 'kl_{}/z0' must have a name like 'kl'"),
+    ):
+
+        @loss(group="single")
+        def old(policy: Logps, reference: None = None, metrics=metrics) -> LossOutput:
+            return LossOutput(-policy.sum, metrics=metrics)
+
+        with pytest.raises(ValueError, match=f"loss.name=old: {line}"):
+            build_loss({"name": "old"})
+
+
 # ---- simpo ----
 
 SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 0.5}
@@ -395,11 +411,11 @@ def test_kto_by_hand():
     out = build_loss(KTO).compute(policy, reference, torch.tensor(2.0))
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     assert out.losses.tolist() == pytest.approx([sigmoid(-1), 2 * sigmoid(2)])
-    means = {name: (v.tolist(), n.tolist()) for name, (v, n) in out.metrics.items()}
-    assert means["rewards_{}/chosen"] == ([2, 0], [True, False])
-    assert means["rewards_{}/rejected"] == ([0, 3], [False, True])
-    assert means["rewards_{}/accuracies"] == ([1, 0], [True, True])
-    assert means["kl_{}/z0"][0] == [2, 2]
+    columns = {name: mean.columns().T.tolist() for name, mean in out.metrics.items()}
+    assert columns["rewards/chosen"] == [[2, 0], [1, 0]]
+    assert columns["rewards/rejected"] == [[0, 3], [0, 1]]
+    assert columns["rewards/accuracies"] == [[1, 0], [1, 1]]
+    assert columns["kl/z0"] == [[2, 2], [1, 1]]
     for change in ({"beta": 0}, {"desirable_weight": 0}, {"undesirable_weight": -1}):
         (knob,) = change
         with pytest.raises(ValueError, match=f"loss.{knob}="):

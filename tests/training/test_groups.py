@@ -17,7 +17,7 @@ from plumb.console import to_dict
 from plumb.data.examples import concatenate, contradicted, ids_of, lengths_of
 from plumb.data.extras import Extras
 from plumb.errors import UserError
-from plumb.losses import BatchContext, LossOutput, registry
+from plumb.losses import BatchContext, LossOutput, Mean, registry
 from plumb.losses.registry import build_loss
 from plumb.models.forward_path import PLAIN_PATH
 from plumb.planning import plan
@@ -241,9 +241,7 @@ def test_a_loss_may_compare_each_example_with_the_whole_batch(train, data, monke
     def centred(policy, reference, context, *, beta: float) -> LossOutput:
         h = policy.chosen.sum - policy.rejected.sum
         h = h - (reference.chosen.sum - reference.rejected.sum)
-        return LossOutput(
-            (h - 1 - context.to(h)) ** 2, metrics={"mean_{}/h": (context + 0 * h, h == h)}
-        )
+        return LossOutput((h - 1 - context.to(h)) ** 2, metrics={"mean/h": Mean(context + 0 * h)})
 
     options = [
         *DPO,
