@@ -38,10 +38,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs import DPO, FAST, OF_THE_MACHINE, ROWS
-from warm import import_all
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from runs import DPO, FAST, OF_THE_MACHINE, ROWS  # noqa: E402
+from warm import import_all  # noqa: E402
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # no thread before a fork
