@@ -194,7 +194,8 @@ def evaluate(
     """
     from plumb.data.prepare import check_margins, load_examples
     from plumb.models.find import find_model, start_of
-    from plumb.models.load import check_length, check_vocabulary, load_policy, load_tokenizer
+    from plumb.models.limits import check_vocabulary
+    from plumb.models.load import check_length, load_policy, load_tokenizer
     from plumb.reports.score_plots import draw_evaluation
 
     if ref.scalar != (loss.reads == "scores"):

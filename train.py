@@ -305,7 +305,8 @@ def load_checked_policy(
     """Return the policy where it will be trained, once it knows all ids of the data."""
     import torch
 
-    from plumb.models.load import check_vocabulary, load_policy
+    from plumb.models.limits import check_vocabulary
+    from plumb.models.load import load_policy
 
     several_gpus = (
         config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1

@@ -35,13 +35,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from plumb.console import quiet, rank0_print, to_dict
 from plumb.errors import StorageError, UnsafeFile, UserError
 from plumb.losses.registry import build_loss
-from plumb.models import sharded_load
 from plumb.models.find import ModelRef, find_model, open_model, template_of
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
 from plumb.models.model_card import card
-from plumb.models.scalar_head import put_scalar_head
+from plumb.models.scalar_head import head_name, put_scalar_head
+from plumb.models.sharded_load import ReadPart, parameters_on_meta
 from plumb.models.weight_files import Weights
+from plumb.models.weight_sources import Blueprint, PolicyFile
 from plumb.runs import durable_files
 from plumb.runs.policy_file import load_policy_state
 from plumb.runs.state_files import write_safetensors
@@ -181,7 +182,7 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
             f"{what}: the code of this model ({hf_config.model_type}) is not part of transformers,"
             " so a folder of it cannot be read back; leave export out"
         )
-    with sharded_load.parameters_on_meta():
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
     if scalar:
         put_scalar_head(model)
@@ -238,17 +239,16 @@ def weights_of(
     Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is
     not this model's.
     """
-    what = f"model.archive={ref.archive}"
-    stored_state = Weights(state, archive=True)
-    model = sharded_load.blank(hf_config, stored_state, AutoModelForCausalLM.from_config)
-    head = put_scalar_head(model) if ref.scalar else ""
-    try:
-        source = sharded_load.stored_source(model, stored_state, strict=True)
-    except sharded_load.WeightMismatch as error:
-        raise UserError(
-            f"{what}: {error}; give the model it was trained from with --base"
-        ) from None
     stored = dtype or stored_dtype(state)
+    source = PolicyFile(
+        Blueprint(hf_config, stored),
+        Weights(state, archive=True),
+        origin=f"model.archive={ref.archive}",
+        fix="give the model it was trained from with --base",
+    )
+    parts = source.in_parts()
+    model = parts.skeleton
+    head = head_name(model) if ref.scalar else ""
     if ref.scalar:
         model, grown = as_classifier(model, head, hf_config, pad), {embedding_name(model)}
     else:
@@ -265,18 +265,18 @@ def weights_of(
         meta = meta.detach().to("meta", kind)
         read = partial(
             _read,
-            source,
+            parts.part,
             head if name == "score.weight" else name,
             kind,
             list(meta.shape) if name in grown else None,
         )
-        parts = revert_weight_conversion(model, {name: meta})
-        for key, part in parts.items():
+        pieces = revert_weight_conversion(model, {name: meta})
+        for key, piece in pieces.items():
             yield Weight(
                 key,
-                list(part.shape),
+                list(piece.shape),
                 kind,
-                partial(_part, split, name, read, key) if len(parts) > 1 else read,
+                partial(_piece, split, name, read, key) if len(pieces) > 1 else read,
             )
 
 
@@ -285,13 +285,11 @@ def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     return max(state.values(), key=torch.numel).dtype
 
 
-def _read(
-    source: sharded_load.Source, name: str, dtype: torch.dtype, shape: list[int] | None
-) -> Tensor:
+def _read(part: ReadPart, name: str, dtype: torch.dtype, shape: list[int] | None) -> Tensor:
     """Return a full tensor; with `shape`, zeros are added below. Raise UnsafeFile if it is not
     finite.
     """
-    tensor = source(name, ())
+    tensor = part(name, ())
     if not torch.linalg.vector_norm(tensor.reshape(-1), ord=torch.inf).isfinite():
         raise UnsafeFile(
             f"{name} holds NaN or infinity; is the file damaged, or had its training diverged?"
@@ -308,7 +306,7 @@ def _split(model: Any, name: str, read: Callable[[], Tensor]) -> dict[str, Tenso
     return revert_weight_conversion(model, {name: read()})
 
 
-def _part(
+def _piece(
     split: Callable[..., dict[str, Tensor]], name: str, read: Callable[[], Tensor], key: str
 ) -> Tensor:
     return split(name, read)[key]
@@ -371,7 +369,7 @@ def as_classifier(model: Any, head: str, hf_config: Any, pad: int) -> Any:
     text.pad_token_id = hf_config.pad_token_id = pad
     text.vocab_size = max(text.vocab_size, pad + 1)
     try:
-        with sharded_load.parameters_on_meta():
+        with parameters_on_meta():
             made = AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config))
         same = {*made.state_dict()} - {"score.weight"} == {*model.state_dict()} - {head}
     except ValueError:

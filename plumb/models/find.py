@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plumb.data.tokenization import template_text
 from plumb.distributed.device import pick_device
 from plumb.errors import UserError
-from plumb.models.load import is_classifier, load_config, load_policy, load_tokenizer
+from plumb.models.load import load_config, load_policy, load_tokenizer
 from plumb.models.scalar_head import holds_scores
+from plumb.models.weight_sources import is_classifier
 from plumb.paths import CONFIG, ROOT
 from plumb.runs.policy_file import load_policy_state
 from plumb.runs.policy_path import resolve_archive

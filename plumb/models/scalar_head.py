@@ -83,6 +83,12 @@ def put_scalar_head(model: Any, seed: int | None = None) -> str:
     model.all_tied_weights_keys = {}
     # before FSDP's own, which has to see what the loss is computed from
     model.register_forward_hook(_scores_as_logits)
+    return head_name(model)
+
+
+def head_name(model: Any) -> str:
+    """Return the name of the head's weight in the state dict."""
+    head = model.get_output_embeddings()
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 

@@ -1,9 +1,9 @@
-"""Filling a sharded model part by part, so that no rank ever holds all of it: from files, from a
-policy.pt, from the seed.
+"""Fill a sharded model part by part, so that no rank ever holds all of it.
 
 A model is built with its parameters on the meta device, sharded, and given memory for this rank's
-part (sharding.Layout); what fills it is a Source: a function from a parameter's name and a place in
-it to the values there.
+part (sharding.Layout). What fills it is a ReadPart: a function from a parameter's name and a place
+in it to the values there. Those for files, for random weights and for another model are made here;
+weight_sources.py chooses among them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from plumb.distributed import sharding
 from plumb.models.weight_files import Weights
 
 Where = tuple[slice, ...]
-Source = Callable[[str, Where], Tensor]
+ReadPart = Callable[[str, Where], Tensor]  # (name, place in it) -> the values there
 LARGE = 1 << 16  # numbers; a smaller parameter may be kept as it is
 
 
@@ -65,16 +65,16 @@ def parameters_on_meta(
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def fill(model: nn.Module, source: Source) -> None:
+def fill(model: nn.Module, read: ReadPart) -> None:
     """Fill this rank's part of every parameter and persistent buffer of a sharded model."""
     done: set[int] = set()
     for name, part, where in sharding.parts(model):
         if part.numel() and part.data_ptr() not in done:
             done.add(part.data_ptr())
-            part.copy_(source(name, where))
+            part.copy_(read(name, where))
 
 
-# ---- the sources ----
+# ---- from files ----
 
 
 def blank(
@@ -200,11 +200,11 @@ def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], lis
     return at, [*computed.values()]
 
 
-def stored_source(
+def stored_parts(
     model: PreTrainedModel, weights: Weights, strict: bool, apart: Collection[str] = ()
-) -> Source:
-    """Return the source that reads parts of a model's tensors from its files, renamed and converted
-    as transformers does.
+) -> ReadPart:
+    """Return the function that reads parts of a model's tensors from its files, renamed and
+    converted as transformers does.
 
     `strict`: the files may hold nothing else. `apart`: names that are filled from elsewhere. Raises
     WeightMismatch.
@@ -250,18 +250,18 @@ def stored_source(
             "unexpected keys", [name for name in shapes if name not in wanted and name not in apart]
         )
 
-    def source(name: str, where: Where) -> Tensor:
+    def read(name: str, where: Where) -> Tensor:
         name = same[name]
         if name in computed:
             return computed[name].part(model, weights, name, where, shapes[name][0])
         return weights.read(at[name], where)
 
-    return source
+    return read
 
 
-def shards_source(model: nn.Module) -> Source:
-    """Return the source that copies the parts of another model, sharded in the same way, possibly
-    to another precision.
+def sharded_parts(model: nn.Module) -> ReadPart:
+    """Return the function that reads the parts of another model, which is sharded in the same way,
+    possibly to another precision.
     """
     mine = {name: part for name, part, _ in sharding.parts(model)}
     return lambda name, where: mine[name]
@@ -289,8 +289,8 @@ class Initialisation(TorchDispatchMode):
     """Record what a model's construction does to parameters on the meta device, and draw what it
     would draw, one at a time.
 
-    What was done to one parameter can be repeated later (`source`): the same numbers as if all had
-    been kept.
+    What was done to one parameter can be repeated later (`seeded_parts`): the same numbers as if
+    all had been kept.
     """
 
     def __init__(self) -> None:
@@ -362,13 +362,13 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
-def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...]]]) -> Source:
-    """Return the source of the values that construction would have drawn: drawn again for one
-    parameter at a time, of which a part is kept.
+def seeded_parts(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...]]]) -> ReadPart:
+    """Return the function that reads the values that construction would have drawn: it draws them
+    again for one parameter at a time and keeps a part.
     """
     wholes, room = dict(model.state_dict(keep_vars=True)), ScratchBuffer()
 
-    def source(name: str, where: Where) -> Tensor:
+    def read(name: str, where: Where) -> Tensor:
         if name not in notes:
             return wholes[name].detach()[where]  # a buffer, which has its values
         made = room.of(wholes[name])
@@ -382,4 +382,4 @@ def seeded_source(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ..
             what(target, *arguments[0], **arguments[1])
         return made[where]
 
-    return source
+    return read

@@ -62,6 +62,32 @@ class Weights(dict[str, Any]):
         return all(torch.equal(self.read(a, piece), self.read(b, piece)) for piece in pieces)
 
 
+def locate(name: str) -> dict[str, Any]:
+    """Return the arguments that make transformers read `name`: a hub name, a folder, or a GGUF file
+    (or a folder with only that). Raise UserError for a path that does not exist.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name_or_path={name}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if (
+        path.is_dir()
+        and not (path / "config.json").exists()
+        and not (path / "tokenizer_config.json").exists()
+    ):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(
+                f"model.name_or_path={name}: a folder with neither config.json nor exactly one"
+                " .gguf file"
+            )
+        return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"model.name_or_path={name}: no such folder")
+    return {"pretrained_model_name_or_path": str(path) if path.exists() else name}
+
+
 @contextmanager
 def open_weights(name: str, revision: str | None, explicit: str | None) -> Iterator[Weights]:
     """Open the tensors of a folder or hub name within the context.

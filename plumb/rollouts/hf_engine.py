@@ -26,7 +26,7 @@ from transformers.generation import StoppingCriteriaList
 from plumb.console import quiet
 from plumb.data.token_text import continued
 from plumb.errors import UserError
-from plumb.models.load import positions_of
+from plumb.models.limits import positions_of
 from plumb.rollouts.decoding import Decoding
 
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from plumb.data.prompts import Prompt, rendered, token_ids
 from plumb.errors import UserError
 from plumb.models.find import ModelRef, Opened, open_model
-from plumb.models.load import pad_within, positions_of
+from plumb.models.limits import pad_within, positions_of
 from plumb.rollouts.decoding import Decoding
 
 

@@ -38,9 +38,8 @@ from plumb.errors import UserError
 from plumb.models.find import ModelRef, Opened, check_device, find_model, open_model, start_of
 from plumb.models.forward_path import ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
+from plumb.models.limits import check_positions, check_vocabulary
 from plumb.models.load import (
-    check_positions,
-    check_vocabulary,
     has_scalar_head,
     load_classifier,
     load_config,

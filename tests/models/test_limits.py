@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
-from plumb.models.load import check_positions, check_vocabulary, pad_within, positions_of
+from plumb.models.limits import check_positions, check_vocabulary, pad_within, positions_of
 from plumb.rollouts.hf_engine import sample
 
 SMALL = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -155,7 +155,7 @@ def test_policy_pt_goes_round(family, old, tmp_path, compose):
     ids = torch.arange(3, 40)[None]
     assert torch.equal(policy.eval()(ids).logits, again.eval()(ids).logits)
     if not old:
-        policy.load_state_dict(load.load_policy_state(str(tmp_path / "run")), strict=True)
+        policy.load_state_dict(policy_file.load_policy_state(str(tmp_path / "run")), strict=True)
 
 
 # What transformers 4.29.2, the 2023 repository's, has in the state dict of each model's first layer
