@@ -1,11 +1,14 @@
 """What holds for every family of families.py."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import run_families
 import torch
+from conftest import PATIENCE, ROOT
 from families import FAMILIES, family_config, family_model
 
 from plumb.batching.layout import pack
@@ -132,3 +135,11 @@ def test_one_family_through_everything():
     assert run_families.caught(failing).startswith(
         "**ValueError** of which the last / says it (test_families.py:"
     )
+
+
+def test_the_commands_behind_make_start():
+    """They are programs, whose imports differ from those of a test."""
+    for script in ("run_families", "torture"):
+        command = [sys.executable, f"tests/support/{script}.py", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
