@@ -24,6 +24,7 @@ from plumb.losses.contract import (
     Scores,
     Spread,
     TokenLogps,
+    flip_probability,
 )
 from plumb.losses.registry import loss
 
@@ -39,5 +40,6 @@ __all__ = [
     "Scores",
     "Spread",
     "TokenLogps",
+    "flip_probability",
     "loss",
 ]

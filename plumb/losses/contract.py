@@ -91,6 +91,11 @@ class Pairs(NamedTuple, Generic[T]):
 
     chosen: T
     rejected: T
+    # [B] soft labels: the probability that chosen is preferred, NaN where a pair has none; None
+    # where no pair of the data has one. Only a loss with soft_labels=True gets them
+    p_chosen: Tensor | None = None
+    # [B] by how much the data's own scores prefer chosen, NaN where they are not known
+    margins: Tensor | None = None
 
 
 class ScoredPairs(NamedTuple):
@@ -101,6 +106,15 @@ class ScoredPairs(NamedTuple):
     shared: Tensor  # [B] number of tokens that both responses begin with
     # [B] by how much the data's own scores prefer chosen; None where there are none
     margins: Tensor | None
+    p_chosen: Tensor | None = None  # [B] as in Pairs
+
+
+def flip_probability(pairs: Pairs | ScoredPairs, label_smoothing: float) -> Tensor | float:
+    """Return the probability that a pair's label is wrong: 1 - p_chosen of a pair with a soft
+    label, `label_smoothing` of every other.  [B], or a number where no pair has a soft label
+    """
+    p = pairs.p_chosen
+    return label_smoothing if p is None else torch.where(p.isnan(), label_smoothing, 1 - p)
 
 
 class Lists(NamedTuple):

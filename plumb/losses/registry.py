@@ -49,6 +49,7 @@ class Loss:
     needs_reference: bool
     average_over: AverageOver  # the global count that the summed losses are divided by
     needs_margins: bool  # needs data whose responses have scores
+    soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
     read: Read  # which of a response's scores is its own, where it reads scores
     context: BatchContext | None  # what it needs to know of the batch as a whole
     # (policy, reference, context) -> LossOutput; reference is None unless needs_reference, context
@@ -70,6 +71,7 @@ class Declaration:
     needs_reference: bool | Callable[[Mapping[str, Any]], bool]
     average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver]
     needs_margins: bool | Callable[[Mapping[str, Any]], bool]
+    soft_labels: bool
     read: Read | Callable[[Mapping[str, Any]], Read]
     context: BatchContext | None
 
@@ -93,6 +95,7 @@ def loss(
     needs_reference: bool | Callable[[Mapping[str, Any]], bool] = False,
     average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver] = "examples",
     needs_margins: bool | Callable[[Mapping[str, Any]], bool] = False,
+    soft_labels: bool = False,
     read: Read | Callable[[Mapping[str, Any]], Read] = "last",
     context: BatchContext | None = None,
     data: str | None = None,
@@ -117,6 +120,7 @@ def loss(
             needs_reference=needs_reference,
             average_over=average_over,
             needs_margins=needs_margins,
+            soft_labels=soft_labels,
             read=read,
             context=context,
         )
@@ -148,6 +152,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         needs_reference=_resolved(declared.needs_reference, knobs),
         average_over=_resolved(declared.average_over, knobs),
         needs_margins=_resolved(declared.needs_margins, knobs),
+        soft_labels=declared.soft_labels,
         read=_resolved(declared.read, knobs),
         context=declared.context,
         compute=declared.bind(knobs),

@@ -8,14 +8,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from plumb.losses.contract import LossOutput, ScoredPairs
+from plumb.losses.contract import LossOutput, ScoredPairs, flip_probability
 from plumb.losses.registry import loss
 
 
 @loss(
     group="pair",
     needs_margins=lambda knobs: knobs["margin"] > 0,
+    soft_labels=True,
     read=lambda knobs: "mean" if knobs["read"] == "mean" else "last",
 )
 def reward(
@@ -28,7 +30,7 @@ def reward(
     centering: float,
 ) -> LossOutput:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z) + c (r_w + r_l)^2, with z = r_w - r_l - m times the
-    data's own margin.
+    data's own margin. e is `label_smoothing`, or 1 - p_chosen of a pair with a soft label.
 
     e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with
     `read=mean` on the mean scores of all tokens of a response. m: Eq. 2 of arXiv:2307.09288 (Llama
@@ -53,7 +55,9 @@ def reward(
     z = chosen.each - rejected.each if read == "tokens" else (r_w - r_l)[:, None]  # [B, L or 1]
     if margin and policy.margins is not None:
         z = z - margin * policy.margins[:, None]
-    losses = -F.logsigmoid(z) * (1 - label_smoothing) - F.logsigmoid(-z) * label_smoothing
+    e = flip_probability(policy, label_smoothing)
+    e = e[:, None].to(z) if isinstance(e, Tensor) else e
+    losses = -F.logsigmoid(z) * (1 - e) - F.logsigmoid(-z) * e
     if read == "tokens":
         longest = torch.maximum(chosen.tokens, rejected.tokens).clamp(min=1)
         first = torch.minimum(policy.shared, longest - 1)  # of two equal responses, the last token

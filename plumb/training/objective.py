@@ -189,16 +189,19 @@ def _single(of_model: Any, batch: Batch) -> Any:
 def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
     """Return the first half, chosen, and the second, rejected."""
     n = len(batch.n_responses)
+    p_chosen, margins = (
+        None if (column := batch.extras.example.get(name)) is None else column.to(of_model[0])
+        for name in ("p_chosen", "margins")
+    )
     if isinstance(of_model, TokenLogps):
         first = torch.arange(n, device=of_model.each.device)
-        return Pairs(of_model.of(first), of_model.of(first + n))
+        return Pairs(of_model.of(first), of_model.of(first + n), p_chosen, margins)
     chosen, rejected = (
         type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None))
     )
     if isinstance(chosen, Scores):
-        margins = batch.extras.example.get("margins")
-        return ScoredPairs(chosen, rejected, shared_tokens(batch), margins)
-    return Pairs(chosen, rejected)
+        return ScoredPairs(chosen, rejected, shared_tokens(batch), margins, p_chosen)
+    return Pairs(chosen, rejected, p_chosen, margins)
 
 
 def _lists(of_model: Logps, batch: Batch) -> Lists:
