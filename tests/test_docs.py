@@ -1,13 +1,15 @@
 """The two walks of docs/walks.md: they name functions that exist, and their counts and picture.
-docs/options.md is what config/ and the schema say.
+docs/options.md is what config/ and the schema say, docs/losses.md what the losses say.
 """
 
 import importlib.util
 import re
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+from plumb.losses.registry import LOSSES
 from plumb.settings import schema
 
 WALKS = (ROOT / "docs/walks.md").read_text(encoding="utf-8")
@@ -78,3 +80,22 @@ def test_the_page_of_options():
     }
     assert listed == set(schema.KNOBS) | set(schema.GROUPS)
     assert all(option.meaning for option in list_options.options("config.yaml"))
+
+
+def test_the_page_of_losses():
+    """`python docs/list_losses.py` writes it anew."""
+    page = script("list_losses").page()
+    assert (ROOT / "docs/losses.md").read_text(encoding="utf-8") == page
+    sections = re.findall(r"^### (\w+)$", page.partition("<!-- sections: begin -->")[2], re.M)
+    assert set(sections) == set(LOSSES)
+
+
+def test_the_picture_of_losses(tmp_path):
+    """Each loss on pairs has a finite curve, and `python docs/draw_losses.py` draws them."""
+    draw_losses = script("draw_losses")
+    draw_losses.main(tmp_path)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    for name, declared in LOSSES.items():
+        if declared.group == "pair":
+            values = draw_losses.curve(draw_losses.build_loss(draw_losses.knobs_of(name)))
+            assert np.isfinite(values).all(), name

@@ -2,7 +2,9 @@
 missing, unknown or ignored.
 
 A new loss is one decorated function in this package (or in a file named by `plugins=[...]`) and one
-YAML in config/loss with its knobs.
+YAML in config/loss with its knobs. docs/list_losses.py makes its section of docs/losses.md from
+both. The docstring's first paragraph is the loss of one example, then ": " and the source with its
+equation. Further paragraphs say what the knobs do, and the last begins with "Rewards".
 """
 
 from __future__ import annotations

@@ -1,0 +1,223 @@
+"""Write the table and the sections of docs/losses.md from the losses' docstrings and YAMLs:
+`python docs/list_losses.py`. The text outside of the marked blocks is written by hand.
+
+plumb/losses/registry.py says what form a docstring has; an option's meaning is its comment in
+config/loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from list_options import Option, escaped, options  # noqa: E402
+
+import plumb.losses  # noqa: E402, F401
+from plumb.losses.registry import LOSSES, Declaration, Loss, build_loss  # noqa: E402
+
+EXAMPLE_HOLDS = {
+    "single": "a prompt and its target",
+    "labelled": "a response, desirable or not",
+    "pair": "a chosen and a rejected response",
+    "list": "a ranked list of responses",
+    "rollout": "the policy's own samples",
+}
+# a required knob's value where its comment calls it usual, or no value at all
+REQUIRED = 0.1
+# a source: an arXiv number, with its version left out, or an address
+SOURCE = re.compile(r"arXiv:\d{4}\.\d{5}|https?://[^\s)\]]+[^\s)\].,:]")
+
+
+def numbers_are_numbers(value: Any) -> Any:
+    """Return a value as Hydra reads it: YAML 1.1 takes 1e-3 for a word.
+
+    >>> numbers_are_numbers("1e-3"), numbers_are_numbers("sum")
+    (0.001, 'sum')
+    """
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def usual(meaning: str) -> float:
+    """Return REQUIRED where it is among the values that a comment calls usual, else the first of
+    them.
+
+    >>> usual("2 to 10 is usual; required"), usual("0.01 to 0.5 is usual"), usual("required")
+    (2.0, 0.1, 0.1)
+    """
+    number = r"(\d[\d.]*(?:e-?\d+)?)"
+    named = re.search(rf"{number}(?: (?:to|or) {number})?(?: times \w+)? is usual", meaning)
+    if named is None:
+        return REQUIRED
+    least = float(named[1])
+    return REQUIRED if least <= REQUIRED <= float(named[2] or least) else least
+
+
+def knobs_of(name: str) -> dict[str, Any]:
+    """Return {"name": name, knob: value} as config/loss has it, and usual values of those that are
+    required.
+    """
+    text = (ROOT / f"config/loss/{name}.yaml").read_text(encoding="utf-8")
+    meanings = {o.name.removeprefix("loss."): o.meaning for o in options(f"loss/{name}.yaml", "")}
+    return {
+        knob: usual(meanings[knob]) if value == "???" else numbers_are_numbers(value)
+        for knob, value in yaml.safe_load(text).items()
+    }
+
+
+def alternatives(knobs: Mapping[str, Any], hints: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return (knob, how it is written, value) of other values of each knob that is true or false,
+    a word, or 0.
+    """
+    found: list[tuple[str, str, Any]] = []
+    for knob, value in knobs.items():
+        if hints[knob] is bool:
+            found.append((knob, f"{knob}={str(not value).lower()}", not value))
+        elif words := [x for x in get_args(hints[knob]) if isinstance(x, str) and x != value]:
+            found += [(knob, f"{knob}={word}", word) for word in words]
+        elif value == 0:
+            found.append((knob, f"{knob}` above `0", 0.1))
+    return found
+
+
+def needed(name: str, setting: str) -> str:
+    """Return whether a loss needs something, such as `needs_reference`, and which knobs change it.
+
+    >>> needed("sft", "needs_reference"), needed("dpo", "needs_reference")
+    ('no', 'yes; no with `reference_free=true`')
+    """
+    knobs = knobs_of(name)
+    words = {True: "yes", False: "no"}
+    now = getattr(build_loss(knobs), setting)
+    if not callable(getattr(LOSSES[name], setting)):
+        return words[now]
+    own = {k: v for k, v in knobs.items() if k != "name"}
+    hints = get_type_hints(LOSSES[name].function)
+    other = [
+        f"`{written}`"
+        for knob, written, value in alternatives(own, hints)
+        if getattr(LOSSES[name], setting)(own | {knob: value}) != now
+    ]
+    return words[now] + (f"; {words[not now]} with {' or '.join(other)}" if other else "")
+
+
+def paragraphs(declared: Declaration) -> list[str]:
+    """Return the paragraphs of a loss's docstring, one line each."""
+    text = inspect.getdoc(declared.function) or ""
+    return [" ".join(part.split()) for part in text.split("\n\n")]
+
+
+def linked(text: str) -> str:
+    """Return prose as markdown, with arXiv numbers as links.
+
+    >>> linked("w * h < 1, arXiv:2305.18290")
+    'w \\\\* h &lt; 1, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)'
+    """
+    text = text.replace("*", "\\*").replace("<", "&lt;")
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def about(name: str) -> str:
+    """Return the comment at the head of a loss's YAML."""
+    text = (ROOT / f"config/loss/{name}.yaml").read_text(encoding="utf-8")
+    head = text.partition(f"name: {name}")[0]
+    return " ".join(line.lstrip("# ") for line in head.splitlines() if line.strip())
+
+
+def sources(name: str) -> str:
+    """Return what the first paragraph of a loss's docstring names as source, else the first source
+    that its YAML's head or the rest of the docstring names.
+    """
+    first, *others = paragraphs(LOSSES[name])
+    later = SOURCE.findall(" ".join([about(name), *others]))[:1]
+    return ", ".join(dict.fromkeys(map(linked, SOURCE.findall(first) or later))) or "-"
+
+
+def table() -> str:
+    """Return the table of all losses, by what an example holds."""
+    rows = ["| loss | one example holds | reference | source |", "|---|---|---|---|"]
+    order = list(EXAMPLE_HOLDS)
+    for name in sorted(LOSSES, key=lambda name: (order.index(LOSSES[name].group), name)):
+        holds = EXAMPLE_HOLDS[LOSSES[name].group]
+        reference = needed(name, "needs_reference")
+        rows.append(f"| [`{name}`](#{name}) | {holds} | {reference} | {sources(name)} |")
+    return "\n".join(rows) + "\n"
+
+
+def knob_table(own: list[Option]) -> str:
+    """Return the table of a loss's knobs."""
+    rows = ["| knob | default | meaning and legal values |", "|---|---|---|"]
+    for option in own:
+        default = "required" if option.default == "???" else f"`{option.default}`"
+        rows.append(f"| `{option.name}` | {default} | {escaped(option.meaning)} |")
+    return "\n".join(rows) + "\n"
+
+
+def needs(name: str, bound: Loss) -> str:
+    """Return a line on what a loss reads and needs."""
+    parts = [
+        f"One example holds {EXAMPLE_HOLDS[bound.group]}",
+        f"reference: {needed(name, 'needs_reference')}",
+    ]
+    scores = needed(name, "needs_margins")
+    if scores != "no":
+        parts.append(f"scores of the responses: {scores}")
+    if bound.reads == "scores":
+        parts.append("the model has a scalar head")
+    if bound.reads == "token_logps":
+        parts.append("it reads every token's log-probability")
+    if bound.context is not None:
+        parts.append("it sees the batch of all ranks and microbatches at once")
+    return "; ".join(parts) + "."
+
+
+def section(name: str) -> str:
+    """Return what the page says of one loss."""
+    declared = LOSSES[name]
+    bound = build_loss(knobs_of(name))
+    formula, *others = paragraphs(declared)
+    lines = [f"### {name}\n", linked(about(name)) + "\n", f"```text\n{wrapped(formula)}\n```\n"]
+    lines += [linked(text) + "\n" for text in others]
+    if bound.context is not None:
+        of_context = " ".join((inspect.getdoc(bound.context.compute) or "").split())
+        lines.append(f"`{bound.context.compute.__name__}`: {linked(of_context)}\n")
+    lines.append(needs(name, bound) + "\n")
+    if own := options(f"loss/{name}.yaml", "loss."):
+        lines.append(knob_table(own))
+    return "\n".join(lines)
+
+
+def wrapped(text: str, width: int = 110) -> str:
+    """Return text in lines of at most `width` characters, where it has spaces."""
+    lines = [""]
+    for word in text.split(" "):
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """Return docs/losses.md, with the text that it has outside of the marked blocks."""
+    text = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
+    blocks = {"table": table(), "sections": "\n".join(map(section, sorted(LOSSES)))}
+    for name, block in blocks.items():
+        begin, end = (f"<!-- {name}: {x} -->\n" for x in ("begin", "end"))
+        before, _, rest = text.partition(begin)
+        text = before + begin + "\n" + block + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/losses.md").write_text(page(), encoding="utf-8")
