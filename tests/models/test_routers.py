@@ -5,7 +5,9 @@ out and cut.
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import family_model, save_family
+from packaging.version import Version
 from runs import DPO, records
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -33,7 +35,17 @@ FAMILIES = [
     "dbrx",
     "minimax",
 ]
+# transformers 5.17 does not record the routers of these, so that router_aux_loss is refused for
+# them, and of ernie4_5_moe it records something else
+NEEDS_NEWER = {"granitemoe", "granitemoehybrid", "dbrx", "deepseek_v3", "ernie4_5_moe"}
 PACKED = ["mixtral", "qwen2_moe", "phimoe", "olmoe", "granitemoe", "ernie4_5_moe", "dbrx"]
+
+
+@pytest.fixture(autouse=True)
+def recorded(request):
+    family = getattr(request.node, "callspec", None) and request.node.callspec.params.get("family")
+    if family in NEEDS_NEWER and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {transformers.__version__} does not record {family}'s routers")
 
 
 def examples(n=5, seed=0):
