@@ -316,6 +316,9 @@ class Plumb(Contender):
                 "name": "dpo",
                 "beta": BETA,
                 "label_smoothing": 0.0,
+                "divergence": "reverse_kl",
+                "alpha": None,
+                "normalize": "sum",
                 "reference_free": False,
                 "nll": 0.0,
             }

@@ -39,7 +39,10 @@ FILES = [
 # What these may import from outside the standard library and the house.
 LIGHT = {
     "plumb.losses.contract": {"torch"},
+    "plumb.losses.divergences": {"torch"},
     "plumb.losses.pairwise": {"torch"},
+    "plumb.losses.pairwise_reference_free": {"torch"},
+    "plumb.losses.ratios": {"torch"},
     "plumb.losses.registry": {"torch"},
     "plumb.losses.reward_model": {"torch"},
     "plumb.losses.supervised": {"torch"},

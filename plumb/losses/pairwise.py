@@ -1,122 +1,221 @@
-"""Losses on pairs of responses to the same prompt: DPO, conservative DPO, IPO, SimPO. Shapes and
-units: contract.py.
+"""Losses on pairs that are functions of the margin h against a reference: DPO with its divergences,
+conservative and robust DPO, IPO, hinge, EXO, DiscoPOP. Shapes and units: contract.py.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+import math
+from collections.abc import Mapping
+from typing import Any
 
-from plumb.losses.contract import Logps, LossOutput, Pairs
+import torch
+import torch.nn.functional as F
+
+from plumb.losses.contract import LossOutput, Pairs, flip_probability
+from plumb.losses.divergences import Divergence, check_divergence, derivative
+from plumb.losses.ratios import (
+    Normalize,
+    check_label_smoothing,
+    check_not_negative,
+    check_positive,
+    logratios,
+    margin,
+    mean_nll,
+    smoothed,
+    with_rewards,
+)
 from plumb.losses.registry import loss
 
 
-def _check(beta: float, label_smoothing: float, nll: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta={beta}: must be above 0 (0.1 to 0.5 is usual)")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing={label_smoothing}: the share of flipped labels must be in [0, 0.5)"
-        )
-    if not nll >= 0:
-        raise ValueError(f"nll={nll}: must not be negative; 0 leaves it out")
+def unless_free(knobs: Mapping[str, Any]) -> bool:
+    """Return whether a loss with the knob `reference_free` needs a reference."""
+    return not knobs["reference_free"]
 
 
-def _nll(response: Logps) -> Tensor:
-    """Return the mean negative log-likelihood per token.  [B]"""
-    return -response.mean()
-
-
-def _margin(policy: Pairs, reference: Pairs | None) -> Tensor:
-    """h = log pi(y_w|x)/pi(y_l|x) - log pi_ref(y_w|x)/pi_ref(y_l|x), [B]. Without a reference,
-    pi_ref is constant.
-
-    The policy's ratio is formed first, as in 2023: large log-probabilities cancel before anything
-    is squared.
-    """
-    h = policy.chosen.sum - policy.rejected.sum
-    return h if reference is None else h - (reference.chosen.sum - reference.rejected.sum)
-
-
-def _with_rewards(
-    losses: Tensor, policy: Pairs, reference: Pairs | None, beta: float
-) -> LossOutput:
-    """Add the implicit rewards beta * log pi(y|x)/pi_ref(y|x), detached."""
-    chosen, rejected = policy.chosen.sum.detach(), policy.rejected.sum.detach()
-    if reference is not None:
-        chosen, rejected = chosen - reference.chosen.sum, rejected - reference.rejected.sum
-    return LossOutput(losses, beta * chosen, beta * rejected)
-
-
-@loss(group="pair", needs_reference=lambda knobs: not knobs["reference_free"])
+@loss(
+    group="pair",
+    needs_reference=unless_free,
+    soft_labels=True,
+    usual=lambda knobs: {
+        "lr": (3e-7, 5e-6),
+        "beta": (2, 10) if knobs["normalize"] == "token" else (0.01, 0.5),
+    },
+)
 def dpo(
     policy: Pairs,
     reference: Pairs | None,
     *,
     beta: float,
     label_smoothing: float,
+    divergence: Divergence,
+    alpha: float | None,
+    normalize: Normalize,
     reference_free: bool,
     nll: float,
 ) -> LossOutput:
-    """-(1-e) log sigmoid(beta h) - e log sigmoid(-beta h) - a log pi(y_w | x) / |y_w|, h as in
-    `_margin`.
+    """-(1-e) log sigmoid(beta h) - e log sigmoid(-beta h) - a log pi(y_w | x) / |y_w|, with h = log
+    pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x): Eq. 7 of arXiv:2305.18290, e = a = 0.
 
-    e = a = 0: Eq. 7 of arXiv:2305.18290. e > 0: conservative DPO, labels flipped with probability e
-    (Eq. 3 of https://ericmitchell.ai/cdpo.pdf). a = `nll` > 0 keeps the chosen responses likely
-    (Eq. 1 of arXiv:2404.19733). `reference_free` takes pi_ref as constant: no reference is loaded,
-    and the rewards are beta log pi (the original code still ran the reference and reported rewards
-    against it).
+    e = `label_smoothing` > 0: conservative DPO, labels flipped with probability e (Eq. 3 of
+    https://ericmitchell.ai/cdpo.pdf); a pair with a soft label has e = 1 - p_chosen. a = `nll` > 0
+    keeps the chosen responses likely (Eq. 1 of arXiv:2404.19733). `reference_free` takes pi_ref as
+    constant: no reference is loaded, and the rewards are beta log pi (the original code still ran
+    the reference and reported rewards against it).
+
+    `divergence` replaces log u, u = pi/pi_ref, in h by the derivative f'(u) of another divergence:
+    -1/u (forward_kl), log(2u / (1+u)) (js), -u^-a / a with a = `alpha` (alpha), which lies between
+    reverse_kl (a = 0) and forward_kl (a = 1): f-DPO, arXiv:2309.16240.
+
+    `normalize=sum` is the paper's, whose numbers (beta 0.1 to 0.5) belong to it. `token` divides
+    each log pi and log pi_ref by the length: the length-normalised DPO of Tulu 3
+    (arXiv:2411.15124), whose beta is 5; a beta of 0.1 belongs to sums.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x), per token with `normalize=token`.
     """
-    _check(beta, label_smoothing, nll)
-    h = _margin(policy, reference)
-    losses = (
-        -F.logsigmoid(beta * h) * (1 - label_smoothing) - F.logsigmoid(-beta * h) * label_smoothing
-    )
-    losses = losses + nll * _nll(policy.chosen)
-    return _with_rewards(losses, policy, reference, beta)
+    check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
+    check_not_negative(nll=nll)
+    check_divergence(divergence, alpha, normalize, reference_free)
+    if divergence == "reverse_kl":
+        h = margin(policy, reference, normalize)
+    else:
+        chosen, rejected = logratios(policy, reference)
+        h = derivative(chosen, divergence, alpha) - derivative(rejected, divergence, alpha)
+    e = flip_probability(policy, label_smoothing)
+    losses = smoothed(beta * h, e) + nll * mean_nll(policy.chosen)
+    return with_rewards(losses, policy, reference, beta, normalize)
 
 
-@loss(group="pair", needs_reference=lambda knobs: not knobs["reference_free"])
+@loss(
+    group="pair",
+    needs_reference=unless_free,
+    soft_labels=True,
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 1)},
+)
 def ipo(
     policy: Pairs,
     reference: Pairs | None,
     *,
     beta: float,
     label_smoothing: float,
+    normalize: Normalize,
     reference_free: bool,
     nll: float,
 ) -> LossOutput:
-    """(h - 1/(2 beta))^2, with h as in `dpo`: Eq. 17 of arXiv:2310.12036, beta its tau;
-    log-probabilities are sums, as in the original.
+    """(h - 1/(2 beta))^2, with h as in `dpo`: Eq. 17 of arXiv:2310.12036, beta its tau.
 
-    label_smoothing e mixes in the loss of the flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2
-    beta))^2, the same reading of label noise as in `dpo` (the 2023 code ignored the knob without a
-    word). `nll`: as in `dpo`.
+    `normalize=sum` takes log-probabilities of whole responses, as the 2023 code and OpenRLHF do.
+    `token` takes means per token, as TRL, HALOs and LLaMA-Factory do, and as the paper's authors
+    have confirmed. The paper's own experiments are bandits, where the two are the same. The target
+    1/(2 beta) is one of a sum or of a mean, so a beta of one form is not one of the other.
+
+    e = label_smoothing (or 1 - p_chosen of a pair with a soft label) mixes in the loss of the
+    flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2 beta))^2, the same reading of label noise as
+    in `dpo` (the 2023 code ignored the knob without a word). `nll`, `reference_free`: as in `dpo`.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x), per token with `normalize=token`.
     """
-    _check(beta, label_smoothing, nll)
-    h = _margin(policy, reference)
+    check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
+    check_not_negative(nll=nll)
+    h = margin(policy, reference, normalize)
     target = 1 / (2 * beta)
-    losses = (
-        (1 - label_smoothing) * (h - target) ** 2
-        + label_smoothing * (h + target) ** 2
-        + nll * _nll(policy.chosen)
-    )
-    return _with_rewards(losses, policy, reference, beta)
+    e = flip_probability(policy, label_smoothing)
+    losses = (1 - e) * (h - target) ** 2 + e * (h + target) ** 2 + nll * mean_nll(policy.chosen)
+    return with_rewards(losses, policy, reference, beta, normalize)
 
 
-@loss(group="pair")
-def simpo(policy: Pairs, reference: None = None, *, beta: float, gamma: float) -> LossOutput:
-    """-log sigmoid(r_w - r_l - gamma) with the rewards r = beta log pi(y|x) / |y|: Eq. 6 of
-    arXiv:2405.14734.
+@loss(
+    group="pair",
+    needs_reference=True,
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "label_smoothing": (0.01, 0.4)},
+)
+def robust(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: float) -> LossOutput:
+    """(-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e), with h as in `dpo`:
+    section 3.1 of arXiv:2403.00409.
 
-    The mean over a response's tokens takes the place of the reference: long responses gain nothing
-    by their length. Rewards are r.
+    If a share e = `label_smoothing` of the labels is flipped, its expectation is the `dpo` loss on
+    the true labels. `dpo` with label_smoothing mixes the two losses instead, and is biased. The
+    loss is not bounded below: it rewards a wide margin without end.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
-    if not beta > 0:
-        raise ValueError(f"beta={beta}: must be above 0 (2 to 10 is usual)")
-    if not gamma >= 0:
-        raise ValueError(f"gamma={gamma}: must not be negative (0.3 to 0.5 times beta is usual)")
-    chosen_rewards = beta * policy.chosen.mean()
-    rejected_rewards = beta * policy.rejected.mean()
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
-    return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())
+    check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
+    z = beta * margin(policy, reference)
+    of_true, of_flipped = -F.logsigmoid(z), -F.logsigmoid(-z)
+    losses = ((1 - label_smoothing) * of_true - label_smoothing * of_flipped) / (
+        1 - 2 * label_smoothing
+    )
+    return with_rewards(losses, policy, reference, beta)
+
+
+@loss(
+    group="pair",
+    needs_reference=unless_free,
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 1)},
+)
+def hinge(
+    policy: Pairs, reference: Pairs | None, *, beta: float, reference_free: bool
+) -> LossOutput:
+    """max(0, 1 - beta h), with h as in `dpo`: the normalised hinge of RSO, arXiv:2309.06657, beta
+    its gamma.
+
+    The hinge of SLiC on log-probabilities that are normalised by the reference. A pair that is
+    ahead by 1 / beta nats gives no gradient. `slic` is the form without a reference.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
+    """
+    check_positive(beta=beta)
+    losses = torch.relu(1 - beta * margin(policy, reference))
+    return with_rewards(losses, policy, reference, beta)
+
+
+@loss(
+    group="pair",
+    needs_reference=True,
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "label_smoothing": (1e-3, 0.1)},
+)
+def exo_pair(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: float) -> LossOutput:
+    """q log(q / (1-e)) + (1-q) log((1-q) / e), with q = sigmoid(beta h) and h as in `dpo`:
+    section 3.2 of arXiv:2402.00856.
+
+    The reverse KL from what the policy prefers to the labels, which are right with probability 1 -
+    e, e = `label_smoothing`; `dpo` takes the forward KL. e must be above 0, else a wrong label
+    would cost infinitely much. The optimum is h = log((1-e) / e) / beta.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
+    """
+    check_positive(beta=beta, label_smoothing=label_smoothing)
+    check_label_smoothing(label_smoothing)
+    z = beta * margin(policy, reference)
+    losses = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing)) + torch.sigmoid(
+        -z
+    ) * (F.logsigmoid(-z) - math.log(label_smoothing))
+    return with_rewards(losses, policy, reference, beta)
+
+
+@loss(
+    group="pair",
+    needs_reference=True,
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "tau": (0.01, 1)},
+)
+def discopop(policy: Pairs, reference: Pairs, *, beta: float, tau: float) -> LossOutput:
+    """-(1 - m) log sigmoid(z) + m exp(-z), with z = beta h, m = sigmoid(z / tau) and h as in `dpo`:
+    the log-ratio modulated loss of arXiv:2406.08414.
+
+    A language model proposed it: the logistic loss where the policy is wrong, the exponential one
+    where it is right. It is not convex: with the paper's tau of 0.05 it rises from a local minimum
+    at z = -0.12 through the start, z = 0, and falls from z = 0.07 on. tau must be at most 1, else m
+    exp(-z) grows without end as z falls.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
+    """
+    check_positive(beta=beta, tau=tau)
+    if tau > 1:
+        raise ValueError(f"tau={tau}: must be at most 1; 0.05 is the paper's")
+    z = beta * margin(policy, reference)
+    # m exp(-z), as one exponential: exp(-z) alone overflows
+    exponential = (F.logsigmoid(z / tau) - z).exp()
+    losses = exponential - torch.sigmoid(-z / tau) * F.logsigmoid(z)
+    return with_rewards(losses, policy, reference, beta)

@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -35,6 +36,8 @@ from plumb.losses.contract import (
 AverageOver = Literal["examples", "tokens"]
 Reads = Literal["logps", "token_logps", "scores"]
 Read = Literal["last", "mean"]
+# knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
+Usual = Mapping[str, tuple[float, float]]
 V = TypeVar("V")
 
 
@@ -54,6 +57,7 @@ class Loss:
     soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
     read: Read  # which of a response's scores is its own, where it reads scores
     context: BatchContext | None  # what it needs to know of the batch as a whole
+    usual: Usual  # where its knobs and the learning rate usually lie
     # (policy, reference, context) -> LossOutput; reference is None unless needs_reference, context
     # None unless declared
     compute: Callable[..., LossOutput]
@@ -76,6 +80,7 @@ class Declaration:
     soft_labels: bool
     read: Read | Callable[[Mapping[str, Any]], Read]
     context: BatchContext | None
+    usual: Usual | Callable[[Mapping[str, Any]], Usual]
 
     def bind(self, knobs: Mapping[str, Any]) -> Callable[..., LossOutput]:
         """Return (policy, reference, context) -> LossOutput with these knobs."""
@@ -100,10 +105,12 @@ def loss(
     soft_labels: bool = False,
     read: Read | Callable[[Mapping[str, Any]], Read] = "last",
     context: BatchContext | None = None,
+    usual: Usual | Callable[[Mapping[str, Any]], Usual] | None = None,
     data: str | None = None,
 ) -> Callable[[Callable[..., LossOutput]], Callable[..., LossOutput]]:
     """Register a function under its name. A setting that depends on the loss's knobs is a function
-    of them: `needs_reference=lambda knobs: not knobs["reference_free"]`.
+    of them: `needs_reference=lambda knobs: not knobs["reference_free"]`. `usual` says where the
+    knobs and the learning rate usually lie; a run far outside says so at its start.
 
     Raises ValueError, in one line, for a group that does not exist, and for the spelling `data`,
     which `group` replaced.
@@ -125,6 +132,7 @@ def loss(
             soft_labels=soft_labels,
             read=read,
             context=context,
+            usual=usual or {},
         )
         return function
 
@@ -157,6 +165,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         soft_labels=declared.soft_labels,
         read=_resolved(declared.read, knobs),
         context=declared.context,
+        usual=_resolved(declared.usual, knobs),
         compute=declared.bind(knobs),
     )
     _try_on_zeros(bound)
@@ -211,6 +220,8 @@ def _check_knobs(
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -219,9 +230,15 @@ def _fits(value: Any, hint: Any) -> bool:
 def _say(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    return {float: "a number", bool: "true or false", int: "a whole number", str: "a word"}.get(
-        hint, str(hint)
-    )
+    if isinstance(hint, UnionType):
+        return " or ".join(_say(one) for one in get_args(hint))
+    return {
+        float: "a number",
+        bool: "true or false",
+        int: "a whole number",
+        str: "a word",
+        type(None): "null",
+    }.get(hint, str(hint))
 
 
 def _try_on_zeros(bound: Loss) -> None:

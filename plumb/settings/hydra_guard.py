@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from yaml import MarkedYAMLError
 
 from plumb.errors import UserError
+from plumb.paths import CONFIG
 from plumb.runs.safe_yaml import ADVICE, HYDRA_KNOBS, MAX_FILES, check_config_file
 
 
@@ -67,14 +68,21 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """Return the arguments as Hydra needs them: it treats 5,0,5 as three runs unless it is quoted.
+    A loss that is given by its name, as IPO was in 2023, has the options of its own file.
 
     >>> spelled_out(["data_split=5,0,5", "stage=sft"])
     ["data_split='5,0,5'", 'stage=sft']
+    >>> spelled_out(["loss=dpo", "loss.name=ipo", "loss.beta=0.1"])
+    ['loss=ipo', 'loss.name=ipo', 'loss.beta=0.1']
     """
-    return [
+    quoted = [
         re.sub(r"^data_split=([\d.]+(?:,[\d.]+)+)$", r"data_split='\1'", argument)
         for argument in arguments
     ]
+    named = [a.removeprefix("loss.name=") for a in quoted if re.fullmatch(r"loss\.name=\w+", a)]
+    if not named or not (CONFIG / "loss" / f"{named[-1]}.yaml").is_file():
+        return quoted
+    return [f"loss={named[-1]}" if a.startswith("loss=") else a for a in quoted]
 
 
 def no_environment(*names: str) -> NoReturn:

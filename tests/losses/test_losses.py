@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from golden import load, needs_golden
+from losses import knobs_of
 
 from plumb.data.extras import Extras
-from plumb.losses import registry as losses
+from plumb.losses import registry
 from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Mean, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
 from plumb.losses.unpaired import kl_to_reference
@@ -24,8 +25,8 @@ def pairs(chosen, rejected) -> Pairs:
     return Pairs(logps(*chosen), logps(*rejected))
 
 
-DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0, "reference_free": False, "nll": 0.0}
-IPO = DPO | {"name": "ipo"}
+DPO = knobs_of("dpo") | {"beta": 0.1}
+IPO = knobs_of("ipo") | {"beta": 0.1}
 
 
 def test_dpo_by_hand():
@@ -158,8 +159,8 @@ def test_preference_losses_equal_the_2023_code():
         }
         free = case["kwargs"].get("reference_free", False)
         smoothing = case["kwargs"].get("label_smoothing", 0.0)
-        knobs = DPO | {"beta": case["beta"], "label_smoothing": smoothing, "reference_free": free}
-        bound = build_loss(knobs | ({"name": "ipo"} if case["kwargs"].get("ipo") else {}))
+        knobs = {"beta": case["beta"], "label_smoothing": smoothing, "reference_free": free}
+        bound = build_loss((IPO if case["kwargs"].get("ipo") else DPO) | knobs)
         policy = [
             inputs[f"policy_{side}_logps"].clone().requires_grad_()
             for side in ("chosen", "rejected")
@@ -209,7 +210,7 @@ def test_losses_equal_the_peers_where_they_agree():
             )
             for m in ("policy", "reference")
         )
-        knobs = DPO | hyper | {"name": "ipo" if name == "ipo" else "dpo"}
+        knobs = (IPO if name == "ipo" else DPO) | hyper
         out = build_loss(knobs).compute(policy, reference)
         torch.testing.assert_close(
             out.losses, torch.tensor(case["losses"], dtype=dtype), rtol=1e-5, atol=1e-6
@@ -232,7 +233,7 @@ def test_the_signature_decides_what_a_loss_gets(monkeypatch):
     """Two pairs in one row, of 2 + 1 and 1 + 2 tokens: their positions lie tree by tree, so the
     chosen tokens are the 1st, 2nd and 4th. A sum over tokens is what a loss on sums gets.
     """
-    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+    monkeypatch.setattr(registry, "LOSSES", dict(LOSSES))
 
     @loss(group="pair")
     def largest(policy: Pairs[TokenLogps], reference: None = None) -> LossOutput:
@@ -251,7 +252,7 @@ def test_the_signature_decides_what_a_loss_gets(monkeypatch):
 
 
 def test_a_metric_that_could_not_be_logged_is_refused(monkeypatch):
-    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+    monkeypatch.setattr(registry, "LOSSES", dict(LOSSES))
     bare = torch.zeros(1)
     for metrics, line in (
         ({"kl/z0": (bare, bare)}, "its metric 'kl/z0' is a tuple; write Mean"),
@@ -268,7 +269,7 @@ def test_a_metric_that_could_not_be_logged_is_refused(monkeypatch):
 
 # ---- simpo ----
 
-SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+SIMPO = knobs_of("simpo") | {"beta": 2.0, "gamma": 0.5}
 
 
 def of(sums, tokens, grad=False) -> Logps:

@@ -423,7 +423,7 @@ def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
         " cache_dir=None):\n    return {f'{i}+1=': {'responses': [f' {i + 1}', ' none'], 'pairs':"
         " [(0, 1)], 'sft_target': f' {i + 1}'}\n            for i in (range(8) if split == 'train'"
         " else range(8, 10))}\nimport torch\nfrom plumb.losses import LossOutput,"
-        " loss\n@loss(group='pair', needs_reference=True)\ndef hinge(policy,"
+        " loss\n@loss(group='pair', needs_reference=True)\ndef own_hinge(policy,"
         " reference, *, beta: float) -> LossOutput:\n    chosen = beta * (policy.chosen.sum -"
         " reference.chosen.sum)\n    rejected = beta * (policy.rejected.sum -"
         " reference.rejected.sum)\n    return LossOutput(torch.relu(1 - (chosen - rejected)),"
@@ -433,11 +433,9 @@ def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
         "own",
         f"plugins=[{tmp_path}/mine.py]",
         "datasets=[sums]",
-        "loss=dpo",
-        "loss.name=hinge",
+        "loss=robust",
+        "loss.name=own_hinge",
         "~loss.label_smoothing",
-        "~loss.reference_free",
-        "~loss.nll",
         "loss.beta=0.1",
         "n_examples=8",
     )

@@ -1,0 +1,100 @@
+"""Every loss with the knobs of its YAML, and examples for it."""
+
+from typing import NamedTuple
+
+import torch
+import yaml
+from conftest import ROOT
+from torch import Tensor
+
+from plumb.losses.contract import Labelled, Lists, Logps, Pairs, ScoredPairs, Scores, TokenLogps
+from plumb.losses.registry import LOSSES
+
+# where a YAML leaves a knob to be given
+GIVEN = {"beta": 0.1, "gamma": 0.5}
+
+
+def knobs_of(name):
+    """Return {"name": name, knob: value} as config/loss has it."""
+    spec = yaml.safe_load((ROOT / f"config/loss/{name}.yaml").read_text(encoding="utf-8"))
+    return {k: GIVEN[k] if v == "???" else number(v) for k, v in spec.items()}
+
+
+def number(value):
+    """Return a number that YAML 1.1 reads as a word (1e-3), as a number.
+
+    >>> number("1e-3"), number("sum"), number(None)
+    (0.001, 'sum', None)
+    """
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def losses_of(group):
+    """Return the names of the losses whose examples are of this group."""
+    return sorted(name for name, declared in LOSSES.items() if declared.group == group)
+
+
+class Responses(NamedTuple):
+    """n examples of k responses each."""
+
+    policy: Tensor  # [n, k] summed log-probabilities, or scores
+    reference: Tensor  # [n, k]
+    tokens: Tensor  # [n, k] int64
+    margins: Tensor  # [n] by how much the data's scores prefer chosen
+    desirable: Tensor  # [n] bool
+    p_chosen: Tensor | None = None  # [n]
+
+    def take(self, rows):
+        """Return these examples."""
+        return Responses(*(x if x is None else x[rows] for x in self))
+
+
+def some(bound, n=6, seed=0, dtype=torch.float64):
+    """Return n random examples for a loss."""
+    k = {"pair": 2, "list": 3}.get(bound.group, 1)
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 9, (n, k), generator=random)
+    policy, shift = (torch.rand(n, k, generator=random, dtype=torch.float64) for _ in range(2))
+    policy = (-(0.2 + 2 * policy) * tokens).to(dtype)
+    reference = policy + (3 * (shift - 0.5)).to(dtype)
+    margins = 0.5 + torch.rand(n, generator=random, dtype=torch.float64).to(dtype)
+    return Responses(policy, reference, tokens, margins, torch.arange(n) % 2 == 0)
+
+
+def compute(bound, some, whole=None):
+    """Return the loss of these examples, whose batch context is that of `whole`."""
+    whole = some if whole is None else whole
+    context = None
+    if bound.context is not None:
+        known = Logps(whole.reference.double(), whole.tokens) if bound.needs_reference else None
+        context = bound.context.compute(Logps(whole.policy.detach().double(), whole.tokens), known)
+    policy = _inputs(bound, some.policy, some)
+    reference = None
+    if bound.needs_reference:
+        reference = _inputs(bound, some.reference, some, "logps")
+    return bound.compute(policy, reference, context)
+
+
+def _inputs(bound, values, some, reads=None):
+    """Return what a loss is given of policy or reference, from [n, k] values."""
+    one = lambda j: _of(reads or bound.reads, values[:, j], some.tokens[:, j])
+    if bound.group == "pair":
+        if bound.reads == "scores":
+            return ScoredPairs(one(0), one(1), torch.zeros(len(values)).long(), some.margins)
+        return Pairs(one(0), one(1), some.p_chosen, some.margins)
+    if bound.group == "list":
+        return Lists(Logps(values, some.tokens), torch.ones_like(some.tokens, dtype=torch.bool))
+    return Labelled(one(0), some.desirable) if bound.group == "labelled" else one(0)
+
+
+def _of(reads, sums, tokens):
+    """Return n responses with these sums; each token has an equal share."""
+    if reads == "scores":
+        return Scores(sums, sums[:, None].expand(-1, int(tokens.max())), tokens)
+    if reads == "token_logps":
+        response = torch.arange(len(sums)).repeat_interleave(tokens)
+        return TokenLogps((sums / tokens.clamp(min=1))[response], response, len(sums))
+    return Logps(sums, tokens)
