@@ -307,8 +307,8 @@ class BasicTrainer:
         context = self.scorer.context(step.whole, self.is_primary_replica)
         means = Means()
         seen = []
-        for i, (batch, weight, _) in enumerate(step.microbatches):
-            scored = self.scorer(batch, context)
+        for i, (batch, weight, where) in enumerate(step.microbatches):
+            scored = self.scorer(batch, self.loss.context_of(context, where))
             if is_first:
                 losses = replace(scored.output, losses=scored.output.losses.detach())
                 seen.append(scored._replace(output=losses, balance=None))

@@ -8,6 +8,9 @@ with its knobs. Models, batches and the division by the batch's count do not bel
 from plumb.losses import (  # noqa: F401  registers the losses
     listwise,
     pairwise,
+    pairwise_anchored,
+    pairwise_batch,
+    pairwise_offset,
     pairwise_reference_free,
     reward_model,
     supervised,

@@ -67,6 +67,12 @@ class Loss:
         """Return the examples of the batch context, where it has one."""
         return None if self.context is None else self.context.examples
 
+    def context_of(self, context: torch.Tensor | None, examples: Any) -> torch.Tensor | None:
+        """Return what these examples of a batch, [B] indices, get of its context."""
+        if context is None or self.context is None or not self.context.by_example:
+            return context
+        return context[torch.as_tensor(examples, device=context.device)]
+
 
 @dataclass(frozen=True)
 class Declaration:
@@ -290,7 +296,7 @@ def _example_of(bound: Loss, one: Any) -> Any:
     if bound.group == "pair":
         if bound.reads == "scores":
             return ScoredPairs(one, one, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-        return Pairs(one, one)
+        return Pairs(one, one, margins=torch.ones(1))
     if bound.group == "list":
         of_two = Logps(torch.zeros(1, 2), torch.ones(1, 2))
         return Lists(of_two, torch.ones(1, 2, dtype=torch.bool))

@@ -116,16 +116,15 @@ def evaluate(
     for i, step in enumerate(shown):
         between()
         for batch, weight, where in step.microbatches:
-            scored = scorer(batch, context)
+            examples = i * batch_size + where
+            scored = scorer(batch, scorer.loss.context_of(context, examples))
             columns = [metric.columns() for metric in scored.metrics.values()]
             values = torch.cat([*columns, scored.tokens.double()[:, None]], 1)  # [B, M]
             if not kinds:
                 kinds = {name: type(metric) for name, metric in scored.metrics.items()}
                 widths = [own.shape[1] for own in columns]
                 table = values.new_zeros(n, values.shape[1])
-            table.index_add_(
-                0, torch.from_numpy(i * batch_size + where).to(table.device), weight * values
-            )
+            table.index_add_(0, torch.from_numpy(examples).to(table.device), weight * values)
     scorer.policy.train(was_training)
     if not n:
         return Evaluation({}, {}, np.empty(0))

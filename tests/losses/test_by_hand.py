@@ -28,8 +28,8 @@ def sigmoid(z):
 
 @dataclass
 class Hand:
-    """Pairs with what a loss makes of them: log-ratios (chosen, rejected) of each pair to a
-    reference of -20 each, or log-probabilities where the loss has no reference.
+    """Pairs with what a loss makes of them: log-ratios (chosen, rejected) of each pair to the
+    reference, or log-probabilities where the loss has no reference.
     """
 
     knobs: dict
@@ -38,6 +38,7 @@ class Hand:
     rewards: list  # (chosen, rejected) of each pair
     tokens: list = None  # (chosen, rejected) of each pair; 4 and 4
     margins: list = None
+    reference: list = None  # log-probabilities of (chosen, rejected) of each pair; -20 each
 
     def check(self, bound):
         """Fail where the loss does not give these numbers."""
@@ -49,8 +50,8 @@ class Hand:
 
     def given(self, bound):
         values = torch.tensor(self.pairs, dtype=torch.float64)
-        reference = torch.full_like(values, -20)
         n = len(values)
+        reference = torch.tensor(self.reference or [[-20, -20]] * n, dtype=torch.float64)
         return Responses(
             values + reference if bound.needs_reference else values,
             reference,
@@ -135,6 +136,70 @@ BY_HAND = {
     ),
     # max(0, 1 - 10) + 0.1 * 2, max(0, 1 - 0) + 0.1 * 4
     "slic": Hand({}, FREE, [0.2, 1.4], FREE),
+}
+BY_HAND |= {
+    # r_w = 1 and -0.5, r_l = -1 and 0.5
+    "nca_pair": Hand(
+        {},
+        AHEAD_AND_BEHIND,
+        [
+            softplus(-1) + 0.5 * softplus(1) + 0.5 * softplus(-1),
+            softplus(0.5) + 0.5 * softplus(-0.5) + 0.5 * softplus(0.5),
+        ],
+        REWARDS,
+    ),
+    # 1 / (2 beta) = 5: (10 - 5)^2 + (-10 + 5)^2, (-5 - 5)^2 + (5 + 5)^2
+    "sppo_hard": Hand({}, AHEAD_AND_BEHIND, [50, 200], REWARDS),
+    "apo_zero": Hand({}, AHEAD_AND_BEHIND, [2 * sigmoid(-1), sigmoid(0.5) + sigmoid(0.5)], REWARDS),
+    "apo_down": Hand(
+        {}, AHEAD_AND_BEHIND, [sigmoid(1) + sigmoid(-2), sigmoid(-0.5) + sigmoid(1)], REWARDS
+    ),
+    # the second's chosen response lost 5 nats: h = -10 - 3 * 5
+    "dpop": Hand({"penalty": 3.0}, AHEAD_AND_BEHIND, [softplus(-2), softplus(2.5)], REWARDS),
+    # offsets 0.5 log m of e^2 and e^-2: 1 and -1
+    "odpo": Hand(
+        {"alpha": 0.5},
+        AHEAD_AND_BEHIND,
+        [softplus(-1), softplus(0)],
+        REWARDS,
+        margins=[math.exp(2), math.exp(-2)],
+    ),
+    # 0.5 nats for a token: lengths differ by 3 and by -2
+    "r_dpo": Hand(
+        {"alpha": 0.5},
+        AHEAD_AND_BEHIND,
+        [softplus(-3.5), softplus(2)],
+        REWARDS,
+        tokens=[[4, 1], [2, 4]],
+    ),
+    # rewards 1, 0.2 and -0.5, 0.5: their mean is 0.3
+    "bco_pair": Hand(
+        {},
+        [[10, 2], [-5, 5]],
+        [softplus(-0.7) + softplus(-0.1), softplus(0.8) + softplus(0.2)],
+        [[1, 0.2], [-0.5, 0.5]],
+    ),
+    # margins 20 - 3 and -10 + 3 beside the reference's -3 and 3: sorted, 17 is beside 3 and -7
+    # beside -3
+    "aot": Hand(
+        {},
+        AHEAD_AND_BEHIND,
+        [softplus(-1.4), softplus(0.4)],
+        REWARDS,
+        reference=[[-20, -17], [-17, -20]],
+    ),
+    # chosen 10, -5 and rejected -2, 7: 10 is beside 7 and -5 beside -2. The first pair has 10 and
+    # -2, the second -5 and 7: half of each place
+    "aot_unpaired": Hand(
+        {},
+        [[10, -2], [-5, 7]],
+        [(softplus(-0.3) + softplus(0.3)) / 2] * 2,
+        [[1, -0.2], [-0.5, 0.7]],
+    ),
+    # M = mean of 2 and -1 = 0.5; b = 0.1 (1 + 0.6 (0.5 - 0.25)) = 0.115
+    "beta_dpo": Hand(
+        {"threshold": 0.25}, AHEAD_AND_BEHIND, [softplus(-2.3), softplus(1.15)], REWARDS
+    ),
 }
 # a reward model's, in tests/training/test_reward.py
 ELSEWHERE = {"reward"}

@@ -37,6 +37,13 @@ SAME = {
     (DPO, "exo_pair"): ("exo_pair", {}),
     (DPO, "robust"): ("robust", {}),
     (DPO, "discopop"): ("discopop", {}),
+    (DPO, "nca_pair"): ("nca_pair", {}),
+    (DPO, "bco_pair"): ("bco_pair", {}),
+    (DPO, "sppo_hard"): ("sppo_hard", {}),
+    (DPO, "aot"): ("aot", {}),
+    (DPO, "aot_unpaired"): ("aot_unpaired", {}),
+    (DPO, "apo_zero"): ("apo_zero", {}),
+    (DPO, "apo_down"): ("apo_down", {}),
     (CPO, "sigmoid"): ("cpo", {"nll": 0.0}),
     (CPO, "simpo"): ("simpo", {}),
     ("HALOs", "simpo"): ("simpo", {}),
@@ -60,7 +67,10 @@ SETTINGS = ("ipo", "reference_free", "logps", "note")
 
 # Not compared here: single responses, and what other tests compare
 ELSEWHERE = {("trl.KTOTrainer", name) for name in ("kto", "apo_zero_unpaired")}
-ELSEWHERE |= {("HALOs", "kto"), (DPO, "sft")}
+ELSEWHERE |= {("HALOs", "kto"), (DPO, "sft"), ORPO}
+
+# TRL's reference point is a moving average over batches, and 0 in the first; ours is the batch's
+AT_0 = ("bco_pair",)
 
 # 2023 reports rewards against a reference that the loss does not use; HALOs leaves beta out
 OTHER_REWARDS = {("reference", "reference_free"), ("HALOs", "ipo"), ("HALOs", "simpo")}
@@ -121,12 +131,17 @@ def test_every_case_of_a_peer_is_ours_or_has_a_reason():
             continue
         if why_ours_differs(case):
             continue
-        if key not in SAME:
-            continue
         bound = build_loss(knobs_for(case))
         _, (policy, reference) = inputs(golden, case["dtype"])
         policy = Pairs(*(Logps(p.sum.clone().requires_grad_(), p.tokens) for p in policy[:2]))
         context = None
+        if bound.context is not None:
+            of_both = lambda x: Logps(
+                *(torch.stack(y, 1) for y in zip(x.chosen, x.rejected, strict=True))
+            )
+            context = bound.context.compute(of_both(policy), of_both(reference)).detach()
+        if case["name"] in AT_0:
+            context = torch.zeros_like(context)
         out = bound.compute(policy, reference if bound.needs_reference else None, context)
         compare(case, out, policy)
         compared[key] = compared.get(key, 0) + 1

@@ -109,6 +109,13 @@ def test_f_dpo_gradient():
         ("simpo", math.log(2)),
         ("alphapo", math.log(2)),
         ("discopop", 0.5 * math.log(2) + 0.5),
+        ("nca_pair", 2 * math.log(2)),
+        ("apo_zero", 1),
+        ("apo_down", 1),
+        ("dpop", math.log(2)),
+        ("bco_pair", 2 * math.log(2)),
+        ("aot", math.log(2)),
+        ("aot_unpaired", math.log(2)),
     ],
 )
 def test_beta_to_0_compares_nothing(name, limit):
@@ -170,6 +177,99 @@ def test_exo_is_least_where_the_policy_prefers_as_the_labels_do():
         same(zero, torch.zeros_like(zero), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "name, knobs",
+    [
+        ("robust", {"label_smoothing": 0}),
+        ("dpop", {"penalty": 0}),
+        ("odpo", {"alpha": 0}),
+        ("r_dpo", {"alpha": 0}),
+        ("beta_dpo", {"alpha": 0}),
+    ],
+)
+def test_without_its_knob_a_loss_is_dpo(name, knobs):
+    given = some(bound_to("dpo"))
+    same(losses(bound_to(name, **knobs), given), losses(bound_to("dpo"), given))
+
+
+def test_equal_lengths_and_margins_of_1_leave_dpo():
+    given = some(bound_to("dpo"))
+    equal = given._replace(tokens=torch.full_like(given.tokens, 3), margins=given.margins * 0 + 1)
+    for name in ("r_dpo", "odpo"):
+        same(losses(bound_to(name), equal), losses(bound_to("dpo"), equal))
+
+
+def test_a_margin_of_0_asks_for_nothing():
+    """With the logarithm, its pair costs nothing; all is finite."""
+    bound = bound_to("odpo")
+    given = some(bound)
+    chosen, rejected, out = gradients(bound, given._replace(margins=given.margins * 0))
+    for zero in (chosen, rejected, out.losses):
+        same(zero, torch.zeros_like(zero), atol=1e-4, rtol=0)
+
+
+def test_aot_is_the_sorted_objective():
+    """The sum over the batch is that of the sorted margins, and its gradient that of sorting."""
+    for name in ("aot", "aot_unpaired"):
+        bound = bound_to(name, label_smoothing=0.1)
+        given = some(bound, n=50)
+        policy = given.policy.clone().requires_grad_()
+        if name == "aot":
+            difference = lambda values: values[:, 0] - values[:, 1]
+            upper, lower = difference(policy), difference(given.reference)
+        else:
+            upper, lower = (policy - given.reference).unbind(1)
+        z = 0.1 * (upper.sort().values - lower.sort().values)
+        expected = (0.9 * torch.log1p(torch.exp(-z)) + 0.1 * torch.log1p(torch.exp(z))).sum()
+        (sorted_gradient,) = torch.autograd.grad(expected, policy)
+        chosen, rejected, out = gradients(bound, given)
+        same(out.losses.sum(), expected.detach())
+        same(torch.stack([chosen, rejected], 1), sorted_gradient)
+
+
+def test_apo_gradients():
+    """Zero: -beta s(r_w) grad log pi(y_w) + beta s(r_l) grad log pi(y_l), s = sigmoid (1 -
+    sigmoid). Down: the chosen response is pulled down as well (Table 1 of arXiv:2408.06266).
+    """
+    s = lambda r: torch.sigmoid(r) * torch.sigmoid(-r)
+    for name in ("apo_zero", "apo_down"):
+        bound = bound_to(name)
+        chosen, rejected, out = gradients(bound, some(bound))
+        r_w, r_l = out.chosen_rewards, out.rejected_rewards
+        if name == "apo_zero":
+            same(chosen, -0.1 * s(r_w))
+            same(rejected, 0.1 * s(r_l))
+        else:
+            same(chosen, 0.1 * s(r_w) - 0.1 * s(r_w - r_l))
+            same(rejected, 0.1 * s(r_w - r_l))
+
+
+def test_nca_gradient():
+    """-beta (sigmoid(-r_w) - sigmoid(r_w) / 2) for the chosen response, beta sigmoid(r_l) / 2 for
+    the rejected one: the chosen one rises until r_w = log 2.
+    """
+    bound = bound_to("nca_pair")
+    chosen, rejected, out = gradients(bound, some(bound))
+    same(
+        chosen, -0.1 * (torch.sigmoid(-out.chosen_rewards) - torch.sigmoid(out.chosen_rewards) / 2)
+    )
+    same(rejected, 0.1 * torch.sigmoid(out.rejected_rewards) / 2)
+
+
+def test_dpop_gradient():
+    """-beta s (1 + c) for a chosen response below the reference, -beta s for one above (section 3
+    of arXiv:2402.13228), s = sigmoid(-z).
+    """
+    bound = bound_to("dpop", penalty=3.0)
+    given = some(bound)
+    chosen, rejected, out = gradients(bound, given)
+    s = 1 - torch.exp(-out.losses)
+    below = given.policy[:, 0] < given.reference[:, 0]
+    assert 0 < below.sum() < len(below)
+    same(chosen, -0.1 * s * torch.where(below, 4.0, 1.0).to(s))
+    same(rejected, 0.1 * s)
+
+
 # ---- refused knobs ----
 
 
@@ -196,6 +296,10 @@ def test_exo_is_least_where_the_policy_prefers_as_the_labels_do():
         ("slic", {"delta": 0}, "loss.delta=0: must be above 0"),
         ("cpo", {"nll": -1}, "loss.nll=-1: must not be negative"),
         ("orpo", {"beta": 0}, "loss.beta=0: must be above 0"),
+        ("dpop", {"penalty": -1}, "loss.penalty=-1: must not be negative"),
+        ("odpo", {"offset": "square"}, "loss.offset=square: expected one of log, linear"),
+        ("beta_dpo", {"alpha": -1}, "loss.alpha=-1: must not be negative"),
+        ("aot", {"label_smoothing": 0.6}, "loss.label_smoothing=0.6: "),
     ],
 )
 def test_a_knob_out_of_range_or_without_use(name, knobs, line):

@@ -64,13 +64,17 @@ def some(bound, n=6, seed=0, dtype=torch.float64):
     return Responses(policy, reference, tokens, margins, torch.arange(n) % 2 == 0)
 
 
-def compute(bound, some, whole=None):
-    """Return the loss of these examples, whose batch context is that of `whole`."""
+def compute(bound, some, whole=None, rows=None):
+    """Return the loss of these examples, which are those `rows` of a batch `whole`; of a batch by
+    itself without.
+    """
     whole = some if whole is None else whole
     context = None
     if bound.context is not None:
         known = Logps(whole.reference.double(), whole.tokens) if bound.needs_reference else None
         context = bound.context.compute(Logps(whole.policy.detach().double(), whole.tokens), known)
+        if whole is not some:
+            context = bound.context_of(context, rows)
     policy = _inputs(bound, some.policy, some)
     reference = None
     if bound.needs_reference:

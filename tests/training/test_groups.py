@@ -270,6 +270,7 @@ NEW = {
     "simpo": (["loss=simpo", "loss.beta=2", "loss.gamma=0.5"], "data"),
     "plackett_luce": (["loss=plackett_luce", "loss.beta=0.1"], "lists"),
     "kto": (["loss=kto", "loss.beta=0.1"], "votes"),
+    "aot_unpaired": (["loss=aot_unpaired", "loss.beta=0.1"], "data"),
 }
 
 

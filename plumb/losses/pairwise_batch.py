@@ -1,0 +1,177 @@
+"""Losses on pairs that compare each pair with the batch of all ranks and microbatches: BCO, AOT,
+beta-DPO. Shapes and units: contract.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plumb.losses.contract import BatchContext, Logps, LossOutput, Pairs
+from plumb.losses.ratios import (
+    check_label_smoothing,
+    check_not_negative,
+    check_positive,
+    logratios,
+    margin,
+    smoothed,
+    with_rewards,
+)
+from plumb.losses.registry import loss
+
+# (policy, reference) of [n, 2], float64: the batch's chosen and rejected responses
+
+
+def mean_logratio(policy: Logps, reference: Logps) -> Tensor:
+    """Return the mean of log pi(y|x)/pi_ref(y|x) over the batch's chosen and rejected responses."""
+    return (policy.sum - reference.sum).mean()
+
+
+def mean_margin(policy: Logps, reference: Logps) -> Tensor:
+    """Return the mean of h over the batch's pairs."""
+    ratios = policy.sum - reference.sum
+    return (ratios[:, 0] - ratios[:, 1]).mean()
+
+
+def matched_margins(policy: Logps, reference: Logps) -> Tensor:
+    """Return for each pair the reference's margin that has the rank, among all of the batch, that
+    the policy's margin of this pair has among the policy's.  [n]
+    """
+    ours = policy.sum[:, 0] - policy.sum[:, 1]
+    theirs = reference.sum[:, 0] - reference.sum[:, 1]
+    return _of_the_same_rank(ours, theirs)
+
+
+def matched_logratios(policy: Logps, reference: Logps) -> Tensor:
+    """Return for each pair the log-ratio of the rejected response that has its chosen one's rank,
+    and that of the chosen response that has its rejected one's rank.  [n, 2]
+    """
+    chosen, rejected = (policy.sum - reference.sum).unbind(1)
+    of_chosen = _of_the_same_rank(chosen, rejected)
+    return torch.stack([of_chosen, _of_the_same_rank(rejected, chosen)], 1)
+
+
+def _of_the_same_rank(values: Tensor, others: Tensor) -> Tensor:
+    """Return for each value that one of the others which has its rank.  [n]
+
+    >>> _of_the_same_rank(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([10.0, 20.0, 30.0])).tolist()
+    [30.0, 10.0, 20.0]
+    """
+    rank = values.argsort(stable=True).argsort(stable=True)
+    return others.sort().values[rank]
+
+
+@loss(
+    group="pair",
+    needs_reference=True,
+    context=BatchContext("own", mean_logratio),
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5)},
+)
+def bco_pair(policy: Pairs, reference: Pairs, context: Tensor, *, beta: float) -> LossOutput:
+    """-log sigmoid(r_w - d) - log sigmoid(d - r_l), with r = beta log pi(y|x)/pi_ref(y|x) and d the
+    batch's mean reward: section 4 of arXiv:2404.04656.
+
+    A binary classifier of responses, of which d is the bias. The paper follows d as a moving
+    average over batches; here it is the mean over the batch of all ranks, nothing is differentiated
+    through it, and no state is kept.
+
+    Rewards: r.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = logratios(policy, reference)
+    d = context.to(chosen)
+    losses = -F.logsigmoid(beta * (chosen - d)) - F.logsigmoid(beta * (d - rejected))
+    return with_rewards(losses, policy, reference, beta)
+
+
+@loss(
+    group="pair",
+    needs_reference=True,
+    context=BatchContext("own", matched_margins, by_example=True),
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5)},
+)
+def aot(
+    policy: Pairs, reference: Pairs, context: Tensor, *, beta: float, label_smoothing: float
+) -> LossOutput:
+    """-(1-e) log sigmoid(z) - e log sigmoid(-z), with z = beta (u_(k) - v_(k)), u = log
+    pi(y_w|x)/pi(y_l|x), v = log pi_ref(y_w|x)/pi_ref(y_l|x), both sorted over the batch: paired
+    AOT, section 3 of arXiv:2406.05882.
+
+    The policy's margins are to be larger as a distribution (first-order stochastic dominance), not
+    pair by pair. The batch is that of all ranks, so a larger `batch_size` compares finer. e =
+    `label_smoothing`.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
+    """
+    check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
+    z = beta * (margin(policy, None) - context.to(policy.chosen.sum))
+    return with_rewards(smoothed(z, label_smoothing), policy, reference, beta)
+
+
+@loss(
+    group="pair",
+    needs_reference=True,
+    context=BatchContext("own", matched_logratios, by_example=True),
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5)},
+)
+def aot_unpaired(
+    policy: Pairs, reference: Pairs, context: Tensor, *, beta: float, label_smoothing: float
+) -> LossOutput:
+    """-(1-e) log sigmoid(z) - e log sigmoid(-z), with z = beta (c_(k) - r_(k)), c and r the
+    log-ratios log pi(y|x)/pi_ref(y|x) of chosen and of rejected responses, both sorted over the
+    batch: unpaired AOT, section 3 of arXiv:2406.05882.
+
+    As `aot`, but which response was rejected for which plays no part. An example has half the loss
+    of the place of its chosen response and half of that of its rejected one, so that all examples
+    together have the sorted objective; the gradient of each place goes to both of its responses in
+    full.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
+    """
+    check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
+    chosen, rejected = logratios(policy, reference)
+    other_rejected, other_chosen = context.to(chosen).unbind(1)
+    both = smoothed(beta * (chosen - other_rejected), label_smoothing) + smoothed(
+        beta * (other_chosen - rejected), label_smoothing
+    )
+    return with_rewards(both - both.detach() / 2, policy, reference, beta)
+
+
+# of beta_dpo's beta, which a batch far below the threshold would make negative
+LEAST_BETA = 1e-3
+
+
+@loss(
+    group="pair",
+    needs_reference=True,
+    context=BatchContext("own", mean_margin),
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "alpha": (0.1, 1)},
+)
+def beta_dpo(
+    policy: Pairs,
+    reference: Pairs,
+    context: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    threshold: float,
+) -> LossOutput:
+    """-log sigmoid(b h), with b = beta (1 + a (M - M_0)), M the batch's mean of beta h and h as in
+    `dpo`: arXiv:2407.08639, a = `alpha`, M_0 = `threshold`.
+
+    A batch whose pairs are told apart easily has a larger beta. b is the same for the batch of all
+    ranks, nothing is differentiated through it, and it is at least 1e-3. The paper follows M_0 as a
+    moving average, and drops pairs that are far from it; here M_0 is a number, no state is kept,
+    and no pair is dropped.
+
+    Rewards: beta log pi(y|x)/pi_ref(y|x), with the constant beta.
+    """
+    check_positive(beta=beta)
+    check_not_negative(alpha=alpha)
+    h = margin(policy, reference)
+    b = beta * (1 + alpha * (beta * context.to(h) - threshold))
+    losses = -F.logsigmoid(b.clamp(min=LEAST_BETA) * h)
+    return with_rewards(losses, policy, reference, beta)
