@@ -192,7 +192,7 @@ def evaluate(
     """Return the record that training would log and the number of examples, overall and by group.
     Plots of a reward model's scores go to `folder`.
     """
-    from plumb.data.prepare import check_margins, load_examples
+    from plumb.data.prepare import check_margins, check_soft_labels, load_examples
     from plumb.models.find import find_model, start_of
     from plumb.models.limits import check_vocabulary
     from plumb.models.load import check_length, load_policy, load_tokenizer
@@ -215,6 +215,9 @@ def evaluate(
             f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give"
             " eval_datasets"
         )
+    # an SFT target is no preference
+    if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
+        check_soft_labels(loss.name, examples)
     if loss.needs_margins:
         check_margins(examples)
     policy, other = load_policy(config, scalar=ref.scalar), cast("PreTrainedModel | None", None)

@@ -312,13 +312,13 @@ class BasicTrainer:
             if is_first:
                 losses = replace(scored.output, losses=scored.output.losses.detach())
                 seen.append(scored._replace(output=losses, balance=None))
-            loss = weight * scored.output.losses.sum() / n
+            loss = weight * scored.weighted_losses().sum() / n
             if scored.balance is not None:
                 loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(
                     step.indices
                 )
             self.backward(loss, last=i == len(step.microbatches) - 1)
-            means.add(scored.metrics, weight)
+            means.add(scored.metrics, weight, scored.weights)
 
         # clip and update; the first time, with checks before and after
         checks = None

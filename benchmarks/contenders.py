@@ -355,7 +355,7 @@ class Plumb(Contender):
                 (
                     self.reward(batch)
                     if self.score is not None
-                    else self.trainer.scorer(batch).output.losses.sum()
+                    else self.trainer.scorer(batch).weighted_losses().sum()
                 ),
                 0,
             )

@@ -326,6 +326,74 @@ def test_field_map(refused, good, tmp_path):
     says(refused(*good, *DPO, f"datasets=[{path}]", "field_map={prompt: question}"), "question")
 
 
+VOTE = {"prompt": "Name a sea:", "completion": " the Baltic"}
+KTO = ["loss=kto", "loss.beta=0.1"]
+LABELS = {
+    "negative weight": (DPO, PAIR | {"weight": -1}, "'weight' is -1, which is negative; write"),
+    "NaN weight": (
+        DPO,
+        PAIR | {"weight": float("nan")},
+        "'weight' is a number (nan), not a finite",
+    ),
+    "soft label": (DPO, PAIR | {"p_chosen": -0.1}, "'p_chosen' is -0.1, not a probability; write"),
+    "soft label that is ignored": (
+        ["loss=simpo", "loss.beta=2", "loss.gamma=1"],
+        PAIR | {"p_chosen": 0.7},
+        "own.jsonl:1: p_chosen=0.7, which this loss (simpo) would ignore; train with loss=dpo",
+    ),
+    "soft label that kto would ignore": (KTO, PAIR | {"p_chosen": 0.7}, "this loss (kto) would"),
+    "score without a threshold": (
+        KTO,
+        VOTE | {"label": 3.5},
+        "(prompt, completion, label; a score is one with label_threshold), nor pairs",
+    ),
+    "score after a label": (
+        KTO,
+        [VOTE | {"label": 1}, VOTE | {"label": 4}],
+        "line 2: field 'label' is a number (4), not true or false; set label_threshold",
+    ),
+    "label that is no score": (
+        [*KTO, "label_threshold=3"],
+        VOTE | {"label": True},
+        "'label' is a boolean (True), not a finite number",
+    ),
+    "NaN score": (
+        ["loss=plackett_luce", "loss.beta=0.1"],
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]},
+        "'scores[1]' is a number (nan), not a finite number; fix or remove the line",
+    ),
+    "no pairs to unpair": (
+        [*KTO, "unpair=false"],
+        PAIR,
+        "holds no responses with a label",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels(refused, good, tmp_path, case):
+    loss, rows, message = LABELS[case]
+    path = write(tmp_path / "own.jsonl", *(rows if isinstance(rows, list) else [rows]))
+    says(refused(*good, *loss, f"datasets=[{path}]", "eval_share=0"), message)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("label_threshold=3", "label_threshold=3: is for losses on labelled responses"),
+        ("label_threshold=high", "label_threshold=high: expected a finite number, or null"),
+        ("label_threshold=nan", "label_threshold=nan: expected a finite number"),
+        ("unpair=false", "unpair=False: is for losses on labelled responses, and this loss (dpo)"),
+        ("list_pairs=some", "list_pairs=some: expected one of all, best-worst, adjacent"),
+        ("soft_labels=maybe", "soft_labels=maybe: expected one of use, ignore"),
+    ],
+)
+def test_knobs_of_labels(refused, good, override, expected):
+    says(refused(*good, *DPO, override), expected)
+    if override == "unpair=false":
+        says(refused(*good, *KTO, "list_pairs=adjacent"), "list_pairs=adjacent: is for losses on p")
+
+
 def test_sft_file_for_a_loss_of_pairs(refused, good, tmp_path):
     path = write(
         tmp_path / "sft.jsonl", *({"prompt": f"{i}?", "completion": f" {i}"} for i in range(20))

@@ -79,8 +79,12 @@ class Feed:
         self.known: KnownLogps | None = None  # of mismatched examples, with `reference`
         self.lengths = lengths_of(examples)
         # what the examples carry beside their tokens, less what no example has
-        own = examples.extras().example if isinstance(examples, Examples) else {}
-        self.extras = Extras({name: x for name, x in own.items() if not np.isnan(x).all()})
+        own = examples.extras() if isinstance(examples, Examples) else Extras()
+        known = lambda columns: {n: x for n, x in columns.items() if not np.isnan(x).all()}
+        self.extras = Extras(known(own.example), known(own.response))
+        if "weights" in self.extras.example:
+            weights = relative_weights(self.extras.example["weights"])
+            self.extras = replace(self.extras, example={**self.extras.example, "weights": weights})
 
     def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
         """The batch of these examples in `at_least` microbatches, or as many more as the token
@@ -88,7 +92,7 @@ class Feed:
         """
         lengths, extras = self.lengths[indices], self.extras
         if self.reference is not None:
-            extras = replace(extras, response={"reference": self.reference})
+            extras = replace(extras, response={**extras.response, "reference": self.reference})
         microbatches = self._parts(self.examples, indices, lengths, extras, at_least)
         whole = None
         if self.context == "own":  # the same microbatches, not made twice
@@ -154,6 +158,17 @@ class Feed:
         return Prefetcher(
             (self.step(indices, at_least) for indices in batches), pin=device.type == "cuda"
         )
+
+
+def relative_weights(weights: np.ndarray) -> np.ndarray:
+    """Return the weights of n examples divided by their mean, [n] float64. One that has none (NaN)
+    counts as one row.
+
+    >>> relative_weights(np.array([4, np.nan, 1])).tolist()
+    [2.0, 0.5, 0.5]
+    """
+    filled = np.where(np.isnan(weights), 1.0, weights.astype(np.float64))
+    return filled / filled.mean()
 
 
 class Prefetcher(Iterator[Step]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from math import nan
 from typing import Any, NamedTuple, overload
@@ -29,7 +30,19 @@ class Table(NamedTuple):
     store: TokenStore
     items: np.ndarray  # [N, 1 + k] (row, text of each response; -1 where there are fewer)
     keep_end: bool  # which end of a long prompt survives
-    extras: Mapping[str, np.ndarray] = {}  # [N] each, what the examples carry beside their tokens
+    # what the examples carry beside their tokens: [N] numbers of examples, [N, k] of responses
+    extras: Mapping[str, np.ndarray] = {}
+
+
+class Taking(NamedTuple):
+    """Say what a loss takes of a store; each field is the option of that name in config.yaml."""
+
+    list_pairs: str = "all"  # which pairs of a ranked list: "all" | "best-worst" | "adjacent"
+    unpair: bool = True  # with labelled responses: is a pair two of them?
+    soft_labels: str = "use"  # "use" | "ignore"
+
+
+EVERYTHING = Taking()
 
 
 class Examples(Sequence[Example]):
@@ -121,12 +134,17 @@ class Examples(Sequence[Example]):
 
     def extras(self) -> Extras:
         """Return what the examples carry beside their tokens."""
-        names = self.tables[0].extras if self.tables else ()
-        columns = {
-            name: np.concatenate([table.extras[name] for table in self.tables])[self.items]
-            for name in names
-        }
-        return Extras(example=columns)
+        example: dict[str, np.ndarray] = {}
+        response: dict[str, np.ndarray] = {}
+        for name, first in self.tables[0].extras.items() if self.tables else ():
+            columns = [table.extras[name] for table in self.tables]
+            if first.ndim == 1:
+                example[name] = np.concatenate(columns)[self.items]
+            else:
+                room = [((0, 0), (0, self.k - column.shape[1])) for column in columns]
+                filled = map(partial(np.pad, constant_values=nan), columns, room)
+                response[name] = np.concatenate(list(filled))[self.items]
+        return Extras(example, response)
 
     def margins(self) -> np.ndarray:
         """Return the score of chosen minus that of rejected for each pair; NaN if unknown, or
@@ -164,12 +182,20 @@ class Examples(Sequence[Example]):
         return self.of_text("digests", i)  # [n]
 
 
-def view(store: TokenStore, group: str, rules: TextRules, keep: str, bos: int | None) -> Examples:
+def view(
+    store: TokenStore,
+    group: str,
+    rules: TextRules,
+    keep: str,
+    bos: int | None,
+    taking: Taking = EVERYTHING,
+) -> Examples:
     """Return all examples of this group (see losses/contract.py) in a store, in its order; `keep`
     is "keep_end" or "keep_start".
     """
-    items, extras = VIEWS[group](store)
-    table = Table(store, items, keep == "keep_end", extras)
+    items, extras = VIEWS[group](store, taking)
+    weights = store.weights[items[:, 0]]  # an example weighs what its row does
+    table = Table(store, items, keep == "keep_end", {**extras, "weights": weights})
     n = len(items)
     whole = Examples([table], bos, np.arange(n), np.empty((n, items.shape[1]), np.int32))
     for here in slices(n):
@@ -178,35 +204,67 @@ def view(store: TokenStore, group: str, rules: TextRules, keep: str, bos: int | 
     return whole
 
 
-def _targets(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+View = tuple[np.ndarray, dict[str, np.ndarray]]  # items (see Table) and extras
+
+
+def _targets(store: TokenStore, taking: Taking) -> View:
     return store.targets, {}
 
 
-def _pairs(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return store.pairs, {"margins": store.margins}
+def _pairs(store: TokenStore, taking: Taking) -> View:
+    """Return the pairs; of a ranked list, those that `list_pairs` names."""
+    chosen, rejected, lowest = store.places.T
+    kept = {
+        "all": np.ones(len(chosen), bool),
+        "best-worst": (chosen == 0) & (rejected == lowest),
+        "adjacent": rejected - chosen == 1,
+    }[taking.list_pairs]
+    extras = {"margins": store.margins[kept]}
+    if taking.soft_labels == "use":
+        extras["p_chosen"] = store.p_chosen[kept]
+    return np.ascontiguousarray(store.pairs[kept]), extras
 
 
-def _lists(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the lists of two responses and more, of which no two rank alike."""
-    rows, starts, counts = store.lists[store.lists[:, 2] > 1].T
+def _lists(store: TokenStore, taking: Taking) -> View:
+    """Return the lists that rank a response above another, with the levels of their responses; NaN
+    where no two responses of any list rank alike.
+    """
+    lists = store.lists[ranks(store)]
+    rows, starts, counts = lists.T
     k = int(counts.max(initial=2))
     items = np.full((len(rows), 1 + k), -1, np.int32)
     items[:, 0] = rows
-    items[:, 1:][np.arange(k) < counts[:, None]] = store.ranked[ranges(starts, counts)]
-    return items, {}
+    filled = np.arange(k) < counts[:, None]
+    items[:, 1:][filled] = store.ranked[ranges(starts, counts)]
+    levels = np.full((len(rows), k), nan, np.float32)
+    levels[filled] = store.levels[ranges(starts, counts)]
+    if (levels[filled] == np.broadcast_to(np.arange(k), filled.shape)[filled]).all():
+        levels[:] = nan
+    return items, {"levels": levels}
 
 
-def _labelled(store: TokenStore) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the labelled responses, and each pair as a desirable and an undesirable one."""
-    row, chosen, rejected = store.pairs.T
+def ranks(store: TokenStore) -> np.ndarray:
+    """Return which lists rank a response above another.  [lists] bool"""
+    _, starts, counts = store.lists.T
+    found = np.zeros(len(counts), bool)
+    some = counts > 1
+    found[some] = store.levels[(starts + counts - 1)[some]] > 0  # the last, the best being 0
+    return found
+
+
+def _labelled(store: TokenStore, taking: Taking) -> View:
+    """Return the labelled responses, and with `unpair` each pair as a desirable and an undesirable
+    one.
+    """
+    row, chosen, rejected = store.pairs.T if taking.unpair else store.pairs[:0].T
     yes, no = np.ones_like(row), np.zeros_like(row)
     unfolded = np.stack([row, chosen, yes, row, rejected, no], 1).reshape(-1, 3)
     both = np.concatenate([store.labelled, unfolded])
     return np.ascontiguousarray(both[:, :2]), {"labels": both[:, 2].astype(np.float32)}
 
 
-# group -> what of a store it is: items (see Table) and extras
-VIEWS: dict[str, Callable[[TokenStore], tuple[np.ndarray, dict[str, np.ndarray]]]] = {
+# group -> what of a store it is
+VIEWS: dict[str, Callable[[TokenStore, Taking], View]] = {
     "single": _targets,
     "pair": _pairs,
     "list": _lists,

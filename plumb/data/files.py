@@ -86,6 +86,7 @@ class RawRow(NamedTuple):
     roles: Mapping[str, str] = ROLES  # a role in the file -> what the chat template is to call it
     # of a table where every struct has the fields of all others, null where they were absent
     arrow: bool = False
+    label_threshold: float | None = None  # a label is a score, and desirable from here on
 
     @property
     def source(self) -> str:

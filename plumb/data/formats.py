@@ -36,6 +36,13 @@ UNTRAINED = "no answer with a weight above 0"
 BEHIND = "turns after the last answer"
 TRANSCRIPTS = "chosen / rejected, each a whole dialogue"
 EQUAL_SCORES = "equal scores"
+# labels in words, in lower case, with spaces for - and _
+DESIRABLE = frozenset(
+    {"true", "1", "thumbs up", "thumb up", "up", "good", "desirable", "\U0001f44d"}
+)
+UNDESIRABLE = frozenset(
+    {"false", "0", "thumbs down", "thumb down", "down", "bad", "undesirable", "\U0001f44e"}
+)
 
 
 class Row(NamedTuple):
@@ -54,6 +61,10 @@ class Row(NamedTuple):
     # of the responses, one each: the higher, the better; None: the pairs are all that is known
     ranking: list[float] | None = None
     labels: list[bool] | None = None  # of the responses, one each: is it desirable?
+    weight: float | None = None  # how many rows it counts as; None: it does not say
+    # soft label of its pair: the probability that chosen is the preferred one
+    p_chosen: float | None = None
+    prefix: str = ""  # what its responses begin with beside their own text
 
 
 class Fields(Mapping[str, Any]):
@@ -145,6 +156,8 @@ OPTIONAL = (
     "sft_target",
     "score_chosen",
     "score_rejected",
+    "weight",
+    "p_chosen",
     "tools",
     "documents",
 )
@@ -257,6 +270,12 @@ def _ranked(row: RawRow, ranking: list[float], as_scores: bool) -> Row:
         texts = [
             _as_messages(row, text, "assistant", f"responses[{i}]") for i, text in enumerate(texts)
         ]
+    return _of_ranking(row, prompt, texts, ranking, as_scores)
+
+
+def _of_ranking(
+    row: RawRow, prompt: Text, texts: list[Text], ranking: list[float], as_scores: bool
+) -> Row:
     return Row(
         prompt,
         texts,
@@ -266,6 +285,38 @@ def _ranked(row: RawRow, ranking: list[float], as_scores: bool) -> Row:
         ranking if as_scores else None,
         ranking=ranking,
     )
+
+
+@form("instruction / completions", "instruction", "completions")
+def _ultrafeedback(row: RawRow) -> Row:
+    """Read openbmb/UltraFeedback as published: a completion is {response, overall_score, ...}."""
+    completions = row.value("completions")
+    if not isinstance(completions, list) or not completions:
+        raise row.error(
+            f"field 'completions' is {describe(completions)}, not a list of completions",
+            "write at least one",
+        )
+    for i, completion in enumerate(completions):
+        if (
+            not isinstance(completion, dict)
+            or not {"response", "overall_score"} <= completion.keys()
+        ):
+            raise row.error(
+                f"field 'completions[{i}]' is {describe(completion)}",
+                "write {response, overall_score}",
+            )
+    scores = [completion["overall_score"] for completion in completions]
+    scores = check_scores(row, scores, "completions.overall_score", len(completions))
+    texts: list[Text] = [
+        _as_messages(
+            row,
+            row.check_text(completion["response"], f"completions[{i}].response"),
+            "assistant",
+            f"completions[{i}].response",
+        )
+        for i, completion in enumerate(completions)
+    ]
+    return _of_ranking(row, _instruction(row), texts, scores, True)
 
 
 @form("question / response_j / response_k", "question", "response_j", "response_k")
@@ -299,21 +350,87 @@ def _labelled_conversations(row: RawRow) -> Row | None:
 
 def _labelled(row: RawRow, field: str) -> Row | None:
     """Return a row with one response, and whether it is desirable."""
-    label = row.value("label")
-    if not is_label(label):
-        raise row.error(
-            f"field 'label' is {describe(label)}, not true or false",
-            f"fix or remove the {row.unit}",
-        )
+    desirable = _desirable(row)
     whole = field in ("messages", "conversations")
     converted = _sft(row, [] if whole else row.text_or_messages("prompt"), field)
-    desirable = str(label).lower() == "true"
     return converted and converted._replace(sft_target=None, labels=[desirable])
 
 
-def is_label(value: Any) -> bool:
+def _desirable(row: RawRow) -> bool:
+    """Return whether the row's label, or its score and `label_threshold`, call it desirable. Raise
+    UserError for any other label.
+    """
+    label = row.value("label")
+    if row.label_threshold is not None:
+        return _number(row, "label") >= row.label_threshold
+    if (desirable := label_of(label)) is None:
+        number = isinstance(label, int | float) and not isinstance(label, bool)
+        fix = "set label_threshold to read scores" if number else f"fix or remove the {row.unit}"
+        raise row.error(f"field 'label' is {describe(label)}, not true or false", fix)
+    return desirable
+
+
+def label_of(value: Any) -> bool | None:
+    """Return whether a label says desirable; None for what is no label.
+
+    >>> label_of("thumbs_up"), label_of(0), label_of("False"), label_of(3)
+    (True, False, False, None)
+    """
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    if not isinstance(value, str):
+        return None
+    word = value.strip().lower().replace("_", " ").replace("-", " ")
+    return True if word in DESIRABLE else False if word in UNDESIRABLE else None
+
+
+def is_boolean(value: Any) -> bool:
     """Return whether this is a boolean, or its text in a CSV's cell."""
     return str(value).lower() in ("true", "false")
+
+
+def _number(row: RawRow, field: str) -> float:
+    """Return a field's finite number, which a CSV holds as text. Raise UserError for others."""
+    value = row.value(field)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    return _check_number(row, value, field)
+
+
+def row_weight(row: RawRow) -> float | None:
+    """Return the row's field `weight`; None where it has none. Raise UserError for what is no
+    number of at least 0.
+    """
+    if row.fields.get("weight") in (None, ""):
+        return None
+    weight = _number(row, "weight")
+    if weight < 0:
+        raise row.error(
+            f"field 'weight' is {weight:g}, which is negative",
+            "write how many rows it counts as, such as 0.5 or 2",
+        )
+    return weight
+
+
+def row_p_chosen(row: RawRow, n_pairs: int) -> float | None:
+    """Return the row's field `p_chosen`; None where it has none. Raise UserError for what is no
+    probability, and for one that does not belong to a single pair.
+    """
+    if row.fields.get("p_chosen") in (None, ""):
+        return None
+    p_chosen = _number(row, "p_chosen")
+    if not 0 <= p_chosen <= 1:
+        raise row.error(
+            f"field 'p_chosen' is {p_chosen:g}, not a probability",
+            "write a number from 0 to 1; 1 says that chosen is preferred for sure",
+        )
+    if n_pairs != 1:
+        raise row.error(
+            f"field 'p_chosen' is of one pair, and this row has {n_pairs} pairs",
+            "write a row for each pair",
+        )
+    return p_chosen
 
 
 @form("prompt / completion (SFT)", "prompt", "completion")
@@ -423,13 +540,16 @@ def check_scores(row: RawRow, scores: Any, field: str, n: int) -> list[float]:
             f"field '{field}' is {describe(scores)}, not a list of {n} numbers",
             "write one for each response",
         )
-    for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
-            raise row.error(
-                f"field '{field}[{i}]' is {describe(score)}, not a finite number",
-                f"fix or remove the {row.unit}",
-            )
-    return scores
+    return [_check_number(row, score, f"{field}[{i}]") for i, score in enumerate(scores)]
+
+
+def _check_number(row: RawRow, value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise row.error(
+            f"field '{field}' is {describe(value)}, not a finite number",
+            f"fix or remove the {row.unit}",
+        )
+    return value
 
 
 def score_pairs(scores: list[float]) -> list[tuple[int, int]]:
@@ -618,12 +738,15 @@ def _n_system(turns: Messages) -> int:
 # ---- a file's rows ----
 
 
-def form_of(first: RawRow, field_map: Mapping[str, str] | None) -> Form:
+def form_of(
+    first: RawRow, field_map: Mapping[str, str] | None, label_threshold: float | None = None
+) -> Form:
     """Return the form of a file that begins with this row. Raise UserError for a field_map or
     fields that fit none.
     """
     check_field_map(field_map)
-    return recognise(_rename(first, field_map or {}))
+    row = _rename(first, field_map or {})
+    return recognise(row._replace(label_threshold=label_threshold))
 
 
 def read_rows(
@@ -632,6 +755,7 @@ def read_rows(
     field_map: Mapping[str, str] | None = None,
     role_map: Mapping[str, str] | None = None,
     on_bad: OnBad | None = None,
+    label_threshold: float | None = None,
 ) -> Iterator[Row]:
     """Yield one Row for each raw row, in order, except those that are skipped.
 
@@ -644,7 +768,8 @@ def read_rows(
     in_messages: bool | None = None
     for raw in raw_rows:
         try:
-            row = _convert(form_, _rename(raw, field_map or {})._replace(roles=roles))
+            named = _rename(raw, field_map or {})
+            row = _convert(form_, named._replace(roles=roles, label_threshold=label_threshold))
             if row and in_messages is None:
                 in_messages = isinstance(row.prompt, list)
             if row and in_messages != isinstance(row.prompt, list):
@@ -697,13 +822,16 @@ def recognise(row: RawRow) -> Form:
     of no form with labels, and for fields that fit no form.
     """
     has = row.fields.keys()
-    labels = [f for f in ("label", "kto_tag") if f in has and is_label(row.fields[f])]
+    labelled = "label" in has and (
+        row.label_threshold is not None or label_of(row.fields["label"]) is not None
+    )
     # another label, a class for instance, is a field like others
-    forms = [form_ for form_ in FORMS if not form_.labelled or "label" in labels]
+    forms = [form_ for form_ in FORMS if not form_.labelled or labelled]
     if fits := next((form_ for form_ in forms if has >= set(form_.needs)), None):
-        if labels and fits.sft:
+        booleans = [f for f in ("label", "kto_tag") if f in has and is_boolean(row.fields[f])]
+        if booleans and fits.sft:
             raise row.error(
-                f"labelled data (field '{labels[0]}' is a boolean) in another form",
+                f"labelled data (field '{booleans[0]}' is a boolean) in another form",
                 "write prompt, completion and label, or use field_map",
             )
         return fits
@@ -727,13 +855,20 @@ def _convert(form_: Form, row: RawRow) -> Row | None:
                 "add it",
             )
     fields = Fields(without_nulls(row.fields) if row.arrow else row.fields)
-    converted = form_.convert(row._replace(fields=fields))
+    row = row._replace(fields=fields)
+    converted = form_.convert(row)
     return converted and converted._replace(
-        more={**fields.unread(), **(converted.more or {})} or None
+        weight=row_weight(row),
+        p_chosen=row_p_chosen(row, len(converted.pairs)),
+        more={**fields.unread(), **(converted.more or {})} or None,
     )
 
 
-def fitting(group: str | None, field_map: Mapping[str, str] | None = None) -> Fits:
+def fitting(
+    group: str | None,
+    field_map: Mapping[str, str] | None = None,
+    label_threshold: float | None = None,
+) -> Fits:
     """Return which of a folder's splits serve a loss of this group: by their form, then by their
     name.
 
@@ -748,7 +883,7 @@ def fitting(group: str | None, field_map: Mapping[str, str] | None = None) -> Fi
             with suppress(UserError):
                 row = first()
                 if row is not None:
-                    forms[name] = form_of(row, field_map)
+                    forms[name] = form_of(row, field_map, label_threshold)
         of_pairs = [name for name, form_ in forms.items() if not (form_.sft or form_.labelled)]
         serve = of_pairs
         if group == "single":
@@ -804,8 +939,16 @@ def check_loaded(name: str, loaded: Any) -> Iterator[Row]:
         target = None if target is None else row.check_text(target, "sft_target")
         scores = entry.get("scores")
         scores = None if scores is None else check_scores(row, scores, "scores", len(responses))
+        pairs = _checked_pairs(row, len(responses))
         yield Row(
-            prompt, responses, _checked_pairs(row, len(responses)), target, f"{name}:{n}", scores
+            prompt,
+            responses,
+            pairs,
+            target,
+            f"{name}:{n}",
+            scores,
+            weight=row_weight(row),
+            p_chosen=row_p_chosen(row, len(pairs)),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,9 +23,11 @@ from plumb.data import (
 )
 from plumb.data.examples import (
     Examples,
+    Taking,
     cases,
     concatenate,
     contradicted,
+    ranks,
     seen_before,
     slices,
     view,
@@ -53,13 +55,16 @@ UNITS = {
 }
 NEEDED = {
     "single": "SFT targets",
-    "labelled": "responses with a label (prompt, completion, label), nor pairs to make them of",
+    "labelled": (
+        "responses with a label (prompt, completion, label; a score is one with label_threshold),"
+        " nor pairs to make them of"
+    ),
     "pair": "preference pairs (chosen and rejected), which this loss needs",
     "list": "ranked lists (prompt, responses, and ranks or scores), which this loss needs",
 }
 
 
-UNRANKED = "lists with equal ranks, or of one response"
+UNRANKED = "lists of one response, or whose ranks are all equal"
 
 
 class Part(NamedTuple):
@@ -104,6 +109,7 @@ def load_examples(
         )
     ]
     bos = automatic_bos(tokenizer) if rules.add_bos else None
+    taking = Taking(config.list_pairs, config.unpair, config.soft_labels)
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
     for (split, name), store in zip(
         wanted, token_stores(config, tokenizer, rules, wanted, shares, group, keep), strict=True
@@ -111,7 +117,8 @@ def load_examples(
         if split == "train" or own_eval:
             rank0_print(store.form)
         skipped = store.skipped if group != "list" else _check_lists(store, config.data_rules)
-        examples = view(store, group, rules, config.truncation_mode or store.truncation, bos)
+        keep_end = config.truncation_mode or store.truncation
+        examples = view(store, group, rules, keep_end, bos, taking)
         if store.first_bad and not examples and split == "train":
             raise UserError(
                 f"datasets: no row of {name} is usable; the first error: {store.first_bad}"
@@ -144,7 +151,10 @@ def load_examples(
             " data_rules"
         )
     rank0_print(show_example(examples[0], tokenizer))
-    return examples, _first(concatenate([part.examples for part in test.values()]), config)
+    held_back = _first(concatenate([part.examples for part in test.values()]), config)
+    check_weights(examples)
+    check_weights(held_back)
+    return examples, held_back
 
 
 def _of_stage(
@@ -182,7 +192,13 @@ def token_stores(
     )
     local_dir = get_local_dir(config.local_dirs)
     bad_row = config.data_rules["bad_row"]
-    reading = Reading(to_dict(config.role_map), to_dict(config.split_names), bad_row, group)
+    reading = Reading(
+        to_dict(config.role_map),
+        to_dict(config.split_names),
+        bad_row,
+        group,
+        config.label_threshold,
+    )
 
     def make() -> list[tuple[str, bool]]:
         made, identity = [], tokenizer_fingerprint(tokenizer)
@@ -201,6 +217,7 @@ def token_stores(
             inputs = made_of(name, split, str(local_dir), path, reading.choice(field_map))
             options = {"eval_share": share, "field_map": field_map, "path": path}
             options |= {"role_map": reading.role_map, "bad_row": bad_row}
+            options |= {"label_threshold": reading.label_threshold}
             spec = StoreSpec(data, split, tokenizer, identity, rules, template, inputs, options)
             folder, kept = find_or_make(spec, local_dir / "token_cache", keep)
             made.append((str(folder), kept))
@@ -245,23 +262,22 @@ def _first(examples: Examples, config: DictConfig) -> Examples:
 
 
 def _check_lists(store: TokenStore, rules: Mapping[str, str]) -> Mapping[str, int]:
-    """Return what is left out, lists without an order of two responses included. Raises UserError
-    for the first of these where data_rules.bad_row=stop.
+    """Return what is left out, lists that rank nothing included. Raises UserError for the first
+    list of one response where data_rules.bad_row=stop.
     """
-    (bad,) = (store.lists[:, 2] < 2).nonzero()
-    if len(bad) and rules["bad_row"] == "stop":
-        row, _, n = store.lists[bad[0]].tolist()
-        _, file, number = store.rows[row].tolist()
-        problem = (
-            "a list of one response, which ranks nothing"
-            if n
-            else "two of its responses have the same rank or score, and a list needs an order"
-        )
+    (single,) = (store.lists[:, 2] < 2).nonzero()
+    if len(single) and rules["bad_row"] == "stop":
         raise UserError(
-            f"{store.files[file]}:{number}: {problem}; fix or remove the row, or set"
-            " data_rules.bad_row=drop"
+            f"{_source_of(store, store.lists[single[0], 0])}: a list of one response, which ranks"
+            " nothing; fix or remove the row, or set data_rules.bad_row=drop"
         )
-    return {**store.skipped, UNRANKED: len(bad)} if len(bad) else store.skipped
+    left_out = int((~ranks(store)).sum())
+    return {**store.skipped, UNRANKED: left_out} if left_out else store.skipped
+
+
+def _source_of(store: TokenStore, row: int) -> str:
+    _, file, number = store.rows[row].tolist()
+    return f"{store.files[file]}:{number}"
 
 
 def check_margins(*splits: Examples) -> None:
@@ -276,6 +292,52 @@ def check_margins(*splits: Examples) -> None:
                 " loss.margin above 0 needs; add score_chosen and score_rejected, or set"
                 " loss.margin=0"
             )
+
+
+def check_weights(examples: Examples) -> None:
+    """Raise UserError if every example has weight 0."""
+    if len(examples) and (examples.extras().example["weights"] == 0).all():
+        raise UserError(
+            f"{examples[0].source}: all rows of its split have weight 0, so nothing counts; give"
+            " some a weight above 0"
+        )
+
+
+def check_soft_labels(loss_name: str, *splits: Examples) -> None:
+    """Raise UserError for data with soft labels, which this loss would ignore."""
+    for examples in splits:
+        for table in examples.tables:
+            (soft,) = (~np.isnan(table.store.p_chosen)).nonzero()
+            if len(soft):
+                source = _source_of(table.store, table.store.pairs[soft[0], 0])
+                raise UserError(
+                    f"{source}: p_chosen={table.store.p_chosen[soft[0]]:g}, which this loss"
+                    f" ({loss_name}) would ignore; train with loss=dpo or another loss that uses"
+                    " soft labels, or set soft_labels=ignore"
+                )
+
+
+def balance_note(examples: Examples, desirable_weight: float, undesirable_weight: float) -> str:
+    """Return how the labels are balanced by the two weights, and what to set where they are not; ""
+    where the ratio of weights times counts lies in [1, 4/3] (section 4 of arXiv:2402.01306).
+    """
+    extras = examples.extras().example
+    counts = np.nan_to_num(extras["weights"].astype(np.float64), nan=1.0)
+    yes, no = (float(counts[extras["labels"] == label].sum()) for label in (1, 0))
+    if not (yes and no):
+        which = "desirable" if yes else "undesirable"
+        return f"labels: all responses are {which}; such a loss needs both kinds"
+    ratio = desirable_weight * yes / (undesirable_weight * no)
+    if 0.995 <= ratio <= 4 / 3 + 0.005:
+        return ""
+    if ratio < 1:
+        knob, value = "desirable_weight", undesirable_weight * no / yes
+    else:
+        knob, value = "undesirable_weight", desirable_weight * yes / no
+    return (
+        f"labels: weight times count of desirable over undesirable responses is {ratio:.3g}, and"
+        f" 1 to 1.33 is usual (arXiv:2402.01306, section 4); loss.{knob}={value:.3g} makes it 1"
+    )
 
 
 def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name: str) -> Part:
@@ -370,6 +432,8 @@ def describe(
             (part.cases[case] for part in parts),
             kept if rule == "keep" else "dropped",
         )
+    for label, texts in distributions(examples):
+        rows.append((label, *texts, ""))
     for reason in sorted({reason for part in parts for reason in part.skipped}):
         add(f"  {reason}", (part.skipped.get(reason, 0) for part in parts), "not loaded")
     for change in sorted({change for store in stores for change in store.altered}):
@@ -386,6 +450,41 @@ def describe(
         (f"the first bad row: {store.first_bad}" for store in stores if store.first_bad), ""
     )
     return "\n".join([*lines, *(f"  {note}" for note in (first_bad, unused_of(parts)) if note)])
+
+
+def distributions(splits: Sequence[Examples]) -> list[tuple[str, list[str]]]:
+    """Return the lines of the table that describe labels, weights, soft labels and margins: (name,
+    a text for each split).
+    """
+    columns = [some.extras() for some in splits]
+    lines = []
+    if any("labels" in own.example for own in columns):
+        for name, label in (("desirable", 1), ("undesirable", 0)):
+            numbers = [
+                int((own.example.get("labels", np.empty(0)) == label).sum()) for own in columns
+            ]
+            lines.append((f"  {name}", [f"{n:,}" for n in numbers]))
+    for name in ("weights", "p_chosen", "margins"):
+        known = [own.example.get(name, np.empty(0)) for own in columns]
+        known = [some[~np.isnan(some)] for some in known]
+        if any(map(len, known)):
+            lines.append((f"  {name}", [f"of {len(some):,}" for some in known]))
+            for at, share in (("min", 0), ("1/4", 0.25), ("1/2", 0.5), ("3/4", 0.75), ("max", 1)):
+                quantiles = [
+                    f"{np.quantile(some, share):.4g}" if len(some) else "" for some in known
+                ]
+                lines.append((f"    {at}", quantiles))
+    tied = [_n_tied(own.response.get("levels")) for own in columns]
+    if any(tied):
+        lines.append(("  lists with ties", [f"{n:,}" for n in tied]))
+    return lines
+
+
+def _n_tied(levels: np.ndarray | None) -> int:
+    """Return in how many lists two responses rank alike; levels [n, k], NaN for none."""
+    if levels is None:
+        return 0
+    return int((levels[:, 1:] == levels[:, :-1]).any(1).sum())
 
 
 def unit_of(examples: Examples) -> str:

@@ -44,6 +44,7 @@ class Prompt(TypedDict):
     pairs: list[tuple[int, int]]  # (preferred, dispreferred) indices into responses
     sft_target: str  # what SFT imitates
     scores: NotRequired[list[float]]  # one for each response
+    weight: NotRequired[float]  # how many prompts it counts as
 
 
 class Hub(NamedTuple):
@@ -69,9 +70,10 @@ class Reading(NamedTuple):
     )
     bad_row: str = "stop"  # "stop" | "drop": what a row that cannot be used does
     group: str | None = None  # what a loss's example holds, see losses/contract.py; None: anything
+    label_threshold: float | None = None  # a label is a score, and desirable from here on
 
     def choice(self, field_map: Mapping[str, str] | None = None) -> Choice:
-        return Choice(self.split_names or {}, fitting(self.group, field_map))
+        return Choice(self.split_names or {}, fitting(self.group, field_map, self.label_threshold))
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -399,17 +401,31 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
     if schema and not field_map:
         yield from _registered(data, schema, split, silent, None, data.name)
         return
-    form = form_of(first, field_map)
+    form = form_of(first, field_map, reading.label_threshold)
 
     def read() -> Iterator[Row]:
         data.skipped.clear()  # of a pass before: this one counts the same again
-        return read_rows(source.rows(), form, field_map, reading.role_map, on_bad)
+        return read_rows(
+            source.rows(),
+            form,
+            field_map,
+            reading.role_map,
+            on_bad,
+            reading.label_threshold,
+        )
 
     kept: Iterable[bool] = repeat(True)
     if source.whole:
         # rows without a prompt, of which each is a text of its own, are told apart by it
         keys = lambda: (json.dumps(row.prompt or row.sft_target, default=str) for row in read())
-        how = json.dumps([dict(field_map or {}), dict(reading.role_map or {}), reading.bad_row])
+        how = json.dumps(
+            [
+                dict(field_map or {}),
+                dict(reading.role_map or {}),
+                reading.bad_row,
+                reading.label_threshold,
+            ]
+        )
         kept = in_split = source.held_out(keys, how, data.eval_share) == (split == "test")
         data.n_rows = int(in_split.sum())
     n = n_kept = 0

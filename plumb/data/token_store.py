@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # Version of plumb's own way from rows to token ids: files, forms, templates, tokenization. Raise it
 # with every change that gives other ids for the same rows; stores of other versions are then made
 # anew. test_the_version_of_token_ids holds the digest that belongs to it.
-VERSION = 1
-LAYOUT = 5  # of the files below; another number makes every store anew
+VERSION = 2
+LAYOUT = 6  # of the files below; another number makes every store anew
 COLUMNS = {
     "ids": (),  # [tokens] of all texts, uint16 if the vocabulary allows, else int32
     "starts": (),  # [texts + 1] where each begins in ids, and where the last ends
@@ -44,26 +44,33 @@ COLUMNS = {
     "rows": (
         3,
     ),  # [rows, 3] (text of the prompt, number of the file in meta.json, number within that file)
+    "weights": (),  # [rows] how many rows each counts as; NaN where it does not say
     "pairs": (3,),  # [pairs, 3] (row, text of chosen, text of rejected)
     "margins": (),  # [pairs] score of chosen less that of rejected; NaN where they aren't known
+    "p_chosen": (),  # [pairs] the probability that chosen is preferred; NaN where it is not given
+    # [pairs, 3] of a ranked list: the levels of chosen and rejected, and the lowest; else (0, 1, 1)
+    "places": (3,),
     "targets": (2,),  # [targets, 2] (row, text of the SFT target)
     "labelled": (3,),  # [labelled, 3] (row, text, 1 if desirable, else 0)
-    "lists": (
-        3,
-    ),  # [lists, 3] (row, where it begins in `ranked`, its responses; 0: two rank alike)
+    "lists": (3,),  # [lists, 3] (row, where it begins in `ranked`, number of responses)
     "ranked": (),  # [ranked] the texts of all lists, each from best to worst
+    "levels": (),  # [ranked] 0 for the best, the same for those that rank alike
 }
 DTYPES = {
     "starts": "<i8",
     "digests": "<u8",
     "marks": "|u1",
     "rows": "<i4",
+    "weights": "<f4",
     "pairs": "<i4",
     "margins": "<f4",
+    "p_chosen": "<f4",
+    "places": "<i4",
     "targets": "<i4",
     "labelled": "<i4",
     "lists": "<i4",
     "ranked": "<i4",
+    "levels": "<i4",
 }
 
 
@@ -80,12 +87,16 @@ class TokenStore:
     digests: np.ndarray
     marks: np.ndarray
     rows: np.ndarray
+    weights: np.ndarray
     pairs: np.ndarray
     margins: np.ndarray
+    p_chosen: np.ndarray
+    places: np.ndarray
     targets: np.ndarray
     labelled: np.ndarray
     lists: np.ndarray
     ranked: np.ndarray
+    levels: np.ndarray
 
     def __init__(self, folder: Path, spec: dict[str, Any] | None = None):
         try:
@@ -316,13 +327,17 @@ def _numbered(
                 "pairs": (
                     np.array(chunk.pairs, np.int64).reshape(-1, 3) + (n_rows, n_texts, n_texts)
                 ),
+                "weights": chunk.weights,
                 "margins": chunk.margins,
+                "p_chosen": chunk.p_chosen,
+                "places": chunk.places,
                 "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
                 "labelled": (
                     np.array(chunk.labelled, np.int64).reshape(-1, 3) + (n_rows, n_texts, 0)
                 ),
                 "lists": np.array(chunk.lists, np.int64).reshape(-1, 3) + (n_rows, n_ranked, 0),
                 "ranked": np.array(chunk.ranked, np.int64) + n_texts,
+                "levels": chunk.levels,
             },
             chunk.n_rows,
         )

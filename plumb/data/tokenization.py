@@ -77,13 +77,18 @@ class Chunk(NamedTuple):
     digests: list[int]  # [texts] 64 bits that stand for the text
     marks: list[int]  # [texts] BLANK | HAS_EOS | CHANGED
     rows: list[tuple[int, str]]  # (its prompt's text, its source)
+    weights: list[float]  # [rows] how many rows each counts as, or NaN
     pairs: list[tuple[int, int, int]]  # (row, chosen text, rejected text)
     margins: list[float]  # [pairs] score of chosen less that of rejected, or NaN
+    p_chosen: list[float]  # [pairs] soft label, or NaN
+    # [pairs] of a ranked list: the levels of chosen and rejected, and the lowest; else (0, 1, 1)
+    places: list[tuple[int, int, int]]
     targets: list[tuple[int, int]]  # (row, text)
     labelled: list[tuple[int, int, int]]  # (row, text, 1 if desirable, else 0)
-    # (row, where its responses begin in `ranked`, how many they are; 0: two rank alike)
+    # (row, where its responses begin in `ranked`, how many they are)
     lists: list[tuple[int, int, int]]
     ranked: list[int]  # the texts of all lists, each from best to worst
+    levels: list[int]  # [ranked] 0 for the best, the same for those that rank alike
 
 
 def encode(
@@ -131,7 +136,7 @@ def _encode(
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
         wanted += [] if row.sft_target is None else [row.sft_target]
         lists = _lists_of(row)
-        wanted += [row.responses[i] for some in lists for i in some]
+        wanted += [row.responses[i] for some, _ in lists for i in some]
         wanted += [] if row.labels is None else row.responses
         # a response stands in many pairs, but is rendered and kept once
         unique = {_hashable(text): text for text in wanted}
@@ -150,15 +155,19 @@ def _encode(
         end = 2 * len(row.pairs)
         text_of = lambda i, row=row, place=place: place[_hashable(row.responses[i])]
         chunk.rows.append((n_texts, row.source))
+        chunk.weights.append(nan if row.weight is None else row.weight)
         chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
         chunk.margins.extend(
             nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs
         )
+        chunk.p_chosen.extend(nan if row.p_chosen is None else row.p_chosen for _ in row.pairs)
+        chunk.places.extend(_places_of(row))
         if row.sft_target is not None:
             chunk.targets.append((n, numbers[end]))
-        for some in lists:
+        for some, levels in lists:
             chunk.lists.append((n, len(chunk.ranked), len(some)))
             chunk.ranked.extend(map(text_of, some))
+            chunk.levels.extend(levels)
         chunk.labelled.extend((n, text_of(i), int(x)) for i, x in enumerate(row.labels or ()))
         texts.append((rendered[0], rendered[1:]))
         n_texts += len(rendered)
@@ -177,15 +186,33 @@ def _encode(
     return chunk
 
 
-def _lists_of(row: Row) -> list[list[int]]:
-    """Return the row's lists of responses (their indices), each from best to worst: the one that it
-    ranks, empty if two rank alike; or each of its pairs.
+def _lists_of(row: Row) -> list[tuple[list[int], list[int]]]:
+    """Return the row's lists of responses, the one that it ranks or each of its pairs: their
+    indices from best to worst, and their levels.
     """
     if row.ranking is None:
-        return [list(pair) for pair in row.pairs]
-    tied = len(set(row.ranking)) < len(row.ranking)
-    ranking = row.ranking
-    return [[] if tied else sorted(range(len(ranking)), key=lambda i: -ranking[i])]
+        return [([*pair], [0, 1]) for pair in row.pairs]
+    levels = _levels(row.ranking)
+    order = sorted(range(len(levels)), key=levels.__getitem__)
+    return [(order, [levels[i] for i in order])]
+
+
+def _levels(ranking: Sequence[float]) -> list[int]:
+    """Return each response's level: 0 for the best, the same for those that rank alike.
+
+    >>> _levels([2.5, 4, 1, 2.5])
+    [1, 0, 2, 1]
+    """
+    level = {rank: i for i, rank in enumerate(sorted(set(ranking), reverse=True))}
+    return [level[rank] for rank in ranking]
+
+
+def _places_of(row: Row) -> list[tuple[int, int, int]]:
+    """Return where each of the row's pairs stands in its ranking (see Chunk)."""
+    if row.ranking is None:
+        return [(0, 1, 1)] * len(row.pairs)
+    levels = _levels(row.ranking)
+    return [(levels[i], levels[j], max(levels)) for i, j in row.pairs]
 
 
 def _hashable(text: Text) -> object:

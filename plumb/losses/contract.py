@@ -127,6 +127,25 @@ class Lists(NamedTuple):
 
     responses: Logps  # of [B, k], 0 where a list has fewer responses
     exists: Tensor  # [B, k] bool
+    # [B, k] 0 for the best, the same number for those that rank alike; NaN in a list, or None for
+    # all, where no two do
+    levels: Tensor | None = None
+
+    def order(self) -> Tensor:
+        """Return the levels, or the places of a list in which no two responses rank alike.
+        [B, k]
+        """
+        places = torch.arange(self.exists.shape[1], device=self.exists.device)
+        places = places.expand_as(self.exists)
+        if self.levels is None:
+            return places
+        return torch.where(self.levels.isnan(), places.to(self.levels), self.levels)
+
+    def worse(self) -> Tensor:
+        """Return whether response j (the last index) ranks below response i.  [B, k, k] bool"""
+        order = self.order()
+        both = self.exists[:, :, None] & self.exists[:, None, :]
+        return (order[:, None, :] > order[:, :, None]) & both
 
     def worst(self, values: Tensor) -> Tensor:
         """Return the values [B, k] of the last response of each list.  [B]"""

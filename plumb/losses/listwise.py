@@ -1,10 +1,14 @@
 """Losses on lists of responses to the same prompt, ranked from best to worst. Shapes and units:
 contract.py.
+
+Responses that rank alike carry no preference: they do not compete with each other, and each is
+compared with those that rank below both.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from plumb.losses.contract import Lists, LossOutput
 from plumb.losses.registry import loss
@@ -12,22 +16,51 @@ from plumb.losses.registry import loss
 
 @loss(group="list", needs_reference=True)
 def plackett_luce(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
-    """-sum_i log(exp r_i / sum_{j >= i} exp r_j) over the places i from best to worst, with the
-    rewards r = beta log pi(y|x)/pi_ref(y|x): Eq. 20 of arXiv:2305.18290 (appendix A.3).
+    """-sum_i log(exp r_i / (exp r_i + sum_j exp r_j)) over the responses i, where j runs over the
+    responses that rank below i, with r = beta log pi(y|x)/pi_ref(y|x): Eq. 20 of arXiv:2305.18290
+    (appendix A.3).
 
     Each place is a choice of the best among those that are left, and the last choice is none; for a
-    list of two this is `dpo`. Rewards are those of the best response and of the worst.
+    list of two this is `dpo`. Responses that rank alike do not compete: the term of each is that of
+    a list without the others of its rank.
+
+    Rewards: r of the best response and of the worst.
     """
+    _check_beta(beta)
+    r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]
+    rewards = r.detach()
+    return LossOutput(choices(policy, r).sum(1), rewards[:, 0], policy.worst(rewards))
+
+
+@loss(group="list", needs_reference=True)
+def softmax_dpo(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
+    """-log(exp r_1 / sum_j exp r_j) over all responses j of the list, with r = beta log
+    pi(y|x)/pi_ref(y|x) and 1 the best: the loss of S-DPO (arXiv:2406.09215), which is the first
+    factor of `plackett_luce`.
+
+    The best response is compared with the rest, whose order does not matter; for a list of two this
+    is `dpo`. Where several responses rank best, the loss is the mean of theirs, each in a list
+    without the other best ones.
+
+    Rewards: r of the best response and of the worst.
+    """
+    _check_beta(beta)
+    r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]
+    best = ((policy.order() == 0) & policy.exists).to(r)
+    losses = (choices(policy, r) * best).sum(1) / best.sum(1)
+    rewards = r.detach()
+    return LossOutput(losses, rewards[:, 0], policy.worst(rewards))
+
+
+def choices(policy: Lists, r: Tensor) -> Tensor:
+    """Return, for rewards r [B, k], -log of the probability that each response is chosen among
+    itself and those that rank below it; 0 at places without a response.  [B, k]
+    """
+    # an empty place is left with itself alone, which costs nothing
+    left = policy.worse() | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
+    return r[:, None, :].masked_fill(~left, -torch.inf).logsumexp(2) - r
+
+
+def _check_beta(beta: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta={beta}: must be above 0 (0.1 to 0.5 is usual)")
-    r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]
-    exists = policy.exists
-    place = torch.arange(r.shape[1], device=r.device)
-    # [B, k, k]: is response j left when place i is filled? An empty place is left with itself
-    # alone, which costs nothing.
-    left = (place[None, :] >= place[:, None]) & (
-        exists[:, None, :] | torch.eye(len(place), dtype=torch.bool, device=r.device)
-    )
-    normaliser = r[:, None, :].masked_fill(~left, -torch.inf).logsumexp(2)  # [B, k]
-    rewards = r.detach()
-    return LossOutput((normaliser - r).sum(1), rewards[:, 0], policy.worst(rewards))

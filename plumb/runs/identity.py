@@ -65,7 +65,8 @@ def digest_of(examples: Examples) -> str:
         whole.update(table.items.tobytes())
     whole.update(examples.items.tobytes() + examples.lengths.tobytes())
     # what has no scores keeps the digest that it always had
-    for column in examples.extras().example.values():
+    extras = examples.extras()
+    for column in (*extras.example.values(), *extras.response.values()):
         if not np.isnan(column).all():
             whole.update(column.tobytes())
     return whole.hexdigest()

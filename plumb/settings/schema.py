@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -168,6 +169,10 @@ KNOBS: dict[str, Knob] = {
     "field_map": Knob(maybe(MAPPING), held_out=True),
     "role_map": Knob(maybe(ROLES), held_out=True),
     "split_names": Knob(maybe(SPLITS), held_out=True),
+    "label_threshold": Knob(maybe(number(isfinite, "a finite number")), held_out=True),
+    "unpair": Knob(FLAG, held_out=True),
+    "list_pairs": Knob(one_of("all", "best-worst", "adjacent"), held_out=True),
+    "soft_labels": Knob(one_of("use", "ignore")),
     "eval_share": Knob(
         number(lambda v: 0 <= v < 1, "a number in [0, 1)"), held_out=True, slices=True
     ),

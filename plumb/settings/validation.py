@@ -104,12 +104,27 @@ def _check_loss(config: DictConfig) -> Loss:
                 f"{name}={config[name]}: is for a reward model's head, and this loss ({loss.name})"
                 f" has none; leave {name} as it is"
             )
+    _check_group_knobs(config, loss)
     if config.reference != "auto" and not loss.needs_reference:
         raise UserError(
             f"reference={config.reference}: this loss ({loss.name}) needs no reference; leave"
             " reference=auto"
         )
     return loss
+
+
+def _check_group_knobs(config: DictConfig, loss: Loss) -> None:
+    """Refuse a knob of one group of losses with a loss of another."""
+    for name, group, of_group in (
+        ("label_threshold", "labelled", "labelled responses"),
+        ("unpair", "labelled", "labelled responses"),
+        ("list_pairs", "pair", "pairs"),
+    ):
+        if loss.group != group and config[name] != defaults()[name]:
+            raise UserError(
+                f"{name}={config[name]}: is for losses on {of_group}, and this loss ({loss.name})"
+                f" is not one; leave {name} as it is"
+            )
 
 
 def _check_with_torch(config: DictConfig) -> None:

@@ -41,6 +41,7 @@ class Evaluation:
     kinds: dict[str, type[Metric]]
     columns: dict[str, np.ndarray]  # of each metric, [c, n]
     tokens: np.ndarray  # [n] of the first response
+    weights: np.ndarray  # [n] how often each example counts, of mean 1
 
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the reward model's scores of the chosen and the rejected responses, [n] each."""
@@ -49,16 +50,17 @@ class Evaluation:
     def of(self, mask: np.ndarray) -> Evaluation:
         """Return the evaluation of some of the examples, `mask` [n]."""
         columns = {name: values[:, mask] for name, values in self.columns.items()}
-        return Evaluation(self.kinds, columns, self.tokens[mask])
+        return Evaluation(self.kinds, columns, self.tokens[mask], self.weights[mask])
 
     def values(self) -> Record:
-        """Return the metrics over all examples, and the `perplexity` of the first responses (SFT
-        targets, chosen), by their tokens.
+        """Return the metrics over all examples, each as often as it weighs, and the `perplexity` of
+        the first responses (SFT targets, chosen), by their tokens.
         """
-        sums = [[float(column.sum()) for column in own] for own in self.columns.values()]
+        weighted = {name: own * self.weights for name, own in self.columns.items()}
+        sums = [[float(column.sum()) for column in own] for own in weighted.values()]
         values = metric_values(self.kinds, sums)
         if "logps/chosen" in values:
-            logps, counts = self.columns["logps/chosen"]
+            logps, counts = weighted["logps/chosen"]
             nats = -logps.sum() / max((self.tokens * counts).sum(), 1)
             values["perplexity"] = float(np.exp(min(nats, 700.0)))
         return values
@@ -127,10 +129,11 @@ def evaluate(
             table.index_add_(0, torch.from_numpy(examples).to(table.device), weight * values)
     scorer.policy.train(was_training)
     if not n:
-        return Evaluation({}, {}, np.empty(0))
+        return Evaluation({}, {}, np.empty(0), np.empty(0))
     rows = sharding.all_reduce_sum(table * counts).T.cpu().numpy()  # [M, n]
     of_metrics = np.split(rows[:-1], np.cumsum(widths)[:-1])
-    return Evaluation(kinds, dict(zip(kinds, of_metrics, strict=True)), rows[-1])
+    weights = feed.extras.example.get("weights", np.ones(n))
+    return Evaluation(kinds, dict(zip(kinds, of_metrics, strict=True)), rows[-1], weights)
 
 
 class Evaluator:

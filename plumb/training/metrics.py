@@ -49,11 +49,18 @@ class Means:
         self.kinds: dict[str, type[Metric]] = {}
         self.sums: dict[str, Tensor] = {}  # of the metric's columns, each [c]
 
-    def add(self, metrics: Mapping[str, Metric], weight: float = 1.0) -> None:
-        """Add the metrics of a microbatch. Weight 0: this rank has no part of it."""
+    def add(
+        self, metrics: Mapping[str, Metric], weight: float = 1.0, weights: Tensor | None = None
+    ) -> None:
+        """Add the metrics of a microbatch. Weight 0: this rank has no part of it. `weights` [B]:
+        how often each example counts; None: once.
+        """
         for name, metric in metrics.items():
+            columns = metric.columns()
+            if weights is not None:
+                columns = columns * weights[:, None].to(columns)
             self.kinds[name] = type(metric)
-            self.sums[name] = self.sums.get(name, 0) + weight * metric.columns().sum(0)
+            self.sums[name] = self.sums.get(name, 0) + weight * columns.sum(0)
 
     def pack(self) -> Tensor:
         """Return the sums of all metrics, in a row.  [C] float64"""

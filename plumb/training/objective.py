@@ -49,6 +49,12 @@ class Scored(NamedTuple):
     # the R responses' of policy and reference, where the loss has one; detached
     compared: tuple[Logps, Logps] | None
     context: Tensor | None = None  # the loss's batch context
+    weights: Tensor | None = None  # [B] of the examples, of mean 1 over the data; None: all 1
+
+    def weighted_losses(self) -> Tensor:
+        """Return each example's loss times its weight.  [B]"""
+        losses = self.output.losses
+        return losses if self.weights is None else losses * self.weights.to(losses)
 
 
 class Scorer(NamedTuple):
@@ -149,6 +155,7 @@ class Scorer(NamedTuple):
             balance=balanced,
             compared=compared,
             context=context,
+            weights=batch.extras.example.get("weights"),
         )
 
     def reference_logps(self, batch: Batch, like: Logps | Scores) -> Logps | None:
@@ -209,7 +216,8 @@ def _lists(of_model: Logps, batch: Batch) -> Lists:
     n = batch.n_responses
     of_lists = Logps(*(by_example(x, n) for x in of_model))
     exists = by_example(torch.ones_like(of_model.tokens, dtype=torch.bool), n, fill=False)
-    return Lists(of_lists, exists)
+    levels = batch.extras.response.get("levels")
+    return Lists(of_lists, exists, None if levels is None else by_example(levels, n))
 
 
 def _labelled(of_model: Any, batch: Batch) -> Labelled:

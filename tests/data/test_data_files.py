@@ -359,6 +359,17 @@ FORMS = {
         {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, 3]},
         ("p", ["a", "b", "c"], [(1, 0), (0, 2), (1, 2)], "b"),
     ),
+    "UltraFeedback": (
+        {
+            "instruction": "p",
+            "models": ["m", "n"],
+            "completions": [
+                {"model": "m", "response": "a", "overall_score": 6.5},
+                {"model": "n", "response": "b", "overall_score": 8},
+            ],
+        },
+        ([user("p")], [[assistant("a")], [assistant("b")]], [(1, 0)], [assistant("b")]),
+    ),
     "label": ({"prompt": "p", "completion": " c", "label": True}, ("p", [" c"], [], None)),
     "label, response": ({"prompt": "p", "response": " c", "label": False}, ("p", [" c"], [], None)),
     "label, messages": ({"messages": [Q, GOOD], "label": "true"}, ([Q], [[GOOD]], [], None)),
@@ -553,8 +564,40 @@ BAD_ROWS = {  # rows, message; row n stands on line n
         ),
     ),
     "kto completion": (
-        [LABELLED, LABELLED | {"label": 1}],
-        "line 2: field 'label' is a number (1), not true or false; fix or remove the",
+        [LABELLED, LABELLED | {"label": 3}],
+        "line 2: field 'label' is a number (3), not true or false; set label_threshold to read",
+    ),
+    "label in words": (
+        [LABELLED, LABELLED | {"label": "maybe"}],
+        "line 2: field 'label' is a string ('maybe'), not true or false; fix or remove the line",
+    ),
+    "negative weight": (
+        [PAIR, PAIR | {"weight": -2}],
+        "line 2: field 'weight' is -2, which is negative; write how many rows it counts as",
+    ),
+    "weight that is none": (
+        [PAIR, PAIR | {"weight": float("nan")}],
+        "line 2: field 'weight' is a number (nan), not a finite number; fix or remove the line",
+    ),
+    "weight in words": (
+        [PAIR | {"weight": "heavy"}],
+        "line 1: field 'weight' is a string ('heavy'), not a finite number",
+    ),
+    "soft label": (
+        [PAIR, PAIR | {"p_chosen": 1.5}],
+        "line 2: field 'p_chosen' is 1.5, not a probability; write a number from 0 to 1",
+    ),
+    "soft label of several pairs": (
+        [PAIR | {"rejected": ["a", "b"], "p_chosen": 0.5}],
+        "line 1: field 'p_chosen' is of one pair, and this row has 2 pairs; write a row for each",
+    ),
+    "NaN among scores": (
+        [{"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}],
+        "line 1: field 'scores[1]' is a number (nan), not a finite number",
+    ),
+    "a completion without a score": (
+        [{"instruction": "p", "completions": [{"response": "a"}]}],
+        "line 1: field 'completions[0]' is an object ({'response': 'a'}); write {response, overall",
     ),
     "no label": (
         [LABELLED, {"prompt": "p", "completion": "c"}],

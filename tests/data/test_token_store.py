@@ -284,9 +284,16 @@ OF_EACH_FORM = [
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"instruction": "a", "input": "", "output": "b"},
     {"text": "a b"},
+    {"prompt": "a", "completion": " b", "label": "thumbs down", "weight": 2},
+    {"prompt": "a b", "chosen": " c", "rejected": " d", "p_chosen": 0.75, "weight": 0.5},
+    {"prompt": "a", "responses": [" b", " c", " d"], "scores": [1, 3, 1]},
+    {"instruction": "a", "completions": [{"response": "b", "overall_score": 1}] * 2},
 ]
 NAMED = {"hh": "hh.jsonl", "shp": "shp.jsonl", "se": "se.jsonl", "saferlhf": "saferlhf_old.json"}
-OF_VERSION = {1: "c79aa01965adb9711279699b777efcae68e0366fa6f5eeb54acee615dcb49f59"}
+OF_VERSION = {  # 2: labels, weights, soft labels and ties beside the same ids
+    1: "c79aa01965adb9711279699b777efcae68e0366fa6f5eeb54acee615dcb49f59",
+    2: "6e658f6d9c910a0c76e290b3fabcc2cf2981653e4e0601b907082c4ec227f5d6",
+}
 
 
 def test_the_version_of_token_ids(tmp_path):

@@ -384,11 +384,61 @@ def test_plackett_luce_gradient():
     torch.testing.assert_close(policy.responses.sum.grad, expected)
 
 
+def tied(levels, *rows, grad=False) -> Lists:
+    return lists(*rows, grad=grad)._replace(levels=torch.tensor(levels, dtype=torch.float64))
+
+
+def test_responses_that_rank_alike_do_not_compete():
+    """r = 2, 1, 0.5, 0, of which the second and the third rank alike. First: all four; second: with
+    the last alone, as the third; the last costs nothing. Levels of NaN are the places.
+    """
+    nan = float("nan")
+    policy = tied([[0, 1, 1, 2], [nan] * 4], [-6, -8, -9, -10], [-6, -8, -9, -10], grad=True)
+    reference = lists([-10.0] * 4, [-10.0] * 4)
+    out = build_loss(PLACKETT_LUCE).compute(policy, reference)
+    r = torch.tensor([2, 1, 0.5, 0], dtype=torch.float64)
+    lse = lambda *places: r[list(places)].logsumexp(0)
+    expected = (lse(0, 1, 2, 3) - r[0]) + (lse(1, 3) - r[1]) + (lse(2, 3) - r[2])
+    strict = (lse(0, 1, 2, 3) - r[0]) + (lse(1, 2, 3) - r[1]) + (lse(2, 3) - r[2])
+    torch.testing.assert_close(out.losses.detach(), torch.stack([expected, strict]))
+    out.losses.sum().backward()
+    assert policy.responses.sum.grad.isfinite().all()
+
+
+def test_softmax_dpo_by_hand():
+    """Rewards 2, 1, 0 and a list of two: log(e^2 + e + 1) - 2 and, as for a pair, log(1 + e^-1).
+    The order of the rest does not matter. Two best ones of r = 2, 1 above 0: the mean of
+    log(1 + e^-2) and log(1 + e^-1).
+    """
+    bound = build_loss(PLACKETT_LUCE | {"name": "softmax_dpo"})
+    reference = lists([-10, -10, -10], [-10, -10])
+    out = bound.compute(lists([-6, -8, -10], [-6, -8]), reference)
+    expected = [math.log(math.e**2 + math.e + 1) - 2, math.log1p(math.exp(-1))]
+    assert out.losses.tolist() == pytest.approx(expected)
+    assert bound.compute(lists([-6, -10, -8], [-6, -8]), reference).losses.tolist() == (
+        pytest.approx(expected)
+    )
+    both = bound.compute(tied([[0, 0, 1]], [-6, -8, -10]), lists([-10, -10, -10]))
+    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2
+    assert both.losses.item() == pytest.approx(expected)
+
+
+def test_softmax_dpo_gradient():
+    """beta (p_j - [j is the best]) with p the softmax of all rewards; at the reference of three,
+    1/3 each.
+    """
+    policy = lists([-5.0, -6, -7], grad=True)
+    bound = build_loss(PLACKETT_LUCE | {"name": "softmax_dpo"})
+    bound.compute(policy, lists([-5.0, -6, -7])).losses.sum().backward()
+    expected = 0.5 * torch.tensor([[-2 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    torch.testing.assert_close(policy.responses.sum.grad, expected)
+
+
 def test_a_batch_s_values_become_lists():
     """Responses are numbered first ones first: 0, 1 are the firsts, 2, 3 the seconds, 4 the third
     of the second list.
     """
-    batch = SimpleNamespace(n_responses=np.array([2, 3]))
+    batch = SimpleNamespace(n_responses=np.array([2, 3]), extras=Extras())
     found = to_loss_inputs(of([-1.0, -2, -3, -4, -5], [1, 2, 3, 4, 5]), batch, "list")
     assert found.responses.sum.tolist() == [[-1, -3, 0], [-2, -4, -5]]
     assert found.exists.tolist() == [[True, True, False], [True, True, True]]

@@ -117,10 +117,16 @@ def test_how_lists_are_computed_changes_nothing(train, lists):
         assert losses_of(train(name, *options, *more)) == pytest.approx(live, rel=2e-5)
 
 
-def test_lists_without_an_order_are_refused_or_dropped(train, lists, tmp_path, capsys):
+def test_lists_that_rank_nothing_are_refused_or_left_out(train, lists, tmp_path, capsys):
+    """Equal scores carry no preference, as in pairs: a list of nothing else is left out and
+    counted. A list of one response is a mistake.
+    """
     options = [*LISTS, f"datasets=[{lists}]"]
+    equal = [ROWS[0] | {"scores": [2, 2]}, *ROWS[1:]]
+    lists.write_text("".join(json.dumps(row) + "\n" for row in equal))
+    train("equal", *options)
+    assert "lists of one response, or whose ranks are all equal" in capsys.readouterr().out
     for n, fields, problem in (
-        (1, {"scores": [2, 2]}, "two of its responses have the same rank or score"),
         (2, {"responses": [" a"], "scores": [1]}, "a list of one response"),
     ):
         bad = [ROWS[0] | fields, *ROWS[1:]]
@@ -128,7 +134,7 @@ def test_lists_without_an_order_are_refused_or_dropped(train, lists, tmp_path, c
         with pytest.raises(UserError, match=f"lists.jsonl:1: {problem}.*data_rules.bad_row=drop"):
             train(f"bad{n}", *options, "eval_share=0.1")
     train("drop", *options, "data_rules.bad_row=drop")
-    assert "lists with equal ranks, or of one response" in capsys.readouterr().out
+    assert "lists of one response, or whose ranks are all equal" in capsys.readouterr().out
     lists.write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n")
     with pytest.raises(UserError, match="holds no ranked lists .prompt, responses, and ranks or"):
         train("sft", *options)
@@ -262,6 +268,53 @@ def test_a_loss_may_compare_each_example_with_the_whole_batch(train, data, monke
     for ours, theirs in zip(*runs, strict=True):
         for name in ("loss/train", "mean_train/h"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5)
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "plackett_luce"])
+def test_a_row_of_weight_two_counts_like_the_row_twice(train, tmp_path, loss):
+    """One step on all rows, and an evaluation: 8 rows, of which 4 weigh 2, and the same with those
+    4 written twice. In one microbatch or in three. (The context of kto pairs the batch's prompts,
+    each once, so a weight is not a second row there; at the reference it is 0 either way.)
+    """
+    rows = [
+        {"prompt": f"What is {a}?", "chosen": f" It is {a}{a}.", "rejected": " Who knows?"}
+        for a in range(8)
+    ]
+    weighted = [row | {"weight": 2 if i < 4 else 1} for i, row in enumerate(rows)]
+    once, twice = tmp_path / "once.jsonl", tmp_path / "twice.jsonl"
+    once.write_text("".join(json.dumps(row) + "\n" for row in weighted))
+    twice.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *rows[:4])))
+
+    def run(name, path, *more):
+        run = train(
+            name,
+            *DPO[2:],
+            *FAST,
+            STEADY,
+            f"loss={loss}",
+            "loss.beta=0.1",
+            "eval_share=0",
+            f"datasets=[{path}]",
+            f"eval_datasets=[{path}]",
+            "data_rules.duplicate=keep",
+            "n_examples=null",
+            "n_epochs=1",
+            "batch_size=24",
+            "n_eval_examples=null",
+            "reference=live",
+            *more,
+        )
+        (step,) = records(run, "train")
+        evaluated = records(run, "eval")[-1]
+        names = [name for name in evaluated if name.startswith(("loss", "rewards", "logps"))]
+        return [step["loss/train"], step["grad_norm"], *(evaluated[name] for name in names)]
+
+    expected = pytest.approx(run("twice", twice), rel=2e-4, abs=1e-6)
+    assert run("once", once) == expected
+    assert run("three", once, "gradient_accumulation_steps=3") == expected
 
 
 # ---- every new loss, from its data to its evaluation ----
