@@ -7,13 +7,13 @@ What needs no torch is checked first, so that a mistyped knob is refused within 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from plumb.console import to_dict, under_torchrun
+from plumb.console import rank0_print, to_dict, under_torchrun
 from plumb.data import (
     deepspeed_chat,  # noqa: F401  registers its sets
     splits,
@@ -29,6 +29,9 @@ from plumb.settings.schema import KNOBS, defaults, knob_of
 
 if TYPE_CHECKING:
     from plumb.losses.registry import Loss
+
+# Beyond the usual values of a knob: tiny models take other learning rates than those of the papers
+FAR = 10
 
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh] loss=sft"
 
@@ -48,7 +51,21 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
             f"batch_size={config.batch_size}: this loss ({loss.name}) pairs prompts with responses"
             " to other prompts of the batch; set 2 or more (32 is usual)"
         )
+    if trains and (unusual := unusual_values(loss, {**config.loss, "lr": config.lr})):
+        rank0_print(f"note: {unusual}")
     return loss
+
+
+def unusual_values(loss: Loss, values: Mapping[str, Any]) -> str:
+    """Return in one line which values lie far outside of what is usual for this loss: FAR times
+    below the least or above the largest; "" where none does. `values`: lr, and the loss's knobs.
+    """
+    found = []
+    for knob, (least, largest) in loss.usual.items():
+        if not least / FAR <= values[knob] <= largest * FAR:
+            name = knob if knob == "lr" else f"loss.{knob}"
+            found.append(f"{name}={values[knob]} ({least:g} to {largest:g})")
+    return f"unusual for loss={loss.name}: {', '.join(found)}" if found else ""
 
 
 def check_knobs(config: DictConfig, trains: bool = True) -> None:

@@ -320,6 +320,18 @@ def test_every_model_with_every_loss(validated, loss):
         assert built.name == loss == config.loss.name
 
 
+def test_a_value_far_outside_of_what_is_usual_is_named_once(validated, capsys):
+    """Ten times below the least or above the largest that the loss's authors used."""
+    base = ["exp_name=x", "model=pythia28", "loss=simpo", "loss.gamma=1"]
+    validated(*base, "loss.beta=2", "lr=9e-6")
+    assert "unusual" not in capsys.readouterr().out
+    validated(*base, "loss.beta=0.1", "lr=2e-5")
+    lines = [x for x in capsys.readouterr().out.splitlines() if "unusual" in x]
+    assert lines == [
+        "note: unusual for loss=simpo: lr=2e-05 (3e-07 to 1e-06), loss.beta=0.1 (2 to 10)"
+    ]
+
+
 @pytest.mark.parametrize("exp", names("exp"))
 def test_every_experiment(validated, any_archive, monkeypatch, exp):
     """It needs nothing beside it, and says in its head what it was seen on."""
