@@ -215,6 +215,7 @@ def train_from(
     from plumb.models.reference_cache import weights_digest
     from plumb.reports.curves import draw_curves
     from plumb.runs import identity
+    from plumb.training.setup import Run
     from trainers import TRAINERS
 
     start = time.monotonic()
@@ -248,7 +249,7 @@ def train_from(
     budget = config.tokens_per_microbatch
     try:
         trainer = TRAINERS[config.trainer](
-            config, policy, reference, loss, data, plan, fingerprint, run_dir, log, layout
+            config, policy, reference, Run(loss, data, plan, fingerprint, run_dir, log, layout)
         )
         del policy, reference  # the trainer's; a reference that was only run once is freed
         budget = trainer.packing.budget
@@ -407,14 +408,16 @@ def load_reference_for(
 
 def print_schedule(config: DictConfig, trainer: BasicTrainer) -> None:
     """Print how long the run will be, and what is odd about that."""
-    n = trainer.schedule.n_examples
-    n_steps = trainer.n_steps
+    n = trainer.state.schedule.n_examples
+    n_steps = trainer.state.n_steps
     if config.n_examples and config.n_examples > n:
         rank0_print(
             f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {n}; set"
             " n_epochs=null to continue"
         )
-    rank0_print(f"{trainer.loss.name}: {n:,} examples in {n_steps:,} steps -> {trainer.run_dir}")
+    rank0_print(
+        f"{trainer.loss.name}: {n:,} examples in {n_steps:,} steps -> {trainer.run.run_dir}"
+    )
     if config.warmup_steps >= n_steps > 0:
         rank0_print(
             "note: the run ends within its warmup, at"

@@ -284,7 +284,7 @@ class Plumb(Contender):
         from plumb.losses.registry import build_loss
         from plumb.training.metrics import TrainingLog
         from plumb.training.run_plan import numbers_at_hand, plan_run
-        from plumb.training.setup import Data, Reference
+        from plumb.training.setup import Data, Reference, Run
         from trainers import BasicTrainer
 
         setting, root = self.setting, Path(__file__).resolve().parents[1]
@@ -332,16 +332,18 @@ class Plumb(Contender):
             config,
             self.policy,
             Reference(self.reference),
-            loss,
-            Data(tokenizer, *data),
-            plan_run(config, self.policy.config, loss.needs_reference, numbers),
-            {},
-            Path(),
-            self.log,
+            Run(
+                loss=loss,
+                data=Data(tokenizer, *data),
+                plan=plan_run(config, self.policy.config, loss.needs_reference, numbers),
+                fingerprint={},
+                run_dir=Path(),
+                log=self.log,
+            ),
         )
         # The reference is another model on purpose, so that the loss depends on it. The check of
         # the first step would refuse that.
-        trainer.position.n_updates = 1
+        trainer.state.position.n_updates = 1
         return trainer
 
     def ready(self, pairs: Sequence[Pair]) -> Any:

@@ -14,19 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch, by_example
 from plumb.console import quiet
 from plumb.data.examples import Examples
-from plumb.data.token_text import decode
 from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
 from plumb.losses.contract import Metric
 from plumb.models.logps import read_hidden
 from plumb.models.scalar_head import FOLDS
-from plumb.rollouts.hf_engine import sample
 from plumb.scoring.intervals import length_buckets
 from plumb.training.metrics import Record, logged_name, metric_values
 from plumb.training.objective import Scorer
@@ -167,42 +164,6 @@ class Evaluator:
     def counts(self) -> dict[str, int]:
         """Return the number of examples, overall ("all") and by group."""
         return {"all": len(self)} | {name: int(mask.sum()) for name, mask in self.groups.items()}
-
-
-@dataclass(frozen=True)
-class EvalSampler:
-    """Samples responses to the first prompts of the held-out examples."""
-
-    tokenizer: PreTrainedTokenizerBase
-    n: int  # prompts
-    batch_size: int
-    max_length: int
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-    def rows(
-        self,
-        model: PreTrainedModel,
-        examples: Sequence[Example],
-        n_seen: int,
-        between: Callable[[], None],
-    ) -> list[tuple[int, str, str]]:
-        """Return (n_seen, prompt, sample) of each prompt; `between` is called between batches."""
-        prompts = [examples[i].prompt for i in range(min(self.n, len(examples)))]
-        texts = sample(
-            model,
-            self.tokenizer,
-            prompts,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed + n_seen,
-            between=between,
-        )
-        decoded = decode([p.tolist() for p in prompts], self.tokenizer, skip_special=True)
-        return [(n_seen, prompt, text) for prompt, text in zip(decoded, texts, strict=True)]
 
 
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:

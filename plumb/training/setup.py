@@ -1,33 +1,48 @@
-"""Set up the computation before the first step: routers, forward path, the reference's
-log-probabilities, the first values of a scalar head.
+"""Prepare a run for its first step: the models in their places, the optimizer, the forward path,
+the feeds, the reference's log-probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumb.batching.feed import Feed, KnownLogps
-from plumb.console import quiet, rank0_print
+from plumb.batching.feed import Feed
+from plumb.batching.microbatches import Packing
+from plumb.console import rank0_print
 from plumb.data.examples import Examples
 from plumb.distributed import collectives, sharding
+from plumb.losses.registry import Loss
+from plumb.models import reference_cache
+from plumb.models.blocks import block_class, compile_blocks
 from plumb.models.draws import run_without_draws
 from plumb.models.forward_path import DTYPES, ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
-from plumb.models.reference_cache import ReferenceCache, digests_of_all, response_digests
+from plumb.models.reference_cache import ReferenceCache
 from plumb.models.routers import Routers, routers_of
-from plumb.models.scalar_head import fit_head
-from plumb.training.evaluator import all_hidden, all_logps, folds_of
+from plumb.models.scalar_head import scores
+from plumb.paths import get_local_dir
+from plumb.runs.checkpoints import Saver
+from plumb.training import budget as sizing
+from plumb.training.cached_reference import add_reference_logps
+from plumb.training.evaluator import Evaluator
+from plumb.training.metrics import TrainingLog
 from plumb.training.objective import Scorer
+from plumb.training.optimizers import make_optimizer, make_schedule
+from plumb.training.run_evaluator import EvalSampler
+from plumb.training.run_plan import RunPlan
+from plumb.training.saving import RunSaver
+from plumb.training.throughput import Throughput
+from plumb.training.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,145 @@ class Reference:
 
     model: PreTrainedModel | None = None
     digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of, beside its config and its models."""
+
+    loss: Loss
+    data: Data
+    plan: RunPlan  # what was decided by the memory at hand
+    fingerprint: dict[str, Any]  # what must be the same when it resumes
+    run_dir: Path
+    log: TrainingLog
+    layout: sharding.Layout | None = None  # how both models lie over several processes, already
+
+
+class Placement(Protocol):
+    """What a trainer decides: where the models compute, and in which precision."""
+
+    def place(self, model: PreTrainedModel) -> PreTrainedModel: ...
+    def autocast(self, device: torch.device) -> Callable[[], Any]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the first step needs."""
+
+    state: TrainState
+    scorer: Scorer
+    train_feed: Feed
+    evaluator: Evaluator
+    packing: Packing
+    throughput: Throughput
+    computation: Computation
+
+
+def prepare(
+    config: DictConfig,
+    policy: PreTrainedModel,
+    reference: Reference,
+    run: Run,
+    trainer: Placement,
+) -> Prepared:
+    """Place both models and choose how they compute; make the optimizer, the feeds and, if the
+    reference is cached, its log-probabilities. Every rank must call it.
+    """
+    plan = run.plan
+    layout = run.layout
+    tokenizer = run.data.tokenizer
+    is_primary_replica = layout is None or layout.first_of_rows
+    schedule = make_schedule(config, len(run.data.train))
+    cost = sizing.cost_of(policy)
+    block = block_class(policy, config.model.block_name) if config.compile else None
+    if config.activation_checkpointing is True:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = trainer.place(policy)
+    reference_model = trainer.place(reference.model) if reference.model is not None else None
+    device = layout.device if layout is not None else next(policy.parameters()).device
+    computation = Computation(
+        device=device,
+        dtype=DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype],
+        weights_dtype=DTYPES[config.model.policy_dtype],
+        autocast=trainer.autocast(device),
+    )
+    # Before the first forward pass, after which FSDP leaves some weights gathered.
+    state = TrainState(config, policy, make_optimizer(config, policy, device), schedule)
+
+    def token_budget(path: ForwardPath) -> int:
+        # a score takes no logits, and neither does a head that is computed in chunks
+        return plan.tokens(no_logits=path.plain_head or scores(policy))
+
+    routers = watch_routers(policy, config.router_aux_loss)
+    stop_draws(policy, device)
+    forward_path = find_forward_path(
+        policy, tokenizer, computation, config.max_length, token_budget
+    )
+    budget = token_budget(forward_path)
+    rank0_print(f"microbatches of up to {budget:,} tokens")
+    packing = Packing(
+        forward_path.packed,
+        budget,
+        layout.n_rows if layout is not None else 1,
+        tokenizer.pad_token_id,
+        config.max_length,
+        row_length=budget if config.compile and forward_path.packed else None,
+    )
+    if block is not None:  # after the layout was tried, on rows of other lengths
+        for model in filter(None, (policy, reference_model)):
+            compile_blocks(model, block, config.activation_checkpointing)
+    scorer = Scorer(
+        policy, reference_model, run.loss, forward_path, computation.autocast, device, routers
+    )
+    train_feed, eval_feed = (
+        Feed(
+            examples,
+            packing,
+            layout.rank if layout is not None else 0,
+            context=run.loss.context_examples,
+        )
+        for examples in (run.data.train, run.data.evaluation)
+    )
+    if reference.digest is not None:
+        cache = open_reference_cache(config, scorer, computation, reference.digest, trainer)
+        every = np.arange(len(eval_feed.examples))
+        add_reference_logps(scorer, train_feed, list(schedule), cache, is_primary_replica)
+        add_reference_logps(scorer, eval_feed, [every], cache, is_primary_replica)
+        scorer = scorer._replace(reference=None)
+    return Prepared(
+        state=state,
+        scorer=scorer,
+        train_feed=train_feed,
+        evaluator=Evaluator(scorer, eval_feed, config.eval_batch_size, is_primary_replica),
+        packing=packing,
+        throughput=Throughput(
+            cost, sizing.peak_flops(device, computation.dtype), forward_path.packed
+        ),
+        computation=computation,
+    )
+
+
+def open_reference_cache(
+    config: DictConfig, scorer: Scorer, computation: Computation, weights: str, trainer: Placement
+) -> ReferenceCache:
+    """Return the cache of a reference, `weights` the digest of its own, as this run computes it."""
+    spec = config.model
+    by_run = reference_cache.Computation(
+        weights_dtype=spec.reference_dtype or spec.policy_dtype,
+        dtype=str(computation.dtype),
+        cast_by=type(trainer).__name__ if spec.fsdp_policy_mp else None,
+        layout=str(scorer.forward_path),
+        compile=config.compile,
+        device=computation.device.type,
+    )
+    cache = ReferenceCache(
+        get_local_dir(config.local_dirs) / "reference_cache",
+        reference_cache.described(scorer.policy, weights, spec.revision, by_run),
+    )
+    if cache.problem:
+        rank0_print(cache.problem)
+    return cache
 
 
 def autocast_to(name: str | None, device: torch.device) -> Callable[[], Any]:
@@ -131,111 +285,50 @@ def find_forward_path(
     return forward_path
 
 
-@torch.no_grad()
-def add_reference_logps(
-    scorer: Scorer,
-    feed: Feed,
-    indices: np.ndarray,
-    cache: ReferenceCache,
-    is_primary_replica: bool,
-) -> None:
-    """Give the feed the reference's log-probabilities of the examples `indices`. Every rank must
-    call it.
+def make_run_saver(
+    config: DictConfig,
+    run: Run,
+    ready: Prepared,
+    parts: Callable[[], Mapping[str, Callable[[], Any]]],
+) -> RunSaver:
+    """Return what saves the run's checkpoints. `parts`: the files of the original repository's
+    form, each made by all ranks.
     """
-    _, known = _reference_logps(scorer, feed, indices, cache, is_primary_replica)
-    feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
-    feed.reference[indices] = known
-
-
-@torch.no_grad()
-def add_mismatched_logps(
-    scorer: Scorer,
-    feed: Feed,
-    batches: Iterable[np.ndarray],
-    cache: ReferenceCache,
-    is_primary_replica: bool,
-) -> None:
-    """Give the feed the reference's log-probabilities of the mismatched examples of all these
-    batches, for a loss with a batch context. Every rank must call it.
-    """
-    examples = [e for indices in batches for e in feed.mismatched_examples(indices)]
-    mismatched = Feed(examples, feed.packing, feed.rank)
-    digests, logps = _reference_logps(
-        scorer, mismatched, np.arange(len(examples)), cache, is_primary_replica
+    decisions: dict[str, Any] = {"tokens_per_microbatch": ready.packing.budget}
+    if run.plan.reference is not None:
+        decisions["reference"] = run.plan.reference
+    if run.layout is not None:
+        decisions["fsdp_reduce"] = "each" if run.plan.reduce_each else "last"
+    saver = Saver(
+        run.run_dir,
+        in_background=config.async_save,
+        keep=config.keep_checkpoints,
+        best_by=config.keep_best,
     )
-    digests, first = np.unique(digests, return_index=True)
-    feed.known = KnownLogps(digests, logps.ravel()[first])
-    feed.digests = response_digests
-
-
-def _reference_logps(
-    scorer: Scorer,
-    feed: Feed,
-    indices: np.ndarray,
-    cache: ReferenceCache,
-    is_primary_replica: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the digests and the reference's log-probabilities of the examples `indices`, [n, k]
-    each: from the cache, and by one pass over those that are not in it.
-    """
-    model = scorer.reference or scorer.policy
-    digests = digests_of_all(feed.examples, indices)
-    # [n, k], on every rank what rank 0 knows
-    known = collectives.from_rank0(partial(cache.find, digests))
-    (new,) = np.isnan(known).any(1).nonzero()
-    progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
-    # what is kept when the pass is interrupted; the file is written anew each time
-    size = max(4096, len(new) // 64)
-    for start in range(0, len(new), size):
-        some = new[start : start + size]
-        known[some] = all_logps(scorer, model, feed, indices[some], is_primary_replica, progress)
-        collectives.from_rank0(partial(cache.add, digests[some], known[some]))
-    progress.close()
-    rank0_print(
-        f"reference: {len(known) - len(new):,} of {len(known):,} examples in {cache.path}"
-        + (f", {len(new):,} computed now" if len(new) else "")
+    return RunSaver(
+        run_dir=run.run_dir,
+        state=ready.state,
+        log=run.log,
+        saver=saver,
+        parts=parts,
+        fingerprint=run.fingerprint,
+        decisions=decisions,
+        every=config.save_every,
+        every_minutes=config.save_every_minutes,
+        writes=not config.debug,
     )
-    return digests, known
 
 
-@torch.no_grad()
-def start_head(
-    scorer: Scorer, feed: Feed, head_init: str, indices: np.ndarray, is_primary_replica: bool
-) -> None:
-    """Give a scalar head that is new its first values, as head_init says: for "fit" those that rank
-    the pairs `indices` best, else zeros; "random" keeps what was drawn. A head that was trained
-    before keeps its own. Every rank must call it.
-    """
-    policy: Any = scorer.policy
-    head = policy.get_output_embeddings()
-    if not head.drawn or head_init == "random":
-        return
-    (name,) = (
-        name for name, p in policy.named_parameters() if any(p is own for own in head.parameters())
+def make_sampler(config: DictConfig, run: Run) -> EvalSampler | None:
+    """Return what samples at each evaluation; None where nothing is to be, or can be, sampled."""
+    if not config.sample_during_eval or run.loss.reads == "scores":
+        return None
+    return EvalSampler(
+        tokenizer=run.data.tokenizer,
+        n=config.n_eval_model_samples,
+        batch_size=config.eval_batch_size,
+        max_length=config.max_length,
+        max_new_tokens=config.sample_max_new_tokens,
+        temperature=config.sample_temperature,
+        seed=config.seed,
     )
-    weight = torch.zeros(head.weight.shape)
-    if head_init == "fit":
-        weight = _fitted(scorer, feed, indices, is_primary_replica)
-    sharding.reshard(policy)
-    for part_name, part, where in sharding.parts(policy):
-        if part_name == name and part.numel():
-            part.copy_(weight[where])
-
-
-def _fitted(
-    scorer: Scorer, feed: Feed, indices: np.ndarray, is_primary_replica: bool
-) -> torch.Tensor:
-    """Return the head's weight that ranks these pairs best, and print how well it does."""
-    progress = tqdm(total=len(indices), desc="head", unit="pair", disable=quiet())
-    hidden = all_hidden(scorer, feed, indices, is_primary_replica, progress)  # [n, 2, d]
-    progress.close()
-    folds = torch.from_numpy(folds_of(feed.examples, indices))
-    fit = collectives.from_rank0(partial(fit_head, hidden[:, 0], hidden[:, 1], folds))
-    result = (
-        f"of pairs left out it ranks {fit.accuracy:.3f} as the data do, at a loss of {fit.loss:.4f}"
-    )
-    rank0_print(
-        f"head: fitted to what the untrained model reads of {len(indices):,} pairs; "
-        f"{result if fit.weight.any() else 'they tell nothing, so it starts at zero'}"
-    )
-    return fit.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 from plumb.distributed import collectives
 from plumb.distributed.progress import run_progress
@@ -11,13 +12,13 @@ from plumb.distributed.signals import Stopped, exit_code, stop_requested
 
 class StopRule:
     """Decides when this process is to stop. `max_hours`: from the start of the command; None: no
-    limit.
+    limit. `save_secs`: returns how long the last save took.
     """
 
-    def __init__(self, max_hours: float | None):
+    def __init__(self, max_hours: float | None, save_secs: Callable[[], float]):
         self.max_hours = max_hours
+        self.save_secs = save_secs
         self.longest_step_secs = 0.0
-        self.save_secs = 0.0  # that the last save took
 
     def wishes(self) -> list[float]:
         """Return what this rank would stop for: [is the time up, number of a signal or 0]. Signals
@@ -30,8 +31,10 @@ class StopRule:
         return [int(wish) for wish in collectives.all_reduce_max(self.wishes())]
 
     def out_of_time(self) -> bool:
-        """Would another step and a save, each twice as long as so far, end after max_hours?"""
-        margin = 2 * (self.longest_step_secs + self.save_secs) + 10
+        """Return whether another step and a save, each twice as long as so far, would end after
+        max_hours.
+        """
+        margin = 2 * (self.longest_step_secs + self.save_secs()) + 10
         return (
             self.max_hours is not None
             and run_progress.uptime_secs() + margin > 3600 * self.max_hours

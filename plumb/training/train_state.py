@@ -1,20 +1,22 @@
-"""Where a run stands, and what it saves to continue from there."""
+"""Where a run stands: weights, optimizer, learning rate and position."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from plumb.console import rank
-from plumb.runs import checkpoints, state_files
-from plumb.runs.policy_file import as_in_2023
+from plumb.data.order import Schedule
+from plumb.distributed.progress import run_progress
+from plumb.runs import state_files
+from plumb.runs.checkpoints import Checkpoint
+from plumb.training.optimizers import make_scheduler
 
 
 @dataclass
@@ -47,79 +49,59 @@ class Position:
 
 
 class TrainState:
-    """Saves and restores the weights and the optimizer of a run. Every rank must make each call."""
+    """What the steps of a run change, and what it resumes from."""
 
     def __init__(
         self,
+        config: DictConfig,
         policy: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
-        saver: checkpoints.Saver,
+        schedule: Schedule,
     ):
+        """`config`: for the learning rate's schedule."""
+        self.config = config
         self.policy = policy
         self.optimizer = optimizer
-        self.saver = saver
-        self.saved = ""  # the name of the last checkpoint
-        self.n_bytes = 0  # of a checkpoint
-        self.last_save = time.monotonic()
+        self.schedule = schedule
+        self.scheduler = make_scheduler(config, optimizer, schedule.n_steps)
+        self.position = Position()
+        self.n_steps = schedule.n_steps
+        self.first_update = 0  # updates that were made before this start
 
-    def save(
-        self,
-        name: str,
-        parts: Mapping[str, Callable[[], Any]],
-        manifest: checkpoints.Manifest,
-    ) -> None:
-        """Save a checkpoint of this moment, unless the last one is of it, too: the run was stopped
-        again before its next step.
+    def update(self, indices: np.ndarray) -> None:
+        """Update the weights by the gradients of a step on the examples `indices`."""
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.position.advance(indices)
+        run_progress.report(self.position.n_updates, self.position.n_seen)
+
+    def seconds_left(self, elapsed_secs: float) -> float:
+        """Return how long the rest of the run takes, `elapsed_secs` after its start, after at least
+        one update.
         """
-        if name != self.saved:
-            self.saved = name
-            state = state_files.tensors_of(self.policy, self.optimizer)
-            self.saver.save(name, parts, state, manifest, self.n_bytes)
+        done = self.position.n_updates
+        return elapsed_secs * (self.n_steps - done) / (done - self.first_update)
 
-    def rehearse(
-        self,
-        parts: Mapping[str, Callable[[], Any]],
-        manifest: checkpoints.Manifest,
-        n_saves: int,
-    ) -> None:
-        """Find out what a save takes, and that it works; `n_saves` are to come."""
-        state = state_files.tensors_of(self.policy, self.optimizer)
-        self.n_bytes = self.saver.rehearse(parts, state, manifest, n_saves)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that a run resumes from, by name."""
+        return state_files.tensors_of(self.policy, self.optimizer)
 
     def values(self) -> dict[str, Any]:
-        """Return those of the optimizer's state that are no tensors."""
+        """Return the numbers of the optimizer's state that are not tensors."""
         return state_files.values_of(self.policy, self.optimizer)
 
-    def restore(self, checkpoint: checkpoints.Checkpoint) -> Position:
-        """Read weights and optimizer, and return where the run stood."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Every rank must call it."""
         manifest = checkpoint.manifest
         state_files.restore(self.policy, self.optimizer, checkpoint.state_files(), manifest.values)
-        self.saved = checkpoint.path.name
-        self.saver.secs = manifest.save_secs
-        self.n_bytes = sum(file.bytes for file in manifest.files.values())
-        return Position(
+        self.position = Position(
             n_updates=manifest.step,
             n_seen=manifest.examples,
             order=manifest.order,
             evaluation_due=manifest.evaluation_due,
         )
-
-
-def parts_of_2023(
-    policy: PreTrainedModel,
-    policy_state: Callable[[], dict[str, torch.Tensor]],
-    optimizer_state: Callable[[], dict[str, Any]] | None,
-    scheduler: Any,
-    policy_format: str,
-) -> dict[str, Callable[[], Any]]:
-    """Return the files of the original repository's form, each to be made by all ranks, whole on
-    rank 0. No optimizer.pt where `optimizer_state` is None.
-    """
-
-    def state() -> dict[str, torch.Tensor]:
-        whole = policy_state()
-        return as_in_2023(policy, whole) if policy_format == "repo2023" and rank() == 0 else whole
-
-    optimizer = {} if optimizer_state is None else {"optimizer": optimizer_state}
-    rates = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
-    return {"policy": state, **optimizer, "scheduler": lambda: rates}
+        self.first_update = manifest.step
+        self.n_steps = manifest.step + self.schedule.n_steps_after(manifest.examples)
+        self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, manifest.step)
+        run_progress.report(manifest.step, manifest.examples)

@@ -295,7 +295,7 @@ def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, c
     if after == "trainer":
         monkeypatch.setitem(trainers.TRAINERS, "BasicTrainer", AnotherTrainer)
     if after == "way":
-        monkeypatch.setattr(trainers.BasicTrainer, "choose_forward_path", lambda *_: PLAIN_PATH)
+        monkeypatch.setattr(trainers.setup, "find_forward_path", lambda *_: PLAIN_PATH)
     train("second", *options, *([after] if "=" in after else []))
     assert f"reference: {4 if found else 0} of 4 examples" in capsys.readouterr().out
 

@@ -655,7 +655,7 @@ def forget_position() -> None:
 
     def forgetting(self: Any, *arguments: Any) -> None:
         restore(self, *arguments)
-        self.position.n_seen = 0
+        self.state.position.n_seen = 0
 
     trainers.BasicTrainer.restore = forgetting  # type: ignore[method-assign]
 

@@ -21,6 +21,7 @@ from plumb.errors import ResumeMismatch, UnsafeFile, UserError
 from plumb.runs import checkpoints, directory, durable_files, identity
 from plumb.settings import schema
 from plumb.training.objective import Scorer
+from plumb.training.optimizers import make_scheduler
 
 
 class Halt(BaseException):
@@ -169,15 +170,16 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
     def forgetting(self, checkpoint):
         restore(self, checkpoint)
-        for path in checkpoints.listed(self.run_dir):  # or their names would be in the way
+        for path in checkpoints.listed(self.run.run_dir):  # or their names would be in the way
             shutil.rmtree(path)
         if forgotten == "optimizer":
             self.optimizer.state.clear()
         else:
-            setattr(self.position, forgotten, 0)
-            self.first_update = 0
-            self.scheduler = trainers.make_scheduler(
-                self.config, self.optimizer, self.n_steps, self.n_updates
+            state = self.state
+            setattr(state.position, forgotten, 0)
+            state.first_update = 0
+            state.scheduler = make_scheduler(
+                self.config, self.optimizer, state.n_steps, self.n_updates
             )
 
     whole = outcome(train("whole", *OPTIONS["dpo"]))

@@ -21,6 +21,7 @@ from plumb.models import logps as models
 from plumb.runs import checkpoints, durable_files, identity
 from plumb.runs.history import flatten
 from plumb.settings import schema
+from plumb.training import setup
 
 
 @pytest.fixture
@@ -169,14 +170,15 @@ def test_opposite_errors_do_not_cancel(precision, train, monkeypatch):
     """Log-probabilities that are off by +3 and -3 nats in turn: all means are those of the right
     ones.
     """
-    find = trainers.BasicTrainer.find_reference_logps
+    prepare = setup.prepare
 
-    def found(self, weights):
-        find(self, weights)
-        signs = np.where(np.arange(len(self.train_feed.reference)) % 2, 3.0, -3.0)
-        self.train_feed.reference += signs[:, None]
+    def with_errors(*arguments):
+        ready = prepare(*arguments)
+        signs = np.where(np.arange(len(ready.train_feed.reference)) % 2, 3.0, -3.0)
+        ready.train_feed.reference += signs[:, None]
+        return ready
 
-    monkeypatch.setattr(trainers.BasicTrainer, "find_reference_logps", found)
+    monkeypatch.setattr(setup, "prepare", with_errors)
     with pytest.raises(
         NonFinite, match=f"{DISAGREE}.*; at worst 3(.0)? nats in a response of [0-9]+ tokens"
     ):
@@ -185,13 +187,14 @@ def test_opposite_errors_do_not_cancel(precision, train, monkeypatch):
 
 def test_every_microbatch_is_compared(train, monkeypatch):
     """One response of the first microbatch of four is off by 3 nats."""
-    find = trainers.BasicTrainer.find_reference_logps
+    prepare = setup.prepare
 
-    def found(self, weights):
-        find(self, weights)
-        self.train_feed.reference[0, 1] += 3
+    def with_error(*arguments):
+        ready = prepare(*arguments)
+        ready.train_feed.reference[0, 1] += 3
+        return ready
 
-    monkeypatch.setattr(trainers.BasicTrainer, "find_reference_logps", found)
+    monkeypatch.setattr(setup, "prepare", with_error)
     with pytest.raises(NonFinite, match=DISAGREE):
         train(
             "one",
@@ -315,7 +318,7 @@ def poisoned(monkeypatch):
     """`poisoned(n, value)`: the n-th update leaves `value` in one weight."""
 
     def install(n, value):
-        make = trainers.make_optimizer
+        make = setup.make_optimizer
 
         def poisoning(config, policy, device):
             optimizer, made = make(config, policy, device), []
@@ -328,7 +331,7 @@ def poisoned(monkeypatch):
             optimizer.register_step_post_hook(after_step)
             return optimizer
 
-        monkeypatch.setattr(trainers, "make_optimizer", poisoning)
+        monkeypatch.setattr(setup, "make_optimizer", poisoning)
 
     return install
 

@@ -1,0 +1,133 @@
+"""When a run saves, and what."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plumb.console import rank, rank0_print
+from plumb.runs import checkpoints, directory
+from plumb.runs.policy_file import as_in_2023
+from plumb.training.metrics import Record, TrainingLog
+from plumb.training.train_state import TrainState
+
+
+@dataclass
+class RunSaver:
+    """Saves the checkpoints of a run. Every rank must make each call."""
+
+    run_dir: Path
+    state: TrainState
+    log: TrainingLog
+    saver: checkpoints.Saver
+    # the files of the original repository's form, each made by all ranks
+    parts: Callable[[], Mapping[str, Callable[[], Any]]]
+    fingerprint: dict[str, Any]  # what must be the same when the run resumes
+    decisions: dict[str, Any]  # what the run decided by the memory of its first start
+    every: int | None  # interval between saves without an evaluation, in examples
+    every_minutes: float | None
+    writes: bool  # false: a run that leaves no checkpoints
+    saved: str = ""  # the name of the last checkpoint
+    n_bytes: int = 0  # of a checkpoint
+    last_save: float = field(default_factory=time.monotonic)
+    logs: dict[str, int] = field(default_factory=dict)  # bytes of each log at the last mark
+
+    def wait(self) -> None:
+        """Wait until the save in progress is done, and raise its error, if any."""
+        self.saver.wait()
+
+    def secs(self) -> float:
+        """Return how long the last save took."""
+        return self.saver.secs
+
+    def mark(self) -> None:
+        """Note how long the logs are. A checkpoint that is saved while an evaluation is due takes
+        back what was logged since.
+        """
+        self.logs = self.log.mark()
+
+    def due(self, n: int) -> bool:
+        """Return whether to save between evaluations, after a step of `n` examples, by this rank's
+        clock.
+        """
+        minutes = self.every_minutes or math.inf
+        return self.state.position.passed(self.every, n) or (
+            time.monotonic() - self.last_save > 60 * minutes
+        )
+
+    def save(self, record: Record, interim: bool = False) -> None:
+        """Save a checkpoint of this moment, step-<examples>, or interim-<examples> between
+        evaluations, unless the last one is of it, too: the run was stopped again before its next
+        step. LATEST points to it.
+        """
+        self.last_save = time.monotonic()
+        if not self.writes:
+            rank0_print("debug=true: no checkpoint is written")
+            return
+        name = f"{'interim' if interim else 'step'}-{self.state.position.n_seen}"
+        manifest = self.manifest(record)
+        if name != self.saved:
+            self.saved = name
+            self.saver.save(name, self.parts(), self.state.tensors(), manifest, self.n_bytes)
+        if rank() == 0:
+            directory.write_status(self.run_dir, "running")
+
+    def rehearse(self, n_saves: int) -> None:
+        """Find out what a save takes, and that it works; `n_saves` are to come."""
+        if self.writes:
+            self.n_bytes = self.saver.rehearse(
+                self.parts(), self.state.tensors(), self.manifest({}), n_saves
+            )
+
+    def manifest(self, record: Record) -> checkpoints.Manifest:
+        """Return the description of a checkpoint that is saved now."""
+        position = self.state.position
+        return checkpoints.Manifest(
+            step=position.n_updates,
+            examples=position.n_seen,
+            finished=position.finished and not position.evaluation_due,
+            evaluation_due=position.evaluation_due,
+            metrics=record,
+            fingerprint=self.fingerprint,
+            decisions=self.decisions,
+            logs=self.logs if position.evaluation_due else self.log.mark(),
+            order=position.order,
+            wandb=self.log.wandb_id(),
+            values=self.state.values(),
+            save_secs=self.saver.secs,
+        )
+
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Continue from a checkpoint: weights, optimizer and position."""
+        self.state.restore(checkpoint)
+        manifest = checkpoint.manifest
+        self.saved = checkpoint.path.name
+        self.saver.secs = manifest.save_secs
+        self.n_bytes = sum(file.bytes for file in manifest.files.values())
+
+
+def parts_of_2023(
+    policy: PreTrainedModel,
+    policy_state: Callable[[], dict[str, Tensor]],
+    optimizer_state: Callable[[], dict[str, Any]] | None,
+    scheduler: Any,
+    policy_format: str,
+) -> dict[str, Callable[[], Any]]:
+    """Return the files of the original repository's form, each to be made by all ranks, whole on
+    rank 0. No optimizer.pt where `optimizer_state` is None.
+    """
+
+    def state() -> dict[str, Tensor]:
+        whole = policy_state()
+        return as_in_2023(policy, whole) if policy_format == "repo2023" and rank() == 0 else whole
+
+    optimizer = {} if optimizer_state is None else {"optimizer": optimizer_state}
+    rates = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+    return {"policy": state, **optimizer, "scheduler": lambda: rates}
