@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -64,9 +64,13 @@ class BasicTrainer:
         # one of the ranks that see the same rows
         self.is_primary_replica = ready.evaluator.is_primary_replica
         self.saver = setup.make_run_saver(config, run, ready, self.parts)
+        self.state.reference = setup.make_moving_reference(
+            config, ready, self.saver.record_reference
+        )
         self.evaluator = RunEvaluator(
             evaluator=ready.evaluator,
             sampler=setup.make_sampler(config, run),
+            average=self.state.average,
             log=run.log,
             run_dir=run.run_dir,
             check=self.saver.saver.check,
@@ -131,6 +135,8 @@ class BasicTrainer:
             start_head(
                 self.scorer, self.train_feed, config.head_init, pairs, self.is_primary_replica
             )
+        if self.n_updates == 0 and state.average is not None:
+            state.average.start()
         if self.n_updates == 0 and config.do_first_eval:
             self.evaluate()
         if position.evaluation_due:  # the run was stopped before the evaluation that belongs here
@@ -142,13 +148,8 @@ class BasicTrainer:
             unit="step",
             disable=quiet(),
         )
-        steps = self.train_feed.ahead(
-            state.schedule.after(self.n_seen),
-            self.computation.device,
-            config.gradient_accumulation_steps,
-        )
-        for step in steps:
-            self.step(step, steps.waited_secs)
+        for step, waited_secs in self.steps():
+            self.step(step, waited_secs)
             progress.update()
             n = len(step.indices)
             position.evaluation_due = self.n_updates == state.n_steps or position.passed(
@@ -164,6 +165,20 @@ class BasicTrainer:
             self.saver.mark()
             self.evaluate_and_save()
         self.saver.wait()
+
+    def steps(self) -> Iterator[tuple[Step, float]]:
+        """Yield the steps that are left, each with the seconds that it was waited for. A reference
+        that moves does so in between, when no step with its old log-probabilities is prepared.
+        """
+        state = self.state
+        while self.n_updates < state.n_steps:
+            if state.reference is not None and state.reference_moves():
+                state.reference.move(list(state.coming()))
+            ahead = self.train_feed.ahead(
+                state.coming(), self.computation.device, self.config.gradient_accumulation_steps
+            )
+            for step in ahead:
+                yield step, ahead.waited_secs
 
     def step(self, step: Step, waited_secs: float) -> None:
         """Make one optimizer step on a batch.
@@ -302,7 +317,7 @@ class BasicTrainer:
             self.policy,
             self.policy_state,
             self.optimizer_state if self.config.save_optimizer_pt else None,
-            self.state.scheduler,
+            self.state,
             self.config.policy_format,
         )
 

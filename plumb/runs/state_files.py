@@ -124,10 +124,11 @@ def restore(
     optimizer: torch.optim.Optimizer,
     files: Sequence[Path],
     values: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Tensor],
 ) -> None:
-    """Load weights and optimizer state from the files. The optimizer state is created by a step
-    without gradients, so that it has the right type and place, and then overwritten, as the weights
-    are. Raises what `load_state` raises.
+    """Load weights, optimizer state and `others` (by name) from the files. The optimizer state is
+    created by a step without gradients, so that it has the right type and place, and then
+    overwritten, as the weights are. Raises what `load_state` raises.
     """
     sharding.reshard(policy)
     parameters, found = dict(policy.named_parameters()), names(files)
@@ -136,7 +137,7 @@ def restore(
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    load_state(files, tensors_of(policy, optimizer))
+    load_state(files, tensors_of(policy, optimizer) | dict(others))
     for name, of_p in values.items():
         optimizer.state[parameters[name]].update(of_p)
 

@@ -99,6 +99,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 DTYPE = one_of(*DTYPE_NAMES)
 POSITIVE = number(lambda v: v > 0, "a number above 0")
 NOT_NEGATIVE = number(lambda v: v >= 0, "a number of at least 0")
+SHARE = number(lambda v: 0 < v <= 1, "a number in (0, 1]")
 KEPT: Check = (
     lambda v: isinstance(v, bool) or (_is_number(v) and 0 < v < 1),
     "true, false, or a share in (0, 1)",
@@ -161,7 +162,7 @@ KNOBS: dict[str, Knob] = {
     "plan_nodes": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
     "plan_gpu": Knob(one_of(*CARDS), BOOKKEEPING, TRAIN),
     "plan_gpu_gb": Knob(maybe(POSITIVE), BOOKKEEPING, TRAIN),
-    "plan_mfu": Knob(number(lambda v: 0 < v <= 1, "a number in (0, 1]"), BOOKKEEPING, TRAIN),
+    "plan_mfu": Knob(SHARE, BOOKKEEPING, TRAIN),
     "plugins": Knob(names(0), CONTENTS),
     # the data
     "datasets": Knob(names(1), CONTENTS),
@@ -208,6 +209,11 @@ KNOBS: dict[str, Knob] = {
     "gradient_accumulation_steps": Knob(whole(1), PLACEMENT, TRAIN),
     "tokens_per_microbatch": Knob(maybe(whole(1)), PLACEMENT, in_eval=None),
     "reference": Knob(one_of("auto", "live", "cached"), PLACEMENT, TRAIN, in_eval="auto"),
+    "reference_update_every": Knob(maybe(whole(1)), RESULT, TRAIN),
+    "reference_update_weight": Knob(SHARE, RESULT, TRAIN),
+    "ema_decay": Knob(
+        maybe(number(lambda v: 0 < v < 1, "a number in (0, 1)")), RESULT, TRAIN, in_eval=None
+    ),
     "eval_batch_size": Knob(whole(1), PLACEMENT),
     "optimizer": Knob(TEXT, RESULT, TRAIN),  # torch knows which: see validation
     "optimizer_args": Knob(maybe(MAPPING), RESULT, TRAIN),

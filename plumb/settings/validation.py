@@ -122,6 +122,7 @@ def _check_loss(config: DictConfig) -> Loss:
                 f" has none; leave {name} as it is"
             )
     _check_group_knobs(config, loss)
+    _check_moving_reference(config, loss)
     if config.reference != "auto" and not loss.needs_reference:
         raise UserError(
             f"reference={config.reference}: this loss ({loss.name}) needs no reference; leave"
@@ -142,6 +143,41 @@ def _check_group_knobs(config: DictConfig, loss: Loss) -> None:
                 f"{name}={config[name]}: is for losses on {of_group}, and this loss ({loss.name})"
                 f" is not one; leave {name} as it is"
             )
+
+
+def _check_moving_reference(config: DictConfig, loss: Loss) -> None:
+    """Refuse a reference that could not move as it should."""
+    every = config.reference_update_every
+    weight = config.reference_update_weight
+    spec = config.model
+    if every is None:
+        if weight != 1:
+            raise UserError(
+                f"reference_update_weight={weight}: the reference never moves; set"
+                " reference_update_every, or leave it at 1"
+            )
+        return
+    if not loss.needs_reference:
+        raise UserError(
+            f"reference_update_every={every}: this loss ({loss.name}) needs no reference; set it to"
+            " null"
+        )
+    if weight < 1 and config.reference == "cached":
+        raise UserError(
+            f"reference_update_weight={weight}: is not the policy's weights, and a cached reference"
+            " has none of its own; set reference=live, or 1 to copy the policy"
+        )
+    dtype = spec.reference_dtype or spec.policy_dtype
+    if weight < 1 and dtype in ("bfloat16", "float16"):
+        raise UserError(
+            f"reference_update_weight={weight}: {dtype} weights round small moves away; set"
+            " model.reference_dtype=float32, or 1 to copy the policy"
+        )
+    if config.reference == "cached" and dtype != spec.policy_dtype:
+        raise UserError(
+            f"reference_update_every={every}: a cached reference is recomputed by the policy, in"
+            f" {spec.policy_dtype}; set model.reference_dtype=null, or reference=live"
+        )
 
 
 def _check_with_torch(config: DictConfig) -> None:

@@ -2,89 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from plumb.batching.feed import Feed, KnownLogps
 from plumb.console import quiet, rank0_print
 from plumb.distributed import collectives
+from plumb.errors import ResumeMismatch
 from plumb.models.reference_cache import ReferenceCache, digests_of_all, response_digests
 from plumb.training.evaluator import all_logps
 from plumb.training.objective import Scorer
 
 
-def add_reference_logps(
-    scorer: Scorer,
-    feed: Feed,
-    batches: Sequence[np.ndarray],
-    cache: ReferenceCache,
-    is_primary_replica: bool,
-) -> None:
-    """Give the feed the reference's log-probabilities of all examples in `batches`: from the cache,
-    and by one pass over what is not in it. Every rank must call it.
+@dataclass(frozen=True)
+class CachedReference:
+    """Gives both feeds of a run the log-probabilities of its reference. Every rank must make each
+    call.
     """
-    used = np.unique(np.concatenate([np.zeros(0, np.int64), *batches]))
-    _add_logps(scorer, feed, used, cache, is_primary_replica)
-    if feed.context == "mismatched":
-        _add_mismatched_logps(scorer, feed, batches, cache, is_primary_replica)
+
+    scorer: Scorer
+    train_feed: Feed
+    eval_feed: Feed
+    is_primary_replica: bool
+    open_cache: Callable[[str], ReferenceCache]  # by a digest of the reference's weights
+
+    def fill(
+        self, weights: str, batches: Sequence[np.ndarray], model: PreTrainedModel | None
+    ) -> None:
+        """Fill in the training examples of these batches, and all held-out examples: from the cache
+        of the reference with the digest `weights`, and by one pass of `model` over what is not in
+        it. Raise ResumeMismatch if that is needed and there is no model.
+        """
+        cache = self.open_cache(weights)
+        every = np.arange(len(self.eval_feed.examples))
+        for feed, of_feed in ((self.train_feed, batches), (self.eval_feed, [every])):
+            known = partial(_logps, self.scorer, model, cache, self.is_primary_replica)
+            used = np.unique(np.concatenate([np.zeros(0, np.int64), *of_feed]))
+            # without what an earlier reference gave it, and without a batch context
+            bare = Feed(feed.examples, feed.packing, feed.rank)
+            _, logps = known(bare, used)
+            feed.reference = np.full((len(feed.examples), logps.shape[1]), np.nan)
+            feed.reference[used] = logps
+            if feed.context == "mismatched" and len(of_feed):
+                examples = [e for indices in of_feed for e in feed.mismatched_examples(indices)]
+                mismatched = Feed(examples, feed.packing, feed.rank)
+                digests, logps = known(mismatched, np.arange(len(examples)))
+                digests, first = np.unique(digests, return_index=True)
+                feed.known = KnownLogps(digests, logps.ravel()[first])
+                feed.digests = response_digests
 
 
 @torch.no_grad()
-def _add_logps(
+def _logps(
     scorer: Scorer,
+    model: PreTrainedModel | None,
+    cache: ReferenceCache,
+    is_primary_replica: bool,
     feed: Feed,
     indices: np.ndarray,
-    cache: ReferenceCache,
-    is_primary_replica: bool,
-) -> None:
-    """Give the feed the reference's log-probabilities of the examples `indices`. Every rank must
-    call it.
-    """
-    _, known = _reference_logps(scorer, feed, indices, cache, is_primary_replica)
-    feed.reference = np.full((len(feed.examples), known.shape[1]), np.nan)
-    feed.reference[indices] = known
-
-
-@torch.no_grad()
-def _add_mismatched_logps(
-    scorer: Scorer,
-    feed: Feed,
-    batches: Iterable[np.ndarray],
-    cache: ReferenceCache,
-    is_primary_replica: bool,
-) -> None:
-    """Give the feed the reference's log-probabilities of the mismatched examples of all these
-    batches, for a loss with a batch context. Every rank must call it.
-    """
-    examples = [e for indices in batches for e in feed.mismatched_examples(indices)]
-    mismatched = Feed(examples, feed.packing, feed.rank)
-    digests, logps = _reference_logps(
-        scorer, mismatched, np.arange(len(examples)), cache, is_primary_replica
-    )
-    digests, first = np.unique(digests, return_index=True)
-    feed.known = KnownLogps(digests, logps.ravel()[first])
-    feed.digests = response_digests
-
-
-def _reference_logps(
-    scorer: Scorer,
-    feed: Feed,
-    indices: np.ndarray,
-    cache: ReferenceCache,
-    is_primary_replica: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the digests and the reference's log-probabilities of the examples `indices`, [n, k]
-    each: from the cache, and by one pass over those that are not in it.
-    """
-    model = scorer.reference or scorer.policy
+    """Return the digests and the log-probabilities of the examples `indices`, [n, k] each."""
     digests = digests_of_all(feed.examples, indices)
     # [n, k], on every rank what rank 0 knows
     known = collectives.from_rank0(partial(cache.find, digests))
     (new,) = np.isnan(known).any(1).nonzero()
+    if len(new) and model is None:
+        raise ResumeMismatch(
+            f"{cache.path}: {len(new):,} log-probabilities of the reference are missing, and the"
+            " weights that they came from are not kept; resume with the reference_cache of the"
+            " run's start, or start a new run with reference=live"
+        )
     progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
     # what is kept when the pass is interrupted; the file is written anew each time
     size = max(4096, len(new) // 64)

@@ -25,7 +25,7 @@ from plumb.losses.contract import Metric
 from plumb.models.logps import read_hidden
 from plumb.models.scalar_head import FOLDS
 from plumb.scoring.intervals import length_buckets
-from plumb.training.metrics import Record, logged_name, metric_values
+from plumb.training.metrics import Record, Split, logged_name, metric_values
 from plumb.training.objective import Scorer
 
 SHOWN_BY_GROUP = ("loss", "rewards/accuracies", "rewards/margins", "perplexity")
@@ -62,17 +62,17 @@ class Evaluation:
             values["perplexity"] = float(np.exp(min(nats, 700.0)))
         return values
 
-    def record(self, groups: Mapping[str, np.ndarray]) -> Record:
+    def record(self, groups: Mapping[str, np.ndarray], split: Split = "eval") -> Record:
         """Return the metrics as they are logged; for each group (name -> mask [n]) loss, accuracy,
         margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
         """
         if not len(self.tokens):
             return {}
-        record = {logged_name(name, "eval"): value for name, value in self.values().items()}
+        record = {logged_name(name, split): value for name, value in self.values().items()}
         for group, mask in groups.items():
             values = self.of(mask).values()
             record |= {
-                f"{logged_name(name, 'eval')}/{group}": values[name]
+                f"{logged_name(name, split)}/{group}": values[name]
                 for name in SHOWN_BY_GROUP
                 if name in values
             }
@@ -157,9 +157,9 @@ class Evaluator:
         """
         return evaluate(self.scorer, self.feed, self.batch_size, self.is_primary_replica, between)
 
-    def record(self, evaluation: Evaluation) -> Record:
+    def record(self, evaluation: Evaluation, split: Split = "eval") -> Record:
         """Return the metrics that are logged, overall and by group."""
-        return evaluation.record(self.groups)
+        return evaluation.record(self.groups, split)
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples, overall ("all") and by group."""

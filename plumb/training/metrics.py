@@ -30,7 +30,10 @@ from plumb.losses.contract import Metric
 Record = dict[str, float]
 
 
-def logged_name(name: str, split: Literal["train", "eval"]) -> str:
+Split = Literal["train", "eval", "eval_ema"]  # the last: held-out examples, the policy's average
+
+
+def logged_name(name: str, split: Split) -> str:
     """Return the name that a metric is logged by, that of the original DPO repository.
 
     >>> logged_name("loss", "train"), logged_name("rewards/chosen", "eval")

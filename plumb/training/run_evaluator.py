@@ -15,6 +15,7 @@ from plumb.data.tokenization import Example
 from plumb.rollouts.hf_engine import sample
 from plumb.training.evaluator import Evaluator
 from plumb.training.metrics import Record, TrainingLog
+from plumb.training.moving import PolicyAverage
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class RunEvaluator:
 
     evaluator: Evaluator
     sampler: EvalSampler | None  # None: no samples are drawn
+    average: PolicyAverage | None  # evaluated beside the policy
     log: TrainingLog
     run_dir: Path
     check: Callable[[Record], None]  # called with the metrics, before they are logged
@@ -77,6 +79,11 @@ class RunEvaluator:
         rank0_print(f"evaluating {len(evaluator)} examples after {n_seen:,} training examples")
         evaluation = evaluator.evaluate(between)
         record = evaluator.record(evaluation)
+        if self.average is not None:
+            # a stop waits until the policy has its own weights again, which it saves
+            with self.average.in_place_of_policy():
+                record |= evaluator.record(evaluator.evaluate(), "eval_ema")
+            between()
         self.check(record)
         self.log.evaluation(record, n_seen)
         if evaluator.scorer.loss.reads == "scores":

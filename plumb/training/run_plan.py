@@ -52,22 +52,29 @@ def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Num
     """Decide, where the config leaves a choice.
 
     reference=auto: cached if examples come more than once, or if a second model would take a
-    quarter of the memory that the policy's training leaves. tokens_per_microbatch=null: by what is
+    quarter of the memory that the policy's training leaves; one that moves, only in the second
+    case. tokens_per_microbatch=null: by what is
     free beside weights, gradients, optimizer and a live reference. fsdp_reduce=auto: by the size of
     all gradients.
     """
     weights = numbers.weights
     tight = budget.short_for_reference(weights, 3 * weights, numbers.memory)
-    cached = {"auto": numbers.repeats or tight, "live": False, "cached": True}[config.reference]
+    moves = config.reference_update_every is not None
+    pays = _can_be_cached(config) if moves and tight else not moves and (numbers.repeats or tight)
+    cached = {"auto": pays, "live": False, "cached": True}[config.reference]
     why = "each example comes once"
     if config.reference != "auto":
         why = "as set"
-    elif numbers.repeats:
+    elif moves and not cached:
+        why = "it moves"
+    elif numbers.repeats and not moves:
         why = "examples come more than once"
     elif tight:
         why = "memory is short"
     live = needs_reference and not cached
     free = numbers.memory - (4 + live) * weights - held_bytes(numbers.device)
+    if config.ema_decay is not None:  # in float32
+        free -= 4 / DTYPES[config.model.policy_dtype].itemsize * weights
 
     def tokens(no_logits: bool) -> int:
         return budget.token_budget(
@@ -87,6 +94,15 @@ def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Num
         budget=tokens(True),
         budget_with_logits=tokens(False),
         reduce_each=budget.sums_each(config, numbers.n_weights, numbers.memory),
+    )
+
+
+def _can_be_cached(config: Any) -> bool:
+    """Return whether a reference that moves is the policy at some time, in its precision."""
+    spec = config.model
+    return config.reference_update_weight == 1 and spec.reference_dtype in (
+        None,
+        spec.policy_dtype,
     )
 
 

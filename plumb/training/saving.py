@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from plumb.console import rank, rank0_print
 from plumb.runs import checkpoints, directory
 from plumb.runs.policy_file import as_in_2023
 from plumb.training.metrics import Record, TrainingLog
+from plumb.training.moving import PolicyAverage
 from plumb.training.train_state import TrainState
 
 
@@ -52,6 +54,10 @@ class RunSaver:
         back what was logged since.
         """
         self.logs = self.log.mark()
+
+    def record_reference(self, weights: str) -> None:
+        """Note the digest of the weights of a cached reference that moves."""
+        self.decisions["reference_weights"] = weights
 
     def due(self, n: int) -> bool:
         """Return whether to save between evaluations, after a step of `n` examples, by this rank's
@@ -117,17 +123,28 @@ def parts_of_2023(
     policy: PreTrainedModel,
     policy_state: Callable[[], dict[str, Tensor]],
     optimizer_state: Callable[[], dict[str, Any]] | None,
-    scheduler: Any,
+    run: TrainState,
     policy_format: str,
 ) -> dict[str, Callable[[], Any]]:
-    """Return the files of the original repository's form, each to be made by all ranks, whole on
-    rank 0. No optimizer.pt where `optimizer_state` is None.
+    """Return the files of the original repository's form, each to be made by all ranks, full on
+    rank 0. Without optimizer.pt where `optimizer_state` is None; with policy_ema.pt where there is
+    an average.
     """
 
     def state() -> dict[str, Tensor]:
         whole = policy_state()
         return as_in_2023(policy, whole) if policy_format == "repo2023" and rank() == 0 else whole
 
-    optimizer = {} if optimizer_state is None else {"optimizer": optimizer_state}
-    rates = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
-    return {"policy": state, **optimizer, "scheduler": lambda: rates}
+    rates = {k: v for k, v in run.scheduler.state_dict().items() if k != "lr_lambdas"}
+    parts: dict[str, Callable[[], Any]] = {"policy": state}
+    if run.average is not None:
+        parts["policy_ema"] = partial(_of_average, run.average, state)
+    if optimizer_state is not None:
+        parts["optimizer"] = optimizer_state
+    return parts | {"scheduler": lambda: rates}
+
+
+def _of_average(average: PolicyAverage, state: Callable[[], Any]) -> Any:
+    """Return the state dict of a policy's average, in the policy's type."""
+    with average.in_place_of_policy():
+        return checkpoints.copied(state())

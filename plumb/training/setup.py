@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -33,9 +34,10 @@ from plumb.models.scalar_head import scores
 from plumb.paths import get_local_dir
 from plumb.runs.checkpoints import Saver
 from plumb.training import budget as sizing
-from plumb.training.cached_reference import add_reference_logps
+from plumb.training.cached_reference import CachedReference
 from plumb.training.evaluator import Evaluator
 from plumb.training.metrics import TrainingLog
+from plumb.training.moving import MovingCache, MovingModel, MovingReference
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer, make_schedule
 from plumb.training.run_evaluator import EvalSampler
@@ -109,6 +111,7 @@ class Prepared:
     packing: Packing
     throughput: Throughput
     computation: Computation
+    cached: CachedReference | None = None
 
 
 def prepare(
@@ -176,12 +179,14 @@ def prepare(
         )
         for examples in (run.data.train, run.data.evaluation)
     )
+    cached = None
     if reference.digest is not None:
-        cache = open_reference_cache(config, scorer, computation, reference.digest, trainer)
-        every = np.arange(len(eval_feed.examples))
-        add_reference_logps(scorer, train_feed, list(schedule), cache, is_primary_replica)
-        add_reference_logps(scorer, eval_feed, [every], cache, is_primary_replica)
+        open_cache = partial(open_reference_cache, config, scorer, computation, trainer)
+        model = scorer.reference or policy
         scorer = scorer._replace(reference=None)
+        cached = CachedReference(scorer, train_feed, eval_feed, is_primary_replica, open_cache)
+        batches = list(islice(schedule, config.reference_update_every))
+        cached.fill(reference.digest, batches, model)
     return Prepared(
         state=state,
         scorer=scorer,
@@ -192,11 +197,12 @@ def prepare(
             cost, sizing.peak_flops(device, computation.dtype), forward_path.packed
         ),
         computation=computation,
+        cached=cached,
     )
 
 
 def open_reference_cache(
-    config: DictConfig, scorer: Scorer, computation: Computation, weights: str, trainer: Placement
+    config: DictConfig, scorer: Scorer, computation: Computation, trainer: Placement, weights: str
 ) -> ReferenceCache:
     """Return the cache of a reference, `weights` the digest of its own, as this run computes it."""
     spec = config.model
@@ -316,6 +322,23 @@ def make_run_saver(
         every=config.save_every,
         every_minutes=config.save_every_minutes,
         writes=not config.debug,
+    )
+
+
+def make_moving_reference(
+    config: DictConfig, ready: Prepared, record: Callable[[str], None]
+) -> MovingReference | None:
+    """Return what moves the reference; None where it stays. `record` notes the digest of a cached
+    one for the checkpoints.
+    """
+    every = config.reference_update_every
+    if every is None:
+        return None
+    if ready.cached is not None:
+        return MovingCache(ready.state.policy, ready.cached, every, record)
+    assert ready.scorer.reference is not None  # validation refuses a loss without one
+    return MovingModel(
+        ready.state.policy, ready.scorer.reference, every, config.reference_update_weight
     )
 
 

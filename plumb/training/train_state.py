@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from plumb.data.order import Schedule
 from plumb.distributed.progress import run_progress
 from plumb.runs import state_files
 from plumb.runs.checkpoints import Checkpoint
+from plumb.training.moving import MovingReference, PolicyAverage
 from plumb.training.optimizers import make_scheduler
 
 
@@ -67,12 +70,20 @@ class TrainState:
         self.position = Position()
         self.n_steps = schedule.n_steps
         self.first_update = 0  # updates that were made before this start
+        self.average: PolicyAverage | None = None
+        if config.ema_decay is not None:
+            self.average = PolicyAverage(policy, config.ema_decay)
+        self.reference: MovingReference | None = None
 
     def update(self, indices: np.ndarray) -> None:
-        """Update the weights by the gradients of a step on the examples `indices`."""
+        """Update the weights by the gradients of a step on the examples `indices`, and then their
+        average.
+        """
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         self.position.advance(indices)
         run_progress.report(self.position.n_updates, self.position.n_seen)
 
@@ -85,7 +96,28 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a run resumes from, by name."""
-        return state_files.tensors_of(self.policy, self.optimizer)
+        return state_files.tensors_of(self.policy, self.optimizer) | self.followers()
+
+    def followers(self) -> dict[str, Tensor]:
+        """Return the tensors of the policy's average and of a reference that moves."""
+        return {
+            name: x
+            for follower in (self.average, self.reference)
+            if follower is not None
+            for name, x in follower.tensors().items()
+        }
+
+    def coming(self) -> Iterator[np.ndarray]:
+        """Yield the batches that remain: all of them, or those until the reference moves."""
+        n = None
+        if self.reference is not None:
+            n = self.reference.every - self.position.n_updates % self.reference.every
+        return islice(self.schedule.after(self.position.n_seen), n)
+
+    def reference_moves(self) -> bool:
+        """Return whether the reference moves before the next step."""
+        n = self.position.n_updates
+        return self.reference is not None and n > 0 and n % self.reference.every == 0
 
     def values(self) -> dict[str, Any]:
         """Return the numbers of the optimizer's state that are not tensors."""
@@ -94,7 +126,13 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Every rank must call it."""
         manifest = checkpoint.manifest
-        state_files.restore(self.policy, self.optimizer, checkpoint.state_files(), manifest.values)
+        state_files.restore(
+            self.policy,
+            self.optimizer,
+            checkpoint.state_files(),
+            manifest.values,
+            self.followers(),
+        )
         self.position = Position(
             n_updates=manifest.step,
             n_seen=manifest.examples,
@@ -105,3 +143,6 @@ class TrainState:
         self.n_steps = manifest.step + self.schedule.n_steps_after(manifest.examples)
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, manifest.step)
         run_progress.report(manifest.step, manifest.examples)
+        if self.reference is not None:
+            batches = [] if self.reference_moves() else list(self.coming())
+            self.reference.restore(manifest.decisions, batches)

@@ -1,0 +1,144 @@
+"""Weights that follow the policy: its moving average, and a reference that moves (TR-DPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plumb.distributed import sharding
+from plumb.models.reference_cache import weights_digest
+from plumb.training.cached_reference import CachedReference
+
+
+class PolicyAverage:
+    """The exponential moving average of a policy's weights, in float32: after each update,
+    average <- decay * average + (1 - decay) * policy. Every rank must make each call.
+    """
+
+    def __init__(self, policy: PreTrainedModel, decay: float):
+        sharding.reshard(policy)
+        self.policy = policy
+        self.decay = decay
+        # laid out over the ranks as the policy is
+        self.weights = {name: p.detach().clone().float() for name, p in policy.named_parameters()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a run resumes from, by name."""
+        return {f"average.{name}": x for name, x in self.weights.items()}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Make the average that of no update yet: the policy."""
+        sharding.reshard(self.policy)
+        for average, p in self._pairs():
+            average.copy_(p)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the policy after an update."""
+        sharding.reshard(self.policy)
+        for average, p in self._pairs():
+            average.lerp_(p.float(), 1 - self.decay)
+
+    @contextmanager
+    def in_place_of_policy(self) -> Iterator[None]:
+        """Give the policy the average's weights, rounded to its type, within the context. Nothing
+        may be saved there.
+        """
+        sharding.reshard(self.policy)
+        kept = [p.clone() for _, p in self._pairs()]
+        for average, p in self._pairs():
+            p.copy_(average)
+        try:
+            yield
+        finally:
+            sharding.reshard(self.policy)
+            for (_, p), own in zip(self._pairs(), kept, strict=True):
+                p.copy_(own)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's part of the average and of the policy, for each parameter."""
+        for name, p in self.policy.named_parameters():
+            yield sharding.local(self.weights[name]), sharding.local(p.detach())
+
+
+class MovingReference(Protocol):
+    """A reference that moves towards the policy every few updates. Every rank must make each
+    call.
+    """
+
+    @property
+    def every(self) -> int:
+        """Return the interval between moves, in optimizer steps."""
+
+    def move(self, batches: Sequence[np.ndarray]) -> None:
+        """Move. `batches`: the indices of the examples of each step until the next move."""
+
+    def restore(self, decisions: Mapping[str, Any], batches: Sequence[np.ndarray]) -> None:
+        """Continue with the reference of a checkpoint, for these steps until the next move."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a run resumes from, by name."""
+
+
+@dataclass(frozen=True)
+class MovingModel:
+    """A live reference that moves: reference <- weight * policy + (1 - weight) * reference, Eq. 3
+    (soft update, weight < 1) and Eq. 4 (hard update, weight = 1) of arXiv:2404.09656.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    every: int
+    weight: float  # in (0, 1]
+
+    @torch.no_grad()
+    def move(self, batches: Sequence[np.ndarray]) -> None:
+        sharding.reshard(self.policy)
+        sharding.reshard(self.reference)
+        policy = dict(self.policy.named_parameters())
+        for name, own in self.reference.named_parameters():
+            part = sharding.local(own.detach())
+            part.lerp_(sharding.local(policy[name].detach()).to(part.dtype), self.weight)
+
+    def restore(self, decisions: Mapping[str, Any], batches: Sequence[np.ndarray]) -> None:
+        """Do nothing: the weights are among the tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        sharding.reshard(self.reference)
+        return {f"reference.{name}": p for name, p in self.reference.named_parameters()}
+
+
+@dataclass(frozen=True)
+class MovingCache:
+    """A cached reference that moves by copying the policy: its log-probabilities are computed anew
+    for the steps until the next move, and for the held-out examples.
+    """
+
+    policy: PreTrainedModel
+    cached: CachedReference
+    every: int
+    record: Callable[[str], None]  # notes the digest of the reference's weights for the checkpoints
+
+    def move(self, batches: Sequence[np.ndarray]) -> None:
+        weights = weights_digest(self.policy)
+        self.cached.fill(weights, batches, self.policy)
+        sharding.reshard(self.policy)
+        self.record(weights)
+
+    def restore(self, decisions: Mapping[str, Any], batches: Sequence[np.ndarray]) -> None:
+        """Raise ResumeMismatch if the cache has lost the reference, whose weights are nowhere."""
+        weights = decisions.get("reference_weights")
+        if weights is not None:
+            self.cached.fill(weights, batches, None)
+            self.record(weights)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
