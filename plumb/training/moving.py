@@ -90,8 +90,8 @@ class MovingReference(Protocol):
 
 @dataclass(frozen=True)
 class MovingModel:
-    """A live reference that moves: reference <- weight * policy + (1 - weight) * reference, Eq. 3
-    (soft update, weight < 1) and Eq. 4 (hard update, weight = 1) of arXiv:2404.09656.
+    """A live reference that moves: reference <- weight * policy + (1 - weight) * reference, the soft
+    update of arXiv:2404.09656, and with a weight of 1 its hard update.
     """
 
     policy: PreTrainedModel
