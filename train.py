@@ -67,8 +67,8 @@ OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
-    """Validate, then train in this process or in several. What ends a run early is said in one
-    line, by its exit code, and in status.json.
+    """Validate, then train in this process or in several. What ends a run early is printed in one
+    line, and stands in its exit code and in status.json.
     """
     run_dir = None
     signals.reset()
@@ -123,7 +123,7 @@ def prepare(config: DictConfig) -> Path:
 
 
 def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
-    """Train on rows given as dicts, as `python train.py datasets=[rows.jsonl]` does on a file of
+    """Train on rows that are dicts, as `python train.py datasets=[rows.jsonl]` does on a file of
     them; one process. `overrides`: knob=value. -> the run directory. Raises UserError.
     """
     signals.reset()
@@ -147,7 +147,7 @@ def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
 
 
 def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
-    """Say how the run ended, on the console and in status.json. -> its exit code"""
+    """Print how the run ended, on the console and in status.json. -> its exit code"""
     text = one_line(text)
     if run_dir is not None:
         from plumb.runs import directory
@@ -162,7 +162,9 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
 
 
 def train(config: DictConfig) -> None:
-    """One run, from data to the last checkpoint, in this process or in this rank's part of it."""
+    """Train one run, from data to the last checkpoint, in this process or in this rank's part of
+    it.
+    """
     from plumb.distributed import collectives
     from plumb.models.export import export_run
     from plumb.runs import checkpoints, directory, identity
@@ -465,7 +467,7 @@ def open_log(
 
 
 def main() -> None:
-    """The command. Whatever a user can cause ends in one line."""
+    """Run the command. Whatever a user can cause ends in one line."""
     signals.listen()
     together = "-".join(
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")

@@ -36,8 +36,8 @@ from utils import peak_memory_gb
 
 
 class BasicTrainer:
-    """One process: a GPU if there is one, else the CPU; over several GPUs the model's layers are
-    spread, as in the original repository.
+    """Train in one process: on a GPU if there is one, else on the CPU; over several GPUs the
+    model's layers are spread, as in the original repository.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class BasicTrainer:
 
         # forward and backward, one microbatch after another
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
-        context = self.scorer.context(step.whole, self.is_primary_replica)
+        context = self.scorer.context(step.for_context, self.is_primary_replica)
         means = Means()
         seen = []
         for i, (batch, weight, where) in enumerate(step.microbatches):
@@ -335,8 +335,8 @@ class BasicTrainer:
 
 
 class FSDPTrainer(BasicTrainer):
-    """One process per GPU; parameters, gradients and optimizer state are sharded over them, block
-    by block.
+    """Train in one process per GPU; parameters, gradients and optimizer state are sharded over
+    them, block by block.
     """
 
     layout: sharding.Layout
@@ -363,8 +363,8 @@ class FSDPTrainer(BasicTrainer):
 
 
 class TensorParallelTrainer(FSDPTrainer):
-    """One process per GPU; tp_size of them see the same rows and hold a part of every matrix each;
-    over the others, FSDP.
+    """Train in one process per GPU; tp_size of them see the same rows and hold a part of every
+    matrix each; over the others, FSDP.
     """
 
     @staticmethod

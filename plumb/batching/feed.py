@@ -29,33 +29,33 @@ class Microbatch(NamedTuple):
     where: np.ndarray  # [B] the examples' places in the batch
 
 
-class WholeBatch(NamedTuple):
-    """What a loss's batch context is computed from: this rank's parts."""
+class ContextBatch(NamedTuple):
+    """Hold what a loss's batch context is computed from: this rank's parts."""
 
     microbatches: list[Microbatch]
     shape: tuple[int, int]  # examples of all ranks, and the most responses of one
 
 
 class KnownLogps(NamedTuple):
-    """Log-probabilities by a digest of prompt and response, in the order of the digests."""
+    """Hold log-probabilities by a digest of prompt and response, in the order of the digests."""
 
     digests: np.ndarray  # [m] uint64
     logps: np.ndarray  # [m] float64
 
 
 class Step(NamedTuple):
-    """A batch, ready: which examples all ranks together see, and this rank's part of each
+    """Hold a batch, ready: which examples all ranks together see, and this rank's part of each
     microbatch.
     """
 
     indices: np.ndarray  # [n] of the examples among all
     lengths: Lengths  # of these n
     microbatches: list[Microbatch]
-    whole: WholeBatch | None = None  # for a loss with a batch context
+    for_context: ContextBatch | None = None  # for a loss with a batch context
 
 
 class Feed:
-    """Turns indices into steps for one rank. Only the examples of its own parts are made; of the
+    """Turn indices into steps for one rank. Only the examples of its own parts are made; of the
     others it knows the lengths.
     """
 
@@ -67,8 +67,8 @@ class Feed:
         reference: np.ndarray | None = None,
         context: str | None = None,
     ):
-        """`reference` [n, k]: log-probabilities, where they were computed before. `context`: the
-        examples of the loss's batch context (see losses/contract.py), if it has one.
+        """Take `reference` [n, k]: log-probabilities, where they were computed before; `context`:
+        the examples of the loss's batch context (see losses/contract.py), if it has one.
         """
         self.examples = examples
         self.packing = packing
@@ -87,40 +87,42 @@ class Feed:
             self.extras = replace(self.extras, example={**self.extras.example, "weights": weights})
 
     def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
-        """The batch of these examples in `at_least` microbatches, or as many more as the token
-        budget takes.
+        """Return the batch of these examples in `at_least` microbatches, or as many more as the
+        token budget takes.
         """
         lengths, extras = self.lengths[indices], self.extras
         if self.reference is not None:
             extras = replace(extras, response={**extras.response, "reference": self.reference})
         microbatches = self._parts(self.examples, indices, lengths, extras, at_least)
-        whole = None
+        for_context = None
         if self.context == "own":  # the same microbatches, not made twice
-            whole = WholeBatch(microbatches, lengths.prompts.shape)
+            for_context = ContextBatch(microbatches, lengths.prompts.shape)
         elif self.context == "mismatched":
-            whole = self.mismatched(indices)
-        return Step(indices, lengths, microbatches, whole)
+            for_context = self.mismatched(indices)
+        return Step(indices, lengths, microbatches, for_context)
 
-    def whole(self, indices: np.ndarray) -> WholeBatch | None:
+    def for_context(self, indices: np.ndarray) -> ContextBatch | None:
         """Return what a loss's batch context of these examples is computed from, and nothing else;
         None for a loss without one.
         """
         return (
-            self.mismatched(indices) if self.context == "mismatched" else self.step(indices).whole
+            self.mismatched(indices)
+            if self.context == "mismatched"
+            else self.step(indices).for_context
         )
 
-    def mismatched(self, indices: np.ndarray) -> WholeBatch:
+    def mismatched(self, indices: np.ndarray) -> ContextBatch:
         """Return the mismatched examples of a batch. Every rank looks at all of its examples."""
         examples = self.mismatched_examples(indices)
         if not examples:
-            return WholeBatch([], (0, 1))
+            return ContextBatch([], (0, 1))
         extras = Extras()
         if self.known is not None and self.digests is not None:
             at = np.searchsorted(self.known.digests, self.digests(examples))
             extras = Extras(response={"reference": self.known.logps[at]})
         everything = np.arange(len(examples))
         parts = self._parts(examples, everything, lengths_of(examples), extras, 1)
-        return WholeBatch(parts, (len(examples), 1))
+        return ContextBatch(parts, (len(examples), 1))
 
     def mismatched_examples(self, indices: np.ndarray) -> list[Example]:
         """Return a batch's prompts with responses to other prompts."""
@@ -154,7 +156,7 @@ class Feed:
     def ahead(
         self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1
     ) -> Prefetcher:
-        """The steps of these batches, prepared for `device` in a thread."""
+        """Return the steps of these batches, prepared for `device` in a thread."""
         return Prefetcher(
             (self.step(indices, at_least) for indices in batches), pin=device.type == "cuda"
         )
@@ -172,7 +174,7 @@ def relative_weights(weights: np.ndarray) -> np.ndarray:
 
 
 class Prefetcher(Iterator[Step]):
-    """The items of an iterator, each made in a thread while the one before is used.
+    """Yield the items of an iterator, each made in a thread while the one before is used.
 
     `waited_secs`: how long the last was waited for. An error in the thread is raised where its item
     would have come.

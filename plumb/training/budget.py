@@ -94,10 +94,10 @@ def _number(spec: Any, name: str) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second that MFU is a share of: a known GPU's data sheet for 16-bit types, else
-    the best of some matrix products on this GPU, in this type: about 0.1 s. None for a CPU, which
-    has no such number: what other processes, its clock and its memory leave of it differs by a
-    factor of two from one second to the next.
+    """Return the operations per second that MFU is a share of: a known GPU's data sheet for 16-bit
+    types, else the best of some matrix products on this GPU, in this type: about 0.1 s. None for a
+    CPU, which has no such number: what other processes, its clock and its memory leave of it
+    differs by a factor of two from one second to the next.
     """
     if device.type != "cuda":
         return None
@@ -318,7 +318,7 @@ def memory(
     foreach: bool,
     kept_whole: bool = False,
 ) -> Memory:
-    """What a step of training holds, with w, c, r, s the bytes of `precision` in its order:
+    """Return what a step of training holds, with w, c, r, s the bytes of `precision` in its order:
 
     weights n w, gradients n w, optimizer n s, live reference n r, for the n numbers of a rank (all
     of them in BasicTrainer). `foreach` optimizers hold one temporary of the weights' size while
@@ -368,10 +368,10 @@ def traffic(
     live: bool,
     each: bool,
 ) -> float:
-    """Bytes that a GPU sends in one step, by rings: of s ranks that share a copy each sends (s - 1)
-    / s of what is gathered or scattered. Each microbatch gathers all blocks twice (forward,
-    backward), and a live reference once; gradients are scattered once, or after `each`; replicas of
-    a copy then sum their shards once, 2 (r - 1) / r of one.
+    """Return the bytes that a GPU sends in one step, by rings: of s ranks that share a copy each
+    sends (s - 1) / s of what is gathered or scattered. Each microbatch gathers all blocks twice
+    (forward, backward), and a live reference once; gradients are scattered once, or after `each`;
+    replicas of a copy then sum their shards once, 2 (r - 1) / r of one.
     """
     s = layout.shards
     w = precision.weights

@@ -22,7 +22,7 @@ from plumb.training.objective import Scorer
 
 @dataclass(frozen=True)
 class CachedReference:
-    """Gives both feeds of a run the log-probabilities of its reference. Every rank must make each
+    """Give both feeds of a run the log-probabilities of its reference. Every rank must make each
     call.
     """
 

@@ -33,7 +33,7 @@ SHOWN_BY_GROUP = ("loss", "rewards/accuracies", "rewards/margins", "perplexity")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out for each of n examples, in their order, the same on every rank."""
+    """Hold what came out for each of n examples, in their order, the same on every rank."""
 
     kinds: dict[str, type[Metric]]
     columns: dict[str, np.ndarray]  # of each metric, [c, n]
@@ -98,7 +98,7 @@ def evaluate(
     kinds: dict[str, type[Metric]] = {}
     widths: list[int] = []  # of the metrics' columns
     # of all examples, so that the batch size of the evaluation changes nothing
-    context = scorer.context(feed.whole(np.arange(n)), counts) if n and feed.context else None
+    context = scorer.context(feed.for_context(np.arange(n)), counts) if n and feed.context else None
     table = torch.zeros(0)
     steps = feed.ahead(
         (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)),
@@ -134,13 +134,13 @@ def evaluate(
 
 
 class Evaluator:
-    """Evaluates a policy on held-out examples. It needs no trainer, optimizer or saver."""
+    """Evaluate a policy on held-out examples. It needs no trainer, optimizer or saver."""
 
     def __init__(
         self, scorer: Scorer, feed: Feed, batch_size: int, is_primary_replica: bool = True
     ):
-        """`feed`: the held-out examples. `is_primary_replica`: true on one of the ranks that see
-        the same rows.
+        """Take the held-out examples as a feed. `is_primary_replica`: true on one of the ranks that
+        see the same rows.
         """
         self.scorer = scorer
         self.feed = feed
@@ -167,8 +167,8 @@ class Evaluator:
 
 
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """The data sets of the examples, where there are several; and classes of pairs by the tokens of
-    their longer response. -> name -> mask [n]
+    """Return the data sets of the examples, where there are several; and classes of pairs by the
+    tokens of their longer response. -> name -> mask [n]
     """
     if not isinstance(examples, Examples) or not examples:  # others have lost where they come from
         return {}
@@ -184,7 +184,7 @@ def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 
 
 def short(path: str, paths: Sequence[str]) -> str:
-    """As many of the path's last parts as tell it from the other paths.
+    """Return as many of the path's last parts as tell it from the other paths.
 
     >>> paths = ["hh/harmless/test.jsonl", "hh/helpful/test.jsonl"]
     >>> short(paths[0], paths), short("a/b", ["a/b", "a/c"])
@@ -201,7 +201,7 @@ def short(path: str, paths: Sequence[str]) -> str:
 def all_logps(
     scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm
 ) -> np.ndarray:
-    """Log-probabilities of these examples' responses under `model`, [n, k] float64; see
+    """Return the log-probabilities of these examples' responses under `model`, [n, k] float64; see
     `of_all`.
     """
     logps = lambda batch: scorer.logps(model, batch).sum.double()[:, None]
@@ -215,7 +215,7 @@ def all_logps(
 def all_hidden(
     scorer: Scorer, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm
 ) -> Tensor:
-    """What the policy's scalar head reads at the end of these examples' responses, or with
+    """Return what the policy's scalar head reads at the end of these examples' responses, or with
     `loss.read` "mean" the mean over their tokens, [n, k, d] float32, or float64 where the head is;
     see `of_all`.
     """
@@ -233,7 +233,9 @@ def all_hidden(
 
 
 def folds_of(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
-    """A fold for each of these examples, those of one prompt in the same.  [n], 0 to FOLDS - 1"""
+    """Return a fold for each of these examples, those of one prompt in the same.  [n], 0 to FOLDS -
+    1
+    """
     prompts = (trees_of(examples[i])[0][0] for i in indices.tolist())
     return np.array(
         [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) % FOLDS for prompt in prompts]
@@ -251,8 +253,8 @@ def of_all(
     counts: bool,
     progress: tqdm,
 ) -> Tensor:
-    """What `compute` gives the responses of a batch on the device, [R, width], for all of these
-    examples: [n, k, width].
+    """Return what `compute` gives the responses of a batch on the device, [R, width], for all of
+    these examples: [n, k, width].
 
     Every rank computes its part, and gets all; `counts` is true on one of the ranks that see the
     same rows.

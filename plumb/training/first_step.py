@@ -30,7 +30,7 @@ from plumb.training.objective import (
 
 
 class Computation(NamedTuple):
-    """What the checks need to know of how the policy is trained."""
+    """Say what the checks need to know of how the policy is trained."""
 
     dtype: torch.dtype  # of computation
     reference_dtype: str | None  # of the reference's weights, where they are not the policy's
@@ -38,8 +38,9 @@ class Computation(NamedTuple):
 
 
 class FirstStep:
-    """Made between the first backward pass and the first update; `check` is called after that
-    update. Both raise NonFinite (exit code 4), which says what is wrong. All ranks must call both.
+    """Check the first step: at its making, between the first backward pass and the first update,
+    and in `check`, after that update. Both raise NonFinite (exit code 4), which says what is wrong.
+    All ranks must call both.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class FirstStep:
         seen: Sequence[Scored],
         means: Means,
     ):
-        """`seen`: all microbatches of the step, scored, the last of them being `batch`; `means`: of
-        their metrics.
+        """Take all microbatches of the step, scored, as `seen`, the last of them being `batch`;
+        `means`: of their metrics.
         """
         self.scorer = scorer
         self.computation = computation
@@ -60,8 +61,8 @@ class FirstStep:
         self.before = self._bits()
 
     def _policy_is_reference(self, seen: Sequence[Scored], means: Means) -> None:
-        """Before the first update policy and reference give each response the same log-probability,
-        but for rounding (so that all rewards are 0). Say so, or say what is wrong.
+        """Check that policy and reference give each response the same log-probability before the
+        first update, but for rounding (so that all rewards are 0), and print that.
         """
         loss = self.scorer.loss
         if not loss.needs_reference:
@@ -95,14 +96,15 @@ class FirstStep:
 
     @torch.no_grad()
     def _nothing_is_random(self, batch: Batch, scored: Scored) -> None:
-        """The same microbatch a second time, in training mode: the same log-probabilities (or
-        scores); and the loss of a policy that is its own reference (log 2 for DPO).
+        """Check that the same microbatch a second time, in training mode, has the same
+        log-probabilities (or scores); and the loss of a policy that is its own reference (log 2 for
+        DPO).
         """
         scorer = self.scorer
         dtype = self.computation.dtype
         batch = batch.to(scorer.device)
         again = outputs = scorer.policy_outputs(batch)
-        # or the gradients of what FSDP has left gathered would not be found
+        # or FSDP would miss the gradients of what it has left gathered
         sharding.reshard(scorer.policy)
         tolerance = 1e-3 if dtype.itemsize >= 4 else 0.05
         again = again if isinstance(again, Scores) else per_response(again, batch)
@@ -144,7 +146,9 @@ class FirstStep:
                 )
 
     def _bits(self) -> Tensor:
-        """A sum of each parameter's bits, of this rank's part: changes when any number changes."""
+        """Return a sum of each parameter's bits, of this rank's part: it changes when any number
+        does.
+        """
         kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}
         parameters = [
             sharding.region(p.detach())[1]
@@ -156,7 +160,7 @@ class FirstStep:
         )
 
     def check(self, grad_norm: float) -> None:
-        """After the first update; `grad_norm` was the gradient's."""
+        """Check the weights after the first update; `grad_norm`: of its gradient."""
         policy = self.scorer.policy
         lr = self.computation.lr
         if grad_norm == 0:
@@ -186,8 +190,8 @@ class FirstStep:
 
 
 def rounding(logps: Logps, dtype: torch.dtype) -> Tensor:
-    """How far apart two computations of the same log-probabilities in `dtype` may lie, in other
-    rows or another order of summation.  [R] -> [R], nats
+    """Return how far apart two computations of the same log-probabilities in `dtype` may lie, in
+    other rows or another order of summation.  [R] -> [R], nats
 
     A token's log-probability l is a logit less a log-sum-exp, numbers whose size is taken to be 1 +
     |l|. Their relative error is that of results which are rounded to `dtype` on the way, of which 4
@@ -207,8 +211,8 @@ def rounding(logps: Logps, dtype: torch.dtype) -> Tensor:
 
 
 def _shares_of_rounding(scored: Scored, dtype: torch.dtype) -> list[tuple[float, float, int]]:
-    """Of each response: how far policy and reference are apart, in multiples of what rounding
-    explains and in nats; tokens.
+    """Return for each response: how far policy and reference are apart, in multiples of what
+    rounding explains and in nats; tokens.
     """
     assert scored.compared is not None  # the loss needs a reference
     policy, reference = scored.compared

@@ -278,7 +278,7 @@ class JsonLines:
 
 
 def _quoted(text: str, depth: int = 1) -> str:
-    """As a Markdown quotation of preformatted text, whatever it holds.
+    """Return a Markdown quotation of preformatted text, whatever it holds.
 
     >>> print(_quoted("Hi <b>\\n``` there"))
     > ````

@@ -18,7 +18,7 @@ from plumb.training.cached_reference import CachedReference
 
 
 class PolicyAverage:
-    """The exponential moving average of a policy's weights, in float32: after each update,
+    """Keep the exponential moving average of a policy's weights, in float32: after each update,
     average <- decay * average + (1 - decay) * policy. Every rank must make each call.
     """
 
@@ -70,9 +70,7 @@ class PolicyAverage:
 
 
 class MovingReference(Protocol):
-    """A reference that moves towards the policy every few updates. Every rank must make each
-    call.
-    """
+    """Move a reference towards the policy every few updates. Every rank must make each call."""
 
     @property
     def every(self) -> int:
@@ -90,7 +88,7 @@ class MovingReference(Protocol):
 
 @dataclass(frozen=True)
 class MovingModel:
-    """A live reference that moves: reference <- weight * policy + (1 - weight) * reference, the soft
+    """Move a live reference: reference <- weight * policy + (1 - weight) * reference, the soft
     update of arXiv:2404.09656, and with a weight of 1 its hard update.
     """
 
@@ -118,7 +116,7 @@ class MovingModel:
 
 @dataclass(frozen=True)
 class MovingCache:
-    """A cached reference that moves by copying the policy: its log-probabilities are computed anew
+    """Move a cached reference by copying the policy: its log-probabilities are computed anew
     for the steps until the next move, and for the held-out examples.
     """
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plumb.batching.feed import WholeBatch
+from plumb.batching.feed import ContextBatch
 from plumb.batching.layout import Batch, by_example
 from plumb.distributed import sharding
 from plumb.losses.contract import (
@@ -38,7 +38,7 @@ from plumb.models.routers import Routers, balance
 
 
 class Scored(NamedTuple):
-    """What came out for a microbatch."""
+    """Hold what came out for a microbatch."""
 
     output: LossOutput
     metrics: dict[str, Metric]  # by their names in 2023, less train or eval
@@ -58,7 +58,7 @@ class Scored(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """What it takes to score a batch: the models, the loss, and how both models compute.
+    """Score batches: the models, the loss, and how both models compute.
 
     `reference` is None where the loss needs none, or where batches carry its log-probabilities.
     """
@@ -72,7 +72,7 @@ class Scorer(NamedTuple):
     routers: Routers | None = None  # of the policy, where their balancing loss is trained on
 
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
-        """Of a batch on the device, [R]."""
+        """Return the log-probabilities of a batch on the device, [R]."""
         with self.precision():
             return response_logps(model, batch, self.forward_path)
 
@@ -89,16 +89,16 @@ class Scorer(NamedTuple):
             return read(self.policy, batch, self.forward_path)
 
     @torch.no_grad()
-    def context(self, whole: WholeBatch | None, counts: bool) -> Tensor | None:
+    def context(self, batch_context: ContextBatch | None, counts: bool) -> Tensor | None:
         """Return the loss's batch context, the same on every rank; None where it has none. `counts`
         is true on one of the ranks that see the same rows. Every rank must call it.
         """
         declared = self.loss.context
-        if declared is None or whole is None:
+        if declared is None or batch_context is None:
             return None
         # policy's sums, tokens, reference's sums
-        table = torch.zeros(*whole.shape, 3, dtype=torch.float64, device=self.device)
-        for batch, weight, where in whole.microbatches:
+        table = torch.zeros(*batch_context.shape, 3, dtype=torch.float64, device=self.device)
+        for batch, weight, where in batch_context.microbatches:
             batch = batch.to(self.device)
             policy = self.logps(self.policy, batch)
             reference = self.reference_logps(batch, policy)
@@ -107,7 +107,7 @@ class Scorer(NamedTuple):
             values = by_example(columns, batch.n_responses)  # [B, k, 3]
             rows = torch.from_numpy(where).to(self.device)
             table[:, : values.shape[1]].index_add_(0, rows, weight * values)
-        # or the gradients of what FSDP has left gathered would not be found
+        # or FSDP would miss the gradients of what it has left gathered
         sharding.reshard(self.policy)
         sums, tokens, reference_sums = sharding.all_reduce_sum(table * counts).unbind(2)
         known = Logps(reference_sums, tokens) if self.loss.needs_reference else None
@@ -235,7 +235,7 @@ INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
 
 
 def shared_tokens(batch: Batch) -> Tensor:
-    """How many tokens the two responses of each pair begin with in common.  [B]"""
+    """Return how many tokens the two responses of each pair begin with in common.  [B]"""
     n = len(batch.spans) // 2
     (a, a_length), (b, b_length) = batch.spans[:n, 2:].T, batch.spans[n:, 2:].T
     length = np.minimum(a_length, b_length)  # [B]

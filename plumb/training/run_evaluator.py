@@ -20,7 +20,7 @@ from plumb.training.moving import PolicyAverage
 
 @dataclass(frozen=True)
 class EvalSampler:
-    """Samples responses to the first prompts of the held-out examples."""
+    """Sample responses to the first prompts of the held-out examples."""
 
     tokenizer: PreTrainedTokenizerBase
     n: int  # prompts
@@ -56,7 +56,7 @@ class EvalSampler:
 
 @dataclass(frozen=True)
 class RunEvaluator:
-    """Evaluates the policy of a run. Every rank must make each call."""
+    """Evaluate the policy of a run. Every rank must make each call."""
 
     evaluator: Evaluator
     sampler: EvalSampler | None  # None: no samples are drawn

@@ -18,7 +18,7 @@ from plumb.training import budget
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the decisions are made from; bytes are of one process.
+    """Hold what the decisions are made from; bytes are of one process.
 
     Example: a policy of 1 B parameters in float32 on one card of 80 GB, 64,000 pairs for one epoch:
     `Numbers(torch.device("cuda"), 80e9, 4e9, 1e9, 1, 310.0, False)`.
@@ -35,11 +35,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The decisions of one run."""
+    """Hold the decisions of one run."""
 
     reference: str | None  # "live": beside the policy; "cached": once over the data; None: no need
     why: str  # the reason of that
-    budget: int  # tokens of a microbatch, where the head's logits are never whole
+    budget: int  # tokens of a microbatch, where the head's logits never exist at once
     budget_with_logits: int
     reduce_each: bool  # gradients after each microbatch, not after the step's last
 
@@ -49,7 +49,7 @@ class RunPlan:
 
 
 def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Numbers) -> RunPlan:
-    """Decide, where the config leaves a choice.
+    """Return the decisions of a run, where the config leaves a choice.
 
     reference=auto: cached if examples come more than once, or if a second model would take a
     quarter of the memory that the policy's training leaves; one that moves, only in the second

@@ -23,7 +23,7 @@ from plumb.training.train_state import TrainState
 
 @dataclass
 class RunSaver:
-    """Saves the checkpoints of a run. Every rank must make each call."""
+    """Save the checkpoints of a run. Every rank must make each call."""
 
     run_dir: Path
     state: TrainState
@@ -132,8 +132,10 @@ def parts_of_2023(
     """
 
     def state() -> dict[str, Tensor]:
-        whole = policy_state()
-        return as_in_2023(policy, whole) if policy_format == "repo2023" and rank() == 0 else whole
+        current = policy_state()
+        if policy_format == "repo2023" and rank() == 0:
+            return as_in_2023(policy, current)
+        return current
 
     rates = {k: v for k, v in run.scheduler.state_dict().items() if k != "lr_lambdas"}
     parts: dict[str, Callable[[], Any]] = {"policy": state}

@@ -49,7 +49,7 @@ from plumb.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class Computation:
-    """Where and in what precision the models compute.
+    """Say where and in what precision the models compute.
 
     Example: `Computation(torch.device("cuda"), torch.bfloat16, torch.float32, autocast)`.
     """
@@ -62,7 +62,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and is evaluated on, and the tokenizer that made it."""
+    """Hold what a run trains and is evaluated on, and the tokenizer that made it."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Examples
@@ -71,7 +71,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Reference:
-    """How the reference's log-probabilities are computed. The model runs beside the policy, or,
+    """Say how the reference's log-probabilities are computed. The model runs beside the policy, or,
     with a `digest` of its weights, once over what their cache lacks; a model that is None is the
     policy before its first step, or there is no reference.
     """
@@ -82,7 +82,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of, beside its config and its models."""
+    """Hold what a run consists of, beside its config and its models."""
 
     loss: Loss
     data: Data
@@ -94,7 +94,7 @@ class Run:
 
 
 class Placement(Protocol):
-    """What a trainer decides: where the models compute, and in which precision."""
+    """Decide where the models compute, and in which precision: a trainer."""
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel: ...
     def autocast(self, device: torch.device) -> Callable[[], Any]: ...
@@ -102,7 +102,7 @@ class Placement(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the first step needs."""
+    """Hold what the first step needs."""
 
     state: TrainState
     scorer: Scorer

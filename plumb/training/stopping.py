@@ -11,7 +11,7 @@ from plumb.distributed.signals import Stopped, exit_code, stop_requested
 
 
 class StopRule:
-    """Decides when this process is to stop. `max_hours`: from the start of the command; None: no
+    """Decide when this process is to stop. `max_hours`: from the start of the command; None: no
     limit. `save_secs`: returns how long the last save took.
     """
 

@@ -12,7 +12,7 @@ from plumb.training.metrics import Record
 
 @dataclass(frozen=True)
 class Throughput:
-    """The numbers that a step's speed is computed from."""
+    """Compute the speed of a step."""
 
     cost: Cost  # operations of the policy
     peak_flops: float | None  # of one process; None on a CPU

@@ -24,7 +24,7 @@ from plumb.training.optimizers import make_scheduler
 
 @dataclass
 class Position:
-    """Where a run stands in its schedule.
+    """Say where a run stands in its schedule.
 
     Example, after two steps of 64: `Position(n_updates=2, n_seen=128, order="9f86...")`.
     """
@@ -43,7 +43,7 @@ class Position:
         self.order = hashlib.sha256(chained).hexdigest()
 
     def passed(self, every: int | None, n: int) -> bool:
-        """Did the last `n` examples pass a multiple of `every`? None: never.
+        """Return whether the last `n` examples passed a multiple of `every`. None: never.
 
         >>> Position(n_seen=64).passed(50, 32), Position(n_seen=96).passed(50, 32)
         (True, False)
@@ -52,7 +52,7 @@ class Position:
 
 
 class TrainState:
-    """What the steps of a run change, and what it resumes from."""
+    """Hold what the steps of a run change, and what it resumes from."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class TrainState:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
     ):
-        """`config`: for the learning rate's schedule."""
+        """Take the learning rate's schedule and the average's decay from `config`."""
         self.config = config
         self.policy = policy
         self.optimizer = optimizer
