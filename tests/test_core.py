@@ -142,6 +142,7 @@ class OfIds:
     """
 
     device, reference = torch.device("cpu"), None
+    loss = SimpleNamespace(context_of=lambda context, examples: context)
 
     def __init__(self, training):
         self.policy = nn.Linear(1, 1).train(training)
