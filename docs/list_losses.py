@@ -76,6 +76,17 @@ def knobs_of(name: str) -> dict[str, Any]:
     }
 
 
+def written_knobs(name: str) -> list[str]:
+    """Return the required knobs of a loss with usual values, as the command line takes them.
+
+    >>> written_knobs("dpo"), written_knobs("sft")
+    (['loss.beta=0.1'], [])
+    """
+    text = (ROOT / f"config/loss/{name}.yaml").read_text(encoding="utf-8")
+    required = [knob for knob, value in yaml.safe_load(text).items() if value == "???"]
+    return [f"loss.{knob}={knobs_of(name)[knob]:g}" for knob in required]
+
+
 def alternatives(knobs: Mapping[str, Any], hints: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """Return (knob, how it is written, value) of other values of each knob that is true or false,
     a word, or 0.

@@ -13,6 +13,8 @@ import pytest
 from conftest import PATIENCE, ROOT
 from runs import ROWS
 
+from plumb.losses.registry import LOSSES
+
 BENCHMARKS = ROOT / "benchmarks"
 
 
@@ -103,6 +105,17 @@ def test_reward_hh(benchmark, hh, tiny_model, tmp_path):
         *("--parts", "frozen", "final", "--final", "n_examples=8", "batch_size=4"),
     )
     assert "| fitted |" in out and "| final |" in out
+
+
+def test_losses(benchmark, tmp_path):
+    """Every loss has a row, and a second call trains none of them again."""
+    command = ["losses.py", "--smoke", "--ultrafeedback", "nowhere"]
+    command += ["--out", tmp_path / "out", "--results", tmp_path / "results"]
+    benchmark(*command)
+    page = (tmp_path / "results/losses.md").read_text()
+    assert all(f"| `{name}` |" in page for name in LOSSES) and "| demo | dpo |" in page
+    assert (tmp_path / "results/losses.png").is_file()
+    assert "'part'" not in benchmark(*command)
 
 
 def test_malformed():
