@@ -94,7 +94,7 @@ def options(file: str, prefix: str = "") -> list[Option]:
         if key in NOT_OPTIONS:
             continue
         name = prefix + key
-        one = not isinstance(value, dict) or knob_of(name) or knob_of(f"{name}.x")
+        one = not isinstance(value, dict) or key == "terms" or knob_of(name) or knob_of(f"{name}.x")
         for part, default in [(key, value)] if one else value.items():
             note = notes[key if one else f"{key}.{part}"]
             new = "[ours]" in note or "[ours]" in notes[key]
@@ -113,7 +113,8 @@ def written(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
-        return "null for each"
+        parts = [f"{k}: {written(v)}" for k, v in value.items() if v is not None]
+        return "{" + ", ".join(parts) + "}" if parts else "null for each"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return "a new one" if str(value).startswith("${") else str(value)

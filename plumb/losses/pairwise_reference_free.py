@@ -142,3 +142,16 @@ def slic(
     check_not_negative(regularization=regularization)
     losses = torch.relu(delta - margin(policy, None)) - regularization * policy.chosen.sum
     return with_rewards(losses, policy, None, 1.0)
+
+
+@loss(group="pair", usual={"lr": (3e-7, 1e-4)})
+def nll(policy: Pairs, reference: None = None) -> LossOutput:
+    """-log pi(y_w|x) / |y_w|: Eq. 5 of arXiv:2411.10442.
+
+    SFT on the chosen responses, where each response weighs the same. The rejected ones are scored
+    for the metrics alone.
+
+    Rewards: log pi(y|x) / |y|.
+    """
+    chosen, rejected = policy.chosen.mean(), policy.rejected.mean()
+    return LossOutput(-chosen, chosen.detach(), rejected.detach())

@@ -149,8 +149,13 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
     """Bind the knobs of `config` ({"name": ..., knob: value}) to the loss of that name.
 
     Raises ValueError, in one line, for an unknown name and for a knob that is missing, extra,
-    mistyped or out of range: a knob that would be ignored is an error.
+    mistyped or out of range: a knob that would be ignored is an error. A config with `terms` is a
+    mixture of losses, whatever its name.
     """
+    if "terms" in config:
+        from plumb.losses.mixture import build_mixture  # it builds each term by this function
+
+        return build_mixture(config)
     knobs = dict(config)
     name = knobs.pop("name")
     if name not in LOSSES:

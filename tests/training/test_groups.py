@@ -324,6 +324,7 @@ NEW = {
     "plackett_luce": (["loss=plackett_luce", "loss.beta=0.1"], "lists"),
     "kto": (["loss=kto", "loss.beta=0.1"], "votes"),
     "aot_unpaired": (["loss=aot_unpaired", "loss.beta=0.1"], "data"),
+    "mix": (["loss=mix"], "data"),
 }
 
 

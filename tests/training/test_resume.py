@@ -61,6 +61,7 @@ OPTIONS = {
         "gradient_accumulation_steps=2",
         "eval_every=10",
     ],
+    "mix": ["loss=mix", *DPO[2:], "save_every=4", "eval_every=12"],
     "sft": [
         "loss=sft",
         "lr=1e-3",

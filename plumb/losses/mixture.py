@@ -1,0 +1,143 @@
+"""Weighted sums of losses on the same batch. Shapes and units: contract.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from plumb.losses.contract import BatchContext, LossOutput, Mean, Metric
+from plumb.losses.registry import Loss, build_loss
+
+# what all terms of a mixture must have in common, since they see the same responses
+COMMON = {
+    "group": "what one example holds",
+    "reads": "what they read of the model",
+    "average_over": "what their sum is divided by",
+    "read": "which of a response's scores they read",
+}
+
+
+class Term(NamedTuple):
+    """A weighted loss.
+
+    Example: Term("dpo", 0.8, build_loss({"name": "dpo", ...})).
+    """
+
+    label: str  # its key in loss.terms
+    weight: float
+    loss: Loss
+
+
+def build_mixture(config: Mapping[str, Any]) -> Loss:
+    """Bind the terms of `config`, {"name": ..., "terms": {label: {"name": loss, "weight": w, knob:
+    value}}}, to their weighted sum.
+
+    Raises ValueError, in one line, for a knob that a term's loss refuses, and for terms that cannot
+    share a batch.
+    """
+    for knob in config:
+        if knob not in ("name", "terms"):
+            raise ValueError(
+                f"loss.{knob}={config[knob]}: {config['name']} is a mixture of losses, whose only"
+                " knob is terms; write loss.terms.<term>.<knob>"
+            )
+    if not isinstance(config["terms"], Mapping) or not config["terms"]:
+        raise ValueError(f"loss.terms={config['terms']}: expected a mapping of at least one term")
+    terms = [_term(label, knobs) for label, knobs in config["terms"].items()]
+    first = terms[0]
+    for term in terms[1:]:
+        for field, meaning in COMMON.items():
+            ours, theirs = getattr(first.loss, field), getattr(term.loss, field)
+            if ours != theirs:
+                raise ValueError(
+                    f"loss.terms.{term.label}: {meaning} is {theirs!r}, and {ours!r} for"
+                    f" loss.terms.{first.label}; the terms of a mixture share their batch"
+                )
+    return replace(
+        first.loss,
+        name=config["name"],
+        needs_reference=any(term.loss.needs_reference for term in terms),
+        needs_margins=any(term.loss.needs_margins for term in terms),
+        soft_labels=all(term.loss.soft_labels for term in terms),
+        context=_context(terms),
+        usual={},
+        compute=_sum_of(terms),
+    )
+
+
+def _term(label: str, knobs: Any) -> Term:
+    """Return a term with its knobs bound. An error names loss.terms.<label>.<knob>."""
+    where = f"loss.terms.{label}"
+    if not re.fullmatch(r"\w+", str(label)):
+        raise ValueError(f"{where}: a term's name may have letters, digits and _ alone")
+    if not isinstance(knobs, Mapping) or "name" not in knobs:
+        raise ValueError(f"{where}={knobs}: expected a loss's knobs, name and weight")
+    own = dict(knobs)
+    weight = own.pop("weight", None)
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not weight > 0:
+        raise ValueError(f"{where}.weight={weight}: expected a number above 0, or no such term")
+    try:
+        return Term(label, weight, build_loss(own))
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bloss\.", f"{where}.", str(error))) from None
+
+
+def _context(terms: Sequence[Term]) -> BatchContext | None:
+    """Return the batch context of which each term gets its own part, by its label."""
+    declared = {
+        term.label: (term.loss, term.loss.context)
+        for term in terms
+        if term.loss.context is not None
+    }
+    if not declared:
+        return None
+    kinds = {context.examples for _, context in declared.values() if context}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"loss.terms={', '.join(declared)}: they compare different examples of the batch"
+            f" ({', '.join(sorted(kinds))}); train on one of them at a time"
+        )
+
+    def compute(policy: Any, reference: Any) -> Any:
+        return {
+            label: context.compute(policy, reference if loss.needs_reference else None)
+            for label, (loss, context) in declared.items()
+            if context
+        }
+
+    return BatchContext(kinds.pop(), compute)
+
+
+def _sum_of(terms: Sequence[Term]) -> Any:
+    """Return (policy, reference, context) -> the weighted sum. Each term's loss is logged as
+    terms/<label>, without its weight. Rewards are those of the first term that has some. A metric
+    is logged under its own name, or below the label if an earlier term has the name.
+    """
+
+    def compute(policy: Any, reference: Any = None, context: Any = None) -> LossOutput:
+        metrics: dict[str, Metric] = {}
+        outputs = []
+        for term in terms:
+            own = reference if term.loss.needs_reference else None
+            output = term.loss.compute(policy, own, (context or {}).get(term.label))
+            outputs.append(output)
+            metrics[f"terms/{term.label}"] = Mean(output.losses.detach())
+            for name, metric in output.metrics.items():
+                taken = name in metrics
+                metrics[f"{term.label}/{name.replace('/', '_')}" if taken else name] = metric
+        rewarded = next((x for x in outputs if x.chosen_rewards is not None), outputs[0])
+        weighted = [
+            term.weight * output.losses for term, output in zip(terms, outputs, strict=True)
+        ]
+        return LossOutput(
+            torch.stack(weighted).sum(0),
+            rewarded.chosen_rewards,
+            rewarded.rejected_rewards,
+            metrics,
+        )
+
+    return compute

@@ -1,0 +1,126 @@
+"""Mixtures of losses: the sum by hand, what a mixture needs, and which terms are refused."""
+
+import math
+
+import pytest
+import torch
+from losses import compute, knobs_of, some
+
+from plumb.losses.contract import BatchContext, LossOutput, Mean
+from plumb.losses.registry import LOSSES, build_loss, loss
+
+
+def term(name, weight=1.0, **knobs):
+    return knobs_of(name) | {"weight": weight} | knobs
+
+
+def mixed(**terms):
+    return build_loss({"name": "mix", "terms": terms})
+
+
+def test_a_mixture_by_hand():
+    """Of dpo with beta 0.1 at the reference, log 2 each, and of -log pi(y_w|x) / |y_w|; weights 0.8
+    and 0.5. Rewards are those of the first term.
+    """
+    bound = mixed(preference=term("dpo", 0.8), generation=term("nll", 0.5))
+    examples = some(bound)
+    examples = examples._replace(reference=examples.policy)
+    out = compute(bound, examples)
+    generation = -examples.policy[:, 0] / examples.tokens[:, 0]
+    torch.testing.assert_close(out.losses, 0.8 * math.log(2) + 0.5 * generation)
+    assert out.chosen_rewards.tolist() == out.rejected_rewards.tolist() == [0] * 6
+    preference, other = (out.metrics[f"terms/{name}"] for name in ("preference", "generation"))
+    torch.testing.assert_close(preference.values, torch.full((6,), math.log(2)).double())
+    torch.testing.assert_close(other.values, generation)
+
+
+def test_a_mixture_needs_what_one_of_its_terms_needs():
+    assert mixed(a=term("nll"), b=term("dpo")).needs_reference
+    assert not mixed(a=term("nll"), b=term("simpo")).needs_reference
+    assert mixed(a=term("kto"), b=term("kto", 2.0)).context_examples == "mismatched"
+    assert mixed(a=term("nll"), b=term("dpo")).context is None
+
+
+def test_a_mixture_of_one_is_its_term():
+    for name in ("dpo", "kto", "plackett_luce"):
+        alone, bound = build_loss(knobs_of(name)), mixed(it=term(name, 2.0))
+        examples = some(alone)
+        torch.testing.assert_close(
+            compute(bound, examples).losses, 2 * compute(alone, examples).losses
+        )
+
+
+def test_each_term_gets_its_own_context_and_keeps_its_metrics(monkeypatch):
+    """Two losses that center the policy's sums by the batch's mean, times 1 and times 10."""
+    monkeypatch.setattr("plumb.losses.registry.LOSSES", LOSSES.copy())
+
+    def centred(times):
+        def f(policy, reference=None, context=None):
+            h = policy.chosen.sum - policy.rejected.sum - context
+            return LossOutput(h, metrics={"mean/h": Mean(context.expand_as(h))})
+
+        mean = lambda policy, reference: times * (policy.sum[:, 0] - policy.sum[:, 1]).mean()
+        f.__name__ = f"centred{times}"
+        loss(group="pair", context=BatchContext("own", mean))(f)
+
+    centred(1)
+    centred(10)
+    first, second = {"name": "centred1", "weight": 1}, {"name": "centred10", "weight": 1}
+    bound = mixed(one=first, ten=second, no=term("nll"))
+    examples = some(bound)
+    h = examples.policy[:, 0] - examples.policy[:, 1]
+    expected = 2 * h - 11 * h.mean() - examples.policy[:, 0] / examples.tokens[:, 0]
+    out = compute(bound, examples)
+    torch.testing.assert_close(out.losses, expected)
+    torch.testing.assert_close(out.metrics["mean/h"].values[0], h.mean())
+    torch.testing.assert_close(out.metrics["ten/mean_h"].values[0], 10 * h.mean())
+
+
+@pytest.mark.parametrize(
+    "terms, line",
+    [
+        ({}, "loss.terms={}: expected a mapping of at least one term"),
+        ({"a": 3}, "loss.terms.a=3: expected a loss's knobs, name and weight"),
+        ({"a": term("nll", 0)}, "loss.terms.a.weight=0: expected a number above 0"),
+        ({"a": term("nll", True)}, "loss.terms.a.weight=True: expected a number above 0"),
+        ({"a": term("nll", beta=1)}, "loss.terms.a.beta=1: loss nll has no such knob"),
+        ({"a": term("dpo", beta=0)}, "loss.terms.a.beta=0: must be above 0"),
+        ({"a": term("nll") | {"name": "no"}}, "loss.terms.a.name=no: no such loss; known: "),
+        ({"a-b": term("nll")}, "loss.terms.a-b: a term's name may have letters"),
+        (
+            {"a": term("dpo"), "b": term("sft")},
+            "loss.terms.b: what one example holds is 'single', and 'pair' for loss.terms.a",
+        ),
+        (
+            {"a": term("dpo"), "b": term("reward")},
+            "loss.terms.b: what they read of the model is 'scores', and 'logps' for loss.terms.a",
+        ),
+    ],
+)
+def test_a_term_that_cannot_be_served_is_refused(terms, line):
+    with pytest.raises(ValueError) as error:
+        mixed(**terms)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_knob_of_a_term_belongs_to_the_term():
+    missing = term("dpo")
+    del missing["beta"]
+    with pytest.raises(ValueError, match=r"^loss.terms.a.beta: loss dpo needs it; add loss.terms"):
+        mixed(a=missing)
+    with pytest.raises(ValueError, match="loss.beta=1: mix is a mixture of losses"):
+        build_loss({"name": "mix", "beta": 1, "terms": {"a": term("nll")}})
+
+
+def test_each_term_is_logged(train, data):
+    """The loss is the weighted sum of what is logged of the terms, in training and evaluation."""
+    from runs import FAST, records
+
+    run = train(
+        "run", f"datasets=[{data}]", *FAST, "loss=mix", "loss.terms.generation.weight=2", "lr=1e-3"
+    )
+    for part in ("train", "eval"):
+        for row in records(run, part):
+            parts = (row[f"terms_{part}/{name}"] for name in ("preference", "generation"))
+            preference, generation = parts
+            assert row[f"loss/{part}"] == pytest.approx(0.8 * preference + 2 * generation)
