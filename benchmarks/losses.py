@@ -200,15 +200,13 @@ def reward_model(world: World, run_dir: Path, *options: str) -> Record:
 
 
 def every_loss(world: World, size: Size, lr: float, out: Path, results: Results) -> None:
-    """Train with each registered loss; SFT imitates the chosen responses."""
+    """Train with each file of config/loss; SFT imitates the chosen responses."""
     rows = [row | {"sft_target": row["chosen"]} for row in world.train]
     results.add({"part": "losses", "name": "-"}, partial(measured, world, world.sft))
-    for name in sorted(LOSSES):
-        if LOSSES[name].group == "rollout":
-            continue
+    for name in sorted(file.stem for file in (ROOT / "config/loss").glob("*.yaml")):
         options = [f"loss={name}", *written_knobs(name), f"lr={lr}", "warmup_steps=5"]
         options.append(f"n_examples={min(size.n_examples, len(world.train))}")
-        scored = build_loss(knobs_of(name)).reads == "scores"
+        scored = name in LOSSES and build_loss(knobs_of(name)).reads == "scores"
         run_dir = out / name
         run = partial(trained_from, world, rows, run_dir, *options)
         if scored:

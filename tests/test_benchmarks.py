@@ -113,7 +113,7 @@ def test_losses(benchmark, tmp_path):
     command += ["--out", tmp_path / "out", "--results", tmp_path / "results"]
     benchmark(*command)
     page = (tmp_path / "results/losses.md").read_text()
-    assert all(f"| `{name}` |" in page for name in LOSSES) and "| demo | dpo |" in page
+    assert all(f"| `{name}` |" in page for name in {*LOSSES, "mix"}) and "| demo | dpo |" in page
     assert (tmp_path / "results/losses.png").is_file()
     assert "'part'" not in benchmark(*command)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,25 @@ class Term(NamedTuple):
     loss: Loss
 
 
+@dataclass(frozen=True)
+class Mixture(Loss):
+    """A weighted sum of losses, whose batch context is {label: context} of the terms that have
+    one.
+    """
+
+    terms: tuple[Term, ...] = ()
+
+    def context_of(self, context: Any, examples: Any) -> Any:
+        """Return what these examples of a batch, [B] indices, get of each term's context."""
+        if context is None:
+            return None
+        return {
+            term.label: term.loss.context_of(context[term.label], examples)
+            for term in self.terms
+            if term.label in context
+        }
+
+
 def build_mixture(config: Mapping[str, Any]) -> Loss:
     """Bind the terms of `config`, {"name": ..., "terms": {label: {"name": loss, "weight": w, knob:
     value}}}, to their weighted sum.
@@ -57,15 +76,19 @@ def build_mixture(config: Mapping[str, Any]) -> Loss:
                     f"loss.terms.{term.label}: {meaning} is {theirs!r}, and {ours!r} for"
                     f" loss.terms.{first.label}; the terms of a mixture share their batch"
                 )
-    return replace(
-        first.loss,
+    return Mixture(
         name=config["name"],
+        group=first.loss.group,
+        reads=first.loss.reads,
+        average_over=first.loss.average_over,
+        read=first.loss.read,
         needs_reference=any(term.loss.needs_reference for term in terms),
         needs_margins=any(term.loss.needs_margins for term in terms),
         soft_labels=all(term.loss.soft_labels for term in terms),
         context=_context(terms),
         usual={},
         compute=_sum_of(terms),
+        terms=tuple(terms),
     )
 
 

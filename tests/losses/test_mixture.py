@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from losses import compute, knobs_of, some
+from runs import FAST, records
 
 from plumb.losses.contract import BatchContext, LossOutput, Mean
 from plumb.losses.registry import LOSSES, build_loss, loss
@@ -76,6 +77,17 @@ def test_each_term_gets_its_own_context_and_keeps_its_metrics(monkeypatch):
     torch.testing.assert_close(out.metrics["ten/mean_h"].values[0], 10 * h.mean())
 
 
+def test_a_context_by_example_is_split_with_the_batch():
+    """aot's has a value for each pair, bco_pair's one for the batch."""
+    bound = mixed(sorted=term("aot"), quality=term("bco_pair"))
+    examples = some(bound)
+    rows = torch.tensor([4, 1])
+    whole = compute(bound, examples).losses
+    torch.testing.assert_close(
+        compute(bound, examples.take(rows), examples, rows).losses, whole[rows]
+    )
+
+
 @pytest.mark.parametrize(
     "terms, line",
     [
@@ -114,13 +126,11 @@ def test_a_knob_of_a_term_belongs_to_the_term():
 
 def test_each_term_is_logged(train, data):
     """The loss is the weighted sum of what is logged of the terms, in training and evaluation."""
-    from runs import FAST, records
-
     run = train(
         "run", f"datasets=[{data}]", *FAST, "loss=mix", "loss.terms.generation.weight=2", "lr=1e-3"
     )
+    weights = {"preference": 0.8, "quality": 0.2, "generation": 2}
     for part in ("train", "eval"):
         for row in records(run, part):
-            parts = (row[f"terms_{part}/{name}"] for name in ("preference", "generation"))
-            preference, generation = parts
-            assert row[f"loss/{part}"] == pytest.approx(0.8 * preference + 2 * generation)
+            weighted = (weight * row[f"terms_{part}/{name}"] for name, weight in weights.items())
+            assert row[f"loss/{part}"] == pytest.approx(sum(weighted), rel=1e-5)
