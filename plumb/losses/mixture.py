@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from plumb.losses.bound import Loss
 from plumb.losses.contract import BatchContext, LossOutput, Mean, Metric
-from plumb.losses.registry import Loss, build_loss
 
 # what all terms of a mixture must have in common, since they see the same responses
 COMMON = {
@@ -51,9 +51,9 @@ class Mixture(Loss):
         }
 
 
-def build_mixture(config: Mapping[str, Any]) -> Loss:
+def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Loss]) -> Mixture:
     """Bind the terms of `config`, {"name": ..., "terms": {label: {"name": loss, "weight": w, knob:
-    value}}}, to their weighted sum.
+    value}}}, to their weighted sum. `build` binds the knobs of one.
 
     Raises ValueError, in one line, for a knob that a term's loss refuses, and for terms that cannot
     share a batch.
@@ -66,7 +66,7 @@ def build_mixture(config: Mapping[str, Any]) -> Loss:
             )
     if not isinstance(config["terms"], Mapping) or not config["terms"]:
         raise ValueError(f"loss.terms={config['terms']}: expected a mapping of at least one term")
-    terms = [_term(label, knobs) for label, knobs in config["terms"].items()]
+    terms = [_term(label, knobs, build) for label, knobs in config["terms"].items()]
     first = terms[0]
     for term in terms[1:]:
         for field, meaning in COMMON.items():
@@ -92,7 +92,7 @@ def build_mixture(config: Mapping[str, Any]) -> Loss:
     )
 
 
-def _term(label: str, knobs: Any) -> Term:
+def _term(label: str, knobs: Any, build: Callable[[Mapping[str, Any]], Loss]) -> Term:
     """Return a term with its knobs bound. An error names loss.terms.<label>.<knob>."""
     where = f"loss.terms.{label}"
     if not re.fullmatch(r"\w+", str(label)):
@@ -104,7 +104,7 @@ def _term(label: str, knobs: Any) -> Term:
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not weight > 0:
         raise ValueError(f"{where}.weight={weight}: expected a number above 0, or no such term")
     try:
-        return Term(label, weight, build_loss(own))
+        return Term(label, weight, build(own))
     except ValueError as error:
         raise ValueError(re.sub(r"\bloss\.", f"{where}.", str(error))) from None
 

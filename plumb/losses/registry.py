@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
+from plumb.losses.bound import AverageOver, Loss, Read, Reads, Usual
 from plumb.losses.contract import (
     BatchContext,
     Group,
@@ -32,46 +33,9 @@ from plumb.losses.contract import (
     Spread,
     TokenLogps,
 )
+from plumb.losses.mixture import build_mixture
 
-AverageOver = Literal["examples", "tokens"]
-Reads = Literal["logps", "token_logps", "scores"]
-Read = Literal["last", "mean"]
-# knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
-Usual = Mapping[str, tuple[float, float]]
 V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss with its knobs bound. The trainer asks it what it needs; nowhere in the code stands a
-    list of loss names.
-    """
-
-    name: str
-    group: Group  # what one example holds
-    # log-probabilities by response or by token, or the scores of a model with a scalar head
-    reads: Reads
-    needs_reference: bool
-    average_over: AverageOver  # the global count that the summed losses are divided by
-    needs_margins: bool  # needs data whose responses have scores
-    soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
-    read: Read  # which of a response's scores is its own, where it reads scores
-    context: BatchContext | None  # what it needs to know of the batch as a whole
-    usual: Usual  # where its knobs and the learning rate usually lie
-    # (policy, reference, context) -> LossOutput; reference is None unless needs_reference, context
-    # None unless declared
-    compute: Callable[..., LossOutput]
-
-    @property
-    def context_examples(self) -> Literal["own", "mismatched"] | None:
-        """Return the examples of the batch context, where it has one."""
-        return None if self.context is None else self.context.examples
-
-    def context_of(self, context: torch.Tensor | None, examples: Any) -> torch.Tensor | None:
-        """Return what these examples of a batch, [B] indices, get of its context."""
-        if context is None or self.context is None or not self.context.by_example:
-            return context
-        return context[torch.as_tensor(examples, device=context.device)]
 
 
 @dataclass(frozen=True)
@@ -153,9 +117,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
     mixture of losses, whatever its name.
     """
     if "terms" in config:
-        from plumb.losses.mixture import build_mixture  # it builds each term by this function
-
-        return build_mixture(config)
+        return build_mixture(config, build_loss)
     knobs = dict(config)
     name = knobs.pop("name")
     if name not in LOSSES:
