@@ -209,7 +209,7 @@ def evaluate(
     tokenizer = load_tokenizer(config)
     # it is evaluated, not started from
     data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))
-    _, examples = load_examples(data, tokenizer, loss.group)
+    _, examples = load_examples(data, tokenizer, loss.group, prefixes=loss.prefixes)
     if not examples:
         raise UserError(
             f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give"

@@ -280,7 +280,7 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     """Return tokenizer and examples, after checks of what the model's config says without its
     weights.
     """
-    from plumb.data.prepare import check_margins, check_soft_labels, load_examples
+    from plumb.data.prepare import balance_note, check_margins, check_soft_labels, load_examples
     from plumb.distributed import collectives
     from plumb.models.export import rehearse
     from plumb.models.layout_probe import check_rope
@@ -294,12 +294,18 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     check_weights(config, scalar=loss.reads == "scores")
     if config.export:
         collectives.from_rank0(partial(rehearse, config, run_dir))
-    train_examples, eval_examples = load_examples(config, tokenizer, loss.group)
+    train_examples, eval_examples = load_examples(
+        config, tokenizer, loss.group, prefixes=loss.prefixes
+    )
     if note := lineage.lineage(config, schema.deciding_slices()):
         rank0_print(note)
     # an SFT target is no preference
     if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
         check_soft_labels(loss.name, train_examples, eval_examples)
+    if loss.label_weights is not None:
+        undesirable, desirable = loss.label_weights
+        if note := balance_note(train_examples, desirable, undesirable):
+            rank0_print(note)
     if loss.needs_margins:
         check_margins(train_examples, eval_examples)
     return Data(tokenizer, train_examples, eval_examples)

@@ -111,7 +111,7 @@ def test_the_record_by_hand():
             "logps/chosen": np.array([logps, [1.0, 1]]),
             "rewards/spread": Spread(torch.tensor([[3.0, -1], [1, 1]])).columns().T.numpy(),
         }
-        return Evaluation(kinds, columns, tokens)
+        return Evaluation(kinds, columns, tokens, np.ones(2))
 
     by_token = evaluation([-4, -12], tokens).record({"short": np.array([True, False])})
     assert by_token["perplexity/eval"] == pytest.approx(math.exp(2))

@@ -37,7 +37,7 @@ from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, made_of, resolve
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make, tokenizer_fingerprint
 from plumb.data.token_text import continued, decode
-from plumb.data.tokenization import Example, TextRules, automatic_bos, template_text
+from plumb.data.tokenization import Example, Prefixes, TextRules, automatic_bos, template_text
 from plumb.distributed import collectives
 from plumb.errors import UserError
 from plumb.paths import get_local_dir
@@ -78,7 +78,11 @@ class Part(NamedTuple):
 
 
 def load_examples(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, group: str, keep: bool = True
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    group: str,
+    keep: bool = True,
+    prefixes: tuple[str, str] | None = None,
 ) -> tuple[Examples, Examples]:
     """Return the training and the evaluation examples of `config.datasets` (and `eval_datasets`),
     of what the loss's `group` says one holds, after the data rules.
@@ -86,7 +90,8 @@ def load_examples(
     Training examples are in the order of the data sets; evaluation uses the first n_eval_examples
     of a seeded permutation (of the data's own order with shuffle=false), each once. Prints one
     table per data set and the first example. `keep` false: tokens that are not in the cache are
-    created for this process only.
+    created for this process only. `prefixes`: of undesirable and desirable responses, what the loss
+    has them begin with.
     """
     rules = TextRules(
         config.max_length,
@@ -112,7 +117,9 @@ def load_examples(
     taking = Taking(config.list_pairs, config.unpair, config.soft_labels)
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
     for (split, name), store in zip(
-        wanted, token_stores(config, tokenizer, rules, wanted, shares, group, keep), strict=True
+        wanted,
+        token_stores(config, tokenizer, rules, wanted, shares, group, keep, prefixes),
+        strict=True,
     ):
         if split == "train" or own_eval:
             rank0_print(store.form)
@@ -183,6 +190,7 @@ def token_stores(
     shares: dict[str, float],
     group: str,
     keep: bool,
+    prefixes: tuple[str, str] | None,
 ) -> list[TokenStore]:
     """Return the tokens of each (split, name): rank 0 finds or makes them, then every rank maps the
     same files.
@@ -218,7 +226,17 @@ def token_stores(
             options = {"eval_share": share, "field_map": field_map, "path": path}
             options |= {"role_map": reading.role_map, "bad_row": bad_row}
             options |= {"label_threshold": reading.label_threshold}
-            spec = StoreSpec(data, split, tokenizer, identity, rules, template, inputs, options)
+            spec = StoreSpec(
+                data,
+                split,
+                tokenizer,
+                identity,
+                rules,
+                template,
+                inputs,
+                options,
+                prefixes and Prefixes(*prefixes, config.unpair),
+            )
             folder, kept = find_or_make(spec, local_dir / "token_cache", keep)
             made.append((str(folder), kept))
         return made

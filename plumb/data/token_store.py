@@ -24,7 +24,7 @@ import numpy as np
 
 from plumb.console import rank0_print
 from plumb.data.registry import DataSet
-from plumb.data.tokenization import Chunk, TextRules, automatic_bos, encode, own_template
+from plumb.data.tokenization import Chunk, Prefixes, TextRules, automatic_bos, encode, own_template
 from plumb.errors import UserError
 from plumb.paths import sync_directory
 
@@ -148,6 +148,7 @@ class StoreSpec(NamedTuple):
     template: str | None
     inputs: tuple[tuple, list[Path]] | None  # see registry.made_of
     options: dict[str, Any]  # what else the data set was asked for
+    prefixes: Prefixes | None = None  # see tokenization
 
 
 def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, bool]:
@@ -215,6 +216,7 @@ def ingredients(spec: StoreSpec) -> dict[str, Any] | None:
         "name": spec.data.name,
         "split": spec.split,
         **spec.options,
+        "prefixes": spec.prefixes,
         "read": read,
         "bos": automatic_bos(tokenizer) if rules.add_bos else None,
         "eos_in_text": rules.eos_in_text,
@@ -267,7 +269,7 @@ def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dic
     with _writing(folder):
         out: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
     try:
-        chunks = encode(data, spec.tokenizer, spec.rules, spec.template)
+        chunks = encode(data, spec.tokenizer, spec.rules, spec.template, spec.prefixes)
         for columns, n_drawn in _numbered(chunks, files):
             n_rows += n_drawn
             with _writing(folder):

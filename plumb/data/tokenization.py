@@ -66,6 +66,14 @@ class Example(NamedTuple):
     source: str  # "my.jsonl:17"
 
 
+class Prefixes(NamedTuple):
+    """Say what responses begin with by their labels, where only labelled responses are wanted."""
+
+    undesirable: str
+    desirable: str
+    unpair: bool  # is a pair a desirable and an undesirable response?
+
+
 class Chunk(NamedTuple):
     """Hold some rows of a data set as columns: each text once, without truncation. Texts and rows
     are numbered from 0 within the chunk.
@@ -92,13 +100,18 @@ class Chunk(NamedTuple):
 
 
 def encode(
-    data: DataSet, tokenizer: PreTrainedTokenizerBase, rules: TextRules, template: str | None = None
+    data: DataSet,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules,
+    template: str | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Iterator[Chunk]:
     """Yield all pairs and SFT targets of a data set in its order, a chunk of its rows at a time.
 
     A prompt's ids are the same for all of its responses, and those of prompt + response decode to
     exactly these texts (see token_text.encode_rows); a text for which that is impossible is marked
-    CHANGED. `template` renders message lists (see `render`). A row that the template does not
+    CHANGED. `template` renders message lists (see `render`). With `prefixes`, labelled responses
+    are all that is yielded, each behind the prefix of its label. A row that the template does not
     accept is refused as `data` says. When all are drawn, `data` knows which fields nothing reads.
     """
     if tokenizer.eos_token is None:
@@ -115,8 +128,11 @@ def encode(
     ) as progress:
         while rows:
             progress.total = data.n_rows
-            yield _encode(rows, data, tokenizer, rules, chat)
-            progress.update(len(rows))
+            n_rows = len(rows)
+            if prefixes is not None:
+                rows = [one for row in rows for one in _prefixed(row, prefixes)]
+            yield _encode(rows, data, tokenizer, rules, chat)._replace(n_rows=n_rows)
+            progress.update(n_rows)
             rows = list(islice(data.rows, CHUNK))
     data.unused.update(chat.unused)
     data.altered.update(chat.altered)
@@ -184,6 +200,27 @@ def _encode(
             chunk.lengths.append(len(ids))
             chunk.digests.append(digest(text))
     return chunk
+
+
+def _prefixed(row: Row, prefixes: Prefixes) -> Iterator[Row]:
+    """Yield the row's desirable and its undesirable responses, each kind as a row."""
+    texts: dict[bool, list[Text]] = {True: [], False: []}
+    for text, label in zip(row.responses, row.labels or (), strict=False):
+        texts[label].append(text)
+    for pair in row.pairs if prefixes.unpair else ():
+        for i, label in zip(pair, (True, False), strict=True):
+            texts[label].append(row.responses[i])
+    for label, own in texts.items():
+        if own:
+            yield row._replace(
+                responses=own,
+                labels=[label] * len(own),
+                prefix=prefixes.desirable if label else prefixes.undesirable,
+                pairs=[],
+                scores=None,
+                ranking=None,
+                sft_target=None,
+            )
 
 
 def _lists_of(row: Row) -> list[tuple[list[int], list[int]]]:
@@ -330,7 +367,7 @@ def _as_texts(
     )
     prompt = row.prompt if isinstance(row.prompt, str) else clean_prompt
     head, tails = _render(prompt, clean, chat, row.source, row.more)
-    texts = [head, *tails]
+    texts = [head, *(row.prefix + tail for tail in tails)]
     found = (_holds(text, eos) for text in (row.prompt, *responses))
     return texts, [
         BLANK * (not text.strip()) | HAS_EOS * there

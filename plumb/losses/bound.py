@@ -31,6 +31,10 @@ class Loss:
     average_over: AverageOver  # the global count that the summed losses are divided by
     needs_margins: bool  # needs data whose responses have scores
     soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
+    # of undesirable and desirable responses: the texts that they are trained to begin with
+    prefixes: tuple[str, str] | None
+    # of undesirable and desirable responses: the weights that are to balance their numbers
+    label_weights: tuple[float, float] | None
     read: Read  # which of a response's scores is its own, where it reads scores
     context: BatchContext | None  # what it needs to know of the batch as a whole
     usual: Usual  # where its knobs and the learning rate usually lie

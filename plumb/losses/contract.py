@@ -170,7 +170,8 @@ class BatchContext(NamedTuple):
     # prompts (batching/mismatched.py)
     examples: Literal["own", "mismatched"]
     # (policy, reference or None), Logps of [n, k] in the batch's order, 0 where an example has
-    # fewer responses -> what the loss gets as its third argument
+    # fewer responses, or Labelled with such Logps for own labelled responses -> what the loss gets
+    # as its third argument
     compute: Callable[..., Tensor]
     # whether that has a row for each example, of which a microbatch gets those of its own examples
     by_example: bool = False

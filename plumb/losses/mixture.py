@@ -18,6 +18,7 @@ COMMON = {
     "reads": "what they read of the model",
     "average_over": "what their sum is divided by",
     "read": "which of a response's scores they read",
+    "prefixes": "what responses begin with",
 }
 
 
@@ -82,6 +83,8 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         reads=first.loss.reads,
         average_over=first.loss.average_over,
         read=first.loss.read,
+        prefixes=first.loss.prefixes,
+        label_weights=next((t.loss.label_weights for t in terms if t.loss.label_weights), None),
         needs_reference=any(term.loss.needs_reference for term in terms),
         needs_margins=any(term.loss.needs_margins for term in terms),
         soft_labels=all(term.loss.soft_labels for term in terms),

@@ -48,6 +48,8 @@ class Declaration:
     average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver]
     needs_margins: bool | Callable[[Mapping[str, Any]], bool]
     soft_labels: bool
+    prefixes: Callable[[Mapping[str, Any]], tuple[str, str]] | None
+    label_weights: Callable[[Mapping[str, Any]], tuple[float, float]] | None
     read: Read | Callable[[Mapping[str, Any]], Read]
     context: BatchContext | None
     usual: Usual | Callable[[Mapping[str, Any]], Usual]
@@ -73,6 +75,8 @@ def loss(
     average_over: AverageOver | Callable[[Mapping[str, Any]], AverageOver] = "examples",
     needs_margins: bool | Callable[[Mapping[str, Any]], bool] = False,
     soft_labels: bool = False,
+    prefixes: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None,
+    label_weights: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None,
     read: Read | Callable[[Mapping[str, Any]], Read] = "last",
     context: BatchContext | None = None,
     usual: Usual | Callable[[Mapping[str, Any]], Usual] | None = None,
@@ -100,6 +104,8 @@ def loss(
             average_over=average_over,
             needs_margins=needs_margins,
             soft_labels=soft_labels,
+            prefixes=prefixes,
+            label_weights=label_weights,
             read=read,
             context=context,
             usual=usual or {},
@@ -136,6 +142,8 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         average_over=_resolved(declared.average_over, knobs),
         needs_margins=_resolved(declared.needs_margins, knobs),
         soft_labels=declared.soft_labels,
+        prefixes=declared.prefixes and declared.prefixes(knobs),
+        label_weights=declared.label_weights and declared.label_weights(knobs),
         read=_resolved(declared.read, knobs),
         context=declared.context,
         usual=_resolved(declared.usual, knobs),
@@ -226,7 +234,9 @@ def _try_on_zeros(bound: Loss) -> None:
         if bound.context is not None:
             of_two = bound.context.examples == "own" and bound.group in ("pair", "list")
             zeros = torch.zeros(1, 2 if of_two else 1)
-            whole = Logps(zeros, torch.ones_like(zeros))
+            whole: Any = Logps(zeros, torch.ones_like(zeros))
+            if bound.context.examples == "own" and bound.group == "labelled":
+                whole = Labelled(whole, torch.ones(1, dtype=torch.bool))
             context = bound.context.compute(whole, whole if bound.needs_reference else None)
         output = bound.compute(example, reference, context)
     except ValueError as error:

@@ -5,9 +5,19 @@ contract.py.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from plumb.losses.contract import BatchContext, Labelled, Logps, LossOutput, Mean
+from plumb.losses.bound import AverageOver
+from plumb.losses.contract import (
+    BatchContext,
+    Labelled,
+    Logps,
+    LossOutput,
+    Mean,
+    Metric,
+    TokenLogps,
+)
 from plumb.losses.registry import loss
 
 
@@ -21,7 +31,13 @@ def kl_to_reference(policy: Logps, reference: Logps) -> Tensor:
     return (policy.sum - reference.sum).mean().clamp(min=0)
 
 
-@loss(group="labelled", needs_reference=True, context=BatchContext("mismatched", kl_to_reference))
+@loss(
+    group="labelled",
+    needs_reference=True,
+    context=BatchContext("mismatched", kl_to_reference),
+    label_weights=lambda knobs: (knobs["undesirable_weight"], knobs["desirable_weight"]),
+    usual={"lr": (5e-7, 5e-6), "beta": (0.01, 0.5)},
+)
 def kto(
     policy: Labelled,
     reference: Labelled,
@@ -34,27 +50,140 @@ def kto(
     """w_d (1 - sigmoid(beta (r - z0))) for a desirable response, w_u (1 - sigmoid(beta (z0 - r)))
     for an undesirable one, r = log pi(y|x)/pi_ref(y|x): Eq. 8 of arXiv:2402.01306 (lambda_y - v).
 
-    z0 is the batch context: see `kl_to_reference`. Rewards are beta r.
+    z0 estimates KL(pi || pi_ref): the mean of r over the batch's prompts with responses to other
+    prompts, at least 0. It is of the whole batch, on all ranks, and is no part of the gradient.
+
+    w_d = `desirable_weight` and w_u = `undesirable_weight` balance the two kinds: w_d n_d / (w_u
+    n_u) in [1, 4/3] is usual (section 4), and a run outside says so at its start.
+
+    Rewards: beta r, of the desirable responses (chosen) and the undesirable ones (rejected).
+    Accuracy: the share of responses with r on the right side of z0.
     """
-    if not beta > 0:
-        raise ValueError(f"beta={beta}: must be above 0 (0.1 is usual)")
-    for knob, value in (
-        ("desirable_weight", desirable_weight),
-        ("undesirable_weight", undesirable_weight),
-    ):
-        if not value > 0:
-            raise ValueError(f"{knob}={value}: must be above 0; 1 is usual")
-    desirable = policy.desirable
+    _check_positive(
+        beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
     r = policy.responses.sum - reference.responses.sum  # [B]
     z0 = context.to(r)
-    sign = torch.where(desirable, 1.0, -1.0).to(r)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(r)
-    losses = weight * (1 - torch.sigmoid(sign * beta * (r - z0)))
-    rewards = beta * r.detach()
-    metrics = {
-        "rewards/chosen": Mean(rewards * desirable, desirable),
-        "rewards/rejected": Mean(rewards * ~desirable, ~desirable),
-        "rewards/accuracies": Mean((sign * (r.detach() - z0) > 0).to(r)),
-        "kl/z0": Mean(z0.expand_as(r)),
-    }
+    weight = torch.where(policy.desirable, desirable_weight, undesirable_weight).to(r)
+    losses = weight * (1 - torch.sigmoid(_sign(policy, r) * beta * (r - z0)))
+    metrics = _metrics(policy, r, beta, z0) | {"kl/z0": Mean(z0.expand_as(r))}
     return LossOutput(losses, metrics=metrics)
+
+
+def reward_shift(policy: Labelled, reference: Labelled) -> Tensor:
+    """Return delta / beta of `bco`: the mean of the mean log-ratio of the batch's desirable
+    responses ([n, 1]) and that of its undesirable ones; of one kind where it has no other.
+    """
+    r = (policy.responses.sum - reference.responses.sum)[:, 0]
+    kinds = [r[policy.desirable], r[~policy.desirable]]
+    return torch.stack([kind.mean() for kind in kinds if len(kind)]).mean()
+
+
+@loss(
+    group="labelled",
+    needs_reference=True,
+    context=BatchContext("own", reward_shift),
+    usual={"lr": (5e-7, 5e-6), "beta": (0.01, 0.5)},
+)
+def bco(policy: Labelled, reference: Labelled, context: Tensor, *, beta: float) -> LossOutput:
+    """-log sigmoid(beta r - delta) for a desirable response, -log sigmoid(delta - beta r) for an
+    undesirable one, with r = log pi(y|x)/pi_ref(y|x): binary classifier optimisation,
+    arXiv:2404.04656.
+
+    delta, the reward shift, is the mean of the mean rewards of the desirable and of the undesirable
+    responses. The authors keep a running mean of it; here it is that of the whole batch, on all
+    ranks, without a gradient. So the loss is a function of the weights and the batch alone, with
+    nothing to carry over a resume, and in an evaluation delta is that of all held-out responses.
+
+    The authors' weights against a shift between the two kinds of prompts are left out.
+
+    Rewards: beta r, of the desirable responses (chosen) and the undesirable ones (rejected).
+    Accuracy: the share of responses with beta r on the right side of delta.
+    """
+    _check_positive(beta=beta)
+    r = policy.responses.sum - reference.responses.sum  # [B]
+    shift = context.to(r)
+    losses = -F.logsigmoid(_sign(policy, r) * beta * (r - shift))
+    metrics = _metrics(policy, r, beta, shift) | {"rewards/delta": Mean(beta * shift.expand_as(r))}
+    return LossOutput(losses, metrics=metrics)
+
+
+@loss(
+    group="labelled",
+    average_over=lambda knobs: knobs["average_over"],
+    prefixes=lambda knobs: (knobs["undesirable_prefix"], knobs["desirable_prefix"]),
+)
+def csft(
+    policy: Labelled,
+    reference: None = None,
+    *,
+    desirable_prefix: str,
+    undesirable_prefix: str,
+    average_over: AverageOver,
+) -> LossOutput:
+    """-log pi(c y | x), summed over the tokens of c and y, where c is the prefix of the response's
+    label: conditional SFT, arXiv:2302.08582 (section 2), as in the experiments of arXiv:2402.01306.
+
+    The policy learns both kinds of responses, each behind its prefix. To sample, end the prompts
+    with `desirable_prefix`. The prefix is part of the response, so no truncation removes it, and
+    the policy also learns how frequent each label is.
+
+    `average_over`: as in `sft`.
+
+    Rewards: none. logps of desirable responses (chosen) and undesirable ones (rejected) both rise.
+    """
+    if not desirable_prefix or desirable_prefix == undesirable_prefix:
+        raise ValueError(
+            f"desirable_prefix={desirable_prefix!r}: must be a text, and not that of"
+            " undesirable_prefix"
+        )
+    return LossOutput(-policy.responses.sum)
+
+
+@loss(group="labelled", average_over=lambda knobs: knobs["average_over"])
+def unlikelihood(
+    policy: Labelled[TokenLogps],
+    reference: None = None,
+    *,
+    alpha: float,
+    average_over: AverageOver,
+) -> LossOutput:
+    """-sum_t log p_t over the tokens of a desirable response, -alpha sum_t log(1 - p_t) over those
+    of an undesirable one, with p_t = pi(y_t | x, y_<t): the unlikelihood loss of arXiv:1908.04319
+    (section 5), whose negative candidates are the tokens of undesirable responses.
+
+    As in the authors' code, 1 - p_t is at least 1e-5: a token that is nearly certain has no
+    gradient, where that of the formula would be without bound.
+
+    `average_over`: as in `sft`; the paper's is tokens.
+
+    Rewards: none. logps of the desirable responses (chosen) rise and those of the undesirable ones
+    (rejected) fall.
+    """
+    _check_positive(alpha=alpha)
+    each = policy.responses.each  # [N]
+    unlikely = -alpha * (-torch.expm1(each)).clamp(min=1e-5).log()
+    wanted = policy.desirable[policy.responses.response]
+    return LossOutput(policy.responses.sum(torch.where(wanted, -each, unlikely)))
+
+
+def _check_positive(**knobs: float) -> None:
+    for knob, value in knobs.items():
+        if not value > 0:
+            raise ValueError(f"{knob}={value}: must be above 0")
+
+
+def _sign(policy: Labelled, r: Tensor) -> Tensor:
+    """Return 1 for a desirable response and -1 for an undesirable one.  [B]"""
+    return torch.where(policy.desirable, 1.0, -1.0).to(r)
+
+
+def _metrics(policy: Labelled, r: Tensor, beta: float, threshold: Tensor) -> dict[str, Metric]:
+    """Return the rewards beta r by label, and how often r lies on the right side of `threshold`."""
+    yes = policy.desirable
+    rewards = beta * r.detach()
+    return {
+        "rewards/chosen": Mean(rewards * yes, yes),
+        "rewards/rejected": Mean(rewards * ~yes, ~yes),
+        "rewards/accuracies": Mean((_sign(policy, r) * (r.detach() - threshold) > 0).to(r)),
+    }

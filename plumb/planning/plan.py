@@ -180,7 +180,9 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
     ]
     try:
         with _offline(bool(afar)), redirect_stdout(io.StringIO()):
-            train, _ = load_examples(config, load_tokenizer(config), loss.group, keep=False)
+            train, _ = load_examples(
+                config, load_tokenizer(config), loss.group, keep=False, prefixes=loss.prefixes
+            )
         said = f"read here: {', '.join(map(str, config.datasets))}"
         return Data(train, len(train), said)
     except UserError as problem:

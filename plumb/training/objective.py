@@ -96,22 +96,27 @@ class Scorer(NamedTuple):
         declared = self.loss.context
         if declared is None or batch_context is None:
             return None
-        # policy's sums, tokens, reference's sums
-        table = torch.zeros(*batch_context.shape, 3, dtype=torch.float64, device=self.device)
+        # policy's sums, tokens, reference's sums, labels
+        table = torch.zeros(*batch_context.shape, 4, dtype=torch.float64, device=self.device)
         for batch, weight, where in batch_context.microbatches:
             batch = batch.to(self.device)
             policy = self.logps(self.policy, batch)
             reference = self.reference_logps(batch, policy)
             other = torch.zeros_like(policy.sum) if reference is None else reference.sum
-            columns = torch.stack([x.double() for x in (*policy, other)], 1)  # [R, 3]
-            values = by_example(columns, batch.n_responses)  # [B, k, 3]
+            # one for each response, where an example is one response
+            labels = batch.extras.example.get("labels", torch.zeros_like(other))
+            columns = torch.stack([x.double() for x in (*policy, other, labels)], 1)  # [R, 4]
+            values = by_example(columns, batch.n_responses)  # [B, k, 4]
             rows = torch.from_numpy(where).to(self.device)
             table[:, : values.shape[1]].index_add_(0, rows, weight * values)
         # or FSDP would miss the gradients of what it has left gathered
         sharding.reshard(self.policy)
-        sums, tokens, reference_sums = sharding.all_reduce_sum(table * counts).unbind(2)
-        known = Logps(reference_sums, tokens) if self.loss.needs_reference else None
-        return declared.compute(Logps(sums, tokens), known)
+        sums, tokens, reference_sums, labels = sharding.all_reduce_sum(table * counts).unbind(2)
+        of_models: list[Any] = [Logps(sums, tokens), Logps(reference_sums, tokens)]
+        if declared.examples == "own" and self.loss.group == "labelled":
+            of_models = [Labelled(of_model, labels[:, 0] > 0) for of_model in of_models]
+        policy, known = of_models
+        return declared.compute(policy, known if self.loss.needs_reference else None)
 
     def __call__(self, batch: Batch, context: Tensor | None = None) -> Scored:
         batch = batch.to(self.device)

@@ -13,7 +13,7 @@ from plumb.data.extras import Extras
 from plumb.losses import registry
 from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Mean, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
-from plumb.losses.unpaired import kl_to_reference
+from plumb.losses.unpaired import kl_to_reference, reward_shift
 from plumb.training.objective import to_loss_inputs
 
 
@@ -474,9 +474,97 @@ def test_kto_by_hand():
             build_loss(KTO | change)
 
 
+def column(*values: float) -> Logps:
+    return Logps(torch.tensor(values, dtype=torch.float64)[:, None], torch.ones(len(values), 1))
+
+
+def test_bco_by_hand():
+    """Mean log-ratios 4 and 2 of the desirable, 1 of the undesirable: the shift is (3 + 1) / 2 = 2,
+    whatever their numbers. With beta 0.5: log(1 + e^-(0.5 (4 - 2))), log 2 and
+    log(1 + e^(0.5 (1 - 2))). At the reference every loss is log 2.
+    """
+    yes = torch.tensor([True, True, False])
+    shift = reward_shift(Labelled(column(4, 2, 1), yes), Labelled(column(0, 0, 0), yes))
+    assert shift == 2
+    bound = build_loss({"name": "bco", "beta": 0.5})
+    zeros = labelled([0.0, 0, 0], yes.tolist())
+    out = bound.compute(labelled([4.0, 2, 1], yes.tolist()), zeros, shift)
+    expected = [math.log1p(math.exp(-1)), math.log(2), math.log1p(math.exp(-0.5))]
+    assert out.losses.tolist() == pytest.approx(expected)
+    assert out.metrics["rewards/delta"].values.tolist() == [1, 1, 1]
+    assert out.metrics["rewards/accuracies"].values.tolist() == [1, 0, 1]
+    only = Labelled(column(4, 2), torch.tensor([True, True]))
+    assert reward_shift(only, only._replace(responses=column(0, 0))) == 3
+    same = bound.compute(zeros, zeros, torch.tensor(0.0))
+    assert same.losses.tolist() == pytest.approx([math.log(2)] * 3)
+
+
+def test_bco_gradient():
+    """-beta sigmoid(-(beta r - delta)) for a desirable response and beta sigmoid(beta r - delta)
+    for an undesirable one: that of a logistic regression with labels 1 and 0.
+    """
+    policy = labelled([-6.0, -9, -4], [True, False, False], grad=True)
+    reference = labelled([-5.0, -9, -7], [True, False, False])
+    bound = build_loss({"name": "bco", "beta": 0.5})
+    bound.compute(policy, reference, torch.tensor(1.0)).losses.sum().backward()
+    sums = policy.responses.sum
+    p = torch.sigmoid(0.5 * (sums - reference.responses.sum - 1)).detach()
+    truth = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(sums.grad, 0.5 * (p - truth))
+
+
+@needs_golden
+def test_bco_equals_the_peers_on_pairs():
+    """TRL's bco_pair is the sum of a pair's two losses. Its recorded losses have a running mean
+    of 0: a pair at the reference costs exactly 2 log 2. Ours would be the batch's.
+    """
+    golden, checked = load("losses.json.gz"), 0
+    for case in golden["cases"]:
+        if case["name"] != "bco_pair":
+            continue
+        yes = torch.arange(32) < 16
+        policy, reference = (
+            Labelled(Logps(torch.cat([side.sum for side in of_model[:2]]), torch.ones(32)), yes)
+            for of_model in golden_pairs(golden, case["dtype"])
+        )
+        bound = build_loss({"name": "bco", "beta": case["hyperparameters"]["beta"]})
+        losses = bound.compute(policy, reference, torch.tensor(0.0)).losses
+        expected = torch.tensor(case["losses"], dtype=losses.dtype)
+        of_pairs = losses.unflatten(0, (2, 16)).sum(0)
+        torch.testing.assert_close(of_pairs, expected, rtol=1e-5, atol=1e-6)
+        checked += 1
+    assert checked == 4
+
+
+def test_conditional_sft_is_the_likelihood_of_both_kinds():
+    knobs = {"desirable_prefix": "<+>", "undesirable_prefix": "<->", "average_over": "tokens"}
+    bound = build_loss({"name": "csft", **knobs})
+    assert bound.compute(labelled([-6.0, -4], [True, False])).losses.tolist() == [6, 4]
+    assert bound.prefixes == ("<->", "<+>") and bound.average_over == "tokens"
+    for change in ({"desirable_prefix": ""}, {"undesirable_prefix": "<+>"}):
+        with pytest.raises(ValueError, match="loss.desirable_prefix='.*': must be a text"):
+            build_loss({"name": "csft", **knobs, **change})
+
+
+def test_unlikelihood_by_hand():
+    """A desirable response of p = 1/2, 1/4: log 2 + log 4. An undesirable one of p = 1/2, 3/4 with
+    alpha 2: 2 (log 2 + log 4). Its gradient with respect to log p is alpha p / (1 - p): 2 and 6;
+    0 where p is 1.
+    """
+    p = torch.tensor([0.5, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    each = p.log().requires_grad_()
+    tokens = TokenLogps(each, torch.tensor([0, 0, 1, 1, 2]), 3)
+    bound = build_loss({"name": "unlikelihood", "alpha": 2.0, "average_over": "tokens"})
+    assert bound.reads == "token_logps"
+    losses = bound.compute(Labelled(tokens, torch.tensor([True, False, False]))).losses
+    most = -2 * math.log(1e-5)
+    assert losses.tolist() == pytest.approx([math.log(8), 2 * math.log(8), most])
+    losses.sum().backward()
+    assert each.grad.tolist() == pytest.approx([-1, -1, 2, 6, 0])
+
+
 def test_the_reference_point_of_kto():
     """The mean of log-ratios 3 and 1, but never below 0, and 0 of none."""
-    column = lambda *values: Logps(torch.tensor(values)[:, None], torch.ones(len(values), 1))
     assert kl_to_reference(column(-2.0, -4.0), column(-5.0, -5.0)) == 2
     assert kl_to_reference(column(-5.0, -5.0), column(-2.0, -4.0)) == 0
     assert kl_to_reference(column(), column()) == 0

@@ -71,8 +71,13 @@ def compute(bound, some, whole=None, rows=None):
     whole = some if whole is None else whole
     context = None
     if bound.context is not None:
-        known = Logps(whole.reference.double(), whole.tokens) if bound.needs_reference else None
-        context = bound.context.compute(Logps(whole.policy.detach().double(), whole.tokens), known)
+        of_models = [
+            Logps(sums.detach().double(), whole.tokens) for sums in (whole.policy, whole.reference)
+        ]
+        if bound.context.examples == "own" and bound.group == "labelled":
+            of_models = [Labelled(of_model, whole.desirable) for of_model in of_models]
+        policy, known = of_models
+        context = bound.context.compute(policy, known if bound.needs_reference else None)
         if whole is not some:
             context = bound.context_of(context, rows)
     policy = _inputs(bound, some.policy, some)

@@ -270,6 +270,39 @@ def test_a_loss_may_compare_each_example_with_the_whole_batch(train, data, monke
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5)
 
 
+def test_conditional_sft_puts_the_prefix_before_each_response(train, votes, tmp_path, capsys):
+    """Of labelled rows and of pairs, whose two responses get different ones; another prefix makes
+    other tokens.
+    """
+    votes.write_text(
+        "".join(
+            json.dumps({"prompt": f"What is {a}?", "chosen": " It is.", "rejected": " No."}) + "\n"
+            for a in range(8)
+        )
+    )
+    options = [*DPO[2:], *FAST, "loss=csft", f"datasets=[{votes}]", "n_examples=8"]
+    train("one", *options)
+    shown = capsys.readouterr().out
+    assert "<|good|> It is." in shown and "  desirable" in shown
+    train("two", *options, "loss.desirable_prefix=' Yes:'")
+    assert " Yes: It is." in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds no responses with a label"):
+        train("none", *options, "unpair=false")
+
+
+def test_the_labels_that_are_out_of_balance_are_said(train, votes, capsys):
+    rows = [
+        {"prompt": f"What is {a}?", "completion": f" {a}", "label": a % 4 == 0} for a in range(16)
+    ]
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*KTO, *FAST, f"datasets=[{votes}]", "eval_share=0"]
+    train("one", *options)
+    line = "labels: weight times count of desirable over undesirable responses is 0.333"
+    assert line in capsys.readouterr().out
+    train("two", *options, "loss.desirable_weight=3.5")
+    assert "labels:" not in capsys.readouterr().out
+
+
 # ---- weights ----
 
 
@@ -323,6 +356,10 @@ NEW = {
     "simpo": (["loss=simpo", "loss.beta=2", "loss.gamma=0.5"], "data"),
     "plackett_luce": (["loss=plackett_luce", "loss.beta=0.1"], "lists"),
     "kto": (["loss=kto", "loss.beta=0.1"], "votes"),
+    "bco": (["loss=bco", "loss.beta=0.1"], "votes"),
+    "csft": (["loss=csft"], "votes"),
+    "unlikelihood": (["loss=unlikelihood"], "votes"),
+    "softmax_dpo": (["loss=softmax_dpo", "loss.beta=0.1"], "lists"),
     "aot_unpaired": (["loss=aot_unpaired", "loss.beta=0.1"], "data"),
     "mix": (["loss=mix"], "data"),
 }
