@@ -29,8 +29,6 @@ from plumb.runs.checkpoints import Checkpoint
 from plumb.training import first_step, setup
 from plumb.training.head_init import start_head
 from plumb.training.metrics import Means, Record
-from plumb.training.run_evaluator import RunEvaluator
-from plumb.training.saving import parts_of_2023
 from plumb.training.stopping import StopRule
 from utils import peak_memory_gb
 
@@ -53,6 +51,7 @@ class BasicTrainer:
         self.run = run
         self.loss = run.loss
         self.log = run.log
+        self.device = ready.device
         self.computation = ready.computation
         self.packing = ready.packing
         self.state = ready.state
@@ -63,20 +62,10 @@ class BasicTrainer:
         self.throughput = ready.throughput
         # one of the ranks that see the same rows
         self.is_primary_replica = ready.evaluator.is_primary_replica
-        self.saver = setup.make_run_saver(config, run, ready, self.parts)
-        self.state.reference = setup.make_moving_reference(
-            config, ready, self.saver.record_reference
-        )
-        self.evaluator = RunEvaluator(
-            evaluator=ready.evaluator,
-            sampler=setup.make_sampler(config, run),
-            average=self.state.average,
-            log=run.log,
-            run_dir=run.run_dir,
-            check=self.saver.saver.check,
-            draw_scores=draw_evaluation,
-        )
-        self.stop_rule = StopRule(config.max_hours, self.saver.secs)
+        self.saver = setup.make_run_saver(config, run, ready, self)
+        self.state.reference = setup.make_moving_reference(config, ready, self.saver)
+        self.evaluator = setup.make_run_evaluator(config, run, ready, self.saver, draw_evaluation)
+        self.stop_rule = StopRule(config.max_hours, self.saver)
 
     # ---- what other trainers change ----
 
@@ -175,7 +164,7 @@ class BasicTrainer:
             if state.reference is not None and state.reference_moves():
                 state.reference.move(list(state.coming()))
             ahead = self.train_feed.ahead(
-                state.coming(), self.computation.device, self.config.gradient_accumulation_steps
+                state.coming(), self.device, self.config.gradient_accumulation_steps
             )
             for step in ahead:
                 yield step, ahead.waited_secs
@@ -213,7 +202,7 @@ class BasicTrainer:
         # clip and update; the first time, with checks before and after
         checks = None
         if is_first:
-            checks = first_step.FirstStep(self.scorer, self.first_computation(), batch, seen, means)
+            checks = first_step.FirstStep(self.scorer, self.computation, batch, seen, means)
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
             self.log.flush()
@@ -272,11 +261,11 @@ class BasicTrainer:
         if failed:
             self.saver.wait()
         if number or late:
-            self.stop(int(number))
+            self.stop_rule.stop(int(number))
         if save and not self.state.position.evaluation_due:
             self.saver.save({}, interim=True)
 
-    # ---- evaluating, saving, stopping ----
+    # ---- evaluating and saving ----
 
     def evaluate_and_save(self) -> None:
         """Evaluate, and save with what came out."""
@@ -289,57 +278,17 @@ class BasicTrainer:
 
     def evaluate(self) -> Record:
         """Evaluate, and log what came out. -> the metrics"""
-        return self.evaluator.evaluate(self.n_seen, self.check_stop)
-
-    def check_stop(self) -> None:
-        """Stop within an evaluation, between batches, if asked to."""
-        late, number = self.stop_rule.agreed()
-        if late or number:
-            self.state.position.finished = False
-            self.stop(number)
-
-    def stop(self, number: int) -> None:
-        """Save, unless nothing was trained, and raise Stopped. `number`: the signal, or 0 when the
-        time is up.
-        """
-        if self.n_updates:
-            self.saver.save({}, interim=True)
-            self.saver.wait()
-        raise self.stop_rule.stopped(
-            number,
-            f"step {self.n_updates:,} of {self.state.n_steps:,}, {self.n_seen:,} examples",
-            resumable=self.n_updates > 0 and not self.config.debug,
-        )
-
-    def parts(self) -> dict[str, Callable[[], Any]]:
-        """Return the files of the original repository's form, each to be made by all ranks."""
-        return parts_of_2023(
-            self.policy,
-            self.policy_state,
-            self.optimizer_state if self.config.save_optimizer_pt else None,
-            self.state,
-            self.config.policy_format,
-        )
+        return self.evaluator.evaluate(self.n_seen, self.stop_rule.check)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, optimizer and position."""
         self.saver.restore(checkpoint)
-
-    def first_computation(self) -> first_step.Computation:
-        """Return what the first step's checks need to know beside the scorer."""
-        spec = self.config.model
-        same = spec.reference_dtype in (None, spec.policy_dtype)
-        return first_step.Computation(
-            self.computation.dtype, None if same else spec.reference_dtype, self.config.lr
-        )
 
 
 class FSDPTrainer(BasicTrainer):
     """Train in one process per GPU; parameters, gradients and optimizer state are sharded over
     them, block by block.
     """
-
-    layout: sharding.Layout
 
     @staticmethod
     def make_layout(config: DictConfig) -> sharding.Layout:

@@ -45,10 +45,6 @@ class RunSaver:
         """Wait until the save in progress is done, and raise its error, if any."""
         self.saver.wait()
 
-    def secs(self) -> float:
-        """Return how long the last save took."""
-        return self.saver.secs
-
     def mark(self) -> None:
         """Note how long the logs are. A checkpoint that is saved while an evaluation is due takes
         back what was logged since.

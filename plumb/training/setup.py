@@ -4,7 +4,7 @@ the feeds, the reference's log-probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -34,15 +35,16 @@ from plumb.models.scalar_head import scores
 from plumb.paths import get_local_dir
 from plumb.runs.checkpoints import Saver
 from plumb.training import budget as sizing
+from plumb.training import first_step
 from plumb.training.cached_reference import CachedReference
 from plumb.training.evaluator import Evaluator
 from plumb.training.metrics import TrainingLog
 from plumb.training.moving import MovingCache, MovingModel, MovingReference
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer, make_schedule
-from plumb.training.run_evaluator import EvalSampler
+from plumb.training.run_evaluator import EvalSampler, RunEvaluator
 from plumb.training.run_plan import RunPlan
-from plumb.training.saving import RunSaver
+from plumb.training.saving import RunSaver, parts_of_2023
 from plumb.training.throughput import Throughput
 from plumb.training.train_state import TrainState
 
@@ -94,10 +96,12 @@ class Run:
 
 
 class Placement(Protocol):
-    """Decide where the models compute, and in which precision: a trainer."""
+    """Decide where the models compute, in which precision, and how they are gathered: a trainer."""
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel: ...
     def autocast(self, device: torch.device) -> Callable[[], Any]: ...
+    def policy_state(self) -> dict[str, torch.Tensor]: ...
+    def optimizer_state(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class Prepared:
     evaluator: Evaluator
     packing: Packing
     throughput: Throughput
-    computation: Computation
+    device: torch.device
+    computation: first_step.Computation
     cached: CachedReference | None = None
 
 
@@ -187,6 +192,8 @@ def prepare(
         cached = CachedReference(scorer, train_feed, eval_feed, is_primary_replica, open_cache)
         batches = list(islice(schedule, config.reference_update_every))
         cached.fill(reference.digest, batches, model)
+    spec = config.model
+    same = spec.reference_dtype in (None, spec.policy_dtype)
     return Prepared(
         state=state,
         scorer=scorer,
@@ -196,7 +203,10 @@ def prepare(
         throughput=Throughput(
             cost, sizing.peak_flops(device, computation.dtype), forward_path.packed
         ),
-        computation=computation,
+        device=device,
+        computation=first_step.Computation(
+            computation.dtype, None if same else spec.reference_dtype, config.lr
+        ),
         cached=cached,
     )
 
@@ -291,15 +301,18 @@ def find_forward_path(
     return forward_path
 
 
-def make_run_saver(
-    config: DictConfig,
-    run: Run,
-    ready: Prepared,
-    parts: Callable[[], Mapping[str, Callable[[], Any]]],
-) -> RunSaver:
-    """Return what saves the run's checkpoints. `parts`: the files of the original repository's
-    form, each made by all ranks.
-    """
+def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Placement) -> RunSaver:
+    """Return what saves the run's checkpoints."""
+
+    def parts() -> dict[str, Callable[[], Any]]:
+        return parts_of_2023(
+            ready.state.policy,
+            trainer.policy_state,
+            trainer.optimizer_state if config.save_optimizer_pt else None,
+            ready.state,
+            config.policy_format,
+        )
+
     decisions: dict[str, Any] = {"tokens_per_microbatch": ready.packing.budget}
     if run.plan.reference is not None:
         decisions["reference"] = run.plan.reference
@@ -326,19 +339,36 @@ def make_run_saver(
 
 
 def make_moving_reference(
-    config: DictConfig, ready: Prepared, record: Callable[[str], None]
+    config: DictConfig, ready: Prepared, saver: RunSaver
 ) -> MovingReference | None:
-    """Return what moves the reference; None where it stays. `record` notes the digest of a cached
-    one for the checkpoints.
-    """
+    """Return what moves the reference; None where it stays."""
     every = config.reference_update_every
     if every is None:
         return None
     if ready.cached is not None:
-        return MovingCache(ready.state.policy, ready.cached, every, record)
+        return MovingCache(ready.state.policy, ready.cached, every, saver.record_reference)
     assert ready.scorer.reference is not None  # validation refuses a loss without one
     return MovingModel(
         ready.state.policy, ready.scorer.reference, every, config.reference_update_weight
+    )
+
+
+def make_run_evaluator(
+    config: DictConfig,
+    run: Run,
+    ready: Prepared,
+    saver: RunSaver,
+    draw_scores: Callable[[np.ndarray, np.ndarray, Path, int], None],
+) -> RunEvaluator:
+    """Return what evaluates the policy within the run. `draw_scores`: see RunEvaluator."""
+    return RunEvaluator(
+        evaluator=ready.evaluator,
+        sampler=make_sampler(config, run),
+        average=ready.state.average,
+        log=run.log,
+        run_dir=run.run_dir,
+        check=saver.saver.check,
+        draw_scores=draw_scores,
     )
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 
 from plumb.distributed import collectives
 from plumb.distributed.progress import run_progress
 from plumb.distributed.signals import Stopped, exit_code, stop_requested
+from plumb.training.saving import RunSaver
 
 
 class StopRule:
-    """Decide when this process is to stop. `max_hours`: from the start of the command; None: no
-    limit. `save_secs`: returns how long the last save took.
+    """Decide when a run is to stop, and stop it. `max_hours`: from the start of the command; None:
+    no limit.
     """
 
-    def __init__(self, max_hours: float | None, save_secs: Callable[[], float]):
+    def __init__(self, max_hours: float | None, saver: RunSaver):
         self.max_hours = max_hours
-        self.save_secs = save_secs
+        self.saver = saver
         self.longest_step_secs = 0.0
 
     def wishes(self) -> list[float]:
@@ -26,24 +26,39 @@ class StopRule:
         """
         return [self.out_of_time(), stop_requested()]
 
-    def agreed(self) -> list[int]:
-        """Return the wishes of all ranks, the same on each."""
-        return [int(wish) for wish in collectives.all_reduce_max(self.wishes())]
+    def check(self) -> None:
+        """Stop within an evaluation, between batches, if any rank is asked to. Every rank must call
+        it.
+        """
+        late, number = (int(wish) for wish in collectives.all_reduce_max(self.wishes()))
+        if late or number:
+            self.saver.state.position.finished = False
+            self.stop(number)
 
     def out_of_time(self) -> bool:
         """Return whether another step and a save, each twice as long as so far, would end after
         max_hours.
         """
-        margin = 2 * (self.longest_step_secs + self.save_secs()) + 10
+        margin = 2 * (self.longest_step_secs + self.saver.saver.secs) + 10
         return (
             self.max_hours is not None
             and run_progress.uptime_secs() + margin > 3600 * self.max_hours
         )
 
-    def stopped(self, number: int, where: str, resumable: bool) -> Stopped:
-        """Return what to raise. `number`: of the signal, or 0 when the time is up; `where`: how far
-        the run is.
+    def stop(self, number: int) -> None:
+        """Save, unless nothing was trained, and raise Stopped. `number`: of the signal, or 0 when
+        the time is up. Every rank must call it.
         """
+        state = self.saver.state
+        position = state.position
+        if position.n_updates:
+            self.saver.save({}, interim=True)
+            self.saver.wait()
         why = signal.Signals(number).name if number else f"max_hours={self.max_hours:g}"
+        resumable = position.n_updates > 0 and self.saver.writes
         then = "resume with resume=auto" if resumable else "nothing is saved"
-        return Stopped(exit_code(number), f"stopped by {why} after {where}; {then}")
+        raise Stopped(
+            exit_code(number),
+            f"stopped by {why} after step {position.n_updates:,} of {state.n_steps:,},"
+            f" {position.n_seen:,} examples; {then}",
+        )
