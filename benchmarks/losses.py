@@ -78,8 +78,8 @@ class Size(NamedTuple):
     n_train: int = 2000
     n_test: int = 150
     sft_epochs: int = 4
-    n_examples: int = 640  # of a run of part `losses`
-    n_noise: int = 600  # pairs of a run of part `noise`
+    n_examples: int = 320  # of a run of part `losses`
+    n_noise: int = 320  # pairs of a run of part `noise`
     noise_epochs: int = 2
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -103,7 +103,9 @@ class Results:
             self.records = [json.loads(line) for line in path.read_text().splitlines()]
 
     def add(self, key: Record, run: Callable[[], Record]) -> None:
-        """Run, unless there is a line with this key, and add the line."""
+        """Run, unless there is a line with this key, and add the line. (Another process may run
+        other keys.)
+        """
         if any(key.items() <= record.items() for record in self.records):
             return
         result = run()
@@ -184,7 +186,7 @@ def mean_logp(run: Path, rows: Sequence[Row], side: str) -> float:
     return -float(record["loss/eval"])
 
 
-def mean_length(run: Path, rows: Sequence[Row], n: int = 50) -> float:
+def mean_length(run: Path, rows: Sequence[Row], n: int = 40) -> float:
     """Return the mean number of tokens of answers to the first n prompts, at temperature 1."""
     model = plumb.open_model(run)
     prompts = [row["prompt"] for row in rows[:n]]
@@ -199,11 +201,13 @@ def reward_model(world: World, run_dir: Path, *options: str) -> Record:
     return {"seconds": round(seconds, 1), "accuracy": record["rewards_eval/accuracies"]}
 
 
-def every_loss(world: World, size: Size, lr: float, out: Path, results: Results) -> None:
-    """Train with each file of config/loss; SFT imitates the chosen responses."""
+def every_loss(
+    world: World, names: Sequence[str], size: Size, lr: float, out: Path, results: Results
+) -> None:
+    """Train with each of these files of config/loss; SFT imitates the chosen responses."""
     rows = [row | {"sft_target": row["chosen"]} for row in world.train]
     results.add({"part": "losses", "name": "-"}, partial(measured, world, world.sft))
-    for name in sorted(file.stem for file in (ROOT / "config/loss").glob("*.yaml")):
+    for name in names:
         options = [f"loss={name}", *written_knobs(name), f"lr={lr}", "warmup_steps=5"]
         options.append(f"n_examples={min(size.n_examples, len(world.train))}")
         scored = name in LOSSES and build_loss(knobs_of(name)).reads == "scores"
@@ -332,6 +336,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / ".cache/benchmarks/losses")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--parts", nargs="+", default=["losses", "noise"])
+    every = sorted(file.stem for file in (ROOT / "config/loss").glob("*.yaml"))
+    parser.add_argument("--losses", nargs="+", default=every, help="of part `losses`")
     parser.add_argument(
         "--ultrafeedback", type=Path, default=ROOT.parent / "shared/data/ultrafeedback"
     )
@@ -347,7 +353,7 @@ def main() -> None:
     results = Results(out / "records.jsonl")
     world = demo_world(out, size)
     if "losses" in given.parts:
-        every_loss(world, size, given.lr, out, results)
+        every_loss(world, given.losses, size, given.lr, out, results)
     if "noise" in given.parts:
         with_noise(world, size, given.lr, out, results)
         if (given.ultrafeedback / "noisy").is_dir():
