@@ -77,6 +77,11 @@ def all_answers() -> Data:
     return Data(torch.arange(A)[:, None], REWARDS.softmax(0), REWARDS > 0)
 
 
+def all_chosen() -> Data:
+    """Return every answer, as often as it is the better one of a pair."""
+    return Data(torch.arange(A)[:, None], 2 * REFERENCE.exp() * WINS, REWARDS == REWARDS)
+
+
 # ---- which loss has which optimum: log pi, up to a constant ----
 
 
@@ -150,6 +155,8 @@ OPTIMA = {
     "softmax_dpo": Optimum(all_lists, gibbs),
     # what is imitated: the targets, and the answers that were chosen
     "sft": Optimum(all_answers, lambda: REWARDS),
+    # each label has its prefix; behind the prefix of desirable answers, these are imitated
+    "csft": Optimum(all_chosen, lambda: REFERENCE + WINS.log()),
     "nll": Optimum(all_pairs, lambda: REFERENCE + WINS.log()),
 }
 
@@ -229,8 +236,8 @@ def accuracy(scores: Tensor) -> float:
 
 
 REACHING = {case.partition(",")[0] for case in OPTIMA}
-# With tau = 0.05 discopop rises from a minimum below h = 0 to a maximum above it, so that it goes the
-# wrong way from the reference (see its docstring). With tau = 1 it falls everywhere.
+# With tau = 0.05 discopop rises from a minimum below h = 0 to a maximum above it: it goes the wrong
+# way from the reference (see its docstring). With tau = 1 it falls everywhere.
 KNOBS = {"discopop": {"tau": 1.0}}
 
 
