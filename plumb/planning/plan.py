@@ -259,7 +259,8 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         )
     )
     state, foreach = optimizer_state(config, weights)
-    precision = Precision(weights.itemsize, compute.itemsize, reference.itemsize, state)
+    average = 0 if config.ema_decay is None else max(4, weights.itemsize)
+    precision = Precision(weights.itemsize, compute.itemsize, reference.itemsize, state, average)
 
     room = gb(config) * 1e9
     each = model.weights.n * weights.itemsize / layout.shards / layout.tp_size

@@ -287,6 +287,7 @@ class Precision(NamedTuple):
     compute: int  # of gathered weights, and of gradients before they are summed
     reference: int
     state: float  # of the optimizer's state per weight
+    average: int = 0  # of the moving average of the weights, if there is one
 
 
 class Memory(NamedTuple):
@@ -320,15 +321,16 @@ def memory(
 ) -> Memory:
     """Return what a step of training holds, with w, c, r, s the bytes of `precision` in its order:
 
-    weights n w, gradients n w, optimizer n s, live reference n r, for the n numbers of a rank (all
-    of them in BasicTrainer). `foreach` optimizers hold one temporary of the weights' size while
-    they step (PyTorch's documentation): n w. Where FSDP shards, with N0 numbers of the root and Nb
-    of the largest block: gathered (N0 + 2 Nb) c: the root through the whole pass, the block at work
-    and the next, fetched ahead; and a live reference's root, which nothing frees after its forward
-    pass, N0 c. on their way: a block's gradients Nb c and their copy to be summed, in float32 or
-    wider, of which each rank gets its part; the root's last, when the embedding's are there, N0
-    alike (the head's gradient counts with the head until then). `kept_whole`: all gradients, in
-    float32 or wider, from one microbatch to the next.
+    weights n w, gradients n w, optimizer n s, live reference n r, and n times the bytes of the
+    moving average, for the n numbers of a rank (all of them in BasicTrainer). `foreach` optimizers
+    hold one temporary of the weights' size while they step (PyTorch's documentation): n w. Where
+    FSDP shards, with N0 numbers of the root and Nb of the largest block: gathered (N0 + 2 Nb) c:
+    the root through the whole pass, the block at work and the next, fetched ahead; and a live
+    reference's root, which nothing frees after its forward pass, N0 c. on their way: a block's
+    gradients Nb c and their copy to be summed, in float32 or wider, of which each rank gets its
+    part; the root's last, when the embedding's are there, N0 alike (the head's gradient counts with
+    the head until then). `kept_whole`: all gradients, in float32 or wider, from one microbatch to
+    the next.
     """
     n = weights.on_one(layout) if sharded else weights.n
     w, c = precision.weights, precision.compute
@@ -341,6 +343,7 @@ def memory(
         "gradients": (at * w,) * 3,
         "optimizer state": (at * precision.state,) * 3,
         "reference": (at * precision.reference * live,) * 3,
+        "moving average": (at * precision.average,) * 3,
         "activations": (activations, 0, 0),
         "head and loss": (head, 0, 0),
         "gathered weights": (
@@ -355,7 +358,8 @@ def memory(
         "optimizer's temporaries": (0, 0, at * w * foreach),
     }
     per_node = layout.n_gpus // layout.n_nodes
-    host = n * (2 * w + precision.state + precision.reference * live) * per_node if on_host else 0.0
+    each_on_host = 2 * w + precision.state + precision.reference * live + precision.average
+    host = n * each_on_host * per_node if on_host else 0.0
     return Memory({kind: moments for kind, moments in kinds.items() if any(moments)}, host)
 
 

@@ -18,7 +18,8 @@ from plumb.training.cached_reference import CachedReference
 
 
 class PolicyAverage:
-    """Keep the exponential moving average of a policy's weights, in float32: after each update,
+    """Keep the exponential moving average of a policy's weights, in float32 or wider: after each
+    update,
     average <- decay * average + (1 - decay) * policy. Every rank must make each call.
     """
 
@@ -27,7 +28,10 @@ class PolicyAverage:
         self.policy = policy
         self.decay = decay
         # laid out over the ranks as the policy is
-        self.weights = {name: p.detach().clone().float() for name, p in policy.named_parameters()}
+        self.weights = {
+            name: p.detach().clone().to(torch.promote_types(p.dtype, torch.float32))
+            for name, p in policy.named_parameters()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a run resumes from, by name."""
@@ -45,7 +49,7 @@ class PolicyAverage:
         """Take in the policy after an update."""
         sharding.reshard(self.policy)
         for average, p in self._pairs():
-            average.lerp_(p.float(), 1 - self.decay)
+            average.lerp_(p.to(average.dtype), 1 - self.decay)
 
     @contextmanager
     def in_place_of_policy(self) -> Iterator[None]:

@@ -73,8 +73,9 @@ def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Num
         why = "memory is short"
     live = needs_reference and not cached
     free = numbers.memory - (4 + live) * weights - held_bytes(numbers.device)
-    if config.ema_decay is not None:  # in float32
-        free -= 4 / DTYPES[config.model.policy_dtype].itemsize * weights
+    if config.ema_decay is not None:  # in float32 or wider
+        itemsize = DTYPES[config.model.policy_dtype].itemsize
+        free -= weights * max(4, itemsize) / itemsize
 
     def tokens(no_logits: bool) -> int:
         return budget.token_budget(

@@ -320,6 +320,10 @@ def test_sharding_and_precision_make_it_smaller(planned):
     one, eight = peak(), peak("trainer=FSDPTrainer", "plan_gpus=8")
     assert one > eight > peak("trainer=FSDPTrainer", "plan_gpus=8", "model.fsdp_policy_mp=bfloat16")
     assert one > peak("activation_checkpointing=true") and one > peak("reference=cached")
+    averaged = "ema_decay=0.9"
+    assert peak(averaged) - one == 8 * (
+        peak(averaged, "trainer=FSDPTrainer", "plan_gpus=8") - eight
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
-from groups import run_in_group
+from groups import Halt, run_in_group, train_until
 from runs import DPO, FAST, STEADY, outcome, records, same
 
 from plumb.data.order import Schedule
@@ -22,12 +22,6 @@ from plumb.runs import checkpoints, directory, durable_files, identity
 from plumb.settings import schema
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_scheduler
-
-
-class Halt(BaseException):
-    """Ends a run at once, in this process, without any cleaning up: what a kill leaves on the
-    disk.
-    """
 
 
 @pytest.fixture
@@ -402,24 +396,6 @@ def test_which_run_is_gone_on_with(train_here, data, tiny_model, tmp_path, capsy
 # ---- another number of processes ----
 
 
-def in_group(config_of, halt):
-    """In each process of a group: train until it is halted, if it is."""
-    import train
-    import trainers
-
-    step = trainers.BasicTrainer.step
-
-    def failing(self, *arguments):
-        step(self, *arguments)
-        if self.n_updates == halt:
-            raise Halt
-
-    trainers.BasicTrainer.step = failing
-    with suppress(Halt):
-        train.train(config_of())
-    trainers.BasicTrainer.step = step
-
-
 SHARDED = ["trainer=FSDPTrainer", "n_cpu_processes=4"]
 
 
@@ -453,7 +429,7 @@ def test_on_another_number_of_processes(
             "resume=auto",
             *(SHARDED if n > 1 else []),
         ]
-        run_in_group(n, in_group, partial(compose, *overrides), halt)
+        run_in_group(n, train_until, partial(compose, *overrides), halt)
     assert len(list((run / "LATEST").glob("state-*"))) == then
     assert checkpoints.latest_valid(run).manifest.step == 10 and len(records(run, "train")) == 10
     assert same(outcome(run), whole, tolerance=1e-8)
