@@ -56,6 +56,17 @@ def test_throughput(benchmark, tmp_path):
     assert (tmp_path / "throughput.png").is_file()
 
 
+def test_kto(benchmark, tmp_path):
+    """However Plumb's batch is split, the numbers are the same; TRL is skipped where it is not
+    installed.
+    """
+    out = benchmark("kto.py", "--smoke", "--out", tmp_path / "kto.md")
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| Plumb")]
+    assert len(rows) == 4 and all(float(row[-1]) < 1e-5 and float(row[-2]) > 0 for row in rows)
+    assert "TRL, per_device_train_batch_size=4" in out or "TRL is not installed" in out
+    assert "| TRL" in (tmp_path / "kto.md").read_text()
+
+
 def test_host_work(benchmark, tmp_path):
     assert "digests" in benchmark("host_work.py", "--smoke", "--out", tmp_path)
 
