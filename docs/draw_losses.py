@@ -23,7 +23,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from list_losses import knobs_of  # noqa: E402
 
-from plumb.losses.contract import Logps, Pairs, ScoredPairs, Scores, TokenLogps  # noqa: E402
+from plumb.losses.contract import (  # noqa: E402
+    Logps,
+    LogpsAndKL,
+    LogpsAndSquares,
+    Pairs,
+    ScoredPairs,
+    Scores,
+    TokenLogps,
+)
 from plumb.losses.registry import LOSSES, Loss, build_loss  # noqa: E402
 
 TOKENS = 20
@@ -42,6 +50,10 @@ def response(bound: Loss, value: Tensor) -> Any:
     if bound.reads == "token_logps":
         each = (value / TOKENS).expand(TOKENS)
         return TokenLogps(each, torch.zeros(TOKENS, dtype=torch.int64), 1)
+    if bound.reads == "logps_and_squares":
+        return LogpsAndSquares(value[None], n, torch.tensor([-1.0 * TOKENS]))
+    if bound.reads == "logps_and_kl":
+        return LogpsAndKL(value[None], n, torch.zeros(1))
     return Logps(value[None], n)
 
 
@@ -50,7 +62,9 @@ def loss_at(bound: Loss, h: Tensor) -> Tensor:
     start = torch.tensor(0.0 if bound.reads == "scores" else -TOKENS, dtype=h.dtype)
     values = (start + h / 2, start - h / 2)
     chosen, rejected = (response(bound, value) for value in values)
-    same = Logps(start[None], torch.tensor([TOKENS]))
+    same: Any = Logps(start[None], torch.tensor([TOKENS]))
+    if bound.reference_by_token:
+        same = response(bound, start)
     context = None
     if bound.context is not None:
         whole = Logps(torch.stack(values).detach()[None], torch.full((1, 2), TOKENS))

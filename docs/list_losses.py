@@ -188,6 +188,8 @@ def needs(name: str, bound: Loss) -> str:
         parts.append("the model has a scalar head")
     if bound.reads == "token_logps":
         parts.append("it reads every token's log-probability")
+    if bound.live_reference:
+        parts.append("the reference must be live (`reference=live`)")
     if bound.context is not None:
         parts.append("it sees the batch of all ranks and microbatches at once")
     return "; ".join(parts) + "."

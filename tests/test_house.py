@@ -45,6 +45,7 @@ LIGHT = {
     "plumb.losses.pairwise_batch": {"torch"},
     "plumb.losses.pairwise_offset": {"torch"},
     "plumb.losses.pairwise_reference_free": {"torch"},
+    "plumb.losses.pairwise_token": {"torch"},
     "plumb.losses.ratios": {"torch"},
     "plumb.losses.registry": {"torch"},
     "plumb.losses.reward_model": {"torch"},

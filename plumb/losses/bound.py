@@ -11,7 +11,7 @@ import torch
 from plumb.losses.contract import BatchContext, Group, LossOutput
 
 AverageOver = Literal["examples", "tokens"]
-Reads = Literal["logps", "token_logps", "scores"]
+Reads = Literal["logps", "logps_and_squares", "logps_and_kl", "token_logps", "scores"]
 Read = Literal["last", "mean"]
 # knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
 Usual = Mapping[str, tuple[float, float]]
@@ -28,6 +28,7 @@ class Loss:
     # log-probabilities by response or by token, or the scores of a model with a scalar head
     reads: Reads
     needs_reference: bool
+    reference_by_token: bool  # gets the reference's log-probabilities by token as well
     average_over: AverageOver  # the global count that the summed losses are divided by
     needs_margins: bool  # needs data whose responses have scores
     soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
@@ -46,6 +47,13 @@ class Loss:
     def context_examples(self) -> Literal["own", "mismatched"] | None:
         """Return the examples of the batch context, where it has one."""
         return None if self.context is None else self.context.examples
+
+    @property
+    def live_reference(self) -> bool:
+        """Return whether it needs more of the reference than a sum over each response, which is
+        what a cached one has.
+        """
+        return self.reference_by_token or self.reads == "logps_and_kl"
 
     def context_of(self, context: torch.Tensor | None, examples: Any) -> torch.Tensor | None:
         """Return what these examples of a batch, [B] indices, get of its context."""

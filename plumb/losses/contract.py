@@ -33,6 +33,29 @@ class Logps(NamedTuple):
         return self.sum / self.tokens.clamp(min=1)
 
 
+class LogpsAndSquares(NamedTuple):
+    """Logps, and what the log-probability of a token drawn from the policy itself would be about.
+
+    Example: two tokens of log-probability -1 and -2, where the policy is sure of another token and
+    where it hesitates between two: LogpsAndSquares(sum=[-3], tokens=[2], squares=[-0.7]).
+    """
+
+    sum: Tensor  # [B] as in Logps
+    tokens: Tensor  # [B]
+    squares: Tensor  # [B] sum over the tokens of log sum_v pi(v | x, y_<t)^2, detached
+
+
+class LogpsAndKL(NamedTuple):
+    """Logps, and the KL divergence from the reference to the policy along the response.
+
+    Example: at the reference itself, LogpsAndKL(sum=[-4.5], tokens=[3], kl=[0]).
+    """
+
+    sum: Tensor  # [B] as in Logps
+    tokens: Tensor  # [B]
+    kl: Tensor  # [B] sum over the tokens of KL(pi_ref(. | x, y_<t) || pi(. | x, y_<t)), nats
+
+
 class TokenLogps(NamedTuple):
     """Log-probabilities of B responses given their prompts, one number for each token.
 
@@ -83,7 +106,7 @@ class Scores(NamedTuple):
         return (self.each * within).sum(1) / n[:, 0]
 
 
-T = TypeVar("T", Logps, TokenLogps, Scores)
+T = TypeVar("T", Logps, LogpsAndSquares, LogpsAndKL, TokenLogps, Scores)
 
 
 class Pairs(NamedTuple, Generic[T]):

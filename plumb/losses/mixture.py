@@ -16,6 +16,7 @@ from plumb.losses.contract import BatchContext, LossOutput, Mean, Metric
 COMMON = {
     "group": "what one example holds",
     "reads": "what they read of the model",
+    "reference_by_token": "whether they read the reference by token",
     "average_over": "what their sum is divided by",
     "read": "which of a response's scores they read",
     "prefixes": "what responses begin with",
@@ -81,6 +82,7 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         name=config["name"],
         group=first.loss.group,
         reads=first.loss.reads,
+        reference_by_token=first.loss.reference_by_token,
         average_over=first.loss.average_over,
         read=first.loss.read,
         prefixes=first.loss.prefixes,

@@ -25,6 +25,8 @@ from plumb.losses.contract import (
     Labelled,
     Lists,
     Logps,
+    LogpsAndKL,
+    LogpsAndSquares,
     LossOutput,
     Mean,
     Pairs,
@@ -139,6 +141,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         group=declared.group,
         reads=reads,
         needs_reference=_resolved(declared.needs_reference, knobs),
+        reference_by_token=_reads(hints.get("reference")) == "token_logps",
         average_over=_resolved(declared.average_over, knobs),
         needs_margins=_resolved(declared.needs_margins, knobs),
         soft_labels=declared.soft_labels,
@@ -158,12 +161,16 @@ def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str,
 
 
 def _reads(hint: Any) -> Reads:
-    """Return what a loss reads of the policy, by the type of its first parameter.
+    """Return what a loss reads of a model, by the type of its parameter.
 
     >>> _reads(Pairs[TokenLogps]), _reads(ScoredPairs), _reads(Logps)
     ('token_logps', 'scores', 'logps')
     """
     types = {hint, *get_args(hint)}
+    if LogpsAndSquares in types:
+        return "logps_and_squares"
+    if LogpsAndKL in types:
+        return "logps_and_kl"
     if TokenLogps in types:
         return "token_logps"
     return "scores" if types & {Scores, ScoredPairs} else "logps"
@@ -229,7 +236,10 @@ def _try_on_zeros(bound: Loss) -> None:
     one = _zeros(bound.reads)
     try:
         example: Any = _example_of(bound, one)
-        reference = example if bound.needs_reference else None
+        reference = None
+        if bound.needs_reference:
+            of_reference: Reads = "token_logps" if bound.reference_by_token else "logps"
+            reference = _example_of(bound, _zeros(of_reference))
         context = None
         if bound.context is not None:
             of_two = bound.context.examples == "own" and bound.group in ("pair", "list")
@@ -265,6 +275,9 @@ def _zeros(reads: Reads) -> Any:
         return Scores(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
     if reads == "token_logps":
         return TokenLogps(torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1)
+    if reads in ("logps_and_squares", "logps_and_kl"):
+        of = LogpsAndSquares if reads == "logps_and_squares" else LogpsAndKL
+        return of(torch.zeros(1), torch.ones(1), torch.zeros(1))
     return Logps(torch.zeros(1), torch.ones(1))
 
 

@@ -5,6 +5,8 @@ Shapes: N scored positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,11 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(_wide(logits), targets.to(logits.device), reduction="none")
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log softmax(logits), in float32 at least.  [N, V]"""
+    return torch.log_softmax(_wide(logits), 1)
+
+
 def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Return log softmax(hidden @ weight.T + bias)[target], with the softmax in float32.  [N, d],
     [V, d], [V], [N] -> [N], nats
@@ -52,16 +59,123 @@ def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     Computed in chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The
     backward pass computes them again, unless their softmax fits in KEPT_BYTES.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = (
-            x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight)
-        )
+    hidden, weight = _autocast(hidden, weight)
     scale = 8 if hidden.is_cuda else 1
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = differentiated and 4 * len(hidden) * len(weight) <= scale * KEPT_BYTES
-    return _LinearLogps.apply(
-        hidden, weight, bias, targets, max(1, scale * CHUNK_BYTES // (4 * len(weight))), keep
+    return _LinearLogps.apply(hidden, weight, bias, targets, _rows(hidden, weight), keep)
+
+
+def log_squares(logps: Tensor) -> Tensor:
+    """Return log sum_v p_v^2 of log-probabilities over the vocabulary: what the log-probability of
+    a token drawn from p is compared with, exp of it being its expected probability.  [N, V] -> [N]
+    """
+    return (2 * logps).logsumexp(1)
+
+
+def linear_logps_and_squares(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    """Return the log-probabilities of linear_logps beside log_squares of the same positions, which
+    no gradient flows through.  -> [N, 2]
+    """
+    logps = linear_logps(hidden, weight, bias, targets)
+    with torch.no_grad():
+        hidden, weight = _autocast(hidden, weight)
+        squares = [
+            log_squares(_log_softmax(h, weight, bias)) for h in hidden.split(_rows(hidden, weight))
+        ]
+    return torch.stack([logps, torch.cat(squares)], 1)
+
+
+class Head(NamedTuple):
+    """The hidden states that a model's head is given, and its weight: logits, not yet computed."""
+
+    hidden: Tensor  # [N, d]
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+
+
+def linear_logps_and_kl(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reference: Head
+) -> Tensor:
+    """Return the log-probabilities of linear_logps beside KL(reference || policy) at the same
+    positions, in nats.  -> [N, 2]
+
+    In chunks of rows, so that the logits of neither model exist as a whole; the backward pass
+    computes them again.
+    """
+    hidden, weight = _autocast(hidden, weight)
+    other = reference._replace(
+        hidden=reference.hidden.to(hidden.dtype), weight=reference.weight.to(weight.dtype)
     )
+    return _LinearKL.apply(hidden, weight, bias, targets, other, _rows(hidden, weight))
+
+
+def kl_between(reference: Tensor, policy: Tensor) -> Tensor:
+    """Return KL(reference || policy) of log-probabilities over the vocabulary.  [N, V] -> [N]"""
+    return (reference.exp() * (reference - policy)).sum(1)
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the type that autocast computes in, where it is on."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _rows(hidden: Tensor, weight: Tensor) -> int:
+    """Return the number of positions that are computed at one time."""
+    return max(1, (8 if hidden.is_cuda else 1) * CHUNK_BYTES // (4 * len(weight)))
+
+
+class _LinearKL(torch.autograd.Function):
+    """Compute log-probabilities and KL(reference || policy), with d logp / d logits =
+    onehot(target) - p and d KL / d logits = p - p_reference.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, reference, rows):
+        ctx.rows, ctx.reference = rows, reference
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        found = []
+        for h, t, r in zip(
+            hidden.split(rows), targets.split(rows), reference.hidden.split(rows), strict=True
+        ):
+            ours = _log_softmax(h, weight, bias)
+            theirs = _log_softmax(r, reference.weight, reference.bias)
+            found.append(
+                torch.stack([ours.gather(1, t[:, None])[:, 0], kl_between(theirs, ours)], 1)
+            )
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx, grad):  # [N, 2]
+        hidden, weight, bias, targets = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            of_logp, of_kl = grad[part].split(1, dim=1)
+            d = _log_softmax(hidden[part], weight, bias).exp_().mul_(of_kl - of_logp)
+            d.scatter_add_(1, targets[part, None], of_logp.contiguous())
+            other = _log_softmax(ctx.reference.hidden[part], *ctx.reference[1:])
+            d -= other.exp_().mul_(of_kl)
+            if d_bias is not None:
+                d_bias += d.sum(0)
+            d = d.to(weight.dtype)
+            torch.mm(d, weight, out=d_hidden[part])
+            d_weight += d.T @ hidden[part]
+        return (
+            d_hidden,
+            d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 class _LinearLogps(torch.autograd.Function):

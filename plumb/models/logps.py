@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -16,15 +17,65 @@ from torch import Tensor
 
 from plumb.batching.layout import Batch, Padded, unfold
 from plumb.data.examples import ranges
-from plumb.losses.contract import Logps, Scores, TokenLogps
+from plumb.distributed import sharding
+from plumb.losses.contract import Logps, LogpsAndKL, LogpsAndSquares, Scores, TokenLogps
 from plumb.models import tree_attention
-from plumb.models.chunked_head import linear_logps, token_logps
+from plumb.models.chunked_head import (
+    Head,
+    kl_between,
+    linear_logps,
+    linear_logps_and_kl,
+    linear_logps_and_squares,
+    log_softmax,
+    log_squares,
+    token_logps,
+)
 from plumb.models.forward_path import ForwardPath
 
 
 def response_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Logps:
     """Return the sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]"""
     return sums_of(_logps(model, batch, forward_path), batch)
+
+
+def response_logps_and_squares(
+    model: Any, batch: Batch, forward_path: ForwardPath
+) -> LogpsAndSquares:
+    """Return the sums of response_logps, and those of log sum_v p_v^2 at the same positions.  ->
+    [R] each
+    """
+    each = _head_values(model, batch, forward_path, SQUARES)  # [N, 2]
+    return LogpsAndSquares(
+        *sums_of(each[:, 0], batch), sums_by_response(each[:, 1].detach(), batch)
+    )
+
+
+def response_logps_and_kl(
+    policy: Any, reference: Any, batch: Batch, forward_path: ForwardPath
+) -> LogpsAndKL:
+    """Return the policy's sums of response_logps, and those of KL(reference || policy) at the same
+    positions.  -> [R] each
+
+    The reference runs first, up to its head; without a plain head, the logits of both models exist
+    at once.
+    """
+    with torch.no_grad():
+        if forward_path.plain_head:
+            hidden = _at_positions(reference, batch, forward_path, None, lambda hidden: hidden)
+            head = reference.get_output_embeddings()
+            weight, bias = (
+                None if x is None else sharding.full_tensor(x.detach())
+                for x in (head.weight, head.bias)
+            )
+            other = Head(hidden, weight, bias)  # type: ignore[arg-type]  # a head has a weight
+        else:
+            logits = _at_positions(reference, batch, forward_path, None, None)
+    if forward_path.plain_head:
+        read = HeadRead(partial(linear_logps_and_kl, reference=other), no_logits)
+    else:
+        read = HeadRead(no_logits, partial(_logps_and_kl, reference=logits))
+    each = _head_values(policy, batch, forward_path, read)  # [N, 2]
+    return LogpsAndKL(*sums_of(each[:, 0], batch), sums_by_response(each[:, 1], batch))
 
 
 def response_token_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> TokenLogps:
@@ -39,19 +90,69 @@ def sums_of(logps: Tensor, batch: Batch) -> Logps:
     return Logps(sums_by_response(logps, batch), tokens)
 
 
+class HeadRead(NamedTuple):
+    """What is computed at the scored positions: m numbers of each, [N, m]."""
+
+    linear: Callable[..., Tensor]  # from hidden, weight, bias, targets
+    logits: Callable[..., Tensor]  # from logits, targets
+
+
+def no_logits(*_: Any) -> NoReturn:
+    """Fail: the other of the two functions of a HeadRead is called."""
+    raise AssertionError("internal error: a head is read in another way than it was decided")
+
+
+def _logps_and_squares(logits: Tensor, targets: Tensor) -> Tensor:
+    logps = log_softmax(logits)
+    return torch.stack([token_logps(logits, targets), log_squares(logps.detach())], 1)
+
+
+def _logps_and_kl(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
+    kl = kl_between(log_softmax(reference), log_softmax(logits))
+    return torch.stack([token_logps(logits, targets), kl], 1)
+
+
+LOGPS = HeadRead(
+    lambda *of_head: linear_logps(*of_head)[:, None],
+    lambda logits, targets: token_logps(logits, targets)[:, None],
+)
+SQUARES = HeadRead(linear_logps_and_squares, _logps_and_squares)
+
+
 def _logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Tensor:
-    """Return the log-probabilities of the N scored tokens.
+    """Return the log-probabilities of the N scored tokens."""
+    return _head_values(model, batch, forward_path, LOGPS)[:, 0]
+
+
+def _head_values(model: Any, batch: Batch, forward_path: ForwardPath, read: HeadRead) -> Tensor:
+    """Return what `read` computes at the N scored positions.  [N, m]
 
     The head runs on their positions only, so that no [T, V] tensor exists.
+    """
+    if forward_path.plain_head:
+        return _at_positions(model, batch, forward_path, read.linear, None)
+    return read.logits(_at_positions(model, batch, forward_path, None, None), batch.targets)
+
+
+def _at_positions(
+    model: Any,
+    batch: Batch,
+    forward_path: ForwardPath,
+    linear: Callable[..., Tensor] | None,
+    forward: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Return what the head gives at the N scored positions, by one of the two functions of
+    lm_head_at_positions or by itself.  [N, m]
     """
     inputs, padded = _inputs(batch, forward_path)
     with lm_head_at_positions(
         model,
         batch.scored if padded is None else padded.scored,
-        batch.targets if forward_path.plain_head else None,
+        batch.targets if linear is not None else None,
+        forward,
+        linear or LOGPS.linear,
     ):
-        output = model(**inputs, use_cache=False).logits  # [1, N, V], or [1, N, 1]
-    return output[0, :, 0] if forward_path.plain_head else token_logps(output[0], batch.targets)
+        return model(**inputs, use_cache=False).logits[0]
 
 
 def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
@@ -140,14 +241,16 @@ def lm_head_at_positions(
     positions: Tensor,
     targets: Tensor | None,
     forward: Callable[[Tensor], Tensor] | None = None,
+    linear: Callable[..., Tensor] = LOGPS.linear,
 ) -> Iterator[None]:
     """Within the context, show the LM head of `model` only the hidden states at `positions`, [N] of
     the R * W tokens.
 
-    With `targets`, it returns their log-probabilities instead of logits, [1, N, 1]; without, all
-    their logits, [1, N, V]. This happens in the head, not after it: there FSDP has gathered its
-    weight; and what the model does to logits afterwards (soft-capping, scaling) is unchanged.
-    `forward` [1, N, d] -> [1, N, V] replaces the head's own computation.
+    With `targets`, it returns what `linear` computes of hidden states, weight, bias and targets
+    instead of logits: their log-probabilities, [1, N, 1]. Without, it returns all their logits,
+    [1, N, V]. This happens in the head, not after it: there FSDP has gathered its weight; and what
+    the model does to logits afterwards (soft-capping, scaling) is unchanged. `forward` [1, N, d] ->
+    [1, N, V] replaces the head's own computation.
     """
     head = model.get_output_embeddings()
 
@@ -156,10 +259,10 @@ def lm_head_at_positions(
         # [1, N, d]
         return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0),)
 
-    def logps(hidden):  # [1, N, d] -> [1, N, 1]; a copy, since FSDP wants no view
+    def logps(hidden):  # [1, N, d] -> [1, N, m]; a copy, since FSDP wants no view
         device = head.weight.device
-        return linear_logps(hidden[0].to(device), head.weight, head.bias, targets.to(device))[
-            None, :, None
+        return linear(hidden[0].to(device), head.weight, head.bias, targets.to(device))[
+            None
         ].clone()
 
     # accelerate's, where it spreads a model

@@ -44,6 +44,11 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     """
     check_knobs(config, trains)
     loss = _check_loss(config)
+    if trains and loss.live_reference and config.reference != "live":
+        raise UserError(
+            f"reference={config.reference}: this loss ({loss.name}) compares token by token, and a"
+            " cached reference has only the sum of each response; set reference=live"
+        )
     _check_with_torch(config)
     mismatched = loss.context is not None and loss.context.examples == "mismatched"
     if trains and mismatched and config.batch_size < 2:

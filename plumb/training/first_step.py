@@ -132,7 +132,8 @@ class FirstStep:
             and self.computation.reference_dtype is None
         ):
             group = scorer.loss.group
-            policy, reference = (to_loss_inputs(x, batch, group) for x in (outputs, again))
+            own = outputs if scorer.loss.reference_by_token else again
+            policy, reference = (to_loss_inputs(x, batch, group) for x in (outputs, own))
             expected = scorer.loss.compute(policy, reference, scored.context).losses
             off = max(
                 collectives.all_gather_object(

@@ -22,6 +22,8 @@ from plumb.losses.contract import (
     Labelled,
     Lists,
     Logps,
+    LogpsAndKL,
+    LogpsAndSquares,
     LossOutput,
     Mean,
     Metric,
@@ -33,8 +35,18 @@ from plumb.losses.contract import (
 )
 from plumb.losses.registry import Loss
 from plumb.models.forward_path import ForwardPath
-from plumb.models.logps import response_logps, response_scores, response_token_logps, sums_of
+from plumb.models.logps import (
+    response_logps,
+    response_logps_and_kl,
+    response_logps_and_squares,
+    response_scores,
+    response_token_logps,
+    sums_of,
+)
 from plumb.models.routers import Routers, balance
+
+# what a model gives the R responses of a batch
+Outputs = Logps | LogpsAndSquares | LogpsAndKL | TokenLogps | Scores
 
 
 class Scored(NamedTuple):
@@ -76,12 +88,16 @@ class Scorer(NamedTuple):
         with self.precision():
             return response_logps(model, batch, self.forward_path)
 
-    def policy_outputs(self, batch: Batch) -> Logps | TokenLogps | Scores:
+    def policy_outputs(self, batch: Batch) -> Outputs:
         """Return what the loss reads of the policy, for the R responses of a batch on the
         device.
         """
+        if self.loss.reads == "logps_and_kl":
+            with self.precision():
+                return response_logps_and_kl(self.policy, self.reference, batch, self.forward_path)
         read: Callable[..., Any] = {
             "logps": response_logps,
+            "logps_and_squares": response_logps_and_squares,
             "token_logps": response_token_logps,
             "scores": response_scores,
         }[self.loss.reads]
@@ -126,11 +142,12 @@ class Scorer(NamedTuple):
         with watched as logits:
             of_policy = self.policy_outputs(batch)
         summed = of_policy if isinstance(of_policy, Scores) else per_response(of_policy, batch)
-        of_reference = self.reference_logps(batch, summed)
+        reference = self.reference_outputs(batch, summed)
+        of_reference = None if reference is None else per_response(reference, batch)
         group = self.loss.group
         output = self.loss.compute(
             to_loss_inputs(of_policy, batch, group),
-            None if of_reference is None else to_loss_inputs(of_reference, batch, group),
+            None if reference is None else to_loss_inputs(reference, batch, group),
             context,
         )
         tokens = summed.tokens[: len(output.losses)]
@@ -163,6 +180,15 @@ class Scorer(NamedTuple):
             weights=batch.extras.example.get("weights"),
         )
 
+    def reference_outputs(self, batch: Batch, like: Logps | Scores) -> Logps | TokenLogps | None:
+        """Return what the loss reads of the reference, for the R responses of a batch on the
+        device; None where it needs none.
+        """
+        if not self.loss.reference_by_token:
+            return self.reference_logps(batch, like)
+        with torch.no_grad(), self.precision():
+            return response_token_logps(self.reference, batch, self.forward_path)
+
     def reference_logps(self, batch: Batch, like: Logps | Scores) -> Logps | None:
         """Return the reference's log-probabilities of a batch on the device, [R]: those that the
         batch carries, or those of the live reference; None where the loss needs none.
@@ -177,9 +203,12 @@ class Scorer(NamedTuple):
             return self.logps(self.reference, batch)
 
 
-def per_response(of_policy: Logps | TokenLogps, batch: Batch) -> Logps:
+def per_response(of_model: Outputs, batch: Batch) -> Logps:
     """Return the sums over responses, [R]."""
-    return of_policy if isinstance(of_policy, Logps) else sums_of(of_policy.each, batch)
+    assert not isinstance(of_model, Scores)
+    if isinstance(of_model, TokenLogps):
+        return sums_of(of_model.each, batch)
+    return Logps(of_model.sum, of_model.tokens)
 
 
 def per_response_value(of_policy: Logps | Scores) -> Tensor:
@@ -189,7 +218,7 @@ def per_response_value(of_policy: Logps | Scores) -> Tensor:
     return of_policy.mean().detach()
 
 
-def to_loss_inputs(of_model: Logps | TokenLogps | Scores, batch: Batch, group: Group) -> Any:
+def to_loss_inputs(of_model: Outputs, batch: Batch, group: Group) -> Any:
     """Return what a loss of this group takes, from the values of R responses."""
     return INPUTS[group](of_model, batch)
 

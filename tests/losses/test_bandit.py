@@ -161,15 +161,38 @@ OPTIMA = {
 }
 
 
+def tables(log_pi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the first token [12], and of the second after each [12, 12]."""
+    both = log_pi.view(VOCABULARY, VOCABULARY)
+    first = both.logsumexp(1)
+    return first, both - first[:, None]
+
+
+def beside(bound, log_pi: Tensor) -> Tensor | None:
+    """Return what a loss reads beside log-probabilities: log sum_v p_v^2, or KL(reference ||
+    policy), summed over each answer's two tokens.  [A]
+    """
+    ours, theirs = tables(log_pi), tables(REFERENCE)
+    if bound.reads == "logps_and_squares":
+        each = [(2 * log_p.detach()).logsumexp(-1) for log_p in ours]
+    elif bound.reads == "logps_and_kl":
+        each = [(q.exp() * (q - p)).sum(-1) for p, q in zip(ours, theirs, strict=True)]
+    else:
+        return None
+    return (each[0] + each[1]).repeat_interleave(VOCABULARY)
+
+
 def loss_of(bound, data: Data, log_pi: Tensor) -> Tensor:
     """Return the expected loss of a policy."""
     k = data.answers.shape[1]
+    further = beside(bound, log_pi)
     examples = Responses(
         policy=log_pi[data.answers],
         reference=REFERENCE[data.answers],
         tokens=torch.full_like(data.answers, 2),
         margins=(REWARDS[data.answers[:, 0]] - REWARDS[data.answers[:, k - 1]]).abs(),
         desirable=data.desirable,
+        further=None if further is None else further[data.answers],
     )
     return (data.weight * compute(bound, examples).losses).sum()
 

@@ -38,6 +38,7 @@ class Hand:
     rewards: list  # (chosen, rejected) of each pair
     tokens: list = None  # (chosen, rejected) of each pair; 4 and 4
     margins: list = None
+    further: list = None  # squares or divergences of (chosen, rejected) of each pair
     reference: list = None  # log-probabilities of (chosen, rejected) of each pair; -20 each
 
     def check(self, bound):
@@ -58,6 +59,7 @@ class Hand:
             torch.tensor(self.tokens or [[4, 4]] * n),
             torch.tensor(self.margins or [1.0] * n, dtype=torch.float64),
             torch.ones(n, dtype=torch.bool),
+            further=self.further and torch.tensor(self.further, dtype=torch.float64),
         )
 
 
@@ -134,6 +136,8 @@ BY_HAND = {
         [[-0.5, -1.5], [-1, -0.5]],
         FREE_TOKENS,
     ),
+    # means of the chosen
+    "nll": Hand({}, FREE, [1, 2], [[-1, -3], [-2, -1]], FREE_TOKENS),
     # max(0, 1 - 10) + 0.1 * 2, max(0, 1 - 0) + 0.1 * 4
     "slic": Hand({}, FREE, [0.2, 1.4], FREE),
 }
@@ -195,6 +199,36 @@ BY_HAND |= {
         [[10, -2], [-5, 7]],
         [(softplus(-0.3) + softplus(0.3)) / 2] * 2,
         [[1, -0.2], [-0.5, 0.7]],
+    ),
+    # chosen -12 to -20 of 4 tokens, rejected -6 to -2 of 2. Beyond two tokens half counts: -9 to
+    # -15, so the log-ratios are 6 and -4; the second pair has them exchanged
+    "ld_dpo": Hand(
+        {},
+        [[8, -4], [-4, 8]],
+        [softplus(-1), softplus(1)],
+        [[0.6, -0.4], [-0.4, 0.6]],
+        [[4, 2], [2, 4]],
+        reference=[[-20, -2], [-2, -20]],
+    ),
+    # weights e^((-10 + 8) / 2) and e^((-30 + 26) / 4): e^-2; above 1, so 1
+    "wpo": Hand(
+        {},
+        AHEAD_AND_BEHIND,
+        [math.exp(-2) * softplus(-2), softplus(1)],
+        REWARDS,
+        [[2, 4], [2, 4]],
+        further=[[-8, -26], [-40, -40]],
+    ),
+    # divergences further by 5 along the rejected response, by 5 along the chosen one
+    "tdpo1": Hand(
+        {}, AHEAD_AND_BEHIND, [softplus(-1.5), softplus(0.5)], REWARDS, further=[[1, 6], [7, 2]]
+    ),
+    "tdpo2": Hand(
+        {},
+        AHEAD_AND_BEHIND,
+        [softplus(-1.75), softplus(0.75)],
+        REWARDS,
+        further=[[1, 6], [7, 2]],
     ),
     # M = mean of 2 and -1 = 0.5; b = 0.1 (1 + 0.6 (0.5 - 0.25)) = 0.115
     "beta_dpo": Hand(
@@ -265,7 +299,9 @@ def test_a_wrong_loss_fails(name, mutation):
     bound = build_loss(knobs_of(name) | hand.knobs)
     if mutation is models_swapped and not bound.needs_reference:
         pytest.skip("has no reference")
-    if mutation is lengths_doubled and hand.tokens is None:
-        pytest.skip("lengths do not enter")
+    if mutation is lengths_doubled and (hand.tokens is None or bound.reads == "token_logps"):
+        pytest.skip("lengths do not enter, or are the tokens themselves")
+    if mutation is models_swapped and bound.reads.startswith("logps_and"):
+        pytest.skip("the reference has only sums")
     with pytest.raises(AssertionError):
         hand.check(replace(bound, compute=mutation(bound)))

@@ -25,6 +25,8 @@ def test_float32_is_float64_rounded(name):
     narrow = wide._replace(
         policy=wide.policy.float(), reference=wide.reference.float(), margins=wide.margins.float()
     )
+    if wide.further is not None:
+        narrow = narrow._replace(further=wide.further.float())
     for ours, exact in zip(
         loss_and_gradient(bound, narrow), loss_and_gradient(bound, wide), strict=True
     ):
@@ -80,7 +82,12 @@ def test_identical_responses_are_equally_good(name):
     same = given._replace(
         **{
             field: getattr(given, field)[:, :1].expand(-1, 2).clone()
-            for field in ("policy", "reference", "tokens")
+            for field in (
+                "policy",
+                "reference",
+                "tokens",
+                *(["further"] if given.further is not None else []),
+            )
         }
     )
     out = compute(bound, same)

@@ -109,6 +109,55 @@ def test_every_way_equals_the_plain_computation(family):
             )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("chunk", [1, None])
+def test_what_a_head_computes_beside_log_probabilities(family, chunk, monkeypatch):
+    """log sum p^2, and KL(reference || policy) with its gradient, are those of the whole logits, in
+    chunks of one position too; the log-probabilities beside them are those of response_logps.
+    """
+    if chunk:
+        monkeypatch.setattr(chunked_head, "CHUNK_BYTES", chunk)
+    model, reference = tiny_model(family).eval(), tiny_model(family).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    use_tree_attention(model)
+    use_tree_attention(reference)
+    path, _ = choose_forward_path(model)
+    b = batch()
+
+    def plain_kl():
+        ours, theirs = (
+            models.log_softmax(models._at_positions(m, b, PLAIN_PATH, None, None))
+            for m in (model, reference)
+        )
+        return models.sums_by_response((theirs.detach().exp() * (theirs.detach() - ours)).sum(1), b)
+
+    assert (plain_kl() > 0).all()
+    for candidate in {path, PLAIN_PATH}:
+        logps = models.response_logps(model, b, candidate)
+        squares = models.response_logps_and_squares(model, b, candidate)
+        p = models.log_softmax(models._at_positions(model, b, PLAIN_PATH, None, None)).exp()
+        expected = models.sums_by_response((p**2).sum(1).log(), b)
+        torch.testing.assert_close(squares.sum, logps.sum)
+        torch.testing.assert_close(squares.squares, expected.detach(), atol=1e-3, rtol=1e-4)
+        assert not squares.squares.requires_grad
+
+        def weighed(of_sum, of_kl, path=candidate):
+            found = models.response_logps_and_kl(model, reference, b, path)
+            return of_sum * found.sum + of_kl * found.kl
+
+        torch.testing.assert_close(weighed(1, 0), logps.sum)
+        assert_equal(
+            with_gradients(model, lambda w=weighed: w(0, 1)), with_gradients(model, plain_kl)
+        )
+        assert_equal(
+            with_gradients(model, lambda w=weighed: w(1, 3)),
+            with_gradients(model, lambda: plain_logps(model, b) + 3 * plain_kl()),
+        )
+
+
 tokens = lambda low, high: st.lists(st.integers(3, 258), min_size=low, max_size=high)
 trees = st.integers(1, 5).flatmap(
     lambda k: st.lists(

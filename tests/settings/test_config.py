@@ -19,11 +19,12 @@ from conftest import ROOT
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from losses import knobs_of
 from omegaconf import DictConfig, OmegaConf
 
 from plumb.data.registry import LOADERS
 from plumb.errors import UserError
-from plumb.losses.registry import LOSSES
+from plumb.losses.registry import LOSSES, build_loss
 from plumb.settings import schema, validation
 from plumb.training.optimizers import OPTIMIZERS, make_optimizer
 
@@ -308,7 +309,9 @@ GIVEN = {"blank_model": ["model.name_or_path=x"]}  # what a model leaves to be g
 def loss_overrides(name):
     """loss=<name>, and 0.1 for each knob that must be given."""
     spec = yaml.safe_load((ROOT / "config/loss" / f"{name}.yaml").read_text())
-    return [f"loss={name}", *(f"loss.{knob}=0.1" for knob, value in spec.items() if value == "???")]
+    required = [f"loss.{knob}=0.1" for knob, value in spec.items() if value == "???"]
+    live = ["reference=live"] * build_loss(knobs_of(name)).live_reference
+    return [f"loss={name}", *required, *live]
 
 
 @pytest.mark.parametrize("loss", names("loss"))
@@ -318,6 +321,19 @@ def test_every_model_with_every_loss(validated, loss):
             "exp_name=x", f"model={model}", *GIVEN.get(model, []), *loss_overrides(loss)
         )
         assert built.name == loss == config.loss.name
+
+
+@pytest.mark.parametrize("loss", ["tdpo1", "ld_dpo"])
+def test_a_loss_that_looks_at_the_reference_s_tokens_needs_it_live(validated, loss):
+    for reference in ("auto", "cached"):
+        with pytest.raises(UserError, match=f"reference={reference}: this loss .{loss}. compares"):
+            validated(
+                "exp_name=x",
+                "model=pythia28",
+                f"loss={loss}",
+                "loss.beta=0.1",
+                f"reference={reference}",
+            )
 
 
 def test_a_value_far_outside_of_what_is_usual_is_named_once(validated, capsys):

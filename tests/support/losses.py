@@ -7,7 +7,17 @@ import yaml
 from conftest import ROOT
 from torch import Tensor
 
-from plumb.losses.contract import Labelled, Lists, Logps, Pairs, ScoredPairs, Scores, TokenLogps
+from plumb.losses.contract import (
+    Labelled,
+    Lists,
+    Logps,
+    LogpsAndKL,
+    LogpsAndSquares,
+    Pairs,
+    ScoredPairs,
+    Scores,
+    TokenLogps,
+)
 from plumb.losses.registry import LOSSES
 
 # where a YAML leaves a knob to be given
@@ -46,6 +56,8 @@ class Responses(NamedTuple):
     margins: Tensor  # [n] by how much the data's scores prefer chosen
     desirable: Tensor  # [n] bool
     p_chosen: Tensor | None = None  # [n]
+    # [n, k] sums over the tokens: of log sum_v p_v^2, or of KL(reference || policy)
+    further: Tensor | None = None
 
     def take(self, rows):
         """Return these examples."""
@@ -61,7 +73,13 @@ def some(bound, n=6, seed=0, dtype=torch.float64):
     policy = (-(0.2 + 2 * policy) * tokens).to(dtype)
     reference = policy + (3 * (shift - 0.5)).to(dtype)
     margins = 0.5 + torch.rand(n, generator=random, dtype=torch.float64).to(dtype)
-    return Responses(policy, reference, tokens, margins, torch.arange(n) % 2 == 0)
+    further = None
+    if bound.reads == "logps_and_squares":
+        further = 0.6 * policy
+    if bound.reads == "logps_and_kl":
+        further = (0.1 * tokens).to(dtype)
+    desirable = torch.arange(n) % 2 == 0
+    return Responses(policy, reference, tokens, margins, desirable, None, further)
 
 
 def compute(bound, some, whole=None, rows=None):
@@ -83,13 +101,16 @@ def compute(bound, some, whole=None, rows=None):
     policy = _inputs(bound, some.policy, some)
     reference = None
     if bound.needs_reference:
-        reference = _inputs(bound, some.reference, some, "logps")
+        reads = "token_logps" if bound.reference_by_token else "logps"
+        reference = _inputs(bound, some.reference, some, reads)
     return bound.compute(policy, reference, context)
 
 
 def _inputs(bound, values, some, reads=None):
     """Return what a loss is given of policy or reference, from [n, k] values."""
-    one = lambda j: _of(reads or bound.reads, values[:, j], some.tokens[:, j])
+    assert some.further is not None or not (reads or bound.reads).startswith("logps_and")
+    further = values if some.further is None else some.further
+    one = lambda j: _of(reads or bound.reads, values[:, j], some.tokens[:, j], further[:, j])
     if bound.group == "pair":
         if bound.reads == "scores":
             return ScoredPairs(one(0), one(1), torch.zeros(len(values)).long(), some.margins)
@@ -99,11 +120,15 @@ def _inputs(bound, values, some, reads=None):
     return Labelled(one(0), some.desirable) if bound.group == "labelled" else one(0)
 
 
-def _of(reads, sums, tokens):
+def _of(reads, sums, tokens, further):
     """Return n responses with these sums; each token has an equal share."""
     if reads == "scores":
         return Scores(sums, sums[:, None].expand(-1, int(tokens.max())), tokens)
     if reads == "token_logps":
         response = torch.arange(len(sums)).repeat_interleave(tokens)
         return TokenLogps((sums / tokens.clamp(min=1))[response], response, len(sums))
+    if reads == "logps_and_squares":
+        return LogpsAndSquares(sums, tokens, further)
+    if reads == "logps_and_kl":
+        return LogpsAndKL(sums, tokens, further)
     return Logps(sums, tokens)

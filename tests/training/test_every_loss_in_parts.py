@@ -61,7 +61,7 @@ def measured(name, folder, models, rank, n_ranks, at_least):
         nullcontext,
         torch.device("cpu"),
     )
-    context = scorer.context(step.whole, True)
+    context = scorer.context(step.for_context, True)
     total = torch.zeros((), dtype=torch.float64)
     for batch, weight, where in step.microbatches:
         losses = weight * scorer(batch, bound.context_of(context, where)).output.losses

@@ -233,6 +233,39 @@ def test_two_processes_see_one_batch(train, run_train, tmp_path, votes, tiny_mod
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), name
 
 
+@pytest.mark.parametrize("loss", ["tdpo2", "ld_dpo", "wpo"])
+def test_token_wise_losses_in_one_process_and_in_two(
+    loss, train, run_train, tmp_path, data, tiny_model
+):
+    """Sharded over two gloo ranks, the reference as well: the same losses. They fall from log 2,
+    and wpo's from less, since it weighs pairs.
+    """
+    options = [
+        f"loss={loss}",
+        "loss.beta=0.1",
+        *DPO[2:],
+        *FAST,
+        STEADY,
+        "reference=live",
+        "n_examples=12",
+        f"datasets=[{data}]",
+    ]
+    one = records(train("one", *options), "train")
+    assert one[-1]["loss/train"] < one[0]["loss/train"] <= np.log(2) + 1e-5
+    done = run_train(
+        *options,
+        f"model.name_or_path={tiny_model}",
+        "exp_name=two",
+        f"local_run_dir={tmp_path}/two",
+        "trainer=FSDPTrainer",
+        "n_cpu_processes=2",
+    )
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(records(tmp_path / "two", "train"), one, strict=True):
+        for name in ("loss/train", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), name
+
+
 def test_a_loss_may_compare_each_example_with_the_whole_batch(train, data, monkeypatch):
     """A plugin's loss, whose context is the mean log-ratio of the batch's own pairs: in one
     microbatch or in three it is the same number.
