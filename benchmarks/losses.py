@@ -218,17 +218,17 @@ def every_loss(
         results.add({"part": "losses", "name": name, "lr": lr}, run)
 
 
-def with_noise(world: World, size: Size, lr: float, out: Path, results: Results) -> None:
+def with_noise(
+    world: World, names: Sequence[str], size: Size, lr: float, out: Path, results: Results
+) -> None:
     """Train on flipped labels with each seed. UltraFeedback's labels are flipped
     already, whatever the seed.
     """
-    for name, knobs in NOISE.items():
-        if knobs[0].removeprefix("loss=") not in LOSSES:
-            continue
+    for name in names:
         for seed in size.seeds:
             rows = world.train[: size.n_noise]
             rows = flipped(rows, seed) if world.name == "demo" else rows
-            options = [*knobs, f"lr={lr}", "warmup_steps=5", f"seed={seed}"]
+            options = [*NOISE[name], f"lr={lr}", "warmup_steps=5", f"seed={seed}"]
             options.append(f"n_epochs={size.noise_epochs}")
             key = {"part": "noise", "data": world.name, "name": name, "seed": seed, "lr": lr}
             run_dir = out / f"noise_{world.name}_{name}_{seed}"
@@ -338,6 +338,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["losses", "noise"])
     every = sorted(file.stem for file in (ROOT / "config/loss").glob("*.yaml"))
     parser.add_argument("--losses", nargs="+", default=every, help="of part `losses`")
+    parser.add_argument("--noise", nargs="+", default=[*NOISE], help="of part `noise`")
     parser.add_argument(
         "--ultrafeedback", type=Path, default=ROOT.parent / "shared/data/ultrafeedback"
     )
@@ -355,10 +356,10 @@ def main() -> None:
     if "losses" in given.parts:
         every_loss(world, given.losses, size, given.lr, out, results)
     if "noise" in given.parts:
-        with_noise(world, size, given.lr, out, results)
+        with_noise(world, given.noise, size, given.lr, out, results)
         if (given.ultrafeedback / "noisy").is_dir():
             other = ultrafeedback_world(given.ultrafeedback, world, out, size)
-            with_noise(other, size, given.lr, out, results)
+            with_noise(other, given.noise, size, given.lr, out, results)
     write(results, given.results)
 
 
