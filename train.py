@@ -280,7 +280,13 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     """Return tokenizer and examples, after checks of what the model's config says without its
     weights.
     """
-    from plumb.data.prepare import balance_note, check_margins, check_soft_labels, load_examples
+    from plumb.data.prepare import (
+        balance_note,
+        check_label_smoothing,
+        check_margins,
+        check_soft_labels,
+        load_examples,
+    )
     from plumb.distributed import collectives
     from plumb.models.export import rehearse
     from plumb.models.layout_probe import check_rope
@@ -302,6 +308,7 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     # an SFT target is no preference
     if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
         check_soft_labels(loss.name, train_examples, eval_examples)
+    check_label_smoothing(config.loss.get("label_smoothing") or 0, train_examples)
     if loss.label_weights is not None:
         undesirable, desirable = loss.label_weights
         if note := balance_note(train_examples, desirable, undesirable):

@@ -342,6 +342,11 @@ LABELS = {
         "own.jsonl:1: p_chosen=0.7, which this loss (simpo) would ignore; train with loss=dpo",
     ),
     "soft label that kto would ignore": (KTO, PAIR | {"p_chosen": 0.7}, "this loss (kto) would"),
+    "label smoothing that is ignored": (
+        [*DPO, "loss.label_smoothing=0.1"],
+        PAIR | {"p_chosen": 0.7},
+        "loss.label_smoothing=0.1: every training pair has a soft label (p_chosen), which takes",
+    ),
     "score without a threshold": (
         KTO,
         VOTE | {"label": 3.5},

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,7 @@ from plumb.data.examples import (
     view,
 )
 from plumb.data.files import digest
+from plumb.data.formats import EQUAL_SCORES
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, made_of, resolve
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make, tokenizer_fingerprint
@@ -290,7 +292,9 @@ def _check_lists(store: TokenStore, rules: Mapping[str, str]) -> Mapping[str, in
             " nothing; fix or remove the row, or set data_rules.bad_row=drop"
         )
     left_out = int((~ranks(store)).sum())
-    return {**store.skipped, UNRANKED: left_out} if left_out else store.skipped
+    # equal scores form no pair, but are part of their list
+    skipped = {reason: n for reason, n in store.skipped.items() if reason != EQUAL_SCORES}
+    return {**skipped, UNRANKED: left_out} if left_out else skipped
 
 
 def _source_of(store: TokenStore, row: int) -> str:
@@ -333,6 +337,16 @@ def check_soft_labels(loss_name: str, *splits: Examples) -> None:
                     f" ({loss_name}) would ignore; train with loss=dpo or another loss that uses"
                     " soft labels, or set soft_labels=ignore"
                 )
+
+
+def check_label_smoothing(label_smoothing: float, examples: Examples) -> None:
+    """Raise UserError for a label smoothing of no pair, since each has a soft label."""
+    p_chosen = examples.extras().example.get("p_chosen", np.full(1, nan))
+    if label_smoothing and not np.isnan(p_chosen).any():
+        raise UserError(
+            f"loss.label_smoothing={label_smoothing:g}: every training pair has a soft label"
+            " (p_chosen), which takes its place; set loss.label_smoothing=0, or soft_labels=ignore"
+        )
 
 
 def balance_note(examples: Examples, desirable_weight: float, undesirable_weight: float) -> str:

@@ -14,7 +14,7 @@ from plumb.losses.contract import Lists, LossOutput
 from plumb.losses.registry import loss
 
 
-@loss(group="list", needs_reference=True)
+@loss(group="list", needs_reference=True, usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5)})
 def plackett_luce(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
     """-sum_i log(exp r_i / (exp r_i + sum_j exp r_j)) over the responses i, where j runs over the
     responses that rank below i, with r = beta log pi(y|x)/pi_ref(y|x): Eq. 20 of arXiv:2305.18290
@@ -32,7 +32,7 @@ def plackett_luce(policy: Lists, reference: Lists, *, beta: float) -> LossOutput
     return LossOutput(choices(policy, r).sum(1), rewards[:, 0], policy.worst(rewards))
 
 
-@loss(group="list", needs_reference=True)
+@loss(group="list", needs_reference=True, usual={"lr": (3e-7, 1e-5), "beta": (0.01, 1)})
 def softmax_dpo(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
     """-log(exp r_1 / sum_j exp r_j) over all responses j of the list, with r = beta log
     pi(y|x)/pi_ref(y|x) and 1 the best: the loss of S-DPO (arXiv:2406.09215), which is the first
