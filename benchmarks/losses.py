@@ -210,7 +210,10 @@ def every_loss(
     for name in names:
         options = [f"loss={name}", *written_knobs(name), f"lr={lr}", "warmup_steps=5"]
         options.append(f"n_examples={min(size.n_examples, len(world.train))}")
-        scored = name in LOSSES and build_loss(knobs_of(name)).reads == "scores"
+        bound = build_loss(knobs_of(name)) if name in LOSSES else None
+        scored = bound is not None and bound.reads == "scores"
+        if bound is not None and bound.live_reference:
+            options.append("reference=live")
         run_dir = out / name
         run = partial(trained_from, world, rows, run_dir, *options)
         if scored:
