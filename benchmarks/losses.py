@@ -287,7 +287,8 @@ def losses_table(records: Sequence[Record]) -> str:
 
 def spread(records: Sequence[Record], key: str) -> str:
     values = [r[key] for r in records]
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    between = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{between}"
 
 
 def noise_table(records: Sequence[Record]) -> str:
@@ -304,17 +305,23 @@ def noise_table(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Draw accuracy against the change of chosen's log-probability, a point for each loss."""
+    """Draw a row for each loss: how often chosen is likelier, and both sides' log-probabilities."""
     own = [r for r in records if r["part"] == "losses" and "chosen" in r]
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots()
-    for r in own:
-        name = "SFT, before" if r["name"] == "-" else r["name"]
-        axes.plot(r["chosen"], r["likelier"], "o", color="black" if r["name"] == "-" else "#1f5fa8")
-        axes.annotate(name, (r["chosen"], r["likelier"]), (5, 4), textcoords="offset points")
-    axes.set_xlabel("held-out log-probability of chosen, mean per token (nats)")
-    axes.set_ylabel("share of held-out pairs with chosen likelier than rejected")
-    axes.grid(alpha=0.3)
+    own.sort(key=lambda r: r["likelier"])
+    names = ["before (SFT)" if r["name"] == "-" else r["name"] for r in own]
+    rows = range(len(own))
+    figure = Figure(figsize=(10, 1.5 + 0.26 * len(own)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(rows, [r["likelier"] for r in own], color="#1f5fa8")
+    left.set_yticks(rows, names)
+    left.set_xlim(0, 1)
+    left.set_xlabel("share of held-out pairs with chosen likelier")
+    for side, colour in (("chosen", "#009E73"), ("rejected", "#D55E00")):
+        right.plot([r[side] for r in own], rows, "o", color=colour, label=side)
+    right.set_xlabel("held-out log-probability, mean per token (nats)")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=100)
 
 
@@ -326,7 +333,7 @@ def write(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "losses.md"
     text = page.read_text(encoding="utf-8").partition(BLOCK)[0] if page.is_file() else ""
-    tables = f"\n## Every loss\n\n{losses_table(results.records)}"
+    tables = f"\n## Every loss\n\n![every loss](losses.png)\n\n{losses_table(results.records)}"
     tables += f"\n## 30 % of the labels flipped\n\n{noise_table(results.records)}"
     page.write_text(text + BLOCK + tables, encoding="utf-8")
     draw(results.records, folder / "losses.png")
