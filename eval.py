@@ -278,9 +278,23 @@ def make_evaluator(
         )
 
     path = setup.find_forward_path(policy, tokenizer, computation, config.max_length, row_tokens)
-    packing = Packing(path.packed, row_tokens(path), 1, tokenizer.pad_token_id, config.max_length)
+    packing = Packing(
+        packed=path.packed,
+        budget=row_tokens(path),
+        world_size=1,
+        pad_token_id=tokenizer.pad_token_id,
+        longest=config.max_length,
+    )
     rank0_print(f"microbatches of up to {packing.budget:,} tokens")
-    scorer = Scorer(policy, reference, loss, path, computation.autocast, device, routers)
+    scorer = Scorer(
+        policy=policy,
+        reference=reference,
+        loss=loss,
+        forward_path=path,
+        precision=computation.autocast,
+        device=device,
+        routers=routers,
+    )
     return Evaluator(
         scorer, Feed(examples, packing, 0, context=loss.context_examples), config.eval_batch_size
     )

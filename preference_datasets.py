@@ -9,6 +9,7 @@ path to files in a form of data/formats.py. No torch, no tokenizer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from plumb.data.files import Messages, RawRow, Text, describe
@@ -43,7 +44,7 @@ __all__ = [
 
 
 HH = Hub("Anthropic/hh-rlhf")
-HELPFUL, HARMLESS = HH._replace(data_dir="helpful-base"), HH._replace(data_dir="harmless-base")
+HELPFUL, HARMLESS = replace(HH, data_dir="helpful-base"), replace(HH, data_dir="harmless-base")
 SHP = Hub("stanfordnlp/SHP")
 SE = Hub("HuggingFaceH4/stack-exchange-preferences", test_share=0.01)
 SAFERLHF = Hub("PKU-Alignment/PKU-SafeRLHF")

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,7 +228,7 @@ def answered(
             file=sys.stderr,
         )
     settings = (
-        decoding._asdict()
+        vars(decoding)
         | {
             "seed": options.seed,
             "batch_size": options.batch_size,
@@ -340,7 +341,7 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
     add_bos = bool(ref.config.get("add_bos", True))
     if (template or own_template(tokenizer)) == HH_TEMPLATE:
         # or a model goes on and speaks for both
-        decoding = decoding._replace(stop=(*decoding.stop, "\n\nHuman:"))
+        decoding = replace(decoding, stop=(*decoding.stop, "\n\nHuman:"))
     said: list[dict[str, str]] = []
     print(f"{ref.name}; quit ends, clear forgets", flush=True)
     for turn in range(2**31):

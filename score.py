@@ -357,7 +357,14 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
     )
     every = ((row, row.responses[i], row.responses[j]) for row in data.rows for i, j in row.pairs)
     rows = [
-        Row(row.prompt, [chosen, rejected], [(0, 1)], None, row.source, more=row.more)
+        Row(
+            prompt=row.prompt,
+            responses=[chosen, rejected],
+            pairs=[(0, 1)],
+            sft_target=None,
+            source=row.source,
+            more=row.more,
+        )
         for row, chosen, rejected in every
     ]
     print(data.form)
@@ -577,7 +584,7 @@ def winrate(options: argparse.Namespace) -> None:
     if options.out:
         write_jsonl(options.out, lines)
     if options.json:
-        figures = {w.policy: w._asdict() | w.rate._asdict() for w in found}
+        figures = {w.policy: vars(w) | w.rate._asdict() for w in found}
         _write_json(
             options.json, {"judge": options.judge, "baseline": baseline, "win_rates": figures}
         )
@@ -624,13 +631,13 @@ def judge_of(options: argparse.Namespace):
         if not options.judge_model:
             raise UserError(f"--judge={spec}: which of its models? give --judge-model NAME")
         endpoint = Endpoint(
-            spec,
-            options.judge_model,
-            judges.read_template(options.judge_template or "hh"),
-            Verdicts(options.verdicts or Path(".cache/verdicts.jsonl")),
-            judges.key_from(options.key_env),
-            options.parallel or 4,
-            options.timeout or 60.0,
+            url=spec,
+            model=options.judge_model,
+            template=judges.read_template(options.judge_template or "hh"),
+            verdicts=Verdicts(options.verdicts or Path(".cache/verdicts.jsonl")),
+            key=judges.key_from(options.key_env),
+            parallel=options.parallel or 4,
+            timeout=options.timeout or 60.0,
         )
         return lambda some: by_endpoint(some, endpoint)
     ref, config = found_by(options, spec)

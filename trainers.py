@@ -190,7 +190,7 @@ class BasicTrainer:
             scored = self.scorer(batch, self.loss.context_of(context, where))
             if is_first:
                 losses = replace(scored.output, losses=scored.output.losses.detach())
-                seen.append(scored._replace(output=losses, balance=None))
+                seen.append(replace(scored, output=losses, balance=None))
             loss = weight * scored.weighted_losses().sum() / n
             if scored.balance is not None:
                 loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(

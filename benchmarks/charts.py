@@ -56,15 +56,15 @@ def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
         )
         out.append(
             Line(
-                label,
-                mine[0]["contender"],
-                shape,
-                pairs,
-                unique,
-                processed,
-                memory,
-                working,
-                ratios,
+                label=label,
+                contender=mine[0]["contender"],
+                shape=shape,
+                pairs=pairs,
+                unique=unique,
+                processed=processed,
+                memory=memory,
+                working=working,
+                ratios=ratios,
             )
         )
     return out

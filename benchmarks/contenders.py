@@ -30,6 +30,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -395,7 +396,7 @@ class Plumb(Contender):
         super().change(changes, batches)
         trainer = self.trainer
         if "budget" in changes:
-            trainer.packing = self.feed.packing = trainer.packing._replace(budget=changes["budget"])
+            trainer.packing = self.feed.packing = replace(trainer.packing, budget=changes["budget"])
         if changes.get("reference") == "cached" and self.reference is not None:
             from plumb.training.evaluator import all_logps
 
@@ -404,7 +405,7 @@ class Plumb(Contender):
                 trainer.scorer, self.reference, self.feed, everything, True, silent
             )
             self.reference = None
-            trainer.scorer = trainer.scorer._replace(reference=None)
+            trainer.scorer = replace(trainer.scorer, reference=None)
             gc.collect()
 
 

@@ -120,23 +120,23 @@ def plumb_command(run: Run) -> list[str]:
 
 CONTENDERS = {
     "trl": Contender(
-        "TRL",
-        trl_command,
-        "checkpoint-{}",
-        "model.safetensors",
-        "optimizer.pt",
-        "trainer_state.json",
-        "model.safetensors",
+        name="TRL",
+        command=trl_command,
+        checkpoint="checkpoint-{}",
+        weights="model.safetensors",
+        optimizer="optimizer.pt",
+        state="trainer_state.json",
+        final="model.safetensors",
         jit=True,
     ),
     "plumb": Contender(
-        "Plumb",
-        plumb_command,
-        "step-{}",
-        "policy.pt",
-        "state-0-of-1.safetensors",
-        "manifest.json",
-        "policy.pt",
+        name="Plumb",
+        command=plumb_command,
+        checkpoint="step-{}",
+        weights="policy.pt",
+        optimizer="state-0-of-1.safetensors",
+        state="manifest.json",
+        final="policy.pt",
     ),
 }
 

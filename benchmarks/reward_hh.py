@@ -147,9 +147,24 @@ def states(model_name: str, path: Path, max_length: int, read: str) -> tuple[Ten
         gradients=False,
     )
     print(line)
-    scorer = Scorer(model, None, loss, forward_path, precision, device)
+    scorer = Scorer(
+        policy=model,
+        reference=None,
+        loss=loss,
+        forward_path=forward_path,
+        precision=precision,
+        device=device,
+    )
     feed = Feed(
-        examples, Packing(forward_path.packed, 4096, 1, tokenizer.pad_token_id, max_length), 0
+        examples,
+        Packing(
+            packed=forward_path.packed,
+            budget=4096,
+            world_size=1,
+            pad_token_id=tokenizer.pad_token_id,
+            longest=max_length,
+        ),
+        0,
     )
     indices = np.arange(len(examples))
     with tqdm(total=len(examples), desc=read) as progress:

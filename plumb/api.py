@@ -48,7 +48,13 @@ def score(
         reading = Reading(group="pair")
         data = get_dataset(str(file), "train", reading=reading, eval_share=0.0)
         pairs = [
-            Row(row.prompt, [row.responses[i], row.responses[j]], [(0, 1)], None, row.source)
+            Row(
+                prompt=row.prompt,
+                responses=[row.responses[i], row.responses[j]],
+                pairs=[(0, 1)],
+                sft_target=None,
+                source=row.source,
+            )
             for row in data.rows
             for i, j in row.pairs
         ]

@@ -394,6 +394,56 @@ def test_the_one_loader_trusts_nothing():
     assert [a.name for n in imports for a in n.names] == ["UnpicklingError"]
 
 
+MOST_FIELDS = 4  # of a record that is built by position, or taken apart by it
+# NamedTuples with more fields, and why
+WIDE_TUPLES = {
+    "Row": "one for each row of a data set, changed with _replace while it is read",
+    "RawRow": "one for each row of a file",
+    "Chunk": "columns, which are filled and written in the order of its fields",
+}
+
+
+def records(trees):
+    """Yield (class, is it a NamedTuple, number of fields) of each NamedTuple and dataclass."""
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                is_tuple = "NamedTuple" in map(ast.unparse, node.bases)
+                if is_tuple or any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+                    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+                    yield node.name, is_tuple, len(fields)
+
+
+def calls_by_position(tree, names):
+    """Yield the calls of these classes with more than MOST_FIELDS values by position.
+
+    >>> tree = ast.parse("Pair(1, 2); Wide(1, 2, 3, 4, 5); m.Wide(1, 2, 3, 4, e=5); f(*range(9))")
+    >>> [*calls_by_position(tree, {"Pair", "Wide"})]
+    ['Wide, line 1']
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and len(node.args) > MOST_FIELDS:
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in names:
+                yield f"{name}, line {node.lineno}"
+
+
+def test_records_are_built_by_keyword():
+    """A value's meaning stands beside it, and a field that is added shifts no other."""
+    files = [f for room in ("tests", "benchmarks", "demo") for f in ROOT.glob(f"{room}/**/*.py")]
+    trees = TREES | {str(f): ast.parse(f.read_text(encoding="utf-8")) for f in files}
+    names = {name for name, _, _ in records(trees.values())}
+    assert not {
+        file: calls for file, tree in trees.items() if (calls := [*calls_by_position(tree, names)])
+    }
+
+
+def test_wide_records_are_no_tuples():
+    """A record with many fields is a frozen dataclass, which nothing can take apart by position."""
+    wide = {name for name, is_tuple, n in records(TREES.values()) if is_tuple and n > MOST_FIELDS}
+    assert wide == WIDE_TUPLES.keys()
+
+
 def test_no_path_of_one_machine():
     """Nothing under version control knows where somebody's home or checkout is."""
     mine = {

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def test_a_stage_has_held_out_data_of_its_own(runs):
     low, high = history.read_runs(runs, schema.bookkeeping)
     assert report.same_data([low, high])
     assert not report.same_data(
-        [low, high._replace(config=high.config | {"data_split": "5,0,5", "stage": "policy"})]
+        [low, replace(high, config=high.config | {"data_split": "5,0,5", "stage": "policy"})]
     )
 
 
@@ -348,11 +349,12 @@ def test_curves(runs, pictures):
 
 def test_what_is_drawn(runs):
     run = curves.named(
-        history.read_run(runs[0])._replace(config={"loss": {"name": "dpo", "beta": 0.05}})
+        replace(history.read_run(runs[0]), config={"loss": {"name": "dpo", "beta": 0.05}})
     )
     assert run.evaluations[0]["ratio_eval/chosen"] == pytest.approx(3.0)  # 0.15 / beta, nats
-    free = history.read_run(runs[0])._replace(
-        config={"loss": {"name": "dpo", "beta": 0.05, "reference_free": True}}
+    free = replace(
+        history.read_run(runs[0]),
+        config={"loss": {"name": "dpo", "beta": 0.05, "reference_free": True}},
     )
     assert "ratio_eval/chosen" not in curves.named(free).evaluations[0]
     run.steps[1]["lr"] = 1e-5

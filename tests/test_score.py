@@ -247,7 +247,16 @@ def bert(tmp_path_factory):
 @torch.no_grad()
 def test_an_encoder_scores_in_batches_as_alone(bert, tmp_path):
     model, tokenizer = Bert.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
-    rows = [Row(prompt, [a, b], [(0, 1)], None, "x:1") for prompt, a, b in ROWS[:2]]
+    rows = [
+        Row(
+            prompt=prompt,
+            responses=[a, b],
+            pairs=[(0, 1)],
+            sft_target=None,
+            source="x:1",
+        )
+        for prompt, a, b in ROWS[:2]
+    ]
     scorer = opened(str(bert))
     assert isinstance(scorer, Classifier) and not scorer.alone
     scored = scorer.score(rows, "keep_end")
@@ -268,11 +277,11 @@ def test_an_encoder_scores_in_batches_as_alone(bert, tmp_path):
         model(**tokenizer(text, return_tensors="pt")).logits.item(), abs=1e-4
     )
     messages = Row(
-        [{"role": "user", "content": "Why?"}],
-        [[{"role": "assistant", "content": "So."}]],
-        [],
-        None,
-        "x:1",
+        prompt=[{"role": "user", "content": "Why?"}],
+        responses=[[{"role": "assistant", "content": "So."}]],
+        pairs=[],
+        sft_target=None,
+        source="x:1",
     )
     hh = "\n\nHuman: Why?\n\nAssistant: So."
     expected = model(**tokenizer(hh, return_tensors="pt")).logits.item()
@@ -284,7 +293,16 @@ def test_where_pad_could_be_text_each_text_is_a_batch(bert, tmp_path):
     tokenizer.pad_token = tokenizer.eos_token
     Bert.from_pretrained(bert).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [Row(prompt, [a], [], a, "x:1") for prompt, a, _ in ROWS[:2]]
+    rows = [
+        Row(
+            prompt=prompt,
+            responses=[a],
+            pairs=[],
+            sft_target=a,
+            source="x:1",
+        )
+        for prompt, a, _ in ROWS[:2]
+    ]
     scorer, other = (opened(str(path)) for path in (tmp_path / "model", bert))
     assert scorer.alone and max(map(len, scorer._batches(np.array([3, 3])))) == 1
     np.testing.assert_allclose(
@@ -302,7 +320,19 @@ def test_a_decoder_with_a_score_is_read_in_packed_rows(models, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     scorer = opened(str(tmp_path / "model"))
     assert isinstance(scorer, Causal) and scorer.forward_path is None
-    scored = scorer.score([Row(p, [a, b], [(0, 1)], None, "x:1") for p, a, b in ROWS], "keep_end")
+    scored = scorer.score(
+        [
+            Row(
+                prompt=p,
+                responses=[a, b],
+                pairs=[(0, 1)],
+                sft_target=None,
+                source="x:1",
+            )
+            for p, a, b in ROWS
+        ],
+        "keep_end",
+    )
     assert scorer.forward_path.packed
     ids = torch.tensor([sum(as_read(tokenizer, *ROWS[0][:2], 0), [])])
     expected = model.score(model.model(ids).last_hidden_state[0, -1]).item()

@@ -70,7 +70,8 @@ class Segments:
         return self.masks[shape]
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Hold a microbatch: B trees in one row. Responses are numbered with all first ones before all
     second ones: example b's j-th comes after every response j' < j, and after the j-th of the
     examples before b that have one.
@@ -120,13 +121,13 @@ class Batch(NamedTuple):
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         tensors: dict[str, Any] = {
-            name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)
+            name: f(x) for name, x in vars(self).items() if isinstance(x, Tensor)
         }
         s = self.segments
         segments = replace(
             s, gather=f(s.gather), query_ends=f(s.query_ends), key_ends=f(s.key_ends), masks={}
         )
-        return self._replace(segments=segments, extras=self.extras.map(f), **tensors)
+        return replace(self, segments=segments, extras=self.extras.map(f), **tensors)
 
 
 def pack(
@@ -248,12 +249,12 @@ def _segments(
         np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     )
     return Segments(
-        queries.tolist(),
-        keys.tolist(),
-        torch.from_numpy(gather),
-        ends(queries),
-        ends(keys),
-        longest,
+        query_lengths=queries.tolist(),
+        key_lengths=keys.tolist(),
+        gather=torch.from_numpy(gather),
+        query_ends=ends(queries),
+        key_ends=ends(keys),
+        longest=longest,
     )
 
 

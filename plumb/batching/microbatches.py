@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from plumb.data.examples import Lengths
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True)
+class Packing:
     """Say how batches are split and laid out: the same for all steps of a run."""
 
     # trees in a row; False: the model is given padded rows, so examples of like lengths go together

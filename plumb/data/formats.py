@@ -277,12 +277,12 @@ def _of_ranking(
     row: RawRow, prompt: Text, texts: list[Text], ranking: list[float], as_scores: bool
 ) -> Row:
     return Row(
-        prompt,
-        texts,
-        score_pairs(ranking),
-        texts[ranking.index(max(ranking))],
-        row.source,
-        ranking if as_scores else None,
+        prompt=prompt,
+        responses=texts,
+        pairs=score_pairs(ranking),
+        sft_target=texts[ranking.index(max(ranking))],
+        source=row.source,
+        scores=ranking if as_scores else None,
         ranking=ranking,
     )
 
@@ -325,7 +325,13 @@ def _stack_exchange_pair(row: RawRow) -> Row:
     as `get_se` does.
     """
     chosen, rejected = " " + row.text("response_j"), " " + row.text("response_k")
-    return Row(hh_prompt(row.text("question")), [chosen, rejected], [(0, 1)], chosen, row.source)
+    return Row(
+        prompt=hh_prompt(row.text("question")),
+        responses=[chosen, rejected],
+        pairs=[(0, 1)],
+        sft_target=chosen,
+        source=row.source,
+    )
 
 
 @form("prompt / completion / label (labelled)", "prompt", "completion", "label")
@@ -462,7 +468,13 @@ def _sft_instruction(row: RawRow) -> Row | None:
 def _sft_text(row: RawRow) -> Row | None:
     """Read a text, all of which is trained on."""
     text = row.text("text")
-    return Row("", [text], [], text, row.source)
+    return Row(
+        prompt="",
+        responses=[text],
+        pairs=[],
+        sft_target=text,
+        source=row.source,
+    )
 
 
 def hh_prompt(question: str) -> str:
@@ -646,7 +658,12 @@ def _pair_of(
     pairs = [(0, i + 1) for i in range(len(responses))]
     scores = pair_scores(row) if len(responses) == len(rejected) == 1 else None
     return Row(
-        prompt, [halves[chosen][1], *responses], pairs, halves[target][1], row.source, scores
+        prompt=prompt,
+        responses=[halves[chosen][1], *responses],
+        pairs=pairs,
+        sft_target=halves[target][1],
+        source=row.source,
+        scores=scores,
     )
 
 
@@ -683,7 +700,13 @@ def _sft(row: RawRow, prompt: Text, field: str) -> Row | None:
         prompt, target = _split_turns(
             row, _as_messages(row, prompt, "user", "prompt"), target, field
         )
-    return Row(prompt, [target], [], target, row.source)
+    return Row(
+        prompt=prompt,
+        responses=[target],
+        pairs=[],
+        sft_target=target,
+        source=row.source,
+    )
 
 
 MARKS = ("weight", "train")  # of a turn: 0 or false where it is not to be trained
@@ -941,12 +964,12 @@ def check_loaded(name: str, loaded: Any) -> Iterator[Row]:
         scores = None if scores is None else check_scores(row, scores, "scores", len(responses))
         pairs = _checked_pairs(row, len(responses))
         yield Row(
-            prompt,
-            responses,
-            pairs,
-            target,
-            f"{name}:{n}",
-            scores,
+            prompt=prompt,
+            responses=responses,
+            pairs=pairs,
+            sft_target=target,
+            source=f"{name}:{n}",
+            scores=scores,
             weight=row_weight(row),
             p_chosen=row_p_chosen(row, len(pairs)),
         )

@@ -10,9 +10,10 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from omegaconf import DictConfig
@@ -69,7 +70,8 @@ NEEDED = {
 UNRANKED = "lists of one response, or whose ranks are all equal"
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Hold one split of one data set."""
 
     examples: Examples
@@ -96,11 +98,11 @@ def load_examples(
     has them begin with.
     """
     rules = TextRules(
-        config.max_length,
-        config.max_prompt_length,
-        config.response_truncation,
-        config.add_bos,
-        config.eos_in_text,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        response_truncation=config.response_truncation,
+        add_bos=config.add_bos,
+        eos_in_text=config.eos_in_text,
     )
     own_eval = config.eval_datasets is not None  # then a file is all training or all evaluation
     shares = (
@@ -135,7 +137,13 @@ def load_examples(
         if store.n_rows and not examples and (split == "train" or own_eval):
             raise UserError(f"datasets: {name} holds no {NEEDED[group]}; its form: {store.form}")
         examples, n_prompts = _of_stage(examples, name, split, config)
-        parts[split][name] = Part(examples, skipped, Counter(), n_prompts, store)
+        parts[split][name] = Part(
+            examples=examples,
+            skipped=skipped,
+            cases=Counter(),
+            n_prompts=n_prompts,
+            store=store,
+        )
 
     train, test = parts["train"], parts["test"]
     none = np.empty(0, np.uint64)
@@ -229,15 +237,15 @@ def token_stores(
             options |= {"role_map": reading.role_map, "bad_row": bad_row}
             options |= {"label_threshold": reading.label_threshold}
             spec = StoreSpec(
-                data,
-                split,
-                tokenizer,
-                identity,
-                rules,
-                template,
-                inputs,
-                options,
-                prefixes and Prefixes(*prefixes, config.unpair),
+                data=data,
+                split=split,
+                tokenizer=tokenizer,
+                identity=identity,
+                rules=rules,
+                template=template,
+                inputs=inputs,
+                options=options,
+                prefixes=prefixes and Prefixes(*prefixes, config.unpair),
             )
             folder, kept = find_or_make(spec, local_dir / "token_cache", keep)
             made.append((str(folder), kept))
@@ -408,7 +416,7 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
             f"datasets: data_rules leave no example of {name}: {dict(counts)} of"
             f" {len(examples)}{why}"
         )
-    return part._replace(examples=examples if keep.all() else examples.select(keep), cases=counts)
+    return replace(part, examples=examples if keep.all() else examples.select(keep), cases=counts)
 
 
 def _is_in(digests: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -47,7 +47,8 @@ class Prompt(TypedDict):
     weight: NotRequired[float]  # how many prompts it counts as
 
 
-class Hub(NamedTuple):
+@dataclass(frozen=True)
+class Hub:
     """Name a data set on the Hugging Face hub, or a local one."""
 
     name: str | None  # None: it isn't on the hub, and `dataset_paths` must say where it is
@@ -109,7 +110,8 @@ class DataSet:
         self.first_bad = self.first_bad or str(error)
 
 
-class Loader(NamedTuple):
+@dataclass(frozen=True)
+class Loader:
     """Hold a registered `get_xyz`."""
 
     name: str
@@ -150,12 +152,12 @@ def dataset(
             )
         name = load.__name__.removeprefix("get_")
         LOADERS[name] = Loader(
-            name,
-            load,
-            truncation,
-            Hub(hub) if isinstance(hub, str) else hub,
-            frozenset(fields),
-            pairs,
+            name=name,
+            load=load,
+            truncation=truncation,
+            hub=Hub(hub) if isinstance(hub, str) else hub,
+            fields=frozenset(fields),
+            pairs=pairs,
         )
         return load
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice, repeat
 from math import nan
 from pathlib import Path
@@ -38,7 +39,8 @@ HAS_EOS = 2
 CHANGED = 4
 
 
-class TextRules(NamedTuple):
+@dataclass(frozen=True)
+class TextRules:
     """Say how text becomes tokens; each field is the option of that name in config.yaml."""
 
     max_length: int  # tokens of prompt + response
@@ -410,12 +412,19 @@ def truncate(prompts: np.ndarray, responses: np.ndarray, rules: TextRules) -> np
     responses if still too long. A truncated response loses its EOS. BOS, if there is one, stays at
     the start of what remains of the prompt.
 
-    >>> rules = TextRules(8, 4, response_truncation="fixed", add_bos=True, eos_in_text="strip")
+    >>> from dataclasses import replace
+    >>> rules = TextRules(
+    ...     max_length=8,
+    ...     max_prompt_length=4,
+    ...     response_truncation="fixed",
+    ...     add_bos=True,
+    ...     eos_in_text="strip",
+    ... )
     >>> lengths = np.array([6, 2]), np.array([[3, 2], [7, 3]])
     >>> truncate(*lengths, rules)  # fixed: 4 = max_length - max_prompt_length
     array([[4, 3, 2],
            [2, 4, 3]])
-    >>> truncate(*lengths, rules._replace(response_truncation="fill"))[1]
+    >>> truncate(*lengths, replace(rules, response_truncation="fill"))[1]
     array([2, 6, 3])
     """
     longest = responses.max(1)

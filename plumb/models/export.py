@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,7 +175,13 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     if out.exists() and not (out / "config.json").is_file():
         raise UserError(f"{what}: {out} already exists and is not a model's folder; move it away")
     scalar = build_loss(to_dict(config.loss)).reads == "scores"
-    ref = ModelRef(str(run_dir), config, None, run_dir, scalar)
+    ref = ModelRef(
+        name=str(run_dir),
+        config=config,
+        archive=None,
+        run_dir=run_dir,
+        scalar=scalar,
+    )
     hf_config, tokenizer = load_config(config), load_tokenizer(config)
     set_template(tokenizer, template_of(ref, None, tokenizer))
     if type(hf_config) not in AutoModelForCausalLM._model_mapping:
@@ -446,7 +453,7 @@ def compare(ref: ModelRef, folder: Path, dtype: str | None) -> None:
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts]
     config = copy.deepcopy(ref.config)
     config.model.policy_dtype = stored
-    original: Any = open_model(ref._replace(config=config), "cpu").model.float()
+    original: Any = open_model(replace(ref, config=config), "cpu").model.float()
     expected = [original(torch.tensor([row])).logits[0] for row in ids]
     del original
     gc.collect()  # its modules know each other

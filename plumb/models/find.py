@@ -9,6 +9,7 @@ tokenizer) comes from the config.yaml of its run, ours or the original repositor
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +31,8 @@ from plumb.runs.policy_path import resolve_archive
 from plumb.runs.safe_yaml import check_config_file
 
 
-class ModelRef(NamedTuple):
+@dataclass(frozen=True)
+class ModelRef:
     """Say where a model is, before it is loaded."""
 
     name: str  # as the user gave it
@@ -110,7 +112,13 @@ def find_model(
         if archive
         else is_classifier(load_config(config))
     )
-    return ModelRef(name, config, archive, run_dir, scalar)
+    return ModelRef(
+        name=name,
+        config=config,
+        archive=archive,
+        run_dir=run_dir,
+        scalar=scalar,
+    )
 
 
 def _config_of(run_dir: Path) -> DictConfig:

@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ def weights_digest(model: nn.Module) -> str:
     return hashlib.blake2b(b"".join(digest for _, digest in of_all)).hexdigest()[:32]
 
 
-class Computation(NamedTuple):
+@dataclass(frozen=True)
+class Computation:
     """Describe how the log-probabilities are computed: what changes any of them, even by rounding,
     besides the model.
     """
@@ -101,7 +103,7 @@ def described(
     brings its own.
     """
     hf_config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
-    return computation._asdict() | {
+    return vars(computation) | {
         "version": VERSION,
         "weights": weights,
         "model": json.dumps(hf_config, sort_keys=True, default=str),

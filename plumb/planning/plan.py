@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ MOST_GPUS = 64  # that an alternative may ask for
 ASSUMED_RESPONSES = {"single": 1, "labelled": 1, "pair": 2, "list": 4, "rollout": 1}
 
 
-class Model(NamedTuple):
+@dataclass(frozen=True)
+class Model:
     """Hold what a plan needs to know of a model."""
 
     name: str
@@ -82,7 +84,8 @@ class Steps(NamedTuple):
     forward: float  # operations of one forward pass over an example, on average
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """Hold the trainer's decisions and the memory they would take."""
 
     layout: ClusterShape
@@ -158,14 +161,14 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
     plain_head = isinstance(model.get_output_embeddings(), nn.Linear) and not capped
     n_out = 1 if loss.reads == "scores" else hf_config.get_text_config().vocab_size
     return Model(
-        type(model).__name__,
-        hf_config,
-        weights,
-        sizing.cost_of(model),
-        count,
-        packed,
-        plain_head,
-        n_out,
+        name=type(model).__name__,
+        config=hf_config,
+        weights=weights,
+        cost=sizing.cost_of(model),
+        held=count,
+        packed=packed,
+        plain_head=plain_head,
+        n_out=n_out,
     )
 
 
@@ -237,7 +240,11 @@ def layout_of(config: DictConfig) -> ClusterShape:
             f"{knob}={config[knob]}: does not divide the {among} processes; give a divisor, or null"
         )
     return ClusterShape(
-        n, nodes, config.fsdp_shard_size if sharded else None, tp, config.fsdp_cpu_offload
+        n_gpus=n,
+        n_nodes=nodes,
+        shard_size=config.fsdp_shard_size if sharded else None,
+        tp_size=tp,
+        offload=config.fsdp_cpu_offload,
     )
 
 
@@ -310,14 +317,14 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         ),  # logits in two precisions, and their gradients
     )
     return Plan(
-        layout,
-        precision,
-        live,
-        decided.reference == "cached",
-        summed,
-        held is not None,
-        steps,
-        total,
+        layout=layout,
+        precision=precision,
+        live=live,
+        cached=decided.reference == "cached",
+        summed=summed,
+        counted=held is not None,
+        steps=steps,
+        memory=total,
     )
 
 
@@ -365,7 +372,13 @@ def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: in
         some = sorted({int(i) for i in np.linspace(0, len(steps) - 1, N_STEPS)})
         batches = [steps[k] for k in some]
     lengths = lengths_of(data.examples)
-    packing = Packing(model.packed, budget, ranks, 0, config.max_length)
+    packing = Packing(
+        packed=model.packed,
+        budget=budget,
+        world_size=ranks,
+        pad_token_id=0,
+        longest=config.max_length,
+    )
     plans = [
         microbatches.split_into_microbatches(
             lengths[batch], packing, config.gradient_accumulation_steps

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,8 +83,8 @@ def named(run: Run) -> Run:
         }
         return renamed | ratios
 
-    return run._replace(
-        steps=[*map(change, run.steps)], evaluations=[*map(change, run.evaluations)]
+    return replace(
+        run, steps=[*map(change, run.steps)], evaluations=[*map(change, run.evaluations)]
     )
 
 

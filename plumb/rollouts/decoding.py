@@ -4,7 +4,8 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from plumb.errors import UserError
 
@@ -20,7 +21,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class Decoding(NamedTuple):
+@dataclass(frozen=True)
+class Decoding:
     """Describe how answers are generated. Options that a mode does not use are None; otherwise None
     means the model's generation config.
     """
@@ -43,7 +45,7 @@ class Decoding(NamedTuple):
         """Return the options with the mode's defaults. Raise UserError for options the mode would
         ignore, and for conflicting ones.
         """
-        takes, given = MODES[self.mode], {k: v for k, v in self._asdict().items() if v is not None}
+        takes, given = MODES[self.mode], {k: v for k, v in vars(self).items() if v is not None}
         every = {name for of_mode in MODES.values() for name in of_mode}
         for name in sorted(given.keys() & every - takes.keys()):
             modes = ", ".join(mode for mode, of_mode in MODES.items() if name in of_mode)
@@ -51,7 +53,7 @@ class Decoding(NamedTuple):
                 f"{flag(name)} {given[name]}: mode {self.mode} would ignore it; leave it out, or"
                 f" take --mode {modes}"
             )
-        made = self._replace(**(takes | given))
+        made = replace(self, **(takes | given))
         most = made.num_beams or (1 if made.mode in ("greedy", "contrastive") else None)
         if most is not None and made.n > most:
             what = f"{most} beams" if made.num_beams else "this mode"

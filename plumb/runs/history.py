@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ class Sample(NamedTuple):
     text: str
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """Hold what was read from a run directory."""
 
     path: Path
@@ -240,7 +242,7 @@ def read_runs(paths: Sequence[Path], bookkeeping: Callable[[str], bool]) -> list
         names = [name(i, run) for i, run in enumerate(runs)]
         if len(set(names)) == len(runs):
             break
-    return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 # ---- lineage ----

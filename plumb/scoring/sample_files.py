@@ -48,12 +48,28 @@ class Answered(NamedTuple):
         """
         if isinstance(self.prompt, str):
             return [
-                Row(self.prompt, [answer], [], answer, self.raw.source) for answer in self.answers
+                Row(
+                    prompt=self.prompt,
+                    responses=[answer],
+                    pairs=[],
+                    sft_target=answer,
+                    source=self.raw.source,
+                )
+                for answer in self.answers
             ]
         turns: list[Text] = [
             [{"role": "assistant", "content": answer.strip()}] for answer in self.answers
         ]
-        return [Row(self.prompt, [turn], [], turn, self.raw.source) for turn in turns]
+        return [
+            Row(
+                prompt=self.prompt,
+                responses=[turn],
+                pairs=[],
+                sft_target=turn,
+                source=self.raw.source,
+            )
+            for turn in turns
+        ]
 
     def with_scores(self, scores: Sequence[float]) -> dict[str, Any]:
         """Return the line with its answers' scores."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -111,8 +112,9 @@ def load_scorer(
                 f"--reference={reference}: a reward model has no log-probabilities; give a policy"
             )
     elif not loss.get("reference_free"):
-        origin = ref._replace(config=start_of(ref))
-    policy, start = open_model(ref, device), origin and open_model(origin, device)
+        origin = replace(ref, config=start_of(ref))
+    policy = open_model(ref, device)
+    start = open_model(origin, device) if origin is not None else None
     if start is not None:
         probe = [
             o.tokenizer("Where is the 3rd house?", add_special_tokens=False)["input_ids"]
@@ -185,11 +187,11 @@ class Causal:
         n, forward_path = len(examples), self._way()
         scores = np.empty((n, len(examples[0].responses)))
         packing = Packing(
-            forward_path.packed,
-            self.budget,
-            1,
-            cast(int, self.tokenizer.pad_token_id),
-            2 * self.config.max_length,
+            packed=forward_path.packed,
+            budget=self.budget,
+            world_size=1,
+            pad_token_id=cast(int, self.tokenizer.pad_token_id),
+            longest=2 * self.config.max_length,
         )
         feed = Feed(examples, packing, rank=0)
         with tqdm(total=n, desc="scoring", unit="row", disable=quiet()) as progress:
@@ -241,11 +243,11 @@ def encoded(
 ) -> Encoded:
     """Return rows as examples in memory, as a run trains on them."""
     rules = TextRules(
-        config.max_length,
-        config.max_prompt_length,
-        config.response_truncation,
-        config.add_bos,
-        config.eos_in_text,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        response_truncation=config.response_truncation,
+        add_bos=config.add_bos,
+        eos_in_text=config.eos_in_text,
     )
     bos = [b for b in [automatic_bos(tokenizer) if config.add_bos else None] if b is not None]
     examples, cuts = list[Example](), [np.empty(0, bool)]

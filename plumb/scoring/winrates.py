@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ class Judged(NamedTuple):
     )
 
 
-class WinRate(NamedTuple):
+@dataclass(frozen=True)
+class WinRate:
     """Hold a policy's result against the baseline."""
 
     policy: str
@@ -173,13 +175,13 @@ def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> Wi
     wins, ties, losses = (int((points == value).sum()) for value in (1, 0.5, 0))
     swayed = None if judged.swayed is None or not said.any() else float(judged.swayed[said].mean())
     return WinRate(
-        policy,
-        len(points),
-        len(np.unique(prompts)),
-        wins,
-        ties,
-        losses,
-        bootstrap(points, prompts, seed),
-        int((~said).sum()),
-        swayed,
+        policy=policy,
+        n=len(points),
+        n_prompts=len(np.unique(prompts)),
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        rate=bootstrap(points, prompts, seed),
+        n_unsaid=int((~said).sum()),
+        swayed=swayed,
     )

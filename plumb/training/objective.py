@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ from plumb.models.routers import Routers, balance
 Outputs = Logps | LogpsAndSquares | LogpsAndKL | TokenLogps | Scores
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True)
+class Scored:
     """Hold what came out for a microbatch."""
 
     output: LossOutput
@@ -69,7 +71,8 @@ class Scored(NamedTuple):
         return losses if self.weights is None else losses * self.weights.to(losses)
 
 
-class Scorer(NamedTuple):
+@dataclass(frozen=True)
+class Scorer:
     """Score batches: the models, the loss, and how both models compute.
 
     `reference` is None where the loss needs none, or where batches carry its log-probabilities.

@@ -4,6 +4,7 @@ import hashlib
 import runpy
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,7 +200,7 @@ def test_unfolded_batches_equal_the_2023_code():
 )
 def test_a_plan_loses_nothing_and_keeps_the_budget(lengths, budget, at_least, world, packed):
     of_batch = lengths_of([example([1] * (n - 1), [2]) for n in lengths])
-    packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
+    packing = replace(PACKING, budget=budget, world_size=world, packed=packed)
     micro = microbatches(split_into_microbatches(of_batch, packing, at_least), world)
     # every rank has the same number of microbatches
     assert all(len(parts) == world for parts in micro)
@@ -274,7 +275,7 @@ lengths_of_pairs = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers
 )
 def test_a_plan_is_the_one_by_definition(lengths, budget, at_least, world, packed):
     examples = [example([1] * p, [2] * a, [3] * b) for p, a, b in lengths]
-    packing = PACKING._replace(budget=budget, world_size=world, packed=packed)
+    packing = replace(PACKING, budget=budget, world_size=world, packed=packed)
     found = microbatches(split_into_microbatches(lengths_of(examples), packing, at_least), world)
     assert found == plan_by_definition(examples, packing, at_least)
 
@@ -293,7 +294,7 @@ def test_ranks_share_a_step_and_a_rank_without_a_part_has_weight_0():
     examples = [example([1], [i], [i + 50]) for i in range(3)]
     reference = np.arange(6.0).reshape(3, 2)
     steps = [
-        Feed(examples, PACKING._replace(world_size=4), rank, reference).step(np.array([2, 0, 1]))
+        Feed(examples, replace(PACKING, world_size=4), rank, reference).step(np.array([2, 0, 1]))
         for rank in range(4)
     ]
     # the batch is everyone's
@@ -334,7 +335,7 @@ def test_a_rank_makes_its_own_examples_alone():
     batch, seen = np.random.default_rng(0).permutation(100)[:64], []
     for rank in range(16):
         made = []
-        step = Feed(examples, PACKING._replace(world_size=16), rank).step(batch)
+        step = Feed(examples, replace(PACKING, world_size=16), rank).step(batch)
         assert len(made) == 4 and step.lengths.tokens().sum() == 64 * 6
         seen += made
     assert sorted(seen) == sorted(batch.tolist())

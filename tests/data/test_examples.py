@@ -52,9 +52,29 @@ def look(tmp_path_factory):
         data = DataSet(
             "d",
             0.0,
-            iter([Row(p, [c, r], [(0, 1)], c, f"d:{i}") for i, (p, c, r) in enumerate(rows)]),
+            iter(
+                [
+                    Row(
+                        prompt=p,
+                        responses=[c, r],
+                        pairs=[(0, 1)],
+                        sft_target=c,
+                        source=f"d:{i}",
+                    )
+                    for i, (p, c, r) in enumerate(rows)
+                ]
+            ),
         )
-        recipe = StoreSpec(data, "train", tok, "", RULES, None, None, {})
+        recipe = StoreSpec(
+            data=data,
+            split="train",
+            tokenizer=tok,
+            identity="",
+            rules=RULES,
+            template=None,
+            inputs=None,
+            options={},
+        )
         folder, _ = find_or_make(recipe, tmp_path_factory.mktemp("stores"))
         return view(TokenStore(folder), group, RULES, keep, automatic_bos(tok))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,17 @@ PAIRS = [{"prompt": f"Name {i}:", "chosen": f" yes {i}", "rejected": " no"} for 
 def recipe(rows, tokenizer=TOKENIZER, inputs=((1,), []), **changes):
     """Of `rows`, which are known by `inputs`."""
     data = DataSet("d", 0.1, iter(rows))
-    return StoreSpec(
-        data, "train", tokenizer, tokenizer_fingerprint(tokenizer), RULES, None, inputs, {}
-    )._replace(**changes)
+    spec = StoreSpec(
+        data=data,
+        split="train",
+        tokenizer=tokenizer,
+        identity=tokenizer_fingerprint(tokenizer),
+        rules=RULES,
+        template=None,
+        inputs=inputs,
+        options={},
+    )
+    return replace(spec, **changes)
 
 
 def made(tmp_path, rows, **changes):
@@ -72,7 +81,13 @@ answers = st.lists(texts, min_size=2, max_size=4)
 def test_a_store_holds_what_direct_tokenization_gives(rows, tmp_path_factory):
     n_pairs = lambda n: [(i, j) for i in range(n) for j in range(n) if i < j]
     data = [
-        Row(p, r, n_pairs(len(r)), target, f"dir/f{i % 2}:x:{i}")
+        Row(
+            prompt=p,
+            responses=r,
+            pairs=n_pairs(len(r)),
+            sft_target=target,
+            source=f"dir/f{i % 2}:x:{i}",
+        )
         for i, (p, r, target) in enumerate(rows)
     ]
     store = made(tmp_path_factory.mktemp("store"), data, inputs=None)
@@ -109,7 +124,21 @@ def test_a_store_holds_what_direct_tokenization_gives(rows, tmp_path_factory):
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(type(TOKENIZER), "get_vocab", lambda self: {"a": 2**16})
-    assert made(tmp_path, [Row("a", ["b"], [], "b", "d:1")]).ids.dtype == np.int32
+    assert (
+        made(
+            tmp_path,
+            [
+                Row(
+                    prompt="a",
+                    responses=["b"],
+                    pairs=[],
+                    sft_target="b",
+                    source="d:1",
+                )
+            ],
+        ).ids.dtype
+        == np.int32
+    )
 
 
 def test_memory_does_not_grow_with_the_data_set(register, tmp_path):
@@ -129,7 +158,7 @@ def test_memory_does_not_grow_with_the_data_set(register, tmp_path):
             yield {"prompt": f"{i}", "responses": responses, "pairs": [(0, 1)], "sft_target": "a"}
 
     data = registry.get_dataset("many", "train", eval_share=0.1)
-    folder, kept = find_or_make(recipe([], inputs=None)._replace(data=data), tmp_path)
+    folder, kept = find_or_make(replace(recipe([], inputs=None), data=data), tmp_path)
     assert len(TokenStore(folder).pairs) == 6 * tokenization.CHUNK and not kept
     assert data.form == "many: 6,000 prompts with 6,000 pairs from get_many (train)"
     assert most <= 2 * tokenization.CHUNK
@@ -414,7 +443,15 @@ def test_a_loader_with_a_path_is_known_by_its_files(load, register, tmp_path):
 # ---- damage, and more than one at work ----
 
 ROWS = [
-    Row(f"p{i}", [" a", " bc"], [(0, 1)], " a", f"d:{i}", labels=[True, False]) for i in range(5)
+    Row(
+        prompt=f"p{i}",
+        responses=[" a", " bc"],
+        pairs=[(0, 1)],
+        sft_target=" a",
+        source=f"d:{i}",
+        labels=[True, False],
+    )
+    for i in range(5)
 ]
 
 

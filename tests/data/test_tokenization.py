@@ -4,6 +4,7 @@ any lengths.
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,18 @@ RULES = TextRules(
 
 def data(prompt, *responses, truncation="keep_start") -> DataSet:
     pairs = [(0, 1)] if len(responses) == 2 else []
-    return dataset([Row(prompt, list(responses), pairs, responses[0], "d:1")], truncation)
+    return dataset(
+        [
+            Row(
+                prompt=prompt,
+                responses=list(responses),
+                pairs=pairs,
+                sft_target=responses[0],
+                source="d:1",
+            )
+        ],
+        truncation,
+    )
 
 
 def dataset(rows, truncation="keep_start") -> DataSet:
@@ -42,7 +54,17 @@ def tokenize(data, tokenizer, group, rules, template=None):
     """The whole way: into a store on disk, and a view of it."""
     with tempfile.TemporaryDirectory() as folder:
         path, _ = find_or_make(
-            StoreSpec(data, "train", tokenizer, "", rules, template, None, {}), Path(folder)
+            StoreSpec(
+                data=data,
+                split="train",
+                tokenizer=tokenizer,
+                identity="",
+                rules=rules,
+                template=template,
+                inputs=None,
+                options={},
+            ),
+            Path(folder),
         )
         bos = automatic_bos(tokenizer) if rules.add_bos else None
         return view(TokenStore(path), group, rules, data.truncation, bos)
@@ -64,7 +86,13 @@ def test_tokens_equal_the_2023_code():
     golden = load("tokenization.json.gz")
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tiny-llama")
     rows = [
-        Row(t["prompt"], [t["chosen"], t["rejected"]], [(0, 1)], t["chosen"], "d:1")
+        Row(
+            prompt=t["prompt"],
+            responses=[t["chosen"], t["rejected"]],
+            pairs=[(0, 1)],
+            sft_target=t["chosen"],
+            source="d:1",
+        )
         for t in golden["texts"]
     ]
     for setting in golden["settings"]:
@@ -86,7 +114,7 @@ def test_a_prompt_of_which_only_bos_fits():
     """Room for 0 tokens of it: v[-0:] would keep them all, the 2023 defect at
     max_prompt_length=0.
     """
-    rules, tok = RULES._replace(max_length=4, max_prompt_length=1), tiny_tokenizer(bos=True)
+    rules, tok = replace(RULES, max_length=4, max_prompt_length=1), tiny_tokenizer(bos=True)
     (example,) = tokenize(data("abcd", "e", truncation="keep_end"), tok, "single", rules)
     assert example.prompt.tolist() == [tok.bos_token_id]
 
@@ -124,7 +152,16 @@ def test_truncation(texts, keep, lengths, policy, bos, pairs):
     """The columns agree with a restatement per example; and what must hold for any lengths does."""
     tok = tokenizer(bos)
     rules = TextRules(*lengths, policy, add_bos=True, eos_in_text="strip")
-    rows = [Row(p, [c, r], [(0, 1)], c, f"d:{i}") for i, (p, c, r) in enumerate(texts)]
+    rows = [
+        Row(
+            prompt=p,
+            responses=[c, r],
+            pairs=[(0, 1)],
+            sft_target=c,
+            source=f"d:{i}",
+        )
+        for i, (p, c, r) in enumerate(texts)
+    ]
     examples = tokenize(dataset(rows, keep), tok, "pair" if pairs else "single", rules)
     ids = lambda text: tok(text, add_special_tokens=False)["input_ids"]
     for example, found, n, row in zip(
@@ -166,7 +203,7 @@ def test_tokenization_properties(prompt, chosen, rejected):
     text.
     """
     tok = tokenizer()
-    rules = RULES._replace(max_length=2000, max_prompt_length=1000)
+    rules = replace(RULES, max_length=2000, max_prompt_length=1000)
     (example,) = tokenize(data(prompt, chosen, rejected), tok, "pair", rules)
     for text, response in zip((chosen, rejected), example.responses, strict=True):
         assert response[-1] == tok.eos_token_id and tok.eos_token_id not in response[:-1]
@@ -189,8 +226,8 @@ def test_bos_stands_once_where_the_tokenizer_adds_one():
     )
     # a template that writes it does not double it
     assert prompt(RULES, tok.bos_token + "a") == prompt(RULES, "a")
-    assert tok.bos_token_id not in prompt(RULES._replace(add_bos=False), "a")  # 2023: none
-    long = prompt(RULES._replace(max_length=8, max_prompt_length=4), "a b c d e f g h i j k")
+    assert tok.bos_token_id not in prompt(replace(RULES, add_bos=False), "a")  # 2023: none
+    long = prompt(replace(RULES, max_length=8, max_prompt_length=4), "a b c d e f g h i j k")
     assert long[0] == tok.bos_token_id and len(long) == 4
     assert (
         tokenizer().bos_token_id
@@ -201,7 +238,7 @@ def test_bos_stands_once_where_the_tokenizer_adds_one():
 def test_eos_within_a_text():
     eos = tokenizer().eos_token
     ids_of = lambda rule: tokenize(
-        data(f"a{eos}b", f" c{eos}"), tokenizer(), "single", RULES._replace(eos_in_text=rule)
+        data(f"a{eos}b", f" c{eos}"), tokenizer(), "single", replace(RULES, eos_in_text=rule)
     )
     strip, keep = ids_of("strip"), ids_of("keep")
     assert flags(strip) == flags(keep) == [{"eos_in_text"}]

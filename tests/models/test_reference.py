@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,12 @@ def test_another_config_is_another_reference(train, tiny_model, tmp_path, capsys
 
 
 COMPUTATION = Computation(
-    "float32", "torch.float32", None, "packed trees, head in chunks", False, "cpu"
+    weights_dtype="float32",
+    dtype="torch.float32",
+    cast_by=None,
+    layout="packed trees, head in chunks",
+    compile=False,
+    device="cpu",
 )
 OTHERS = {
     "weights_dtype": "bfloat16",
@@ -225,7 +231,7 @@ BESIDES = [
 ]
 
 
-@pytest.mark.parametrize("part", [*Computation._fields, *BESIDES])
+@pytest.mark.parametrize("part", [*vars(COMPUTATION), *BESIDES])
 def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
     """Nothing but that part is changed, and a value that the first file has is not found in the
     second.
@@ -252,7 +258,7 @@ def test_every_part_of_the_key_tells_files_apart(part, tmp_path, monkeypatch):
         "transformers": lambda: monkeypatch.setattr(
             reference_cache.transformers, "__version__", "9.9"
         ),
-    }.get(part, lambda: {"computation": COMPUTATION._replace(**{part: OTHERS[part]})})
+    }.get(part, lambda: {"computation": replace(COMPUTATION, **{part: OTHERS[part]})})
     assert np.isnan(cache(**(change() or {})).find(digests)).all()
 
 

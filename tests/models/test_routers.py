@@ -2,6 +2,8 @@
 out and cut.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -120,8 +122,15 @@ def test_microbatches_change_nothing():
     use_tree_attention(model)
     loss = build_loss({"name": "sft", "average_over": "examples"})
     one = [Example(e.prompt, e.responses[:1], "") for e in rows]
-    scorer = Scorer(model, None, loss, ForwardPath(True, True), torch.no_grad, torch.device("cpu"))
-    scorer = scorer._replace(precision=torch.enable_grad, routers=Routers(model))
+    scorer = Scorer(
+        policy=model,
+        reference=None,
+        loss=loss,
+        forward_path=ForwardPath(True, True),
+        precision=torch.no_grad,
+        device=torch.device("cpu"),
+    )
+    scorer = replace(scorer, precision=torch.enable_grad, routers=Routers(model))
     whole = scorer(laid_out(one)).balance.sum() / 6
     parts = [scorer(laid_out(one[i:j])).balance.sum() / 6 for i, j in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(sum(parts), whole, atol=1e-6, rtol=1e-6)

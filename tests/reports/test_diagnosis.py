@@ -81,18 +81,18 @@ def run(n=N, status=None, texts=(SAMPLE, SAMPLE), config=None, silent_secs=5.0, 
     ]
     status = {"state": "finished", "code": 0} | (status or {})
     return Run(
-        ROOT,
-        "mine",
-        settings | (config or {}),
-        status,
-        {},
-        1,
-        steps,
-        evaluations,
-        rows,
-        90.0,
-        silent_secs,
-        [],
+        path=ROOT,
+        name="mine",
+        config=settings | (config or {}),
+        status=status,
+        environment={},
+        starts=1,
+        steps=steps,
+        evaluations=evaluations,
+        samples=rows,
+        wall_secs=90.0,
+        silent_secs=silent_secs,
+        notes=[],
     )
 
 

@@ -4,6 +4,7 @@ definitions; sample.py.
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ SEARCHES = [
 def test_padding_changes_nothing(family):
     model = sharp(family)
     for decoding in SEARCHES:
-        decoding = decoding._replace(max_new_tokens=8)
+        decoding = replace(decoding, max_new_tokens=8)
         together, alone = answered(model, decoding), answered(model, decoding, batch_size=1)
         assert together == alone and len({row[0].text for row in alone}) > 1
 
@@ -163,7 +164,7 @@ def test_diverse_beams_by_their_definition(model):
     found = answered(model, decoding, PROMPTS[:1])[0]
     assert [a.text for a in found] == [tiny_tokenizer().decode(ids[7:]) for ids in made]
     assert len({a.text for a in found}) > 1
-    many = answered(model, decoding._replace(num_beams=6))
+    many = answered(model, replace(decoding, num_beams=6))
     assert all(len({a.text for a in row}) > 1 for row in many)
 
 

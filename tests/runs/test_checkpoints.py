@@ -24,7 +24,15 @@ def save(run_dir, examples, parts, metrics, keep=None, best_by="loss/eval", inte
     """A checkpoint of these states, as a run would save it."""
     saver = checkpoints.Saver(run_dir, in_background=False, keep=keep, best_by=best_by)
     manifest = checkpoints.Manifest(
-        examples, examples, False, False, dict(metrics or {}), {}, {}, {}, ""
+        step=examples,
+        examples=examples,
+        finished=False,
+        evaluation_due=False,
+        metrics=dict(metrics or {}),
+        fingerprint={},
+        decisions={},
+        logs={},
+        order="",
     )
     run_dir.mkdir(exist_ok=True)
     name = f"{'interim' if interim else 'step'}-{examples}"

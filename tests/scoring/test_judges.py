@@ -4,6 +4,7 @@ behaves well, or badly.
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def test_verdicts_are_kept_and_not_asked_for_again(tmp_path):
     (tmp_path / "verdicts.jsonl").write_text(kept[:-20])  # as a crash leaves it
     with Server(politer) as server:
         assert endpoint(server.url, tmp_path).judge(TWO) == ["a", "b"] and len(server.asked) == 1
-        assert endpoint(server.url, tmp_path)._replace(template=read_template("tldr")).judge(
+        assert replace(endpoint(server.url, tmp_path), template=read_template("tldr")).judge(
             TWO[:1]
         ) == ["a"]  # another question
         assert len(server.asked) == 2

@@ -27,6 +27,16 @@ def write(tmp_path, *rows):
 def view_of(path, folder, group="pair"):
     data = get_dataset(str(path), "train", eval_share=0)
     place, _ = find_or_make(
-        StoreSpec(data, "train", tiny_tokenizer(), "", RULES, None, None, {}), folder
+        StoreSpec(
+            data=data,
+            split="train",
+            tokenizer=tiny_tokenizer(),
+            identity="",
+            rules=RULES,
+            template=None,
+            inputs=None,
+            options={},
+        ),
+        folder,
     )
     return examples.view(TokenStore(place), group, RULES, "keep_start", None)

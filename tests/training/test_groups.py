@@ -3,6 +3,7 @@ and a loss may see the whole batch.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_padded_rows_are_counted_by_responses(mixed):
     """11 rows of at most 6 tokens: a budget of 66 holds them, one of 65 does not."""
     packing = Packing(packed=False, budget=66, world_size=1, pad_token_id=0, longest=64)
     assert len(split_into_microbatches(lengths_of(mixed), packing, 1)) == 1
-    assert len(split_into_microbatches(lengths_of(mixed), packing._replace(budget=65), 1)) > 1
+    assert len(split_into_microbatches(lengths_of(mixed), replace(packing, budget=65), 1)) > 1
     steps = [Feed(mixed, packing, 0, np.zeros((4, 4))).step(np.array([3, 0]))]
     (part,) = steps[0].microbatches
     assert part.batch.n_responses.sum() == 5 and len(part.batch.extras.response["reference"]) == 5
