@@ -269,10 +269,16 @@ def test_an_encoder_scores_in_batches_as_alone(bert, tmp_path):
         scored.tokens.tolist() == [[len(a), len(b)] for _, a, b in ROWS[:2]]
         and not scored.cut.any()
     )
-    (long,) = scorer.score(
-        [Row(*ROWS[2][:1], [ROWS[2][1]], [], ROWS[2][1], "x:1")], "keep_end"
-    ).scores
-    text = (ROWS[2][0] + ROWS[2][1])[-96:]  # a byte to a token: its start is lost
+    prompt, response, _ = ROWS[2]
+    row = Row(
+        prompt=prompt,
+        responses=[response],
+        pairs=[],
+        sft_target=response,
+        source="x:1",
+    )
+    (long,) = scorer.score([row], "keep_end").scores
+    text = (prompt + response)[-96:]  # a byte to a token: its start is lost
     assert long[0] == pytest.approx(
         model(**tokenizer(text, return_tensors="pt")).logits.item(), abs=1e-4
     )
