@@ -251,7 +251,18 @@ def train_from(
     budget = config.tokens_per_microbatch
     try:
         trainer = TRAINERS[config.trainer](
-            config, policy, reference, Run(loss, data, plan, fingerprint, run_dir, log, layout)
+            config,
+            policy,
+            reference,
+            Run(
+                loss=loss,
+                data=data,
+                plan=plan,
+                fingerprint=fingerprint,
+                run_dir=run_dir,
+                log=log,
+                layout=layout,
+            ),
         )
         del policy, reference  # the trainer's; a reference that was only run once is freed
         budget = trainer.packing.budget

@@ -92,7 +92,14 @@ def made(folder: Path, batch_size: int, n_steps: int, sizes: Sequence[int]) -> S
             text = pair["rejected" if i % 3 == 0 else "chosen"]
             row = {"prompt": pair["prompt"], "completion": text, "label": i % 3 != 0}
             file.write(json.dumps(row) + "\n")
-    return Setting(folder, folder / "model", rows, batch_size, n_steps, sizes)
+    return Setting(
+        folder=folder,
+        model=folder / "model",
+        rows=rows,
+        batch_size=batch_size,
+        n_steps=n_steps,
+        sizes=sizes,
+    )
 
 
 def of_plumb(setting: Setting) -> Iterator[tuple[str, list[StepValues] | str]]:

@@ -399,6 +399,7 @@ MOST_FIELDS = 4  # of a record that is built by position, or taken apart by it
 WIDE_TUPLES = {
     "Row": "one for each row of a data set, changed with _replace while it is read",
     "RawRow": "one for each row of a file",
+    "ScoredPairs": "what a loss is given, as Pairs is",
     "Chunk": "columns, which are filled and written in the order of its fields",
 }
 

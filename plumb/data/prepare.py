@@ -211,11 +211,11 @@ def token_stores(
     local_dir = get_local_dir(config.local_dirs)
     bad_row = config.data_rules["bad_row"]
     reading = Reading(
-        to_dict(config.role_map),
-        to_dict(config.split_names),
-        bad_row,
-        group,
-        config.label_threshold,
+        role_map=to_dict(config.role_map),
+        split_names=to_dict(config.split_names),
+        bad_row=bad_row,
+        group=group,
+        label_threshold=config.label_threshold,
     )
 
     def make() -> list[tuple[str, bool]]:

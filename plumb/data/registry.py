@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from plumb.data.files import SUFFIXES, Choice, RawRow, Source, files_version, number, open_source
 from plumb.data.formats import (
@@ -60,7 +60,8 @@ class Hub:
     config: str | None = None
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """Say how own files are read; each field is the option of that name in config.yaml, or what the
     loss needs.
     """

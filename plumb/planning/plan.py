@@ -267,7 +267,13 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     )
     state, foreach = optimizer_state(config, weights)
     average = 0 if config.ema_decay is None else max(4, weights.itemsize)
-    precision = Precision(weights.itemsize, compute.itemsize, reference.itemsize, state, average)
+    precision = Precision(
+        weights=weights.itemsize,
+        compute=compute.itemsize,
+        reference=reference.itemsize,
+        state=state,
+        average=average,
+    )
 
     room = gb(config) * 1e9
     each = model.weights.n * weights.itemsize / layout.shards / layout.tp_size

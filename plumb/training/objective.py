@@ -244,7 +244,13 @@ def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
         type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None))
     )
     if isinstance(chosen, Scores):
-        return ScoredPairs(chosen, rejected, shared_tokens(batch), margins, p_chosen)
+        return ScoredPairs(
+            chosen=chosen,
+            rejected=rejected,
+            shared=shared_tokens(batch),
+            margins=margins,
+            p_chosen=p_chosen,
+        )
     return Pairs(chosen, rejected, p_chosen, margins)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -162,18 +162,24 @@ def prepare(
     budget = token_budget(forward_path)
     rank0_print(f"microbatches of up to {budget:,} tokens")
     packing = Packing(
-        forward_path.packed,
-        budget,
-        layout.n_rows if layout is not None else 1,
-        tokenizer.pad_token_id,
-        config.max_length,
+        packed=forward_path.packed,
+        budget=budget,
+        world_size=layout.n_rows if layout is not None else 1,
+        pad_token_id=tokenizer.pad_token_id,
+        longest=config.max_length,
         row_length=budget if config.compile and forward_path.packed else None,
     )
     if block is not None:  # after the layout was tried, on rows of other lengths
         for model in filter(None, (policy, reference_model)):
             compile_blocks(model, block, config.activation_checkpointing)
     scorer = Scorer(
-        policy, reference_model, run.loss, forward_path, computation.autocast, device, routers
+        policy=policy,
+        reference=reference_model,
+        loss=run.loss,
+        forward_path=forward_path,
+        precision=computation.autocast,
+        device=device,
+        routers=routers,
     )
     train_feed, eval_feed = (
         Feed(
@@ -188,8 +194,14 @@ def prepare(
     if reference.digest is not None:
         open_cache = partial(open_reference_cache, config, scorer, computation, trainer)
         model = scorer.reference or policy
-        scorer = scorer._replace(reference=None)
-        cached = CachedReference(scorer, train_feed, eval_feed, is_primary_replica, open_cache)
+        scorer = replace(scorer, reference=None)
+        cached = CachedReference(
+            scorer=scorer,
+            train_feed=train_feed,
+            eval_feed=eval_feed,
+            is_primary_replica=is_primary_replica,
+            open_cache=open_cache,
+        )
         batches = list(islice(schedule, config.reference_update_every))
         cached.fill(reference.digest, batches, model)
     spec = config.model

@@ -27,7 +27,16 @@ def labels_of(path, **reading):
 
 def store_of(path, folder):
     data = get_dataset(str(path), "train", eval_share=0)
-    spec = StoreSpec(data, "train", tiny_tokenizer(), "", RULES, None, None, {})
+    spec = StoreSpec(
+        data=data,
+        split="train",
+        tokenizer=tiny_tokenizer(),
+        identity="",
+        rules=RULES,
+        template=None,
+        inputs=None,
+        options={},
+    )
     return TokenStore(find_or_make(spec, folder)[0])
 
 

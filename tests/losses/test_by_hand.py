@@ -54,11 +54,11 @@ class Hand:
         n = len(values)
         reference = torch.tensor(self.reference or [[-20, -20]] * n, dtype=torch.float64)
         return Responses(
-            values + reference if bound.needs_reference else values,
-            reference,
-            torch.tensor(self.tokens or [[4, 4]] * n),
-            torch.tensor(self.margins or [1.0] * n, dtype=torch.float64),
-            torch.ones(n, dtype=torch.bool),
+            policy=values + reference if bound.needs_reference else values,
+            reference=reference,
+            tokens=torch.tensor(self.tokens or [[4, 4]] * n),
+            margins=torch.tensor(self.margins or [1.0] * n, dtype=torch.float64),
+            desirable=torch.ones(n, dtype=torch.bool),
             further=self.further and torch.tensor(self.further, dtype=torch.float64),
         )
 
@@ -106,38 +106,50 @@ BY_HAND = {
     ),
     # beta 2, gamma 0.5, rewards -2 and -6, -4 and -2: ahead by 4 - 0.5, by -2 - 0.5
     "simpo": Hand(
-        {"beta": 2.0},
-        FREE,
-        [softplus(-3.5), softplus(2.5)],
-        [[-2, -6], [-4, -2]],
-        FREE_TOKENS,
+        knobs={"beta": 2.0},
+        pairs=FREE,
+        losses=[softplus(-3.5), softplus(2.5)],
+        rewards=[[-2, -6], [-4, -2]],
+        tokens=FREE_TOKENS,
     ),
     # alpha 1: p^-1 = e^1 and e^3, e^2 and e^1; rewards 1 - p^-1
     "alphapo": Hand(
-        {"beta": 1.0, "alpha": 1.0},
-        FREE,
-        [
+        knobs={"beta": 1.0, "alpha": 1.0},
+        pairs=FREE,
+        losses=[
             softplus(-(math.exp(3) - math.exp(1) - 0.5)),
             softplus(-(math.exp(1) - math.exp(2) - 0.5)),
         ],
-        [[1 - math.exp(1), 1 - math.exp(3)], [1 - math.exp(2), 1 - math.exp(1)]],
-        FREE_TOKENS,
+        rewards=[[1 - math.exp(1), 1 - math.exp(3)], [1 - math.exp(2), 1 - math.exp(1)]],
+        tokens=FREE_TOKENS,
     ),
     # beta 0.1: sums differ by 10 and by 0; means of the chosen 1 and 2
-    "cpo": Hand({}, FREE, [softplus(-1) + 1, LOG2 + 2], [[-0.2, -1.2], [-0.4, -0.4]], FREE_TOKENS),
+    "cpo": Hand(
+        knobs={},
+        pairs=FREE,
+        losses=[softplus(-1) + 1, LOG2 + 2],
+        rewards=[[-0.2, -1.2], [-0.4, -0.4]],
+        tokens=FREE_TOKENS,
+    ),
     # p = e^-1 and e^-3, e^-2 and e^-1: log odds = -log(e^m - 1) of m = 1, 3, 2, 1
     "orpo": Hand(
-        {"beta": 0.5},
-        FREE,
-        [
+        knobs={"beta": 0.5},
+        pairs=FREE,
+        losses=[
             1 + 0.5 * math.log1p((math.e - 1) / (math.e**3 - 1)),
             2 + 0.5 * math.log1p((math.e**2 - 1) / (math.e - 1)),
         ],
-        [[-0.5, -1.5], [-1, -0.5]],
-        FREE_TOKENS,
+        rewards=[[-0.5, -1.5], [-1, -0.5]],
+        tokens=FREE_TOKENS,
     ),
     # means of the chosen
-    "nll": Hand({}, FREE, [1, 2], [[-1, -3], [-2, -1]], FREE_TOKENS),
+    "nll": Hand(
+        knobs={},
+        pairs=FREE,
+        losses=[1, 2],
+        rewards=[[-1, -3], [-2, -1]],
+        tokens=FREE_TOKENS,
+    ),
     # max(0, 1 - 10) + 0.1 * 2, max(0, 1 - 0) + 0.1 * 4
     "slic": Hand({}, FREE, [0.2, 1.4], FREE),
 }
@@ -203,20 +215,20 @@ BY_HAND |= {
     # chosen -12 to -20 of 4 tokens, rejected -6 to -2 of 2. Beyond two tokens half counts: -9 to
     # -15, so the log-ratios are 6 and -4; the second pair has them exchanged
     "ld_dpo": Hand(
-        {},
-        [[8, -4], [-4, 8]],
-        [softplus(-1), softplus(1)],
-        [[0.6, -0.4], [-0.4, 0.6]],
-        [[4, 2], [2, 4]],
+        knobs={},
+        pairs=[[8, -4], [-4, 8]],
+        losses=[softplus(-1), softplus(1)],
+        rewards=[[0.6, -0.4], [-0.4, 0.6]],
+        tokens=[[4, 2], [2, 4]],
         reference=[[-20, -2], [-2, -20]],
     ),
     # weights e^((-10 + 8) / 2) and e^((-30 + 26) / 4): e^-2; above 1, so 1
     "wpo": Hand(
-        {},
-        AHEAD_AND_BEHIND,
-        [math.exp(-2) * softplus(-2), softplus(1)],
-        REWARDS,
-        [[2, 4], [2, 4]],
+        knobs={},
+        pairs=AHEAD_AND_BEHIND,
+        losses=[math.exp(-2) * softplus(-2), softplus(1)],
+        rewards=REWARDS,
+        tokens=[[2, 4], [2, 4]],
         further=[[-8, -26], [-40, -40]],
     ),
     # divergences further by 5 along the rejected response, by 5 along the chosen one

@@ -79,7 +79,15 @@ def some(bound, n=6, seed=0, dtype=torch.float64):
     if bound.reads == "logps_and_kl":
         further = (0.1 * tokens).to(dtype)
     desirable = torch.arange(n) % 2 == 0
-    return Responses(policy, reference, tokens, margins, desirable, None, further)
+    return Responses(
+        policy=policy,
+        reference=reference,
+        tokens=tokens,
+        margins=margins,
+        desirable=desirable,
+        p_chosen=None,
+        further=further,
+    )
 
 
 def compute(bound, some, whole=None, rows=None):

@@ -50,16 +50,22 @@ def measured(name, folder, models, rank, n_ranks, at_least):
     policy, reference = models
     policy.zero_grad()
     examples = view_of(folder / bound.group / "own.jsonl", folder / bound.group, bound.group)
-    packing = Packing(False, 4096, n_ranks, 0, 64)
+    packing = Packing(
+        packed=False,
+        budget=4096,
+        world_size=n_ranks,
+        pad_token_id=0,
+        longest=64,
+    )
     feed = Feed(examples, packing, rank, context=bound.context_examples)
     step = feed.step(np.arange(len(examples)), at_least)
     scorer = Scorer(
-        policy,
-        reference if bound.needs_reference else None,
-        bound,
-        PLAIN_PATH,
-        nullcontext,
-        torch.device("cpu"),
+        policy=policy,
+        reference=reference if bound.needs_reference else None,
+        loss=bound,
+        forward_path=PLAIN_PATH,
+        precision=nullcontext,
+        device=torch.device("cpu"),
     )
     context = scorer.context(step.for_context, True)
     total = torch.zeros((), dtype=torch.float64)
