@@ -280,7 +280,8 @@ class Weights(NamedTuple):
         )
 
 
-class Precision(NamedTuple):
+@dataclass(frozen=True)
+class Precision:
     """Hold bytes per number."""
 
     weights: int  # of gradients, too
