@@ -219,7 +219,7 @@ def evaluate(
     if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
         check_soft_labels(loss.name, examples)
     if loss.needs_margins:
-        check_margins(examples)
+        check_margins(loss.name, examples)
     policy, other = load_policy(config, scalar=ref.scalar), cast("PreTrainedModel | None", None)
     check_vocabulary(policy, tokenizer, examples.highest_id(), ref.name, examples)
     if loss.needs_reference:

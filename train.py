@@ -325,7 +325,7 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
         if note := balance_note(train_examples, desirable, undesirable):
             rank0_print(note)
     if loss.needs_margins:
-        check_margins(train_examples, eval_examples)
+        check_margins(loss.name, train_examples, eval_examples)
     return Data(tokenizer, train_examples, eval_examples)
 
 

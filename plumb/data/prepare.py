@@ -310,17 +310,17 @@ def _source_of(store: TokenStore, row: int) -> str:
     return f"{store.files[file]}:{number}"
 
 
-def check_margins(*splits: Examples) -> None:
-    """Raise UserError if an example has no scores, for a loss that uses the data's own score
-    differences.
+def check_margins(loss: str, *splits: Examples) -> None:
+    """Raise UserError if an example has no scores, for a loss (its name) that uses the data's own
+    score differences.
     """
     for examples in splits:
         unknown = np.flatnonzero(np.isnan(examples.margins()))
         if len(unknown):
             raise UserError(
                 f"{examples[int(unknown[0])].source}: no scores for its two responses, which"
-                " loss.margin above 0 needs; add score_chosen and score_rejected, or set"
-                " loss.margin=0"
+                f" loss={loss} compares; add score_chosen and score_rejected, or take a loss that"
+                " needs none (loss=reward: with loss.margin=0)"
             )
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Beyond the usual values of a knob: tiny models take other learning rates than those of the papers
 FAR = 10
 
-EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh] loss=sft"
+EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh]"
 
 
 def validate(config: DictConfig, trains: bool = True) -> Loss:
@@ -80,8 +80,12 @@ def check_knobs(config: DictConfig, trains: bool = True) -> None:
     missing = sorted(OmegaConf.missing_keys(given))
     if missing:
         flags = [f"{k}=..." for k in missing]
+        of_loss = any(k.startswith("loss.") for k in missing)
+        example = f"{EXAMPLE} {'loss=dpo loss.beta=0.1' if of_loss else 'loss=sft'}"
+        if of_loss:
+            example += f" (config/loss/{config.loss.name}.yaml has the usual values)"
         raise UserError(
-            f"missing: {', '.join(missing)}; add {' '.join(flags)}, for instance: {EXAMPLE}"
+            f"missing: {', '.join(missing)}; add {' '.join(flags)}, for instance: {example}"
         )
     for name, value in _leaves(config, ""):
         knob = knob_of(name)

@@ -433,6 +433,8 @@ def test_scores_that_are_no_numbers_are_not_drawn(tmp_path):
 def test_a_margin_needs_scores(train_here, tmp_path):
     with pytest.raises(UserError, match=r"demo/train.jsonl:1: no scores .* loss.margin=0"):
         train_here(*LEARN, "loss.margin=1")
+    with pytest.raises(UserError, match=r"demo/train.jsonl:1: no scores .* loss=odpo compares"):
+        train_here(*LEARN, "loss=odpo", "loss.beta=0.1")
     assert not list(ROOT.glob("scores-*.png"))
 
 
