@@ -4,10 +4,12 @@ docs/options.md is what config/ and the schema say, docs/losses.md what the loss
 
 import importlib.util
 import re
+import shlex
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from runs import records
 
 from plumb.losses.registry import LOSSES
 from plumb.settings import schema
@@ -99,3 +101,22 @@ def test_the_picture_of_losses(tmp_path):
         if declared.group == "pair":
             values = draw_losses.curve(draw_losses.build_loss(draw_losses.knobs_of(name)))
             assert np.isfinite(values).all(), name
+
+
+def test_the_readmes_own_loss_trains(run_train, tmp_path):
+    """The function, the YAML and the command, as they stand there; the YAML as the text says for
+    one that is kept out of the repository.
+    """
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Your own loss")[2].partition("\n## ")[0]
+    function, options, command = re.findall(r"```\w*\n(.*?)```", section, re.S)
+    (tmp_path / "my_config/loss").mkdir(parents=True)
+    (tmp_path / "my_config/loss/squared_hinge.yaml").write_text(options)
+    (tmp_path / "my_loss.py").write_text(function)
+    _, script, *overrides = shlex.split(command.replace("\\\n", " "))
+    assert script == "train.py"
+    overrides = [x.replace("[my_loss.py]", f"[{tmp_path}/my_loss.py]") for x in overrides]
+    done = run_train(*overrides, "--config-dir", f"{tmp_path}/my_config")
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (tmp_path / "runs").glob("*/squared_*")
+    assert len(records(run_dir, "train")) == 20
