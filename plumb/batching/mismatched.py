@@ -18,12 +18,12 @@ def mismatched(batch: Sequence[Example], longest: int) -> list[Example]:
     >>> [(e.prompt.tolist(), e.responses[0].tolist()) for e in mismatched(batch, 8)]
     [([1], [2, 9]), ([1], [2, 9]), ([2], [1, 9])]
     """
-    found = []
+    examples = []
     n = len(batch)
     for i, example in enumerate(batch):
         others = (batch[(i + step) % n] for step in range(1, n))
         other = next((e for e in others if not np.array_equal(e.prompt, example.prompt)), None)
         if other is not None:
             response = other.responses[0][: longest - len(example.prompt)]
-            found.append(Example(example.prompt, (response,), other.source))
-    return found
+            examples.append(Example(example.prompt, (response,), other.source))
+    return examples

@@ -93,45 +93,51 @@ class ChatTemplate:
         other fields. Raises UserError if the template refuses the conversation, does not render
         part of it, or renders it differently once the answer is there.
         """
-        given = self._given(more or {}, place_of(prompt[0], source, 0)[0] if prompt else source)
-        head, wholes = self._rendered(prompt, responses, given, source)
+        variables = self._variables_of(
+            more or {}, place_of(prompt[0], source, 0)[0] if prompt else source
+        )
+        head, renderings = self._rendered(prompt, responses, variables, source)
         tails, unread = [], set[str]()
-        for response, whole in zip(responses, wholes, strict=True):
+        for response, rendering in zip(responses, renderings, strict=True):
             turns = [*prompt, *response]
-            if not whole.startswith(head):
-                raise self._differs(prompt, response, given, source, (head, whole))
-            unread |= self._unread_of(turns, whole, given)
-            self._check_contents(turns, whole, given, source)
+            if not rendering.startswith(head):
+                raise self._differs(prompt, response, variables, source, (head, rendering))
+            unread |= self._unread_of(turns, rendering, variables)
+            self._check_contents(turns, rendering, variables, source)
             self._check_answer(turns, source)
-            tail = whole[len(head) :]
+            tail = rendering[len(head) :]
             body, eos, after = tail.rpartition(str(self.tokenizer.eos_token or "\0"))
             tails.append(body if eos and not after.strip() else tail)
         self._unread.update(unread)
         return head, tails
 
     def _rendered(
-        self, prompt: Messages, responses: Sequence[Messages], given: Mapping[str, Any], source: str
+        self,
+        prompt: Messages,
+        responses: Sequence[Messages],
+        variables: Mapping[str, Any],
+        source: str,
     ) -> tuple[str, list[str]]:
         turns = prompt
         try:
-            head = self._text(prompt, given, opens=True)
-            wholes = []
+            head = self._text(prompt, variables, opens=True)
+            renderings = []
             for response in responses:
                 turns = [*prompt, *response]
-                wholes.append(self._text(turns, given))
+                renderings.append(self._text(turns, variables))
         except Exception as error:  # jinja2's, and the template's own raise_exception
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if proposed := self._role_map(turns, len(prompt), given):
+            if proposed := self._role_map(turns, len(prompt), variables):
                 raise self._bad_role(turns, proposed, f"refuses ({reason})", source) from None
             where = place_of(turns[0], source, 0)[0] if turns else source
             fix = "give another with chat_template=FILE, or chat_template=hh"
             raise UserError(
                 f"{where}: the chat template refuses this conversation: {reason}; {fix}"
             ) from None
-        return head, wholes
+        return head, renderings
 
     def _text(
-        self, turns: Sequence[Mapping[str, Any]], given: Mapping[str, Any], opens: bool = False
+        self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], opens: bool = False
     ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
@@ -139,36 +145,36 @@ class ChatTemplate:
                 chat_template=self.text,
                 tokenize=False,
                 add_generation_prompt=opens,
-                **given,
+                **variables,
             )
         )
 
     # ---- variables ----
 
-    def _given(self, more: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def _variables_of(self, more: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return those of a row's fields that the template reads as variables; count the others."""
         named = more.get("chat_template_kwargs")
         named = _json("chat_template_kwargs", named, dict, where) if named else {}
-        given = {}
+        variables = {}
         fields = [(k, k, v) for k, v in more.items() if k != "chat_template_kwargs"]
         for shown, name, value in [
             *fields,
             *((f"chat_template_kwargs.{k}", k, v) for k, v in named.items()),
         ]:
             if name in self._variables:
-                given[name] = value
+                variables[name] = value
             else:
                 self._unused[shown] += 1
-        for name in {"tools", "documents"} & given.keys():
-            given[name] = values = _json(name, given[name], list, where)
-            given[name] = [
+        for name in {"tools", "documents"} & variables.keys():
+            variables[name] = values = _json(name, variables[name], list, where)
+            variables[name] = [
                 _json(f"{name}[{i}]", value, dict, where) for i, value in enumerate(values)
             ] or None
-        return given
+        return variables
 
     # ---- what is left out ----
 
-    def _unread_of(self, turns: Messages, whole: str, given: Mapping[str, Any]) -> set[str]:
+    def _unread_of(self, turns: Messages, rendering: str, variables: Mapping[str, Any]) -> set[str]:
         """Return the fields of these messages that are not known to be rendered, after
         trying them.
         """
@@ -177,20 +183,20 @@ class ChatTemplate:
             if self._tries[name] < TRIES:
                 self._tries[name] += 1
                 less = [{k: v for k, v in turn.items() if k != name} for turn in turns]
-                if self._changes(less, whole, given):
+                if self._changes(less, rendering, variables):
                     self._read.add(name)
         return names - self._read
 
     def _changes(
-        self, turns: Sequence[Mapping[str, Any]], whole: str, given: Mapping[str, Any]
+        self, turns: Sequence[Mapping[str, Any]], rendering: str, variables: Mapping[str, Any]
     ) -> bool:
         try:
-            return self._text(turns, given) != whole
+            return self._text(turns, variables) != rendering
         except Exception:  # it can't do without
             return True
 
     def _check_contents(
-        self, turns: Messages, whole: str, given: Mapping[str, Any], source: str
+        self, turns: Messages, rendering: str, variables: Mapping[str, Any], source: str
     ) -> None:
         """Raise UserError for a message that is not rendered at all; count those whose text is
         incomplete.
@@ -198,34 +204,34 @@ class ChatTemplate:
         squeezed = ""
         for i, turn in enumerate(turns):
             content, role = turn["content"], turn["role"]
-            if not content.strip() or (role in self._roles and content in whole):
+            if not content.strip() or (role in self._roles and content in rendering):
                 continue
-            squeezed = squeezed or _squeeze(whole)
+            squeezed = squeezed or _squeeze(rendering)
             is_there = _squeeze(content) in squeezed
             if role in self._roles and is_there:
                 continue
-            if self._renders(turns, i, given):
+            if self._renders(turns, i, variables):
                 self._roles.add(role)
                 if not is_there:
                     self.altered[SHORTENED_ANSWER if i == len(turns) - 1 else SHORTENED] += 1
             elif beside := [name for name in _extras(turn) if name in self._read]:
                 self.altered[f"contents left out by the chat template beside {beside[0]}"] += 1
             else:
-                raise self._vanished(turns, i, given, source)
+                raise self._vanished(turns, i, variables, source)
 
-    def _renders(self, turns: Messages, i: int, given: Mapping[str, Any]) -> bool:
+    def _renders(self, turns: Messages, i: int, variables: Mapping[str, Any]) -> bool:
         """Return whether the content of this message changes the rendering."""
         marked = [*turns[:i], {**turns[i], "content": MARK}, *turns[i + 1 :]]
         try:
-            return MARK in self._text(marked, given)
+            return MARK in self._text(marked, variables)
         except Exception:
             return True
 
     def _vanished(
-        self, turns: Messages, i: int, given: Mapping[str, Any], source: str
+        self, turns: Messages, i: int, variables: Mapping[str, Any], source: str
     ) -> UserError:
         does = "renders nothing of"
-        if proposed := self._role_map(turns, len(turns) - 1, given):
+        if proposed := self._role_map(turns, len(turns) - 1, variables):
             return self._bad_role(turns, proposed, does, source)
         where, field = place_of(turns[i], source, i)
         role = turns[i]["role"]
@@ -255,12 +261,12 @@ class ChatTemplate:
         self,
         prompt: Messages,
         response: Messages,
-        given: Mapping[str, Any],
+        variables: Mapping[str, Any],
         source: str,
         texts: tuple[str, str],
     ) -> UserError:
         turns = [*prompt, *response]
-        if proposed := self._role_map(turns, len(prompt), given):
+        if proposed := self._role_map(turns, len(prompt), variables):
             return self._bad_role(turns, proposed, "does not open an answer for", source)
         same = len(os.path.commonprefix(texts))
         alone, with_answer = (shorten(text[same : same + 60]) for text in texts)
@@ -271,7 +277,9 @@ class ChatTemplate:
             " chat_template=FILE, or chat_template=hh"
         )
 
-    def _role_map(self, turns: Messages, n_prompt: int, given: Mapping[str, Any]) -> dict[str, str]:
+    def _role_map(
+        self, turns: Messages, n_prompt: int, variables: Mapping[str, Any]
+    ) -> dict[str, str]:
         """Return other names for the roles with which the template accepts this conversation; {} if
         there are none.
         """
@@ -279,19 +287,19 @@ class ChatTemplate:
         for rename in (_usual, _plain, _plainest):
             proposed = {role: rename(role) for role in sorted(roles) if rename(role) != role}
             named = [{**turn, "role": proposed.get(turn["role"], turn["role"])} for turn in turns]
-            if proposed and self._takes(named, n_prompt, given):
+            if proposed and self._takes(named, n_prompt, variables):
                 return proposed
         return {}
 
-    def _takes(self, turns: Messages, n_prompt: int, given: Mapping[str, Any]) -> bool:
+    def _takes(self, turns: Messages, n_prompt: int, variables: Mapping[str, Any]) -> bool:
         try:
-            head = self._text(turns[:n_prompt], given, opens=True)
-            if n_prompt < len(turns) and not self._text(turns, given).startswith(head):
+            head = self._text(turns[:n_prompt], variables, opens=True)
+            if n_prompt < len(turns) and not self._text(turns, variables).startswith(head):
                 return False
         except Exception:
             return False
         return all(
-            self._renders(turns, i, given)
+            self._renders(turns, i, variables)
             for i, turn in enumerate(turns)
             if turn["content"].strip()
         )

@@ -197,11 +197,11 @@ def view(
     weights = store.weights[items[:, 0]]  # an example weighs what its row does
     table = Table(store, items, keep == "keep_end", {**extras, "weights": weights})
     n = len(items)
-    whole = Examples([table], bos, np.arange(n), np.empty((n, items.shape[1]), np.int32))
+    examples = Examples([table], bos, np.arange(n), np.empty((n, items.shape[1]), np.int32))
     for here in slices(n):
-        lengths = _lengths(whole[here])
-        whole.lengths[here] = truncate(lengths[:, 0], lengths[:, 1:], rules)
-    return whole
+        lengths = _lengths(examples[here])
+        examples.lengths[here] = truncate(lengths[:, 0], lengths[:, 1:], rules)
+    return examples
 
 
 View = tuple[np.ndarray, dict[str, np.ndarray]]  # items (see Table) and extras
@@ -246,10 +246,10 @@ def _lists(store: TokenStore, taking: Taking) -> View:
 def ranks(store: TokenStore) -> np.ndarray:
     """Return which lists rank a response above another.  [lists] bool"""
     _, starts, counts = store.lists.T
-    found = np.zeros(len(counts), bool)
+    is_ranked = np.zeros(len(counts), bool)
     some = counts > 1
-    found[some] = store.levels[(starts + counts - 1)[some]] > 0  # the last, the best being 0
-    return found
+    is_ranked[some] = store.levels[(starts + counts - 1)[some]] > 0  # the last, the best being 0
+    return is_ranked
 
 
 def _labelled(store: TokenStore, taking: Taking) -> View:
@@ -409,7 +409,7 @@ def cases(examples: Examples) -> dict[str, np.ndarray]:
     """
     marks = np.column_stack([examples.of_text("marks", i) for i in range(1 + examples.k)])
     cut = examples.lengths < _lengths(examples)
-    found: dict[str, Any] = {
+    by_case: dict[str, Any] = {
         "prompt_truncated": cut[:, 0],
         "response_truncated": cut[:, 1:].any(1),
         "eos_in_text": (marks & HAS_EOS).any(1),
@@ -419,11 +419,11 @@ def cases(examples: Examples) -> dict[str, np.ndarray]:
     }
     if examples.k == 2:
         same_text = examples.digest(1) == examples.digest(2)
-        found |= {
+        by_case |= {
             "identical_pair": same_text,
             "identical_after_truncation": _same_ids(examples) & ~same_text,
         }
-    return found
+    return by_case
 
 
 def _same_ids(examples: Examples) -> np.ndarray:

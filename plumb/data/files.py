@@ -252,7 +252,7 @@ class Source(NamedTuple):
     """
 
     rows: Callable[[], Iterator[RawRow]]
-    whole: bool  # both splits are in here, and the caller has to take its share
+    unsplit: bool  # both splits are in here, and the caller has to take its share
     version: (
         tuple | None
         # changes when the rows do: path, size and time of each file, or the hub's fingerprint;
@@ -330,7 +330,7 @@ def open_source(
     """The file, the folder's files of this split, or the folder written by `datasets.save_to_disk`.
 
     In a folder: the files whose names start with the split's name, at any depth (under `data_dir`,
-    if there is such a subfolder). `whole` when it's one file, or a folder that has files of only
+    if there is such a subfolder). `unsplit` when it's one file, or a folder that has files of only
     one of the two splits. Names that differ in more than a shard's number (train_prefs, train_sft)
     are different splits, of which `choice` takes one; all of them only where `choice` is None. A
     row that cannot be read goes to `on_bad`; None: it ends the reading.
@@ -350,7 +350,7 @@ def open_source(
             f"{path}: not a file or folder, but a pipe or device; write the rows to a file"
         )
     if root.is_file():
-        return Source(lambda: read_file(root, on_bad), whole=True, version=files_version([root]))
+        return Source(lambda: read_file(root, on_bad), unsplit=True, version=files_version([root]))
     if data_dir and (root / data_dir).is_dir():
         root = root / data_dir
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
@@ -358,11 +358,11 @@ def open_source(
     files = sorted(f for f in root.rglob("*") if _is_data_file(f.relative_to(root)))
     chosen = {name: _of_split([f.name for f in files], name) for name in SPLIT_PREFIXES}
     if not any(chosen.values()):
-        found = ", ".join(f.name for f in files[:3]) or "no data file"
+        shown = ", ".join(f.name for f in files[:3]) or "no data file"
         raise UserError(
-            f"{path}: the folder has no train* or test* file (found: {found}); give the file itself"
+            f"{path}: the folder has no train* or test* file (found: {shown}); give the file itself"
         )
-    whole = not all(chosen.values())
+    unsplit = not all(chosen.values())
     names = chosen[split] or next(filter(None, chosen.values()))
     first = lambda names: next(
         chain.from_iterable(map(read_file, [f for f in files if f.name in names])), None
@@ -370,7 +370,7 @@ def open_source(
     names, taken = _one_split(names, split, choice, first, str(path))
     paths = [f for f in files if f.name in names]
     rows = lambda: chain.from_iterable(read_file(file, on_bad) for file in paths)
-    return Source(rows, whole, files_version(paths), taken)
+    return Source(rows, unsplit, files_version(paths), taken)
 
 
 def _is_data_file(path: Path) -> bool:
@@ -464,7 +464,7 @@ def _saved_to_disk(folder: Path, split: str, choice: Choice | None) -> Source:
     )
     return Source(
         lambda: chain.from_iterable(map(rows_of, names)),
-        whole=not all(chosen.values()),
+        unsplit=not all(chosen.values()),
         version=files_version(sorted(f for f in folder.rglob("*") if f.is_file())) + tuple(names),
         taken=taken,
     )

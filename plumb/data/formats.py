@@ -211,9 +211,9 @@ def _input_pair(row: RawRow) -> Row | None:
 )
 def _openai_pair(row: RawRow) -> Row | None:
     """Read OpenAI's form: `input` is {messages, tools, ...}."""
-    given = row.value("input")
-    within = given if isinstance(given, dict) and "messages" in given else {"messages": given}
-    field = "input.messages" if within is given else "input"
+    value = row.value("input")
+    within = value if isinstance(value, dict) and "messages" in value else {"messages": value}
+    field = "input.messages" if within is value else "input"
     prompt = row.check_text_or_messages(within["messages"], field)
     asked: Messages = [row.turn("user", prompt, field)] if isinstance(prompt, str) else prompt
     pair = _pair(row, asked, "preferred_output", "non_preferred_output")
@@ -357,8 +357,8 @@ def _labelled_conversations(row: RawRow) -> Row | None:
 def _labelled(row: RawRow, field: str) -> Row | None:
     """Return a row with one response, and whether it is desirable."""
     desirable = _desirable(row)
-    whole = field in ("messages", "conversations")
-    converted = _sft(row, [] if whole else row.text_or_messages("prompt"), field)
+    is_dialogue = field in ("messages", "conversations")
+    converted = _sft(row, [] if is_dialogue else row.text_or_messages("prompt"), field)
     return converted and converted._replace(sft_target=None, labels=[desirable])
 
 

@@ -362,8 +362,8 @@ def balance_note(examples: Examples, desirable_weight: float, undesirable_weight
     where the ratio of weights times counts lies in [1, 4/3] (section 4 of arXiv:2402.01306).
     """
     extras = examples.extras().example
-    counts = np.nan_to_num(extras["weights"].astype(np.float64), nan=1.0)
-    yes, no = (float(counts[extras["labels"] == label].sum()) for label in (1, 0))
+    weights = np.nan_to_num(extras["weights"].astype(np.float64), nan=1.0)
+    yes, no = (float(weights[extras["labels"] == label].sum()) for label in (1, 0))
     if not (yes and no):
         which = "desirable" if yes else "undesirable"
         return f"labels: all responses are {which}; such a loss needs both kinds"
@@ -388,17 +388,17 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
     for which a rule says stop.
     """
     examples = part.examples
-    whole = {"duplicate": seen_before(examples), "contradictory": contradicted(examples)}
+    of_split = {"duplicate": seen_before(examples), "contradictory": contradicted(examples)}
     keep = np.ones(len(examples), bool)
     counts: Counter[str] = Counter()
     for here in slices(len(examples)):
         some = examples[here]
-        found = cases(some) | {case: is_case[here] for case, is_case in whole.items()}
-        found["prompt_in_eval"] = _is_in(some.digest(0), held_out)
-        counts += Counter({case: int(is_case.sum()) for case, is_case in found.items()})
+        by_case = cases(some) | {case: is_case[here] for case, is_case in of_split.items()}
+        by_case["prompt_in_eval"] = _is_in(some.digest(0), held_out)
+        counts += Counter({case: int(is_case.sum()) for case, is_case in by_case.items()})
         stops = [
             (int(is_case.argmax()), case)
-            for case, is_case in found.items()
+            for case, is_case in by_case.items()
             if rules[case] == "stop" and is_case.any()
         ]
         if stops:
@@ -407,7 +407,7 @@ def apply_rules(part: Part, held_out: np.ndarray, rules: Mapping[str, str], name
                 f"{some[i].source}: {case.replace('_', ' ')}, and data_rules.{case}=stop; fix the"
                 f" row, or set data_rules.{case}=drop or keep"
             )
-        for case, is_case in found.items():
+        for case, is_case in by_case.items():
             if rules[case] == "drop":
                 keep[here] &= ~is_case
     if len(examples) and not keep.any():

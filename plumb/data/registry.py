@@ -207,7 +207,7 @@ def load_rows(
     source = _source(hub, split, path, cache_dir, silent)
     data = _drawn.get()
     share = data.eval_share if hub.test_share is None else hub.test_share
-    if not source.whole:
+    if not source.unsplit:
         return source.rows()
     mine = source.held_out(lambda: map(prompt_of, source.rows()), prompt_of, share) == (
         split == "test"
@@ -418,7 +418,7 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
         )
 
     kept: Iterable[bool] = repeat(True)
-    if source.whole:
+    if source.unsplit:
         # rows without a prompt, of which each is a text of its own, are told apart by it
         keys = lambda: (json.dumps(row.prompt or row.sft_target, default=str) for row in read())
         how = json.dumps(
@@ -442,7 +442,7 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
         f"{data.name}: {n:,} rows, {form.name} (as"
         f" {'chat messages' if as_messages else 'raw text'})"
     )
-    if source.whole and 0 < data.eval_share < 1:
+    if source.unsplit and 0 < data.eval_share < 1:
         data.form += f"; {n_kept:,} for {split}, by eval_share={data.eval_share:g}"
     # A dialogue's end matters more than its start; a single question's start is kept, as in 2023.
     as_written = first.fields.get((field_map or {}).get("prompt", "prompt"))

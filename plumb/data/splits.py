@@ -76,15 +76,15 @@ def sizes(n: int, shares: Sequence[Fraction]) -> list[int]:
     if n < sum(share > 0 for share in shares):
         raise ValueError(n)
     quotas = [share * n for share in shares]
-    whole = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(len(shares)), key=lambda i: whole[i] - quotas[i])
-    for i in by_remainder[: n - sum(whole)]:
-        whole[i] += 1
+    rounded = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda i: rounded[i] - quotas[i])
+    for i in by_remainder[: n - sum(rounded)]:
+        rounded[i] += 1
     for i, share in enumerate(shares):
-        if share and not whole[i]:
-            whole[whole.index(max(whole))] -= 1
-            whole[i] = 1
-    return whole
+        if share and not rounded[i]:
+            rounded[rounded.index(max(rounded))] -= 1
+            rounded[i] = 1
+    return rounded
 
 
 def permuted(digests: np.ndarray, seed: int) -> np.ndarray:

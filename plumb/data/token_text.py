@@ -215,7 +215,7 @@ def _behind_anchors(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> lis
     )
     cut = re.compile(f"({'|'.join(map(re.escape, added))})") if added else re.compile("(?!)")
     sections = [[part for part in cut.split(text) if part] for text in texts]
-    found = dict[str, Ids]()
+    encoded = dict[str, Ids]()
     waiting = list(dict.fromkeys(part for parts in sections for part in parts))
     for anchor in ANCHORS if waiting else ():
         (mark,) = ids_of([anchor], tokenizer)
@@ -223,7 +223,7 @@ def _behind_anchors(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> lis
             waiting, ids_of([anchor + part for part in waiting], tokenizer), strict=True
         ):
             if mark and ids[: len(mark)] == mark:
-                found[part] = ids[len(mark) :]
-        waiting = [part for part in waiting if part not in found]
-    found |= zip(waiting, ids_of(waiting, tokenizer), strict=True)
-    return [[token for part in parts for token in found[part]] for parts in sections]
+                encoded[part] = ids[len(mark) :]
+        waiting = [part for part in waiting if part not in encoded]
+    encoded |= zip(waiting, ids_of(waiting, tokenizer), strict=True)
+    return [[token for part in parts for token in encoded[part]] for parts in sections]

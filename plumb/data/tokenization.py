@@ -370,10 +370,10 @@ def _as_texts(
     prompt = row.prompt if isinstance(row.prompt, str) else clean_prompt
     head, tails = _render(prompt, clean, chat, row.source, row.more)
     texts = [head, *(row.prefix + tail for tail in tails)]
-    found = (_holds(text, eos) for text in (row.prompt, *responses))
+    has_eos = (_holds(text, eos) for text in (row.prompt, *responses))
     return texts, [
         BLANK * (not text.strip()) | HAS_EOS * there
-        for text, there in zip(texts, found, strict=True)
+        for text, there in zip(texts, has_eos, strict=True)
     ]
 
 

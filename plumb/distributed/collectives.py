@@ -82,9 +82,9 @@ def all_reduce_max(values: list[float]) -> list[float]:
     """Return the elementwise maximum over all ranks: a few bytes that decide what to do next."""
     if not dist.is_initialized():
         return values
-    said = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(said, dist.ReduceOp.MAX, group=_on_the_cpu(dist.group.WORLD))
-    return said.tolist()
+    maxima = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(maxima, dist.ReduceOp.MAX, group=_on_the_cpu(dist.group.WORLD))
+    return maxima.tolist()
 
 
 @cache

@@ -53,7 +53,7 @@ STYLES = {
 }
 
 
-def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
+def plan_of(model: Any, tp_plan: Mapping[str, str] | None) -> dict[str, str]:
     """Return {pattern of module names: style}. Raise UserError if there is no plan, or it has an
     unknown style.
     """
@@ -62,7 +62,7 @@ def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
         prefix + name: style
         for name, style in (getattr(model.config, "base_model_tp_plan", None) or {}).items()
     }
-    plan = dict(given) if given else shipped
+    plan = dict(tp_plan) if tp_plan else shipped
     if not plan:
         raise UserError(
             "model.tp_plan=null: transformers ships no tensor-parallel plan for"
@@ -78,12 +78,15 @@ def plan_of(model: Any, given: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def shard_tensor_parallel(
-    model: Any, mesh: DeviceMesh, given: Mapping[str, str] | None, apart: Collection[nn.Module] = ()
+    model: Any,
+    mesh: DeviceMesh,
+    tp_plan: Mapping[str, str] | None,
+    apart: Collection[nn.Module] = (),
 ) -> None:
     """Make every parameter a DTensor on `mesh`, split as the plan says, or replicated, as are those
     in `apart`. In place, before FSDP.
     """
-    plan, n = plan_of(model, given), mesh.size()
+    plan, n = plan_of(model, tp_plan), mesh.size()
     patterns = [
         (re.compile(re.escape(name).replace(r"\*", r"\d+") + "$"), style)
         for name, style in plan.items()
@@ -100,13 +103,13 @@ def shard_tensor_parallel(
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     used = set()
     for name, module in model.named_modules():
-        found = [(pattern, style) for pattern, style in patterns if pattern.match(name)]
-        used |= {pattern for pattern, _ in found}
+        matches = [(pattern, style) for pattern, style in patterns if pattern.match(name)]
+        used |= {pattern for pattern, _ in matches}
         style = (
             GATHERED
             if module in ends - one_row
-            else STYLES[found[0][1]]
-            if found and module not in one_row
+            else STYLES[matches[0][1]]
+            if matches and module not in one_row
             else Style(None)
         )
         if any(p is not None for p in module._parameters.values()):

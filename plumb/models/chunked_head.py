@@ -36,8 +36,8 @@ def step_bytes(n: int, width: int, vocab: int, itemsize: int, device: torch.devi
     16 bits one chunk and that gradient a second time, rounded.
     """
     scale = 8 if device.type == "cuda" else 1
-    whole, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
-    held = whole if whole <= scale * KEPT_BYTES else 2 * 4 * rows * vocab
+    full, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
+    held = full if full <= scale * KEPT_BYTES else 2 * 4 * rows * vocab
     rounded = itemsize * (rows + width) * vocab if itemsize < 4 else 0
     return held + max(4, itemsize) * vocab * width + rounded + 2 * n * width * itemsize
 
@@ -139,16 +139,16 @@ class _LinearKL(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, reference, rows):
         ctx.rows, ctx.reference = rows, reference
         ctx.save_for_backward(hidden, weight, bias, targets)
-        found = []
+        chunks = []
         for h, t, r in zip(
             hidden.split(rows), targets.split(rows), reference.hidden.split(rows), strict=True
         ):
             ours = _log_softmax(h, weight, bias)
             theirs = _log_softmax(r, reference.weight, reference.bias)
-            found.append(
+            chunks.append(
                 torch.stack([ours.gather(1, t[:, None])[:, 0], kl_between(theirs, ours)], 1)
             )
-        return torch.cat(found)
+        return torch.cat(chunks)
 
     @staticmethod
     def backward(ctx, grad):  # [N, 2]

@@ -25,12 +25,12 @@ def run_without_draws(model: Any, device: torch.device) -> list[str]:
     modules inside them, and recomputation, still train. Parts that also draw in evaluation are left
     as they are. Every rank must call it.
     """
-    found = drawing(model, device)
+    classes = drawing(model, device)
     for module in model.modules():
-        if type(module) in found:
+        if type(module) in classes:
             module.register_forward_pre_hook(_to_evaluation)
             module.register_forward_hook(_back, always_call=True)
-    return sorted(kind.__name__ for kind in found - drawing(model, device)) if found else []
+    return sorted(kind.__name__ for kind in classes - drawing(model, device)) if classes else []
 
 
 @torch.no_grad()

@@ -223,11 +223,11 @@ def export_run(run_dir: Path) -> None:
     """Export the newest checkpoint into the folder `hf` in a run's directory, unless it is there
     already.
     """
-    found, out = find_model(str(run_dir / "LATEST")), run_dir / "hf"
-    assert found.archive is not None
+    ref, out = find_model(str(run_dir / "LATEST")), run_dir / "hf"
+    assert ref.archive is not None
     made = out / "config.json"
-    if not made.is_file() or made.stat().st_mtime < found.archive.stat().st_mtime:
-        export(found, out, overwrite=True, check=True)
+    if not made.is_file() or made.stat().st_mtime < ref.archive.stat().st_mtime:
+        export(ref, out, overwrite=True, check=True)
 
 
 # ---- the weights ----

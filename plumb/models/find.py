@@ -139,11 +139,11 @@ def _config_of(run_dir: Path) -> DictConfig:
     # relative to where it was started: here, most often
     for knob in ("name_or_path", "tokenizer_name_or_path", "archive"):
         if (
-            (given := config.model.get(knob))
-            and not Path(given).exists()
-            and (ROOT / given).exists()
+            (location := config.model.get(knob))
+            and not Path(location).exists()
+            and (ROOT / location).exists()
         ):
-            config.model[knob] = str(ROOT / given)
+            config.model[knob] = str(ROOT / location)
     config.device = None
     config.trainer = "BasicTrainer"
     config.setdefault("add_bos", False)  # runs of 2023, which do not say it, had none
@@ -185,10 +185,12 @@ def check_device(device: str | None) -> None:
         ) from None
 
 
-def template_of(ref: ModelRef, given: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_of(
+    ref: ModelRef, option: str | None, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
     """Return --chat-template, otherwise what the run was trained with; None: the tokenizer's, or
     HH's.
     """
-    named = given or ref.config.get("chat_template")
-    whose = f"--chat-template {given}" if given else f"{ref.name}: its chat template {named}"
+    named = option or ref.config.get("chat_template")
+    whose = f"--chat-template {option}" if option else f"{ref.name}: its chat template {named}"
     return template_text(named, whose, tokenizer)

@@ -81,8 +81,8 @@ def check_rope(hf_config: Any, longest: int) -> None:
     beyond a length one long text changes the log-probabilities of all others, in padded rows too.
     """
     spec = hf_config.get_text_config()
-    given = getattr(spec, "rope_parameters", None) or {}
-    for rope in [given, *(each for each in given.values() if isinstance(each, dict))]:
+    parameters = getattr(spec, "rope_parameters", None) or {}
+    for rope in [parameters, *(each for each in parameters.values() if isinstance(each, dict))]:
         kind, limit = rope.get("rope_type"), getattr(spec, "max_position_embeddings", None)
         if kind == "longrope":
             limit = rope.get("original_max_position_embeddings", limit)
@@ -107,15 +107,15 @@ def keeps_logits(model: Any, precision: Callable[[], AbstractContextManager]) ->
     head = model.get_output_embeddings()
     device = next(model.parameters()).device
     positions, rows = torch.arange(3)[:, None], torch.arange(head.weight.shape[0])
-    given = (13 * positions + 7 * rows) % 61 * 2.0 - 60  # [3, V]
+    expected = (13 * positions + 7 * rows) % 61 * 2.0 - 60  # [3, V]
 
     def ramp(hidden: Tensor) -> Tensor:  # [1, 3, d] -> [1, 3, V]
-        return given[None].to(hidden.device)
+        return expected[None].to(hidden.device)
 
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
     with precision(), lm_head_at_positions(model, torch.arange(3, device=device), None, ramp):
         logits = model(input_ids=ids, use_cache=False).logits
-    same = torch.equal(logits[0].float().cpu(), given[:, : logits.shape[-1]])
+    same = torch.equal(logits[0].float().cpu(), expected[:, : logits.shape[-1]])
     return all(collectives.all_gather_object(same))
 
 

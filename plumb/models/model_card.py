@@ -39,7 +39,7 @@ def stages(archive: Path) -> list[Stage]:
     """Return this checkpoint, the one that its run started from, and so on, as far back as they
     exist.
     """
-    file, found = archive.resolve(), []
+    file, newest_first = archive.resolve(), []
     folder = next(
         (f for f in (file.parent.parent, file.parent) if (f / "config.yaml").is_file()), file.parent
     )
@@ -48,8 +48,8 @@ def stages(archive: Path) -> list[Stage]:
         manifest = None
         with suppress(Damaged):
             manifest = read_manifest(made.resolve().parent) if made else None
-        found.append(Stage(made or archive, config, manifest))
-    return found
+        newest_first.append(Stage(made or archive, config, manifest))
+    return newest_first
 
 
 def public(value: Any) -> Any:

@@ -60,17 +60,17 @@ def weights_digest(model: nn.Module) -> str:
     me = rank()
     n_threads = 1 if collectives.world_size() > 1 else os.cpu_count() or 1
     hashing: deque[Future[tuple[str, bytes]]] = deque()
-    found: list[tuple[str, bytes]] = []
+    digests: list[tuple[str, bytes]] = []
     with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
         for i, (name, tensor) in enumerate(sorted(model.state_dict(keep_vars=True).items())):
-            whole = sharding.full_tensor(tensor.detach())
+            full = sharding.full_tensor(tensor.detach())
             if i % world == me:
                 if len(hashing) == n_threads:
-                    found.append(hashing.popleft().result())
-                hashing.append(pool.submit(one, name, whole))
-            del whole
-    found += [waiting.result() for waiting in hashing]
-    of_all = sorted(digest for part in collectives.all_gather_object(found) for digest in part)
+                    digests.append(hashing.popleft().result())
+                hashing.append(pool.submit(one, name, full))
+            del full
+    digests += [waiting.result() for waiting in hashing]
+    of_all = sorted(digest for part in collectives.all_gather_object(digests) for digest in part)
     return hashlib.blake2b(b"".join(digest for _, digest in of_all)).hexdigest()[:32]
 
 
@@ -139,10 +139,10 @@ def _digests(examples: Sequence[Example]) -> np.ndarray:
             begun.update(text[at : at + prompt])
             begun.update(b"|")
             at += prompt
-        whole = begun.copy()
-        whole.update(text[at : at + response])
+        digest = begun.copy()
+        digest.update(text[at : at + response])
         at += response
-        digests.append(whole.digest())
+        digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), np.uint64).reshape(lengths.prompts.shape)
 
 

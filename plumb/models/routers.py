@@ -33,7 +33,7 @@ class _Router(NamedTuple):
 
 def routers_of(model: nn.Module) -> list[_Router]:
     """Return the modules that transformers treats as routers; [] for a model without experts."""
-    found: dict[int, _Router] = {}
+    by_id: dict[int, _Router] = {}
     for part in model.modules():
         recorders = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", [])
         for recorder in recorders if isinstance(recorders, list) else [recorders]:
@@ -42,8 +42,8 @@ def routers_of(model: nn.Module) -> list[_Router]:
                     isinstance(module, recorder.target_class)
                     and (recorder.layer_name or "") in name
                 ):
-                    found.setdefault(id(module), _Router(module, recorder.index))
-    return list(found.values())
+                    by_id.setdefault(id(module), _Router(module, recorder.index))
+    return list(by_id.values())
 
 
 class Routers:
@@ -53,8 +53,8 @@ class Routers:
         """Raise UserError for a model without routers, or one for which transformers has no
         balancing loss.
         """
-        found = routers_of(model)
-        if not found:
+        routers = routers_of(model)
+        if not routers:
             raise UserError(
                 f"router_aux_loss: {type(model).__name__} has no routers; set router_aux_loss=0"
             )
@@ -67,7 +67,7 @@ class Routers:
             )
         self.top_k = int(model.num_experts_per_tok)
         self.logits: list[Tensor] | None = None  # of each router, while a forward pass is watched
-        for router in found:
+        for router in routers:
             router.module.register_forward_hook(self._keep(router.logits))
 
     def _keep(self, index: int) -> Any:

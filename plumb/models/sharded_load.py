@@ -195,8 +195,8 @@ def _keys(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], lis
         if pattern is None:
             at[name] = key
         else:
-            found = computed.setdefault(name, Conversion(name, of_pattern[pattern], {}))
-            found.keys.setdefault(pattern, []).append(key)
+            conversion = computed.setdefault(name, Conversion(name, of_pattern[pattern], {}))
+            conversion.keys.setdefault(pattern, []).append(key)
     return at, [*computed.values()]
 
 
@@ -233,11 +233,11 @@ def stored_parts(
             if a not in same and b in same:
                 same[a] = same[b]
 
-    def refuse(what: str, found: list[str]) -> None:
-        if found:
+    def refuse(what: str, names: list[str]) -> None:
+        if names:
             raise WeightMismatch(
-                f"not the weights of this {type(model).__name__} ({len(found)} {what}, e.g."
-                f" {sorted(found)[0]})"
+                f"not the weights of this {type(model).__name__} ({len(names)} {what}, e.g."
+                f" {sorted(names)[0]})"
             )
 
     refuse(
@@ -349,7 +349,7 @@ class Initialisation(TorchDispatchMode):
             name: self.notes.get(_storage(p), [])
             for name, p in model.named_parameters(remove_duplicate=False)
         }
-        if unknown := [name for name, found in notes.items() if not found]:
+        if unknown := [name for name, records in notes.items() if not records]:
             raise NotImplementedError(f"{unknown[0]} is made in a way that cannot be repeated")
         return notes
 
@@ -366,12 +366,12 @@ def seeded_parts(model: PreTrainedModel, notes: Mapping[str, list[tuple[Any, ...
     """Return the function that reads the values that construction would have drawn: it draws them
     again for one parameter at a time and keeps a part.
     """
-    wholes, room = dict(model.state_dict(keep_vars=True)), ScratchBuffer()
+    tensors, room = dict(model.state_dict(keep_vars=True)), ScratchBuffer()
 
     def read(name: str, where: Where) -> Tensor:
         if name not in notes:
-            return wholes[name].detach()[where]  # a buffer, which has its values
-        made = room.of(wholes[name])
+            return tensors[name].detach()[where]  # a buffer, which has its values
+        made = room.of(tensors[name])
         for what, view, arguments, state in notes[name]:
             target = made.as_strided(*view)
             if what == "copy":

@@ -67,12 +67,15 @@ def check_settings(hf_config: Any, what: str) -> None:
         ("_experts_implementation_internal", None),
     ):
         value = getattr(hf_config, key, None)
-        for said in value.values() if isinstance(value, dict) else [value]:
-            if said is not None and (
-                not isinstance(said, str) or (allowed and said not in allowed) or "/" in said
+        for implementation in value.values() if isinstance(value, dict) else [value]:
+            if implementation is not None and (
+                not isinstance(implementation, str)
+                or (allowed and implementation not in allowed)
+                or "/" in implementation
             ):
                 raise UnsafeFile(
-                    f"{what}: its config asks for {key[1:].removesuffix('_internal')}={said!r},"
+                    f"{what}: its config asks for"
+                    f" {key[1:].removesuffix('_internal')}={implementation!r},"
                     " whose code would be fetched and run; remove the line from config.json"
                 )
     for key in ("num_hidden_layers", "hidden_size", "vocab_size"):

@@ -137,17 +137,17 @@ def _files(name: str, revision: str | None, explicit: str | None) -> list[str]:
         return [path]
     what = f"model.name_or_path={name}: {Path(path).name}"
     kind = ".bin" if Path(path).name == WEIGHTS_INDEX_NAME else ".safetensors"
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for file in _weight_map(path, what).values():
         if not isinstance(file, str) or not _is_plain(file) or not file.endswith(kind):
             raise UnsafeFile(
                 f"{what} names {file!r}, which is no {kind} file of this folder; is it damaged?"
             )
-        if file not in found:
+        if file not in paths:
             if (there := find(file)) is None:
                 raise UserError(f"{what} names {file}, which is not there; copy it into the folder")
-            found[file] = there
-    return sorted(found.values())
+            paths[file] = there
+    return sorted(paths.values())
 
 
 def _weight_map(path: str, what: str) -> Mapping[str, Any]:

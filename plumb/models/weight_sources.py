@@ -488,12 +488,12 @@ class CutFromWhole:
         return self.source.whole(device_map)
 
     def in_parts(self) -> Parts:
-        whole: Any = self.source.whole()
+        full: Any = self.source.whole()
         with parameters_on_meta():
-            model: Any = type(whole)._from_config(copy.deepcopy(whole.config), dtype=whole.dtype)
-        if scores(whole):
+            model: Any = type(full)._from_config(copy.deepcopy(full.config), dtype=full.dtype)
+        if scores(full):
             put_scalar_head(model)
-            model.get_output_embeddings().drawn = whole.get_output_embeddings().drawn
-        model.generation_config = whole.generation_config
-        state = Weights(whole.state_dict(), archive=True)
+            model.get_output_embeddings().drawn = full.get_output_embeddings().drawn
+        model.generation_config = full.generation_config
+        state = Weights(full.state_dict(), archive=True)
         return Parts(model, stored_parts(model, state, strict=True))

@@ -89,7 +89,7 @@ def save(
     parts: Mapping[str, Callable[[], Any]],
     state: Mapping[str, Part],
     manifest: Manifest,
-    talk: collectives.ObjectGroup,
+    group: collectives.ObjectGroup,
     needed: int,
 ) -> Path:
     """Write and verify one checkpoint, all ranks together. Return its directory.
@@ -102,7 +102,7 @@ def save(
     final = run_dir / name
     temporary = run_dir / f".{name}.partial"
     problems = list[str]()
-    file = f"state-{talk.rank}-of-{talk.ranks}.safetensors"
+    file = f"state-{group.rank}-of-{group.ranks}.safetensors"
 
     def trying(write: Callable[[], Written | None]) -> Written | None:
         try:
@@ -114,28 +114,28 @@ def save(
         return None
 
     def write_part(part: str, content: Any) -> Written:
-        whole = {"step_idx": manifest.examples, "state": content, "metrics": manifest.metrics}
-        return durable_files.write(temporary / f"{part}.pt", lambda f: torch.save(whole, f))
+        archive = {"step_idx": manifest.examples, "state": content, "metrics": manifest.metrics}
+        return durable_files.write(temporary / f"{part}.pt", lambda f: torch.save(archive, f))
 
-    if talk.rank == 0:
+    if group.rank == 0:
         trying(lambda: durable_files.begin(temporary))
-    if any(said := talk.gather(problems)):
-        raise _cannot_write(run_dir, name, said, needed)
+    if any(gathered := group.gather(problems)):
+        raise _cannot_write(run_dir, name, gathered, needed)
     written: dict[str, Written | None] = {}
     for part, make in parts.items():
         content = make()
-        if talk.rank == 0:
+        if group.rank == 0:
             written[f"{part}.pt"] = trying(partial(write_part, part, content))
         del content
         # the next part is made with all ranks in groups that do not wait for so long
-        talk.gather(None)
+        group.gather(None)
     written[file] = trying(lambda: write_tensors(temporary / file, state))
-    everything = talk.gather((written, problems))
+    everything = group.gather((written, problems))
 
     def commit() -> list[str]:
         try:
             manifest.files = {k: v for files, _ in everything for k, v in files.items() if v}
-            manifest.ranks = talk.ranks
+            manifest.ranks = group.ranks
             manifest.saved = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             durable_files.write(temporary / "manifest.json", lambda f: f.write(_dump(manifest)))
             durable_files.rename(temporary, final)
@@ -147,9 +147,9 @@ def save(
             return [f"what was written does not read back the same: {error}"]
         return []
 
-    problems = [p for _, problems in everything for p in problems] or talk.from_rank0(commit)
+    problems = [p for _, problems in everything for p in problems] or group.from_rank0(commit)
     if problems:
-        if talk.rank == 0:
+        if group.rank == 0:
             _clear(temporary)
         raise _cannot_write(run_dir, name, [problems], needed)
     return final
@@ -256,12 +256,12 @@ def verify(directory: Path) -> Manifest:
 
 def listed(run_dir: Path) -> list[Path]:
     """Return everything with a checkpoint's name, newest first, whether valid or not."""
-    found = [
+    checkpoints = [
         (int(m[2]), m[1] == "step", p)
         for p in run_dir.glob("*-*")
         if (m := NAME.fullmatch(p.name)) and p.is_dir()
     ]
-    return [path for *_, path in sorted(found, reverse=True)]
+    return [path for *_, path in sorted(checkpoints, reverse=True)]
 
 
 def latest_valid(run_dir: Path) -> Checkpoint | None:
@@ -286,8 +286,8 @@ def latest_valid(run_dir: Path) -> Checkpoint | None:
 
 
 def quarantine_newer(run_dir: Path, checkpoint: Checkpoint | None) -> None:
-    """Rename damaged checkpoints newer than `found`, so that their names are free. Remove what a
-    kill left half written, and point LATEST to `found` if a kill came between.
+    """Rename damaged checkpoints newer than `checkpoint`, so that their names are free. Remove
+    what a kill left half written, and point LATEST to `checkpoint` if a kill came between.
     """
     for path in listed(run_dir):
         if checkpoint is not None and path == checkpoint.path:
@@ -325,14 +325,14 @@ def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
     all evaluated ones except the newest `keep` (None: keep all) and the best. At least two are
     kept, or one if keep = 1. Called once the newest has been verified.
     """
-    found = []
+    checkpoints = []
     for path in listed(run_dir):
         try:
-            found.append(Checkpoint(path, read_manifest(path)))
+            checkpoints.append(Checkpoint(path, read_manifest(path)))
         except Damaged:  # not ours to remove
             continue
-    evaluated = [f for f in found if f.path.name.startswith("step-")]
-    kept = {f.path for f in [*found[: min(2, keep or 2)], *evaluated[:keep]]}
+    evaluated = [f for f in checkpoints if f.path.name.startswith("step-")]
+    kept = {f.path for f in [*checkpoints[: min(2, keep or 2)], *evaluated[:keep]]}
     scores = [
         (_score(best_by, f.manifest.metrics), f.path)
         for f in evaluated
@@ -340,7 +340,7 @@ def prune(run_dir: Path, keep: int | None, best_by: str | None) -> None:
     ]
     if scores:
         kept.add(max(scores, key=lambda s: (not math.isnan(s[0]), s[0]))[1])
-    for f in found:
+    for f in checkpoints:
         if f.path not in kept:
             durable_files.remove(f.path)
 
@@ -367,7 +367,7 @@ class Saver:
         self.run_dir = run_dir
         self.keep = keep
         self.best_by = best_by
-        self.talk = collectives.ObjectGroup()  # its own, for the thread
+        self.group = collectives.ObjectGroup()  # its own, for the thread
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save") if in_background else None
         self.going: Future[None] | None = None
         self.secs = 0.0  # that the last save took
@@ -429,8 +429,8 @@ class Saver:
         needed: int,
     ) -> None:
         start = time.monotonic()
-        path = save(self.run_dir, name, parts, state, manifest, self.talk, needed)
-        self.talk.from_rank0(partial(finish_save, self.run_dir, name, self.keep, self.best_by))
+        path = save(self.run_dir, name, parts, state, manifest, self.group, needed)
+        self.group.from_rank0(partial(finish_save, self.run_dir, name, self.keep, self.best_by))
         self.secs = time.monotonic() - start
         rank0_print(f"saved {path}")
 
@@ -449,10 +449,10 @@ class Saver:
         """
         mine = parts_of(state, copied=False)
         needed = sum(
-            self.talk.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values()))
+            self.group.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values()))
         )
         start = time.monotonic()
-        path = save(self.run_dir, REHEARSAL, parts, mine, manifest, self.talk, needed)
+        path = save(self.run_dir, REHEARSAL, parts, mine, manifest, self.group, needed)
         self.secs = time.monotonic() - start
 
         def measure() -> tuple[int, int]:
@@ -460,7 +460,7 @@ class Saver:
             durable_files.remove(path)
             return size, durable_files.free_bytes(self.run_dir)
 
-        size, free = self.talk.from_rank0(measure)
+        size, free = self.group.from_rank0(measure)
         wanted = n_saves if self.keep is None else min(n_saves, self.keep + 2)
         if free < 1.1 * size * min(2, n_saves):
             raise StorageError(

@@ -58,18 +58,18 @@ def digest_of(examples: Examples) -> str:
     """Return a digest of the token ids and extras (margins, labels) of all examples in their order,
     computed from the stores' checksums, not from the texts.
     """
-    whole = hashlib.sha256(repr(examples.bos).encode())
+    digest = hashlib.sha256(repr(examples.bos).encode())
     for table in examples.tables:
         ids, starts = (table.store.checksums[name] for name in ("ids", "starts"))
-        whole.update(f"{ids} {starts} {table.keep_end}".encode())
-        whole.update(table.items.tobytes())
-    whole.update(examples.items.tobytes() + examples.lengths.tobytes())
+        digest.update(f"{ids} {starts} {table.keep_end}".encode())
+        digest.update(table.items.tobytes())
+    digest.update(examples.items.tobytes() + examples.lengths.tobytes())
     # what has no scores keeps the digest that it always had
     extras = examples.extras()
     for column in (*extras.example.values(), *extras.response.values()):
         if not np.isnan(column).all():
-            whole.update(column.tobytes())
-    return whole.hexdigest()
+            digest.update(column.tobytes())
+    return digest.hexdigest()
 
 
 def compare(
@@ -88,8 +88,8 @@ def compare(
         for name in sorted(a.keys() | b.keys())
         if name in b and a.get(name, "unset") != b[name]
     ]
-    said = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
-    refused = [line for name, line in zip(differing, said, strict=True) if name not in allow]
+    differences = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
+    refused = [line for name, line in zip(differing, differences, strict=True) if name not in allow]
     if refused:
         names = ",".join(name for name in differing)
         raise ResumeMismatch(
@@ -97,7 +97,7 @@ def compare(
             f" restore these, or set"
             f" resume_allow=[{names}] to apply the change, or resume=never for a new run"
         )
-    return said
+    return differences
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
         return None
     run = f"note: {file.parent}, where model.archive comes from,"
     other = ["data_split", "stage", *(knob for knob in decides if before.get(knob) != now[knob])]
-    said = lambda c: ", ".join(f"{knob} {shorten(c.get(knob))}" for knob in other)
+    describe = lambda c: ", ".join(f"{knob} {shorten(c.get(knob))}" for knob in other)
     differ = [
         name
         for name, a, b in pairs
@@ -61,7 +61,7 @@ def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
     ]
     if differ:
         return (
-            f"{run} had {said(before)}, and this run has {said(now)}: their slices of"
+            f"{run} had {describe(before)}, and this run has {describe(now)}: their slices of"
             f" {', '.join(differ)} may overlap; give all stages the same"
         )
     again = [name for name, a, _ in pairs if a and before.get("stage") == now["stage"]]

@@ -78,9 +78,9 @@ def load_policy_state(archive: str) -> dict[str, Tensor]:
     what = f"model.archive={path}"
     content = _load_pickle(path, what, "policy.pt")
     if type(content) is dict and "state" not in content:
-        found = ", ".join(str(key)[:40] for key in [*content][:3]) or "nothing"
+        keys = ", ".join(str(key)[:40] for key in [*content][:3]) or "nothing"
         raise UserError(
-            f"{what}: not a policy.pt, which holds {{step_idx, state, metrics}}; it holds {found}"
+            f"{what}: not a policy.pt, which holds {{step_idx, state, metrics}}; it holds {keys}"
         )
     tensors = _tensors(content["state"] if type(content) is dict else content, what, "policy.pt")
     for name, tensor in tensors.items():
@@ -136,11 +136,11 @@ def _problem(name: object, tensor: object) -> str:
         return f"is a name of type {type(name).__name__}"
     if not isinstance(tensor, Tensor):
         return f"is of type {type(tensor).__name__}, not a tensor"
-    whole = (
+    is_plain = (
         tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     )
     # expand() makes such a tensor
-    if not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+    if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
         return f"of shape {list(tensor.shape)} is not stored whole, so it could fill any memory"
     return ""
 

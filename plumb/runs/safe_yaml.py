@@ -66,10 +66,10 @@ def check_config_file(path: Path) -> None:
     defaults = content.get("defaults")
     for entry in defaults if isinstance(defaults, list) else ():
         for key, value in entry.items() if isinstance(entry, dict) else [(entry, None)]:
-            said = f"{key}: {value}" if value is not None else f"{key}"
+            shown = f"{key}: {value}" if value is not None else f"{key}"
             own = str(key) in HYDRA_DEFAULTS and HYDRA_DEFAULTS[str(key)] == value
-            if not own and re.search(r"\bhydra\b|\.\.|\$", said):
-                raise UserError(f"{path}: defaults: '{said}' is not taken; {ADVICE}")
+            if not own and re.search(r"\bhydra\b|\.\.|\$", shown):
+                raise UserError(f"{path}: defaults: '{shown}' is not taken; {ADVICE}")
 
 
 class _ValuesOnly(yaml.SafeLoader):

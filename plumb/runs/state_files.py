@@ -46,11 +46,11 @@ def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
     """Yield this rank's part of each tensor, if it has one to write; `copied` to the CPU, or as it
     is.
     """
-    found = {name: (tensor, sharding.local_part(tensor)) for name, tensor in state.items()}
+    parts = {name: (tensor, sharding.local_part(tensor)) for name, tensor in state.items()}
     kept = lambda x: x.detach().to("cpu", copy=True) if copied else x.detach()
     return {
         name: Part(list(tensor.shape), list(part[0]), kept(part[1]))
-        for name, (tensor, part) in found.items()
+        for name, (tensor, part) in parts.items()
         if part is not None and part[1].numel()
     }
 
@@ -131,9 +131,9 @@ def restore(
     overwritten, as the weights are. Raises what `load_state` raises.
     """
     sharding.reshard(policy)
-    parameters, found = dict(policy.named_parameters()), names(files)
+    parameters, stored = dict(policy.named_parameters()), names(files)
     for name, p in parameters.items():
-        if name in values or any(key.startswith(f"optimizer.{name}.") for key in found):
+        if name in values or any(key.startswith(f"optimizer.{name}.") for key in stored):
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
