@@ -52,7 +52,7 @@ SAFERLHF = Hub("PKU-Alignment/PKU-SafeRLHF")
 
 @dataset(truncation="keep_end", hub=HH)
 def get_hh(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """Anthropic HH. The prompt ends with the last "\\n\\nAssistant:"; SFT imitates the prompt's
+    """Load Anthropic HH. A prompt ends with the last "\\n\\nAssistant:"; SFT imitates the prompt's
     last chosen response.
 
     A pair whose texts split into different prompts is skipped and counted; the 2023 code cut the

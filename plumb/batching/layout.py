@@ -26,8 +26,8 @@ from plumb.data.tokenization import Example, trees_of
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Say which tokens of a row attend to which: each segment's queries are consecutive tokens, its
-    keys the tree's prompt and these tokens.
+    """Hold which tokens of a row attend to which: each segment's queries are consecutive tokens,
+    its keys the tree's prompt and these tokens.
 
     Queries `[P+C], [R]`, keys `[P+C], [P, R]`: the prompt is computed once, its keys and values are
     gathered once per response. Not a tuple, so that code that walks over a module's inputs (FSDP,
@@ -231,8 +231,8 @@ def by_example(values: Tensor, n_responses: np.ndarray, fill: float = 0.0) -> Te
 def _segments(
     spans: np.ndarray, first: np.ndarray, n_tokens: int, n_padding: int, longest: int
 ) -> Segments:
-    """spans [R, 4], tree by tree -> the row's segments; `first` [R]: is it its tree's first
-    response?
+    """Return the row's segments from the spans [R, 4], tree by tree; `first` [R]: is it its tree's
+    first response?
     """
     # prompt's start and length, own start and length; a tree's first segment owns the prompt
     pieces = spans.copy()

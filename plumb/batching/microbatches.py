@@ -13,7 +13,7 @@ from plumb.data.examples import Lengths
 
 @dataclass(frozen=True)
 class Packing:
-    """Say how batches are split and laid out: the same for all steps of a run."""
+    """Hold how batches are split and laid out: the same for all steps of a run."""
 
     # trees in a row; False: the model is given padded rows, so examples of like lengths go together
     packed: bool
@@ -28,8 +28,8 @@ class Parts:
     """Hold n examples in P parts: a sequence of the indices of each part's examples."""
 
     def __init__(self, order: np.ndarray, counts: np.ndarray):
-        """`order` [n]: the examples' indices, part by part; `counts` [P]: how many each part
-        has.
+        """Store `order` [n], the examples' indices, part by part, and `counts` [P], the number of
+        examples of each part.
         """
         self.order = order
         self.counts = counts
@@ -108,8 +108,8 @@ def by_tokens(sizes: np.ndarray, n_parts: int) -> Parts:
 
 
 def by_count(n: int, n_parts: int) -> Parts:
-    """Neighbours go together, in parts that differ by at most one example, the larger ones first;
-    by length: little padding.
+    """Return neighbours together, in parts that differ by at most one example, the larger ones
+    first; examples sorted by length then need little padding.
 
     >>> [part.tolist() for part in by_count(5, 3)]
     [[0, 1], [2, 3], [4]]

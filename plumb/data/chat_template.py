@@ -26,10 +26,10 @@ from plumb.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BASIC = frozenset(("system", "user", "assistant"))  # roles that no mapping is proposed for
+BASIC = frozenset(("system", "user", "assistant"))  # roles for which no mapping is proposed
 TOOL = frozenset(("function", "observation", "ipython", "function_response", "tool_response"))
 MARK = "Zq7Zq7Zq7"  # stands in a message to see whether its content is rendered
-TRIES = 100  # rows that are asked whether a field is rendered, before the answer is no
+TRIES = 100  # rows that are tried before a field counts as not rendered
 SHORTENED = "earlier turns shortened by the chat template"
 SHORTENED_ANSWER = "answers shortened by the chat template"
 
@@ -45,7 +45,7 @@ def variables_of(template: str) -> frozenset[str]:
     text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
     try:
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
-    except jinja2.TemplateError:  # said when it is rendered
+    except jinja2.TemplateError:  # reported when it is rendered
         return frozenset()
 
 
@@ -192,7 +192,7 @@ class ChatTemplate:
     ) -> bool:
         try:
             return self._text(turns, variables) != rendering
-        except Exception:  # it can't do without
+        except Exception:  # it needs what was removed
             return True
 
     def _check_contents(

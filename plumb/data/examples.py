@@ -21,7 +21,7 @@ from plumb.data.extras import Extras
 from plumb.data.token_store import TokenStore
 from plumb.data.tokenization import BLANK, CHANGED, HAS_EOS, Example, TextRules, trees_of, truncate
 
-CHUNK = 1 << 16  # examples that are looked at together: what is computed of them stays small
+CHUNK = 1 << 16  # examples that are processed together: what is computed from them stays small
 
 
 class Table(NamedTuple):
@@ -35,7 +35,7 @@ class Table(NamedTuple):
 
 
 class Taking(NamedTuple):
-    """Say what a loss takes of a store; each field is the option of that name in config.yaml."""
+    """Hold what a loss takes from a store; each field is the option of that name in config.yaml."""
 
     list_pairs: str = "all"  # which pairs of a ranked list: "all" | "best-worst" | "adjacent"
     unpair: bool = True  # with labelled responses: is a pair two of them?
@@ -154,7 +154,7 @@ class Examples(Sequence[Example]):
         return np.full(len(self), nan, np.float32) if margins is None else margins
 
     def data_sets(self) -> np.ndarray:
-        """The name of each example's data set.  [n] str"""
+        """Return the name of each example's data set.  [n] str"""
         names = np.array([table.store.name for table in self.tables])
         return names[np.searchsorted(self.offsets, self.items, side="right") - 1]
 
@@ -162,7 +162,7 @@ class Examples(Sequence[Example]):
         """Return the highest token id in the stores, for which a model must have an embedding."""
         return max([self.bos or 0, *(int(table.store.ids.max(initial=0)) for table in self.tables)])
 
-    # What the data rules look at, of examples from one store: slices of it, where there are many.
+    # What the data rules read, for examples of one store; where there are many, in slices.
 
     def text(self, i: int) -> np.ndarray:
         """Return the numbers of the prompts' texts (i = 0), or of the i-th responses', in the
@@ -173,7 +173,10 @@ class Examples(Sequence[Example]):
         return numbers if i else table.store.rows[numbers, 0]
 
     def of_text(self, column: str, i: int) -> np.ndarray:
-        """A column of the store at these texts, 0 where an example has no i-th response.  [n]"""
+        """Return a column of the store at these texts, 0 where an example has no i-th response.
+
+        [n]
+        """
         numbers = self.text(i)
         values = getattr(self.tables[0].store, column)[numbers]
         return np.where(numbers < 0, values.dtype.type(0), values)
@@ -263,7 +266,7 @@ def _labelled(store: TokenStore, taking: Taking) -> View:
     return np.ascontiguousarray(both[:, :2]), {"labels": both[:, 2].astype(np.float32)}
 
 
-# group -> what of a store it is
+# group -> the part of a store that it reads
 VIEWS: dict[str, Callable[[TokenStore, Taking], View]] = {
     "single": _targets,
     "pair": _pairs,
@@ -309,8 +312,8 @@ def ids_of(examples: Sequence[Example]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """Tokens of n examples of at most k responses each, as columns: no example is looked at to know
-    them.
+    """Hold the numbers of tokens of n examples of at most k responses each, as columns: they are
+    known without reading an example.
 
     A prompt is a root of the first response alone where an example's responses share it, else of
     every response. All three are 0 where an example has fewer than k responses.

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """Columns of n examples with at most k responses each. In a batch they are tensors, in the
+    """Hold columns of n examples with at most k responses each. In a batch they are tensors, in the
     batch's own order of examples, responses and tokens: [B], [R] and [N].
 
     Example: two pairs whose scores differ by 1 and 2, and the reference's log-probabilities:

@@ -112,8 +112,8 @@ class RawRow(NamedTuple):
         return self.check_text(self.value(field), field)
 
     def check_text(self, value: Any, field: str) -> str:
-        """`value`, if it is a string that UTF-8 can hold. `field` is how to call it in the
-        error.
+        """Return `value` if it is a string that UTF-8 can hold, otherwise raise UserError. `field`
+        is its name in the error.
         """
         if not isinstance(value, str):
             raise self.error(
@@ -252,20 +252,19 @@ class Source(NamedTuple):
     """
 
     rows: Callable[[], Iterator[RawRow]]
-    unsplit: bool  # both splits are in here, and the caller has to take its share
+    unsplit: bool  # it holds both splits, and the caller has to take its share
     version: (
         tuple | None
         # changes when the rows do: path, size and time of each file, or the hub's fingerprint;
-        # None:
-        # unknown
+        # None: unknown
     )
     taken: str = ""  # which split it is, where the folder has several of a kind
 
     def held_out(
         self, prompts: Callable[[], Iterable[str]], how: Hashable, share: float
     ) -> np.ndarray:
-        """`held_out` of this source's rows, once per process; `how` says how `prompts` makes
-        prompts of the rows.
+        """Return `held_out` of this source's rows, computed once per process; `how` identifies
+        the way in which `prompts` makes prompts from the rows.
         """
         key = (self.version, how, share)
         if self.version is None or key not in _held_out:
@@ -312,7 +311,7 @@ Fits = Callable[[Mapping[str, Callable[[], RawRow | None]]], list[str]]
 
 
 class Choice(NamedTuple):
-    """Say how to choose if a folder has several splits of a kind, such as train_prefs and
+    """Hold how to choose if a folder has several splits of a kind, such as train_prefs and
     train_sft.
     """
 
@@ -327,7 +326,8 @@ def open_source(
     choice: Choice | None = None,
     on_bad: OnBad | None = None,
 ) -> Source:
-    """The file, the folder's files of this split, or the folder written by `datasets.save_to_disk`.
+    """Return the file, the folder's files of this split, or the folder that
+    `datasets.save_to_disk` wrote.
 
     In a folder: the files whose names start with the split's name, at any depth (under `data_dir`,
     if there is such a subfolder). `unsplit` when it's one file, or a folder that has files of only
@@ -527,7 +527,7 @@ def read_file(path: Path, on_bad: OnBad | None = None) -> Iterator[RawRow]:
         else _read_bytes(path, partial(reader, on_bad=on_bad))
     )
     first = next(rows, None)
-    if first is None and on_bad:  # all of them were bad, perhaps
+    if first is None and on_bad:  # perhaps all of them were bad
         return
     if first is None:
         raise UserError(f"{path}: the file is empty; it needs at least one row")
@@ -563,7 +563,7 @@ def _lines(
     What cannot be decoded goes to `on_bad`, where there is one, and leaves an empty line.
     """
     for n, line in enumerate(iter(partial(stream.readline, longest), b""), 1):
-        if len(line) == longest:  # which a small gzip file can hold, and no memory
+        if len(line) == longest:  # a small gzip file can hold more than the memory
             raise UserError(
                 f"{file}, line {n}: longer than {longest:,} bytes, which no row is; end each row"
                 " with a line break"

@@ -58,10 +58,10 @@ class Row(NamedTuple):
     more: Mapping[str, Any] | None = (
         None  # fields that no form reads, such as tools; a chat template may
     )
-    # of the responses, one each: the higher, the better; None: the pairs are all that is known
+    # one for each response: the higher, the better; None: only the pairs are known
     ranking: list[float] | None = None
     labels: list[bool] | None = None  # of the responses, one each: is it desirable?
-    weight: float | None = None  # how many rows it counts as; None: it does not say
+    weight: float | None = None  # how many rows it counts as; None: not given
     # soft label of its pair: the probability that chosen is the preferred one
     p_chosen: float | None = None
     prefix: str = ""  # what its responses begin with beside their own text
@@ -97,7 +97,7 @@ def is_empty(value: Any) -> bool:
     return value in (None, "", "[]", "{}", [], {})
 
 
-# get_dataset's; None: nobody counts
+# get_dataset's; None: they are not counted
 counted: ContextVar[Counter[str] | None] = ContextVar("counted", default=None)
 
 
@@ -482,7 +482,7 @@ def hh_prompt(question: str) -> str:
 
 
 def split_transcript(row: RawRow, field: str) -> tuple[str, str]:
-    """An HH transcript as (all up to and including the last "\\n\\nAssistant:", the rest)."""
+    """Split an HH transcript into (text through the last "\\n\\nAssistant:", the rest)."""
     return _split_text(row, row.text(field), field)
 
 
@@ -504,8 +504,8 @@ BLOCKS = frozenset(
 
 
 def strip_html(html: str) -> str:
-    """The text of the HTML: blocks apart by a blank line, inline markup dropped, code kept inside
-    <code>...</code>.
+    """Return the text of the HTML: blocks separated by a blank line, inline markup dropped, code
+    kept inside <code>...</code>.
 
     The original code lost whatever was nested in a paragraph (links, bold), lists and quotes.
 
@@ -998,8 +998,8 @@ def _checked_pairs(row: RawRow, n_responses: int) -> list[tuple[int, int]]:
 
 
 def shp_pair(row: RawRow) -> tuple[list[str], list[float], tuple[int, int]]:
-    """Return, for a row of SHP, (responses A and B, their scores, (preferred, dispreferred) by
-    `labels`).
+    """Return (responses A and B, their scores, (preferred, dispreferred) by `labels`) for a row of
+    SHP.
     """
     responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
     scores = check_scores(row, [row.value("score_A"), row.value("score_B")], "score_A, score_B", 2)

@@ -8,8 +8,8 @@ import numpy as np
 
 
 class Schedule:
-    """Say which examples each optimizer step sees: a pure function of (seed, epoch), so there is no
-    state to save.
+    """Choose which examples each optimizer step sees: a pure function of (seed, epoch), so there is
+    no state to save.
 
     Every epoch is a fresh permutation drawn from (seed, epoch), or the data's own order with
     shuffle=False. Each epoch's last batch may be smaller (the original dropped it). Training ends

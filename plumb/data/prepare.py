@@ -78,7 +78,7 @@ class Part:
     skipped: Mapping[str, int]  # reason -> rows that the loader left out
     cases: Counter[str]  # case -> examples it applies to, before any rule
     n_prompts: int | None = None  # of all stages together, where data_split gives each its own
-    store: TokenStore | None = None  # which knows what was left out of the rows
+    store: TokenStore | None = None  # it counts what was left out of the rows
 
 
 def load_examples(
@@ -150,7 +150,7 @@ def load_examples(
     held_out = np.unique(
         np.concatenate([none, *(part.examples.digest(0) for part in test.values())])
     )
-    held_out = held_out[held_out != digest("")]  # no prompt at all is none that could leak
+    held_out = held_out[held_out != digest("")]  # without a prompt, none can leak
     for name in dict.fromkeys([*train, *test]):
         for some, leaks in ((train, held_out), (test, none)):
             if name in some:

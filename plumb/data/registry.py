@@ -56,14 +56,14 @@ class Hub:
     test_share: float | None = (
         None  # its own rule, for a set that is published with a train split only
     )
-    test_split: str = "test"  # how the hub calls what is held out
+    test_split: str = "test"  # the name of the held-out split on the hub
     config: str | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Say how own files are read; each field is the option of that name in config.yaml, or what the
-    loss needs.
+    """Hold how the user's own files are read; each field is the option of that name in config.yaml,
+    or what the loss needs.
     """
 
     role_map: Mapping[str, str] | None = None  # the file's name of a role -> the chat template's
@@ -126,7 +126,7 @@ class Loader:
 
 LOADERS: dict[str, Loader] = {}
 # The data set that is being drawn; a loader may also be called directly.
-_drawn: ContextVar[DataSet] = ContextVar("drawn", default=DataSet("<name>", 0.0, iter(())))  # noqa: B039  nobody reads its counts
+_drawn: ContextVar[DataSet] = ContextVar("drawn", default=DataSet("<name>", 0.0, iter(())))  # noqa: B039  its counts are not read
 
 
 def dataset(
@@ -323,7 +323,7 @@ def made_of(
     else:
         functions, hub = [LOADERS[name].load], LOADERS[name].hub
         if hub:
-            # which the loader is about to meet, unless it finds another way to the set
+            # the loader will raise it too, unless it has another way to the set
             with suppress(UserError):
                 version = _source(hub, split, path, cache_dir, silent=False).version
         elif path:
@@ -407,7 +407,7 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
     form = form_of(first, field_map, reading.label_threshold)
 
     def read() -> Iterator[Row]:
-        data.skipped.clear()  # of a pass before: this one counts the same again
+        data.skipped.clear()  # counted by an earlier pass; this one counts the same rows again
         return read_rows(
             source.rows(),
             form,

@@ -133,8 +133,8 @@ def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
     if file.stat().st_size != size:
         raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes instead of {size:,}")
-    # as a plain array, which is sliced several times faster than a memmap; nothing can be mapped of
-    # an empty file
+    # as a plain array, which is sliced several times faster than a memmap; an empty file cannot be
+    # mapped
     return np.asarray(np.memmap(file, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
 
 
@@ -303,7 +303,7 @@ def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dic
                 os.fsync(file.fileno())
     finally:
         for file in out.values():
-            with suppress(OSError):  # a full disk has been told
+            with suppress(OSError):  # a full disk has been reported
                 file.close()
     return meta
 
@@ -352,7 +352,7 @@ def _numbered(
 
 
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:
-    """Rename the complete store into its place, unless another run was first; a damaged store is
+    """Rename the complete store into its place, unless another run was faster; a damaged store is
     replaced.
     """
     for file in (folder, folder.parent):

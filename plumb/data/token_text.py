@@ -24,7 +24,7 @@ Ids = list[int]
 
 
 class Row(NamedTuple):
-    """A prompt and its responses as token ids, without BOS and without the EOS that ends a
+    """Hold a prompt and its responses as token ids, without BOS and without the EOS that ends a
     response.
     """
 

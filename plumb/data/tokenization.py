@@ -41,7 +41,7 @@ CHANGED = 4
 
 @dataclass(frozen=True)
 class TextRules:
-    """Say how text becomes tokens; each field is the option of that name in config.yaml."""
+    """Hold how text becomes tokens; each field is the option of that name in config.yaml."""
 
     max_length: int  # tokens of prompt + response
     max_prompt_length: (
@@ -69,7 +69,7 @@ class Example(NamedTuple):
 
 
 class Prefixes(NamedTuple):
-    """Say what responses begin with by their labels, where only labelled responses are wanted."""
+    """Hold what responses begin with by their labels, where only labelled responses are wanted."""
 
     undesirable: str
     desirable: str
@@ -266,8 +266,8 @@ def render(
     source: str,
     more: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[str]]:
-    """Strings pass as they stand; message lists go through the chat template. -> (prompt,
-    responses)
+    """Return (prompt, responses) as texts: strings unchanged, message lists rendered by the chat
+    template.
 
     The template is `template` if given, else the tokenizer's, else the HH form "\\n\\nHuman:
     ...\\n\\nAssistant:". `more`: fields of the row that the template may read. See
@@ -388,7 +388,7 @@ def _holds(value: Any, eos: str) -> bool:
 def _less(value: Any, eos: str) -> Any:
     """Return the text, or the messages, without EOS strings."""
     if isinstance(value, str):
-        while eos in value:  # again: what is left may join to a new one
+        while eos in value:  # repeated, since the remaining text may form a new one
             value = value.replace(eos, "")
         return value
     if isinstance(value, Message):

@@ -214,8 +214,8 @@ def _spawned(
 
 
 def _leave(code: int) -> None:
-    """End without asking threads and destructors, which may be waiting for a process that is
-    gone.
+    """End the process without waiting for threads and destructors, which may wait for a process
+    that is gone.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -227,17 +227,17 @@ def _work(
     worker: Callable[..., None],
     arguments: tuple,
     timeout: timedelta,
-    **meeting: Any,
+    **rendezvous: Any,
 ) -> None:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(local_rank)
     collectives.timeout = timeout
-    # Weights that wait in RAM (fsdp_cpu_offload) are talked about on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout, **meeting)
+    # Weights that are kept in RAM (fsdp_cpu_offload) are reduced and gathered on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout, **rendezvous)
     try:
         worker(*arguments)
-        dist.barrier()  # no rank leaves while another still talks to it
+        dist.barrier()  # no rank leaves while another still communicates with it
     except RuntimeError as error:
         if not _broken_connection(error):
             raise

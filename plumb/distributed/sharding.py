@@ -26,8 +26,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from plumb.distributed.collectives import all_gather_object
 from plumb.errors import UserError
 
-# It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which is
-# how it lies.
+# It warns that a parameter cut by FSDP and tensor parallelism is gathered in two steps, which
+# this layout intends.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 

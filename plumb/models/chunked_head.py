@@ -13,12 +13,11 @@ from torch import Tensor
 
 # Of float32 logits on a CPU; a GPU takes eight times as much, for its matrix products want
 # thousands of rows.
-CHUNK_BYTES = 1 << 26  # computed at one time; 64 MB was fastest of 16, 64 and 128 (V = 49,152)
+CHUNK_BYTES = 1 << 26  # computed at once; 64 MB was fastest of 16, 64 and 128 (V = 49,152)
 KEPT_BYTES = (
     1 << 28
     # softmax kept for the backward pass, which is otherwise computed again: a third more work in
-    # the
-    # head
+    # the head
 )
 
 
@@ -89,7 +88,7 @@ def linear_logps_and_squares(
 
 
 class Head(NamedTuple):
-    """The hidden states that a model's head is given, and its weight: logits, not yet computed."""
+    """Hold the input and the weight of a model's head: logits that are not yet computed."""
 
     hidden: Tensor  # [N, d]
     weight: Tensor  # [V, d]

@@ -33,7 +33,7 @@ from plumb.runs.safe_yaml import check_config_file
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Say where a model is, before it is loaded."""
+    """Hold where a model is, before it is loaded."""
 
     name: str  # as the user gave it
     # model.*, seed and device, as load_policy takes them; of a run: all that its config.yaml holds
@@ -88,7 +88,7 @@ def find_model(
         )
         try:
             own = _config_of(run_dir) if run_dir else None
-        except UserError:  # of something else, perhaps
+        except UserError:  # perhaps of something else
             if base is None:
                 raise
             run_dir = own = None
@@ -126,7 +126,7 @@ def _config_of(run_dir: Path) -> DictConfig:
     its own machine, which are left out.
     """
     try:
-        check_config_file(run_dir / "config.yaml")  # it comes with the weights, from anywhere
+        check_config_file(run_dir / "config.yaml")  # it came with the weights and is not trusted
         config: Any = OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")))
         if not (config.model.get("name_or_path") or config.model.get("architecture")):
             raise ValueError("it names no model")
@@ -136,7 +136,7 @@ def _config_of(run_dir: Path) -> DictConfig:
             f"{run_dir}/config.yaml: cannot be read ({problem}); give the model with --base"
             " NAME_OR_PATH"
         ) from None
-    # relative to where it was started: here, most often
+    # relative to where the run was started, which is mostly here
     for knob in ("name_or_path", "tokenizer_name_or_path", "archive"):
         if (
             (location := config.model.get(knob))
@@ -146,7 +146,7 @@ def _config_of(run_dir: Path) -> DictConfig:
             config.model[knob] = str(ROOT / location)
     config.device = None
     config.trainer = "BasicTrainer"
-    config.setdefault("add_bos", False)  # runs of 2023, which do not say it, had none
+    config.setdefault("add_bos", False)  # runs of 2023, which do not record it, had none
     return config
 
 

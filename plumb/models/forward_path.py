@@ -17,10 +17,10 @@ DTYPES = {
 
 
 class ForwardPath(NamedTuple):
-    """Say how a model's log-probabilities are computed."""
+    """Hold how a model's log-probabilities are computed."""
 
     packed: bool  # trees in one row, or one response to a padded row
-    # log-probabilities straight from the head's weight, in chunks, or through the model's own head
+    # log-probabilities directly from the head's weight, in chunks, or through the model's own head
     plain_head: bool
 
     def __str__(self) -> str:

@@ -276,7 +276,7 @@ class Prober(NamedTuple):
         )
         pairs = []
         for i, truth in zip(row.compared, truths, strict=True):
-            if gradient is not None:  # of a prompt, the responses' gradients add up
+            if gradient is not None:  # the responses' gradients of a shared prompt add up
                 start, n_prompt = batch.spans[i, :2]
                 prompt = torch.stack([g[:n_prompt] for g in truth.gradients]).sum(0)
                 expected = torch.cat([prompt, *(g[n_prompt:] for g in truth.gradients)])
@@ -407,7 +407,7 @@ def choose_forward_path(
                 worst, within = try_layout(model, packed, rows, device, precisions, gradients)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a model raises for an argument it does not know
+            except Exception as error:  # any error of a model for an argument that it does not know
                 why = str(error).splitlines()[0][:100]
                 break
             if within:

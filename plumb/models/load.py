@@ -279,7 +279,7 @@ def check_length(config: DictConfig) -> None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **code)
-    except Exception:  # what is wrong with the model is said where it is loaded
+    except Exception:  # what is wrong with the model is reported where it is loaded
         return
     check_positions(model, config.max_length, "max_length")
 

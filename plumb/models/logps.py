@@ -91,14 +91,14 @@ def sums_of(logps: Tensor, batch: Batch) -> Logps:
 
 
 class HeadRead(NamedTuple):
-    """What is computed at the scored positions: m numbers of each, [N, m]."""
+    """Hold the two functions that compute m numbers at each scored position, [N, m]."""
 
     linear: Callable[..., Tensor]  # from hidden, weight, bias, targets
     logits: Callable[..., Tensor]  # from logits, targets
 
 
 def no_logits(*_: Any) -> NoReturn:
-    """Fail: the other of the two functions of a HeadRead is called."""
+    """Raise AssertionError: the other of the two functions of a HeadRead must be called."""
     raise AssertionError("internal error: a head is read in another way than it was decided")
 
 
@@ -243,8 +243,8 @@ def lm_head_at_positions(
     forward: Callable[[Tensor], Tensor] | None = None,
     linear: Callable[..., Tensor] = LOGPS.linear,
 ) -> Iterator[None]:
-    """Within the context, show the LM head of `model` only the hidden states at `positions`, [N] of
-    the R * W tokens.
+    """Show the LM head of `model`, within the context, only the hidden states at `positions`, [N]
+    of the R * W tokens.
 
     With `targets`, it returns what `linear` computes of hidden states, weight, bias and targets
     instead of logits: their log-probabilities, [1, N, 1]. Without, it returns all their logits,

@@ -34,7 +34,7 @@ from plumb.distributed import collectives, sharding
 from plumb.errors import UserError
 from plumb.paths import sync_directory
 
-CHUNK = 1024  # examples whose ids are looked at together
+CHUNK = 1024  # examples whose ids are hashed together
 
 # Of our own computation of log-probabilities, from token ids to the sum over a response. Raise it
 # with every change of models/logps.py, models/chunked_head.py, models/tree_attention.py or
@@ -87,7 +87,7 @@ class Computation:
         # the trainer, where it casts weights to another type: autocast and FSDP round in other
         # places
     )
-    layout: str  # models.Way, as text
+    layout: str  # the ForwardPath, as text
     compile: bool
     device: str  # its kind
 
@@ -114,7 +114,7 @@ def described(
 
 
 def response_digests(examples: Sequence[Example]) -> np.ndarray:
-    """[n, k] uint64: of the ids of each prompt with each of its responses."""
+    """Return a digest of the ids of each prompt with each of its responses.  [n, k] uint64"""
     return np.concatenate(
         [np.empty((0, lengths_of(examples).k), np.uint64)]
         + [_digests(examples[i : i + CHUNK]) for i in range(0, len(examples), CHUNK)]
@@ -122,8 +122,8 @@ def response_digests(examples: Sequence[Example]) -> np.ndarray:
 
 
 def _digests(examples: Sequence[Example]) -> np.ndarray:
-    """blake2b over 4 bytes per id of the prompt, "|", and 4 bytes per id of the response, 8 bytes
-    long.
+    """Return blake2b, 8 bytes long, of 4 bytes per id of the prompt, "|", and 4 bytes per id of the
+    response.
     """
     lengths, text = lengths_of(examples), ids_of(examples).view(np.uint8).data
     digests, at = [], 0

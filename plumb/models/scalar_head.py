@@ -19,7 +19,7 @@ HEADS = ("lm_head", "embed_out", "head")  # what transformers calls a causal LM'
 
 
 FOLDS = 5
-MIN_PAIRS = 10 * FOLDS  # of fewer nothing is learned but which they are
+MIN_PAIRS = 10 * FOLDS  # with fewer, a fit only memorises them
 RIDGES = [10 ** (x / 2) for x in range(-6, 9)]  # times the mean square of a coordinate
 # root mean square of margins; above 5 a pair's loss is below 0.01
 SPREADS = [

@@ -126,9 +126,7 @@ class Conversion(NamedTuple):
     def run(
         self, model: PreTrainedModel, read: Callable[[str], Tensor], rows: slice = slice(None)
     ) -> dict[str, Tensor]:
-        """Name in the model -> tensor. `rows`: of the lists of names, of which every `rows` is
-        taken.
-        """
+        """Return {name in the model: tensor}. `rows` selects from each pattern's list of names."""
         converter = copy.deepcopy(self.converter)
         for pattern, keys in self.keys.items():
             for key in keys[rows]:
@@ -219,7 +217,7 @@ def stored_parts(
             continue
         try:
             made = conversion.run(model, lambda key: torch.empty(weights.shape(key), device="meta"))
-        except Exception as error:  # whatever an operation says of tensors that it does not expect
+        except Exception as error:  # any error of an operation that gets unexpected tensors
             raise WeightMismatch(
                 f"not the weights of this {type(model).__name__} ({conversion.name} cannot be made"
                 f" of what is stored: {str(error).partition(chr(10))[0][:80]})"
@@ -328,7 +326,7 @@ class Initialisation(TorchDispatchMode):
         arguments = args[1:]
         state = None
         notes = self.notes[_storage(target)]
-        # drawn for nothing, but for the draws after it
+        # its values are not used; the draws after it depend on it
         if torch.Tag.nondeterministic_seeded in what.tags:
             state = torch.get_rng_state()
             what(self.room.of(target), *arguments, **(kwargs or {}))

@@ -76,12 +76,12 @@ def _varlen(
     """Compute flash attention over all segments in one call.  -> [T, H, D]"""
     from torch.nn.attention.varlen import varlen_attn
 
-    # theirs does not count itself
+    # their window does not count the token itself
     options: dict[str, Any] = {
         "scale": scale,
         "window_size": (window - 1 if window else -1, 0),
     }
-    # torch 2.11 takes fewer key heads without being told
+    # torch 2.11 accepts fewer key heads without an option
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     queries, keys, values = (x.transpose(0, 1) for x in (query, keys, values))

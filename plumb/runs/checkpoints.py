@@ -77,7 +77,7 @@ class Manifest:
 
 
 class Damaged(ValueError):
-    """Say why a directory is not a checkpoint to resume from."""
+    """Report why a directory is not a checkpoint to resume from."""
 
 
 # ---- writing ----
@@ -127,7 +127,7 @@ def save(
         if group.rank == 0:
             written[f"{part}.pt"] = trying(partial(write_part, part, content))
         del content
-        # the next part is made with all ranks in groups that do not wait for so long
+        # all ranks make the next part in groups with a shorter timeout, so they wait here
         group.gather(None)
     written[file] = trying(lambda: write_tensors(temporary / file, state))
     everything = group.gather((written, problems))

@@ -137,7 +137,7 @@ def write_status(run_dir: Path, state: str, code: int | None = None, reason: str
     if not run_dir.is_dir() or (state in ("stopped", "failed") and before.get("launch") != launch):
         return
     if code == PeerLost.exit_code and before.get("state") == "failed":
-        return  # the one that was lost has said why
+        return  # the process that was lost has reported why
     step, examples = run_progress.furthest_behind()
     content = {
         "state": state,

@@ -64,7 +64,7 @@ def digest_of(examples: Examples) -> str:
         digest.update(f"{ids} {starts} {table.keep_end}".encode())
         digest.update(table.items.tobytes())
     digest.update(examples.items.tobytes() + examples.lengths.tobytes())
-    # what has no scores keeps the digest that it always had
+    # examples without scores keep the digest that they always had
     extras = examples.extras()
     for column in (*extras.example.values(), *extras.response.values()):
         if not np.isnan(column).all():

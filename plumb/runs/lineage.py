@@ -28,7 +28,7 @@ def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
         file = next(
             file for folder in policy.parents[:2] if (file := folder / "config.yaml").is_file()
         )
-        check_config_file(file)  # it comes with the archive, from anywhere
+        check_config_file(file)  # it came with the archive and is not trusted
         before, now = yaml.safe_load(file.read_text("utf-8")), to_dict(config)
         shared = [
             name

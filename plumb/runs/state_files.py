@@ -37,14 +37,14 @@ DTYPES = {
 class Part(NamedTuple):
     """Describe what this rank writes of a tensor."""
 
-    shape: list[int]  # of the whole
+    shape: list[int]  # of the full tensor
     offset: list[int]  # where the part begins in it
     local: Tensor
 
 
 def parts_of(state: Mapping[str, Tensor], copied: bool) -> dict[str, Part]:
-    """Yield this rank's part of each tensor, if it has one to write; `copied` to the CPU, or as it
-    is.
+    """Return this rank's part of each tensor of which it has one to write; `copied` to the CPU, or
+    as it is.
     """
     parts = {name: (tensor, sharding.local_part(tensor)) for name, tensor in state.items()}
     kept = lambda x: x.detach().to("cpu", copy=True) if copied else x.detach()
