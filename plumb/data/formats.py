@@ -895,7 +895,7 @@ def fitting(
     """Return which of a folder's splits serve a loss of this group: by their form, then by their
     name.
 
-    `group` None: nobody knows what is needed, so all of them do.
+    `group` None: what is needed is not known, so all of them serve.
     """
 
     def fits(splits: Mapping[str, Callable[[], RawRow | None]]) -> list[str]:

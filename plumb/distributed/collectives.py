@@ -31,7 +31,7 @@ class ObjectGroup:
     limit.
 
     Each rank must make the same calls in the same order, with one ObjectGroup per thread. A single
-    process talks to itself.
+    process exchanges with itself alone.
     """
 
     def __init__(self):

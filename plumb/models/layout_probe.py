@@ -1,9 +1,9 @@
-"""Which layout gives a model's own numbers: known from its config, or found by trying it on
+"""Choose the layout that gives a model's own numbers: from its config, or by trying it on
 synthetic rows.
 
 The truth is each response alone: its prompt and itself in a row of their own, without padding,
 under the model's own attention and head. A layout is used if it reproduces the truth up to
-rounding, in values and in gradients, for what training will meet: a row of max_length, neighbours
+rounding, in values and in gradients, for what training will see: a row of max_length, neighbours
 of very different lengths, a full microbatch. The rows are synthetic, so that the choice depends on
 the model and the settings, not on which rows of the data come first.
 
