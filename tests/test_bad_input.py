@@ -230,7 +230,8 @@ LOSS_KNOBS = {
     "loss.label_smoothing=0.5": ("loss.label_smoothing=0.5", "[0, 0.5)"),
     "loss.reference_free=1": ("loss.reference_free=1", "true or false"),
     "+loss.gamma=1": ("loss.gamma=1", "dpo", "beta"),
-    "loss.name=sft": ("loss.beta", "sft"),
+    # it has the knobs of config/loss/sft.yaml then
+    "loss.name=sft": ("loss.beta=0.1: no such knob", "not of this model or loss"),
     "~loss.label_smoothing": ("loss.label_smoothing", "needs it"),
 }
 

@@ -16,7 +16,7 @@ import pytest
 import preference_datasets
 from plumb.data import registry
 from plumb.data.files import held_out
-from plumb.data.formats import skipped
+from plumb.data.formats import Row, skipped
 from plumb.data.registry import LOADERS, dataset, dataset_names
 from plumb.errors import UserError
 from preference_datasets import get_hh
@@ -219,7 +219,15 @@ def test_2023_loader_drops_in(register):
         return data
 
     loaded = get_dataset("own", "train")
-    assert loaded.rows == [("q", [" yes", " no"], [(0, 1)], " yes", "own:1", *[None] * 4)]
+    assert loaded.rows == [
+        Row(
+            prompt="q",
+            responses=[" yes", " no"],
+            pairs=[(0, 1)],
+            sft_target=" yes",
+            source="own:1",
+        )
+    ]
     assert loaded.truncation == "keep_start" and loaded.skipped == {}
     with pytest.raises(UserError, match=r"dataset_paths\.own=/x: get_own takes no 'path'"):
         get_dataset("own", "train", path="/x")
@@ -232,7 +240,13 @@ def test_loader_may_return_rows(register, arrow):
         rows = pytest.importorskip("datasets").Dataset.from_list(rows)
     register()(named("get_rows", rows))
     assert get_dataset("rows", "test").rows == [
-        ("q", [" yes", " no"], [(1, 0)], " no", "rows:1", *[None] * 4)
+        Row(
+            prompt="q",
+            responses=[" yes", " no"],
+            pairs=[(1, 0)],
+            sft_target=" no",
+            source="rows:1",
+        )
     ]
 
 

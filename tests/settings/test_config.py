@@ -310,7 +310,8 @@ def loss_overrides(name):
     """loss=<name>, and 0.1 for each knob that must be given."""
     spec = yaml.safe_load((ROOT / "config/loss" / f"{name}.yaml").read_text())
     required = [f"loss.{knob}=0.1" for knob, value in spec.items() if value == "???"]
-    live = ["reference=live"] * build_loss(knobs_of(name)).live_reference
+    is_mixture = "terms" in spec  # none of whose terms reads the reference token by token
+    live = [] if is_mixture else ["reference=live"] * build_loss(knobs_of(name)).live_reference
     return [f"loss={name}", *required, *live]
 
 
