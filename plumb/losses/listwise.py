@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plumb.losses.contract import Lists, LossOutput
+from plumb.losses.ratios import check_positive
 from plumb.losses.registry import loss
 
 
@@ -26,7 +27,7 @@ def plackett_luce(policy: Lists, reference: Lists, *, beta: float) -> LossOutput
 
     Rewards: r of the best response and of the worst.
     """
-    _check_beta(beta)
+    check_positive(beta=beta)
     r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]
     rewards = r.detach()
     return LossOutput(choices(policy, r).sum(1), rewards[:, 0], policy.worst(rewards))
@@ -39,12 +40,12 @@ def softmax_dpo(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
     factor of `plackett_luce`.
 
     The best response is compared with the rest, whose order does not matter; for a list of two this
-    is `dpo`. Where several responses rank best, the loss is the mean of theirs, each in a list
-    without the other best ones.
+    is `dpo`. If several responses tie for best, the loss is the mean over them, each compared with
+    the responses below them only.
 
     Rewards: r of the best response and of the worst.
     """
-    _check_beta(beta)
+    check_positive(beta=beta)
     r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]
     best = ((policy.order() == 0) & policy.exists).to(r)
     losses = (choices(policy, r) * best).sum(1) / best.sum(1)
@@ -59,8 +60,3 @@ def choices(policy: Lists, r: Tensor) -> Tensor:
     # an empty place is left with itself alone, which costs nothing
     left = policy.worse() | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
     return r[:, None, :].masked_fill(~left, -torch.inf).logsumexp(2) - r
-
-
-def _check_beta(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta={beta}: must be above 0 (0.1 to 0.5 is usual)")

@@ -1,4 +1,4 @@
-"""What losses on pairs share: log-ratios to the reference, margins, rewards, checks of knobs.
+"""What losses share: checks of knobs, and on pairs log-ratios to the reference, margins, rewards.
 Shapes and units: contract.py.
 """
 

@@ -18,6 +18,7 @@ from plumb.losses.contract import (
     Metric,
     TokenLogps,
 )
+from plumb.losses.ratios import check_positive
 from plumb.losses.registry import loss
 
 
@@ -59,7 +60,7 @@ def kto(
     Rewards: beta r, of the desirable responses (chosen) and the undesirable ones (rejected).
     Accuracy: the share of responses with r on the right side of z0.
     """
-    _check_positive(
+    check_positive(
         beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
     )
     r = policy.responses.sum - reference.responses.sum  # [B]
@@ -100,7 +101,7 @@ def bco(policy: Labelled, reference: Labelled, context: Tensor, *, beta: float) 
     Rewards: beta r, of the desirable responses (chosen) and the undesirable ones (rejected).
     Accuracy: the share of responses with beta r on the right side of delta.
     """
-    _check_positive(beta=beta)
+    check_positive(beta=beta)
     r = policy.responses.sum - reference.responses.sum  # [B]
     shift = context.to(r)
     losses = -F.logsigmoid(_sign(policy, r) * beta * (r - shift))
@@ -160,17 +161,11 @@ def unlikelihood(
     Rewards: none. logps of the desirable responses (chosen) rise and those of the undesirable ones
     (rejected) fall.
     """
-    _check_positive(alpha=alpha)
+    check_positive(alpha=alpha)
     each = policy.responses.each  # [N]
     unlikely = -alpha * (-torch.expm1(each)).clamp(min=1e-5).log()
     wanted = policy.desirable[policy.responses.response]
     return LossOutput(policy.responses.sum(torch.where(wanted, -each, unlikely)))
-
-
-def _check_positive(**knobs: float) -> None:
-    for knob, value in knobs.items():
-        if not value > 0:
-            raise ValueError(f"{knob}={value}: must be above 0")
 
 
 def _sign(policy: Labelled, r: Tensor) -> Tensor:

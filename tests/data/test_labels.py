@@ -4,15 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from stores import RULES, view_of, write
-from tiny import tiny_tokenizer
+from stores import RULES, store_of, view_of, write
 
 from plumb.batching.feed import Feed
 from plumb.batching.microbatches import Packing
 from plumb.data import prepare
 from plumb.data.examples import EVERYTHING, concatenate, view
 from plumb.data.registry import Reading, get_dataset
-from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.errors import UserError
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
@@ -23,21 +21,6 @@ PACKING = Packing(packed=True, budget=99, world_size=1, pad_token_id=0, longest=
 def labels_of(path, **reading):
     data = get_dataset(str(path), "train", eval_share=0, reading=Reading(**reading))
     return [label for row in data.rows for label in row.labels]
-
-
-def store_of(path, folder):
-    data = get_dataset(str(path), "train", eval_share=0)
-    spec = StoreSpec(
-        data=data,
-        split="train",
-        tokenizer=tiny_tokenizer(),
-        identity="",
-        rules=RULES,
-        template=None,
-        inputs=None,
-        options={},
-    )
-    return TokenStore(find_or_make(spec, folder)[0])
 
 
 def batch_of(examples):

@@ -24,19 +24,19 @@ def write(tmp_path, *rows):
     return path
 
 
-def view_of(path, folder, group="pair"):
-    data = get_dataset(str(path), "train", eval_share=0)
-    place, _ = find_or_make(
-        StoreSpec(
-            data=data,
-            split="train",
-            tokenizer=tiny_tokenizer(),
-            identity="",
-            rules=RULES,
-            template=None,
-            inputs=None,
-            options={},
-        ),
-        folder,
+def store_of(path, folder):
+    spec = StoreSpec(
+        data=get_dataset(str(path), "train", eval_share=0),
+        split="train",
+        tokenizer=tiny_tokenizer(),
+        identity="",
+        rules=RULES,
+        template=None,
+        inputs=None,
+        options={},
     )
-    return examples.view(TokenStore(place), group, RULES, "keep_start", None)
+    return TokenStore(find_or_make(spec, folder)[0])
+
+
+def view_of(path, folder, group="pair"):
+    return examples.view(store_of(path, folder), group, RULES, "keep_start", None)
