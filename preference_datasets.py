@@ -3,7 +3,7 @@
 A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`,
 the contract of the 2023 repository, so that its users' own functions work with the decorator alone.
 `get_dataset` gives the rest of the code its `Row`s, one at a time, from a registered name or from a
-path to files in a form of data/formats.py. No torch, no tokenizer.
+path to files in one of the forms of data/forms/. No torch, no tokenizer.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from plumb.data.files import Messages, RawRow, Text, describe
-from plumb.data.formats import (
-    PROMPTS_DIFFER,
-    Row,
-    check_scores,
-    hh_prompt,
-    score_pairs,
-    shp_pair,
-    skipped,
-    split_transcript,
-    strip_html,
-)
+from plumb.data.forms.published import hh_prompt, shp_pair, split_transcript
+from plumb.data.html import strip_html
 from plumb.data.registry import DataSet, Hub, Prompt, dataset, dataset_names, get_dataset, load_rows
+from plumb.data.rows import PROMPTS_DIFFER, Row, skipped
+from plumb.data.scores import check_scores, score_pairs
 
 __all__ = [
     "DataSet",

@@ -18,9 +18,9 @@ import numpy as np
 
 import preference_datasets  # noqa: F401  registers its sets
 from plumb.console import to_dict
-from plumb.data.formats import Row
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, resolve
+from plumb.data.rows import Row
 from plumb.errors import UserError
 from plumb.paths import get_local_dir, new_file
 from plumb.reports.score_plots import draw_calibration, draw_scores

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from plumb.data.files import Text
-from plumb.data.formats import Row
 from plumb.data.prompts import Prompt
 from plumb.data.registry import Reading, get_dataset
+from plumb.data.rows import Row
 from plumb.models import find
 from plumb.models.find import Opened, template_of
 from plumb.rollouts.decoding import Decoding

@@ -52,7 +52,11 @@ LIGHT = {
     "plumb.losses.supervised": {"torch"},
     "plumb.scoring.intervals": {"numpy"},
     "plumb.data.files": {"datasets", "numpy", "pyarrow", "tqdm"},
-    "plumb.data.formats": {"selectolax"},
+    "plumb.data.rows": set(),
+    "plumb.data.scores": set(),
+    "plumb.data.weights": set(),
+    "plumb.data.loaded": set(),
+    "plumb.data.html": {"selectolax"},
     "plumb.data.registry": {"datasets"},
     "plumb.data.deepspeed_chat": set(),
     "preference_datasets": set(),
@@ -207,7 +211,7 @@ def test_docstrings(module):
     "module",
     sorted(
         set(TREES)
-        - {"plumb.data.splits", "plumb.data.formats"}
+        - {"plumb.data.splits", "plumb.data.forms.fitting"}
         - {m for m in TREES if room_of(m) == "losses"}
     ),
 )  # stages bear names of losses
@@ -471,18 +475,14 @@ def test_the_readme_lists_every_module():
     """The annotated tree under "Finding your way" has each file in its room, and no other."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = readme.partition("## Finding your way")[2].partition("```\n")[2].partition("```")[0]
-    listed, room = set(), ""
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
+    listed, folders = set(), {-2: ""}
+    for line in filter(str.strip, tree.splitlines()):
+        name = line.split()[0]
         depth = len(line) - len(line.lstrip())
-        room = {0: "plumb" if name == "plumb/" else "", 2: f"plumb.{name.strip('/')}"}.get(
-            depth, room
-        )
-        if name.endswith(".py"):
-            listed.add(
-                (f"{room}." if depth == 4 else "plumb." if depth == 2 else "")
-                + name.removesuffix(".py")
-            )
+        if name.endswith("/"):
+            folders[depth] = f"{folders[depth - 2]}{name.removesuffix('/')}."
+        elif name.endswith(".py"):
+            listed.add(folders[depth - 2] + name.removesuffix(".py"))
     assert listed == {
         module for module in TREES if not any(other.startswith(f"{module}.") for other in TREES)
     }

@@ -16,8 +16,8 @@ import pytest
 import preference_datasets
 from plumb.data import registry
 from plumb.data.files import held_out
-from plumb.data.formats import Row, skipped
 from plumb.data.registry import LOADERS, dataset, dataset_names
+from plumb.data.rows import Row, skipped
 from plumb.errors import UserError
 from preference_datasets import get_hh
 

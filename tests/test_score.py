@@ -16,8 +16,8 @@ from transformers import (
 from transformers import BertForSequenceClassification as Bert
 
 import score
-from plumb.data.formats import Row
 from plumb.data.registry import get_dataset
+from plumb.data.rows import Row
 from plumb.errors import UserError
 from plumb.models.find import find_model
 from plumb.scoring.scorers import Causal, Classifier, knobs_of, load_scorer

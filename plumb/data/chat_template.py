@@ -20,7 +20,8 @@ import jinja2.ext
 import jinja2.meta
 
 from plumb.data.files import Messages, describe, place_of, shorten
-from plumb.data.formats import ASKING, is_empty
+from plumb.data.forms.turns import ASKING
+from plumb.data.rows import is_empty
 from plumb.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,15 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from plumb.data.files import RawRow, describe
-from plumb.data.formats import (
-    PROMPTS_DIFFER,
-    check_scores,
-    pair_scores,
-    score_pairs,
-    shp_pair,
-    skipped,
-)
+from plumb.data.forms.published import shp_pair
 from plumb.data.registry import Hub, dataset, load_rows
+from plumb.data.rows import PROMPTS_DIFFER, skipped
+from plumb.data.scores import check_scores, pair_scores, score_pairs
 
 PLACE = re.compile(r"\{([\w.]+)\}")
 

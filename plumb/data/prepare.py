@@ -35,9 +35,9 @@ from plumb.data.examples import (
     view,
 )
 from plumb.data.files import digest
-from plumb.data.formats import EQUAL_SCORES
 from plumb.data.order import Schedule
 from plumb.data.registry import LOADERS, Reading, get_dataset, made_of, resolve
+from plumb.data.rows import EQUAL_SCORES
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make, tokenizer_fingerprint
 from plumb.data.token_text import continued, decode
 from plumb.data.tokenization import Example, Prefixes, TextRules, automatic_bos, template_text

@@ -4,7 +4,7 @@ from a user's own files.
 A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`,
 the contract of the 2023 repository, so that its users' own functions work with the decorator alone.
 `get_dataset` gives the rest of the code its `Row`s, one at a time, from a registered name or from a
-path to files in a form of formats.py. No torch, no tokenizer.
+path to files in one of the forms of forms/. No torch, no tokenizer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,11 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from plumb.data.files import SUFFIXES, Choice, RawRow, Source, files_version, number, open_source
-from plumb.data.formats import (
-    FORMS,
-    Row,
-    check_loaded,
-    counted,
-    fitting,
-    form_of,
-    read_rows,
-)
+from plumb.data.forms.fitting import fitting
+from plumb.data.forms.read import read_rows
+from plumb.data.forms.recognise import FORMS, form_of
+from plumb.data.loaded import check_loaded
+from plumb.data.rows import Row, counted
 from plumb.errors import UserError
 
 

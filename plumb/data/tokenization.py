@@ -22,8 +22,8 @@ from tqdm import tqdm
 from plumb.console import rank
 from plumb.data.chat_template import ChatTemplate
 from plumb.data.files import Message, Text, digest
-from plumb.data.formats import Row
 from plumb.data.registry import DataSet
+from plumb.data.rows import Row
 from plumb.data.token_text import encode_rows
 from plumb.errors import UserError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plumb.data.files import RawRow, Text, describe, read_file
-from plumb.data.formats import Row
+from plumb.data.rows import Row
 from plumb.errors import UserError
 
 FORMS = (

@@ -23,8 +23,8 @@ from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch, by_example
 from plumb.batching.microbatches import Packing
 from plumb.console import quiet, rank0_print
-from plumb.data.formats import Row
 from plumb.data.registry import DataSet
+from plumb.data.rows import Row
 from plumb.data.tokenization import (
     Example,
     TextRules,

@@ -12,9 +12,9 @@ from tiny import tiny_tokenizer
 
 from plumb.data import examples
 from plumb.data.examples import Examples, concatenate, ids_of, lengths_of, view
-from plumb.data.formats import Row
 from plumb.data.prepare import Part, apply_rules
 from plumb.data.registry import DataSet
+from plumb.data.rows import Row
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.data.tokenization import TextRules, automatic_bos
 from plumb.errors import UserError

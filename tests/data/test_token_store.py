@@ -22,9 +22,9 @@ from tiny import CHAT, tiny_tokenizer
 
 from plumb.data import files as data_files
 from plumb.data import registry, token_store, tokenization
-from plumb.data.formats import Row
 from plumb.data.prepare import load_examples
 from plumb.data.registry import DataSet, dataset
+from plumb.data.rows import Row
 from plumb.data.token_store import (
     COLUMNS,
     StoreSpec,

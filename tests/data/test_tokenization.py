@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tiny import CHAT, tiny_tokenizer
 
 from plumb.data.examples import cases, lengths_of, view
-from plumb.data.formats import Row
 from plumb.data.registry import DataSet
+from plumb.data.rows import Row
 from plumb.data.token_store import StoreSpec, TokenStore, find_or_make
 from plumb.data.tokenization import HH_TEMPLATE, TextRules, automatic_bos, render, template_text
 from plumb.errors import UserError
