@@ -160,7 +160,7 @@ class BasicTrainer:
         that moves does so in between, when no step with its old log-probabilities is prepared.
         """
         state = self.state
-        while self.n_updates < state.n_steps:
+        while state.schedule.n_steps_after(self.n_seen):
             if state.reference is not None and state.reference_moves():
                 state.reference.move(list(state.coming()))
             ahead = self.train_feed.ahead(
