@@ -140,15 +140,11 @@ def aot_unpaired(
     return with_rewards(both - both.detach() / 2, policy, reference, beta)
 
 
-# of beta_dpo's beta, which a batch far below the threshold would make negative
-LEAST_BETA = 1e-3
-
-
 @loss(
     group="pair",
     needs_reference=True,
     context=BatchContext("own", mean_margin),
-    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "alpha": (0.1, 1)},
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "alpha": (0.1, 10)},
 )
 def beta_dpo(
     policy: Pairs,
@@ -158,20 +154,24 @@ def beta_dpo(
     beta: float,
     alpha: float,
     threshold: float,
+    least_beta: float,
 ) -> LossOutput:
-    """-log sigmoid(b h), with b = beta (1 + a (M - M_0)), M the batch's mean of beta h and h as in
-    `dpo`: arXiv:2407.08639, a = `alpha`, M_0 = `threshold`.
+    """-log sigmoid(b h), with b = beta (1 + a (M - M_0)), but at least `least_beta`, M the batch's
+    mean of beta h and h as in `dpo`: arXiv:2407.08639, a = `alpha`, M_0 = `threshold`.
 
     A batch whose pairs are told apart easily has a larger beta. b is the same for the batch of all
-    ranks, nothing is differentiated through it, and it is at least 1e-3. The paper follows M_0 as a
-    moving average, and drops pairs that are far from it; here M_0 is a number, no state is kept,
-    and no pair is dropped.
+    ranks, and nothing is differentiated through it. Far below the threshold it would be negative,
+    which would turn every pair around; `least_beta` holds it above 0.
+
+    M is a difference of rewards. The authors' code takes the mean of h instead, without beta: its a
+    of 0.6 with beta = 0.1 is an a of 6 here. The paper follows M_0 as a moving average, and drops
+    pairs that are far from it; here M_0 is a number, no state is kept, and no pair is dropped.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), with the constant beta.
     """
-    check_positive(beta=beta)
+    check_positive(beta=beta, least_beta=least_beta)
     check_not_negative(alpha=alpha)
     h = margin(policy, reference)
     b = beta * (1 + alpha * (beta * context.to(h) - threshold))
-    losses = -F.logsigmoid(b.clamp(min=LEAST_BETA) * h)
+    losses = -F.logsigmoid(b.clamp(min=least_beta) * h)
     return with_rewards(losses, policy, reference, beta)

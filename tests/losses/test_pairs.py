@@ -51,7 +51,7 @@ def test_robust_gradient():
 
 def test_orpo_gradient():
     """Of the odds ratio: -delta h, delta = 1 / (1 + odds_w / odds_l), h_w = 1 / (1 - p_w), both
-    times 1 / |y| (Eq. 8 to 10 of arXiv:2403.07691).
+    times 1 / |y| (the gradient of arXiv:2403.07691).
     """
     bound = bound_to("orpo", beta=0.7)
     given = some(bound)
@@ -192,6 +192,12 @@ def test_without_its_knob_a_loss_is_dpo(name, knobs):
     same(losses(bound_to(name, **knobs), given), losses(bound_to("dpo"), given))
 
 
+def test_far_below_its_threshold_beta_dpo_has_the_least_beta():
+    bound = bound_to("beta_dpo", threshold=1000.0, least_beta=0.02)
+    given = some(bound)
+    same(losses(bound, given), losses(bound_to("dpo", beta=0.02), given))
+
+
 def test_equal_lengths_and_margins_of_1_leave_dpo():
     given = some(bound_to("dpo"))
     equal = given._replace(tokens=torch.full_like(given.tokens, 3), margins=given.margins * 0 + 1)
@@ -299,6 +305,7 @@ def test_dpop_gradient():
         ("dpop", {"penalty": -1}, "loss.penalty=-1: must not be negative"),
         ("odpo", {"offset": "square"}, "loss.offset=square: expected one of log, linear"),
         ("beta_dpo", {"alpha": -1}, "loss.alpha=-1: must not be negative"),
+        ("beta_dpo", {"least_beta": 0}, "loss.least_beta=0: must be above 0"),
         ("aot", {"label_smoothing": 0.6}, "loss.label_smoothing=0.6: "),
     ],
 )
