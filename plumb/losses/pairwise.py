@@ -174,11 +174,11 @@ def hinge(
 @loss(
     group="pair",
     needs_reference=True,
-    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "label_smoothing": (1e-3, 0.1)},
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 0.5), "label_smoothing": (4e-5, 0.1)},
 )
 def exo_pair(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: float) -> LossOutput:
-    """q log(q / (1-e)) + (1-q) log((1-q) / e), with q = sigmoid(beta h) and h as in `dpo`:
-    section 3.2 of arXiv:2402.00856.
+    """q log(q / (1-e)) + (1-q) log((1-q) / e), with q = sigmoid(beta h) and h as in `dpo`: Eq. 16
+    of arXiv:2402.00856.
 
     The reverse KL from what the policy prefers to the labels, which are right with probability 1 -
     e, e = `label_smoothing`; `dpo` takes the forward KL. e must be above 0, else a wrong label
@@ -202,12 +202,13 @@ def exo_pair(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: f
 )
 def discopop(policy: Pairs, reference: Pairs, *, beta: float, tau: float) -> LossOutput:
     """-(1 - m) log sigmoid(z) + m exp(-z), with z = beta h, m = sigmoid(z / tau) and h as in `dpo`:
-    the log-ratio modulated loss of arXiv:2406.08414.
+    the log-ratio modulated loss, Eq. 5 of arXiv:2406.08414.
 
     A language model proposed it: the logistic loss where the policy is wrong, the exponential one
     where it is right. It is not convex: with the paper's tau of 0.05 it rises from a local minimum
-    at z = -0.12 through the start, z = 0, and falls from z = 0.07 on. tau must be at most 1, else m
-    exp(-z) grows without end as z falls.
+    at z = -0.12 through z = 0 and falls from z = 0.07 on. A run that starts from the reference
+    starts at z = 0, so with that tau it learns to prefer the rejected responses; with tau = 1 the
+    loss falls everywhere. tau must be at most 1, else m exp(-z) grows without end as z falls.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """

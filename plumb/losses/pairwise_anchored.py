@@ -39,11 +39,11 @@ def nca_pair(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
 @loss(group="pair", needs_reference=True, usual={"lr": (1e-7, 5e-6), "beta": (1e-4, 0.1)})
 def sppo_hard(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     """(log pi(y_w|x)/pi_ref(y_w|x) - 1/(2 beta))^2 + (log pi(y_l|x)/pi_ref(y_l|x) + 1/(2 beta))^2:
-    SPPO, section 3 of arXiv:2405.00675, beta its 1/eta, with win probabilities of 1 and 0.
+    SPPO, Eq. 4.7 of arXiv:2405.00675, beta its 1/eta, with win probabilities of 1 and 0.
 
     Each response has its own target, where `ipo` has one for their difference. The paper takes the
     reference anew in each round, and estimates win probabilities; with labels as they are, they are
-    hard.
+    hard. The authors' code has half of this sum.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -56,7 +56,7 @@ def sppo_hard(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
 
 @loss(group="pair", needs_reference=True, usual={"lr": (1e-7, 5e-6), "beta": (0.01, 0.5)})
 def apo_zero(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
-    """1 - sigmoid(r_w) + sigmoid(r_l), with r = beta log pi(y|x)/pi_ref(y|x): section 4 of
+    """1 - sigmoid(r_w) + sigmoid(r_l), with r = beta log pi(y|x)/pi_ref(y|x): Eq. 7 of
     arXiv:2408.06266.
 
     The chosen response becomes likelier, the rejected one less likely, both whatever the other
@@ -72,7 +72,7 @@ def apo_zero(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
 
 @loss(group="pair", needs_reference=True, usual={"lr": (1e-7, 5e-6), "beta": (0.01, 0.5)})
 def apo_down(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
-    """sigmoid(r_w) + 1 - sigmoid(r_w - r_l), with r = beta log pi(y|x)/pi_ref(y|x): section 4 of
+    """sigmoid(r_w) + 1 - sigmoid(r_w - r_l), with r = beta log pi(y|x)/pi_ref(y|x): Eq. 8 of
     arXiv:2408.06266.
 
     Both responses become less likely, the rejected one more so: for pairs whose chosen response is
@@ -89,14 +89,15 @@ def apo_down(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
 @loss(
     group="pair",
     needs_reference=True,
-    usual={"lr": (3e-7, 5e-5), "beta": (0.01, 0.5), "penalty": (5, 500)},
+    usual={"lr": (3e-7, 5e-6), "beta": (0.01, 1), "penalty": (5, 500)},
 )
 def dpop(policy: Pairs, reference: Pairs, *, beta: float, penalty: float) -> LossOutput:
     """-log sigmoid(beta (h - c max(0, log pi_ref(y_w|x)/pi(y_w|x)))), with h as in `dpo`:
-    DPO-Positive, arXiv:2402.13228, c = `penalty` its lambda.
+    DPO-Positive, Eq. 3 of arXiv:2402.13228, c = `penalty` its lambda.
 
     A chosen response that falls below the reference's likelihood counts against the pair, c times
-    as much as its part in h. c = 0 is `dpo`.
+    as much as its part in h. c = 0 is `dpo`. In the paper's first version a bracket is misplaced,
+    so that beta does not multiply the penalty; its second version has this form.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), without the penalty.
     """

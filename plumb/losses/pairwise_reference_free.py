@@ -84,7 +84,7 @@ def cpo(
     pi(y_w|x) - log pi(y_l|x): arXiv:2401.08417, e = 0 and a = 1.
 
     DPO with a uniform reference, so that only the likelihood of the chosen responses, a = `nll`,
-    holds the policy. That term is the mean per token, as in the authors' code. e =
+    holds the policy (section 3). That term is the mean per token, as in the authors' code. e =
     `label_smoothing` is the assumed fraction of flipped labels; a pair with a soft label has e = 1
     - p_chosen.
 
@@ -99,13 +99,14 @@ def cpo(
     return with_rewards(losses, policy, None, beta)
 
 
-@loss(group="pair", usual={"lr": (3e-7, 1e-5), "beta": (0.1, 2)})
+@loss(group="pair", usual={"lr": (3e-7, 1e-5), "beta": (0.05, 2)})
 def orpo(policy: Pairs, reference: None = None, *, beta: float) -> LossOutput:
     """-log pi(y_w|x) / |y_w| - beta log sigmoid(log odds(y_w) - log odds(y_l)), with odds = p / (1
     - p) and p = pi(y|x)^(1/|y|): Eq. 6 and 7 of arXiv:2403.07691, beta its lambda.
 
     SFT on the chosen responses and a preference in one stage, from a base model. The SFT term
-    counts response tokens; the authors' code counts those of the prompt as well.
+    counts response tokens; the authors' code counts those of the prompt as well, unless it is
+    called with --disable_prompt_loss.
 
     Rewards: beta log pi(y|x) / |y|.
     """
@@ -131,7 +132,7 @@ def _log_odds(log_p: Tensor) -> Tensor:
 def slic(
     policy: Pairs, reference: None = None, *, delta: float, regularization: float
 ) -> LossOutput:
-    """max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - c log pi(y_w|x): SLiC-HF, section 2 of
+    """max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - c log pi(y_w|x): SLiC-HF, Eq. 4 of
     arXiv:2305.10425, with c = `regularization` its lambda and y_w as the SFT target.
 
     Both terms are sums over tokens. `hinge` is the form with a reference.
@@ -146,7 +147,7 @@ def slic(
 
 @loss(group="pair", usual={"lr": (3e-7, 1e-4)})
 def nll(policy: Pairs, reference: None = None) -> LossOutput:
-    """-log pi(y_w|x) / |y_w|: Eq. 5 of arXiv:2411.10442.
+    """-log pi(y_w|x) / |y_w|: the generation loss of arXiv:2411.10442.
 
     SFT on the chosen responses, where each response weighs the same. The rejected ones are scored
     for the metrics alone.

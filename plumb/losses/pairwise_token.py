@@ -78,11 +78,11 @@ def _places(tokens: TokenLogps) -> Tensor:
 @loss(group="pair", needs_reference=True, usual=USUAL)
 def wpo(policy: Pairs[LogpsAndSquares], reference: Pairs, *, beta: float) -> LossOutput:
     """-w(y_w) w(y_l) log sigmoid(beta h), with w(y) = exp(1/|y| sum_t [log pi(y_t|x, y_<t) - log
-    sum_v pi(v|x, y_<t)^2]) and h as in `dpo`: arXiv:2406.11827, sampled alignment.
+    sum_v pi(v|x, y_<t)^2]) and h as in `dpo`: Eq. 2 of arXiv:2406.11827, sampled alignment.
 
     A pair counts as much as the policy would say both of its responses itself, so that data of
     other models count less: w is about 1 for a response that the policy has drawn. Nothing is
-    differentiated through w, and w(y_w) w(y_l) is at most 1, as in TRL.
+    differentiated through w, and w(y_w) w(y_l) is at most 1, as in the authors' code.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -109,7 +109,7 @@ def tdpo1(policy: Pairs[LogpsAndKL], reference: Pairs, *, beta: float) -> LossOu
     DPO derived token by token: the divergence along both responses takes part in the margin. The
     reference must be live, since it gives whole distributions.
 
-    Rewards: beta log pi(y|x)/pi_ref(y|x), without the divergence.
+    Rewards: beta log pi(y|x)/pi_ref(y|x), without the divergence, which the authors' code adds.
     """
     check_positive(beta=beta)
     further = policy.rejected.kl - policy.chosen.kl
@@ -127,7 +127,7 @@ def tdpo2(policy: Pairs[LogpsAndKL], reference: Pairs, *, beta: float, alpha: fl
     out, and only the divergence along the rejected one is held down. a = 0 is `dpo`. The reference
     must be live.
 
-    Rewards: beta log pi(y|x)/pi_ref(y|x), without the divergence.
+    Rewards: beta log pi(y|x)/pi_ref(y|x), without the divergence, which the authors' code adds.
     """
     check_positive(beta=beta)
     check_not_negative(alpha=alpha)

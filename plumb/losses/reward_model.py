@@ -33,9 +33,8 @@ def reward(
     data's own margin. e is `label_smoothing`, or 1 - p_chosen of a pair with a soft label.
 
     e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with
-    `read=mean` on the mean scores of all tokens of a response. m: Eq. 2 of arXiv:2307.09288 (Llama
-    2). c pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no
-    origin.
+    `read=mean` on the mean scores of all tokens of a response. m: Llama 2, arXiv:2307.09288. c
+    pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no origin.
 
     `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the
     first token in which the responses differ to the end of the longer one. Behind the end of the

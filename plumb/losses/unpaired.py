@@ -23,7 +23,7 @@ from plumb.losses.registry import loss
 
 
 def kl_to_reference(policy: Logps, reference: Logps) -> Tensor:
-    """Return z0 of Eq. 7 of arXiv:2402.01306: the mean of log pi(y'|x)/pi_ref(y'|x) over the
+    """Return z0 of arXiv:2402.01306, section 4.1: the mean of log pi(y'|x)/pi_ref(y'|x) over the
     batch's mismatched pairs ([M, 1]), at least 0; 0 where there are none. It estimates KL(pi ||
     pi_ref), and nothing is differentiated through it.
     """
@@ -123,7 +123,7 @@ def csft(
     average_over: AverageOver,
 ) -> LossOutput:
     """-log pi(c y | x), summed over the tokens of c and y, where c is the prefix of the response's
-    label: conditional SFT, arXiv:2302.08582 (section 2), as in the experiments of arXiv:2402.01306.
+    label: conditional SFT, arXiv:2302.08582, as in the experiments of arXiv:2402.01306.
 
     The policy learns both kinds of responses, each behind its prefix. To sample, end the prompts
     with `desirable_prefix`. The prefix is part of the response, so no truncation removes it, and
@@ -150,8 +150,8 @@ def unlikelihood(
     average_over: AverageOver,
 ) -> LossOutput:
     """-sum_t log p_t over the tokens of a desirable response, -alpha sum_t log(1 - p_t) over those
-    of an undesirable one, with p_t = pi(y_t | x, y_<t): the unlikelihood loss of arXiv:1908.04319
-    (section 5), whose negative candidates are the tokens of undesirable responses.
+    of an undesirable one, with p_t = pi(y_t | x, y_<t): the unlikelihood loss of arXiv:1908.04319,
+    whose negative candidates are the tokens of undesirable responses.
 
     As in the authors' code, 1 - p_t is at least 1e-5: a token that is nearly certain has no
     gradient, where that of the formula would be without bound.
