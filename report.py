@@ -22,7 +22,14 @@ from plumb.errors import UserError
 from plumb.paths import new_file
 from plumb.reports import curves
 from plumb.reports.curves import colour, data_address, draw_each, named
-from plumb.reports.diagnosis import Finding, diagnose, first_and_last, healthy, verdict
+from plumb.reports.diagnosis import (
+    Finding,
+    diagnose,
+    family_of,
+    first_and_last,
+    healthy,
+    verdict,
+)
 from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
 from plumb.settings import cli, schema
 
@@ -123,6 +130,7 @@ def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
         "state": run.status.get("state") or "unknown",
         "findings": found,
         "healthy": healthy(found),
+        "meanings": " ".join(family_of(run).meanings()),
         "lineage": lineage(run),
         "samples": side_by_side(before_and_after(run)),
         "pictures": pictures(run),

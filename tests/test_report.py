@@ -150,6 +150,9 @@ def test_a_page_that_stands_by_itself(runs, capsys, pictures):
         out.splitlines()[1] == "  Nothing wrong was found."
         and f"report: {runs[0] / 'report.html'}" in out
     )
+    assert (
+        "Rewards: beta log pi(y|x)/pi_ref(y|x)" in page and "Accuracy: the share of pairs" in page
+    )
     assert "Nothing wrong was found." in page and "gpt2 : pretrained weights, in float32" in page
     titles = {i["alt"].split(" over")[0] for i in page.images}
     ratio = "reward / beta: log-ratio to the reference (nats)"

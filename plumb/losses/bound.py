@@ -39,14 +39,27 @@ class Loss:
     read: Read  # which of a response's scores is its own, where it reads scores
     context: BatchContext | None  # what it needs to know of the batch as a whole
     usual: Usual  # where its knobs and the learning rate usually lie
+    knobs: Mapping[str, Any]
+    rewards: str  # what its rewards are, in a sentence; "" where it has none
     # (policy, reference, context) -> LossOutput; reference is None unless needs_reference, context
     # None unless declared
     compute: Callable[..., LossOutput]
+
+    def values_of(self, knob: str) -> dict[str, Any]:
+        """Return the value of a knob under its full name, {} where there is no such knob. A mixture
+        has one for each term.
+        """
+        return {f"loss.{knob}": self.knobs[knob]} if knob in self.knobs else {}
 
     @property
     def context_examples(self) -> Literal["own", "mismatched"] | None:
         """Return the examples of the batch context, where it has one."""
         return None if self.context is None else self.context.examples
+
+    @property
+    def reads_of_reference(self) -> Reads:
+        """Return what it reads of the reference, where it needs one."""
+        return "token_logps" if self.reference_by_token else "logps"
 
     @property
     def live_reference(self) -> bool:

@@ -88,6 +88,14 @@ class TokenLogps(NamedTuple):
         return torch.segment_reduce(wide[order], "sum", lengths=lengths).to(values.dtype)
 
 
+def summed(of_model: Logps | LogpsAndSquares | LogpsAndKL | TokenLogps) -> Logps:
+    """Return the sums over responses, whatever else was read of the model."""
+    if isinstance(of_model, TokenLogps):
+        tokens = torch.bincount(of_model.response, minlength=of_model.n)
+        return Logps(of_model.sum(), tokens)
+    return Logps(of_model.sum, of_model.tokens)
+
+
 class Scores(NamedTuple):
     """The scores that a reward model gives B responses."""
 
@@ -254,8 +262,11 @@ class LossOutput:
     """
 
     losses: Tensor  # [B]
-    # [B] detached scores, or implicit rewards beta * log(pi / pi_ref); None: the loss has none
+    # [B] what a pair's or a list's responses are worth, detached: scores, or implicit rewards such
+    # as beta * log(pi / pi_ref), whatever the batch context; None: the loss has none
     chosen_rewards: Tensor | None = None
     rejected_rewards: Tensor | None = None  # [B]
     # the loss's own metrics; "kl/z0" is logged as kl_train/z0 and kl_eval/z0
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    # [B] of labelled responses, in place of the other two: whatever their labels
+    rewards: Tensor | None = None

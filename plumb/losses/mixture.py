@@ -42,6 +42,14 @@ class Mixture(Loss):
 
     terms: tuple[Term, ...] = ()
 
+    def values_of(self, knob: str) -> dict[str, Any]:
+        """Return the values of a knob of the terms under their full names."""
+        return {
+            f"loss.terms.{term.label}.{knob}": term.loss.knobs[knob]
+            for term in self.terms
+            if knob in term.loss.knobs
+        }
+
     def context_of(self, context: Any, examples: Any) -> Any:
         """Return what these examples of a batch, [B] indices, get of each term's context."""
         if context is None:
@@ -92,6 +100,8 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         soft_labels=all(term.loss.soft_labels for term in terms),
         context=_context(terms),
         usual={},
+        knobs={},
+        rewards=next((t.loss.rewards for t in terms if t.loss.rewards), ""),
         compute=_sum_of(terms),
         terms=tuple(terms),
     )
@@ -157,15 +167,20 @@ def _sum_of(terms: Sequence[Term]) -> Any:
             for name, metric in output.metrics.items():
                 taken = name in metrics
                 metrics[f"{term.label}/{name.replace('/', '_')}" if taken else name] = metric
-        rewarded = next((x for x in outputs if x.chosen_rewards is not None), outputs[0])
+        rewarded = next((x for x in outputs if _has_rewards(x)), outputs[0])
         weighted = [
             term.weight * output.losses for term, output in zip(terms, outputs, strict=True)
         ]
         return LossOutput(
-            torch.stack(weighted).sum(0),
-            rewarded.chosen_rewards,
-            rewarded.rejected_rewards,
-            metrics,
+            losses=torch.stack(weighted).sum(0),
+            chosen_rewards=rewarded.chosen_rewards,
+            rejected_rewards=rewarded.rejected_rewards,
+            metrics=metrics,
+            rewards=rewarded.rewards,
         )
 
     return compute
+
+
+def _has_rewards(output: LossOutput) -> bool:
+    return output.chosen_rewards is not None or output.rewards is not None

@@ -18,18 +18,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
+from plumb.losses import inputs
 from plumb.losses.bound import AverageOver, Loss, Read, Reads, Usual
 from plumb.losses.contract import (
     BatchContext,
     Group,
-    Labelled,
-    Lists,
-    Logps,
     LogpsAndKL,
     LogpsAndSquares,
     LossOutput,
     Mean,
-    Pairs,
     ScoredPairs,
     Scores,
     Spread,
@@ -150,6 +147,8 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         read=_resolved(declared.read, knobs),
         context=declared.context,
         usual=_resolved(declared.usual, knobs),
+        knobs=knobs,
+        rewards=_about_rewards(declared.function),
         compute=declared.bind(knobs),
     )
     _try_on_zeros(bound)
@@ -163,6 +162,7 @@ def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str,
 def _reads(hint: Any) -> Reads:
     """Return what a loss reads of a model, by the type of its parameter.
 
+    >>> from plumb.losses.contract import Logps, Pairs
     >>> _reads(Pairs[TokenLogps]), _reads(ScoredPairs), _reads(Logps)
     ('token_logps', 'scores', 'logps')
     """
@@ -229,26 +229,26 @@ def _say(hint: Any) -> str:
     }.get(hint, str(hint))
 
 
+def _about_rewards(function: Callable[..., LossOutput]) -> str:
+    """Return the paragraph of the loss's docstring that says what its rewards are, less "Rewards:";
+    "" where there is none, or they are "none".
+    """
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    about = next((" ".join(p.split()) for p in paragraphs if p.startswith("Rewards:")), "")
+    return "" if about.startswith("Rewards: none") else about.removeprefix("Rewards: ")
+
+
 def _try_on_zeros(bound: Loss) -> None:
     """Run the loss on one all-zero example, so that a value out of range is refused before any
     model is loaded.
     """
-    one = _zeros(bound.reads)
+    zeros, ones = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+    policy = inputs.responses(bound.reads, zeros, ones)
+    reference = inputs.responses(bound.reads_of_reference, zeros, ones)
     try:
-        example: Any = _example_of(bound, one)
-        reference = None
-        if bound.needs_reference:
-            of_reference: Reads = "token_logps" if bound.reference_by_token else "logps"
-            reference = _example_of(bound, _zeros(of_reference))
-        context = None
-        if bound.context is not None:
-            of_two = bound.context.examples == "own" and bound.group in ("pair", "list")
-            zeros = torch.zeros(1, 2 if of_two else 1)
-            whole: Any = Logps(zeros, torch.ones_like(zeros))
-            if bound.context.examples == "own" and bound.group == "labelled":
-                whole = Labelled(whole, torch.ones(1, dtype=torch.bool))
-            context = bound.context.compute(whole, whole if bound.needs_reference else None)
-        output = bound.compute(example, reference, context)
+        output = inputs.compute(
+            bound, (policy, policy), (reference, reference) if bound.needs_reference else None
+        )
     except ValueError as error:
         raise ValueError(f"loss.{error}") from None
     _check_metrics(bound.name, output)
@@ -267,27 +267,3 @@ def _check_metrics(name: str, output: LossOutput) -> None:
                 f"loss.name={name}: its metric {metric!r} must have a name like 'kl' or 'kl/z0',"
                 " which is logged as kl_train/z0 and kl_eval/z0"
             )
-
-
-def _zeros(reads: Reads) -> Any:
-    """Return one response of one token, of log-probability or score 0."""
-    if reads == "scores":
-        return Scores(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
-    if reads == "token_logps":
-        return TokenLogps(torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1)
-    if reads in ("logps_and_squares", "logps_and_kl"):
-        of = LogpsAndSquares if reads == "logps_and_squares" else LogpsAndKL
-        return of(torch.zeros(1), torch.ones(1), torch.zeros(1))
-    return Logps(torch.zeros(1), torch.ones(1))
-
-
-def _example_of(bound: Loss, one: Any) -> Any:
-    """Return an example whose responses are all `one`."""
-    if bound.group == "pair":
-        if bound.reads == "scores":
-            return ScoredPairs(one, one, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-        return Pairs(one, one, margins=torch.ones(1))
-    if bound.group == "list":
-        of_two = Logps(torch.zeros(1, 2), torch.ones(1, 2))
-        return Lists(of_two, torch.ones(1, 2, dtype=torch.bool))
-    return Labelled(one, torch.ones(1, dtype=torch.bool)) if bound.group == "labelled" else one

@@ -39,8 +39,9 @@ def reward(
     `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the
     first token in which the responses differ to the end of the longer one. Behind the end of the
     shorter one, where DeepSpeed-Chat compares with the scores of padding, its last score stands
-    (pinned by test_the_token_wise_loss_by_hand). Rewards are the last scores, or the mean ones with
-    `read=mean`.
+    (pinned by test_the_token_wise_loss_by_hand).
+
+    Rewards: the scores at the last tokens, with `read=mean` the mean scores.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(

@@ -67,8 +67,8 @@ def kto(
     z0 = context.to(r)
     weight = torch.where(policy.desirable, desirable_weight, undesirable_weight).to(r)
     losses = weight * (1 - torch.sigmoid(_sign(policy, r) * beta * (r - z0)))
-    metrics = _metrics(policy, r, beta, z0) | {"kl/z0": Mean(z0.expand_as(r))}
-    return LossOutput(losses, metrics=metrics)
+    metrics = {**_accuracies(policy, r, z0), "kl/z0": Mean(z0.expand_as(r))}
+    return LossOutput(losses, metrics=metrics, rewards=beta * r.detach())
 
 
 def reward_shift(policy: Labelled, reference: Labelled) -> Tensor:
@@ -105,8 +105,8 @@ def bco(policy: Labelled, reference: Labelled, context: Tensor, *, beta: float) 
     r = policy.responses.sum - reference.responses.sum  # [B]
     shift = context.to(r)
     losses = -F.logsigmoid(_sign(policy, r) * beta * (r - shift))
-    metrics = _metrics(policy, r, beta, shift) | {"rewards/delta": Mean(beta * shift.expand_as(r))}
-    return LossOutput(losses, metrics=metrics)
+    metrics = {**_accuracies(policy, r, shift), "rewards/delta": Mean(beta * shift.expand_as(r))}
+    return LossOutput(losses, metrics=metrics, rewards=beta * r.detach())
 
 
 @loss(
@@ -173,12 +173,7 @@ def _sign(policy: Labelled, r: Tensor) -> Tensor:
     return torch.where(policy.desirable, 1.0, -1.0).to(r)
 
 
-def _metrics(policy: Labelled, r: Tensor, beta: float, threshold: Tensor) -> dict[str, Metric]:
-    """Return the rewards beta r by label, and how often r lies on the right side of `threshold`."""
-    yes = policy.desirable
-    rewards = beta * r.detach()
-    return {
-        "rewards/chosen": Mean(rewards * yes, yes),
-        "rewards/rejected": Mean(rewards * ~yes, ~yes),
-        "rewards/accuracies": Mean((_sign(policy, r) * (r.detach() - threshold) > 0).to(r)),
-    }
+def _accuracies(policy: Labelled, r: Tensor, threshold: Tensor) -> dict[str, Metric]:
+    """Return how often r lies on the right side of `threshold`."""
+    right = _sign(policy, r) * (r.detach() - threshold) > 0
+    return {"rewards/accuracies": Mean(right.to(r))}

@@ -71,15 +71,16 @@ def named(run: Run) -> Run:
     dpo/train`, since different losses have different scales; and `ratio_*`, if a reward is beta
     times a log-ratio to a reference.
     """
-    name, beta = run.setting("loss.name", "of unknown kind"), run.setting("loss.beta")
-    relative = isinstance(beta, int | float) and beta > 0 and not run.setting("loss.reference_free")
+    from plumb.reports.loss_families import family_of  # torch: not for --help
+
+    name, beta = run.setting("loss.name", "of unknown kind"), family_of(run).beta()
 
     def change(record: Record) -> Record:
         renamed = {key.replace("loss/", f"loss {name}/"): value for key, value in record.items()}
         ratios = {
             k.replace("rewards_", "ratio_"): v / beta
             for k, v in record.items()
-            if relative and _is_reward(k)
+            if beta is not None and _is_reward(k)
         }
         return renamed | ratios
 

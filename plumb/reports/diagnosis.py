@@ -11,11 +11,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from plumb.runs.history import Record, Run, Sample
+
+if TYPE_CHECKING:
+    from plumb.reports.loss_families import Family
 
 # Thresholds. They are rough on purpose: a rule that fires is a reason to look, not a measurement.
 MIN_STEPS = 10  # fewer steps say nothing of a trend
@@ -28,7 +31,8 @@ AT_CHANCE = 0.05  # around 0.5: 1.6 standard errors of 256 pairs, the default of
 # the chosen answers are 150 times less likely, and that is a tenth of all their nats
 FALL_NATS = 5.0
 FALL_SHARE = 0.1
-HUGE_MARGIN = 10.0  # sigmoid(10) = 0.99995: no label is that certain, and no gradient is left
+HUGE_MARGIN = 10.0  # sigmoid(10) = 0.99995: no label is that certain
+NO_PULL = 0.01  # share of its gradient at a margin of 0 below which a pair teaches no more
 # of the held-out loss, above its best: a tenth of what it had fallen, and half a percent
 RISE_OF_FALL = 0.1
 RISE = 0.005
@@ -54,17 +58,32 @@ class Rule(NamedTuple):
     level: str
     title: str
     check: Callable[[Run], str]
-    remedy: str
+    # what to try, and functions that return it for a loss that it exists for, "" for others
+    remedy: Sequence[str | Callable[[Family], str]]
 
 
 def diagnose(run: Run) -> list[Finding]:
     """Return what the rules find, worst first."""
+    family = family_of(run)
     found = [
-        Finding(rule.level, rule.title, evidence, rule.remedy)
+        Finding(rule.level, rule.title, evidence, in_words(rule.remedy, family))
         for rule in RULES
         if (evidence := rule.check(run))
     ]
     return sorted(found, key=lambda finding: ("problem", "warning", "note").index(finding.level))
+
+
+def family_of(run: Run) -> Family:
+    """Return what the run's loss is."""
+    from plumb.reports import loss_families  # torch: not for --help
+
+    return loss_families.family_of(run)
+
+
+def in_words(remedy: Sequence[str | Callable[[Family], str]], family: Family) -> str:
+    """Return the advice that exists for this loss."""
+    said = (advice if isinstance(advice, str) else advice(family) for advice in remedy)
+    return "; ".join(filter(None, said))
 
 
 def healthy(findings: Sequence[Finding]) -> str:
@@ -215,12 +234,13 @@ def at_chance(run: Run) -> str:
     values = _values([r for r in run.evaluations if r["step"] > 0], "rewards_eval/accuracies")
     if len(run.steps) < MIN_STEPS or not len(values) or values[-1] > 0.5 + AT_CHANCE:
         return ""
-    worse = (
-        "; below chance: are chosen and rejected the wrong way round?"
-        if values[-1] < 0.5 - AT_CHANCE
-        else ""
-    )
-    return f"the chosen answer wins in {values[-1]:.0%} of the held-out pairs{worse}"
+    family = family_of(run)
+    found = family.compared(values[-1])
+    if family.own_likelihood() and family.summed():
+        return f"{found}; without a reference, sums of log-probabilities favour short answers"
+    if values[-1] < 0.5 - AT_CHANCE:
+        return f"{found}; below chance: are the labels the wrong way round?"
+    return found
 
 
 def chosen_falls(run: Run) -> str:
@@ -229,7 +249,7 @@ def chosen_falls(run: Run) -> str:
     """
     for split, records in (("held-out", run.evaluations), ("training", run.steps)):
         logps = _values(records, f"logps_{'eval' if split == 'held-out' else 'train'}/chosen")
-        margins = _values(records, f"rewards_{'eval' if split == 'held-out' else 'train'}/margins")
+        margins = _margins(records, "eval" if split == "held-out" else "train")
         if len(run.steps) < MIN_STEPS or len(logps) < 2 or len(margins) < 2:
             continue
         if split == "training":  # single batches differ by more than what is looked for
@@ -246,14 +266,31 @@ def chosen_falls(run: Run) -> str:
     return ""
 
 
+def _margins(records: Sequence[Record], split: str) -> np.ndarray:
+    """Return the mean rewards of chosen less those of rejected, which of labelled responses are the
+    desirable and the undesirable ones.
+    """
+    keys = (f"rewards_{split}/chosen", f"rewards_{split}/rejected")
+    if any(f"rewards_{split}/margins" in r for r in records):
+        return _values(records, f"rewards_{split}/margins")
+    both = [r for r in records if all(math.isfinite(r.get(key, math.nan)) for key in keys)]
+    return np.array([r[keys[0]] - r[keys[1]] for r in both])
+
+
 def huge_margin(run: Run) -> str:
-    """The mean training margin of the last fifth of the steps is above 10."""
+    """The mean training margin of the last fifth of the steps is above 10, and the loss hardly
+    changes a pair that is so far apart.
+    """
     margins = _values(run.steps, "rewards_train/margins")
     if len(margins) < MIN_STEPS or (last := _fifths(margins)[-1].mean()) < HUGE_MARGIN:
         return ""
+    pull = family_of(run).pull(float(last))
+    if pull is not None and pull > NO_PULL:
+        return ""
+    gradient = "" if pull is None else f" ({pull:.1g} of that at a margin of 0)"
     return (
-        f"the mean margin is {last:.3g}: most pairs give no gradient any more, the few that are"
-        " wrong a large one"
+        f"the mean margin is {last:.3g}: most pairs give no gradient any more{gradient}, the few"
+        " that are wrong a large one"
     )
 
 
@@ -405,19 +442,23 @@ def repetition(text: str) -> float:
 
 
 def longer(run: Run) -> str:
-    """On pairs: the policy's last samples have 1.5 times as many words as its first, or more."""
+    """With rewards: the policy's last samples have 1.5 times as many words as its first, or
+    more.
+    """
     before, after = ([len(words(s.text)) for s in rows] for rows in first_and_last(run))
-    paired = any("rewards_eval/margins" in r for r in run.evaluations)
     if (
-        not paired
+        not len(_margins(run.evaluations, "eval"))
         or min(len(before), len(after)) < MIN_SAMPLES
         or np.mean(after) < LONGER * max(1.0, float(np.mean(before)))
     ):
         return ""
-    return (
+    found = (
         f"the samples have {np.mean(after):.0f} words on average; at the beginning"
         f" {np.mean(before):.0f}"
     )
+    if not family_of(run).summed():
+        return found
+    return f"{found}; rewards are sums over tokens, so that a longer answer has more to gain"
 
 
 def repeats(run: Run) -> str:
@@ -447,114 +488,166 @@ def alike(run: Run) -> str:
     )
 
 
-SLOWER = "a lower lr; an earlier stop (n_examples, or the best checkpoint by keep_best)"
-NEARER = f"{SLOWER}; a larger loss.beta, which holds the policy nearer to the reference"
+# ---- advice that not every loss has ----
+
+
+def nearer(family: Family) -> str:
+    names = " or ".join(family.names("loss.beta"))
+    return (
+        f"a larger {names}, which holds the policy nearer to the reference"
+        if family.holds_near()
+        else ""
+    )
+
+
+def with_nll(family: Family) -> str:
+    names = " or ".join(f"{name}=1" for name in family.names("loss.nll"))
+    return f"{names}, an NLL term on the chosen answers, works against it" if names else ""
+
+
+def smoother(family: Family) -> str:
+    return " or ".join(family.names("loss.label_smoothing"))
+
+
+def per_token(family: Family) -> str:
+    if not family.summed():
+        return ""
+    names = " or ".join(f"{name}=token" for name in family.names("loss.normalize"))
+    return (
+        f"{names or 'a loss whose rewards are means per token'}, where length alone gains nothing"
+    )
+
+
+SLOWER = ("a lower lr", "an earlier stop (n_examples, or the best checkpoint by keep_best)")
+NEARER = (*SLOWER, nearer)
 RULES = [
     Rule(
         "problem",
         "The run did not finish",
         stopped,
-        "fix what it names, then run the same command with resume=auto",
+        ("fix what it names, then run the same command with resume=auto",),
     ),
     Rule(
         "problem",
         "The run has fallen silent",
         silent,
-        "it was probably killed; run the same command with resume=auto",
+        ("it was probably killed", "run the same command with resume=auto"),
     ),
     Rule(
         "problem",
         "Numbers that are not finite",
         not_finite,
-        "a lower lr or more warmup_steps; bfloat16 instead of float16; look at the examples of that"
-        " step",
+        (
+            "a lower lr or more warmup_steps",
+            "bfloat16 instead of float16",
+            "look at the examples of that step",
+        ),
     ),
     Rule(
         "problem",
         "No gradient",
         no_gradient,
-        "if margins are huge, all pairs are fitted: stop earlier; else see whether lr and the data"
-        " are what they should be",
+        (
+            "if margins are huge, all pairs are fitted: stop earlier",
+            "else see whether lr and the data are what they should be",
+        ),
     ),
     Rule(
         "problem",
         "The loss does not move",
         flat,
-        "a higher lr (5e-7 is meant for billions of parameters), fewer warmup_steps, or more steps",
+        (
+            "a higher lr (5e-7 is meant for billions of parameters), fewer warmup_steps, or more"
+            " steps",
+        ),
     ),
-    Rule("problem", "The training loss rises", diverges, "a lower lr, or more warmup_steps"),
+    Rule("problem", "The training loss rises", diverges, ("a lower lr, or more warmup_steps",)),
     Rule(
         "problem",
         "Held-out accuracy at chance",
         at_chance,
-        "see whether the pairs agree with each other and are the right way round; train longer, or"
-        " with a higher lr; begin with an SFT model of the same kind of data",
+        (
+            "see whether the labels agree with each other and are the right way round",
+            "train longer, or with a higher lr",
+            "begin with an SFT model of the same kind of data",
+        ),
     ),
     Rule(
         "problem",
         "Samples repeat themselves",
         repeats,
-        f"the policy has left the language it came from: {NEARER}; sample with a temperature above"
-        " 0 before judging",
+        (
+            "the policy has left the language it came from",
+            *NEARER,
+            "sample with a temperature above 0 before judging",
+        ),
     ),
     Rule(
         "problem",
         "Different prompts get the same answer",
         alike,
-        f"the policy has collapsed: {NEARER}",
+        ("the policy has collapsed", *NEARER),
     ),
     Rule(
         "warning",
         "The chosen answers become less likely",
         chosen_falls,
-        f"only if samples get worse, too: {NEARER}; loss.nll=1, an NLL term on the chosen answers,"
-        " works against it",
+        ("only if samples get worse, too", *NEARER, with_nll),
     ),
-    Rule("warning", "Margins explode", huge_margin, f"{SLOWER}; label_smoothing"),
+    Rule("warning", "Margins explode", huge_margin, (*SLOWER, smoother)),
     Rule(
         "warning",
         "Overfitting",
         overfits,
-        "fewer epochs, or the best checkpoint (keep_best=loss/eval); more data; a lower lr",
+        ("fewer epochs, or the best checkpoint (keep_best=loss/eval)", "more data", "a lower lr"),
     ),
     Rule(
         "warning",
         "Training pairs are known by heart",
         by_heart,
-        "fewer epochs; more data; label_smoothing; a lower lr",
+        ("fewer epochs", "more data", smoother, "a lower lr"),
     ),
     Rule(
         "warning",
         "Samples grow longer",
         longer,
-        "see whether chosen answers are longer than rejected ones, and whether length is what was"
-        " learned: compare accuracies by length; balance the lengths in the data",
+        (
+            "see whether preferred answers are longer than others, and whether length is what was"
+            " learned: compare accuracies by length",
+            "balance the lengths in the data",
+            per_token,
+        ),
     ),
     Rule(
         "note",
         "Accuracy depends on length",
         by_length,
-        "a bucket of few pairs may differ by chance; else see whether longer answers are preferred"
-        " in the data",
+        (
+            "a bucket of few pairs may differ by chance",
+            "else see whether longer answers are preferred in the data",
+            per_token,
+        ),
     ),
     Rule(
         "warning",
         "Ended in warmup",
         in_warmup,
-        "fewer warmup_steps (a tenth of all steps), or more steps",
+        ("fewer warmup_steps (a tenth of all steps), or more steps",),
     ),
     Rule(
         "note",
         "The gradient is nearly always clipped",
         clipped,
-        "harmless with Adam and RMSprop, whose steps hardly depend on its length; else raise"
-        " max_grad_norm or lower lr",
+        (
+            "harmless with Adam and RMSprop, whose steps hardly depend on its length",
+            "else raise max_grad_norm or lower lr",
+        ),
     ),
     Rule(
         "note",
         "Nothing is held out",
         not_held_out,
-        "eval_share or eval_datasets; without them overfitting can't be seen",
+        ("eval_share or eval_datasets", "without them overfitting can't be seen"),
     ),
-    Rule("note", "Too short to judge", too_short, "more steps"),
+    Rule("note", "Too short to judge", too_short, ("more steps",)),
 ]

@@ -295,9 +295,15 @@ def shared_tokens(batch: Batch) -> Tensor:
 
 
 def _reward_metrics(output: LossOutput, policy: Any) -> dict[str, Metric]:
-    """Return the metrics of the rewards of pairs and lists. An accuracy counts chosen > rejected;
-    ties do not count.
+    """Return the metrics of the rewards of pairs and lists, and of labelled responses, whose loss
+    says what an accuracy is. That of pairs counts chosen > rejected; ties do not count.
     """
+    if output.rewards is not None:
+        yes = policy.desirable
+        return {
+            "rewards/chosen": Mean(output.rewards * yes, yes),
+            "rewards/rejected": Mean(output.rewards * ~yes, ~yes),
+        }
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     if chosen is None or rejected is None:
         return {}

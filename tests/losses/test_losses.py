@@ -14,7 +14,7 @@ from plumb.losses import registry
 from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Mean, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
 from plumb.losses.unpaired import kl_to_reference, reward_shift
-from plumb.training.objective import to_loss_inputs
+from plumb.training.objective import _reward_metrics, to_loss_inputs
 
 
 def logps(*values: float, dtype=torch.float64) -> Logps:
@@ -463,7 +463,9 @@ def test_kto_by_hand():
     out = build_loss(KTO).compute(policy, reference, torch.tensor(2.0))
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     assert out.losses.tolist() == pytest.approx([sigmoid(-1), 2 * sigmoid(2)])
-    columns = {name: mean.columns().T.tolist() for name, mean in out.metrics.items()}
+    assert out.rewards.tolist() == [2, 3]
+    metrics = {**_reward_metrics(out, policy), **out.metrics}
+    columns = {name: mean.columns().T.tolist() for name, mean in metrics.items()}
     assert columns["rewards/chosen"] == [[2, 0], [1, 0]]
     assert columns["rewards/rejected"] == [[0, 3], [0, 1]]
     assert columns["rewards/accuracies"] == [[1, 0], [1, 1]]
