@@ -60,7 +60,7 @@ class BasicTrainer:
         self.scorer = ready.scorer
         self.train_feed = ready.train_feed
         self.throughput = ready.throughput
-        # one of the ranks that see the same rows
+        # true on one of the ranks that see the same rows
         self.is_primary_replica = ready.evaluator.is_primary_replica
         self.saver = setup.make_run_saver(config, run, ready, self)
         self.state.reference = setup.make_moving_reference(config, ready, self.saver)
@@ -71,7 +71,7 @@ class BasicTrainer:
 
     @staticmethod
     def make_layout(config: DictConfig) -> sharding.Layout | None:
-        """Return how models are to lie over several processes; made before they are loaded."""
+        """Return how models are laid out over several processes; needed before they are loaded."""
         return None
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -85,7 +85,7 @@ class BasicTrainer:
         return setup.autocast_to(self.config.model.fsdp_policy_mp, device)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add to the gradients; `last`: of this step."""
+        """Add to the gradients; `last`: the last microbatch of this step."""
         loss.backward()
 
     def policy_state(self) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Train to the end of the schedule, evaluating and saving every eval_every examples. Raise
-        Stopped when asked to stop, with a checkpoint of the step that was done.
+        Stopped when asked to stop, after saving a checkpoint of the last step.
         """
         config = self.config
         state = self.state
@@ -128,7 +128,7 @@ class BasicTrainer:
             state.average.start()
         if self.n_updates == 0 and config.do_first_eval:
             self.evaluate()
-        if position.evaluation_due:  # the run was stopped before the evaluation that belongs here
+        if position.evaluation_due:  # the run was stopped before this evaluation
             self.evaluate_and_save()
         progress = tqdm(
             total=state.n_steps,
@@ -150,14 +150,14 @@ class BasicTrainer:
             if position.evaluation_due:
                 self.evaluate_and_save()
         progress.close()
-        if not position.finished:  # nothing was left to train, since the settings were changed
+        if not position.finished:  # changed settings left nothing to train
             self.saver.mark()
             self.evaluate_and_save()
         self.saver.wait()
 
     def steps(self) -> Iterator[tuple[Step, float]]:
-        """Yield the steps that are left, each with the seconds that it was waited for. A reference
-        that moves does so in between, when no step with its old log-probabilities is prepared.
+        """Yield the remaining steps, each with the seconds spent waiting for it. A moving reference
+        moves in between, when no step with its old log-probabilities is being prepared.
         """
         state = self.state
         while state.schedule.n_steps_after(self.n_seen):
@@ -185,12 +185,12 @@ class BasicTrainer:
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
         context = self.scorer.context(step.for_context, self.is_primary_replica)
         means = Means()
-        seen = []
+        first_scored = []
         for i, (batch, weight, where) in enumerate(step.microbatches):
             scored = self.scorer(batch, self.loss.context_of(context, where))
             if is_first:
                 losses = replace(scored.output, losses=scored.output.losses.detach())
-                seen.append(replace(scored, output=losses, balance=None))
+                first_scored.append(replace(scored, output=losses, balance=None))
             loss = weight * scored.weighted_losses().sum() / n
             if scored.balance is not None:
                 loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(
@@ -202,7 +202,7 @@ class BasicTrainer:
         # clip and update; the first time, with checks before and after
         checks = None
         if is_first:
-            checks = first_step.FirstStep(self.scorer, self.computation, batch, seen, means)
+            checks = first_step.FirstStep(self.scorer, self.computation, batch, first_scored, means)
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
             self.log.flush()
@@ -237,10 +237,10 @@ class BasicTrainer:
         self.log.step(means, counters)
 
     def clip(self) -> float:
-        """Clip the gradient norm to max_grad_norm. -> the norm before clipping
+        """Clip the gradient norm to max_grad_norm. Return the norm before clipping.
 
-        The one time in a step that the host waits for the device: gradients are scaled only if they
-        are too large, and an update is not made with what is not finite.
+        This is the only time in a step that the host waits for the device: gradients are scaled
+        only if they are too large, and a norm that is not finite prevents the update.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         total = sharding.total_norm(gradients)
@@ -250,9 +250,7 @@ class BasicTrainer:
         return norm
 
     def between_steps(self, n: int) -> None:
-        """Log, save between evaluations or stop, after a step of `n` examples: all ranks agree on
-        what is due.
-        """
+        """Log, save or stop if that is due, after a step of `n` examples: all ranks agree on it."""
         flush, failed, save, late, number = collectives.all_reduce_max(
             [self.log.due(), self.saver.saver.failed(), self.saver.due(n), *self.stop_rule.wishes()]
         )
@@ -268,7 +266,7 @@ class BasicTrainer:
     # ---- evaluating and saving ----
 
     def evaluate_and_save(self) -> None:
-        """Evaluate, and save with what came out."""
+        """Evaluate, and save a checkpoint with the metrics."""
         position = self.state.position
         position.evaluation_due = True
         position.finished = self.n_updates >= self.state.n_steps
@@ -277,7 +275,7 @@ class BasicTrainer:
         self.saver.save(record)
 
     def evaluate(self) -> Record:
-        """Evaluate, and log what came out. -> the metrics"""
+        """Evaluate, log the metrics and return them."""
         return self.evaluator.evaluate(self.n_seen, self.stop_rule.check)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -295,7 +293,7 @@ class FSDPTrainer(BasicTrainer):
         return _layout(config, 1)
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model  # it was loaded there
+        return model  # it was loaded in place
 
     def autocast(self, device: torch.device) -> Callable[[], Any]:
         return nullcontext  # the sharded modules cast by themselves
@@ -312,8 +310,8 @@ class FSDPTrainer(BasicTrainer):
 
 
 class TensorParallelTrainer(FSDPTrainer):
-    """Train in one process per GPU; tp_size of them see the same rows and hold a part of every
-    matrix each; over the others, FSDP.
+    """Train in one process per GPU. Groups of tp_size processes see the same rows, and each holds a
+    part of every matrix; FSDP shards over the groups.
     """
 
     @staticmethod

@@ -177,7 +177,7 @@ def test_an_evaluation_counts_each_example_once(training):
     for feed in feeds(FIVE, 3):
         part = evaluate(scorer, feed, batch_size=2)
         found, n_tokens = found + part.columns["loss"][0], n_tokens + part.tokens
-        assert not evaluate(scorer, feed, 2, counts=False).columns["loss"].any()
+        assert not evaluate(scorer, feed, 2, is_primary_replica=False).columns["loss"].any()
     assert found.tolist() == [7, 17, 27, 37, 47] and n_tokens.tolist() == [2] * 5
     assert scorer.modes == {False} and scorer.policy.training == training
 

@@ -1,1 +1,1 @@
-"""Planning (plan=true): a config in; memory and time on given GPUs out, without training."""
+"""Planning (plan=true): a config in; memory and time on the planned GPUs out, without training."""

@@ -1,10 +1,10 @@
-"""The most that a forward and a backward pass hold, counted on tensors without data: no weights, no
-GPU, a second or two.
+"""Count the most memory that a forward and a backward pass hold, on tensors without data: no
+weights, no GPU, a second or two.
 
-The model computes on fake tensors, which know their shape, type and device only. Each new storage
-counts from the operation that makes it until nothing refers to it. What is counted is thus what
-this model's own code and PyTorch's autograd keep, in any precision and with checkpointing, and not
-a table of model families.
+The model computes on fake tensors, which have a shape, type and device but no data. Each new
+storage counts from the operation that creates it until nothing refers to it. The count is thus what
+this model's own code and PyTorch's autograd keep, in any precision and with checkpointing. There is
+no table of model families.
 
 Shapes: T tokens in a row, H heads (Hkv of keys and values), D head size, d hidden size.
 """
@@ -26,9 +26,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 NAME = "counted"
-PATIENCE_SECS = (
-    30  # usual models take 1 to 3; those that go through a row token by token take minutes
-)
+PATIENCE_SECS = 30  # most models take 1 to 3; those that process a row token by token take minutes
 
 
 class Held(NamedTuple):
@@ -48,13 +46,13 @@ def count(
     autocast: torch.dtype | None,
     recompute: bool,
 ) -> Held:
-    """Return the most that the body's forward and backward pass hold beside weights and gradients,
-    which are present from an earlier microbatch. `shape`: rows, and tokens in each; `n_keys`: of
-    one row of trees, each prompt's counted once per response, or None for padded rows through the
-    model's own attention. `dtype`: of the weights as they compute.
+    """Return the most bytes that the body's forward and backward passes hold besides weights and
+    gradients, which exist since an earlier microbatch. `shape`: rows, and tokens in each; `n_keys`:
+    the keys of one row of trees, each prompt's counted once per response, or None for padded rows
+    through the model's own attention; `dtype`: the type in which the weights compute.
 
-    Raises whatever the model's code raises where it looks into data, or where its attention cannot
-    be exchanged.
+    Raises whatever the model's code raises where it reads data, or where its attention cannot be
+    exchanged.
     """
     model = blank_model(hf_config, dtype)
     body: Any = model.base_model
@@ -76,13 +74,13 @@ def count(
             model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         for p in body.parameters():
             p.grad = torch.empty_like(p)
-        known = [
+        present = [
             *body.parameters(),
             *body.buffers(),
             *(p.grad for p in body.parameters() if p.grad is not None),
             row,
         ]
-        with _Counter(known, hf_config.get_text_config().hidden_size) as counter:
+        with _Counter(present, hf_config.get_text_config().hidden_size) as counter:
             with torch.autocast("cpu", autocast) if autocast else nullcontext():
                 hidden = body(input_ids=row, use_cache=False, **trees)[0]
             hidden.backward(torch.empty_like(hidden))
@@ -91,7 +89,7 @@ def count(
 
 def blank_model(hf_config: Any, dtype: torch.dtype) -> Any:
     """Return the model with weights that have a shape and no data."""
-    # a copy of the config, for a model writes into it which attention it uses
+    # a copy of the config, since a model writes the attention it uses into it
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
 
@@ -101,11 +99,11 @@ class _Counter(TorchDispatchMode):
     their maximum.
     """
 
-    def __init__(self, known: Iterable[Tensor], width: int):
+    def __init__(self, present: Iterable[Tensor], width: int):
         super().__init__()
         self.width = width
         self.deadline = time.monotonic() + PATIENCE_SECS
-        self.alive = {id(x.untyped_storage()): Held(0, 0) for x in known}
+        self.alive = {id(x.untyped_storage()): Held(0, 0) for x in present}
         self.now = self.most = Held(0, 0)
 
     def __torch_dispatch__(
@@ -127,8 +125,8 @@ class _Counter(TorchDispatchMode):
         weakref.finalize(storage, self.drop, key)
 
     def drop(self, key: int) -> None:
-        gone = self.alive.pop(key)
-        self.now = Held(self.now.wide - gone.wide, self.now.within - gone.within)
+        freed = self.alive.pop(key)
+        self.now = Held(self.now.wide - freed.wide, self.now.within - freed.within)
 
 
 class _Flash(torch.autograd.Function):

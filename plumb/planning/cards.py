@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """A GPU that plan=true may reckon with, from its data sheet."""
+    """A GPU that plan=true can plan for, from its data sheet."""
 
     gb: int  # 1e9 bytes; its real memory is up to 7% more, which its context and fragmentation take
     flops16: float  # dense, per second

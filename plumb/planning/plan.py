@@ -40,11 +40,11 @@ from plumb.training.budget import ClusterShape, Memory, Precision, Weights
 from plumb.training.optimizers import make_optimizer, make_schedule
 from plumb.training.run_plan import Numbers, plan_run
 
-GPU = torch.device("cuda")  # what is planned for, wherever the plan is made
-N_STEPS = 32  # that are laid out, evenly spread over the run
+GPU = torch.device("cuda")  # planned for, wherever the plan is made
+N_STEPS = 32  # steps that are laid out, evenly spread over the run
 GPUS_PER_NODE = 8
-MOST_GPUS = 64  # that an alternative may ask for
-# of an example, where the data is not at hand
+MOST_GPUS = 64  # the most that an alternative may need
+# of an example, where the data is not available
 ASSUMED_RESPONSES = {"single": 1, "labelled": 1, "pair": 2, "list": 4, "rollout": 1}
 
 
@@ -58,15 +58,17 @@ class Model:
     cost: sizing.Cost
     # activations.count of this model, each once; None where it fails
     held: Callable[..., Held | None]
-    packed: bool  # takes trees in a row
+    packed: bool  # can compute trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
     n_out: int  # rows of that matrix: the vocabulary, or one score
 
 
 class Data(NamedTuple):
-    examples: Sequence[Example]  # all that is trained on, or one of assumed lengths
+    """Hold the examples of a plan."""
+
+    examples: Sequence[Example]  # all training examples, or one of assumed lengths
     n: int | None  # examples of an epoch, None if unknown
-    said: str
+    description: str  # how they were obtained, for the plan's text
 
 
 class Part(NamedTuple):
@@ -78,7 +80,9 @@ class Part(NamedTuple):
 
 
 class Steps(NamedTuple):
-    fullest: Part
+    """Describe the steps of a run."""
+
+    fullest: Part  # the largest part of a microbatch on one GPU
     n_micro: float  # microbatches of a step, on average
     n_tokens: float  # of an example, on average
     forward: float  # operations of one forward pass over an example, on average
@@ -90,9 +94,9 @@ class Plan:
 
     layout: ClusterShape
     precision: Precision
-    live: bool  # a second model runs beside the policy
-    cached: bool  # or once, before the first step
-    summed: bool  # over processes, after each microbatch
+    live: bool  # the reference runs beside the policy
+    cached: bool  # the reference runs once, before the first step
+    summed: bool  # gradients are summed over processes after each microbatch
     counted: bool  # activations were counted, not assumed
     steps: Steps
     memory: Memory
@@ -103,15 +107,15 @@ def show(config: DictConfig, loss: Loss) -> str:
     planned.
     """
     model, data = read_model(config, loss), read_data(config, loss)
-    found, limit = make_plan(config, loss, model, data), gb(config)
+    plan, limit = make_plan(config, loss, model, data), gb(config)
     lines = [
-        *_what(config, loss, model, data, found),
-        *_run(config, model, data, found),
+        *_what(config, loss, model, data, plan),
+        *_run(config, model, data, plan),
         "",
-        *_table(found.memory),
+        *_table(plan.memory),
         "",
     ]
-    peak = found.memory.peak / 1e9
+    peak = plan.memory.peak / 1e9
     if peak <= limit:
         return "\n".join([*lines, f"fits: {peak:.1f} of {limit:g} GB"])
     fixes = alternatives(config, loss, model, data)
@@ -152,8 +156,7 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
         try:
             return activations.count(hf_config, *arguments)
         except Exception:
-            # whatever a model of transformers does with what it does not know, or with data that is
-            # not there
+            # a model's code may raise anything on arguments it does not know or data that is absent
             return None
 
     packed = count((1, 16), 16, torch.float32, None, False) is not None
@@ -176,22 +179,22 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
     """Return the run's own examples if they are available locally, otherwise an assumption.
     Downloads and keeps nothing.
     """
-    afar = [
+    remote = [
         name
         for name in map(resolve, config.datasets)
         if name in LOADERS and not config.dataset_paths.get(name)
     ]
     try:
-        with _offline(bool(afar)), redirect_stdout(io.StringIO()):
+        with _offline(bool(remote)), redirect_stdout(io.StringIO()):
             train, _ = load_examples(
                 config, load_tokenizer(config), loss.group, keep=False, prefixes=loss.prefixes
             )
-        said = f"read here: {', '.join(map(str, config.datasets))}"
-        return Data(train, len(train), said)
+        description = f"read here: {', '.join(map(str, config.datasets))}"
+        return Data(train, len(train), description)
     except UserError as problem:
-        if not afar:
+        if not remote:
             raise
-        why = f"{', '.join(afar)} not on this machine" if "hub" in str(problem) else str(problem)
+        why = f"{', '.join(remote)} not on this machine" if "hub" in str(problem) else str(problem)
     quarter = max(1, config.max_length // 4)
     text = np.zeros(quarter, np.int32)
     example = Example(text, (text,) * ASSUMED_RESPONSES[loss.group], "")
@@ -249,11 +252,12 @@ def layout_of(config: DictConfig) -> ClusterShape:
 
 
 def gb(config: DictConfig) -> float:
+    """Return the memory of each planned GPU, in 1e9 bytes."""
     return config.plan_gpu_gb or CARDS[config.plan_gpu].gb
 
 
 def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
-    """Decide as the trainer would on these GPUs, and compute the memory that takes."""
+    """Decide as the trainer would on these GPUs, and compute the memory this takes."""
     layout = layout_of(config)
     spec = config.model
     sharded = config.trainer != "BasicTrainer"
@@ -355,8 +359,8 @@ def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool
 def count_body(
     model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float
 ) -> Held | None:
-    """Return what the body's passes hold, interpolated if a share of activations is kept; None:
-    unknown.
+    """Return the bytes that the body's passes hold, interpolated if a share of activations is kept;
+    None if unknown.
     """
     least, most = (
         model.held(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
@@ -397,12 +401,12 @@ def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: in
         for part in plan
         if len(part)
     ]
-    seen = lengths[np.concatenate(batches)]
+    planned = lengths[np.concatenate(batches)]
     return Steps(
         max(parts, key=lambda part: math.prod(part.shape)),
         float(np.mean([len(plan) / ranks for plan in plans])),
-        float(np.mean(seen.tokens())),
-        model.cost.forward(seen) / len(seen),
+        float(np.mean(planned.tokens())),
+        model.cost.forward(planned) / len(planned),
     )
 
 
@@ -448,18 +452,18 @@ def alternatives(
         return [(change, plan) for change, plan in plans if plan.memory.peak <= gb(config) * 1e9]
 
     together = [*accumulate(changes, lambda a, b: a | b)]
-    found = fitting(changes) or fitting(together)[:1]
+    fixes = fitting(changes) or fitting(together)[:1]
     n = layout_of(config).n_gpus
     trainer = {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
     nodes = {"plan_nodes": None} if config.plan_nodes else {}
     sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
-    for base in ({}, *together[-1:]):  # as it is, or with all of these
+    for base in ({}, *together[-1:]):  # as configured, or with all changes
         more = next(
             iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None
         )
         if more:
-            return [*found, more]
-    return found
+            return [*fixes, more]
+    return fixes
 
 
 def _changed(config: DictConfig, change: dict[str, Any]) -> DictConfig:
@@ -489,7 +493,8 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
     return [
         f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{kind}",
         f"{'on':<8}{on}",
-        f"{'data':<8}{'' if data.n is None else f'{data.n:,} '}{examples} of {each}, {data.said}",
+        f"{'data':<8}{'' if data.n is None else f'{data.n:,} '}{examples} of {each},"
+        f" {data.description}",
     ]
 
 
@@ -578,7 +583,8 @@ def _value(value: Any) -> str:
 
 
 def _duration(secs: float) -> str:
-    """
+    """Return a time in a unit that suits it.
+
     >>> _duration(40), _duration(600), _duration(90_000), _duration(9e5)
     ('40 s', '10 min', '25.0 h', '10.4 days')
     """

@@ -1,4 +1,5 @@
-"""Describe how answers are decoded: the modes, the options of each, and their command-line flags.
+"""Describe how answers are decoded: the modes, their options, and the command-line flags.
+
 Imports neither torch nor transformers.
 """
 
@@ -9,7 +10,7 @@ from typing import Any
 
 from plumb.errors import UserError
 
-# What each mode takes beside n, max_new_tokens and stop, with its default.
+# The options of each mode besides n, max_new_tokens and stop, with their defaults.
 DRAW: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -28,11 +29,13 @@ class Decoding:
     """
 
     mode: str
-    n: int = 1  # answers to a prompt
+    n: int = 1  # answers per prompt
     max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()  # strings at which an answer ends; they are no part of it
+    stop: tuple[str, ...] = ()  # strings that end an answer; they are not part of it
     temperature: float | None = None
-    top_k: int | None = None  # draw from the most probable so many, 0: all; contrastive: candidates
+    top_k: int | None = (
+        None  # draw from the k most probable tokens, 0: all; contrastive: candidates
+    )
     top_p: float | None = None
     num_beams: int | None = None
     num_beam_groups: int | None = None
@@ -45,40 +48,44 @@ class Decoding:
         """Return the options with the mode's defaults. Raise UserError for options the mode would
         ignore, and for conflicting ones.
         """
-        takes, given = MODES[self.mode], {k: v for k, v in vars(self).items() if v is not None}
+        defaults, values = MODES[self.mode], {k: v for k, v in vars(self).items() if v is not None}
         every = {name for of_mode in MODES.values() for name in of_mode}
-        for name in sorted(given.keys() & every - takes.keys()):
+        for name in sorted(values.keys() & every - defaults.keys()):
             modes = ", ".join(mode for mode, of_mode in MODES.items() if name in of_mode)
             raise UserError(
-                f"{flag(name)} {given[name]}: mode {self.mode} would ignore it; leave it out, or"
-                f" take --mode {modes}"
+                f"{flag(name)} {values[name]}: mode {self.mode} would ignore it; leave it out, or"
+                f" use --mode {modes}"
             )
-        made = replace(self, **(takes | given))
-        most = made.num_beams or (1 if made.mode in ("greedy", "contrastive") else None)
-        if most is not None and made.n > most:
-            what = f"{most} beams" if made.num_beams else "this mode"
+        decoding = replace(self, **(defaults | values))
+        most = decoding.num_beams or (1 if decoding.mode in ("greedy", "contrastive") else None)
+        if most is not None and decoding.n > most:
+            what = f"{most} beams" if decoding.num_beams else "this mode"
             raise UserError(
-                f"--n {made.n}: {what} give{'' if made.num_beams else 's'} {most} at most; take"
-                " fewer, more beams, or --mode sample"
+                f"--n {decoding.n}: {what} give{'' if decoding.num_beams else 's'} {most} at most;"
+                " ask for fewer, or use more beams or --mode sample"
             )
-        if made.num_beam_groups and made.num_beams and made.num_beams % made.num_beam_groups:
+        if (
+            decoding.num_beam_groups
+            and decoding.num_beams
+            and decoding.num_beams % decoding.num_beam_groups
+        ):
             raise UserError(
-                f"--num-beam-groups {made.num_beam_groups}: must divide --num-beams"
-                f" {made.num_beams}"
+                f"--num-beam-groups {decoding.num_beam_groups}: must divide --num-beams"
+                f" {decoding.num_beams}"
             )
-        return made
+        return decoding
 
     def arguments(self) -> dict[str, Any]:
         """Return the options as arguments of transformers' `generate`."""
         drawn = self.mode in ("sample", "beam-sample")
-        said: dict[str, Any] = {"num_beams": self.num_beams}
-        said |= (
+        options: dict[str, Any] = {"num_beams": self.num_beams}
+        options |= (
             {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             if drawn
             else {}
         )
         return {"do_sample": drawn, "num_return_sequences": self.n} | {
-            k: v for k, v in said.items() if v is not None
+            k: v for k, v in options.items() if v is not None
         }
 
 

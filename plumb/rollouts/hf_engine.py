@@ -1,5 +1,5 @@
-"""Generate answers to prompts, for every trainer and for sample.py: one function for every decoding
-mode.
+"""Generate answers to prompts, for every trainer and for sample.py: one function for all decoding
+modes.
 
 Shapes: B prompts of up to P tokens, padded on the left; n answers to each.
 """
@@ -31,6 +31,8 @@ from plumb.rollouts.decoding import Decoding
 
 
 class Answer(NamedTuple):
+    """Hold one answer to a prompt."""
+
     text: str  # without special tokens and stop strings
     n_tokens: int  # generated, with EOS
     ended: str  # "eos", "stop", or "length"
@@ -101,8 +103,8 @@ def answers(
         if "probability tensor" not in str(error):
             raise
         raise UserError(
-            "the model gives tokens no finite probabilities; is it damaged, or its precision too"
-            " coarse?"
+            "the model gives tokens no finite probabilities; is it damaged, or is its precision too"
+            " low?"
         ) from None
     finally:
         model.train(was_training)
@@ -125,7 +127,7 @@ def sample(
     """
     mode = "greedy" if temperature == 0 else "sample"
     decoding = Decoding(mode, max_new_tokens=max_new_tokens, temperature=temperature or None)
-    found = answers(
+    by_prompt = answers(
         model,
         tokenizer,
         prompts,
@@ -135,7 +137,7 @@ def sample(
         max_length=max_length,
         between=between,
     )
-    return [answer.text for (answer,) in found]
+    return [answer.text for (answer,) in by_prompt]
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -178,8 +180,8 @@ def _answer(
     kept = ids if end is None else ids[:end]
     while kept and kept[-1] == tokenizer.pad_token_id:
         kept = kept[:-1]
-    text, whole = (continued(prompt, [kept], tokenizer, skip)[0] for skip in (True, False))
-    if any(s in whole for s in stop):  # padding with EOS may have followed
+    text, with_special = (continued(prompt, [kept], tokenizer, skip)[0] for skip in (True, False))
+    if any(s in with_special for s in stop):  # padding with EOS may have followed
         return Answer(min((text.partition(s)[0] for s in stop), key=len), len(kept), "stop")
     return Answer(text, len(kept) + (end is not None), "length" if end is None else "eos")
 
@@ -199,7 +201,7 @@ class _Hamming(LogitsProcessor):
         self.ends = list(ends)
         self.earlier: list[
             Tensor
-        ] = []  # for each place, how many beams of earlier groups have each token there  [B, V]
+        ] = []  # for each position, how many beams of earlier groups have each token there  [B, V]
         self.own: list[Tensor] = []
 
     def __call__(
@@ -212,7 +214,7 @@ class _Hamming(LogitsProcessor):
                 1, last := input_ids[:, -1].view(self.n_prompts, -1), counts.new_ones(last.shape)
             )
             counts[:, self.ends] = (
-                0  # an end that is shared is no want of variety, and padding may look like one
+                0  # sharing an end token is not a lack of variety, and padding may look like one
             )
             self.own.append(counts)
         if place >= len(self.earlier):
@@ -224,18 +226,18 @@ class _Hamming(LogitsProcessor):
     def next_group(self) -> None:
         """Apply what was recorded to the following groups."""
         longest, none = max(len(self.earlier), len(self.own)), torch.tensor(0.0)
-        at = lambda found, i: found[i] if i < len(found) else none.to(self.own[0].device)
+        at = lambda counts, i: counts[i] if i < len(counts) else none.to(self.own[0].device)
         self.earlier = [at(self.earlier, i) + at(self.own, i) for i in range(longest)]
         self.own = []
 
 
 def _diverse_beams(model: Any, ids: Tensor, decoding: Decoding, options: dict[str, Any]) -> Tensor:
-    """Diverse beam search (Vijayakumar et al. 2018, arXiv:1610.02424) with Hamming diversity.  ->
-    new tokens [B * n, up to n_new]
+    """Run diverse beam search (Vijayakumar et al. 2018, arXiv:1610.02424) with Hamming diversity.
+    Return the new tokens, [B * n, up to n_new].
 
-    A group looks at the earlier ones only, so the groups run one after another, each an ordinary
-    beam search. The n answers are the groups' best, then their second best, and so on. An end is
-    not penalised, nor the last token of a search that is cut.
+    A group depends on the earlier ones only, so the groups run one after another, each an ordinary
+    beam search. The n answers are the best of each group, then the second best, and so on. End
+    tokens are not penalized, nor is the last token of a search that reaches its limit.
     """
     beams, groups = int(decoding.num_beams or 1), int(decoding.num_beam_groups or 1)
     each, ends = -(-decoding.n // groups), [*options["eos_token_id"], options["pad_token_id"]]
@@ -245,12 +247,12 @@ def _diverse_beams(model: Any, ids: Tensor, decoding: Decoding, options: dict[st
         "num_return_sequences": each,
         "logits_processor": LogitsProcessorList([hamming]),
     }
-    found = []
+    by_group = []
     for _ in range(groups):
-        found.append(model.generate(ids, **options)[:, ids.shape[1] :].view(len(ids), each, -1))
+        by_group.append(model.generate(ids, **options)[:, ids.shape[1] :].view(len(ids), each, -1))
         hamming.next_group()
-    longest = max(x.shape[-1] for x in found)
-    padded = [F.pad(x, (0, longest - x.shape[-1]), value=options["pad_token_id"]) for x in found]
+    longest = max(x.shape[-1] for x in by_group)
+    padded = [F.pad(x, (0, longest - x.shape[-1]), value=options["pad_token_id"]) for x in by_group]
     return (
         torch.stack(padded, 2)
         .view(len(ids), each * groups, longest)[:, : decoding.n]
@@ -268,9 +270,9 @@ def _contrastive(
     pad: int,
     stopping: Any,
 ) -> Tensor:
-    """Contrastive search (Su et al. 2022, arXiv:2202.06417): of the k most probable tokens v the
-    one with the greatest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), h the last hidden states of
-    v and of all before.  -> new tokens [B, up to n_new]
+    """Run contrastive search (Su et al. 2022, arXiv:2202.06417): among the k most probable tokens
+    v, choose the one with the greatest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), where h are
+    the last hidden states of v and of all earlier tokens. Return the new tokens, [B, up to n_new].
     """
     alpha, n = float(decoding.penalty_alpha or 0), len(ids)
     k = min(int(decoding.top_k or 1), model.config.get_text_config().vocab_size)
@@ -280,7 +282,7 @@ def _contrastive(
     width, endings = ids.shape[1], torch.tensor([*ends], device=ids.device)
     out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **options)
     # [B, T, d], [B, V]
-    seen = F.normalize(out.hidden_states[-1], dim=-1)
+    past = F.normalize(out.hidden_states[-1], dim=-1)
     logits = out.logits[:, -1]
     for _ in range(n_new):
         p, candidates = logits.float().softmax(-1).topk(k)  # [B, k]
@@ -294,10 +296,10 @@ def _contrastive(
             **options,
         )
         hidden = F.normalize(out.hidden_states[-1][:, -1], dim=-1).view(n, k, -1)
-        cosines = (hidden @ seen.mT).masked_fill(mask[:, None, :-1] == 0, -torch.inf)  # [B, k, T]
+        cosines = (hidden @ past.mT).masked_fill(mask[:, None, :-1] == 0, -torch.inf)  # [B, k, T]
         best = ((1 - alpha) * p - alpha * cosines.amax(-1).float()).argmax(-1)  # [B]
         cache.batch_select_indices(rows * k + best)
-        seen = torch.cat([seen, hidden[rows, best][:, None]], 1)
+        past = torch.cat([past, hidden[rows, best][:, None]], 1)
         logits = out.logits[:, -1].view(n, k, -1)[rows, best]
         ids = torch.cat([ids, candidates[rows, best].masked_fill(done, pad)[:, None]], 1)
         done |= torch.isin(ids[:, -1], endings)

@@ -1,4 +1,4 @@
-"""Sample answers from a model that is opened: for sample.py and `plumb.sample`."""
+"""Sample answers from an opened model, for sample.py and `plumb.sample`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReadPrompt(NamedTuple):
 
     text: str  # after the chat template
     ids: np.ndarray  # [P] token ids
-    cut: bool  # the prompt was too long, and its end was kept
+    cut: bool  # the prompt was too long; its end was kept
 
 
 def open_policy(ref: ModelRef, device: str | None) -> Opened:
@@ -45,25 +45,25 @@ def longest_prompt(model: Opened, decoding: Decoding) -> int:
     context = (positions_of(model.model) or (2**20, ""))[0]
     if (room := context - int(decoding.max_new_tokens or 0)) < 2:
         raise UserError(
-            f"--max-new-tokens {decoding.max_new_tokens}: {model.ref.name} reads {context} tokens"
-            " with its prompt; take fewer"
+            f"--max-new-tokens {decoding.max_new_tokens}: {model.ref.name} has room for {context}"
+            " tokens, prompt included; give fewer"
         )
     return room
 
 
 def read_prompts(
-    model: Opened, asked: Sequence[Prompt], template: str | None, add_bos: bool, room: int
+    model: Opened, prompts: Sequence[Prompt], template: str | None, add_bos: bool, room: int
 ) -> list[ReadPrompt]:
     """Return the prompts as the model reads them, of up to `room` tokens. Raise UserError for one
     without a token.
     """
     read = []
-    for prompt in asked:
+    for prompt in prompts:
         text = rendered(prompt, model.tokenizer, template)
         read.append(ReadPrompt(text, *token_ids(text, model.tokenizer, add_bos, room)))
         if not len(read[-1].ids):
             raise UserError(
-                f"{prompt.source}: the prompt has no token, and {model.ref.name} no BOS to begin"
-                " with; write a prompt"
+                f"{prompt.source}: the prompt has no tokens, and {model.ref.name} has no BOS to"
+                " start from; write a prompt"
             )
     return read

@@ -1,4 +1,4 @@
-"""Share what the commands other than train.py need: options and one-line errors, and files that are
+"""Share what the commands other than train.py need: options, one-line errors, and files that are
 either complete or absent.
 """
 
@@ -20,7 +20,7 @@ from plumb.paths import new_file
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line like all others; abbreviated options are refused."""
+    """A parser that reports errors in one line like all others, and refuses abbreviated options."""
 
     def __init__(self, description: str, **options: Any):
         super().__init__(
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        """Options may stand between positional arguments."""
+        """Parse the arguments; options may stand between positional arguments."""
         parse = super().parse_args if self._subparsers else self.parse_intermixed_args
         return parse(args, namespace)
 
@@ -59,7 +59,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         code = 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # of a name or a disk that no command foresaw
+    except OSError as error:  # a name or a disk that no command checked
         print(
             f"error: {one_line(error.filename or 'a file')}: {error.strerror or one_line(error)}",
             file=sys.stderr,
@@ -70,8 +70,8 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
 
 @contextmanager
 def temporary_jsonl(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Path]:
-    """Write rows to a file of this name, which is removed afterwards: from Python, data take the
-    path that files take, with its checks.
+    """Write rows to a file of this name, which is removed afterwards: data from Python take the
+    same path as files, with the same checks.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, name)

@@ -26,7 +26,7 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
     """Raise UserError for arguments that would make Hydra do more than compose values, or read a
     config that does.
     """
-    parser = get_args_parser()  # Hydra's own: it takes --config-d for --config-dir, too
+    parser = get_args_parser()  # Hydra's own: it also accepts --config-d for --config-dir
 
     def refuse(message: str) -> NoReturn:
         raise UserError(
@@ -35,12 +35,16 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
         )
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage
-    given = parser.parse_args(list(arguments))
-    if given.experimental_rerun:
+    options = parser.parse_args(list(arguments))
+    if options.experimental_rerun:
         refuse(
-            f"--experimental-rerun={given.experimental_rerun}: reads a pickle, which could run code"
+            f"--experimental-rerun={options.experimental_rerun}: reads a pickle, which could run"
+            " code"
         )
-    for flag, value in (("--config-path", given.config_path), ("--config-name", given.config_name)):
+    for flag, value in (
+        ("--config-path", options.config_path),
+        ("--config-name", options.config_name),
+    ):
         if value and (
             "://" in value or (flag == "--config-name" and (".." in value or value.startswith("/")))
         ):
@@ -49,11 +53,11 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
                 f" {'a folder' if flag == '--config-path' else 'a name in the config folder'}"
             )
     folders = [
-        script.parent / (given.config_path or "config"),
-        *([Path(given.config_dir)] if given.config_dir else []),
+        script.parent / (options.config_path or "config"),
+        *([Path(options.config_dir)] if options.config_dir else []),
     ]
     groups = {group for folder in folders for group in check_config_folder(folder)}
-    for override in OverridesParser.create().parse_overrides(given.overrides):
+    for override in OverridesParser.create().parse_overrides(options.overrides):
         line, key = override.input_line or "", override.key_or_group
         if _is_hydras(key, override.package) and key not in HYDRA_KNOBS:
             raise UserError(
@@ -68,7 +72,7 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """Return the arguments as Hydra needs them: it treats 5,0,5 as three runs unless it is quoted.
-    A loss that is given by its name, as IPO was in 2023, has the options of its own file.
+    A loss that is given by loss.name, as IPO was in 2023, gets the options of its own file.
 
     >>> spelled_out(["data_split=5,0,5", "stage=sft"])
     ["data_split='5,0,5'", 'stage=sft']
@@ -144,7 +148,7 @@ def in_one_line(error: Exception) -> str:
     if lines[0].startswith("In 'config': Could not find '"):
         group, _, name = lines[0].partition("Could not find '")[2].strip("'").rpartition("/")
         return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
-    said = [
+    kept = [
         line
         for line in lines
         if not line.startswith(("full_key", "object_type", "reference_type", "See https"))
@@ -152,4 +156,4 @@ def in_one_line(error: Exception) -> str:
     knob = next(
         (line.partition(": ")[2] + ": " for line in lines if line.startswith("full_key")), ""
     )
-    return knob + "; ".join(said).removeprefix("UserError raised while resolving interpolation: ")
+    return knob + "; ".join(kept).removeprefix("UserError raised while resolving interpolation: ")

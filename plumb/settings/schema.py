@@ -1,5 +1,5 @@
-"""Every knob, once: which values it takes, what a change of it means, and which commands read it.
-Defaults and meanings stand in config/.
+"""The table of all knobs: which values each takes, what changing it means, and which commands read
+it. Defaults and meanings are in config/.
 
 Validation, the comparison on resume, eval.py, the notes on slices, report.py and docs/options.md
 derive from this table. A loss's knobs are not in it: the loss's signature declares them. Imports
@@ -35,6 +35,7 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(low: int) -> Check:
+    """Return the check of a whole number of at least `low`."""
     return (
         lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
         f"a whole number of at least {low}",
@@ -42,19 +43,24 @@ def whole(low: int) -> Check:
 
 
 def number(test: Callable[[float], bool], description: str) -> Check:
+    """Return the check of a number that passes the test."""
     return lambda v: _is_number(v) and test(v), description
 
 
 def one_of(*values: Any) -> Check:
+    """Return the check of one of these values."""
     kinds = {type(value) for value in values}
     return lambda v: v in values and type(v) in kinds, "one of " + ", ".join(map(str, values))
 
 
 def maybe(check: Check) -> Check:
+    """Return the check that also accepts null."""
     return lambda v: v is None or check[0](v), f"{check[1]}, or null"
 
 
 def names(at_least: int) -> Check:
+    """Return the check of a list of at least this many different texts."""
+
     def fits(v: Any) -> bool:
         return (
             isinstance(v, ListConfig)
@@ -78,7 +84,7 @@ def _by_split(value: Any) -> bool:
 
 TEXT: Check = lambda v: isinstance(v, str) and v != "" and min(v) >= " ", "a text, in one line"
 FLAG: Check = lambda v: isinstance(v, bool), "true or false"
-NAME: Check = (  # of a directory, of which the command line may choose the last part only
+NAME: Check = (  # of a directory; the command line may choose its last part only
     lambda v: (
         isinstance(v, str)
         and bool(re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}", v))
@@ -110,11 +116,11 @@ KEPT: Check = (
 
 
 class Kind(StrEnum):
-    """What a change of a knob's value means for a run that resumes."""
+    """The meaning of changing a knob's value, for a run that resumes."""
 
     BOOKKEEPING = "bookkeeping"  # may change: what is kept, logged or printed
-    PLACEMENT = "placement"  # may change: where and in what pieces it is computed, to rounding
-    CONTENTS = "contents"  # a path, which may change; what it leads to is compared
+    PLACEMENT = "placement"  # may change: where and in what pieces to compute, up to rounding
+    CONTENTS = "contents"  # a path, which may change; the contents are compared
     RESULT = "result"  # must not change, unless resume_allow names it
 
 
@@ -138,7 +144,7 @@ class Knob:
     commands: tuple[str, ...] = TRAIN_AND_EVAL  # eval.py refuses one that only training reads
     in_eval: Any = AS_THE_RUN  # the value that eval.py starts from, whatever the run's is
     trainers: tuple[str, ...] = TRAINERS  # with others, another value than the default is refused
-    head: bool = False  # of a reward model's head: likewise, with a loss that reads no scores
+    head: bool = False  # of a reward model's head: refused likewise if a loss reads no scores
     held_out: bool = False  # decides which held-out examples there are, or how they read
     slices: bool = False  # decides which prompts a stage's slice of a data set holds
 
@@ -215,7 +221,7 @@ KNOBS: dict[str, Knob] = {
         maybe(number(lambda v: 0 < v < 1, "a number in (0, 1)")), RESULT, TRAIN, in_eval=None
     ),
     "eval_batch_size": Knob(whole(1), PLACEMENT),
-    "optimizer": Knob(TEXT, RESULT, TRAIN),  # torch knows which: see validation
+    "optimizer": Knob(TEXT, RESULT, TRAIN),  # validation asks torch
     "optimizer_args": Knob(maybe(MAPPING), RESULT, TRAIN),
     "lr": Knob(POSITIVE, RESULT, TRAIN),
     "head_init": Knob(one_of("fit", "zero", "random"), RESULT, TRAIN, head=True),
@@ -289,7 +295,7 @@ KNOBS: dict[str, Knob] = {
     "model.architecture": Knob(maybe(MAPPING)),
     "model.tp_plan": Knob(maybe(MAPPING)),
 }
-# The keys of these are names of data sets, a plugin's too: see validation.
+# Their keys are names of data sets, including those of plugins: see validation.
 GROUPS: dict[str, Knob] = {"dataset_paths": Knob(maybe(TEXT), CONTENTS)}
 
 
@@ -297,7 +303,7 @@ GROUPS: dict[str, Knob] = {"dataset_paths": Knob(maybe(TEXT), CONTENTS)}
 
 
 def knob_of(name: str) -> Knob | None:
-    """The entry of a dotted name; None where there is none, as for a loss's knobs."""
+    """Return the entry of a dotted name; None if there is none, as for a loss's knobs."""
     group, dot, _ = name.partition(".")
     return KNOBS.get(name) or (GROUPS.get(group) if dot else None)
 
@@ -328,10 +334,12 @@ def values_in_eval() -> dict[str, Any]:
 
 
 def deciding_slices() -> Sequence[str]:
+    """Return the knobs that decide which prompts a stage's slice of a data set holds."""
     return [name for name, knob in KNOBS.items() if knob.slices]
 
 
 def deciding_held_out() -> Sequence[str]:
+    """Return the knobs that decide which held-out examples there are, or how they read."""
     return [name for name, knob in KNOBS.items() if knob.held_out]
 
 

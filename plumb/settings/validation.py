@@ -1,5 +1,5 @@
-"""Everything that can be refused before a model is loaded or a directory made is refused here, in
-one line each.
+"""Refuse, in one line each, everything that can be refused before a model is loaded or a directory
+created.
 
 What needs no torch is checked first, so that a mistyped knob is refused within a second.
 """
@@ -30,15 +30,15 @@ from plumb.settings.schema import KNOBS, defaults, knob_of
 if TYPE_CHECKING:
     from plumb.losses.registry import Loss
 
-# Beyond the usual values of a knob: tiny models take other learning rates than those of the papers
+# The factor beyond the usual values of a knob: tiny models need other learning rates than papers
 FAR = 10
 
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh]"
 
 
 def validate(config: DictConfig, trains: bool = True) -> Loss:
-    """Check every knob, alone and against the others. -> the loss with its knobs bound. Raises
-    UserError with one line.
+    """Check every knob, alone and against the others, and return the loss with its knobs bound.
+    Raises UserError with one line.
 
     `trains`: false for a model that is only evaluated, which may be float16.
     """
@@ -62,22 +62,22 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
 
 
 def unusual_values(loss: Loss, values: Mapping[str, Any]) -> str:
-    """Return in one line which values lie far outside of what is usual for this loss: FAR times
-    below the least or above the largest; "" where none does. `values`: lr, and the loss's knobs.
+    """Return in one line which values are far outside the usual range of this loss: below 1 / FAR
+    of the least or above FAR times the largest; "" if none is. `values`: lr, and the loss's knobs.
     """
-    found = []
+    unusual = []
     for knob, (least, largest) in loss.usual.items():
         if not least / FAR <= values[knob] <= largest * FAR:
             name = knob if knob == "lr" else f"loss.{knob}"
-            found.append(f"{name}={values[knob]} ({least:g} to {largest:g})")
-    return f"unusual for loss={loss.name}: {', '.join(found)}" if found else ""
+            unusual.append(f"{name}={values[knob]} ({least:g} to {largest:g})")
+    return f"unusual for loss={loss.name}: {', '.join(unusual)}" if unusual else ""
 
 
 def check_knobs(config: DictConfig, trains: bool = True) -> None:
-    """Check all that needs no torch, unless a plugin imports it. Raises UserError."""
-    # which is made of exp_name
-    given = OmegaConf.masked_copy(config, [str(k) for k in config if k != "local_run_dir"])
-    missing = sorted(OmegaConf.missing_keys(given))
+    """Check everything that does not need torch (a plugin may import it). Raises UserError."""
+    # local_run_dir contains exp_name, which may be missing
+    composed = OmegaConf.masked_copy(config, [str(k) for k in config if k != "local_run_dir"])
+    missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         flags = [f"{k}=..." for k in missing]
         of_loss = any(k.startswith("loss.") for k in missing)
@@ -106,7 +106,7 @@ def check_knobs(config: DictConfig, trains: bool = True) -> None:
 
 
 def _check_loss(config: DictConfig) -> Loss:
-    """Bind the loss's knobs, and refuse what does not go with it."""
+    """Bind the loss's knobs, and refuse settings that do not fit it. Return the loss."""
     from plumb.losses.registry import build_loss
 
     try:
@@ -155,7 +155,7 @@ def _check_group_knobs(config: DictConfig, loss: Loss) -> None:
 
 
 def _check_moving_reference(config: DictConfig, loss: Loss) -> None:
-    """Refuse a reference that could not move as it should."""
+    """Refuse settings with which the reference could not move as configured."""
     every = config.reference_update_every
     weight = config.reference_update_weight
     spec = config.model
@@ -210,7 +210,7 @@ def _check_with_torch(config: DictConfig) -> None:
 
 
 def _leaves(config: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every knob but the loss's, which its own signature checks."""
+    """Yield (dotted name, value) of every knob but the loss's, which its own signature checks."""
     for key in map(
         str,
         config,
@@ -227,7 +227,7 @@ def _leaves(config: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _data_sets(config: DictConfig) -> None:
-    """The knobs that speak of a data set speak of one that exists and takes them."""
+    """Refuse knobs about a data set that does not exist or does not take them."""
     for name, path in config.dataset_paths.items():
         if path is not None and name not in dataset_names():
             raise UserError(
@@ -245,8 +245,8 @@ def _data_sets(config: DictConfig) -> None:
 
 
 def _precision(config: DictConfig) -> None:
-    """Refuse float16 wherever gradients pass through it. (A reference, which has none, may be
-    float16; so may an export.)
+    """Refuse float16 wherever gradients pass through it. A reference, which has none, may be
+    float16, and so may an export.
     """
     if config.model.policy_dtype == "float16":
         raise UserError(
@@ -263,7 +263,7 @@ def _precision(config: DictConfig) -> None:
 
 
 def _across(config: DictConfig) -> None:  # noqa: C901  one check after the other, in one place
-    """What no knob shows by itself."""
+    """Refuse values that contradict each other."""
     if config.max_prompt_length >= config.max_length:
         raise UserError(
             f"max_prompt_length={config.max_prompt_length}: must be below"
@@ -306,7 +306,7 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
                 f"{name}={config[name]}: is for plan=true, which trains nothing; leave it out to"
                 " train"
             )
-    if config.model.archive and not config.plan:  # the run that makes it may be still to come
+    if config.model.archive and not config.plan:  # the run that writes it may not have started
         resolve_archive(config.model.archive)
     if config.chat_template is not None:
         from plumb.data.tokenization import template_text

@@ -1,3 +1,3 @@
-"""Training: what the loop in trainers.py calls. Evaluation, optimizers, token budget, metrics, the
-first step's checks.
+"""Training: what the loop in trainers.py calls. Evaluation, optimizers, token budget, metrics,
+checks of the first step.
 """

@@ -18,7 +18,7 @@ from torch import nn
 
 from plumb.data.examples import Lengths
 
-# Dense 16-bit operations per second of a card, by its whole name, from its data sheet.
+# Dense 16-bit operations per second of a card, by its full name, from its data sheet.
 PEAK = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -67,10 +67,10 @@ def cost_of(model: Any) -> Cost:
 
 
 def attention_width(spec: Any) -> int:
-    """Return heads * head size, summed over the layers, each of which may have its own; 0 for a
-    model without heads (state-space).
+    """Return heads * head size, summed over the layers, which may differ; 0 for a model without
+    heads (state-space).
 
-    Anything a config does not give as a whole number counts as absent, since an estimate must not
+    An entry of the config that is not a whole number counts as absent, since an estimate must not
     end a run.
     """
     apart = list(spec.per_layer_config) if getattr(spec, "is_heterogeneous", False) else []
@@ -83,8 +83,8 @@ def _width(layer: Any) -> int:
 
 
 def _number(spec: Any, name: str) -> int:
-    """Return an entry of a transformers config, or 0. It may be absent, a list, or raise, if layers
-    differ.
+    """Return an entry of a transformers config, or 0: it may be absent or, if layers differ, a list
+    or an error.
     """
     try:
         value = getattr(spec, name, None)
@@ -94,10 +94,10 @@ def _number(spec: Any, name: str) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the operations per second that MFU is a share of: a known GPU's data sheet for 16-bit
-    types, else the best of some matrix products on this GPU, in this type: about 0.1 s. None for a
-    CPU, which has no such number: what other processes, its clock and its memory leave of it
-    differs by a factor of two from one second to the next.
+    """Return the operations per second that MFU is relative to: a known GPU's data sheet for 16-bit
+    types, otherwise the best of several matrix products on this GPU, in this type (about 0.1 s).
+    None for a CPU, whose speed varies by a factor of two from one second to the next, with other
+    processes, its clock and its memory.
     """
     if device.type != "cuda":
         return None
@@ -134,16 +134,16 @@ def trained_bytes(policy: nn.Module) -> int:
 
 
 def short_for_reference(weights: float, trained: float, memory: float) -> bool:
-    """Return whether a second model would take a quarter of the memory left by the policy's
-    training, in bytes of one process.
+    """Return whether a second model would take more than a quarter of the memory that the policy's
+    training leaves free, in bytes of one process.
     """
     return weights > (memory - weights - trained) / 4
 
 
 def sums_each(config: Any, n_weights: float, memory: float) -> bool:
     """Return whether gradients are summed over processes after each microbatch. With
-    fsdp_reduce=auto: if all of them, in float32, would take more than an eighth of `memory`, bytes
-    of one process.
+    fsdp_reduce=auto they are if all of them, in float32, would take more than an eighth of
+    `memory`, the bytes of one process.
     """
     return {"auto": 4 * n_weights > memory / 8, "last": False, "each": True}[config.fsdp_reduce]
 
@@ -157,8 +157,8 @@ def kept(config: Any) -> float:
 
 
 def activation_bytes(model_config: Any, dtype: torch.dtype, kept: float) -> float:
-    """Return the bytes per token: 48 d numbers per layer, of which a share is kept, plus one layer
-    at work.
+    """Return the bytes per token: 48 d numbers per layer, of which a share is kept, plus those of
+    the layer that is being computed.
 
     This is generous. Counted in 16 bits by planning/activations.py: GPT-NeoX 16, Llama 23,
     Qwen3-0.6B 40; under autocast up to 7 more.
@@ -175,12 +175,12 @@ def default_budget(
     kept: float,
     plain_head: bool,
 ) -> int:
-    """Return the tokens of a microbatch whose activations take half of `free` bytes, up to the
-    number beyond which little is gained.
+    """Return the tokens of a microbatch whose activations take half of the `free` bytes, capped
+    where more tokens gain little.
 
     For a head that is not computed in chunks, logits and their gradient are added, in float32 for
-    half of the tokens. Beyond 1,024 tokens a CPU gains only a few percent, and a GPU nothing beyond
-    16,384.
+    half of the tokens. More than 1,024 tokens gain a CPU only a few percent, and more than 16,384
+    gain a GPU nothing.
     """
     per_token = activation_bytes(config, dtype, kept) + (
         0 if plain_head else 2 * 4 * config.get_text_config().vocab_size
@@ -198,14 +198,14 @@ def token_budget(
     mean: float,
     ranks: int,
 ) -> int:
-    """Return the tokens of a microbatch: as configured, or chosen from `free` bytes, but at least
-    two examples.
+    """Return the tokens of a microbatch: as configured, or chosen from the `free` bytes, but enough
+    for two examples.
 
-    Compiled blocks take rows of one length, whatever their contents, so the rows are no longer than
-    a step needs: `mean` is the mean length of an example.
+    Compiled blocks need rows of one length, so with compile=true the rows are no longer than a step
+    needs: `mean` is the mean length of an example.
     """
-    found = default_budget(model_config, device, dtype, free, kept(config), plain_head)
-    budget = config.tokens_per_microbatch or max(found, 2 * config.max_length)
+    default = default_budget(model_config, device, dtype, free, kept(config), plain_head)
+    budget = config.tokens_per_microbatch or max(default, 2 * config.max_length)
     if config.compile:
         parts = ranks * config.gradient_accumulation_steps
         budget = min(
@@ -218,7 +218,7 @@ def token_budget(
     return budget
 
 
-# ---- memory of one GPU, as plan=true adds it up ----
+# ---- the memory of one GPU, as plan=true computes it ----
 
 
 @dataclass(frozen=True)
@@ -244,9 +244,9 @@ class ClusterShape:
 
 
 class Weights(NamedTuple):
-    """Hold the shapes of all parameters, a tied one once."""
+    """Hold the shapes of all parameters; a tied one counts once."""
 
-    # embeddings, head, final norm: FSDP gathers these together, and keeps them through a step
+    # embeddings, head, final norm: FSDP gathers these together, and keeps them during a step
     root: list[torch.Size]
     blocks: list[list[torch.Size]]
 
@@ -255,9 +255,9 @@ class Weights(NamedTuple):
         return sum(shape.numel() for part in (self.root, *self.blocks) for shape in part)
 
     def on_one(self, layout: ClusterShape) -> int:
-        """Return how many numbers a rank keeps. Sharding cuts along the first dimension, with the
-        last part padded to the others' length; tensor parallelism splits the matrices of blocks,
-        whatever its plan does to the head.
+        """Return how many numbers a rank keeps. Sharding cuts along the first dimension and pads
+        the last part to the length of the others; tensor parallelism splits the matrices of blocks,
+        whatever its plan does with the head.
         """
 
         def part(shape: torch.Size, split: int) -> int:
@@ -271,7 +271,7 @@ class Weights(NamedTuple):
         return blocks + sum(part(s, 1) for s in self.root)
 
     def gathered(self, layout: ClusterShape) -> tuple[int, int]:
-        """Return (of the root, of the largest block) the numbers that undoing the sharding would
+        """Return how many numbers of the root, and of the largest block, undoing the sharding would
         gather on one rank.
         """
         size = lambda s: s.numel() // (layout.tp_size if len(s) > 1 else 1)
@@ -282,9 +282,9 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Precision:
-    """Hold bytes per number."""
+    """Hold the bytes per number of each kind."""
 
-    weights: int  # of gradients, too
+    weights: int  # and of gradients
     compute: int  # of gathered weights, and of gradients before they are summed
     reference: int
     state: float  # of the optimizer's state per weight
@@ -320,18 +320,22 @@ def memory(
     foreach: bool,
     kept_whole: bool = False,
 ) -> Memory:
-    """Return what a step of training holds, with w, c, r, s the bytes of `precision` in its order:
+    """Return the memory of a training step. n: the numbers of a rank (all of them in BasicTrainer);
+    w, c, r, s: the bytes of `precision`, in its order.
 
-    weights n w, gradients n w, optimizer n s, live reference n r, and n times the bytes of the
-    moving average, for the n numbers of a rank (all of them in BasicTrainer). `foreach` optimizers
-    hold one temporary of the weights' size while they step (PyTorch's documentation): n w. Where
-    FSDP shards, with N0 numbers of the root and Nb of the largest block: gathered (N0 + 2 Nb) c:
-    the root through the whole pass, the block at work and the next, fetched ahead; and a live
-    reference's root, which nothing frees after its forward pass, N0 c. on their way: a block's
-    gradients Nb c and their copy to be summed, in float32 or wider, of which each rank gets its
-    part; the root's last, when the embedding's are there, N0 alike (the head's gradient counts with
-    the head until then). `kept_whole`: all gradients, in float32 or wider, from one microbatch to
-    the next.
+    Always: weights n w, gradients n w, optimizer n s, live reference n r, and n times the bytes of
+    the moving average. `foreach` optimizers hold one temporary of the weights' size while they step
+    (PyTorch's documentation): n w.
+
+    With FSDP, N0 being the numbers of the root and Nb those of the largest block:
+    - gathered weights, (N0 + 2 Nb) c: the root during the whole pass, the block that is computed,
+      and the next one, which is prefetched; and N0 c for the root of a live reference, which
+      nothing frees after its forward pass;
+    - gradients on their way: a block's gradients Nb c and a copy to be summed, in float32 or wider,
+      of which each rank gets its part. The root's come last, when the embedding's exist, and take
+      the same with N0 (until then the head's gradient counts with the head).
+
+    `kept_whole`: all gradients are kept, in float32 or wider, from one microbatch to the next.
     """
     n = weights.on_one(layout) if sharded else weights.n
     w, c = precision.weights, precision.compute
@@ -373,10 +377,11 @@ def traffic(
     live: bool,
     each: bool,
 ) -> float:
-    """Return the bytes that a GPU sends in one step, by rings: of s ranks that share a copy each
-    sends (s - 1) / s of what is gathered or scattered. Each microbatch gathers all blocks twice
-    (forward, backward), and a live reference once; gradients are scattered once, or after `each`;
-    replicas of a copy then sum their shards once, 2 (r - 1) / r of one.
+    """Return the bytes that a GPU sends in one step, with ring collectives: if s ranks share a
+    copy, each sends (s - 1) / s of what is gathered or scattered. Each microbatch gathers all
+    blocks twice (forward, backward), and those of a live reference once; gradients are scattered
+    once per step, or with `each` after every microbatch; r replicas of a copy then sum their shards
+    once, 2 (r - 1) / r of a shard.
     """
     s = layout.shards
     w = precision.weights

@@ -1,4 +1,4 @@
-"""Metrics over the held-out examples, each counted once, on any number of ranks.
+"""Compute metrics over the held-out examples, each counted once, on any number of ranks.
 
 Shapes: n examples; see objective.py for those of a microbatch.
 """
@@ -33,7 +33,7 @@ SHOWN_BY_GROUP = ("loss", "rewards/accuracies", "rewards/margins", "perplexity")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Hold what came out for each of n examples, in their order, the same on every rank."""
+    """Hold the results for each of n examples, in order, the same on every rank."""
 
     kinds: dict[str, type[Metric]]
     columns: dict[str, np.ndarray]  # of each metric, [c, n]
@@ -50,21 +50,21 @@ class Evaluation:
         return Evaluation(self.kinds, columns, self.tokens[mask], self.weights[mask])
 
     def values(self) -> Record:
-        """Return the metrics over all examples, each as often as it weighs, and the `perplexity` of
-        the first responses (SFT targets, chosen), by their tokens.
+        """Return the metrics over all examples, weighted, and the `perplexity` per token of the
+        first responses (SFT targets, chosen).
         """
         weighted = {name: own * self.weights for name, own in self.columns.items()}
         sums = [[float(column.sum()) for column in own] for own in weighted.values()]
         values = metric_values(self.kinds, sums)
         if "logps/chosen" in values:
-            logps, counts = weighted["logps/chosen"]
-            nats = -logps.sum() / max((self.tokens * counts).sum(), 1)
+            logps, weights = weighted["logps/chosen"]
+            nats = -logps.sum() / max((self.tokens * weights).sum(), 1)
             values["perplexity"] = float(np.exp(min(nats, 700.0)))
         return values
 
     def record(self, groups: Mapping[str, np.ndarray], split: Split = "eval") -> Record:
-        """Return the metrics as they are logged; for each group (name -> mask [n]) loss, accuracy,
-        margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
+        """Return the metrics as they are logged, and for each group (name -> mask [n]) its loss,
+        accuracy, margin and perplexity: `rewards_eval/accuracies/<group>`. {} without examples.
         """
         if not len(self.tokens):
             return {}
@@ -84,21 +84,25 @@ def evaluate(
     scorer: Scorer,
     feed: Feed,
     batch_size: int,
-    counts: bool = True,
+    is_primary_replica: bool = True,
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score every example once, whatever the batch size and the number of ranks.
 
-    `counts` is true on one of the ranks that see the same rows. `between` is called before each
-    batch, and may raise.
+    `is_primary_replica` is true on one of the ranks that see the same rows. `between` is called
+    before each batch, and may raise.
     """
     was_training = scorer.policy.training
     scorer.policy.eval()
     n = len(feed.examples)
     kinds: dict[str, type[Metric]] = {}
     widths: list[int] = []  # of the metrics' columns
-    # of all examples, so that the batch size of the evaluation changes nothing
-    context = scorer.context(feed.for_context(np.arange(n)), counts) if n and feed.context else None
+    # over all examples, so that the evaluation does not depend on its batch size
+    context = (
+        scorer.context(feed.for_context(np.arange(n)), is_primary_replica)
+        if n and feed.context
+        else None
+    )
     table = torch.zeros(0)
     steps = feed.ahead(
         (np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)),
@@ -127,7 +131,7 @@ def evaluate(
     scorer.policy.train(was_training)
     if not n:
         return Evaluation({}, {}, np.empty(0), np.empty(0))
-    rows = sharding.all_reduce_sum(table * counts).T.cpu().numpy()  # [M, n]
+    rows = sharding.all_reduce_sum(table * is_primary_replica).T.cpu().numpy()  # [M, n]
     of_metrics = np.split(rows[:-1], np.cumsum(widths)[:-1])
     weights = feed.extras.example.get("weights", np.ones(n))
     return Evaluation(kinds, dict(zip(kinds, of_metrics, strict=True)), rows[-1], weights)
@@ -167,10 +171,10 @@ class Evaluator:
 
 
 def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Return the data sets of the examples, where there are several; and classes of pairs by the
-    tokens of their longer response. -> name -> mask [n]
+    """Return {name: mask [n]} of the groups that are evaluated separately: the data sets, if there
+    are several, and pairs by the number of tokens of their longer response.
     """
-    if not isinstance(examples, Examples) or not examples:  # others have lost where they come from
+    if not isinstance(examples, Examples) or not examples:  # others do not record their data set
         return {}
     data_sets, groups = examples.data_sets(), dict[str, np.ndarray]()
     names = [str(name) for name in np.unique(data_sets)]
@@ -184,7 +188,7 @@ def eval_groups(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 
 
 def short(path: str, paths: Sequence[str]) -> str:
-    """Return as many of the path's last parts as tell it from the other paths.
+    """Return as many of the path's last parts as distinguish it from the other paths.
 
     >>> paths = ["hh/harmless/test.jsonl", "hh/helpful/test.jsonl"]
     >>> short(paths[0], paths), short("a/b", ["a/b", "a/c"])
@@ -199,24 +203,29 @@ def short(path: str, paths: Sequence[str]) -> str:
 
 
 def all_logps(
-    scorer: Scorer, model: Any, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm
+    scorer: Scorer,
+    model: Any,
+    feed: Feed,
+    indices: np.ndarray,
+    is_primary_replica: bool,
+    progress: tqdm,
 ) -> np.ndarray:
     """Return the log-probabilities of these examples' responses under `model`, [n, k] float64; see
     `of_all`.
     """
     logps = lambda batch: scorer.logps(model, batch).sum.double()[:, None]
     return (
-        of_all(logps, 1, model, feed, indices, scorer.device, counts, progress)
+        of_all(logps, 1, model, feed, indices, scorer.device, is_primary_replica, progress)
         .cpu()
         .numpy()[..., 0]
     )
 
 
 def all_hidden(
-    scorer: Scorer, feed: Feed, indices: np.ndarray, counts: bool, progress: tqdm
+    scorer: Scorer, feed: Feed, indices: np.ndarray, is_primary_replica: bool, progress: tqdm
 ) -> Tensor:
-    """Return what the policy's scalar head reads at the end of these examples' responses, or with
-    `loss.read` "mean" the mean over their tokens, [n, k, d] float32, or float64 where the head is;
+    """Return what the policy's scalar head reads at the end of these examples' responses, or, if
+    `loss.read` is "mean", the mean over their tokens. [n, k, d] float32, or float64 if the head is;
     see `of_all`.
     """
     weight = scorer.policy.get_output_embeddings().weight
@@ -228,13 +237,21 @@ def all_hidden(
             )
 
     return of_all(
-        hidden, weight.shape[1], scorer.policy, feed, indices, scorer.device, counts, progress
+        hidden,
+        weight.shape[1],
+        scorer.policy,
+        feed,
+        indices,
+        scorer.device,
+        is_primary_replica,
+        progress,
     )
 
 
 def folds_of(examples: Sequence[Example], indices: np.ndarray) -> np.ndarray:
-    """Return a fold for each of these examples, those of one prompt in the same.  [n], 0 to FOLDS -
-    1
+    """Return a fold for each of these examples; those of one prompt share one.
+
+    [n], 0 to FOLDS - 1
     """
     prompts = (trees_of(examples[i])[0][0] for i in indices.tolist())
     return np.array(
@@ -250,14 +267,14 @@ def of_all(
     feed: Feed,
     indices: np.ndarray,
     device: torch.device,
-    counts: bool,
+    is_primary_replica: bool,
     progress: tqdm,
 ) -> Tensor:
-    """Return what `compute` gives the responses of a batch on the device, [R, width], for all of
-    these examples: [n, k, width].
+    """Return, for all of these examples, what `compute` returns for the responses of a batch on the
+    device, [R, width].  [n, k, width]
 
-    Every rank computes its part, and gets all; `counts` is true on one of the ranks that see the
-    same rows.
+    Every rank computes its part and gets all of it; `is_primary_replica` is true on one of the
+    ranks that see the same rows.
     """
     was_training, k = model.training, feed.lengths.k
     model.eval()
@@ -275,4 +292,4 @@ def of_all(
     some = torch.cat([value.to(values[-1].dtype) for value in values])
     table = some.new_zeros(len(indices), k, width)
     table.index_add_(0, torch.from_numpy(np.concatenate(places)).to(device), some)
-    return sharding.all_reduce_sum(table * counts)
+    return sharding.all_reduce_sum(table * is_primary_replica)

@@ -1,5 +1,5 @@
-"""What the first step must show before hours are spent: policy = reference, no dropout, a gradient,
-a finite update, a save.
+"""Check in the first step what would waste hours otherwise: policy = reference, no dropout, a
+gradient, a finite update, a save.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from plumb.training.objective import (
 
 
 class Computation(NamedTuple):
-    """Say what the checks need to know of how the policy is trained."""
+    """Hold what the checks need to know about the policy's training."""
 
     dtype: torch.dtype  # of computation
-    reference_dtype: str | None  # of the reference's weights, where they are not the policy's
+    reference_dtype: str | None  # of the reference's weights, if not the policy's
     lr: float  # for messages
 
 
 class FirstStep:
-    """Check the first step: at its making, between the first backward pass and the first update,
-    and in `check`, after that update. Both raise NonFinite (exit code 4), which says what is wrong.
-    All ranks must call both.
+    """Check the first step twice: the constructor between the first backward pass and the first
+    update, `check` after that update. Both raise NonFinite (exit code 4) with the problem. All
+    ranks must call both.
     """
 
     def __init__(
@@ -48,28 +48,28 @@ class FirstStep:
         scorer: Scorer,
         computation: Computation,
         batch: Batch,
-        seen: Sequence[Scored],
+        scored: Sequence[Scored],
         means: Means,
     ):
-        """Take all microbatches of the step, scored, as `seen`, the last of them being `batch`;
-        `means`: of their metrics.
+        """Take all microbatches of the step as `scored`; the last of them is `batch`. `means`:
+        those of their metrics.
         """
         self.scorer = scorer
         self.computation = computation
-        self._policy_is_reference(seen, means)
-        self._nothing_is_random(batch, seen[-1])
+        self._policy_is_reference(scored, means)
+        self._nothing_is_random(batch, scored[-1])
         self.before = self._bits()
 
-    def _policy_is_reference(self, seen: Sequence[Scored], means: Means) -> None:
+    def _policy_is_reference(self, microbatches: Sequence[Scored], means: Means) -> None:
         """Check that policy and reference give each response the same log-probability before the
-        first update, but for rounding (so that all rewards are 0), and print that.
+        first update, up to rounding (so that all rewards are 0), and print the result.
         """
         loss = self.scorer.loss
         if not loss.needs_reference:
             return
         record = means.reduce()
         dtype = self.computation.dtype
-        shares = [share for scored in seen for share in _shares_of_rounding(scored, dtype)]
+        shares = [share for scored in microbatches for share in _shares_of_rounding(scored, dtype)]
         share, apart, n = max(max(some) for some in collectives.all_gather_object(shares))
         rewards = [record.get(f"rewards/{which}", 0.0) for which in ("chosen", "rejected")]
         if share <= 1:
@@ -96,15 +96,15 @@ class FirstStep:
 
     @torch.no_grad()
     def _nothing_is_random(self, batch: Batch, scored: Scored) -> None:
-        """Check that the same microbatch a second time, in training mode, has the same
-        log-probabilities (or scores); and the loss of a policy that is its own reference (log 2 for
+        """Check that the same microbatch, computed again in training mode, has the same
+        log-probabilities (or scores), and the loss of a policy that is its own reference (log 2 for
         DPO).
         """
         scorer = self.scorer
         dtype = self.computation.dtype
         batch = batch.to(scorer.device)
         again = outputs = scorer.policy_outputs(batch)
-        # or FSDP would miss the gradients of what it has left gathered
+        # otherwise FSDP would miss the gradients of what it has left gathered
         sharding.reshard(scorer.policy)
         tolerance = 1e-3 if dtype.itemsize >= 4 else 0.05
         again = again if isinstance(again, Scores) else per_response(again, batch)
@@ -142,13 +142,13 @@ class FirstStep:
             )
             if off > tolerance * (1 + float(expected.abs().max())):
                 raise NonFinite(
-                    f"step 0: the loss is off by {off:.2g} from that of a policy which is its own"
+                    f"step 0: the loss differs by {off:.2g} from that of a policy that is its own"
                     " reference"
                 )
 
     def _bits(self) -> Tensor:
-        """Return a sum of each parameter's bits, of this rank's part: it changes when any number
-        does.
+        """Return the sum of the bits of each parameter, this rank's part: it changes when any
+        number does.
         """
         kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}
         parameters = [
@@ -166,7 +166,7 @@ class FirstStep:
         lr = self.computation.lr
         if grad_norm == 0:
             raise NonFinite(
-                "step 1: the gradient is 0: nothing is learnt from these pairs; are chosen and"
+                "step 1: the gradient is 0: nothing is learned from these pairs; are chosen and"
                 " rejected the same?"
             )
         sharding.reshard(policy)
@@ -191,17 +191,17 @@ class FirstStep:
 
 
 def rounding(logps: Logps, dtype: torch.dtype) -> Tensor:
-    """Return how far apart two computations of the same log-probabilities in `dtype` may lie, in
+    """Return how much two computations of the same log-probabilities in `dtype` may differ, in
     other rows or another order of summation.  [R] -> [R], nats
 
-    A token's log-probability l is a logit less a log-sum-exp, numbers whose size is taken to be 1 +
-    |l|. Their relative error is that of results which are rounded to `dtype` on the way, of which 4
-    eps are allowed, and that of sums of some thousand products, in float32 or wider, whose errors
-    grow with the square root of their number: 64 eps for 4,096. (Packed against padded rows, a
-    Llama of 24 layers and one of 260,000 weights differ by 0.2 to 0.9 eps in bfloat16, 4 to 20 in
-    float32.) Tokens err independently, so the sum of n errs by sqrt(n) times as much; other weights
-    shift it by something like n times. An implicit reward, beta times a difference of such sums, is
-    allowed beta times as much.
+    A token's log-probability l is a logit minus a log-sum-exp, both of a size of about 1 + |l|.
+    Their relative error has two sources: results that are rounded to `dtype` on the way, for which
+    4 eps are allowed, and sums of some thousand products in float32 or wider, whose errors grow
+    with the square root of their number: 64 eps for 4,096. (Between packed and padded rows, a Llama
+    of 24 layers and one of 260,000 weights differ by 0.2 to 0.9 eps in bfloat16, 4 to 20 in
+    float32.) The errors of tokens are independent, so that of a sum of n is sqrt(n) times as large;
+    other weights would shift it by about n times. An implicit reward, beta times a difference of
+    such sums, may differ by beta times as much.
     """
     n = logps.tokens.clamp(min=1)
     sums = torch.promote_types(dtype, torch.float32)
@@ -212,8 +212,8 @@ def rounding(logps: Logps, dtype: torch.dtype) -> Tensor:
 
 
 def _shares_of_rounding(scored: Scored, dtype: torch.dtype) -> list[tuple[float, float, int]]:
-    """Return for each response: how far policy and reference are apart, in multiples of what
-    rounding explains and in nats; tokens.
+    """Return for each response: the difference between policy and reference, as a multiple of what
+    rounding explains and in nats; and the number of tokens.
     """
     assert scored.compared is not None  # the loss needs a reference
     policy, reference = scored.compared
@@ -225,8 +225,8 @@ def _shares_of_rounding(scored: Scored, dtype: torch.dtype) -> list[tuple[float,
 def not_finite(
     examples: Sequence[Example], step: Step, n: int, grad_norm: float, lr: float, run_dir: Path
 ) -> NonFinite:
-    """Return the error for the run's `n`-th step, which is not applied; its batch of the training
-    `examples` is dumped into the run directory.
+    """Return the error for the run's `n`-th step, which is not applied, and write its batch of the
+    training `examples` to the run directory.
     """
     path = run_dir / "non_finite.json"
     batch = [examples[i] for i in step.indices.tolist()]

@@ -1,4 +1,4 @@
-"""The first values of a new scalar head."""
+"""Initialize a new scalar head."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from plumb.training.objective import Scorer
 def start_head(
     scorer: Scorer, feed: Feed, head_init: str, indices: np.ndarray, is_primary_replica: bool
 ) -> None:
-    """Give a scalar head that is new its first values, as head_init says: for "fit" those that rank
-    the pairs `indices` best, else zeros; "random" keeps what was drawn. A head that was trained
-    before keeps its own. Every rank must call it.
+    """Initialize a new scalar head as head_init says: "fit" gives it the weights that rank the
+    pairs `indices` best, "zero" zeros; "random" keeps what was drawn. A head that was trained
+    before is left alone. Every rank must call it.
     """
     policy: Any = scorer.policy
     head = policy.get_output_embeddings()

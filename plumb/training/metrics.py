@@ -30,11 +30,11 @@ from plumb.losses.contract import Metric
 Record = dict[str, float]
 
 
-Split = Literal["train", "eval", "eval_ema"]  # the last: held-out examples, the policy's average
+Split = Literal["train", "eval", "eval_ema"]  # eval_ema: held-out examples, the policy's average
 
 
 def logged_name(name: str, split: Split) -> str:
-    """Return the name that a metric is logged by, that of the original DPO repository.
+    """Return the name under which a metric is logged, that of the original DPO repository.
 
     >>> logged_name("loss", "train"), logged_name("rewards/chosen", "eval")
     ('loss/train', 'rewards_eval/chosen')
@@ -55,7 +55,7 @@ class Means:
     def add(
         self, metrics: Mapping[str, Metric], weight: float = 1.0, weights: Tensor | None = None
     ) -> None:
-        """Add the metrics of a microbatch. Weight 0: this rank has no part of it. `weights` [B]:
+        """Add the metrics of a microbatch. `weight` 0: this rank has no part of it. `weights` [B]:
         how often each example counts; None: once.
         """
         for name, metric in metrics.items():
@@ -95,8 +95,8 @@ def _reduced(steps: Sequence[Means]) -> list[Record]:
 
 
 class TrainingLog:
-    """Keep one record per optimizer step. Steps wait on the device until `flush`, at most every
-    minimum_log_interval_secs.
+    """Keep one record per optimizer step. Steps wait on the device until `flush`, which happens at
+    most every minimum_log_interval_secs.
 
     metrics.jsonl gets every step; the console and wandb get the latest at each flush (the original
     lost the steps in between).
@@ -113,7 +113,7 @@ class TrainingLog:
 
     def due(self) -> bool:
         """Return whether it is time to flush, by this rank's clock. Ranks must agree before they
-        do.
+        flush.
         """
         return time.monotonic() - self.last_flush > self.interval
 
@@ -145,7 +145,7 @@ class TrainingLog:
             sink.table(name, rows, examples)
 
     def mark(self) -> dict[str, int]:
-        """Sync everything logged to the disk. Return the bytes of each log file."""
+        """Sync everything logged to disk. Return the bytes of each log file."""
         self.flush()
         return {
             name: n
@@ -155,8 +155,8 @@ class TrainingLog:
         }
 
     def close(self, failed: bool) -> None:
-        """Close the sinks. After a failure, which may be this rank's alone, the others can't be
-        asked for their part.
+        """Close the sinks. After a failure, which may be this rank's alone, nothing is reduced,
+        since the others may be gone.
         """
         if not (failed and dist.is_initialized()):
             self.flush()
@@ -209,7 +209,7 @@ class Console:
         tqdm.write(f"{split:>5} {examples:>7,}  {line}{left}")
 
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        # the rest stands in samples.jsonl
+        # the rest is in samples.jsonl
         for _, prompt, sample in rows[:2] if name == "policy_samples" else []:
             tqdm.write(f"      sample  ...{prompt[-60:]!r} -> {sample[:160]!r}")
 

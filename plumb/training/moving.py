@@ -1,4 +1,4 @@
-"""Weights that follow the policy: its moving average, and a reference that moves (TR-DPO)."""
+"""Weights that follow the policy: its moving average, and a moving reference (TR-DPO)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from plumb.training.cached_reference import CachedReference
 
 
 class PolicyAverage:
-    """Keep the exponential moving average of a policy's weights, in float32 or wider: after each
-    update,
-    average <- decay * average + (1 - decay) * policy. Every rank must make each call.
+    """Keep the exponential moving average of a policy's weights, in float32 or wider. After each
+    update: average <- decay * average + (1 - decay) * policy. Every rank must make each call.
     """
 
     def __init__(self, policy: PreTrainedModel, decay: float):
@@ -39,14 +38,14 @@ class PolicyAverage:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Make the average that of no update yet: the policy."""
+        """Set the average to the policy, before the first update."""
         sharding.reshard(self.policy)
         for average, p in self._pairs():
             average.copy_(p)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the policy after an update."""
+        """Include the policy after an update."""
         sharding.reshard(self.policy)
         for average, p in self._pairs():
             average.lerp_(p.to(average.dtype), 1 - self.decay)
@@ -57,14 +56,14 @@ class PolicyAverage:
         may be saved there.
         """
         sharding.reshard(self.policy)
-        kept = [p.clone() for _, p in self._pairs()]
+        policy_weights = [p.clone() for _, p in self._pairs()]
         for average, p in self._pairs():
             p.copy_(average)
         try:
             yield
         finally:
             sharding.reshard(self.policy)
-            for (_, p), own in zip(self._pairs(), kept, strict=True):
+            for (_, p), own in zip(self._pairs(), policy_weights, strict=True):
                 p.copy_(own)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,7 +80,7 @@ class MovingReference(Protocol):
         """Return the interval between moves, in optimizer steps."""
 
     def move(self, batches: Sequence[np.ndarray]) -> None:
-        """Move. `batches`: the indices of the examples of each step until the next move."""
+        """Move the reference. `batches`: the examples' indices of each step until the next move."""
 
     def restore(self, decisions: Mapping[str, Any], batches: Sequence[np.ndarray]) -> None:
         """Continue with the reference of a checkpoint, for these steps until the next move."""
@@ -136,7 +135,9 @@ class MovingCache:
         self.record(weights)
 
     def restore(self, decisions: Mapping[str, Any], batches: Sequence[np.ndarray]) -> None:
-        """Raise ResumeMismatch if the cache has lost the reference, whose weights are nowhere."""
+        """Continue with the cached reference of a checkpoint. Raise ResumeMismatch if it is no
+        longer in the cache, since its weights are not kept.
+        """
         weights = decisions.get("reference_weights")
         if weights is not None:
             self.cached.fill(weights, batches, None)

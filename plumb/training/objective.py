@@ -1,4 +1,4 @@
-"""A microbatch -> the loss of each example, with its metrics.
+"""Compute the loss of each example of a microbatch, with its metrics.
 
 Shapes: B examples in a microbatch, R responses (see batching/layout.py).
 """
@@ -46,21 +46,21 @@ from plumb.models.logps import (
 )
 from plumb.models.routers import Routers, balance
 
-# what a model gives the R responses of a batch
+# what a model computes for the R responses of a batch
 Outputs = Logps | LogpsAndSquares | LogpsAndKL | TokenLogps | Scores
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Hold what came out for a microbatch."""
+    """Hold the results of a microbatch."""
 
     output: LossOutput
-    metrics: dict[str, Metric]  # by their names in 2023, less train or eval
-    # [R] what the policy gave each response: nats per token, or a score; detached
+    metrics: dict[str, Metric]  # by their names in 2023, without train or eval
+    # [R] the policy's value of each response: nats per token, or a score; detached
     per_response: Tensor
-    tokens: Tensor  # [B] the first response's, which have a prediction
-    balance: Tensor | None  # [B] the routers' balancing loss, where it is trained on
-    # the R responses' of policy and reference, where the loss has one; detached
+    tokens: Tensor  # [B] tokens of the first response that are predicted
+    balance: Tensor | None  # [B] the routers' balancing loss, if it is part of the loss
+    # of the R responses, by policy and reference, if the loss has one; detached
     compared: tuple[Logps, Logps] | None
     context: Tensor | None = None  # the loss's batch context
     weights: Tensor | None = None  # [B] of the examples, of mean 1 over the data; None: all 1
@@ -73,9 +73,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Score batches: the models, the loss, and how both models compute.
+    """Score batches with the models and the loss.
 
-    `reference` is None where the loss needs none, or where batches carry its log-probabilities.
+    `reference` is None if the loss needs none, or if batches carry its log-probabilities.
     """
 
     policy: PreTrainedModel
@@ -84,7 +84,7 @@ class Scorer:
     forward_path: ForwardPath
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
-    routers: Routers | None = None  # of the policy, where their balancing loss is trained on
+    routers: Routers | None = None  # of the policy, if their balancing loss is part of the loss
 
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
         """Return the log-probabilities of a batch on the device, [R]."""
@@ -92,7 +92,7 @@ class Scorer:
             return response_logps(model, batch, self.forward_path)
 
     def policy_outputs(self, batch: Batch) -> Outputs:
-        """Return what the loss reads of the policy, for the R responses of a batch on the
+        """Return the policy's outputs that the loss reads, for the R responses of a batch on the
         device.
         """
         if self.loss.reads == "logps_and_kl":
@@ -108,9 +108,12 @@ class Scorer:
             return read(self.policy, batch, self.forward_path)
 
     @torch.no_grad()
-    def context(self, batch_context: ContextBatch | None, counts: bool) -> Tensor | None:
-        """Return the loss's batch context, the same on every rank; None where it has none. `counts`
-        is true on one of the ranks that see the same rows. Every rank must call it.
+    def context(
+        self, batch_context: ContextBatch | None, is_primary_replica: bool
+    ) -> Tensor | None:
+        """Return the loss's batch context, the same on every rank; None if it has none.
+        `is_primary_replica` is true on one of the ranks that see the same rows. Every rank must
+        call it.
         """
         declared = self.loss.context
         if declared is None or batch_context is None:
@@ -122,20 +125,22 @@ class Scorer:
             policy = self.logps(self.policy, batch)
             reference = self.reference_logps(batch, policy)
             other = torch.zeros_like(policy.sum) if reference is None else reference.sum
-            # one for each response, where an example is one response
+            # one for each response, since an example is one response
             labels = batch.extras.example.get("labels", torch.zeros_like(other))
             columns = torch.stack([x.double() for x in (*policy, other, labels)], 1)  # [R, 4]
             values = by_example(columns, batch.n_responses)  # [B, k, 4]
             rows = torch.from_numpy(where).to(self.device)
             table[:, : values.shape[1]].index_add_(0, rows, weight * values)
-        # or FSDP would miss the gradients of what it has left gathered
+        # otherwise FSDP would miss the gradients of what it has left gathered
         sharding.reshard(self.policy)
-        sums, tokens, reference_sums, labels = sharding.all_reduce_sum(table * counts).unbind(2)
+        sums, tokens, reference_sums, labels = sharding.all_reduce_sum(
+            table * is_primary_replica
+        ).unbind(2)
         of_models: list[Any] = [Logps(sums, tokens), Logps(reference_sums, tokens)]
         if declared.examples == "own" and self.loss.group == "labelled":
             of_models = [Labelled(of_model, labels[:, 0] > 0) for of_model in of_models]
-        policy, known = of_models
-        return declared.compute(policy, known if self.loss.needs_reference else None)
+        policy, of_reference = of_models
+        return declared.compute(policy, of_reference if self.loss.needs_reference else None)
 
     def __call__(self, batch: Batch, context: Tensor | None = None) -> Scored:
         batch = batch.to(self.device)
@@ -184,8 +189,8 @@ class Scorer:
         )
 
     def reference_outputs(self, batch: Batch, like: Logps | Scores) -> Logps | TokenLogps | None:
-        """Return what the loss reads of the reference, for the R responses of a batch on the
-        device; None where it needs none.
+        """Return the reference's outputs that the loss reads, for the R responses of a batch on the
+        device; None if it needs none.
         """
         if not self.loss.reference_by_token:
             return self.reference_logps(batch, like)
@@ -194,12 +199,12 @@ class Scorer:
 
     def reference_logps(self, batch: Batch, like: Logps | Scores) -> Logps | None:
         """Return the reference's log-probabilities of a batch on the device, [R]: those that the
-        batch carries, or those of the live reference; None where the loss needs none.
+        batch carries, or those of the live reference; None if the loss needs none.
         """
         if not self.loss.needs_reference:
             return None
-        if (known := batch.extras.response.get("reference")) is not None:
-            return Logps(known.to(like[0]), like.tokens)
+        if (stored := batch.extras.response.get("reference")) is not None:
+            return Logps(stored.to(like[0]), like.tokens)
         if self.reference is None:
             return None
         with torch.no_grad():
@@ -215,14 +220,14 @@ def per_response(of_model: Outputs, batch: Batch) -> Logps:
 
 
 def per_response_value(of_policy: Logps | Scores) -> Tensor:
-    """Return what the policy gave each response: nats per token, or a score.  [R], detached"""
+    """Return the policy's value of each response: nats per token, or a score.  [R], detached"""
     if isinstance(of_policy, Scores):
         return of_policy.last.detach()
     return of_policy.mean().detach()
 
 
 def to_loss_inputs(of_model: Outputs, batch: Batch, group: Group) -> Any:
-    """Return what a loss of this group takes, from the values of R responses."""
+    """Return the inputs of a loss of this group, from the values of R responses."""
     return INPUTS[group](of_model, batch)
 
 
@@ -231,7 +236,7 @@ def _single(of_model: Any, batch: Batch) -> Any:
 
 
 def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
-    """Return the first half, chosen, and the second, rejected."""
+    """Return pairs of the first half, the chosen responses, and the second, the rejected ones."""
     n = len(batch.n_responses)
     p_chosen, margins = (
         None if (column := batch.extras.example.get(name)) is None else column.to(of_model[0])
@@ -255,7 +260,7 @@ def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
 
 
 def _lists(of_model: Logps, batch: Batch) -> Lists:
-    """Return one row for each list; an example's responses stand from best to worst."""
+    """Return one row for each list; the responses of an example are sorted from best to worst."""
     n = batch.n_responses
     of_lists = Logps(*(by_example(x, n) for x in of_model))
     exists = by_example(torch.ones_like(of_model.tokens, dtype=torch.bool), n, fill=False)
@@ -268,7 +273,7 @@ def _labelled(of_model: Any, batch: Batch) -> Labelled:
     return Labelled(of_model, labels > 0)
 
 
-# group -> what a loss takes, from the values of a batch's responses
+# group -> the inputs of its losses, from the values of a batch's responses
 INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
     "single": _single,
     "pair": _pairs,
@@ -278,12 +283,12 @@ INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
 
 
 def shared_tokens(batch: Batch) -> Tensor:
-    """Return how many tokens the two responses of each pair begin with in common.  [B]"""
+    """Return the number of tokens in the common prefix of the two responses of each pair.  [B]"""
     n = len(batch.spans) // 2
     (a, a_length), (b, b_length) = batch.spans[:n, 2:].T, batch.spans[n:, 2:].T
     length = np.minimum(a_length, b_length)  # [B]
     at = np.minimum(np.arange(max(length.max(), 1)), np.maximum(length - 1, 0)[:, None])  # [B, L]
-    # a response without a token may stand behind the end
+    # a response without tokens may start behind the end
     ids = batch.input_ids[0]
     last = batch.input_ids.shape[1] - 1
     device = ids.device
@@ -319,8 +324,8 @@ def _reward_metrics(output: LossOutput, policy: Any) -> dict[str, Metric]:
 
 
 def _logp_metrics(policy: Any) -> dict[str, Metric]:
-    """Return the metrics of the policy's log-probabilities, by what the examples hold: chosen and
-    rejected are the best and the worst of a list, and the desirable and the undesirable responses.
+    """Return the metrics of the policy's log-probabilities. In a list, chosen and rejected are the
+    best and the worst response; of labelled responses, the desirable and the undesirable ones.
     """
     if isinstance(policy, Logps):
         return {"logps/chosen": Mean(policy.sum.detach())}
@@ -333,7 +338,8 @@ def _logp_metrics(policy: Any) -> dict[str, Metric]:
         return {
             "logps/chosen": Mean(best),
             "logps/rejected": Mean(worst),
-            "logps/accuracies": Mean((best > worst).float()),  # ours: the policy's own ranking
+            # not in 2023: the policy's own ranking
+            "logps/accuracies": Mean((best > worst).float()),
         }
     return {}
 

@@ -1,4 +1,4 @@
-"""Make schedules and optimizers: pure functions of the config."""
+"""Make schedules and optimizers, as pure functions of the config."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def _groups(policy: nn.Module, head_lr: float | None) -> Any:
 def make_scheduler(
     config: DictConfig, optimizer: torch.optim.Optimizer, n_steps: int, done: int = 0
 ) -> Any:
-    """Return the learning rate as a function of the number of updates, of which `done` have been
-    made.
-    """
+    """Return the scheduler of the learning rate, advanced to `done` updates."""
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor := lr_factor(config, n_steps))
     if done:
         rates = [base * factor(done) for base in scheduler.base_lrs]
@@ -100,9 +98,9 @@ def make_scheduler(
 
 
 def lr_factor(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Return the factor of lr for update k (from 0): linear warmup min(1, (k + 1) / (warmup_steps +
-    1)) as in the original; then, by lr_schedule, constant, or down to min_lr_ratio at the last
-    step, linearly or as half a cosine.
+    """Return the factor of lr as a function of the update k (from 0): linear warmup min(1, (k + 1)
+    / (warmup_steps + 1)) as in the original; then, by lr_schedule, constant, or down to
+    min_lr_ratio at the last step, linearly or as half a cosine.
     """
     warmup, floor = config.warmup_steps, config.min_lr_ratio
     shape = {

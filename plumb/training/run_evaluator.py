@@ -1,4 +1,4 @@
-"""The evaluations within a run: metrics, samples and plots, into its logs."""
+"""Evaluate within a run: metrics, samples and plots, into its logs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunEvaluator:
 
     def evaluate(self, n_seen: int, between: Callable[[], None]) -> Record:
         """Log the metrics over the held-out examples, and samples, after `n_seen` training
-        examples. -> the metrics; {} without examples
+        examples. Return the metrics; {} without examples.
 
         `between` is called between batches, and may raise.
         """
@@ -80,7 +80,7 @@ class RunEvaluator:
         evaluation = evaluator.evaluate(between)
         record = evaluator.record(evaluation)
         if self.average is not None:
-            # a stop waits until the policy has its own weights again, which it saves
+            # a stop saves the policy, so it waits until the policy has its own weights again
             with self.average.in_place_of_policy():
                 record |= evaluator.record(evaluator.evaluate(), "eval_ema")
             between()

@@ -1,5 +1,5 @@
 """Decide what depends on memory: live or cached reference, tokens of a microbatch, when gradients
-are reduced. One pure function of numbers, for the card at hand and for one that plan=true assumes.
+are reduced. One pure function of numbers, for the real card and for the one that plan=true assumes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from plumb.training import budget
 
 @dataclass(frozen=True)
 class Numbers:
-    """Hold what the decisions are made from; bytes are of one process.
+    """Hold what the decisions depend on; bytes are those of one process.
 
     Example: a policy of 1 B parameters in float32 on one card of 80 GB, 64,000 pairs for one epoch:
     `Numbers(torch.device("cuda"), 80e9, 4e9, 1e9, 1, 310.0, False)`.
     """
 
-    device: torch.device  # its kind counts
+    device: torch.device  # only its type matters
     memory: float  # bytes, before a model is loaded
-    weights: float  # bytes of the policy's, or of its shard
-    n_weights: float  # of which gradients are kept until they are reduced
+    weights: float  # bytes of the policy's weights, or of its shard
+    n_weights: float  # whose gradients are kept until they are reduced
     ranks: int  # that have their own part of a batch
     mean_tokens: float  # of an example
-    repeats: bool  # examples come more than once
+    repeats: bool  # examples are used more than once
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class RunPlan:
     """Hold the decisions of one run."""
 
     reference: str | None  # "live": beside the policy; "cached": once over the data; None: no need
-    why: str  # the reason of that
+    why: str  # the reason
     budget: int  # tokens of a microbatch, where the head's logits never exist at once
     budget_with_logits: int
-    reduce_each: bool  # gradients after each microbatch, not after the step's last
+    reduce_each: bool  # gradients are reduced after each microbatch, not after the step's last
 
     def tokens(self, no_logits: bool) -> int:
         """Return the tokens of a microbatch."""
@@ -51,11 +51,10 @@ class RunPlan:
 def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Numbers) -> RunPlan:
     """Return the decisions of a run, where the config leaves a choice.
 
-    reference=auto: cached if examples come more than once, or if a second model would take a
-    quarter of the memory that the policy's training leaves; one that moves, only in the second
-    case. tokens_per_microbatch=null: by what is
-    free beside weights, gradients, optimizer and a live reference. fsdp_reduce=auto: by the size of
-    all gradients.
+    reference=auto: cached if examples are used more than once, or if a second model would take more
+    than a quarter of the memory that the policy's training leaves free; for a moving reference,
+    only the latter counts. tokens_per_microbatch=null: by the memory that weights, gradients,
+    optimizer and a live reference leave free. fsdp_reduce=auto: by the size of all gradients.
     """
     weights = numbers.weights
     tight = budget.short_for_reference(weights, 3 * weights, numbers.memory)
@@ -99,7 +98,7 @@ def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Num
 
 
 def _can_be_cached(config: Any) -> bool:
-    """Return whether a reference that moves is the policy at some time, in its precision."""
+    """Return whether a moving reference is always an earlier policy, in the policy's precision."""
     spec = config.model
     return config.reference_update_weight == 1 and spec.reference_dtype in (
         None,
@@ -110,8 +109,9 @@ def _can_be_cached(config: Any) -> bool:
 def numbers_at_hand(
     policy: nn.Module, device: torch.device, layout: Any, mean_tokens: float, repeats: bool
 ) -> Numbers:
-    """Return the numbers of this run, the same on all ranks: the memory of the one that has least.
-    `layout`: of several processes, over which the policy lies already. Every rank must call it.
+    """Return the numbers of this run, the same on all ranks: the memory is that of the rank with
+    least. `layout`: that of several processes, over which the policy is already laid out. Every
+    rank must call it.
     """
     shards = layout.n_shards if layout is not None else 1
     weights = budget.weights_bytes(policy) / shards

@@ -1,4 +1,4 @@
-"""When a run saves, and what."""
+"""Decide when a run saves, and what."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class RunSaver:
     state: TrainState
     log: TrainingLog
     saver: checkpoints.Saver
-    # the files of the original repository's form, each made by all ranks
+    # the files in the original repository's format; all ranks make each
     parts: Callable[[], Mapping[str, Callable[[], Any]]]
     fingerprint: dict[str, Any]  # what must be the same when the run resumes
-    decisions: dict[str, Any]  # what the run decided by the memory of its first start
+    decisions: dict[str, Any]  # made from the memory at the run's first start
     every: int | None  # interval between saves without an evaluation, in examples
     every_minutes: float | None
-    writes: bool  # false: a run that leaves no checkpoints
+    writes: bool  # false: the run writes no checkpoints
     saved: str = ""  # the name of the last checkpoint
     n_bytes: int = 0  # of a checkpoint
     last_save: float = field(default_factory=time.monotonic)
@@ -46,13 +46,13 @@ class RunSaver:
         self.saver.wait()
 
     def mark(self) -> None:
-        """Note how long the logs are. A checkpoint that is saved while an evaluation is due takes
-        back what was logged since.
+        """Record how long the logs are. Resuming from a checkpoint that was saved while an
+        evaluation was due removes what was logged since.
         """
         self.logs = self.log.mark()
 
     def record_reference(self, weights: str) -> None:
-        """Note the digest of the weights of a cached reference that moves."""
+        """Record the digest of the weights of a cached reference that moves."""
         self.decisions["reference_weights"] = weights
 
     def due(self, n: int) -> bool:
@@ -65,9 +65,9 @@ class RunSaver:
         )
 
     def save(self, record: Record, interim: bool = False) -> None:
-        """Save a checkpoint of this moment, step-<examples>, or interim-<examples> between
-        evaluations, unless the last one is of it, too: the run was stopped again before its next
-        step. LATEST points to it.
+        """Save a checkpoint, step-<examples>, or interim-<examples> between evaluations, and point
+        LATEST to it. Skip it if the last one has the same name: the run was stopped again before
+        its next step.
         """
         self.last_save = time.monotonic()
         if not self.writes:
@@ -82,14 +82,14 @@ class RunSaver:
             directory.write_status(self.run_dir, "running")
 
     def rehearse(self, n_saves: int) -> None:
-        """Find out what a save takes, and that it works; `n_saves` are to come."""
+        """Measure how much a save takes, and check that it works; `n_saves` will follow."""
         if self.writes:
             self.n_bytes = self.saver.rehearse(
                 self.parts(), self.state.tensors(), self.manifest({}), n_saves
             )
 
     def manifest(self, record: Record) -> checkpoints.Manifest:
-        """Return the description of a checkpoint that is saved now."""
+        """Return the manifest of a checkpoint that is saved now."""
         position = self.state.position
         return checkpoints.Manifest(
             step=position.n_updates,
@@ -122,9 +122,9 @@ def parts_of_2023(
     run: TrainState,
     policy_format: str,
 ) -> dict[str, Callable[[], Any]]:
-    """Return the files of the original repository's form, each to be made by all ranks, full on
-    rank 0. Without optimizer.pt where `optimizer_state` is None; with policy_ema.pt where there is
-    an average.
+    """Return functions for the files in the original repository's format; all ranks must call each,
+    and rank 0 gets the full state. Without optimizer.pt if `optimizer_state` is None; with
+    policy_ema.pt if there is an average.
     """
 
     def state() -> dict[str, Tensor]:

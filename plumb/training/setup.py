@@ -51,7 +51,7 @@ from plumb.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class Computation:
-    """Say where and in what precision the models compute.
+    """Hold where and in what precision the models compute.
 
     Example: `Computation(torch.device("cuda"), torch.bfloat16, torch.float32, autocast)`.
     """
@@ -64,7 +64,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Data:
-    """Hold what a run trains and is evaluated on, and the tokenizer that made it."""
+    """Hold the training and the held-out examples of a run, and the tokenizer that encoded them."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Examples
@@ -73,9 +73,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Reference:
-    """Say how the reference's log-probabilities are computed. The model runs beside the policy, or,
-    with a `digest` of its weights, once over what their cache lacks; a model that is None is the
-    policy before its first step, or there is no reference.
+    """Hold how the reference's log-probabilities are computed. Without a `digest` of its weights,
+    the model runs beside the policy; with one, it runs once over what the cache lacks. If the model
+    is None, the reference is the policy before its first step, or there is none.
     """
 
     model: PreTrainedModel | None = None
@@ -84,15 +84,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Run:
-    """Hold what a run consists of, beside its config and its models."""
+    """Hold what a run consists of, besides its config and its models."""
 
     loss: Loss
     data: Data
-    plan: RunPlan  # what was decided by the memory at hand
+    plan: RunPlan  # the decisions that depend on memory
     fingerprint: dict[str, Any]  # what must be the same when it resumes
     run_dir: Path
     log: TrainingLog
-    layout: sharding.Layout | None = None  # how both models lie over several processes, already
+    layout: sharding.Layout | None = None  # how both models are laid out over several processes
 
 
 class Placement(Protocol):
@@ -147,11 +147,11 @@ def prepare(
         weights_dtype=DTYPES[config.model.policy_dtype],
         autocast=trainer.autocast(device),
     )
-    # Before the first forward pass, after which FSDP leaves some weights gathered.
+    # Before the first forward pass, since FSDP leaves some weights gathered after it.
     state = TrainState(config, policy, make_optimizer(config, policy, device), schedule)
 
     def token_budget(path: ForwardPath) -> int:
-        # a score takes no logits, and neither does a head that is computed in chunks
+        # a score needs no logits, and a head that is computed in chunks never holds all of them
         return plan.tokens(no_logits=path.plain_head or scores(policy))
 
     routers = watch_routers(policy, config.router_aux_loss)
@@ -169,7 +169,7 @@ def prepare(
         longest=config.max_length,
         row_length=budget if config.compile and forward_path.packed else None,
     )
-    if block is not None:  # after the layout was tried, on rows of other lengths
+    if block is not None:  # the layout was tried before that, on rows of other lengths
         for model in filter(None, (policy, reference_model)):
             compile_blocks(model, block, config.activation_checkpointing)
     scorer = Scorer(
@@ -226,7 +226,7 @@ def prepare(
 def open_reference_cache(
     config: DictConfig, scorer: Scorer, computation: Computation, trainer: Placement, weights: str
 ) -> ReferenceCache:
-    """Return the cache of a reference, `weights` the digest of its own, as this run computes it."""
+    """Return the cache of a reference as this run computes it; `weights`: its weights' digest."""
     spec = config.model
     by_run = reference_cache.Computation(
         weights_dtype=spec.reference_dtype or spec.policy_dtype,
@@ -246,8 +246,8 @@ def open_reference_cache(
 
 
 def autocast_to(name: str | None, device: torch.device) -> Callable[[], Any]:
-    """Return the context in which models compute in the type of this name, or as their weights
-    are if it is None.
+    """Return the context in which models compute in the type of this name; None: in that of their
+    weights.
     """
     return nullcontext if name is None else lambda: torch.autocast(device.type, DTYPES[name])
 
@@ -293,12 +293,12 @@ def find_forward_path(
     max_length: int,
     row_tokens: Callable[[ForwardPath], int],
 ) -> ForwardPath:
-    """Return how the models compute, by trying, and print why. `row_tokens`: the length of a
+    """Choose how the models compute, by trying, and print why. `row_tokens` gives the length of a
     microbatch's row on a path. Every rank must call it.
     """
     autocast = computation.autocast
     precisions = [Precision(autocast, computation.dtype)]
-    if autocast is not nullcontext:  # where errors show that 16 bits would hide
+    if autocast is not nullcontext:  # shows errors that 16 bits would hide
         precisions.insert(0, Precision(nullcontext, computation.weights_dtype))
     forward_path, line = choose_forward_path(
         policy,
@@ -314,7 +314,7 @@ def find_forward_path(
 
 
 def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Placement) -> RunSaver:
-    """Return what saves the run's checkpoints."""
+    """Return the saver of the run's checkpoints."""
 
     def parts() -> dict[str, Callable[[], Any]]:
         return parts_of_2023(
@@ -353,7 +353,7 @@ def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Place
 def make_moving_reference(
     config: DictConfig, ready: Prepared, saver: RunSaver
 ) -> MovingReference | None:
-    """Return what moves the reference; None where it stays."""
+    """Return what moves the reference; None if it stays fixed."""
     every = config.reference_update_every
     if every is None:
         return None
@@ -372,7 +372,7 @@ def make_run_evaluator(
     saver: RunSaver,
     draw_scores: Callable[[np.ndarray, np.ndarray, Path, int], None],
 ) -> RunEvaluator:
-    """Return what evaluates the policy within the run. `draw_scores`: see RunEvaluator."""
+    """Return the evaluator of the policy within the run. `draw_scores`: see RunEvaluator."""
     return RunEvaluator(
         evaluator=ready.evaluator,
         sampler=make_sampler(config, run),
@@ -385,7 +385,7 @@ def make_run_evaluator(
 
 
 def make_sampler(config: DictConfig, run: Run) -> EvalSampler | None:
-    """Return what samples at each evaluation; None where nothing is to be, or can be, sampled."""
+    """Return the sampler of the evaluations; None if nothing is to be, or can be, sampled."""
     if not config.sample_during_eval or run.loss.reads == "scores":
         return None
     return EvalSampler(

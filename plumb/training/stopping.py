@@ -1,4 +1,4 @@
-"""When a run stops early: a signal, or max_hours. All ranks agree before any of them stops."""
+"""Stop a run early: on a signal, or after max_hours. All ranks agree before any of them stops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plumb.training.saving import RunSaver
 
 
 class StopRule:
-    """Decide when a run is to stop, and stop it. `max_hours`: from the start of the command; None:
+    """Decide when a run stops, and stop it. `max_hours` count from the start of the command; None:
     no limit.
     """
 
@@ -21,23 +21,21 @@ class StopRule:
         self.longest_step_secs = 0.0
 
     def wishes(self) -> list[float]:
-        """Return what this rank would stop for: [is the time up, number of a signal or 0]. Signals
-        wait to be asked for from the first call on.
+        """Return why this rank would stop: [whether the time is up, number of a signal or 0]. From
+        the first call on, a signal no longer ends the process, but waits for the next call.
         """
         return [self.out_of_time(), stop_requested()]
 
     def check(self) -> None:
-        """Stop within an evaluation, between batches, if any rank is asked to. Every rank must call
-        it.
-        """
+        """Stop within an evaluation, between batches, if any rank has to. All ranks must call it."""
         late, number = (int(wish) for wish in collectives.all_reduce_max(self.wishes()))
         if late or number:
             self.saver.state.position.finished = False
             self.stop(number)
 
     def out_of_time(self) -> bool:
-        """Return whether another step and a save, each twice as long as so far, would end after
-        max_hours.
+        """Return whether another step and a save, each taking twice its longest time so far, would
+        end after max_hours.
         """
         margin = 2 * (self.longest_step_secs + self.saver.saver.secs) + 10
         return (

@@ -1,4 +1,4 @@
-"""How fast a run trains: examples and tokens per second, padding, MFU (see docs/metrics.md)."""
+"""Measure how fast a run trains: examples and tokens per second, padding, MFU (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Throughput:
 
     cost: Cost  # operations of the policy
     peak_flops: float | None  # of one process; None on a CPU
-    packed: bool  # trees in a row, or padded rows
+    packed: bool  # trees in a row, not padded rows
 
     def of(self, step: Step, secs: float, waited_secs: float, live_reference: bool) -> Record:
-        """Return the speed of a step that took `secs`; padding is this rank's, all else of all
-        ranks.
+        """Return the speed of a step that took `secs`; padding is that of this rank, the rest that
+        of all ranks.
         """
         batches = [m.batch for m in step.microbatches]
         processed = sum(b.n_processed(self.packed) for b in batches)

@@ -1,4 +1,4 @@
-"""Where a run stands: weights, optimizer, learning rate and position."""
+"""Hold the state of a run: weights, optimizer, learning rate and position."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from plumb.training.optimizers import make_scheduler
 
 @dataclass
 class Position:
-    """Say where a run stands in its schedule.
+    """Hold the position of a run in its schedule.
 
     Example, after two steps of 64: `Position(n_updates=2, n_seen=128, order="9f86...")`.
     """
 
     n_updates: int = 0  # optimizer steps
     n_seen: int = 0  # training examples
-    order: str = ""  # a digest of the indices of all examples seen, chained
-    evaluation_due: bool = False  # the evaluation that belongs here has not been made
+    order: str = ""  # a chained digest of the indices of all examples seen
+    evaluation_due: bool = False  # the evaluation at this position has not been done
     finished: bool = False
 
     def advance(self, indices: np.ndarray) -> None:
@@ -52,7 +52,7 @@ class Position:
 
 
 class TrainState:
-    """Hold what the steps of a run change, and what it resumes from."""
+    """Hold what the steps of a run change, and from which it resumes."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class TrainState:
         self.scheduler = make_scheduler(config, optimizer, schedule.n_steps)
         self.position = Position()
         self.n_steps = schedule.n_steps
-        self.first_update = 0  # updates that were made before this start
+        self.first_update = 0  # updates before this start
         self.average: PolicyAverage | None = None
         if config.ema_decay is not None:
             self.average = PolicyAverage(policy, config.ema_decay)
@@ -88,8 +88,8 @@ class TrainState:
         run_progress.report(self.position.n_updates, self.position.n_seen)
 
     def seconds_left(self, elapsed_secs: float) -> float:
-        """Return how long the rest of the run takes, `elapsed_secs` after its start, after at least
-        one update.
+        """Return the estimated time of the rest of the run, `elapsed_secs` after its start and
+        after at least one update.
         """
         done = self.position.n_updates
         return elapsed_secs * (self.n_steps - done) / (done - self.first_update)
