@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import train  # noqa: F401  registers what config.yaml is resolved with
+import train  # noqa: F401  registers the resolvers of config.yaml
 from plumb.console import rank0_print, to_dict
 from plumb.errors import UserError
 from plumb.paths import ROOT, new_file
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table of metrics, and write them to a file if asked to."""
+    """Print the table of metrics, and write them to a file if --out is given."""
     from plumb.models.find import find_model
 
     ref = find_model(args.model, args.base)
@@ -105,7 +105,7 @@ def evaluate_on(
     *overrides: str,
     reference: str | None = None,
 ) -> Record:
-    """Evaluate a model on rows given as dicts, all of them, as the command does on a file of them.
+    """Evaluate a model on all of these rows (dicts), as the command does on a file of them.
     `overrides`: knob=value. Raises UserError.
     """
     from plumb.models.find import find_model
@@ -144,20 +144,20 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
             config = compose("config", ["exp_name=eval", *groups, *own])
         OmegaConf.set_struct(config, False)
         if ref.run_dir is not None:
-            known = {
+            settings = {
                 k: v
                 for k, v in ref.config.items()
                 if k in config and k not in ("model", "loss", "local_run_dir")
             }
             config = cast(
                 DictConfig,
-                OmegaConf.merge(config, known, {"loss": ref.config.loss} if own else {}),
+                OmegaConf.merge(config, settings, {"loss": ref.config.loss} if own else {}),
             )
         config.model = ref.config.model
         for knob, value in values_in_eval().items():
             OmegaConf.update(config, knob, value)
         if any(override.key_or_group == "datasets" for override in parsed):
-            config.eval_datasets = None  # which went with the run's data sets
+            config.eval_datasets = None  # it belonged to the run's data sets
         for override in parsed:
             if override.input_line not in groups:
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
@@ -170,20 +170,22 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
 
 def check_override(override: Override, ref: ModelRef) -> None:
     """Raise UserError for an override that has no effect on an evaluation."""
-    key, said = override.key_or_group, override.input_line
+    key, text = override.key_or_group, override.input_line
     if override.is_sweep_override():
-        raise UserError(f"{said}: one evaluation has one value; put one with commas into quotes")
+        raise UserError(
+            f"{text}: an evaluation has one value for each knob; quote a value with commas"
+        )
     if key == "model" or key in ("model.name_or_path", "model.archive", "model.architecture"):
         raise UserError(
-            f"{said}: the model is {ref.name}; leave it out, or give another MODEL (or --base)"
+            f"{text}: the model is {ref.name}; leave it out, or give another MODEL (or --base)"
         )
     if key == "exp" and ref.run_dir is not None:
         raise UserError(
-            f"{said}: the settings are those of the run {ref.run_dir}; give knobs to change them"
+            f"{text}: the settings come from the run {ref.run_dir}; give knobs to change them"
         )
     knob = knob_of(key)
     if knob is not None and "eval" not in knob.commands:
-        raise UserError(f"{said}: not applicable to evaluation; leave it out")
+        raise UserError(f"{text}: not applicable to evaluation; leave it out")
 
 
 def evaluate(
@@ -203,16 +205,16 @@ def evaluate(
             ("a reward model", "a policy") if ref.scalar else ("a policy", "a reward model")
         )
         raise UserError(
-            f"{ref.name}: {kind}, and loss={loss.name} is for {wanted}; give another loss="
+            f"{ref.name}: {kind}, but loss={loss.name} is for {wanted}; set another loss="
         )
     check_length(config)
     tokenizer = load_tokenizer(config)
-    # it is evaluated, not started from
+    # the archive is evaluated; no run starts from it
     data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))
     _, examples = load_examples(data, tokenizer, loss.group, prefixes=loss.prefixes)
     if not examples:
         raise UserError(
-            f"datasets={list(config.datasets)}: nothing is held out; set eval_share, or give"
+            f"datasets={list(config.datasets)}: nothing is held out; set eval_share or"
             " eval_datasets"
         )
     # an SFT target is no preference
@@ -301,7 +303,7 @@ def make_evaluator(
 
 
 def examples_seen(ref: ModelRef) -> int:
-    """Return the training examples that a checkpoint has seen, by its name; 0 for other models."""
+    """Return how many training examples a checkpoint has seen, by its name; 0 for other models."""
     step = ref.archive and re.fullmatch(
         r"(?:step|interim)-(\d+)", ref.archive.resolve().parent.name
     )

@@ -1,4 +1,4 @@
-"""Raw preference data -> prompts, responses and pairs, as text.
+"""Turn raw preference data into prompts, responses and pairs, as text.
 
 A data set is one function, `get_xyz`, with `@dataset`: it turns raw rows into `{prompt: Prompt}`,
 the contract of the 2023 repository, so that its users' own functions work with the decorator alone.

@@ -1,8 +1,8 @@
 """Report on runs: `python report.py RUN [RUN ...]` writes a self-contained page, and its curves as
 a PNG.
 
-What it says is in reports/diagnosis.py and runs/history.py, what it draws in reports/curves.py, how
-it looks in reports/report.html.
+The text comes from reports/diagnosis.py and runs/history.py, the curves from reports/curves.py, the
+layout from reports/report.html.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from plumb.reports.diagnosis import (
 from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
 from plumb.settings import cli, schema
 
-# What is better, by the beginning of a metric's name; of others (a margin, a reward) more is not
-# better.
+# Which value is better, by the start of the metric's name; of others (a margin, a reward), more is
+# not better.
 BETTER = {"rewards_eval/accuracies": max, "loss ": min, "perplexity/": min}
-MAX_SAMPLES = 32  # prompts on the page; all stand in samples.jsonl
+MAX_SAMPLES = 32  # prompts on the page; samples.jsonl has all
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,12 +63,12 @@ def main(options: argparse.Namespace) -> None:
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={out}: expected a name that ends in .html")
     findings = [diagnose(run) for run in runs]
-    for run, found in zip(runs, findings, strict=True):
+    for run, of_run in zip(runs, findings, strict=True):
         print(one_line(f"{run.name}: {verdict(run)}"))
-        for line in (*run.notes, healthy(found)):
+        for line in (*run.notes, healthy(of_run)):
             if line:
                 print(one_line(f"  {line}"))
-        for f in found:
+        for f in of_run:
             print(
                 one_line(f"  {f.level}: {f.title}: {f.evidence}"),
                 one_line(f"      try: {f.remedy}"),
@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> None:
             )
     page = render(runs, findings)
     with new_file(out, "--out", "wb") as file:
-        # half a surrogate pair in a sample is no reason to fail
+        # half a surrogate pair in a sample must not fail the report
         file.write(page.encode("utf-8", errors="replace"))
     picture = out.with_suffix(".png")
     with new_file(picture, "--out", "wb") as file:
@@ -85,7 +85,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
-    """Return the page. All text is escaped where it enters, since samples may hold anything."""
+    """Return the page. All text is escaped when inserted, since samples may contain anything."""
     folder = FileSystemLoader(Path(curves.__file__).parent)
     templates = Environment(
         loader=folder,
@@ -118,7 +118,7 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
     )
 
 
-def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
+def _of_run(i: int, run: Run, findings: Sequence[Finding]) -> dict[str, Any]:
     """Return what the page shows of one run."""
     command = run.environment.get("command")
     return {
@@ -128,8 +128,8 @@ def _of_run(i: int, run: Run, found: Sequence[Finding]) -> dict[str, Any]:
         "verdict": verdict(run),
         "notes": run.notes,
         "state": run.status.get("state") or "unknown",
-        "findings": found,
-        "healthy": healthy(found),
+        "findings": findings,
+        "healthy": healthy(findings),
         "meanings": " ".join(family_of(run).meanings()),
         "lineage": lineage(run),
         "samples": side_by_side(before_and_after(run)),
@@ -214,11 +214,11 @@ def parts(table: Sequence[Column]) -> dict[str, dict[str, list[float | None]]]:
     """Return {part: value per column}, by data set and length, for each metric that is split
     (`rewards_eval/accuracies/length 32-63`).
     """
-    found: dict[str, dict[str, list[float | None]]] = {}
+    by_metric: dict[str, dict[str, list[float | None]]] = {}
     for key in dict.fromkeys(k for c in table for k in c.record if k.count("/") > 1):
         metric, part = "/".join(key.split("/")[:2]), "/".join(key.split("/")[2:])
-        found.setdefault(metric, {})[part] = [c.record.get(key) for c in table]
-    return found
+        by_metric.setdefault(metric, {})[part] = [c.record.get(key) for c in table]
+    return by_metric
 
 
 def _best(key: str, table: Sequence[Column]) -> float | None:

@@ -1,4 +1,4 @@
-"""Answers of one model or of several side by side: `python sample.py MODEL [MODEL ...]`. See
+"""Show the answers of one or more models side by side: `python sample.py MODEL [MODEL ...]`. See
 docs/sampling.md.
 """
 
@@ -152,7 +152,8 @@ def not_negative(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    if (n := not_negative(text)) >= 2**62:  # what torch takes, after some batches and turns, too
+    # within what torch accepts, even after some batches and turns
+    if (n := not_negative(text)) >= 2**62:
         raise argparse.ArgumentTypeError(f"{n} is not below 2**62")
     return n
 
@@ -167,7 +168,7 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     """Return the decoding. Raise UserError for numbers out of range, and for what
     `Decoding.checked` refuses.
     """
-    given = {name: value for name, value in vars(options).items() if name in FIELDS}
+    values = {name: value for name, value in vars(options).items() if name in FIELDS}
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "temperature": (
             lambda v: 1e-4 <= v < 1e4,
@@ -180,35 +181,40 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
         "diversity_penalty": (lambda v: 0 < v < 1e4, "above 0, and below 10000"),
         "penalty_alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     }
-    for name, value in given.items():
-        fits, said = ranges[name]
+    for name, value in values.items():
+        fits, expected = ranges[name]
         if not fits(value):
-            raise UserError(f"{flag(name)} {value:g}: must be {said}")
-    if options.mode == "contrastive" and given.get("top_k", 1) < 1:
+            raise UserError(f"{flag(name)} {value:g}: must be {expected}")
+    if options.mode == "contrastive" and values.get("top_k", 1) < 1:
         raise UserError("--top-k 0: contrastive search needs candidates; give 2 or more")
     if "" in options.stop:
-        raise UserError("--stop '': an empty string is everywhere; give one that ends an answer")
+        raise UserError(
+            "--stop '': an empty string would end every answer; give one that ends an answer"
+        )
     return Decoding(
-        options.mode, options.n, options.max_new_tokens, tuple(options.stop), **given
+        options.mode, options.n, options.max_new_tokens, tuple(options.stop), **values
     ).checked()
 
 
 def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
-    """Return the prompts that the options ask for; see data/prompts.py for the errors."""
+    """Return the prompts that the options select; see data/prompts.py for the errors."""
     if options.prompts:
-        found: Any = prompts.of_file(options.prompts, options.field, options.raw)
+        available: Any = prompts.of_file(options.prompts, options.field, options.raw)
     elif options.dataset:
         cache = str(get_local_dir([".cache"]))
-        found = prompts.of_dataset(
+        available = prompts.of_dataset(
             options.dataset, options.split, options.dataset_path, options.eval_share, cache
         )
     else:
-        found = prompts.built_in(options.language)
-    return prompts.some_of(found, options.n_prompts, options.seed)
+        available = prompts.built_in(options.language)
+    return prompts.some_of(available, options.n_prompts, options.seed)
 
 
 def answered(
-    ref: ModelRef, asked: list[prompts.Prompt], decoding: Decoding, options: argparse.Namespace
+    ref: ModelRef,
+    prompt_list: list[prompts.Prompt],
+    decoding: Decoding,
+    options: argparse.Namespace,
 ) -> Iterator[tuple[dict[str, Any], list[Answer]]]:
     """Load one model, and return (its details, its answers) for each prompt."""
     from plumb.models.find import template_of
@@ -220,11 +226,11 @@ def answered(
     template = template_of(ref, options.chat_template, model.tokenizer)
     add_bos = bool(ref.config.get("add_bos", True))
     room = longest_prompt(model, decoding)
-    read = read_prompts(model, asked, template, add_bos, room)
+    read = read_prompts(model, prompt_list, template, add_bos, room)
     if n_cut := sum(prompt.cut for prompt in read):
         print(
-            f"{ref.name}: {n_cut} of {len(asked)} prompts exceed {room} tokens; their ends are"
-            " read",
+            f"{ref.name}: {n_cut} of {len(prompt_list)} prompts exceed {room} tokens; only their"
+            " ends are read",
             file=sys.stderr,
         )
     settings = (
@@ -256,7 +262,7 @@ def answered(
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    for prompt, one, some in zip(asked, read, drawn, strict=True):
+    for prompt, one, some in zip(prompt_list, read, drawn, strict=True):
         yield (
             {
                 "prompt": prompt.text,
@@ -272,35 +278,35 @@ def answered(
 def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]:
     """Return the line of --out for a prompt and a model."""
     if form == "pairs":
-        asked = about["prompt"]
-        plain = asked[0]["content"] if isinstance(asked, list) and len(asked) == 1 else asked
-        kept = {
+        prompt = about["prompt"]
+        plain = prompt[0]["content"] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+        details = {
             name: about[name]
             for name in ("prompt", "source", "model", "archive", "weights", "settings")
         }
-        return {"instruction": plain, "output_1": some[0].text, "output_2": some[1].text} | kept
-    found = {
+        return {"instruction": plain, "output_1": some[0].text, "output_2": some[1].text} | details
+    fields = {
         "answers": [a.text for a in some],
         "n_tokens": [a.n_tokens for a in some],
         "ended": [a.ended for a in some],
     }
     return (
         {name: value for name, value in about.items() if name != "settings"}
-        | found
+        | fields
         | {"settings": about["settings"]}
     )
 
 
 def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str:
-    """Yield a block for each prompt: the prompt, then each model's answers."""
+    """Return a block of text for each prompt: the prompt, then each model's answers."""
     width = min(shutil.get_terminal_size().columns, 120)
     blocks = []
     for i, of_prompt in enumerate(zip(*shown, strict=True), 1):
-        asked = of_prompt[0][0]["prompt"]
+        prompt = of_prompt[0][0]["prompt"]
         text = (
-            asked
-            if isinstance(asked, str)
-            else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
+            prompt
+            if isinstance(prompt, str)
+            else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         )
         lines = [
             f"==== {i} of {n}  {of_prompt[0][0]['source']} ".ljust(width, "="),
@@ -318,7 +324,7 @@ def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Return lines for a terminal, without control characters."""
+    """Return the text as lines for a terminal, without control characters."""
     clean = [
         "".join(c if c.isprintable() else " " for c in part) for part in text.strip().splitlines()
     ]
@@ -340,9 +346,9 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
     tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
     add_bos = bool(ref.config.get("add_bos", True))
     if (template or own_template(tokenizer)) == HH_TEMPLATE:
-        # or a model goes on and speaks for both
+        # otherwise a model continues and speaks for both
         decoding = replace(decoding, stop=(*decoding.stop, "\n\nHuman:"))
-    said: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = []
     print(f"{ref.name}; quit ends, clear forgets", flush=True)
     for turn in range(2**31):
         print("> ", end="", flush=True)
@@ -351,15 +357,15 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
             print(end="" if text else "\n")
             return
         if text.strip() in ("", "clear"):
-            said = [] if text.strip() else said
+            messages = [] if text.strip() else messages
             continue
-        said += prompts.user_turn(text.strip())
-        for dropped in range(0, len(said), 2):
-            text = prompts.rendered(prompts.Prompt(said[dropped:], "chat"), tokenizer, template)
+        messages += prompts.user_turn(text.strip())
+        for dropped in range(0, len(messages), 2):
+            text = prompts.rendered(prompts.Prompt(messages[dropped:], "chat"), tokenizer, template)
             ids, cut = prompts.token_ids(text, tokenizer, add_bos, room)
             if not cut:
                 break
-        said = said[dropped:]
+        messages = messages[dropped:]
         if dropped:
             print(f"(only {room} tokens fit; the oldest turns are dropped: {dropped // 2})")
         if cut:
@@ -367,7 +373,7 @@ def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None
         ((answer,),) = answers(
             model.model, tokenizer, [ids], decoding, batch_size=1, seed=options.seed + turn
         )
-        said.append({"role": "assistant", "content": answer.text.strip()})
+        messages.append({"role": "assistant", "content": answer.text.strip()})
         print(
             "\n".join(wrapped(answer.text, min(shutil.get_terminal_size().columns, 120))),
             flush=True,
@@ -402,11 +408,11 @@ def check(options: argparse.Namespace) -> None:
         )
     if options.chat and len(options.models) > 1:
         raise UserError(
-            f"--chat: talks to one model, and {len(options.models)} are given; give one"
+            f"--chat: talks to one model, but {len(options.models)} are given; give one"
         )
     if options.format == "pairs" and (options.n != 2 or len(options.models) > 1):
         raise UserError(
-            "--format pairs: needs --n 2 and one model, whose two answers make a line; give these"
+            "--format pairs: needs --n 2 and one model, whose two answers form a line; set them"
         )
 
 
@@ -414,35 +420,35 @@ def main(options: argparse.Namespace) -> None:
     """Run the command."""
     check(options)
     decoding = decoding_of(options)
-    asked = [] if options.chat else prompts_of(options)
+    prompt_list = [] if options.chat else prompts_of(options)
 
     from plumb.models.find import find_model
 
     models = [
         find_model(name, options.base, options.tokenizer, options.dtype) for name in options.models
     ]
-    for found in models:
-        if found.scalar:
+    for ref in models:
+        if ref.scalar:
             raise UserError(
-                f"{found.name}: a reward model, which scores and does not answer; give a policy"
+                f"{ref.name}: a reward model, which gives scores, not answers; give a policy"
             )
     if options.chat:
         return chat(models[0], decoding, options)
     shown: list[list[tuple[dict[str, Any], list[Answer]]]] = [[] for _ in models]
     with new_file(options.out, "--out") if options.out else nullcontext() as file:
-        for found, kept in zip(models, shown, strict=True):
-            for about, some in answered(found, asked, decoding, options):
-                if len(kept) < options.show:
-                    kept.append((about, some))
+        for ref, rows in zip(models, shown, strict=True):
+            for about, some in answered(ref, prompt_list, decoding, options):
+                if len(rows) < options.show:
+                    rows.append((about, some))
                 if file:
                     file.write(
                         json.dumps(line(about, some, options.format), ensure_ascii=False) + "\n"
                     )
-    print(table(shown, len(asked)))
-    if (more := len(asked) - options.show) > 0:
+    print(table(shown, len(prompt_list)))
+    if (more := len(prompt_list) - options.show) > 0:
         print(f"\n{more} more prompts are not shown (--show {options.show})")
     if options.out:
-        print(f"\n{options.out}: {len(asked) * len(models)} lines")
+        print(f"\n{options.out}: {len(prompt_list) * len(models)} lines")
 
 
 if __name__ == "__main__":

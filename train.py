@@ -1,8 +1,8 @@
 """Train a policy: `python train.py exp_name=... model=... datasets=[...] loss=...`; every knob is
 in config/.
 
-validate -> tokenizer and data -> policy and reference -> trainer -> train -> save. What goes wrong
-through the user's hands ends in one line and exit code 2.
+validate -> tokenizer and data -> policy and reference -> trainer -> train -> save. An error that
+the user can fix ends in one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Hydra then raises what it would print, and `main` says it in one line
+# Hydra then raises what it would print, and `main` prints it in one line
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Threads that spin while they wait make a CPU run ten times slower as soon as something else wants
-# a core.
+# Threads that spin while waiting make a CPU run ten times slower as soon as something else needs a
+# core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
@@ -67,8 +67,8 @@ OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
-    """Validate, then train in this process or in several. What ends a run early is printed in one
-    line, and stands in its exit code and in status.json.
+    """Validate, then train in this process or in several. The reason why a run ends early is
+    printed in one line and recorded in its exit code and status.json.
     """
     run_dir = None
     signals.reset()
@@ -96,7 +96,7 @@ def run(config: DictConfig) -> None:
             )
     except (
         UserError
-    ) as error:  # here, not in `main`: Hydra would write a line of its own before passing it on
+    ) as error:  # here, not in `main`: Hydra would print a line of its own before passing it on
         sys.exit(end(run_dir, "failed", error.exit_code, f"error: {error}"))
     except signals.Stopped as stopped:
         sys.exit(end(run_dir, "stopped", stopped.code, str(stopped)))
@@ -111,20 +111,20 @@ def run(config: DictConfig) -> None:
 
 
 def prepare(config: DictConfig) -> Path:
-    """Choose the run directory and resolve the config. -> the directory"""
+    """Choose the run directory and resolve the config. Return the directory."""
     from plumb.runs import directory
 
     config.local_run_dir = directory.find(config)
     OmegaConf.resolve(config)
-    # the run's record then says which policy.pt a pattern or LATEST meant
+    # so that the run's record shows which policy.pt a pattern or LATEST meant
     if config.model.archive:
         config.model.archive = str(resolve_archive(config.model.archive).resolve())
     return Path(config.local_run_dir)
 
 
 def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
-    """Train on rows that are dicts, as `python train.py datasets=[rows.jsonl]` does on a file of
-    them; one process. `overrides`: knob=value. -> the run directory. Raises UserError.
+    """Train in one process on rows that are dicts, as `python train.py datasets=[rows.jsonl]` does
+    on a file of them. `overrides`: knob=value. Return the run directory. Raises UserError.
     """
     signals.reset()
     with temporary_jsonl(rows, "rows.jsonl") as file:
@@ -139,7 +139,7 @@ def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
             raise UserError(in_one_line(error)) from None
         if config.trainer != "BasicTrainer":
             raise UserError(
-                f"trainer={config.trainer}: train_on has one process; use python train.py"
+                f"trainer={config.trainer}: train_on uses one process; use python train.py"
             )
         run_dir = prepare(config)
         train(config)
@@ -147,13 +147,13 @@ def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
 
 
 def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
-    """Print how the run ended, on the console and in status.json. -> its exit code"""
+    """Print how the run ended, and record it in status.json. Return its exit code."""
     text = one_line(text)
     if run_dir is not None:
         from plumb.runs import directory
 
         directory.write_status(run_dir, state, code, text.removeprefix("error: "))
-    # every rank met the same mistake; but a rank that ends takes the others with it
+    # every rank has the same error, and a rank that exits would take the others with it
     if under_torchrun() and rank() != 0:
         signals.end_quietly()
         time.sleep(5)
@@ -188,12 +188,12 @@ def train(config: DictConfig) -> None:
                 config.keep_checkpoints,
                 config.keep_best,
             )
-            # which a kill may have prevented
+            # a kill may have prevented this
             collectives.from_rank0(finish)
             collectives.from_rank0(partial(checkpoints.remove_leftovers, run_dir))
             rank0_print(
                 f"{run_dir} is finished: {checkpoint.manifest.step:,} steps; nothing to do."
-                " A new run: resume=never"
+                " For a new run, set resume=never"
             )
             run_progress.report(checkpoint.manifest.step, checkpoint.manifest.examples)
         else:
@@ -209,7 +209,7 @@ def train(config: DictConfig) -> None:
 def train_from(
     config: DictConfig, owner: directory.RunLock, checkpoint: checkpoints.Checkpoint | None
 ) -> None:
-    """Train from a checkpoint of this run, or from its beginning."""
+    """Train from a checkpoint of this run, or from the start."""
     import torch
 
     from plumb.losses.registry import build_loss
@@ -231,7 +231,7 @@ def train_from(
     describe(policy, config)
     digest = weights_digest(policy)
 
-    # what the run is made of, and is it that of the checkpoint?
+    # the fingerprint, which must match that of the checkpoint
     fingerprint = fingerprint_of(config, data, digest)
     changed: list[str] = []
     if checkpoint is not None:
@@ -240,7 +240,7 @@ def train_from(
         )
         config = with_decisions(config, checkpoint.manifest.decisions, sharded=layout is not None)
 
-    # what memory decides, and the reference
+    # the decisions that depend on memory, and the reference
     plan = decide(config, loss, policy, data, layout)
     reference = load_reference_for(config, plan, policy, digest, layout)
 
@@ -264,7 +264,7 @@ def train_from(
                 layout=layout,
             ),
         )
-        del policy, reference  # the trainer's; a reference that was only run once is freed
+        del policy, reference  # the trainer has them; a reference that runs only once is freed
         budget = trainer.packing.budget
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -274,7 +274,7 @@ def train_from(
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of GPU memory: set tokens_per_microbatch below {budget or 'what is free'} (the"
-            " result stays the same), or activation_checkpointing=true or"
+            " result stays the same), or activation_checkpointing=true, or"
             " model.fsdp_policy_mp=bfloat16"
         ) from None
     finally:
@@ -288,7 +288,7 @@ def train_from(
 
 
 def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
-    """Return tokenizer and examples, after checks of what the model's config says without its
+    """Return tokenizer and examples, after the checks that need the model's config but not its
     weights.
     """
     from plumb.data.prepare import (
@@ -332,7 +332,9 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
 def load_checked_policy(
     config: DictConfig, loss: Loss, data: Data, layout: sharding.Layout | None
 ) -> PreTrainedModel:
-    """Return the policy where it will be trained, once it knows all ids of the data."""
+    """Return the policy where it will be trained. Raise UserError if the data have ids that it does
+    not know.
+    """
     import torch
 
     from plumb.models.limits import check_vocabulary
@@ -354,7 +356,7 @@ def load_checked_policy(
 
 
 def fingerprint_of(config: DictConfig, data: Data, digest: str) -> dict[str, Any]:
-    """Return what the run is made of; `digest`: of the policy's weights."""
+    """Return the fingerprint of the run; `digest`: of the policy's weights."""
     from plumb.data.token_store import tokenizer_fingerprint
     from plumb.runs import identity
 
@@ -369,8 +371,8 @@ def fingerprint_of(config: DictConfig, data: Data, digest: str) -> dict[str, Any
 
 
 def with_decisions(config: DictConfig, decisions: dict[str, Any], sharded: bool) -> DictConfig:
-    """Return the config with what the run decided by the memory of its first start, where the
-    config leaves the choice.
+    """Return the config with the decisions that the run made from the memory at its first start,
+    where the config leaves a choice.
     """
     config = copy.deepcopy(config)
     for knob, value in decisions.items():
@@ -387,7 +389,7 @@ def decide(
     data: Data,
     layout: sharding.Layout | None,
 ) -> RunPlan:
-    """Return what the memory at hand decides, and print whether the reference is live or cached."""
+    """Return the decisions that depend on memory; print whether the reference is live or cached."""
     from plumb.data.examples import lengths_of
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
@@ -414,7 +416,7 @@ def load_reference_for(
     digest: str,
     layout: sharding.Layout | None,
 ) -> Reference:
-    """Return the reference of this plan. A cached one of the policy's precision needs no model: it
+    """Return the reference of this plan. A cached one in the policy's precision needs no model: it
     is the policy before its first step. `digest`: of the policy's weights.
     """
     from plumb.models.forward_path import DTYPES
@@ -433,7 +435,7 @@ def load_reference_for(
 
 
 def print_schedule(config: DictConfig, trainer: BasicTrainer) -> None:
-    """Print how long the run will be, and what is odd about that."""
+    """Print how long the run will be, and warn about an odd length."""
     n = trainer.state.schedule.n_examples
     n_steps = trainer.state.n_steps
     if config.n_examples and config.n_examples > n:
@@ -458,7 +460,7 @@ def open_log(
     checkpoint: checkpoints.Checkpoint | None,
     changed: Sequence[str],
 ) -> TrainingLog:
-    """Make the run's records, and take back what was logged after the checkpoint."""
+    """Open the run's records, and remove what was logged after the checkpoint."""
     from plumb.distributed import collectives
     from plumb.runs import checkpoints, directory
     from plumb.training.metrics import TrainingLog, make_sinks
@@ -483,7 +485,7 @@ def open_log(
         )
     elif config.resume != "never":
         rank0_print(
-            f"resume={config.resume}: no checkpoint in {run_dir}; starting at the beginning"
+            f"resume={config.resume}: no checkpoint in {run_dir}; starting from the beginning"
         )
     collectives.from_rank0(prepare)
     sinks = make_sinks(redacted(to_dict(config)), run_dir, checkpoint and checkpoint.manifest.wandb)
@@ -491,12 +493,12 @@ def open_log(
 
 
 def main() -> None:
-    """Run the command. Whatever a user can cause ends in one line."""
+    """Run the command. Errors that a user can cause end in one line."""
     signals.listen()
     together = "-".join(
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     )
-    # which start wrote status.json
+    # identifies the start that wrote status.json
     os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex
     try:
         sys.argv[1:] = spelled_out(sys.argv[1:])
@@ -512,6 +514,7 @@ def main() -> None:
 
 
 def fail(error: object, code: int) -> int:
+    """Print the error in one line. Return the exit code."""
     print(f"error: {one_line(error)}", file=sys.stderr)
     return code
 

@@ -26,8 +26,8 @@ def get_local_run_dir(exp_name: str, local_dirs: Sequence[str]) -> str:
 
 
 def environment() -> str:
-    """Return a JSON record of what ran: command, time, host, commit, versions and device. A log is
-    evidence only with these.
+    """Return a JSON record of what ran: command, time, host, commit, versions and device. Without
+    these, a log proves little.
     """
     import platform
     from importlib.metadata import version
@@ -62,7 +62,7 @@ def environment() -> str:
 def _git(*arguments: str) -> str | None:
     try:
         here = Path(__file__).parent
-        # Without optional locks: a run that is killed here would leave one in the checkout.
+        # Without optional locks: a run that is killed here would leave one in the repository.
         command = ["git", "--no-optional-locks", *arguments]
         done = subprocess.run(
             command, cwd=here, capture_output=True, text=True, check=True, timeout=10

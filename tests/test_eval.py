@@ -94,7 +94,7 @@ def test_the_run_s_limits_and_data_are_left_behind(trained, data, tmp_path):
     found = json.loads(out.read_text())
     assert found["datasets"] == [other] and found["examples"]["all"] == 4  # half of 8
     assert len(list(out.parent.glob("*.png"))) == 2
-    with pytest.raises(UserError, match="exp=demo_dpo: the settings are those of the run"):
+    with pytest.raises(UserError, match="exp=demo_dpo: the settings come from the run"):
         evaluate(run_dir, "exp=demo_dpo")
 
 
@@ -187,7 +187,7 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
         ),
         (
             ["{tiny}", "loss=reward", "datasets=[{data}]", "eval_share=0.4"],
-            "a policy, and loss=reward is for a reward model",
+            "a policy, but loss=reward is for a reward model",
         ),
         (["{tiny}", "datasets=[{data}]", "eval_share=0"], "nothing is held out"),
         (["{tiny}", "datasets=[{data}]", "lrr=1"], "lrr=1: no such knob"),
@@ -199,7 +199,7 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
         ),
         (["{tiny}", "model=gpt2-xl"], "model=gpt2-xl: the model is"),
         (["{tiny}", "model.archive=x"], "model.archive=x: the model is"),
-        (["{tiny}", "lr=1,2"], "one evaluation has one value"),
+        (["{tiny}", "lr=1,2"], "an evaluation has one value"),
         (["{tiny}", "trainer=FSDPTrainer"], "leave it out"),
         (
             ["{tiny}", "loss=sft", "datasets=[{data}]", "--reference", "gpt2"],

@@ -20,10 +20,12 @@ from plumb.runs.history import Record, Run, is_evaluation, read_run
 
 
 class Panel(NamedTuple):
+    """Describe one panel of the curves."""
+
     title: str
-    lines: Mapping[str, str]  # what a line is -> its metric, `{}` standing for train or eval
+    lines: Mapping[str, str]  # label of a line -> its metric, `{}` stands for train or eval
     level: float | None = None  # a value to compare with, as a dotted line
-    log: str = ""  # a logarithmic axis where the "values" differ tenfold, or the "runs" do
+    log: str = ""  # logarithmic if the "values" differ tenfold, or those of the "runs" do
 
 
 LEARNING = [
@@ -44,8 +46,8 @@ FURTHER = [
     Panel("tokens per second", {"": "tokens_per_second"}),
     Panel("peak memory (GB)", {"": "peak_memory_gb"}),
 ]
-# Told apart by the colour-blind, too (Okabe and Ito). Of a single run, chosen is green and rejected
-# red.
+# Colour-blind readers can distinguish them (Okabe and Ito). In a single run, chosen is green and
+# rejected red.
 COLOURS = (
     "#0072B2",
     "#E69F00",
@@ -60,10 +62,10 @@ COLOURS = (
 )
 CHOSEN, REJECTED = "#009E73", "#D55E00"
 STYLES: tuple[Any, Any] = ("-", (0, (4, 2)))
-# share of the steps that a running mean is over, so that the trend shows through the noise of
-# single batches
+# share of the steps that a running mean covers, so that the trend shows through the noise of single
+# batches
 SMOOTHED = 0.05
-MAX_POINTS = 4000  # of one line; more can't be seen, and take minutes
+MAX_POINTS = 4000  # of one line; more are not visible, and take minutes
 
 
 def named(run: Run) -> Run:
@@ -102,18 +104,18 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
     """Return the panels that the runs (as `named`) have data for. `further`: also the progress
     panels, and evaluations that no other panel shows.
     """
-    # in their order
+    # without duplicates, in order
     present = dict.fromkeys(
         key for run in runs for record in (*run.steps, *run.evaluations) for key in record
     )
     losses = dict.fromkeys(key.split("/")[0] for key in present if key.startswith("loss "))
-    found = (
+    candidates = (
         [Panel(f"{name[5:]} loss", {"": f"{name}/{{}}"}) for name in losses]
         + LEARNING
         + (FURTHER if further else [])
     )
     if further:
-        shown = {metric.format("eval") for panel in found for metric in panel.lines.values()}
+        shown = {metric.format("eval") for panel in candidates for metric in panel.lines.values()}
         others = [
             key
             for key in present
@@ -123,9 +125,9 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
         for key in others:
             head, _, tail = key.partition("/")
             metric = f"{head}/{{}}" if tail == "eval" else f"{head[:-5]}_{{}}/{tail}"
-            found.append(Panel(metric.format("").replace("_/", "/").strip("/"), {"": metric}))
+            candidates.append(Panel(metric.format("").replace("_/", "/").strip("/"), {"": metric}))
     has = lambda metric: metric.format("train") in present or metric.format("eval") in present
-    return [p for p in found if any(map(has, p.lines.values()))]
+    return [p for p in candidates if any(map(has, p.lines.values()))]
 
 
 def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
@@ -177,10 +179,12 @@ def _png(figure: Any, dpi: int) -> bytes:
 
 
 def data_address(png: bytes) -> str:
+    """Return a PNG as a data: address for a page."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def colour(i: int) -> str:
+    """Return the colour of the i-th run."""
     return COLOURS[i % len(COLOURS)]
 
 
@@ -188,7 +192,7 @@ def in_words(panel: Panel, runs: Sequence[Run]) -> str:
     """Return a description for readers who can't see the picture: each line's first and
     last value.
     """
-    said = []
+    descriptions = []
     for run in runs:
         for label, metric in panel.lines.items():
             for split, records in (("training", run.steps), ("held-out", run.evaluations)):
@@ -197,19 +201,19 @@ def in_words(panel: Panel, runs: Sequence[Run]) -> str:
                 )
                 if len(values):
                     what = " ".join(filter(None, (split, label)))
-                    said.append(f"{run.name}, {what}: {values[0]:.4g} to {values[-1]:.4g}")
-    return f"{panel.title} over training examples. {'; '.join(said)}."
+                    descriptions.append(f"{run.name}, {what}: {values[0]:.4g} to {values[-1]:.4g}")
+    return f"{panel.title} over training examples. {'; '.join(descriptions)}."
 
 
 def points(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (steps, values) of a metric, where it is a number that can be drawn."""
-    found = [(r["step"], r[key]) for r in records if key in r and abs(r[key]) < 1e300]
-    steps, values = np.array(found, float).reshape(-1, 2).T
+    numbers = [(r["step"], r[key]) for r in records if key in r and abs(r[key]) < 1e300]
+    steps, values = np.array(numbers, float).reshape(-1, 2).T
     return steps, values
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the last 5% of the steps."""
+    """Return the mean over the last 5% of the steps, for each step.  [n] -> [n]"""
     width, n = max(1, round(len(values) * SMOOTHED)), np.arange(1, len(values) + 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
     return (total[n] - total[np.maximum(0, n - width)]) / np.minimum(n, width)

@@ -31,8 +31,8 @@ def draw_evaluation(chosen: np.ndarray, rejected: np.ndarray, folder: Path, n_se
 
 
 def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """Draw a histogram of the scores [n]: chosen green, rejected red, dashed lines at their means.
-    Return a PNG.
+    """Draw a histogram of the scores [n] as a PNG: chosen green, rejected red, dashed lines at
+    their means.
     """
     figure, axis = _figure(title)
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=40)
@@ -51,8 +51,8 @@ def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str
 
 
 def draw_calibration(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """Draw a Bradley-Terry model's confidence in its winner, given these scores [n], against how
-    often that was the chosen response. Return a PNG.
+    """Draw, as a PNG, how often the response that scored higher was the chosen one, against a
+    Bradley-Terry model's confidence in it, given these scores [n].
     """
     bins = calibration(chosen - rejected)
     figure, axis = _figure(f"{title}\ncalibration error {bins.error:.3f}")

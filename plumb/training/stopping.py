@@ -27,7 +27,7 @@ class StopRule:
         return [self.out_of_time(), stop_requested()]
 
     def check(self) -> None:
-        """Stop within an evaluation, between batches, if any rank has to. All ranks must call it."""
+        """Stop during an evaluation, between batches, if any rank must. All ranks must call it."""
         late, number = (int(wish) for wish in collectives.all_reduce_max(self.wishes()))
         if late or number:
             self.saver.state.position.finished = False

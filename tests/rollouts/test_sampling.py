@@ -348,7 +348,7 @@ def test_a_reward_model_does_not_answer(tmp_path):
     base = save_tiny_llama(tmp_path / "base")
     state = AutoModelForCausalLM.from_pretrained(base).state_dict()
     reward = run_of(tmp_path, base, state | {"lm_head.weight": state["lm_head.weight"][:1]})
-    with pytest.raises(UserError, match="a reward model, which scores and does not answer"):
+    with pytest.raises(UserError, match="a reward model, which gives scores, not answers"):
         run(reward)
 
 
