@@ -1,13 +1,13 @@
-"""How evenly the tokens of a batch fall on ranks: Plumb's plan (longest first, to the emptiest
-part) against equal counts.
+"""Measure how evenly the tokens of a batch are split over ranks: Plumb's plan (longest first, to
+the emptiest part) against equal counts.
 
     python benchmarks/balance.py --tokens .cache/benchmarks/harmless.npz
 
-For each number of ranks, every batch of --pairs pairs is shared out. Ranks meet in every
-microbatch, so a step takes as long as the fullest rank of each: the sum of these, over the tokens
-per rank, averaged over all batches of the file. Tokens are unique ones (each prompt once, plus both
-responses): what Plumb computes. Prints a table (target: below 1.02 up to 8 ranks at 64 pairs), and
-writes it and a chart to --out.
+For each number of ranks, every batch of --pairs pairs is split. Ranks wait for each other in every
+microbatch, so a step takes as long as the fullest rank of each microbatch. The figure is the sum of
+these, divided by the tokens per rank, averaged over all batches of the file. Only unique tokens
+count (each prompt once, plus both responses), since Plumb computes only these. Prints a table
+(target: below 1.02 up to 8 ranks at 64 pairs), and writes it and a chart to --out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 
 def planned(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
-    """Plumb's microbatches, each a list of indices per rank."""
+    """Return Plumb's microbatches, each a list of indices per rank."""
     parts = list(
         split_into_microbatches(
             batch, Packing(True, budget, world_size=n, pad_token_id=0, longest=512), at_least=1
@@ -40,12 +40,13 @@ def planned(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
 
 
 def equal_counts(batch: Lengths, n: int, budget: int) -> list[list[np.ndarray]]:
-    """Pair i to rank i mod n, as data loaders do; one microbatch."""
+    """Give pair i to rank i mod n, as data loaders do, in one microbatch."""
     return [[np.arange(rank, len(batch), n) for rank in range(n)]]
 
 
 def imbalance(sizes: np.ndarray, microbatches: Sequence[Sequence[np.ndarray]]) -> float:
-    """Tokens of the fullest rank, over all microbatches, by those of the mean rank.
+    """Return the tokens of the fullest rank, over all microbatches, relative to those of the mean
+    rank.
 
     >>> imbalance(np.array([5, 4, 3]), [[np.array([0]), np.array([1, 2])]])
     1.1666666666666667
@@ -55,29 +56,29 @@ def imbalance(sizes: np.ndarray, microbatches: Sequence[Sequence[np.ndarray]]) -
 
 
 # method -> (mean, worst) over all batches, for each of RANKS
-Found = dict[str, list[tuple[float, float]]]
+Imbalances = dict[str, list[tuple[float, float]]]
 
 
-def measure(examples: Lengths, n_pairs: int, budget: int) -> Found:
-    """The imbalance of every whole batch, by both methods, for as many of RANKS as there are
-    pairs.
+def measure(examples: Lengths, n_pairs: int, budget: int) -> Imbalances:
+    """Return the imbalance of the full batches, by both methods, for those of RANKS that are not
+    more than the pairs.
     """
     batches = [examples[s : s + n_pairs] for s in range(0, len(examples) - n_pairs + 1, n_pairs)]
     methods: dict[str, Callable[..., list[list[np.ndarray]]]] = {
         "equal counts": equal_counts,
         "Plumb": planned,
     }
-    out: Found = {}
+    out: Imbalances = {}
     for name, share in methods.items():
         for n in RANKS:
             if n <= n_pairs:
-                found = [imbalance(batch.tokens(), share(batch, n, budget)) for batch in batches]
-                out.setdefault(name, []).append((float(np.mean(found)), max(found)))
+                ratios = [imbalance(batch.tokens(), share(batch, n, budget)) for batch in batches]
+                out.setdefault(name, []).append((float(np.mean(ratios)), max(ratios)))
     return out
 
 
-def table(results: dict[int, Found]) -> str:
-    """Markdown: one row per batch size and method, mean (worst) per number of ranks."""
+def table(results: dict[int, Imbalances]) -> str:
+    """Return a Markdown table: a row per batch size and method, mean (worst) for each of RANKS."""
     rows = [
         f"| pairs per step | shared out by | {' | '.join(f'{n} ranks' for n in RANKS)} |",
         "|---" * (2 + len(RANKS)) + "|",
@@ -91,8 +92,8 @@ def table(results: dict[int, Found]) -> str:
     return "\n".join(rows)
 
 
-def chart(results: dict[int, Found], path: Path) -> None:
-    """Mean max / mean over ranks, a line per batch size and method."""
+def chart(results: dict[int, Imbalances], path: Path) -> None:
+    """Draw the mean of max / mean over ranks, a line per batch size and method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,15 +131,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=Path, required=True, help="ids made by make_tokens.py")
+    parser.add_argument("--tokens", type=Path, required=True, help="ids written by make_tokens.py")
     parser.add_argument(
-        "--pairs", type=int, nargs="+", default=[64, 256], help="of a step (default 64 256)"
+        "--pairs", type=int, nargs="+", default=[64, 256], help="pairs per step (default 64 256)"
     )
     parser.add_argument(
         "--budget",
         type=int,
         default=8192,
-        help="tokens of a microbatch, at most (default %(default)s)",
+        help="maximum tokens of a microbatch (default %(default)s)",
     )
     parser.add_argument(
         "--out",

@@ -1,5 +1,5 @@
-"""Tables and bar charts of throughput.py's records. Ratios are Plumb's speed over another's, by
-round where they alternate.
+"""Make tables and bar charts of throughput.py's records. Ratios are Plumb's speed over another's,
+per round if the contenders alternate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COLOURS = {"plumb": "#6a4c93", "padded": "#8a8d91", "trl": "#d98f2b"}
 
 
 class Line(NamedTuple):
-    """One contender of one scenario over its rounds."""
+    """Hold one contender of one scenario over its rounds."""
 
     label: str
     contender: str
@@ -26,14 +26,14 @@ class Line(NamedTuple):
     processed: float  # tokens per pair that the policy's forward computes
     memory: float  # GB, peak: of the GPU's allocator on a GPU, else resident
     working: (
-        float  # GB of that, without imports, weights, gradients and optimizer (contenders.Memory)
+        float  # GB of it, without imports, weights, gradients and optimizer (contenders.Memory)
     )
     ratios: list[float]  # Plumb's pairs per second over this one's
 
 
 def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
-    """The contenders of a scenario in their order of appearance; failed ones without a measured
-    step are left out.
+    """Return the contenders of a scenario in order of appearance, without those that failed before
+    a measured step.
     """
     steps = [r for r in records if r["scenario"] == scenario.name and r["event"] == "step"]
     out: list[Line] = []
@@ -71,7 +71,7 @@ def lines(records: Sequence[Record], scenario: Scenario) -> list[Line]:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """median (min to max)"""
+    """Return "median (min to max)"."""
     return (
         f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to"
         f" {max(values):.{digits}f})"
@@ -79,13 +79,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
-    """One markdown table per scenario, with what failed below it."""
+    """Return one Markdown table per scenario, with the failures below it."""
     parts = []
     for scenario in scenarios:
         rows = [
             (
                 "| contender | microbatch | rounds | pairs/s: median (min to max) | unique tokens/s"
-                " | tokens computed per unique one | peak memory, GB | of it beside weights and"
+                " | tokens computed per unique one | peak memory, GB | of it besides weights and"
                 " optimizer | Plumb is faster by |"
             ),
             "|---|---|---|---|---|---|---|---|---|",
@@ -103,10 +103,7 @@ def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
             share = 100 * sum(r["cpu_secs"] for r in steps) / sum(r["secs"] for r in steps)
             rows += [
                 "",
-                (
-                    f"Pairs per second of CPU time, of which the contenders had {share:.0f}% of the"
-                    " wall time."
-                ),
+                (f"Pairs are per second of CPU time, which was {share:.0f}% of the wall time."),
             ]
         within = [
             f"{r['label']} {r['within']:.0e}"
@@ -117,7 +114,8 @@ def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
             rows += [
                 "",
                 (
-                    f"Loss and gradient norm beside {scenario.settings[0].label}'s, relative:"
+                    f"Relative difference of loss and gradient norm from"
+                    f" {scenario.settings[0].label}'s:"
                     f" {', '.join(within)}."
                 ),
             ]
@@ -133,27 +131,27 @@ def tables(records: Sequence[Record], scenarios: Sequence[Scenario]) -> str:
 
 
 def bars(records: Sequence[Record], scenarios: Sequence[Scenario], path: Path) -> None:
-    """Pairs per second as horizontal bars with their range, and peak memory beside them; one row of
-    panels per scenario.
+    """Draw pairs per second as horizontal bars with their range, and peak memory beside them; one
+    row of panels per scenario.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = [(s, rows) for s in scenarios if (rows := lines(records, s))]
-    if not found:
+    shown = [(s, rows) for s in scenarios if (rows := lines(records, s))]
+    if not shown:
         return
-    heights = [len(rows) + 1.2 for _, rows in found]
+    heights = [len(rows) + 1.2 for _, rows in shown]
     figure, axes = plt.subplots(
-        len(found),
+        len(shown),
         2,
         figsize=(11, 0.42 * sum(heights) + 0.4),
         gridspec_kw={"height_ratios": heights, "width_ratios": [2, 1]},
         squeeze=False,
         layout="constrained",
     )
-    for (left, right), (scenario, rows) in zip(axes, found, strict=True):
+    for (left, right), (scenario, rows) in zip(axes, shown, strict=True):
         colours = [COLOURS[row.contender] for row in rows]
         names = [f"{row.label}\n({row.shape})" if scenario.in_turn else row.label for row in rows]
         medians = [statistics.median(row.pairs) for row in rows]

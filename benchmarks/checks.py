@@ -1,13 +1,14 @@
-"""Before GPU speeds mean anything: is attention over trees right on this device, and how fast are
-its matrix products?
+"""Check that attention over trees is right on this device, and measure its matrix products, before
+any GPU speed means anything.
 
     python benchmarks/checks.py --device cuda
 
-Attention over a packed row, forward and backward, for head sizes 64, 80 and 128, with fewer key
-heads than query heads and with a padded end, against a dense masked softmax in float32 written from
-the rule itself: same tree, not after, in the prompt or in one's own response. Prints a JSON line
-for each: the largest error of outputs and gradients, relative to the largest value (at most 2e-2 in
-bfloat16, 1e-4 in float32), then the speed of one large matrix product in TFLOP/s.
+Compares attention over a packed row, forward and backward, for head sizes 64, 80 and 128, with
+fewer key heads than query heads and with a padded end, with a dense masked softmax in float32,
+written from the rule itself: same tree, not later, in the prompt or in the query's own response.
+Prints a JSON line for each: the largest error of outputs and gradients, relative to the largest
+value (at most 2e-2 in bfloat16, 1e-4 in float32), then the speed of one large matrix product in
+TFLOP/s.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ LIMIT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 def visible(examples: list[Example], n: int) -> Tensor:
-    """[n, n] who sees whom; tokens behind the last tree see themselves and those before them, back
-    to where padding begins.
+    """Return which keys each query sees, [n, n]; tokens after the last tree see themselves and
+    those before them, back to where padding begins.
     """
     # response 0: the prompt
     tree = torch.full((n,), -1)
@@ -49,17 +50,17 @@ def visible(examples: list[Example], n: int) -> Tensor:
     return same.tril() & ((response[None] == 0) | (response[:, None] == response[None]))
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """[1, H, T, D] and [1, Hkv, T, D] -> [1, T, H, D], by the definition."""
+def dense(query: Tensor, key: Tensor, value: Tensor, visible_keys: Tensor) -> Tensor:
+    """Return attention by its definition.  [1, H, T, D] and [1, Hkv, T, D] -> [1, T, H, D]"""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+    return (scores.masked_fill(~visible_keys, float("-inf")).softmax(-1) @ value).transpose(1, 2)
 
 
 def check_attention(
     device: torch.device, dtype: torch.dtype, head_size: int, n_key_heads: int
 ) -> dict[str, Any]:
-    """The largest relative error over the output and the three gradients."""
+    """Return the largest relative error over the output and the three gradients."""
     pairs = make_tokens.synthetic(6, 512).pairs
     examples = [Example(pair.prompt, pair[1:], "") for pair in pairs]
     batch = pack(examples, pad_token_id=0, longest=512, row_length=ROW).to(device)
@@ -69,7 +70,7 @@ def check_attention(
         torch.randn(1, heads, n, head_size).to(dtype) for heads in (4, n_key_heads, n_key_heads)
     ]
     weights = torch.randn(1, n, 4, head_size)
-    weights[:, batch.n_tokens :] = 0  # what padding gives is never used
+    weights[:, batch.n_tokens :] = 0  # the outputs of padding are never used
     results: list[list[Tensor]] = []
     for where, kind in ((device, dtype), (torch.device("cpu"), torch.float32)):
         q, k, v = (x.to(where, kind).requires_grad_() for x in inputs)
@@ -90,7 +91,7 @@ def check_attention(
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, n: int) -> dict[str, Any]:
-    """TFLOP/s of n x n by n x n, the best of ten."""
+    """Return the TFLOP/s of n x n times n x n, the best of ten."""
     x = torch.randn(n, n, device=device).to(dtype)
     best = float("inf")
     for _ in range(10):
@@ -114,13 +115,13 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    found = [
+    records = [
         check_attention(device, dtype, size, heads) for size in (64, 80, 128) for heads in (4, 2)
     ]
-    found.append(matmul_speed(device, dtype, 8192 if gpu else 512))
-    for record in found:
+    records.append(matmul_speed(device, dtype, 8192 if gpu else 512))
+    for record in records:
         print(json.dumps(record), flush=True)
-    sys.exit(0 if all(record["ok"] for record in found) else 1)
+    sys.exit(0 if all(record["ok"] for record in records) else 1)
 
 
 if __name__ == "__main__":

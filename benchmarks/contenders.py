@@ -1,16 +1,17 @@
-"""One contender of benchmarks/throughput.py, alone in this process: it imports, waits for a line,
-builds its models and checks itself on a few pairs, then takes one training step for each line on
-its standard input and answers with one JSON line.
+"""Run one contender of benchmarks/throughput.py, alone in this process: it imports, waits for a
+line, builds its models and checks itself on a few pairs, then makes one training step for each line
+on its standard input and answers with one JSON line.
 
-A step is the same work for everyone, from token ids to updated weights: the batch is assembled, the
-policy goes forward and backward, the reference forward, the loss, the gradient norm is clipped, the
-optimizer steps. `secs` is the wall time of that, on a GPU between two synchronisations; imports,
+A step is the same work for every contender, from token ids to updated weights: assemble the batch,
+compute the policy forward and backward, the reference forward, and the loss, clip the gradient
+norm, update the weights. `secs` is its wall time, on a GPU between two synchronizations; imports,
 models, data sets and compilation come before. Weights are drawn from a fixed seed on the device,
-another one for the reference, so that losses differ from log 2 and a wrong reference would show.
+and from another one for the reference, so that losses differ from log 2 and a wrong reference would
+show.
 
     plumb   this repository
-    padded  the manner of the 2023 DPO code, written anew: chosen and rejected stacked, padded to
-            the longest row of the whole batch, logits everywhere, float32 log_softmax over the
+    padded  as the 2023 DPO code computes, rewritten: chosen and rejected stacked, padded to the
+            longest row of the whole batch, logits at every position, float32 log_softmax over the
             vocabulary; microbatches are cut from that padded batch
     trl     trl.DPOTrainer in its own training loop, fed the same ids (trl_contender.py)
 
@@ -34,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Plumb's modules lie at the repository's root
+# Plumb's modules are at the repository's root
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import make_tokens
@@ -53,7 +54,7 @@ BETA = 0.1
 
 
 class Contender(ABC):
-    """Models and optimizer by a Setting; a subclass says how pairs become microbatches and
+    """Hold the models and the optimizer of a Setting; a subclass turns pairs into microbatches and
     log-probabilities.
     """
 
@@ -67,7 +68,7 @@ class Contender(ABC):
             else None
         )
         self.score: nn.Linear | None = None
-        # no vocabulary head: it would be memory and optimizer time for nothing
+        # no vocabulary head, which would waste memory and optimizer time
         if setting.objective == "reward":
             self.policy.set_output_embeddings(nn.Identity())
             torch.manual_seed(2)
@@ -77,7 +78,7 @@ class Contender(ABC):
             )
         self.optimizer = make_optimizer(self.parameters(), setting)
         self.processed = (
-            0  # tokens, padding included, that the policy's forward passes have computed
+            0  # tokens that the policy's forward passes have computed, padding included
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -88,12 +89,12 @@ class Contender(ABC):
 
     @abstractmethod
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
-        """(summed loss, pairs) of one microbatch after the other, each ready for backward(). step
+        """Yield (summed loss, pairs) of one microbatch after another, ready for backward(). `step`
         None: all of them.
         """
 
     def gradients(self, pairs: Sequence[Pair], step: int | None) -> Tensor:
-        """Accumulate the gradient of the mean loss over the timed pairs. -> that mean"""
+        """Accumulate the gradient of the mean loss over the timed pairs. Return that mean."""
         n = (self.setting.n_timed or len(pairs)) if step is not None else len(pairs)
         total = torch.zeros((), device=self.device)
         for part, _ in self.parts(pairs, step):
@@ -103,7 +104,7 @@ class Contender(ABC):
         return total
 
     def step(self, pairs: Sequence[Pair], step: int) -> tuple[Tensor, Tensor]:
-        """One whole training step. -> mean loss, gradient norm before clipping"""
+        """Make one training step. Return the mean loss and the gradient norm before clipping."""
         loss = self.gradients(pairs, step)
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.setting.max_grad_norm)
         self.optimizer.step()
@@ -111,7 +112,7 @@ class Contender(ABC):
         return loss, norm
 
     def check(self, pairs: Sequence[Pair]) -> tuple[float, float]:
-        """Mean loss and gradient norm on `pairs` without an update; the warm-up as well."""
+        """Return mean loss and gradient norm on `pairs` without an update; also the warm-up."""
         loss = float(self.gradients(pairs, None))
         norm = float(
             nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
@@ -120,13 +121,13 @@ class Contender(ABC):
         return loss, norm
 
     def change(self, changes: dict[str, Any], batches: Sequence[Sequence[Pair]]) -> None:
-        """Go on under other settings (plumb's variants)."""
+        """Continue with other settings (Plumb's variants)."""
         for name, value in changes.items():
             setattr(self.setting, name, value)
 
 
 def build_model(setting: Setting, seed: int) -> Any:
-    """A causal language model with seeded random weights, drawn on the device it trains on."""
+    """Return a causal language model with seeded random weights, drawn on its device."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -141,22 +142,22 @@ def build_model(setting: Setting, seed: int) -> Any:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], setting: Setting) -> torch.optim.Optimizer:
-    """Fused AdamW, the same for every contender."""
+    """Return fused AdamW, the same for every contender."""
     return torch.optim.AdamW(parameters, lr=setting.lr, weight_decay=0.0, fused=True)
 
 
 def reward_loss(scores: Tensor) -> Tensor:
-    """Sum of -log sigmoid(chosen - rejected) over pairs; scores [R], all chosen first."""
+    """Return the sum of -log sigmoid(chosen - rejected) over pairs; scores [R], chosen first."""
     chosen, rejected = scores.float().chunk(2)
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-# ---- the manner of 2023 ----
+# ---- as in 2023 ----
 
 
 class Padded(Contender):
-    """Everything padded to the longest row of the whole batch, all logits in float32, the prompt
-    computed once per response.
+    """Pad everything to the longest row of the whole batch, with all logits in float32 and the
+    prompt computed once per response.
     """
 
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
@@ -170,7 +171,7 @@ class Padded(Contender):
             yield self.loss(*rows), len(batch[0][0, part])
 
     def pad(self, pairs: Sequence[Pair], k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> ids, attention mask, labels (-100 on prompt and padding), each [k, B, T]"""
+        """Return ids, attention mask and labels (-100 on prompt and padding), [k, B, T] each."""
         width = max(
             len(pair.prompt) + len(response) for pair in pairs for response in pair[1 : 1 + k]
         )
@@ -185,7 +186,7 @@ class Padded(Contender):
         return ids, mask, labels
 
     def loss(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """The summed loss of one padded microbatch, each input [R, T]."""
+        """Return the summed loss of one padded microbatch, each input [R, T]."""
         self.processed += ids.numel()
         if self.score is not None:
             hidden = self.policy.base_model(
@@ -204,8 +205,8 @@ class Padded(Contender):
 
     @staticmethod
     def logps(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the response tokens' log-probabilities, from the logits of every position.  ->
-        [R]
+        """Return the summed log-probabilities of the response tokens, from the logits of every
+        position.  [R]
         """
         # [R, T-1, V]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
@@ -219,9 +220,7 @@ class Padded(Contender):
 
 
 class PlainIds:
-    """What the trainer asks of a tokenizer, where texts are ids already: all of them are ordinary
-    tokens.
-    """
+    """Stand in for a tokenizer, where texts are ids already: all of them are ordinary tokens."""
 
     pad_token_id = 0
     all_special_ids: Sequence[int] = ()
@@ -234,11 +233,10 @@ class PlainIds:
 
 
 class Plumb(Contender):
-    """This repository's BasicTrainer, one `step` at a time. Everything that knows its API is in
-    this class.
+    """Run this repository's BasicTrainer, one `step` at a time. Only this class knows its API.
 
-    A reward model is not a loss of the trainer's yet: there the body runs on the same rows, with a
-    score at each last token.
+    A reward model does not use the trainer: the body runs on the same rows, with a score at each
+    last token.
     """
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]]):
@@ -265,9 +263,9 @@ class Plumb(Contender):
         else:
             spec, dtype = self.policy.config, getattr(torch, setting.dtype)
             free = sizing.memory_at_hand(self.device)
-            found = int(free / 2 / sizing.activation_bytes(spec, dtype, 1.0)) // 256 * 256
+            default = int(free / 2 / sizing.activation_bytes(spec, dtype, 1.0)) // 256 * 256
             budget = setting.budget or max(
-                1024, min(16384 if self.device.type == "cuda" else 1024, found)
+                1024, min(16384 if self.device.type == "cuda" else 1024, default)
             )
             self.feed = Feed(
                 examples, Packing(True, budget, world_size=1, pad_token_id=0, longest=512), rank=0
@@ -278,7 +276,7 @@ class Plumb(Contender):
         setting.budget = self.feed.packing.budget
 
     def make_trainer(self, examples: list[Any]) -> Any:
-        """The trainer as train.py would build it, its config without Hydra."""
+        """Return the trainer as train.py would build it, with a config composed without Hydra."""
         from omegaconf import OmegaConf
 
         from plumb.data.examples import lengths_of
@@ -342,13 +340,13 @@ class Plumb(Contender):
                 log=self.log,
             ),
         )
-        # The reference is another model on purpose, so that the loss depends on it. The check of
+        # The reference is another model on purpose, so that the loss depends on it; the check of
         # the first step would refuse that.
         trainer.state.position.n_updates = 1
         return trainer
 
     def ready(self, pairs: Sequence[Pair]) -> Any:
-        """The batch, assembled."""
+        """Return the assembled batch."""
         return self.feed.step(np.array([self.where[id(pair.prompt)] for pair in pairs]))
 
     def parts(self, pairs: Sequence[Pair], step: int | None) -> Iterator[tuple[Tensor, int]]:
@@ -364,8 +362,8 @@ class Plumb(Contender):
             )
 
     def reward(self, batch: Any) -> Tensor:
-        """The summed loss of one microbatch: its row through the body, scores of each response's
-        last token.
+        """Return the summed loss of one microbatch: its row through the body, then scores of each
+        response's last token.
         """
         from plumb.models import tree_attention
 
@@ -413,8 +411,8 @@ class Plumb(Contender):
 
 
 def batches_of(setting: Setting) -> list[list[Pair]]:
-    """The batches of all steps, the same for every contender: consecutive pairs of the file, from
-    its start again at its end.
+    """Return the batches of all steps, the same for every contender: consecutive pairs of the file,
+    which starts again when it ends.
     """
     kind, _, scale = setting.tokens.partition(":")
     if kind == "synthetic":
@@ -423,8 +421,8 @@ def batches_of(setting: Setting) -> list[list[Pair]]:
         tokens = make_tokens.load(Path(setting.tokens))
     if tokens.vocab_size > setting.model["vocab_size"]:
         raise SystemExit(
-            f"{setting.tokens} has {tokens.vocab_size} ids, the model {setting.model['vocab_size']}"
-            " embeddings"
+            f"{setting.tokens} has {tokens.vocab_size} ids, but the model has"
+            f" {setting.model['vocab_size']} embeddings"
         )
     n, size = len(tokens.pairs), setting.n_pairs
     return [
@@ -434,12 +432,14 @@ def batches_of(setting: Setting) -> list[list[Pair]]:
 
 
 class Seconds(NamedTuple):
+    """Hold a duration."""
+
     wall: float
     cpu: float  # of this process, all threads
 
 
 class Clock:
-    """Seconds since `start`; on a GPU up to the end of all queued work."""
+    """Measure the seconds since `start`; on a GPU until all queued work is done."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -461,7 +461,7 @@ class Clock:
 
 
 def resident(what: str = "VmRSS") -> float:
-    """This process's resident set, GB (1e9 bytes): now (VmRSS) or at its peak (VmHWM)."""
+    """Return this process's resident set, GB (1e9 bytes): now (VmRSS) or at its peak (VmHWM)."""
     status = Path("/proc/self/status")
     if status.exists():  # not getrusage's ru_maxrss, which starts at the parent's peak
         return int(re.findall(rf"{what}:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e9
@@ -475,12 +475,12 @@ def resident(what: str = "VmRSS") -> float:
 
 
 class Memory:
-    """Peaks since the last reset, GB: resident set of this process; on a GPU also what torch
-    allocated and reserved.
+    """Measure peaks since the last reset, GB: the resident set of this process, and on a GPU also
+    what torch allocated and reserved.
 
-    `working` is the peak less what is held anyway: what was there before the models were built (the
-    imports), and the weights, gradients and two moments of the policy and the weights of the
-    reference.
+    `working` is the peak minus what is held all the time: what was there before the models were
+    built (the imports), the policy's weights, gradients and two moments, and the reference's
+    weights.
     """
 
     def __init__(self, device: torch.device):
@@ -522,7 +522,7 @@ def report(
     norm: Any,
     processed: int,
 ) -> dict[str, Any]:
-    """What a child tells of one step, its memory apart. Tokens are per pair; `unique` counts each
+    """Return the record of one step, without its memory. Tokens are per pair; `unique` counts each
     prompt once.
 
     On a CPU the rate is per second of CPU time: the same as wall time on a quiet machine, and still
@@ -548,18 +548,18 @@ def report(
 
 
 def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: Memory) -> None:
-    """Check, then one step per order until there are no more."""
+    """Check, then make one step per order until there are no more."""
     setting, device = contender.setting, contender.device
     memory.reset()
     loss, norm = contender.check(batches[0][: setting.n_check])
-    pipe.tell(event="check", loss=loss, grad_norm=norm, budget=setting.budget)
+    pipe.send(event="check", loss=loss, grad_norm=norm, budget=setting.budget)
     clock = Clock(device)
     while (order := pipe.wait()) is not None:
         step, trace = order.pop("step"), order.pop("trace", None)
         if order:
             clock.start()
             contender.change(order, batches)
-            pipe.tell(event="changed", secs=clock.read().wall, **order)
+            pipe.send(event="changed", secs=clock.read().wall, **order)
             memory.reset()
             continue
         before = contender.processed
@@ -570,12 +570,12 @@ def serve(contender: Contender, batches: list[list[Pair]], pipe: Pipe, memory: M
         record = report(
             setting, batches[step], step, secs, step_loss, step_norm, contender.processed - before
         )
-        pipe.tell(**record, **memory.peaks(contender.policy, contender.reference))
+        pipe.send(**record, **memory.peaks(contender.policy, contender.reference))
 
 
 @contextlib.contextmanager
 def profiler(path: str | None, device: torch.device) -> Iterator[None]:
-    """Write the operators of what runs within, by their own time on the device, as a table to
+    """Write a table of the operators that run in the context, by their own time on the device, to
     `path`.
     """
     if path is None:
@@ -602,7 +602,7 @@ def main() -> None:
     try:
         run(setting, batches, pipe)
     except torch.OutOfMemoryError as error:
-        pipe.tell(event="error", error="out of memory", detail=str(error).splitlines()[0])
+        pipe.send(event="error", error="out of memory", detail=str(error).splitlines()[0])
         sys.exit(3)
 
 
@@ -614,7 +614,7 @@ def serve_ours(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
 
 
 def serve_trl(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
-    import trl_contender  # after torch's own settings, before the order to build
+    import trl_contender  # after torch's settings, before the order to build
 
     if pipe.wait() is not None:
         trl_contender.serve(setting, batches, pipe)

@@ -1,24 +1,23 @@
-"""What the host does for each optimizer step on one of many ranks, and for the cache of reference
-log-probabilities.
+"""Measure the host's work for each optimizer step on one of many ranks, and for the cache of
+reference log-probabilities.
 
     python benchmarks/host_work.py    # 64 ranks x 64 pairs, digests of 2 M pairs: some minutes
     python benchmarks/host_work.py --smoke    # the same at tiny sizes: a second
 
-All ranks are simulated in one process on one thread; times are of one rank, as ranks work at the
-same time. Pairs have lengths like those of HH (lognormal; medians of 120 and 66 tokens, cut to 256
-each), and stand in a store in memory.
+All ranks are simulated in one process on one thread; times are those of one rank, since ranks work
+in parallel. Pairs have lengths like those of HH (lognormal; medians of 120 and 66 tokens, cut to
+256 each), and are in a store in memory.
 
-    feed       what the feeding thread does: indices -> plan -> this rank's microbatches as tensors
-    thread     what the training thread computes from lengths: the loss's denominator, tokens,
+    feed       the feeding thread: indices -> plan -> this rank's microbatches as tensors
+    thread     the training thread's computations from lengths: the loss's denominator, tokens,
                operations for the MFU
-    digests    of prompts with responses, by which cached log-probabilities are found
+    digests    of prompts with responses, the keys of cached log-probabilities
 
-Each is measured beside the named baseline "every example", which is what each rank did before: all
-examples of the global batch are made and looked at one by one, and rank 0 alone digests all
-responses. Both must give the same plans, numbers and digests, and the parts of all ranks must be
-the batch; else the benchmark ends with an error. The two alternate, round after round; shown are
-the median and the range over the rounds, and the ratio of the medians. Written to --out as
-Markdown.
+Each is compared with the baseline "every example", which is what each rank did before: it creates
+and reads all examples of the global batch one by one, and rank 0 alone digests all responses. Both
+must give the same plans, numbers and digests, and the parts of all ranks must add up to the batch;
+otherwise the benchmark ends with an error. The two alternate, round after round. The table, written
+to --out as Markdown, shows the median and the range over the rounds, and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -49,13 +48,15 @@ COST = Cost(body=2_500_000_000, head=130_000_000, attention=80_000)  # of about 
 
 
 class Result(NamedTuple):
+    """Hold the times of one piece of work."""
+
     what: str
-    before: list[float]  # seconds, one of each round
+    before: list[float]  # seconds, one for each round
     after: list[float]
 
 
 def store_of(n: int, seed: int = 0) -> Examples:
-    """n pairs as `view` would give them, none longer than 256 + 256 tokens."""
+    """Return n pairs as `view` would, none longer than 256 + 256 tokens."""
     rng = np.random.default_rng(seed)
     prompts = np.clip(rng.lognormal(4.8, 0.6, n), 8, 256).astype(np.int64)
     responses = np.clip(rng.lognormal(4.2, 0.8, (n, 2)), 2, 256).astype(np.int64)
@@ -80,8 +81,8 @@ def n_tokens(example: Example) -> int:
 
 
 def plan_of_every_example(examples: Sequence[Example], packing: Packing) -> list[list[np.ndarray]]:
-    """Microbatches of at most the budget, cut by tokens (LPT) or by length: the definition, one
-    example at a time.
+    """Return microbatches of at most the budget, cut by tokens (LPT) or by length: by the
+    definition, one example at a time.
     """
     n = len(examples)
     world = packing.world_size
@@ -120,7 +121,7 @@ def plan_of_every_example(examples: Sequence[Example], packing: Packing) -> list
 def feed_of_every_example(
     examples: Examples, packing: Packing, rank: int, indices: np.ndarray
 ) -> list[Example]:
-    """The feed's work on one rank; its tensors are dropped. -> all examples of the batch"""
+    """Do the feed's work on one rank, and drop its tensors. Return all examples of the batch."""
     batch = [examples[i] for i in indices.tolist()]
     for parts in plan_of_every_example(batch, packing):
         mine = parts[rank] if len(parts[rank]) else np.array([0])
@@ -129,7 +130,7 @@ def feed_of_every_example(
 
 
 def thread_of_every_example(batch: Sequence[Example]) -> tuple[int, int, float]:
-    """(scored tokens, tokens, operations of a forward pass) of the batch."""
+    """Return (scored tokens, tokens, operations of a forward pass) of the batch."""
     scored = sum(max(len(r) - (len(p) == 0), 0) for e in batch for p, rs in trees_of(e) for r in rs)
     tokens = responses = pairs = 0.0
     for prompt, answers in (tree for example in batch for tree in trees_of(example)):
@@ -144,23 +145,25 @@ def thread_of_every_example(batch: Sequence[Example]) -> tuple[int, int, float]:
 
 
 def digests_of_every_example(examples: Examples) -> np.ndarray:
-    """[n, k] uint64, example by example."""
+    """Return the digests, example by example.  [n, k] uint64"""
     digests = []
     for i in range(len(examples)):
         for prompt, responses in trees_of(examples[i]):
-            begun = hashlib.blake2b(np.asarray(prompt, np.int32).tobytes() + b"|", digest_size=8)
+            of_prompt = hashlib.blake2b(
+                np.asarray(prompt, np.int32).tobytes() + b"|", digest_size=8
+            )
             for response in responses:
-                whole = begun.copy()
-                whole.update(np.asarray(response, np.int32).tobytes())
-                digests.append(whole.digest())
+                digest = of_prompt.copy()
+                digest.update(np.asarray(response, np.int32).tobytes())
+                digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, examples.k)
 
 
-# ---- what is measured ----
+# ---- the measurements ----
 
 
 def thread(step: Step) -> tuple[int, int, float]:
-    """What the training thread computes of a step's lengths."""
+    """Return what the training thread computes from a step's lengths."""
     return step.lengths.n_scored(), int(step.lengths.tokens().sum()), COST.forward(step.lengths)
 
 
@@ -178,7 +181,7 @@ def check(same: bool, what: str) -> None:
 def measure_step(
     examples: Examples, ranks: int, each: int, budget: int, packed: bool, rounds: int
 ) -> list[Result]:
-    """Feed and thread of one rank, another one and another batch in each round."""
+    """Measure feed and thread of one rank; each round takes another rank and another batch."""
     packing = Packing(packed, budget, ranks, pad_token_id=0, longest=512)
     what = f"{ranks} x {each} pairs, {'packed' if packed else 'padded'}, {budget:,} tokens"
     feed, thread_ = Result(f"feed: {what}", [], []), Result(f"thread: {what}", [], [])
@@ -190,10 +193,10 @@ def measure_step(
         feed.before.append(before)
         feed.after.append(after)
         before, expected = timed(thread_of_every_example, batch)
-        after, found = timed(thread, step)
+        after, numbers = timed(thread, step)
         thread_.before.append(before)
         thread_.after.append(after)
-        check(found == expected, "numbers")
+        check(numbers == expected, "numbers")
         expected_parts = [part for parts in plan_of_every_example(batch, packing) for part in parts]
         same = [
             np.array_equal(a, b)
@@ -209,14 +212,14 @@ def measure_step(
 
 
 def measure_digests(examples: Examples, ranks: int, rounds: int) -> list[Result]:
-    """Of all responses, on rank 0; and of a rank's own share."""
+    """Measure the digests of all responses on rank 0, and of a rank's own share."""
     alone = Result(f"digests: {len(examples):,} pairs, 1 rank", [], [])
     shared = Result(f"digests: {len(examples):,} pairs, {ranks} ranks", [], [])
     share = examples.select(np.array_split(np.arange(len(examples)), ranks)[0])
     for _ in range(rounds):
         before, expected = timed(digests_of_every_example, examples)
-        after, found = timed(response_digests, examples)
-        check(np.array_equal(found, expected), "digests")
+        after, result = timed(response_digests, examples)
+        check(np.array_equal(result, expected), "digests")
         own, _ = timed(response_digests, share)
         alone.before.append(before)
         alone.after.append(after)
@@ -226,7 +229,7 @@ def measure_digests(examples: Examples, ranks: int, rounds: int) -> list[Result]
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: seconds before and after, median (lowest to highest)."""
+    """Return a Markdown table: time before and now, median (lowest to highest)."""
 
     def cell(secs: list[float]) -> str:
         unit, name = (1, "s") if min(secs) >= 1 else (1e3, "ms")
@@ -246,21 +249,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64], help="(default 1 8 64)")
     parser.add_argument(
-        "--each", type=int, default=64, help="pairs of a rank in a step (default %(default)s)"
+        "--ranks", type=int, nargs="+", default=[1, 8, 64], help="numbers of ranks (default 1 8 64)"
     )
     parser.add_argument(
-        "--pairs", type=int, default=200_000, help="that are digested (default %(default)s)"
+        "--each", type=int, default=64, help="pairs per rank and step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=200_000, help="number of pairs to digest (default %(default)s)"
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=9,
-        help="of each step; a third of it of digests (default %(default)s)",
+        help="rounds per step; digests get a third (default %(default)s)",
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, to see that all of it runs"
+        "--smoke", action="store_true", help="tiny sizes: tests the code, measures nothing"
     )
     parser.add_argument(
         "--out",

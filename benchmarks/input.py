@@ -1,12 +1,12 @@
-"""The input pipeline: tokenization, warm starts, batch assembly, and a file as large as
+"""Measure the input pipeline: tokenization, warm starts, batch assembly, and a file as large as
 StackExchange.
 
     python benchmarks/input.py --hh /path/to/hh-rlhf --tokenizer /path/to/tokenizer.json
     python benchmarks/input.py --hh /path/to/hh-rlhf --tokenizer /path/to/tokenizer.json \
         --questions 10800000   # StackExchange's size: about an hour, and 8 GB of disk
 
-Each measurement runs in a process of its own, on one core, and prints one line; all of them go to
---out as JSON lines too:
+Each measurement runs in its own process, on one core, and prints one line; all lines also go to
+--out as JSON:
     cold      load_examples for the first time: pairs tokenized per second, peak memory
     warm      load_examples again, at the size of the whole of HH (--pairs): seconds, imports not
               counted (target: below 1)
@@ -15,8 +15,8 @@ Each measurement runs in a process of its own, on one core, and prints one line;
     questions the two loads for a synthetic file in StackExchange's form with --questions
               questions: pairs per second, peak memory
 The HH files hold 4,664 pairs; they are repeated up to --pairs with a number before each prompt's
-first word, so that none is a duplicate and lengths stay real. Rates are per second of CPU time;
-memory is the peak resident set, GB (1e9 bytes), mapped files in use included.
+first word, so that there are no duplicates and lengths stay realistic. Rates are per second of CPU
+time; memory is the peak resident set, GB (1e9 bytes), including mapped files in use.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 8192  # tokens of a microbatch
 
 
-# ---- what is loaded ----
+# ---- the data ----
 
 
 def write_hh(folder: Path, out: Path, n: int) -> None:
-    """n pairs in the form of Anthropic/hh-rlhf, row by row: the real ones, numbered."""
+    """Write n pairs in the form of Anthropic/hh-rlhf, row by row: the real ones, numbered."""
     files = sorted(folder.rglob("*.jsonl.gz"))
     rows = [
         json.loads(line)
@@ -55,7 +55,7 @@ def write_hh(folder: Path, out: Path, n: int) -> None:
         for line in gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
     ]
     if not rows:
-        raise SystemExit(f"--hh {folder}: no *.jsonl.gz there")
+        raise SystemExit(f"--hh {folder}: contains no *.jsonl.gz")
     with out.open("w", encoding="utf-8") as lines:
         for i, row in zip(range(n), itertools.cycle(rows), strict=False):
             numbered = {
@@ -66,7 +66,7 @@ def write_hh(folder: Path, out: Path, n: int) -> None:
 
 
 def write_questions(out: Path, n: int, seed: int = 0) -> None:
-    """n short questions with two or three scored answers in the form of
+    """Write n short questions with two or three scored answers in the form of
     HuggingFaceH4/stack-exchange-preferences, row by row.
     """
     rng = np.random.default_rng(seed)
@@ -116,7 +116,7 @@ def write_questions(out: Path, n: int, seed: int = 0) -> None:
 
 
 def tokenizer_from(file: Path) -> Any:
-    """A Hugging Face tokenizer of a tokenizer.json (gzipped or not) whose EOS is <|endoftext|>."""
+    """Return the Hugging Face tokenizer of a tokenizer.json (or gzipped); EOS is <|endoftext|>."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -128,8 +128,8 @@ def tokenizer_from(file: Path) -> Any:
 
 
 def load(name: str, data: Path, folder: Path, tokenizer: Any) -> Any:
-    """The training examples that `train.py loss=dpo datasets=[name] dataset_paths.name=data` would
-    see.
+    """Return the training examples that `train.py loss=dpo datasets=[name] dataset_paths.name=data`
+    would use.
     """
     from hydra import compose, initialize_config_dir
 
@@ -148,19 +148,19 @@ def load(name: str, data: Path, folder: Path, tokenizer: Any) -> Any:
     return load_examples(config, tokenizer, "pair")[0]
 
 
-# ---- measured in the children ----
+# ---- the measurements, in child processes ----
 
 
 def peak_gb() -> float:
-    """This process's peak resident set, GB."""
+    """Return this process's peak resident set, GB."""
     return (
         int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9
     )
 
 
 def measure_load(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of one load_examples, pairs it gave, and the peak memory before and after."""
-    from plumb.data import prepare  # noqa: F401  (its imports are not what is measured)
+    """Return the seconds of one load_examples, its pairs, and the peak memory before and after."""
+    from plumb.data import prepare  # noqa: F401  (its imports are not measured)
 
     tokenizer = tokenizer_from(options.tokenizer)
     before = peak_gb()
@@ -181,8 +181,8 @@ def measure_load(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
-    """Pairs per CPU second from indices to microbatches of tensors, 200 batches of 64: the median
-    of 5 rounds and the range.
+    """Return pairs per CPU second from indices to microbatches of tensors, for 200 batches of 64:
+    the median of 5 rounds and the range.
     """
     examples = load(options.name, options.data, options.folder, tokenizer_from(options.tokenizer))
     rng = np.random.default_rng(0)
@@ -204,8 +204,8 @@ def measure_assembly(options: argparse.Namespace) -> dict[str, float]:
 
 
 def assemble(examples: Any, indices: np.ndarray) -> Any:
-    """One batch from its indices to microbatches of tensors: the one place here that knows the API
-    of batching/layout.py.
+    """Return one batch as microbatches of tensors, from its indices. Only this function knows the
+    API of batching.
     """
     from plumb.batching.feed import Feed
     from plumb.batching.microbatches import Packing
@@ -221,7 +221,7 @@ def assemble(examples: Any, indices: np.ndarray) -> Any:
 def child(
     kind: str, options: argparse.Namespace, name: str, data: Path, folder: Path
 ) -> dict[str, float]:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in its own process."""
     command = [
         sys.executable,
         __file__,
@@ -242,7 +242,7 @@ def child(
 def measurements(
     options: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """(what, numbers), one after the other."""
+    """Yield (name, numbers) of each measurement."""
     hh = folder / "hh.jsonl"
     write_hh(options.hh, hh, options.pairs)
     cold = child("load", options, "hh", hh, folder / "cache")
@@ -275,19 +275,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--hh", type=Path, help="a folder with .jsonl.gz files of Anthropic/hh-rlhf"
+        "--hh", type=Path, help="folder with the .jsonl.gz files of Anthropic/hh-rlhf"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="a tokenizer.json, or one gzipped"
+        "--tokenizer", type=Path, required=True, help="a tokenizer.json, gzipped or not"
     )
     parser.add_argument(
         "--pairs",
         type=int,
         default=160_800,
-        help="of the HH file (default %(default)s, the whole of HH)",
+        help="pairs of the HH file (default %(default)s, the size of HH)",
     )
     parser.add_argument(
-        "--questions", type=int, default=0, help="of the StackExchange-shaped file (default: none)"
+        "--questions",
+        type=int,
+        default=0,
+        help="questions of the StackExchange-like file (default: none)",
     )
     parser.add_argument(
         "--out",

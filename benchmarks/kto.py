@@ -1,13 +1,13 @@
-"""KTO on one batch, however it is split: `python benchmarks/kto.py`.
+"""Train KTO on the same batches, split in different ways: `python benchmarks/kto.py`.
 
-The same steps with microbatches of 1, 2, 8 and all examples and on two processes, and the same by
-TRL's KTOTrainer where it is installed (benchmarks/requirements.txt). All start from the same
+Makes the same steps with microbatches of 1, 2, 8 and all examples, and on two processes, and also
+with TRL's KTOTrainer if it is installed (benchmarks/requirements.txt). All start from the same
 weights, with the same rows in the same order. At the first step policy and reference are the same;
-from the second on the reference point z0 is above 0, and loss and gradient depend on it.
+from the second on, the reference point z0 is above 0, and loss and gradient depend on it.
 
 Prints a table of loss, gradient norm and z0 of the last step, with the largest relative difference
-in loss and gradient norm from Plumb's first row over all steps. `--out FILE` writes it, too.
-`--smoke`: smaller.
+in loss and gradient norm from Plumb's first row over all steps. `--out FILE` also writes it to a
+file. `--smoke`: smaller.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LR = 0.05
 
 
 class StepValues(NamedTuple):
-    """What a trainer logged of a step."""
+    """Hold what a trainer logged for a step."""
 
     loss: float
     grad_norm: float
@@ -40,9 +40,9 @@ class StepValues(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What all runs have in common."""
+    """Hold what all runs have in common."""
 
-    folder: Path  # for everything that is written
+    folder: Path  # for all output
     model: Path
     rows: Path
     batch_size: int
@@ -58,7 +58,7 @@ def main() -> None:
     batch_size, n_steps = (4, 2) if at.smoke else (16, 4)
     sizes = (4, 1) if at.smoke else (16, 8, 2, 1)
     with tempfile.TemporaryDirectory() as folder:
-        setting = made(Path(folder), batch_size, n_steps, sizes)
+        setting = make_setting(Path(folder), batch_size, n_steps, sizes)
         runs = [*of_plumb(setting), *of_trl(setting)]
     text = table(runs, f"{batch_size} examples in a batch, step {n_steps}")
     print(text)
@@ -66,9 +66,9 @@ def main() -> None:
         at.out.write_text(text + "\n", encoding="utf-8")
 
 
-def made(folder: Path, batch_size: int, n_steps: int, sizes: Sequence[int]) -> Setting:
-    """Write a small random model and rows of single responses with a label, one of each demo pair
-    in turn.
+def make_setting(folder: Path, batch_size: int, n_steps: int, sizes: Sequence[int]) -> Setting:
+    """Write a small random model, and rows of single responses with a label, one response of each
+    demo pair.
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer")
@@ -156,7 +156,7 @@ def plumb_run(setting: Setting, name: str, more: Sequence[str]) -> list[StepValu
 
 
 def of_trl(setting: Setting) -> Iterator[tuple[str, list[StepValues] | str]]:
-    """Yield (name, the steps, or why there are none) of TRL's microbatches."""
+    """Yield (name, the steps or why there are none) for each of TRL's microbatch sizes."""
     if find_spec("trl") is None:
         yield "TRL", "TRL is not installed"
         return
@@ -165,7 +165,7 @@ def of_trl(setting: Setting) -> Iterator[tuple[str, list[StepValues] | str]]:
 
 
 def trl_run(setting: Setting, size: int) -> list[StepValues] | str:
-    """Return the steps of KTOTrainer, or the first line of its refusal."""
+    """Return the steps of KTOTrainer, or the first line of its error."""
     from datasets import load_dataset
     from trl import KTOConfig, KTOTrainer
 

@@ -6,7 +6,7 @@ one learning rate for all. Part `noise`: 30 % of the pairs flipped, three seeds;
 and on UltraFeedback's pairs where --ultrafeedback is a folder with `noisy` and `processed`.
 
 Each finished run adds a line to OUT/records.jsonl, and is not run again. The tables and the picture
-are made from these lines: losses.md and losses.png in --results. `--smoke`: a few steps of each.
+(losses.md and losses.png in --results) are made from these lines. `--smoke`: a few steps of each.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ COMMON = [
     "n_eval_examples=0",
     "resume=auto",
 ]
-# of labels that a loss is to take as flipped, and that are
+# share of labels that are flipped, and that the losses assume to be flipped
 FLIPPED = 0.3
 NOISE: dict[str, list[str]] = {
     "dpo": ["loss=dpo", "loss.beta=0.1"],
@@ -70,7 +70,7 @@ NOISE: dict[str, list[str]] = {
 
 
 class Size(NamedTuple):
-    """How much of everything.
+    """Hold the sizes of all parts.
 
     Example: Size(n_train=32, n_test=10, n_examples=16, seeds=(0,)).
     """
@@ -85,7 +85,7 @@ class Size(NamedTuple):
 
 
 class World(NamedTuple):
-    """Data, and the SFT model that every run on them starts from and is compared with."""
+    """Hold data, and the SFT model that every run on them starts from and is compared with."""
 
     name: str
     train: list[Row]
@@ -94,7 +94,7 @@ class World(NamedTuple):
 
 
 class Results:
-    """The lines of records.jsonl: a run that has one is not run again."""
+    """Keep the lines of records.jsonl: a run that has one is not run again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,8 +103,8 @@ class Results:
             self.records = [json.loads(line) for line in path.read_text().splitlines()]
 
     def add(self, key: Record, run: Callable[[], Record]) -> None:
-        """Run, unless there is a line with this key, and add the line. (Another process may run
-        other keys.)
+        """Run, unless there is a line with this key, and add the line. Another process may run
+        other keys at the same time.
         """
         if any(key.items() <= record.items() for record in self.records):
             return
@@ -135,7 +135,7 @@ def ultrafeedback(path: Path) -> Iterator[Row]:
 
 
 def flipped(rows: Sequence[Row], seed: int) -> list[Row]:
-    """Return the pairs with FLIPPED of the labels turned round."""
+    """Return the pairs with a share FLIPPED of the labels reversed."""
     chosen = set(random.Random(seed).sample(range(len(rows)), round(FLIPPED * len(rows))))
     return [
         row | {"chosen": row["rejected"], "rejected": row["chosen"]} if i in chosen else row
@@ -147,7 +147,7 @@ def flipped(rows: Sequence[Row], seed: int) -> list[Row]:
 
 
 def trained(rows: Sequence[Row], run_dir: Path, *options: str) -> tuple[Path, float]:
-    """Train, or find the run as trained before. -> its directory, and the seconds it took"""
+    """Train, unless the run is finished already. Return its directory, and the seconds it took."""
     start = time.monotonic()
     checkpoint = latest_valid(run_dir) if run_dir.is_dir() else None
     if checkpoint is None or not checkpoint.manifest.finished:
@@ -162,10 +162,10 @@ def trained_from(world: World, rows: Sequence[Row], run_dir: Path, *options: str
 
 
 def measured(world: World, run: Path) -> Record:
-    """Measure a policy on held-out pairs, in the same way whatever it was trained with.
+    """Measure a policy on held-out pairs, in the same way for every loss.
 
     accuracy: the share of pairs whose log pi/pi_ref is higher for chosen, pi_ref being the SFT
-    model. likelier: of those whose chosen response is likelier. chosen, rejected: mean
+    model. likelier: the share whose chosen response is likelier. chosen, rejected: mean
     log-probability per token. length: mean tokens of sampled answers.
     """
     by_reward = evaluate_on(run, world.test, "loss=dpo", "loss.beta=1", reference=str(world.sft))
@@ -179,7 +179,7 @@ def measured(world: World, run: Path) -> Record:
 
 
 def mean_logp(run: Path, rows: Sequence[Row], side: str) -> float:
-    """Return the mean log-probability per token of one side of all pairs."""
+    """Return the mean log-probability per token of one side of the pairs."""
     targets = [{"prompt": row["prompt"], "completion": row[side]} for row in rows]
     rules = ("data_rules.duplicate=keep", "data_rules.contradictory=keep")
     record = evaluate_on(run, targets, "loss=sft", "loss.average_over=tokens", *rules)
@@ -204,7 +204,7 @@ def reward_model(world: World, run_dir: Path, *options: str) -> Record:
 def every_loss(
     world: World, names: Sequence[str], size: Size, lr: float, out: Path, results: Results
 ) -> None:
-    """Train with each of these files of config/loss; SFT imitates the chosen responses."""
+    """Train with each of these losses of config/loss; SFT imitates the chosen responses."""
     rows = [row | {"sft_target": row["chosen"]} for row in world.train]
     results.add({"part": "losses", "name": "-"}, partial(measured, world, world.sft))
     for name in names:
@@ -224,8 +224,8 @@ def every_loss(
 def with_noise(
     world: World, names: Sequence[str], size: Size, lr: float, out: Path, results: Results
 ) -> None:
-    """Train on flipped labels with each seed. UltraFeedback's labels are flipped
-    already, whatever the seed.
+    """Train on flipped labels with each seed. UltraFeedback's labels are already flipped, the same
+    for all seeds.
     """
     for name in names:
         for seed in size.seeds:
@@ -242,6 +242,7 @@ def with_noise(
 
 
 def demo_world(out: Path, size: Size) -> World:
+    """Return the demo's pairs, and a model after SFT on them."""
     rows, test = demo("train")[: size.n_train], demo("test")[: size.n_test]
     options = ["loss=sft", "lr=1e-3", "warmup_steps=20", f"n_epochs={size.sft_epochs}"]
     run, _ = trained(rows, out / "base_demo", *options)
@@ -249,8 +250,8 @@ def demo_world(out: Path, size: Size) -> World:
 
 
 def ultrafeedback_world(folder: Path, base: World, out: Path, size: Size) -> World:
-    """Return UltraFeedback's pairs with flipped labels, and the demo's SFT model after two epochs
-    of their SFT targets, which the flips do not touch.
+    """Return UltraFeedback's pairs with flipped labels, and the demo's SFT model after two more
+    epochs on their SFT targets, which are not flipped.
     """
     clean, test, noisy = (
         list(ultrafeedback(folder / name))[:n]
@@ -305,7 +306,7 @@ def noise_table(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Draw a row for each loss: how often chosen is likelier, and both sides' log-probabilities."""
+    """Draw a row per loss: how often chosen is likelier, and both sides' log-probabilities."""
     own = [r for r in records if r["part"] == "losses" and "chosen" in r]
     own.sort(key=lambda r: r["likelier"])
     names = ["before (SFT)" if r["name"] == "-" else r["name"] for r in own]
@@ -329,7 +330,7 @@ BLOCK = "<!-- From here on written by benchmarks/losses.py: begin -->\n"
 
 
 def write(results: Results, folder: Path) -> None:
-    """Write the tables below what stands in losses.md by hand, and the picture."""
+    """Write the picture, and the tables of losses.md below its handwritten part."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "losses.md"
     text = page.read_text(encoding="utf-8").partition(BLOCK)[0] if page.is_file() else ""
@@ -347,30 +348,30 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--parts", nargs="+", default=["losses", "noise"])
     every = sorted(file.stem for file in (ROOT / "config/loss").glob("*.yaml"))
-    parser.add_argument("--losses", nargs="+", default=every, help="of part `losses`")
-    parser.add_argument("--noise", nargs="+", default=[*NOISE], help="of part `noise`")
+    parser.add_argument("--losses", nargs="+", default=every, help="losses of part `losses`")
+    parser.add_argument("--noise", nargs="+", default=[*NOISE], help="losses of part `noise`")
     parser.add_argument(
         "--ultrafeedback", type=Path, default=ROOT.parent / "shared/data/ultrafeedback"
     )
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--smoke", action="store_true", help="a few pairs and steps of each")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     size = Size()
-    if given.smoke:
+    if options.smoke:
         size = Size(32, 10, sft_epochs=1, n_examples=16, n_noise=16, noise_epochs=1, seeds=(0,))
-    out = given.out.resolve()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "records.jsonl")
     world = demo_world(out, size)
-    if "losses" in given.parts:
-        every_loss(world, given.losses, size, given.lr, out, results)
-    if "noise" in given.parts:
-        with_noise(world, given.noise, size, given.lr, out, results)
-        if (given.ultrafeedback / "noisy").is_dir():
-            other = ultrafeedback_world(given.ultrafeedback, world, out, size)
-            with_noise(other, given.noise, size, given.lr, out, results)
-    write(results, given.results)
+    if "losses" in options.parts:
+        every_loss(world, options.losses, size, options.lr, out, results)
+    if "noise" in options.parts:
+        with_noise(world, options.noise, size, options.lr, out, results)
+        if (options.ultrafeedback / "noisy").is_dir():
+            other = ultrafeedback_world(options.ultrafeedback, world, out, size)
+            with_noise(other, options.noise, size, options.lr, out, results)
+    write(results, options.results)
 
 
 if __name__ == "__main__":

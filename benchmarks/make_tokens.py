@@ -1,14 +1,14 @@
-"""Token ids of real HH pairs, made once so that every contender trains on the same ids and none
-needs a tokenizer or a network.
+"""Tokenize real HH pairs once, so that all contenders train on the same ids and none needs a
+tokenizer or a network.
 
     python benchmarks/make_tokens.py --data /path/to/hh-rlhf/harmless-base/test.jsonl.gz \
         --tokenizer /path/to/tokenizer.json --out .cache/benchmarks/harmless.npz
 
-Prompt and responses are tokenized apart, EOS ends each response, and the 2023 truncation applies
-(--max-length, --max-prompt-length; HH keeps the end of a long prompt). Pairs whose two texts split
-into different prompts are skipped, and so are pairs with an empty response. The order is a seeded
-permutation of the file's. Columns of the file, all flat int32 with offsets: prompt, chosen,
-rejected.
+Prompt and responses are tokenized separately, EOS ends each response, and the 2023 truncation
+applies (--max-length, --max-prompt-length; HH keeps the end of a long prompt). Pairs whose two
+texts split into different prompts are skipped, and so are pairs with an empty response. The order
+is a seeded permutation of the file's. Columns of the output, all flat int32 with offsets: prompt,
+chosen, rejected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MARK = "\n\nAssistant:"
 
 
 class Pair(NamedTuple):
-    """One preference pair as token ids; lengths in tokens."""
+    """Hold one preference pair as token ids; lengths in tokens."""
 
     prompt: np.ndarray  # [P] int32
     chosen: np.ndarray  # [C] int32, ending in EOS unless it was cut
@@ -35,13 +35,15 @@ class Pair(NamedTuple):
 
 
 class Tokens(NamedTuple):
+    """Hold tokenized pairs."""
+
     pairs: list[Pair]
     vocab_size: int  # ids are below this
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(prompt, chosen, rejected) texts of an Anthropic/hh-rlhf file; the prompt ends after the last
-    "Assistant:".
+    """Yield the texts (prompt, chosen, rejected) of an Anthropic/hh-rlhf file; the prompt ends
+    after the last "Assistant:".
     """
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -55,7 +57,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
 def cut(
     prompt: list[int], responses: Sequence[list[int]], max_length: int, max_prompt_length: int
 ) -> tuple[list[int], ...]:
-    """The 2023 truncation, keeping the prompt's end.
+    """Truncate as in 2023, keeping the prompt's end.
 
     >>> cut([1, 2, 3, 4, 5, 6], ([7, 8, 0], [9, 0]), max_length=8, max_prompt_length=4)
     ([3, 4, 5, 6], [7, 8, 0], [9, 0])
@@ -73,7 +75,9 @@ def cut(
 def tokenize(
     texts: Sequence[tuple[str, str, str]], tokenizer_file: Path, eos: str, limits: tuple[int, int]
 ) -> Tokens:
-    """Ids of every pair, by the `tokenizers` library alone (a tokenizer.json, gzipped or not)."""
+    """Return the ids of every pair. Needs only the `tokenizers` library; tokenizer.json may be
+    gzipped.
+    """
     from tokenizers import Tokenizer
 
     raw = tokenizer_file.read_bytes()
@@ -99,7 +103,7 @@ def tokenize(
 
 
 def save(path: Path, tokens: Tokens) -> None:
-    """Write the columns; about 0.4 MB per thousand HH pairs."""
+    """Write the columns, about 0.4 MB per thousand HH pairs."""
     columns: dict[str, np.ndarray] = {"vocab_size": np.asarray(tokens.vocab_size)}
     for i, name in enumerate(FIELDS):
         parts = [pair[i] for pair in tokens.pairs]
@@ -110,7 +114,7 @@ def save(path: Path, tokens: Tokens) -> None:
 
 
 def load(path: Path) -> Tokens:
-    """What `save` wrote; int32 arrays that share three buffers."""
+    """Return what `save` wrote, as int32 arrays that share three buffers."""
     with np.load(path) as columns:
         split = [np.split(columns[name], columns[f"{name}_offsets"][1:-1]) for name in FIELDS]
         return Tokens(
@@ -119,8 +123,8 @@ def load(path: Path) -> Tokens:
 
 
 def synthetic(n: int, vocab_size: int, seed: int = 0, scale: float = 1.0) -> Tokens:
-    """Random ids with lengths like HH harmless-base (means 118, 41, 50 tokens at scale 1): for
-    --smoke and for tests.
+    """Return random ids with lengths like HH harmless-base (means of 118, 41, 50 tokens at scale
+    1), for --smoke and for tests.
     """
     rng = np.random.default_rng(seed)
 
@@ -140,8 +144,8 @@ def synthetic(n: int, vocab_size: int, seed: int = 0, scale: float = 1.0) -> Tok
 
 
 def describe(tokens: Tokens) -> str:
-    """Mean lengths in tokens, and what padding every pair of a batch of 64 to its longest row would
-    cost.
+    """Return a line with the mean lengths in tokens, and the cost of padding every pair of a batch
+    of 64 to its longest row.
     """
     lengths = np.array([[len(x) for x in pair] for pair in tokens.pairs])  # [n, 3]
     means, unique = lengths.mean(0), lengths.sum(1)
@@ -161,9 +165,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="an Anthropic/hh-rlhf .jsonl.gz")
+    parser.add_argument("--data", type=Path, required=True, help="a .jsonl.gz of Anthropic/hh-rlhf")
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="a tokenizer.json, or one gzipped"
+        "--tokenizer", type=Path, required=True, help="a tokenizer.json, gzipped or not"
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -178,9 +182,14 @@ def main() -> None:
         help="tokens of prompt + response (default %(default)s)",
     )
     parser.add_argument(
-        "--max-prompt-length", type=int, default=256, help="tokens (default %(default)s)"
+        "--max-prompt-length",
+        type=int,
+        default=256,
+        help="tokens kept of a long prompt (default %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the order (default %(default)s)"
+    )
     options = parser.parse_args()
     texts = list(read_pairs(options.data))
     texts = [texts[i] for i in np.random.default_rng(options.seed).permutation(len(texts))]

@@ -1,4 +1,4 @@
-"""Thirty files of preference pairs with one thing wrong each, for reliability_trl.py."""
+"""Make thirty files of preference pairs with one error each, for reliability_trl.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def malformed(good: list[Row]) -> dict[str, bytes]:
-    """name -> contents of a .jsonl file: `good` rows, the fifth of them changed."""
+    """Return {name: contents of a .jsonl file}: the `good` rows, with the fifth changed."""
     lines = [json.dumps(row) + "\n" for row in good]
     text, fifth = "".join(lines), good[4]
 

@@ -1,12 +1,12 @@
-"""The memory that plan=true foretells beside what small real runs hold: peak resident memory of a
-process, on a CPU.
+"""Compare the memory that plan=true predicts with the peak resident memory of small real runs on a
+CPU.
 
     python benchmarks/plan_memory.py [--only WORD] [--out FOLDER]
 
-Each run is a process of its own (two for FSDPTrainer): two steps of several microbatches on made-up
-texts. Measured is the peak from the first step on, less what the process held once everything was
-imported. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the peak is
-of what lives, not of what the allocator keeps. The plan is made for a CPU here: the head in smaller
+Each run has its own process (two for FSDPTrainer): two steps of several microbatches on synthetic
+texts. The measured value is the peak from the first step on, minus what the process held after all
+imports. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so the peak counts
+what is in use, not what the allocator keeps. The plan is made for a CPU: the head in smaller
 chunks, the optimizer one weight at a time.
 """
 
@@ -64,7 +64,7 @@ TINY = (
     "hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,"
     " vocab_size: 16000"
 )
-# Qwen3 has 32 key heads unless it is told otherwise
+# Qwen3 has 32 key heads by default
 SMOKE_SIZES = {
     "llama": TINY,
     "gpt_neox": TINY,
@@ -73,7 +73,7 @@ SMOKE_SIZES = {
 
 
 def overrides(model: str, sizes: str, case: list[str], folder: Path) -> list[str]:
-    """The command of a case."""
+    """Return the options of a case."""
     return [
         "exp_name=plan",
         f"model.architecture={{model_type: {model}, {sizes}, max_position_embeddings: 512}}",
@@ -96,7 +96,7 @@ def overrides(model: str, sizes: str, case: list[str], folder: Path) -> list[str
 
 
 def write_texts(file: Path) -> None:
-    """Pairs of made-up words with lengths that differ."""
+    """Write pairs of random words, of different lengths."""
     rng = random.Random(0)
     words = [
         "what",
@@ -118,17 +118,17 @@ def write_texts(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ---- the processes that are measured ----
+# ---- the measured processes ----
 
 
 def status(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def work(config, out: str) -> None:
-    """Train, and write the peak beyond what was there before."""
+    """Train, and write the peak beyond what the process held before."""
     import train
     import trainers
     from plumb.console import rank
@@ -137,7 +137,7 @@ def work(config, out: str) -> None:
     before, loop = status("VmRSS"), trainers.BasicTrainer.train
 
     def from_here(self):
-        # the peak starts again: loading is not what is planned
+        # reset the peak: loading is not part of the plan
         Path("/proc/self/clear_refs").write_text("5")
         return loop(self)
 
@@ -149,7 +149,7 @@ def work(config, out: str) -> None:
 
 
 def measure(arguments: list[str], out: str) -> None:
-    """One run, by the trainer's own way of starting."""
+    """Measure one run, started as its trainer starts."""
     import hydra
 
     import train  # noqa: F401  registers the resolver
@@ -167,8 +167,8 @@ def measure(arguments: list[str], out: str) -> None:
         )
 
 
-def foretell(arguments: list[str]) -> dict[str, float]:
-    """GB by kind, of the plan made for a CPU."""
+def predict(arguments: list[str]) -> dict[str, float]:
+    """Return the GB by kind of the plan made for a CPU."""
     import hydra
     import torch
 
@@ -183,18 +183,18 @@ def foretell(arguments: list[str]) -> dict[str, float]:
             "config", [*arguments, "plan=true", f"plan_gpus={2 if several else 1}"]
         )
     loss = validate(config)
-    found = plan.make_plan(
+    planned = plan.make_plan(
         config, loss, plan.read_model(config, loss), plan.read_data(config, loss)
     )
-    kinds = {kind: values[0] / 1e9 for kind, values in found.memory.kinds.items()}
-    return kinds | {"all": found.memory.peak / 1e9}
+    kinds = {kind: values[0] / 1e9 for kind, values in planned.memory.kinds.items()}
+    return kinds | {"all": planned.memory.peak / 1e9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose text has this word")
+    parser.add_argument("--only", default="", help="only the cases whose text has this word")
     parser.add_argument(
         "--out",
         type=Path,
@@ -221,7 +221,7 @@ def main() -> None:
                 continue
             sizes = (SMOKE_SIZES if options.smoke else SIZES)[model]
             arguments = overrides(model, sizes, case, folder)
-            said = json.dumps([arguments, str(folder / "peak")])
+            call = json.dumps([arguments, str(folder / "peak")])
             command = [
                 sys.executable,
                 "-c",
@@ -230,10 +230,10 @@ def main() -> None:
                     "p.measure(*json.loads(sys.argv[2]))"
                 ),
                 str(Path(__file__).parent),
-                said,
+                call,
             ]
             subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
-            measured, planned = json.loads((folder / "peak").read_text()) / 1e9, foretell(arguments)
+            measured, planned = json.loads((folder / "peak").read_text()) / 1e9, predict(arguments)
             rows.append(
                 f"| {text} | {planned['all']:.2f} | {measured:.2f} |"
                 f" {planned['all'] / measured - 1:+.1%} |"

@@ -1,15 +1,15 @@
-"""What a kill, damage, a changed setting, a signal, a full disk or a malformed file does to a DPO
-run: trl.DPOTrainer and Plumb.
+"""Test what a kill, damage, a changed setting, a signal, a full disk or a malformed file does to a
+DPO run, with trl.DPOTrainer and Plumb.
 
     python benchmarks/reliability_trl.py trl              # about 15 minutes on a CPU; also: plumb
     python benchmarks/reliability_trl.py --report    # writes benchmarks/results/reliability_trl.md
 
 Both train the same Llama of 174,104 random parameters on the same 80 pairs for 40 steps of 4, on
-one thread, and save after every step; they are started as a user starts them, one process a run. A
-run that was disturbed and started again is *right* if it ends with exactly the weights of the
+one thread, and save after every step; they are started as a user starts them, one process per run.
+A run that was disturbed and started again is *right* if it ends with exactly the weights of the
 undisturbed run, or stops with one line that says why; it is wrong if it ends in a traceback, or
-with other weights as if nothing had happened. Where a setting was changed, going on as if it had
-not been is wrong too.
+with other weights as if nothing had happened. If a setting was changed, continuing as if it had not
+been is wrong, too.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ ENVIRONMENT = os.environ | {
 
 
 class Contender(NamedTuple):
-    """How a trainer is started, and where it keeps what."""
+    """Hold how a trainer is started, and where it keeps its files."""
 
     name: str
     command: Callable[[Run], list[str]]
-    checkpoint: str  # a checkpoint's name, of its step
+    checkpoint: str  # name of a checkpoint, from its step
     weights: str  # files of a checkpoint
     optimizer: str
     state: str
     final: str  # the file whose tensors are the result
-    jit: bool = False  # another way of meeting SIGTERM, to be switched on
+    jit: bool = False  # it has another way of handling SIGTERM, off by default
 
 
 class Run(NamedTuple):
-    """What a run is to do."""
+    """Hold the settings of a run."""
 
     model: Path
     data: Path
@@ -75,7 +75,7 @@ class Run(NamedTuple):
     resume: bool = False
     lr: float = 1e-3
     batch: int = BATCH
-    jit: bool = False  # TRL's own way of meeting SIGTERM
+    jit: bool = False  # TRL's own way of handling SIGTERM
 
 
 def trl_command(run: Run) -> list[str]:
@@ -148,19 +148,17 @@ def checkpoint(contender: Contender, run_dir: Path, step: int) -> Path:
 
 
 def newest(contender: Contender, run_dir: Path) -> int:
-    """The step of the newest checkpoint by its name, whole or not; 0: none."""
-    found = [
+    """Return the step of the newest checkpoint by name, complete or not; 0: none."""
+    steps = [
         int(p.name.rpartition("-")[2])
         for p in run_dir.glob(contender.checkpoint.format("*"))
         if p.name[-1].isdigit()
     ]
-    return max(found, default=0) // (BATCH if contender.name == "Plumb" else 1)
+    return max(steps, default=0) // (BATCH if contender.name == "Plumb" else 1)
 
 
 def final_weights(contender: Contender, run_dir: Path, n_steps: int = N_STEPS) -> str | None:
-    """A digest of the result's tensors, and of no more than these; None where there is no
-    result.
-    """
+    """Return a digest of the result's tensors, and nothing else; None if there is no result."""
     path = checkpoint(contender, run_dir, n_steps) / contender.final
     if not path.is_file():
         return None
@@ -182,14 +180,14 @@ def final_weights(contender: Contender, run_dir: Path, n_steps: int = N_STEPS) -
 
 
 class End(NamedTuple):
-    """How a command ended."""
+    """Hold how a command ended."""
 
     code: int
     out: str
     err: str
 
-    def said(self, usual: set[str]) -> str:
-        """The first line that a run without trouble does not print."""
+    def unusual_line(self, usual: set[str]) -> str:
+        """Return the first line that an undisturbed run does not print."""
         return next((line.strip() for line in self.lines() if shape(line) not in usual), "")
 
     def lines(self) -> list[str]:
@@ -201,13 +199,13 @@ class End(NamedTuple):
 
 
 def shape(line: str) -> str:
-    """The words of a line; numbers and paths differ from run to run."""
+    """Return the words of a line, since numbers and paths differ from run to run."""
     return re.sub(r"\S*/\S*|\d[\d.,e+-]*|[0-9a-f]{8,}|[^A-Za-z]", "", line)
 
 
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
-    """A command in a process group of its own, which is gone afterwards."""
+    """Run a command in its own process group, which is killed afterwards."""
     with open(log.with_suffix(".out"), "w") as out, open(log.with_suffix(".err"), "w") as err:
         process = subprocess.Popen(
             command,
@@ -243,20 +241,20 @@ def run(command: list[str], log: Path) -> End:
 
 
 class Case(NamedTuple):
-    """A line of the table. `verdict`: right, traceback, wrong (all other ways), for a file: one
-    line, traceback, said, silent.
+    """Hold a line of the table. `verdict`: right, traceback or wrong (anything else); for a file:
+    one line, traceback, said or silent.
     """
 
     group: str
     name: str
     verdict: str
-    told: str
+    outcome: str  # in words
 
 
 def judge(
     end: End, weights: str | None, expected: str | None, usual: set[str], going_on_is_right: bool
 ) -> tuple[str, str]:
-    """-> verdict and what happened, in words."""
+    """Return the verdict, and what happened in words."""
     if end.code:
         frames = end.err.count('  File "')
         if "Traceback" in end.err:
@@ -267,10 +265,10 @@ def judge(
         one = len(end.err.strip().splitlines()) == 1
         return "right" if one else "wrong", f"exit {end.code}: {clip(end.err.strip() or 'nothing')}"
     same = weights == expected
-    said = end.said(usual)
+    line = end.unusual_line(usual)
     went = "finished with the undisturbed run's weights" if same else "finished with other weights"
-    told = f"{went}; said: {clip(said)}" if said else f"{went}, and said nothing"
-    return "right" if same and going_on_is_right else "wrong", told
+    outcome = f"{went}; said: {clip(line)}" if line else f"{went}, and said nothing"
+    return "right" if same and going_on_is_right else "wrong", outcome
 
 
 def last_line(end: End) -> str:
@@ -294,7 +292,7 @@ def clip(text: str, length: int = 150) -> str:
 
 
 class Bench:
-    """One contender's runs, all beneath one folder."""
+    """Run one contender's cases, all in one folder."""
 
     def __init__(self, contender: Contender, folder: Path, seed: int):
         self.contender = contender
@@ -320,7 +318,7 @@ class Bench:
     def wait_for(
         self, step: int, run_dir: Path, process: subprocess.Popen, secs: float = 120
     ) -> None:
-        """Until the checkpoint of that step or a later one has its name, or the process has
+        """Wait until the checkpoint of that step or a later one has its name, or the process has
         ended.
         """
         end = time.monotonic() + secs
@@ -331,13 +329,13 @@ class Bench:
         ):
             time.sleep(0.002)
 
-    def add(self, group: str, name: str, verdict: str, told: str) -> None:
-        self.cases.append(Case(group, name, verdict, told))
-        print(f"{group:<10} {name:<45} {verdict:<10} {told}", flush=True)
+    def add(self, group: str, name: str, verdict: str, outcome: str) -> None:
+        self.cases.append(Case(group, name, verdict, outcome))
+        print(f"{group:<10} {name:<45} {verdict:<10} {outcome}", flush=True)
 
     def undisturbed(self) -> None:
-        """Twice: the weights must be the same, else nothing below means anything. The base: the
-        same, killed after step CUT.
+        """Run twice: the weights must be the same, otherwise nothing below means anything. Then
+        make the base: the same run, killed after step CUT.
         """
         run_dirs = [self.folder / "whole", self.folder / "whole2"]
         digests = []
@@ -359,7 +357,7 @@ class Bench:
         self.base = self.folder / "base"
         with running(self.command(self.base), self.folder / "base") as process:
             self.wait_for(CUT + 1, self.base, process)
-        for step in range(CUT + 1, N_STEPS + 1):  # of these the kill may have spoilt one
+        for step in range(CUT + 1, N_STEPS + 1):  # the kill may have damaged one of these
             shutil.rmtree(checkpoint(self.contender, self.base, step), ignore_errors=True)
         end, weights = self.resume(self.copy("usual"))
         self.usual = {shape(line) for line in end.lines()}
@@ -381,8 +379,8 @@ class Bench:
     # ---- the groups ----
 
     def kills(self, n: int) -> None:
-        """SIGKILL at a random moment from the first checkpoint on, start again, compare. Each trial
-        is a run of its own.
+        """Send SIGKILL at a random moment after the first checkpoint, start again, compare. Each
+        trial is its own run.
         """
         broken, older = 0, 0
         for i in range(n):
@@ -392,11 +390,11 @@ class Bench:
                 time.sleep(delay)
             at = newest(self.contender, run_dir)
             end, weights = self.resume(run_dir)
-            verdict, told = judge(end, weights, self.expected, self.usual, True)
+            verdict, outcome = judge(end, weights, self.expected, self.usual, True)
             if verdict != "right":
                 broken, older = broken + 1, older + (at > 1)
             name = f"SIGKILL {i + 1}, {delay:.2f} s after the first save"
-            self.add("kills", name, verdict, f"newest checkpoint: step {at}; {told}")
+            self.add("kills", name, verdict, f"newest checkpoint: step {at}; {outcome}")
             shutil.rmtree(run_dir)
         self.record["kills"] = {
             "n": n,
@@ -414,7 +412,7 @@ class Bench:
         for kind, file in files.items():
             for forward_path, spoil in WAYS.items():
                 if kind == "state" and "bit" in forward_path:
-                    continue  # in text it is as likely to be a syntax error as a changed number
+                    continue  # in text it may be a syntax error as well as a changed number
                 run_dir = self.copy("damaged")
                 spoil(checkpoint(self.contender, run_dir, CUT) / file)
                 self.started_again(
@@ -432,15 +430,15 @@ class Bench:
         self.add(group, name, *judge(end, weights, self.expected, self.usual, going_on_is_right))
 
     def changes(self) -> None:
-        kept = self.data.read_text()
+        original = self.data.read_text()
         others = (ROOT / "demo/train.jsonl").read_text().splitlines()[N_ROWS : 2 * N_ROWS]
         for name, text in {
             "the data file holds other rows": "\n".join(others) + "\n",
-            "one letter of the data file differs": kept.replace("coffee", "toffee", 1),
+            "one letter of the data file differs": original.replace("coffee", "toffee", 1),
         }.items():
             self.data.write_text(text)
             self.started_again("changes", name, self.copy("changed"), False)
-            self.data.write_text(kept)
+            self.data.write_text(original)
         self.started_again("changes", "lr=0.1", self.copy("changed"), False, lr=0.1)
         self.started_again(
             "changes", "half the batch size", self.copy("changed"), False, batch=BATCH // 2
@@ -482,9 +480,7 @@ class Bench:
                 )
 
     def full_disk(self) -> None:
-        """A small file system of its own, filled up; then space is freed and the run started
-        again.
-        """
+        """Fill up a small file system during a run, then free some space and start again."""
         disk, size = self.folder / "disk", 200 << 20
         disk.mkdir()
         one = sum(f.stat().st_size for f in checkpoint(self.contender, self.base, CUT).iterdir())
@@ -526,18 +522,18 @@ class Bench:
             end = run(self.command(run_dir, data=path, n_steps=2), self.folder / "malformed")
             usual = usual or {shape(line) for line in end.lines()}
             if end.code == 0:
-                said = end.said(usual)
-                verdict, told = (
-                    ("said", f"trained; said: {clip(said)}")
-                    if said
+                message = end.unusual_line(usual)
+                verdict, outcome = (
+                    ("said", f"trained; said: {clip(message)}")
+                    if message
                     else ("silent", "trained, and said nothing")
                 )
             else:
-                verdict, told = judge(end, None, "", usual, False)
+                verdict, outcome = judge(end, None, "", usual, False)
                 verdict = {"right": "one line"}.get(verdict, verdict)
             if i:
                 counts[verdict] += 1
-                self.add("files", name, verdict, told)
+                self.add("files", name, verdict, outcome)
             elif end.code:
                 raise SystemExit(f"{self.contender.name} refuses a good file: {end.err[-2000:]}")
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -545,7 +541,7 @@ class Bench:
 
 
 def flip(path: Path) -> None:
-    """One bit, in the middle of the file, where tensors lie."""
+    """Flip one bit in the middle of the file, where the tensors are."""
     with open(path, "r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]
@@ -615,7 +611,7 @@ def main() -> None:
 
 
 def keep(bench: Bench, path: Path, secs: int) -> None:
-    """The groups that were run now replace those of the same name."""
+    """Write the record; groups that were run now replace those of the same name."""
     libraries = ("torch", "transformers", "safetensors", *["trl"] * (bench.contender.name == "TRL"))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -639,7 +635,7 @@ def keep(bench: Bench, path: Path, secs: int) -> None:
 GROUPS = {
     "control": "Control",
     "kills": "SIGKILL at a random moment",
-    "damage": "A damaged newest checkpoint, fourteen whole ones beside it",
+    "damage": "A damaged newest checkpoint, fourteen complete ones beside it",
     "changes": "Something is changed when the run is started again",
     "signals": "Signals",
     "disk": "A full disk",
@@ -648,9 +644,9 @@ GROUPS = {
 
 
 def write_report(records: dict[str, Any]) -> None:
-    """Counts first, then what each said, case by case."""
+    """Write the report: counts first, then what happened in each case."""
     names = [CONTENDERS[name].name for name in records]
-    lines = ["# What breaks a run, beside TRL", "", REPORT.strip(), ""]
+    lines = ["# What breaks a run, compared with TRL", "", REPORT.strip(), ""]
     for name, record in records.items():
         versions = ", ".join(
             f"{library} {number}" for library, number in record["versions"].items()
@@ -672,22 +668,22 @@ def write_report(records: dict[str, Any]) -> None:
             counts = Counter(verdict for g, _, verdict, _ in record["cases"] if g == group)
             cells.append(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    said = []
+    sentences = []
     for name, record in records.items():
         n, broken, older = (record["kills"][k] for k in ("n", "broken", "older_checkpoint_beside"))
         beside = f" ({older} of them with an older checkpoint beside it)" * bool(broken)
         late = sum(
-            group == "kills" and f"newest checkpoint: step {N_STEPS};" in told
-            for group, *_, told in record["cases"]
+            group == "kills" and f"newest checkpoint: step {N_STEPS};" in outcome
+            for group, *_, outcome in record["cases"]
         )
-        said.append(
+        sentences.append(
             f"{CONTENDERS[name].name} {broken} of {n}{beside}; {late} of the {n} kills came after"
             " the last save"
         )
     lines += [
         "",
-        f"Runs that could not go on after a kill: {'. '.join(said)}.",
-        "Both read the gzip as what it is.",
+        f"Runs that could not continue after a kill: {'. '.join(sentences)}.",
+        "Both read the gzip correctly.",
     ]
     for group, title in GROUPS.items():
         lines += [
@@ -698,19 +694,23 @@ def write_report(records: dict[str, Any]) -> None:
             "|---" * (1 + len(names)) + "|",
         ]
         tables = [
-            {name: f"{verdict}: {told}" for g, name, verdict, told in r["cases"] if g == group}
+            {
+                name: f"{verdict}: {outcome}"
+                for g, name, verdict, outcome in r["cases"]
+                if g == group
+            }
             for r in records.values()
         ]
-        if group == "kills":  # moments differ, so numbers stand side by side
+        if group == "kills":  # moments differ, so rows are numbered
             tables = [
                 {
-                    f"{i}": f"{k.partition(', ')[2]}: {told}"
-                    for i, (k, told) in enumerate(t.items(), 1)
+                    f"{i}": f"{k.partition(', ')[2]}: {outcome}"
+                    for i, (k, outcome) in enumerate(t.items(), 1)
                 }
                 for t in tables
             ]
             tables = [
-                {i: told for i, told in table.items() if ": right: " not in told}
+                {i: outcome for i, outcome in table.items() if ": right: " not in outcome}
                 for table in tables
             ]
             lines.insert(-2, "Those that were not right:\n")
@@ -722,18 +722,18 @@ def write_report(records: dict[str, Any]) -> None:
 REPORT = """
 Command: `python benchmarks/reliability_trl.py trl`, the same with `plumb`, then `--report`. Both
 train the same Llama of 174,104 random parameters by DPO on the same 80 pairs of `demo/train.jsonl`,
-40 steps of 4, and save after every step; one thread of a CPU, each run a command of its own. TRL
+40 steps of 4, and save after every step; one thread of a CPU, each run its own command. TRL
 runs as its documentation shows (`trl_dpo.py`) and is started again with
 `resume_from_checkpoint=True`; Plumb is started again with `resume=auto`.
 
-*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line
-that says why (where a setting was changed: only the latter); a signal: an exit code that says so.
+*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line that
+says why (if a setting was changed, only the latter); for a signal: an exit code that says so.
 *Traceback*: it ended in one. *Wrong*: it ended with other weights, or the change had no effect, or
-the exit code says finished. A malformed file: refused in *one line*, with a *traceback*, trained
-and *said* something of it, or trained in *silence*. Not every malformed file must be refused; it
-should not pass unseen. The weights, optimizer and state files are TRL's model.safetensors,
-optimizer.pt and trainer_state.json, and Plumb's policy.pt, state-0-of-1.safetensors (what it goes
-on from: weights and optimizer) and manifest.json.
+the exit code says finished. A malformed file is refused in *one line*, ends in a *traceback*, or is
+trained on, with a message about it (*said*) or without (*silent*). Not every malformed file must be
+refused, but none should pass unnoticed. The weights, optimizer and state files are TRL's
+model.safetensors, optimizer.pt and trainer_state.json, and Plumb's policy.pt,
+state-0-of-1.safetensors (from which it resumes: weights and optimizer) and manifest.json.
 """
 
 

@@ -1,11 +1,11 @@
-"""Reward models on HH, one thing changed at a time: python benchmarks/reward_hh.py OUT --model
-FOLDER
+"""Train reward models on HH, changing one thing at a time: python benchmarks/reward_hh.py OUT
+--model FOLDER
 
-Three parts, by prompt: training, validation (for choosing), held out (reported once). `frozen`
-reads the model once and tries heads on what it gave; `trained` trains for each of SETTINGS through
-train.py and evaluates on the validation part; `final` trains on both parts with the settings that
-are given, and evaluates on the held-out pairs. What they printed stands in
-benchmarks/results/reward.md. `--smoke`: a few pairs, for a try with any small model.
+The data are split by prompt into training, validation (for choosing) and held-out pairs (reported
+once). `frozen` runs the model once and tries heads on its hidden states; `trained` trains with each
+of SETTINGS through train.py and evaluates on the validation pairs; `final` trains on training and
+validation pairs with the given settings, and evaluates on the held-out pairs. The output is in
+benchmarks/results/reward.md. `--smoke`: a few pairs, to try it with any small model.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from plumb.training.evaluator import all_hidden, folds_of  # noqa: E402
 from plumb.training.objective import Scorer  # noqa: E402
 
 FILES = ("harmless-base/test.jsonl.gz", "helpful-base/test.jsonl.gz")
-PARTS = {"heldout": 22, "valid": 36, "train": 100}  # of a hundred prompts: up to this one
+PARTS = {"heldout": 22, "valid": 36, "train": 100}  # upper limits, of a hundred prompts
 MARK = "\n\nAssistant:"
 REWARD = {"name": "reward", "margin": 0.0, "label_smoothing": 0, "centering": 0.0}
 
-# Of a head on frozen states: AdamW unless said, linear decay after 5 steps of warmup, batches of
-# 32, one epoch.
+# Settings of a head on frozen states; by default AdamW, linear decay after 5 steps of warmup,
+# batches of 32, one epoch.
 HEADS: dict[str, dict[str, Any]] = {
     "drawn, lr 2e-5": {"drawn": True, "lr": 2e-5},
     "drawn, lr 1e-3": {"drawn": True, "lr": 1e-3},
@@ -128,7 +128,9 @@ def split(data: Path, out: Path, tokenizer, max_length: int, most: int | None) -
 
 @torch.no_grad()
 def states(model_name: str, path: Path, max_length: int, read: str) -> tuple[Tensor, np.ndarray]:
-    """What a scalar head would read of all pairs of a file, [n, 2, d], and folds by prompt, [n]."""
+    """Return what a scalar head would read for all pairs of a file, [n, 2, d], and folds by prompt,
+    [n].
+    """
     ref = find_model(model_name)
     config = knobs_of(ref, {"max_length": max_length, "max_prompt_length": max_length - 1})
     tokenizer, model = load_tokenizer(ref.config), load_policy(ref.config, scalar=True).eval()
@@ -182,12 +184,12 @@ def head_by_steps(
     normed: bool = False,
     batch: int = 32,
 ) -> Tensor:
-    """A head [d] trained on differences of frozen states, [n, d], as train.py would."""
+    """Return a head [d] trained on differences of frozen states, [n, d], as train.py would."""
     unit = z.square().mean(0).sqrt() if normed else torch.ones(z.shape[1])
     weight = torch.nn.Parameter(
         initial_weight(z.shape[1], 0)[0] if drawn else torch.zeros(z.shape[1])
     )
-    made = getattr(torch.optim, optimizer)([weight], lr=lr)
+    updater = getattr(torch.optim, optimizer)([weight], lr=lr)
     n_steps = epochs * -(-len(z) // batch)
     step = 0
     for epoch in range(epochs):
@@ -196,25 +198,25 @@ def head_by_steps(
         ):
             rising = (step + 1) / (warmup + 1)
             falling = 1 - (step - warmup) / max(1, n_steps - 1 - warmup)
-            made.param_groups[0]["lr"] = lr * (rising if step < warmup else max(0.0, falling))
-            made.zero_grad()
+            updater.param_groups[0]["lr"] = lr * (rising if step < warmup else max(0.0, falling))
+            updater.zero_grad()
             (-F.logsigmoid((z[part] / unit) @ weight)).mean().backward()
-            made.step()
+            updater.step()
             step += 1
     return weight.detach() / unit
 
 
 def frozen(model: str, path: Path, max_length: int) -> None:
-    """A table of heads on frozen states: accuracy and loss on pairs of left-out folds."""
+    """Print a table of heads on frozen states: accuracy and loss on pairs of left-out folds."""
     for read in ("last", "mean"):
-        found, folds = states(model, path, max_length, read)
-        chosen, rejected = found[:, 0].float(), found[:, 1].float()
+        hidden, folds = states(model, path, max_length, read)
+        chosen, rejected = hidden[:, 0].float(), hidden[:, 1].float()
         print(
-            f"\n| read at {read}: {len(found):,} pairs, {FOLDS} folds by prompt | accuracy | loss"
+            f"\n| read at {read}: {len(hidden):,} pairs, {FOLDS} folds by prompt | accuracy | loss"
             " |\n|---|---|---|"
         )
-        inner = torch.from_numpy(np.random.default_rng(0).integers(0, FOLDS, len(found)))
-        margins: dict[str, Tensor] = {name: torch.zeros(len(found)) for name in ("fitted", *HEADS)}
+        inner = torch.from_numpy(np.random.default_rng(0).integers(0, FOLDS, len(hidden)))
+        margins: dict[str, Tensor] = {name: torch.zeros(len(hidden)) for name in ("fitted", *HEADS)}
         for fold in range(FOLDS):
             out = torch.from_numpy(folds == fold)
             heads = {
@@ -240,7 +242,7 @@ def train(
     max_length: int,
     options: list[str],
 ) -> str:
-    """Train through train.py. -> a row of the table: before the first step, and at the end"""
+    """Train through train.py. Return a row of the table: before the first step, and at the end."""
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -291,30 +293,30 @@ def main() -> None:
         default=["frozen", "trained", "final"],
         choices=["frozen", "trained", "final"],
     )
-    parser.add_argument("--settings", nargs="+", default=[*SETTINGS], help="of `trained`")
+    parser.add_argument("--settings", nargs="+", default=[*SETTINGS], help="settings of `trained`")
     parser.add_argument(
         "--final", nargs="*", default=[], help="options of `final`; none: train.py's defaults"
     )
     parser.add_argument("--smoke", action="store_true", help="60 pairs of each part")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    out, model = given.out.resolve(), given.model
+    out, model = arguments.out.resolve(), arguments.model
     out.mkdir(parents=True, exist_ok=True)
     n = split(
-        given.data,
+        arguments.data,
         out,
         load_tokenizer(find_model(model).config),
-        given.max_length,
-        60 if given.smoke else None,
+        arguments.max_length,
+        60 if arguments.smoke else None,
     )
-    print(f"pairs of at most {given.max_length} tokens: {n}")
+    print(f"pairs of at most {arguments.max_length} tokens: {n}")
     paths = {part: out / f"{part}.jsonl" for part in PARTS}
-    if "frozen" in given.parts:
-        frozen(model, paths["train"], given.max_length)
+    if "frozen" in arguments.parts:
+        frozen(model, paths["train"], arguments.max_length)
     rows: list[str] = []
-    if "trained" in given.parts:
-        for name in given.settings:
+    if "trained" in arguments.parts:
+        for name in arguments.settings:
             run, options = name.replace(" ", "_").replace(",", ""), [*BASE, *SETTINGS[name]]
             rows.append(
                 train(
@@ -323,14 +325,16 @@ def main() -> None:
                     model,
                     [str(paths["train"])],
                     paths["valid"],
-                    given.max_length,
+                    arguments.max_length,
                     options,
                 )
             )
-    if "final" in given.parts:
+    if "final" in arguments.parts:
         both = [str(paths["train"]), str(paths["valid"])]
         rows.append(
-            train("final", out, model, both, paths["heldout"], given.max_length, given.final)
+            train(
+                "final", out, model, both, paths["heldout"], arguments.max_length, arguments.final
+            )
         )
     if rows:
         print(

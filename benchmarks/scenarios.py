@@ -1,5 +1,5 @@
-"""What benchmarks/throughput.py measures: models, contenders and their settings, for a CPU, a GPU,
-and --smoke (tiny shapes).
+"""Define what benchmarks/throughput.py measures: models, contenders and their settings, for a CPU,
+a GPU, and --smoke (tiny shapes).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TINY = {
 
 @dataclass
 class Scenario:
-    """Contenders that are compared: the first is Plumb, and ratios are Plumb over the other."""
+    """Hold contenders to compare: the first is Plumb, and ratios are Plumb over the other."""
 
     name: str
     title: str
@@ -59,11 +59,11 @@ class Scenario:
 
 
 def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[Scenario]:
-    """The comparisons on a CPU, float32. `whole`: every step is all 64 pairs; else the slow
-    contenders run a part of them.
+    """Return the comparisons on a CPU in float32. `whole`: every step runs all 64 pairs; otherwise
+    the slow contenders run a part of them.
 
-    A part is an even choice among the microbatches of the same batch of 64 pairs, cut as in the
-    whole step, so that padding is that of the whole batch; another part each round. Plumb always
+    A part is an even choice of the microbatches of the same batch of 64 pairs, cut as in the whole
+    step, so that padding is that of the whole batch; each round takes another part. Plumb always
     runs all 64.
     """
 
@@ -73,7 +73,7 @@ def cpu(tokens: str, whole: bool, model: dict[str, Any] = SMALL_LLAMA) -> list[S
     def setting(label: str, contender: str, **fields: Any) -> Setting:
         return Setting(label, contender, model, tokens, **fields)
 
-    # Of the scenario "probe": 1 and 2 pairs are equally fast for both, 1 needs the least memory,
+    # From the scenario "probe": 1 and 2 pairs are equally fast for both, 1 needs the least memory,
     # and more pairs are slower.
     best: dict[str, Any] = {"microbatch": 1, "by_length": True}
     plumb = setting("plumb", "plumb")
@@ -141,11 +141,11 @@ def gpu(
     dtype: str,
     sizes: tuple[int, ...],
 ) -> list[Scenario]:
-    """The comparisons on one GPU, bf16 weights for all, in the order of importance: what the time
-    limit leaves out is last.
+    """Return the comparisons on one GPU with bf16 weights, in order of importance, since the time
+    limit cuts the last ones.
 
-    `one` and `two` are the models (Pythia 1B and 2.8B), `sizes` TRL's microbatches to try on the
-    first, in pairs.
+    `one` and `two` are the models (Pythia 1B and 2.8B), `sizes` are TRL's microbatches to try on
+    the first, in pairs.
     """
 
     def setting(label: str, contender: str, model: dict[str, Any] = one, **fields: Any) -> Setting:
@@ -208,8 +208,8 @@ def gpu(
 
 
 def smoke() -> list[Scenario]:
-    """Every code path of the CPU and GPU comparisons at tiny shapes on a CPU; the numbers mean
-    nothing.
+    """Return every code path of the CPU and GPU comparisons at tiny shapes on a CPU; the numbers
+    mean nothing.
     """
     llama, neox = SMALL_LLAMA | TINY | {"num_key_value_heads": 2}, PYTHIA | TINY
     scenarios = cpu("synthetic:0.1", whole=True, model=llama)

@@ -1,4 +1,4 @@
-"""What throughput.py (the parent) and contenders.py (a child per contender) say to each other.
+"""Define what throughput.py (the parent) and contenders.py (a child per contender) exchange.
 Imports no torch.
 """
 
@@ -13,9 +13,9 @@ from typing import IO, Any
 
 @dataclass
 class Setting:
-    """What one contender is to do; travels to its process as JSON."""
+    """Hold the work of one contender; it is sent to the contender's process as JSON."""
 
-    label: str  # how tables call it
+    label: str  # its name in tables
     contender: str  # plumb, padded, trl
     model: dict[str, Any]  # a transformers config, model_type included
     tokens: str  # a file of make_tokens.py, or "synthetic:SCALE"
@@ -24,25 +24,25 @@ class Setting:
     device: str = "cpu"
     dtype: str = "float32"  # of all weights, gradients and optimizer moments
     n_pairs: int = 64  # of one optimizer step, over all microbatches
-    # pairs of it that a step really runs, evenly spread microbatches of the same batch; 0: all
+    # pairs that a step actually runs: evenly spread microbatches of the same batch; 0: all
     n_timed: int = 0
-    n_steps: int = 8  # the most that will be asked for
+    n_steps: int = 8  # maximum number of steps
     n_check: int = 4  # pairs of the check before the first step
     # pairs (padded, trl); 0: the one that was fastest for the same contender in an earlier scenario
     microbatch: int = 2
-    budget: int = 0  # tokens of a microbatch (plumb); 0: its own choice, by the memory at hand
+    budget: int = 0  # tokens of a microbatch (plumb); 0: its own choice, by the free memory
     # "live": forward in the same step; "cached": computed before training (trl); see `then`
     reference: str = "live"
     compile: bool = False
     checkpointing: bool = False  # activations recomputed in the backward pass (trl's default)
     by_length: bool = False  # trl: longest pairs first within each batch
     responses_only: bool = (
-        False  # trl on a CPU: its LM head on response rows only, as on a GPU (a patch of ours)
+        False  # trl on a CPU: its LM head on response rows only, as on a GPU (patched here)
     )
     lr: float = 1e-5
     max_grad_norm: float = 10.0
     n_warm: int = 0  # steps that are not counted
-    n_measured: int = 5  # steps that are, where contenders run one after the other
+    n_measured: int = 5  # steps that are counted, where contenders run one after the other
     # plumb: changes of these fields, each measured in the same process
     then: list[dict[str, Any]] = field(default_factory=list)
     trace: bool = False  # a profiler table of one more step
@@ -52,11 +52,11 @@ class Setting:
         return json.dumps(asdict(self))
 
     def starts(self, step: int) -> list[int]:
-        """Where the timed microbatches of a step begin within its batch (padded, trl).
+        """Return where the timed microbatches of a step begin within its batch (padded, trl).
 
-        One of each `n_pairs / n_timed` neighbours, counted from the front and from the back by
-        turns, so that a batch ordered by length is sampled without a trend; another choice each
-        step.
+        They are one of each `n_pairs / n_timed` neighbors, counted from the front and from the back
+        in turn, so that a batch ordered by length is sampled without a trend; each step makes
+        another choice.
 
         >>> Setting("", "trl", {}, "", n_pairs=16, n_timed=4, microbatch=1).starts(step=0)
         [2, 5, 10, 13]
@@ -73,19 +73,20 @@ class Setting:
 
 
 class Pipe:
-    """A child's line to its parent. Whatever libraries print goes to standard error instead."""
+    """Connect a child to its parent. What libraries print goes to standard error instead."""
 
     def __init__(self) -> None:
         self.out: IO[str] = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def wait(self) -> dict[str, Any] | None:
-        """The next order: a step, fields of Setting to change, "trace" with a file for a profiler
-        table. None: stop.
+        """Return the next order: a step, fields of Setting to change, "trace" with a file for a
+        profiler table. None: stop.
         """
         line = sys.stdin.readline()
         return json.loads(line) if line.strip() else None
 
-    def tell(self, **record: Any) -> None:
+    def send(self, **record: Any) -> None:
+        """Send a record to the parent."""
         self.out.write(json.dumps(record) + "\n")
         self.out.flush()

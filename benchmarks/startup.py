@@ -1,13 +1,12 @@
-"""How long commands take to answer, and a run to start training.
+"""Measure how long commands take to answer, and a run to start training.
 
     python benchmarks/startup.py --baseline WORKTREE    # beside an older commit, checked out there
     python benchmarks/startup.py --smoke    # one round, without a run: seconds
 
-Each round runs every case once in each checkout, this one and the baseline's in turn; caches of
-files are warmed by a round that does not count. Shown are the median and the range of the wall time
-and the median CPU time (user + system) of the process, which depends less on what else the machine
-does. "first step" is the time until the run of one step says that it starts. Written to --out as
-Markdown.
+Each round runs every case once in each checkout, this one and the baseline in turn; an uncounted
+round warms the file caches. The table, written to --out as Markdown, shows the median and the range
+of the wall time and the median CPU time (user + system) of the process, which depends less on other
+work of the machine. "first step" is the time until the run of one step prints that it starts.
 """
 
 from __future__ import annotations
@@ -32,18 +31,20 @@ NO_EVALUATION = ["do_last_eval=false", "sample_during_eval=false"]
 
 
 class Case(NamedTuple):
-    """A command.
+    """Hold a command.
 
     Example: Case("a refused knob", ["train.py", "lr=-1"], code=2)
     """
 
     name: str
     command: list[str]
-    code: int = 0  # the exit code it must have
-    until: str = ""  # the time is that of the line that holds this text; "": of the end
+    code: int = 0  # the expected exit code
+    until: str = ""  # measure until the line with this text; "": until the end
 
 
 class Time(NamedTuple):
+    """Hold the time of a command."""
+
     wall: float  # seconds
     cpu: float  # seconds, user + system, of the whole process
 
@@ -61,7 +62,7 @@ CASES = [
 
 
 def measure(case: Case, checkout: Path) -> Time:
-    """Run the command once. Raises RuntimeError when it ends with another code."""
+    """Run the command once. Raises RuntimeError if it ends with another code."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
     process = subprocess.Popen(
@@ -109,41 +110,41 @@ def commit_of(checkout: Path) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--baseline", type=Path, help="a checkout of an older commit")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--out", type=Path, help="a Markdown file")
-    options.add_argument("--smoke", action="store_true", help="one round, without a run")
-    given = options.parse_args()
+    parser.add_argument("--baseline", type=Path, help="checkout of an older commit")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="a Markdown file")
+    parser.add_argument("--smoke", action="store_true", help="one round, without a run")
+    options = parser.parse_args()
     checkouts = {"now": ROOT}
-    if given.baseline:
-        checkouts = {"before": given.baseline.resolve()} | checkouts
+    if options.baseline:
+        checkouts = {"before": options.baseline.resolve()} | checkouts
     with tempfile.TemporaryDirectory() as folder:
         run = Case(
             "first step of the demo's model",
             ["train.py", *DEMO, *NO_EVALUATION, f"local_dirs=[{folder}]"],
             until=" steps -> ",
         )
-        cases = CASES if given.smoke else [*CASES, run]
+        cases = CASES if options.smoke else [*CASES, run]
         times: dict[tuple[str, str], list[Time]] = {}
-        for i in range(1 if given.smoke else given.rounds + 1):
+        for i in range(1 if options.smoke else options.rounds + 1):
             for case in cases:
                 for side, checkout in checkouts.items():
                     one = measure(case, checkout)
-                    if i or given.smoke:
+                    if i or options.smoke:
                         times.setdefault((case.name, side), []).append(one)
     commits = ", ".join(f"{side} {commit_of(path)}" for side, path in checkouts.items())
     about = (
         f"Python {platform.python_version()}, torch {version('torch')}, transformers"
         f" {version('transformers')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the"
-        f" end; {given.rounds if not given.smoke else 1} rounds; {commits}"
+        f" end; {options.rounds if not options.smoke else 1} rounds; {commits}"
     )
     text = f"{table(times, list(checkouts))}\n{about}\n"
     print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Training throughput: Plumb against the padded computation of the 2023 DPO code and against TRL,
-on equal work.
+"""Measure training throughput: Plumb against the padded computation of the 2023 DPO code and
+against TRL, on equal work.
 
     # a CPU, one thread, under 6 minutes; --whole: without sampling, about an hour
     python benchmarks/throughput.py --tokens .cache/benchmarks/harmless.npz
@@ -8,17 +8,16 @@ on equal work.
     # every path at tiny shapes
     python benchmarks/throughput.py --smoke
 
-Needs benchmarks/requirements.txt. benchmarks/make_tokens.py makes the ids; after that nothing needs
-a network.
+Needs benchmarks/requirements.txt. benchmarks/make_tokens.py makes the ids; after that, no network
+is needed.
 
-Every contender runs in a process of its own (benchmarks/contenders.py says what a step is), with
-the same weights, ids, batches of 64 pairs, order, optimizer and precision. First their losses and
-gradient norms must agree on a few pairs (relative 1e-4 in float32, 5e-2 in bfloat16, where it is
-reported only). On a CPU the runs then alternate, one step each, round after round; on a GPU they
-come one after the other. Units: pairs per second; tokens are unique ones (each prompt once); GB are
-1e9 bytes.
+Every contender runs in its own process (benchmarks/contenders.py defines a step), with the same
+weights, ids, batches of 64 pairs, order, optimizer and precision. First, losses and gradient norms
+must agree on a few pairs (within 1e-4 relative in float32; the 5e-2 in bfloat16 is only reported).
+On a CPU the runs then alternate, one step each, round after round; on a GPU they run one after
+another. Units: pairs per second; unique tokens (each prompt once); GB of 1e9 bytes.
 
-Written to --out as they come: throughput.jsonl (each step), then throughput.md (tables) and
+Output in --out: throughput.jsonl (each step, as it comes), then throughput.md (tables) and
 throughput.png.
 """
 
@@ -50,11 +49,11 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # relative, on loss and gradien
 
 
 class Failed(Exception):
-    """A contender that ended, ran out of memory or of time; the message says which."""
+    """A contender ended, ran out of memory or out of time; the message says which."""
 
 
 class Child:
-    """A contender's process: `build` it, then `step` it; it waits between orders."""
+    """Run a contender in its process, which waits between orders."""
 
     def __init__(self, setting: Setting, errors: IO[str]):
         self.setting = setting
@@ -101,7 +100,7 @@ class Child:
         return answer
 
     def stop(self) -> None:
-        """End the process: politely where it waits for an order, else at once."""
+        """End the process: gracefully if it waits for an order, otherwise at once."""
         try:
             assert self.process.stdin is not None
             self.process.stdin.close()
@@ -112,7 +111,7 @@ class Child:
 
 
 class Run:
-    """The output folder, the clock, and the records of all steps."""
+    """Hold the output folder, the clock, and the records of all steps."""
 
     def __init__(self, folder: Path, minutes: float):
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,11 +123,11 @@ class Run:
         self.records: list[dict[str, Any]] = []
 
     def left(self) -> float:
-        """Seconds until the time limit."""
+        """Return the seconds until the time limit."""
         return self.minutes * 60 - (time.monotonic() - self.started)
 
     def record(self, scenario: Scenario, setting: Setting, label: str, **fields: Any) -> None:
-        """Keep and write one record, and say in a line what it is."""
+        """Keep and write one record, and print it in a line."""
         shape = (
             {"microbatch": setting.microbatch}
             if setting.contender != "plumb"
@@ -160,7 +159,7 @@ class Run:
 
 
 def agree(run: Run, scenario: Scenario) -> None:
-    """Compare checks with the first contender's. Raises SystemExit in float32 where they differ by
+    """Compare the checks with the first contender's. Raises SystemExit in float32 if they differ by
     more than the tolerance.
     """
     checks = [r for r in run.records if r["scenario"] == scenario.name and r["event"] == "check"]
@@ -190,8 +189,8 @@ def agree(run: Run, scenario: Scenario) -> None:
 def start(
     run: Run, scenario: Scenario, setting: Setting, child: Child | None = None
 ) -> tuple[Child, Setting] | None:
-    """Start, build and check a contender, halving its microbatch when out of memory; None,
-    recorded, when that does not help, or when the contender is not installed.
+    """Start, build and check a contender, halving its microbatch when out of memory. Return None
+    (recorded) if that does not help, or if the contender is not installed.
     """
     if setting.contender == "trl" and importlib.util.find_spec("trl") is None:
         why = "TRL is not installed (pip install -r benchmarks/requirements.txt)"
@@ -215,8 +214,8 @@ def start(
 
 
 def halved(setting: Setting) -> Setting | None:
-    """The same with half the microbatch; None at one pair, or at 512 tokens, or where the contender
-    chose it.
+    """Return the setting with half the microbatch; None at one pair, or at 512 tokens, or if the
+    contender chose it.
     """
     if setting.contender == "plumb":
         return replace(setting, budget=setting.budget // 2) if setting.budget > 512 else None
@@ -224,7 +223,7 @@ def halved(setting: Setting) -> Setting | None:
 
 
 def alternate(run: Run, scenario: Scenario, rounds: int) -> None:
-    """All contenders at once, a step each in turn, for `rounds` rounds or until the scenario's
+    """Run all contenders at once, a step each in turn, for `rounds` rounds or until the scenario's
     share of the time is used.
     """
     deadline = time.monotonic() + scenario.share * run.minutes * 60
@@ -237,12 +236,12 @@ def alternate(run: Run, scenario: Scenario, rounds: int) -> None:
                 run.record(scenario, setting, setting.label, **child.ask(step=0, **change))
         longest = 0.0
         for i in range(min(rounds, scenario.settings[0].n_steps)):
-            begun = time.monotonic()
-            if i >= 2 and begun + longest > deadline:
+            began = time.monotonic()
+            if i >= 2 and began + longest > deadline:
                 break
             for child, setting in children:
                 run.record(scenario, setting, setting.label, **child.ask(step=i))
-            longest = max(longest, time.monotonic() - begun)
+            longest = max(longest, time.monotonic() - began)
     except Failed as failure:
         run.record(
             scenario, scenario.settings[0], scenario.name, event="failed", error=str(failure)
@@ -253,9 +252,7 @@ def alternate(run: Run, scenario: Scenario, rounds: int) -> None:
 
 
 def in_turn(run: Run, scenario: Scenario) -> None:
-    """One contender after the other; the next one's imports run meanwhile, but it builds nothing
-    yet.
-    """
+    """Run one contender after another; the next one already imports, but builds nothing yet."""
     waiting: Child | None = None
     for i, setting in enumerate(scenario.settings):
         if run.left() < 20:
@@ -287,7 +284,7 @@ def in_turn(run: Run, scenario: Scenario) -> None:
 
 
 def fastest(run: Run, setting: Setting) -> int:
-    """The microbatch with which the contender, tuned, was fastest so far."""
+    """Return the microbatch with which the tuned contender was fastest so far."""
     rates: dict[int, list[float]] = {}
     for r in run.records:
         if (
@@ -300,7 +297,7 @@ def fastest(run: Run, setting: Setting) -> int:
 
 
 def check_device(run: Run, device: str) -> None:
-    """Record what checks.py finds."""
+    """Record the results of checks.py."""
     done = subprocess.run(
         [sys.executable, str(HERE / "checks.py"), "--device", device],
         stdout=subprocess.PIPE,
@@ -311,14 +308,14 @@ def check_device(run: Run, device: str) -> None:
         print(f"          {line}", flush=True)
     if done.returncode:
         print(
-            "          THE DEVICE'S CHECKS FAILED: what Plumb is timed on below is not right",
+            "          THE DEVICE'S CHECKS FAILED: Plumb computes wrong results on it",
             flush=True,
         )
 
 
 def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> None:
-    """Warm-up steps, counted steps, one under the profiler for the first contender; then the same
-    for each variant.
+    """Run warm-up steps, counted steps, and one under the profiler for the first contender; then
+    the same for each variant.
     """
     for change in [{}, *setting.then]:
         label = (
@@ -345,7 +342,7 @@ def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> Non
 
 
 def versions() -> Iterator[str]:
-    """What the numbers were measured on."""
+    """Yield the versions of the libraries."""
     for name in ("torch", "transformers", "trl"):
         try:
             yield f"{name} {metadata.version(name)}"
@@ -355,7 +352,7 @@ def versions() -> Iterator[str]:
 
 
 def hardware(device: str) -> str:
-    """The processor's, or the GPU's name."""
+    """Return the name of the processor or the GPU."""
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True).stdout.strip() or "unknown GPU"
@@ -366,7 +363,7 @@ def hardware(device: str) -> str:
 
 
 def chosen(options: argparse.Namespace) -> list[Scenario]:
-    """The scenarios of the command line."""
+    """Return the scenarios that the command line selects."""
     if options.smoke:
         every = scenarios.smoke()
     elif options.device == "cuda":
@@ -382,7 +379,8 @@ def chosen(options: argparse.Namespace) -> list[Scenario]:
     unknown = set(wanted) - {s.name for s in every}
     if unknown:
         raise SystemExit(
-            f"--scenarios {','.join(sorted(unknown))}: there are {','.join(s.name for s in every)}"
+            f"--scenarios {','.join(sorted(unknown))}: expected some of"
+            f" {','.join(s.name for s in every)}"
         )
     return [s for s in every if s.name in wanted]
 
@@ -394,7 +392,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens",
         default="synthetic:1",
-        help="ids made by make_tokens.py (default: random, of like lengths)",
+        help="ids written by make_tokens.py (default: random ids of similar lengths)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(

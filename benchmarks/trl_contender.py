@@ -1,11 +1,12 @@
-"""trl.DPOTrainer as a contender: its own training loop, fed the ids of the other contenders (see
-contenders.py).
+"""Run trl.DPOTrainer as a contender: its own training loop, fed with the ids of the other
+contenders (see contenders.py).
 
-DPOTrainer 1.16 tokenizes in `_prepare_dataset`; what its collator then reads are the columns
-prompt_ids, chosen_ids and rejected_ids. The data set is built with these columns and
-`_prepare_dataset` is skipped, so that ids, EOS and truncation are ours exactly. Logging, saving and
-evaluation are off, the order is the data set's. Its time runs from the end of one optimizer step to
-the end of the next: batches fetched and collated, forward, backward, reference, clipping, step.
+DPOTrainer 1.16 tokenizes in `_prepare_dataset`; its collator then reads the columns prompt_ids,
+chosen_ids and rejected_ids. The data set is built with these columns and `_prepare_dataset` is
+skipped, so that ids, EOS and truncation are exactly those of the others. Logging, saving and
+evaluation are off, and the order is the data set's. Its time runs from the end of one optimizer
+step to the end of the next: fetching and collating batches, forward, backward, reference, clipping,
+update.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ datasets.disable_progress_bars()
 
 
 class PreTokenized(DPOTrainer):
-    """DPOTrainer on ready ids, keeping the loss and the gradient norm of each step on the device
-    for the check.
+    """Run DPOTrainer on ready ids, and keep the loss and the gradient norm of each step on the
+    device for the check.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -62,7 +63,7 @@ class PreTokenized(DPOTrainer):
 
 
 class Stamps(TrainerCallback):
-    """Checks at the start of training, then lets one optimizer step pass for each "go"."""
+    """Check at the start of training, then allow one optimizer step for each order."""
 
     def __init__(self, setting: Setting, batches: Sequence[Sequence[Pair]], pipe: Pipe):
         self.setting = setting
@@ -71,14 +72,14 @@ class Stamps(TrainerCallback):
         self.clock = Clock(torch.device(setting.device))
         self.memory = Memory(torch.device(setting.device))
         self.trainer: Any = None
-        # what building the trainer took: with precompute_ref_log_probs, a pass over the data
+        # seconds to build the trainer, with precompute_ref_log_probs including a pass over the data
         self.prepared_secs = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **_):
         self.memory.reset()
         loss, norm = check(self.trainer, model, self.setting)
-        self.pipe.tell(event="check", loss=loss, grad_norm=norm, prepared_secs=self.prepared_secs)
-        self.await_go()
+        self.pipe.send(event="check", loss=loss, grad_norm=norm, prepared_secs=self.prepared_secs)
+        self.await_order()
 
     def on_step_end(self, args, state, control, **_):
         secs, trainer = self.clock.read(), self.trainer
@@ -86,10 +87,10 @@ class Stamps(TrainerCallback):
         record = report(
             self.setting, self.batches[i], i, secs, loss, trainer.norm, trainer.processed
         )
-        self.pipe.tell(**record, **self.memory.peaks(trainer.model, trainer.ref_model))
-        self.await_go()
+        self.pipe.send(**record, **self.memory.peaks(trainer.model, trainer.ref_model))
+        self.await_order()
 
-    def await_go(self) -> None:
+    def await_order(self) -> None:
         self.trainer.losses.clear()
         self.trainer.processed = 0
         if self.pipe.wait() is None:
@@ -98,8 +99,8 @@ class Stamps(TrainerCallback):
 
 
 def check(trainer: PreTokenized, model: nn.Module, setting: Setting) -> tuple[float, float]:
-    """Mean loss and gradient norm of the check's pairs, the data set's last, by TRL's collator and
-    loss, without an update.
+    """Return mean loss and gradient norm of the check's pairs, the last of the data set, with TRL's
+    collator and loss, without an update.
     """
     data: Any = trainer.train_dataset
     rows = [data[len(data) - setting.n_check + i] for i in range(setting.n_check)]
@@ -123,18 +124,20 @@ def as_row(pair: Pair) -> dict[str, list[int]]:
 
 
 def pad_only_tokenizer() -> PreTrainedTokenizerFast:
-    """DPOTrainer wants a tokenizer, and takes only the padding id from it: 0, which is masked."""
+    """Return a tokenizer for DPOTrainer, which uses only its padding id: 0, which is masked."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>"
     )
 
 
 def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
-    """One trainer.train() over all batches; steps wait for "go" in the callback."""
+    """Run one trainer.train() over all batches; each step waits for an order in the callback."""
     n_timed = setting.n_timed or setting.n_pairs
     if n_timed % setting.microbatch:
-        raise SystemExit(f"{n_timed} pairs are no multiple of microbatches of {setting.microbatch}")
-    # the name that decides which rows the head sees; its kernels keep their own
+        raise SystemExit(
+            f"{n_timed} pairs are not a multiple of the microbatch of {setting.microbatch}"
+        )
+    # this name decides which rows the head computes; the kernels have their own
     if setting.responses_only:
         trl.trainer.utils._use_triton = lambda device: True
     stamps = Stamps(setting, batches, pipe)
@@ -142,7 +145,7 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
     rows = [
         as_row(pair) for step, batch in enumerate(batches) for pair in timed(setting, batch, step)
     ]
-    # beyond the last step: for the check alone
+    # after the last step, for the check only
     rows += [as_row(pair) for pair in batches[0][: setting.n_check]]
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
@@ -178,7 +181,7 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
         )
         stamps.trainer = trainer
         stamps.prepared_secs = stamps.clock.read().wall
-        # as it is when no reference is given: the precomputed columns take its place
+        # as if no reference were given: the precomputed columns take its place
         if setting.reference == "cached":
             trainer.ref_model = None
             del reference
@@ -187,7 +190,7 @@ def serve(setting: Setting, batches: list[list[Pair]], pipe: Pipe) -> None:
 
 
 def timed(setting: Setting, batch: Sequence[Pair], step: int) -> list[Pair]:
-    """The pairs of a batch that a step runs, in the order of their microbatches."""
+    """Return the pairs of a batch that a step runs, in the order of their microbatches."""
     if setting.by_length:
         batch = sorted(
             batch,

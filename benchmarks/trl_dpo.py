@@ -1,11 +1,11 @@
-"""DPO with trl.DPOTrainer as its documentation shows it, saving after every step: the other
+"""Train DPO with trl.DPOTrainer as its documentation shows, saving after every step: the other
 contender of reliability_trl.py.
 
     python benchmarks/trl_dpo.py MODEL DATA.jsonl RUN_DIR N_STEPS
         [--resume] [--lr X] [--batch N] [--jit]
 
---resume: `resume_from_checkpoint=True`, when there is a checkpoint (without one TRL refuses, and a
-script would begin anew). --jit: transformers' `enable_jit_checkpoint`, which is its answer to
+--resume: `resume_from_checkpoint=True` if there is a checkpoint (without one, TRL refuses, and a
+script would start from the beginning). --jit: transformers' `enable_jit_checkpoint`, which handles
 SIGTERM.
 """
 

@@ -1,10 +1,11 @@
-"""Write the demo preference set beside this script: train.jsonl, test.jsonl and tokenizer/. Seeded:
-every run gives the same bytes.
+"""Write the demo preference set beside this script: train.jsonl, test.jsonl and tokenizer/. It is
+seeded: every run gives the same bytes.
 
 The preference: `chosen` is courteous and gives a step with its reason; `rejected` is curt or vague.
-Nothing else tells them apart: the two have one distribution of lengths and one last character, and
-both speak of the subject. `sft_target` is either of the two with equal odds, so a model fine-tuned
-on it holds both styles for equally likely, and the preference is left for DPO to learn.
+Nothing else distinguishes them: both have the same distribution of lengths and the same last
+character, and both are about the subject. `sft_target` is either of the two with equal odds, so a
+model fine-tuned on it considers both styles equally likely, and the preference is left for DPO to
+learn.
 """
 
 import json
@@ -21,11 +22,11 @@ TRAIN_PER_SUBJECT = 36  # questions
 PROMPT_WORDS = (6, 20)  # the fewest and the most
 RESPONSE_WORDS = (12, 35)
 CANDIDATES = (
-    80  # rejected responses drawn for each chosen one; the nearest to the wanted length is kept
+    80  # rejected responses drawn for each chosen one; the closest to the wanted length is kept
 )
 
-# Two lines a subject: task | topic | two vague remarks, then two facts "step ; reason". A `*` marks
-# a subject of the test set only.
+# Two lines per subject: task | topic | two vague remarks, then two facts "step ; reason". A `*`
+# marks a subject that is only in the test set.
 SUBJECTS = """
 grow basil on a windowsill | basil | basil does well in some kitchens and not in others | a pot and some water are all there is to it
   pinch off the top leaves of each stem every week ; a cut stem branches and grows bushier | water the pot only when the top inch of soil feels dry ; basil roots rot in soggy soil
@@ -236,7 +237,7 @@ DOUBLED = {"get", "plan", "repot", "set", "sit"}  # verbs that double the last l
 
 
 def gerund(task):
-    """`bake a loaf` -> `baking a loaf`."""
+    """Return a task as a gerund: `bake a loaf` -> `baking a loaf`."""
     verb, _, rest = task.partition(" ")
     stem = (
         verb + verb[-1]
@@ -249,7 +250,7 @@ def gerund(task):
 
 
 def read_subjects():
-    """One dict a subject, with its slots, remarks and facts."""
+    """Yield one dict per subject, with its slots, remarks and facts."""
     lines = SUBJECTS.strip().splitlines()
     for head, facts in zip(lines[::2], lines[1::2], strict=False):
         task, topic, *remarks = split(head.lstrip("*"))
@@ -265,8 +266,8 @@ def read_subjects():
 
 
 def write_response(rng, style, subject, closed):
-    """One response in a style: opening and core, with a closing in a share `closed` of the cases,
-    within RESPONSE_WORDS.
+    """Return one response in a style: opening and core, and in a share `closed` of the cases a
+    closing, within RESPONSE_WORDS.
     """
     while True:
         step, reason = rng.choice(subject["facts"])
@@ -282,18 +283,18 @@ def write_response(rng, style, subject, closed):
 
 
 def make_questions(rng, subjects):
-    """(subject, question) pairs for train and test. A test pair has an unseen frame, an unseen
-    subject, or both.
+    """Return (subject, question) pairs for train and test. A test pair has an unseen frame, an
+    unseen subject, or both.
     """
     pairs = {"train": [], "test": []}
     for s in subjects:
-        asked = {frame: [hello + frame.format(**s) for hello in HELLOS] for frame in FRAMES}
-        asked = {
+        by_frame = {frame: [hello + frame.format(**s) for hello in HELLOS] for frame in FRAMES}
+        by_frame = {
             frame: [q for q in asks if PROMPT_WORDS[0] <= len(q.split()) <= PROMPT_WORDS[1]]
-            for frame, asks in asked.items()
+            for frame, asks in by_frame.items()
         }
         seen, unseen = (
-            sum((asked[frame] for frame in frames), [])
+            sum((by_frame[frame] for frame in frames), [])
             for frames in (FRAMES[:-TEST_FRAMES], FRAMES[-TEST_FRAMES:])
         )
         if s["test_only"]:
@@ -307,7 +308,7 @@ def make_questions(rng, subjects):
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE with no BOS; EOS is the pad too."""
+    """Train a byte-level BPE without BOS, whose EOS is also the pad token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

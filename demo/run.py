@@ -1,5 +1,5 @@
-"""Watch a model learn a preference: SFT from random weights, then DPO from its policy.pt, on the
-preference set shipped here.
+"""Show a model learning a preference: SFT from random weights, then DPO from its policy.pt, on the
+preference set in this folder.
 
 Runs `train.py exp=demo_sft` and `train.py exp=demo_dpo` as a user would, then compares: held-out
 accuracies before and after DPO, samples of the same prompts, and the curves of both stages as a

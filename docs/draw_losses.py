@@ -1,9 +1,9 @@
-"""Draw docs/losses.png, the loss and its gradient against the margin h of every loss on pairs:
+"""Draw docs/losses.png, the value and the gradient of every loss on pairs against the margin h:
 `python docs/draw_losses.py`.
 
 Both responses have TOKENS tokens, and the reference gives each -1 nat per token. The policy gives
-the chosen response h/2 nats more and the rejected one h/2 less, h = 0 being the reference. Knobs
-are as in config/loss; a required one has a usual value, which the panel's title names.
+the chosen response h/2 nats more and the rejected one h/2 less, so h = 0 is the reference. Knobs
+are those of config/loss; a required one has a usual value, shown in the panel's title.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def response(bound: Loss, value: Tensor) -> Any:
 
 
 def loss_at(bound: Loss, h: Tensor) -> Tensor:
-    """Return the loss of one pair with the margin h."""
+    """Return the loss of one pair with margin h."""
     start = torch.tensor(0.0 if bound.reads == "scores" else -TOKENS, dtype=h.dtype)
     values = (start + h / 2, start - h / 2)
     chosen, rejected = (response(bound, value) for value in values)
@@ -67,9 +67,9 @@ def loss_at(bound: Loss, h: Tensor) -> Tensor:
         same = response(bound, start)
     context = None
     if bound.context is not None:
-        whole = Logps(torch.stack(values).detach()[None], torch.full((1, 2), TOKENS))
-        start_of_both = Logps(start.expand(1, 2), whole.tokens)
-        context = bound.context.compute(whole, start_of_both if bound.needs_reference else None)
+        pair = Logps(torch.stack(values).detach()[None], torch.full((1, 2), TOKENS))
+        start_of_both = Logps(start.expand(1, 2), pair.tokens)
+        context = bound.context.compute(pair, start_of_both if bound.needs_reference else None)
     policy: Any = Pairs(chosen, rejected)
     if bound.reads == "scores":
         policy = ScoredPairs(chosen, rejected, torch.tensor([0]), None)

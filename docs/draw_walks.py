@@ -31,7 +31,7 @@ COLOURS = {
 
 
 class Stop(NamedTuple):
-    """A function on a walk.
+    """Hold a function on a walk.
 
     Example: Stop("plumb.batching.layout", "pack", "lays prompts and responses out in one row")
     """
@@ -58,13 +58,13 @@ def walks(text: str) -> dict[str, list[Stop]]:
     sections = re.split(r"^## ", text, flags=re.M)[1:]
     pattern = re.compile(r"^\d+\. `([a-z_.]+)\.((?:[A-Z_]\w*\.)?\w+)`: (.+)$", re.M)
     return {
-        section.partition("\n")[0]: [Stop(*found) for found in pattern.findall(section)]
+        section.partition("\n")[0]: [Stop(*groups) for groups in pattern.findall(section)]
         for section in sections
     }
 
 
 def definition(stop: Stop) -> ast.FunctionDef:
-    """Return the function's syntax tree; raise LookupError when there is no such function."""
+    """Return the function's syntax tree; raise LookupError if there is no such function."""
     nodes: list[ast.stmt] = []
     if stop.file.is_file():
         nodes = ast.parse(stop.file.read_text(encoding="utf-8")).body

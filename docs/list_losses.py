@@ -1,7 +1,7 @@
 """Write the table and the sections of docs/losses.md from the losses' docstrings and YAMLs:
-`python docs/list_losses.py`. The text outside of the marked blocks is written by hand.
+`python docs/list_losses.py`. The text outside the marked blocks is written by hand.
 
-plumb/losses/registry.py says what form a docstring has; an option's meaning is its comment in
+plumb/losses/registry.py defines the form of a docstring; an option's meaning is its comment in
 config/loss.
 """
 
@@ -31,14 +31,14 @@ EXAMPLE_HOLDS = {
     "list": "a ranked list of responses",
     "rollout": "the policy's own samples",
 }
-# a required knob's value where its comment calls it usual, or no value at all
+# the value of a required knob, if its comment calls it usual or names no value
 REQUIRED = 0.1
-# a source: an arXiv number, with its version left out, or an address
+# a source: an arXiv number without its version, or an address
 SOURCE = re.compile(r"arXiv:\d{4}\.\d{5}|https?://[^\s)\]]+[^\s)\].,:]")
 
 
 def numbers_are_numbers(value: Any) -> Any:
-    """Return a value as Hydra reads it: YAML 1.1 takes 1e-3 for a word.
+    """Return a value as Hydra reads it, since YAML 1.1 reads 1e-3 as a string.
 
     >>> numbers_are_numbers("1e-3"), numbers_are_numbers("sum")
     (0.001, 'sum')
@@ -50,7 +50,7 @@ def numbers_are_numbers(value: Any) -> Any:
 
 
 def usual(meaning: str) -> float:
-    """Return REQUIRED where it is among the values that a comment calls usual, else the first of
+    """Return REQUIRED if it is among the values that a comment calls usual, otherwise the first of
     them.
 
     >>> usual("2 to 10 is usual; required"), usual("0.01 to 0.5 is usual"), usual("required")
@@ -65,9 +65,7 @@ def usual(meaning: str) -> float:
 
 
 def knobs_of(name: str) -> dict[str, Any]:
-    """Return {"name": name, knob: value} as config/loss has it, and usual values of those that are
-    required.
-    """
+    """Return {"name": name, knob: value} of config/loss, with usual values for required knobs."""
     text = (ROOT / f"config/loss/{name}.yaml").read_text(encoding="utf-8")
     meanings = {o.name.removeprefix("loss."): o.meaning for o in options(f"loss/{name}.yaml", "")}
     return {
@@ -88,18 +86,18 @@ def written_knobs(name: str) -> list[str]:
 
 
 def alternatives(knobs: Mapping[str, Any], hints: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Return (knob, how it is written, value) of other values of each knob that is true or false,
-    a word, or 0.
+    """Return (knob, how it is written, value) of other values of each knob that is a boolean, a
+    word, or 0.
     """
-    found: list[tuple[str, str, Any]] = []
+    others: list[tuple[str, str, Any]] = []
     for knob, value in knobs.items():
         if hints[knob] is bool:
-            found.append((knob, f"{knob}={str(not value).lower()}", not value))
+            others.append((knob, f"{knob}={str(not value).lower()}", not value))
         elif words := [x for x in get_args(hints[knob]) if isinstance(x, str) and x != value]:
-            found += [(knob, f"{knob}={word}", word) for word in words]
+            others += [(knob, f"{knob}={word}", word) for word in words]
         elif value == 0:
-            found.append((knob, f"{knob}` above `0", 0.1))
-    return found
+            others.append((knob, f"{knob}` above `0", 0.1))
+    return others
 
 
 def needed(name: str, setting: str) -> str:
@@ -147,8 +145,8 @@ def about(name: str) -> str:
 
 
 def sources(name: str) -> str:
-    """Return what the first paragraph of a loss's docstring names as source, else the first source
-    that its YAML's head or the rest of the docstring names.
+    """Return the sources in the first paragraph of a loss's docstring, otherwise the first source
+    in its YAML's head or the rest of the docstring.
     """
     first, *others = paragraphs(LOSSES[name])
     later = SOURCE.findall(" ".join([about(name), *others]))[:1]
@@ -176,7 +174,7 @@ def knob_table(own: list[Option]) -> str:
 
 
 def needs(name: str, bound: Loss) -> str:
-    """Return a line on what a loss reads and needs."""
+    """Return a sentence on what a loss reads and needs."""
     parts = [
         f"One example holds {EXAMPLE_HOLDS[bound.group]}",
         f"reference: {needed(name, 'needs_reference')}",
@@ -196,7 +194,7 @@ def needs(name: str, bound: Loss) -> str:
 
 
 def section(name: str) -> str:
-    """Return what the page says of one loss."""
+    """Return the page's section on one loss."""
     declared = LOSSES[name]
     bound = build_loss(knobs_of(name))
     formula, *others = paragraphs(declared)
@@ -212,7 +210,7 @@ def section(name: str) -> str:
 
 
 def wrapped(text: str, width: int = 110) -> str:
-    """Return text in lines of at most `width` characters, where it has spaces."""
+    """Return text in lines of fewer than `width` characters, broken at spaces."""
     lines = [""]
     for word in text.split(" "):
         if len(lines[-1]) + len(word) >= width:
@@ -222,7 +220,7 @@ def wrapped(text: str, width: int = 110) -> str:
 
 
 def page() -> str:
-    """Return docs/losses.md, with the text that it has outside of the marked blocks."""
+    """Return docs/losses.md, keeping its text outside the marked blocks."""
     text = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
     blocks = {"table": table(), "sections": "\n".join(map(section, sorted(LOSSES)))}
     for name, block in blocks.items():

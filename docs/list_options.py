@@ -1,8 +1,8 @@
 """Write the tables of docs/options.md from config/ and plumb/settings/schema.py:
 `python docs/list_options.py`. The page's introduction stays as it is.
 
-A comment above an option, or behind it, is its meaning. The schema says what may change on resume
-and what eval.py reads.
+The comment above or after an option is its meaning. The schema says what may change on resume and
+what eval.py reads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MARK = "<!-- From here on written by docs/list_options.py: begin -->\n"
 
 
 class Option(NamedTuple):
-    """An option of a YAML file.
+    """Hold an option of a YAML file.
 
     Example: Option("lr", "5e-7", "learning rate", new=False)
     """
@@ -64,12 +64,12 @@ def escaped(text: str) -> str:
 
 
 def comments(text: str) -> dict[str, str]:
-    """Return {key, or group.key: its comment}, above it and behind it.
+    """Return {key, or group.key: its comment}, above and after it.
 
     >>> comments("# rate,\\n#   per step  [ours]\\nlr: 0.1\\nrules:\\n  empty: keep  # no text\\n")
     {'lr': 'rate, per step  [ours]', 'rules': '', 'rules.empty': 'no text'}
     """
-    found: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     above: list[str] = []
     group = ""
     for line in text.splitlines():
@@ -80,16 +80,16 @@ def comments(text: str) -> dict[str, str]:
         if key:
             group = group if key["indent"] else key["name"]
             name = f"{group}.{key['name']}" if key["indent"] else group
-            found[name] = " ".join([*above, key["note"] or ""]).strip()
+            by_key[name] = " ".join([*above, key["note"] or ""]).strip()
         above = []
-    return found
+    return by_key
 
 
 def options(file: str, prefix: str = "") -> list[Option]:
-    """Return the options of a YAML file of config/, in their order."""
+    """Return the options of a YAML file of config/, in order."""
     text = (ROOT / "config" / file).read_text(encoding="utf-8")
     notes = comments(text)
-    found = []
+    listed = []
     for key, value in yaml.safe_load(text).items():
         if key in NOT_OPTIONS:
             continue
@@ -100,8 +100,8 @@ def options(file: str, prefix: str = "") -> list[Option]:
             new = "[ours]" in note or "[ours]" in notes[key]
             meaning = re.sub(r" *\[ours\]", "", note)
             shown = name if one else f"{name}.{part}"
-            found.append(Option(shown, written(default), meaning, new))
-    return found
+            listed.append(Option(shown, written(default), meaning, new))
+    return listed
 
 
 def written(value: Any) -> str:
@@ -121,12 +121,13 @@ def written(value: Any) -> str:
 
 
 def table(rows: Iterable[Option]) -> str:
+    """Return the options as a Markdown table."""
     head = "| option | default | meaning and legal values | resume | eval | new |\n"
     return head + "|---|---|---|---|---|---|\n" + "\n".join(row.row() for row in rows) + "\n"
 
 
 def page() -> str:
-    """Return docs/options.md, with the introduction that it has."""
+    """Return docs/options.md, keeping its introduction."""
     introduction = (ROOT / "docs/options.md").read_text(encoding="utf-8").partition(MARK)[0]
     text = (ROOT / "config/config.yaml").read_text(encoding="utf-8")
     parts = HEADING.split(text)[1:]  # heading, text, heading, text
