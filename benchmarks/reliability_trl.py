@@ -726,8 +726,8 @@ train the same Llama of 174,104 random parameters by DPO on the same 80 pairs of
 runs as its documentation shows (`trl_dpo.py`) and is started again with
 `resume_from_checkpoint=True`; Plumb is started again with `resume=auto`.
 
-*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line that
-says why (if a setting was changed, only the latter); for a signal: an exit code that says so.
+*Right*: the run ended with exactly the weights of the undisturbed run, or stopped with one line
+that says why (if a setting was changed, only the latter); for a signal: an exit code that says so.
 *Traceback*: it ended in one. *Wrong*: it ended with other weights, or the change had no effect, or
 the exit code says finished. A malformed file is refused in *one line*, ends in a *traceback*, or is
 trained on, with a message about it (*said*) or without (*silent*). Not every malformed file must be

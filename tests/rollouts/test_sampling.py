@@ -325,7 +325,7 @@ REFUSED = [
     (["--format", "pairs", "--out", "x"], "--format pairs: needs --n 2"),
     (["--chat", "--out", "x"], "--out x: is for all but --chat"),
     (["--prompts", "nosuch.jsonl"], "no such file"),
-    (["--max-new-tokens", "512"], "--max-new-tokens 512: .* reads 512 tokens"),
+    (["--max-new-tokens", "512"], "--max-new-tokens 512: .* has room for 512 tokens"),
     (["--n", "0"], "--n: 0 is below 1"),
     (["--chat-template", "nosuch"], "--chat-template nosuch: neither a file nor a template"),
     (["--out", "."], "--out=.: cannot be written .it is a folder."),
