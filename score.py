@@ -1,7 +1,8 @@
 """Score answers: `python score.py pairs | answers | winrate | split`, see docs/scoring.md.
 
 A SCORER is a reward model (a run, its policy.pt, or a Hugging Face sequence-classification model),
-or a policy with a known reference: a DPO run, or any policy with --reference and --beta.
+or a policy: a run is scored by the rewards of its loss, any other policy with --reference and
+--beta.
 """
 
 from __future__ import annotations
@@ -172,9 +173,14 @@ def _scorer_options(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--reference",
         metavar="MODEL",
-        help="reference for an implicit reward (default: from its run)",
+        help="reference that a policy is compared with (default: what its run started from)",
     )
-    g.add_argument("--beta", type=float, help="beta of an implicit reward (default: from its run)")
+    g.add_argument(
+        "--beta",
+        type=float,
+        help="beta of a policy's rewards (default: its run's); with --reference: beta * log(policy"
+        " / reference), whatever its run's loss",
+    )
     g.add_argument(
         "--base", metavar="MODEL", help="base model of a policy.pt that has no config.yaml"
     )

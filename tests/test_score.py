@@ -1,6 +1,8 @@
 """score.py: scores are those of training, by hand; files of other forms; what a user gets wrong."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -217,6 +219,127 @@ def test_a_run_is_scored_as_its_evaluation_did(train, data, tmp_path):
     assert (
         figures["accuracy"] == last["rewards_eval/accuracies"] and last["rewards_eval/margins"] != 0
     )
+
+
+# ---- the rewards of other losses ----
+
+
+def beside(models, loss):
+    """The DPO run of `models`, as the run of another loss.  -> its folder"""
+    folder = models / re.sub(r"\W+", "-", loss)
+    if not folder.exists():
+        shutil.copytree(models / "dpo", folder)
+        config = (folder / "config.yaml").read_text()
+        assert "{name: dpo, beta: 0.3}" in config
+        (folder / "config.yaml").write_text(config.replace("{name: dpo, beta: 0.3}", loss))
+    return folder
+
+
+LD_DPO = "{name: ld_dpo, beta: 0.5, alpha: 0.25}"
+MIX = "{name: mix, terms: {a: {name: nll, weight: 1.0}, b: {name: orpo, weight: 1.0, beta: 0.2}}}"
+
+
+@pytest.mark.parametrize(
+    ("loss", "reward"),
+    [
+        ("{name: simpo, beta: 2.0, gamma: 0.5, nll: 0.0}", lambda pi, ref, n: 2 * pi / n),
+        (
+            "{name: dpo, beta: 5.0, normalize: token}",
+            lambda pi, ref, n: 5 * (pi - ref) / n,
+        ),
+        ("{name: dpo, beta: 0.3, reference_free: true}", lambda pi, ref, n: 0.3 * pi),
+        ("{name: orpo, beta: 0.2}", lambda pi, ref, n: 0.2 * pi / n),
+        ("{name: slic}", lambda pi, ref, n: pi),
+        ("{name: odpo, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        ("{name: beta_dpo, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        ("{name: tdpo2, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        ("{name: wpo, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        ("{name: kto, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        ("{name: bco, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        ("{name: plackett_luce, beta: 0.3}", lambda pi, ref, n: 0.3 * (pi - ref)),
+        (MIX, lambda pi, ref, n: pi / n),
+    ],
+)
+def test_a_run_is_scored_by_the_rewards_of_its_loss(models, dpo_logps, loss, reward):
+    """The first term's of a mixture. The pair's and those of each response alone are the same."""
+    folder = beside(models, loss)
+    policy, reference, tokens = dpo_logps
+    expected = reward(policy, reference, tokens)
+    scorer = opened(str(folder))
+    assert (scorer.reference is None) == (reward(policy, 0, 1) == reward(policy, 1, 1)).all()
+    both = scorer.score(pair_rows(), "keep_end").scores
+    np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-4)
+    prompt, response, _ = ROWS[0]
+    row = Row(prompt=prompt, responses=[response], pairs=[], sft_target=response, source="x:1")
+    alone = scorer.score([row], "keep_end").scores
+    np.testing.assert_allclose(alone, expected[:1, :1], rtol=1e-4, atol=1e-4)
+
+
+def pair_rows():
+    return [
+        Row(prompt=prompt, responses=[a, b], pairs=[(0, 1)], sft_target=None, source="x:1")
+        for prompt, a, b in ROWS
+    ]
+
+
+def test_where_a_reward_depends_on_the_other_response(models, dpo_logps):
+    """ld_dpo counts what is beyond the shorter response a quarter; alone, it counts in full."""
+    folder = beside(models, LD_DPO)
+    policy, reference, tokens = dpo_logps
+    ratio = 0.5 * (policy - reference)
+    scores = opened(str(folder)).score(pair_rows(), "keep_end").scores
+    shorter = tokens == tokens.min(1, keepdims=True)
+    np.testing.assert_allclose(scores[shorter], ratio[shorter], atol=1e-4)
+    assert (np.abs(scores - ratio)[~shorter] > 1e-3).all()
+
+
+@pytest.fixture(scope="module")
+def dpo_logps(models):
+    """Of the DPO run and its reference, and the tokens of each response: [3, 2] each."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    base = AutoModelForCausalLM.from_pretrained(models / "base").eval()
+    policy = AutoModelForCausalLM.from_pretrained(models / "base").eval()
+    policy.load_state_dict(torch.load(models / "dpo/step-8/policy.pt")["state"])
+
+    @torch.no_grad()
+    def logps(model):
+        given = lambda ids, n: (
+            model(ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None])
+        )
+        return by_hand(tokenizer, lambda ids, n: given(ids, n).sum().item())
+
+    return logps(policy), logps(base), by_hand(tokenizer, lambda ids, n: ids.shape[1] - n)
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "said"),
+    [
+        ("{name: sft}", (), "the loss of its run .sft. has no rewards.; give a reward model, or"),
+        ("{name: mine, beta: 1}", (), "loss.name=mine: no such loss; .*--beta and --reference"),
+        ("{name: orpo}", ("--reference", "{base}"), "--reference=.*/base: .*orpo. need no ref"),
+        ("{name: slic}", ("--beta", "1"), "--beta=1.0: its run's loss .slic. has no beta"),
+        (MIX, ("--beta", "1"), "--beta=1.0: its run's loss .mix. has no beta of its own"),
+    ],
+)
+def test_a_run_whose_rewards_cannot_be_had_so(models, pairs, loss, arguments, said):
+    folder = beside(models, loss)
+    arguments = [a.format(base=models / "base") for a in arguments]
+    with pytest.raises(UserError, match=said):
+        run("pairs", folder, pairs, "--eval-share", 1, *arguments)
+
+
+def test_reference_and_beta_together_are_the_implicit_reward(models, dpo_logps, pairs, tmp_path):
+    """Of any policy; and a beta alone is that of its run's loss."""
+    policy, reference, tokens = dpo_logps
+    free = beside(models, "{name: orpo, beta: 0.2}")
+    for arguments, expected in (
+        (("--beta", 2, "--reference", models / "base"), 2 * (policy - reference)),
+        (("--beta", 2), 2 * policy / tokens),
+    ):
+        out = tmp_path / "out.jsonl"
+        run("pairs", free, pairs, "--eval-share", 1, "--out", out, *arguments)
+        scores = [[r["chosen_score"], r["rejected_score"]] for r in lines(out)]
+        np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3)
 
 
 # ---- other people's models ----
@@ -466,7 +589,7 @@ def test_easy_and_hard_pairs_are_data_sets(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["pairs", "{base}", "{pairs}"], "neither a reward model nor a run whose loss has a beta"),
+        (["pairs", "{base}", "{pairs}"], "neither a reward model nor a run whose loss has rewards"),
         (["pairs", "{base}", "{pairs}", "--beta", "1"], "give --reference MODEL"),
         (
             ["pairs", "{base}", "{pairs}", "--beta", "1", "--reference", "{reward}"],

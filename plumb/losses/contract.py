@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -115,6 +115,16 @@ class Scores(NamedTuple):
 
 
 T = TypeVar("T", Logps, LogpsAndSquares, LogpsAndKL, TokenLogps, Scores)
+
+
+def halves(of_model: Any) -> tuple[Any, Any]:
+    """Return the first and the second half of 2 B responses, as of B pairs."""
+    if isinstance(of_model, TokenLogps):
+        chosen = torch.arange(of_model.n // 2, device=of_model.each.device)
+        return of_model.of(chosen), of_model.of(chosen + of_model.n // 2)
+    n = len(of_model.tokens) // 2
+    kind = type(of_model)
+    return kind(*(x[:n] for x in of_model)), kind(*(x[n:] for x in of_model))
 
 
 class Pairs(NamedTuple, Generic[T]):

@@ -25,7 +25,7 @@ def plackett_luce(policy: Lists, reference: Lists, *, beta: float) -> LossOutput
     list of two this is `dpo`. Responses that rank alike do not compete: the term of each is that of
     a list without the others of its rank.
 
-    Rewards: r of the best response and of the worst.
+    Rewards: beta log pi(y|x)/pi_ref(y|x), of the best response and of the worst.
     """
     check_positive(beta=beta)
     r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]
@@ -43,7 +43,7 @@ def softmax_dpo(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
     is `dpo`. If several responses tie for best, the loss is the mean over them, each compared with
     the responses below them only.
 
-    Rewards: r of the best response and of the worst.
+    Rewards: beta log pi(y|x)/pi_ref(y|x), of the best response and of the worst.
     """
     check_positive(beta=beta)
     r = beta * (policy.responses.sum - reference.responses.sum)  # [B, k]

@@ -27,7 +27,7 @@ def nca_pair(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     term keeps the likelihood of the chosen response near the reference's: its minimum alone is at
     r_w = log 2.
 
-    Rewards: r.
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
     check_positive(beta=beta)
     chosen, rejected = logratios(policy, reference)
@@ -62,7 +62,7 @@ def apo_zero(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     The chosen response becomes likelier, the rejected one less likely, both whatever the other
     does: for pairs whose chosen response is better than what the model itself gives.
 
-    Rewards: r.
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
     check_positive(beta=beta)
     chosen, rejected = logratios(policy, reference)
@@ -78,7 +78,7 @@ def apo_down(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     Both responses become less likely, the rejected one more so: for pairs whose chosen response is
     worse than what the model itself gives.
 
-    Rewards: r.
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
     check_positive(beta=beta)
     chosen, rejected = logratios(policy, reference)

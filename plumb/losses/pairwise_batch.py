@@ -76,7 +76,7 @@ def bco_pair(policy: Pairs, reference: Pairs, context: Tensor, *, beta: float) -
     average over batches; here it is the mean over the batch of all ranks, nothing is differentiated
     through it, and no state is kept.
 
-    Rewards: r.
+    Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
     check_positive(beta=beta)
     chosen, rejected = logratios(policy, reference)

@@ -33,7 +33,7 @@ def simpo(
     by their length. a = `nll` > 0 keeps the chosen responses likely: CPO-SimPO, the loss that TRL's
     CPO trainer gives with loss_type=simpo.
 
-    Rewards: r.
+    Rewards: beta log pi(y|x) / |y|.
     """
     check_positive(beta=beta)
     check_not_negative(gamma=gamma, nll=nll)
@@ -57,7 +57,7 @@ def alphapo(
     that becomes likely gains less, so that both stay where they are for longer. `alpha` may be
     negative.
 
-    Rewards: r.
+    Rewards: beta (1 - p^-alpha) / alpha.
     """
     check_positive(beta=beta)
     check_not_negative(gamma=gamma)

@@ -57,8 +57,8 @@ def kto(
     w_d = `desirable_weight` and w_u = `undesirable_weight` balance the two kinds: w_d n_d / (w_u
     n_u) in [1, 4/3] is usual (section 4), and a run outside says so at its start.
 
-    Rewards: beta r, of the desirable responses (chosen) and the undesirable ones (rejected).
-    Accuracy: the share of responses with r on the right side of z0.
+    Rewards: beta log pi(y|x)/pi_ref(y|x), of the desirable responses (chosen) and the undesirable
+    ones (rejected). Accuracy: the share of responses with r on the right side of z0.
     """
     check_positive(
         beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
@@ -98,8 +98,8 @@ def bco(policy: Labelled, reference: Labelled, context: Tensor, *, beta: float) 
 
     The authors' weights against a shift between the two kinds of prompts are left out.
 
-    Rewards: beta r, of the desirable responses (chosen) and the undesirable ones (rejected).
-    Accuracy: the share of responses with beta r on the right side of delta.
+    Rewards: beta log pi(y|x)/pi_ref(y|x), of the desirable responses (chosen) and the undesirable
+    ones (rejected). Accuracy: the share of responses with beta r on the right side of delta.
     """
     check_positive(beta=beta)
     r = policy.responses.sum - reference.responses.sum  # [B]

@@ -18,6 +18,7 @@ from torch import Tensor
 from plumb.batching.layout import Batch, Padded, unfold
 from plumb.data.examples import ranges
 from plumb.distributed import sharding
+from plumb.losses.bound import Reads
 from plumb.losses.contract import Logps, LogpsAndKL, LogpsAndSquares, Scores, TokenLogps
 from plumb.models import tree_attention
 from plumb.models.chunked_head import (
@@ -31,6 +32,26 @@ from plumb.models.chunked_head import (
     token_logps,
 )
 from plumb.models.forward_path import ForwardPath
+
+# what a model computes for the R responses of a batch
+Outputs = Logps | LogpsAndSquares | LogpsAndKL | TokenLogps | Scores
+
+
+def read_responses(
+    reads: Reads, model: Any, batch: Batch, forward_path: ForwardPath, reference: Any = None
+) -> Outputs:
+    """Return what a loss reads of a model, for the R responses of a batch. `reference`: the model
+    from which the divergence is, where that is read.
+    """
+    if reads == "logps_and_kl":
+        return response_logps_and_kl(model, reference, batch, forward_path)
+    read: dict[str, Callable[[Any, Batch, ForwardPath], Outputs]] = {
+        "logps": response_logps,
+        "logps_and_squares": response_logps_and_squares,
+        "token_logps": response_token_logps,
+        "scores": response_scores,
+    }
+    return read[reads](model, batch, forward_path)
 
 
 def response_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Logps:

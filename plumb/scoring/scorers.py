@@ -1,5 +1,5 @@
-"""Score answers: with a reward model, a policy and its reference, or any sequence-classification
-model.
+"""Score answers: with a reward model, a policy by the rewards of its loss or against a reference,
+or any sequence-classification model.
 
 Shapes: n rows of k responses each (1 or 2), R = k * B responses of a microbatch (see
 batching/layout.py).
@@ -7,9 +7,10 @@ batching/layout.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch, by_example
 from plumb.batching.microbatches import Packing
-from plumb.console import quiet, rank0_print
+from plumb.console import quiet, rank0_print, to_dict
 from plumb.data.registry import DataSet
 from plumb.data.rows import Row
 from plumb.data.tokenization import (
@@ -36,6 +37,9 @@ from plumb.data.tokenization import (
 )
 from plumb.distributed.device import pick_device
 from plumb.errors import UserError
+from plumb.losses import inputs
+from plumb.losses.bound import Reads
+from plumb.losses.contract import halves
 from plumb.models.find import ModelRef, Opened, check_device, find_model, open_model, start_of
 from plumb.models.forward_path import ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
@@ -46,8 +50,9 @@ from plumb.models.load import (
     load_config,
     load_tokenizer,
 )
-from plumb.models.logps import response_logps, response_scores
+from plumb.models.logps import read_responses
 from plumb.paths import CONFIG
+from plumb.runs.loss_of_run import loss_of_run
 
 
 class Scored(NamedTuple):
@@ -67,6 +72,17 @@ class Scorer(Protocol):
         ...
 
 
+class Rewarding(NamedTuple):
+    """Say what a response's score is: what is read of the model, and of its reference, and the
+    scores of the first and the second of two responses, of [B] each.
+    """
+
+    reads: Reads
+    reads_of_reference: Reads | None
+    scores: Callable[[inputs.Two, inputs.Two | None], tuple[Tensor, Tensor] | None]
+    about: str  # in words
+
+
 def load_scorer(
     ref: ModelRef,
     config: DictConfig,
@@ -76,9 +92,10 @@ def load_scorer(
     device: str | None = None,
     budget: int = 8192,
 ) -> Scorer:
-    """Return the scorer. `config`: see knobs_of. `reference` and `beta` of an implicit reward
-    override its run's. `budget` is the number of tokens in a microbatch. Raises UserError for a
-    model that is not a scorer, and for options it does not use, before weights are read.
+    """Return the scorer. `config`: see knobs_of. `reference` and `beta` replace those of the
+    model's run; both together ask for the implicit reward beta * log(policy / reference), whatever
+    the run's loss. `budget` is the number of tokens in a microbatch. Raises UserError for a model
+    that is not a scorer, and for options it does not use, before weights are read.
     """
     if ref.scalar:
         for option, value in (("reference", reference), ("beta", beta)):
@@ -89,30 +106,18 @@ def load_scorer(
                 )
         if ref.archive is None and not has_scalar_head(ref.config):
             return Classifier(ref, config, device, budget)
-        return Causal(config, budget, open_model(ref, device))
-    loss = ref.config.get("loss") or {}
-    beta = loss.get("beta") if beta is None else beta
-    if beta is None:
-        raise UserError(
-            f"{ref.name}: neither a reward model nor a run whose loss has a beta; give a reward"
-            " model, or --beta and --reference MODEL for the implicit reward beta * log(policy /"
-            " reference)"
-        )
-    if not 0 < beta < float("inf"):
-        raise UserError(
-            f"--beta={beta}: must be above 0, and finite; a reward is beta * log(policy /"
-            " reference)"
-        )
+        read = (ref.config.get("loss") or {}).get("read", "last")  # as its run did
+        return Causal(config, budget, of_reward_model(read), open_model(ref, device))
+    if beta is not None and not 0 < beta < float("inf"):
+        raise UserError(f"--beta={beta}: must be above 0, and finite")
+    rewarding = rewarding_of(ref, reference, beta)
     origin: ModelRef | None = None
-    if reference is not None:
-        base = ref.config.model.name_or_path if reference.endswith(".pt") else None
-        origin = find_model(reference, base, dtype=ref.config.model.policy_dtype)
-        if origin.scalar:
-            raise UserError(
-                f"--reference={reference}: a reward model has no log-probabilities; give a policy"
-            )
-    elif not loss.get("reference_free"):
-        origin = replace(ref, config=start_of(ref))
+    if rewarding.reads_of_reference is not None:
+        origin = (
+            replace(ref, config=start_of(ref))
+            if reference is None
+            else find_reference(ref, reference)
+        )
     policy = open_model(ref, device)
     start = open_model(origin, device) if origin is not None else None
     if start is not None:
@@ -125,7 +130,73 @@ def load_scorer(
                 f"--reference={reference}: its tokenizer encodes text differently from that of"
                 f" {ref.name}; give the model it was trained from"
             )
-    return Causal(config, budget, policy, start, beta)
+    rank0_print(f"scores: {rewarding.about}")
+    return Causal(config, budget, rewarding, policy, start)
+
+
+def find_reference(ref: ModelRef, name: str) -> ModelRef:
+    """Return the model that a policy is compared with. Raise UserError for a reward model."""
+    base = ref.config.model.name_or_path if name.endswith(".pt") else None
+    origin = find_model(name, base, dtype=ref.config.model.policy_dtype)
+    if origin.scalar:
+        raise UserError(
+            f"--reference={name}: a reward model has no log-probabilities; give a policy"
+        )
+    return origin
+
+
+def of_reward_model(read: str) -> Rewarding:
+    """Return the scores of a reward model's head: at the last tokens, or with "mean" their mean."""
+    return Rewarding("scores", None, lambda two, _: (two[0].of(read), two[1].of(read)), "")
+
+
+def implicit_reward(beta: float) -> Rewarding:
+    """Return beta * log(policy / reference)."""
+
+    def scores(two: inputs.Two, theirs: inputs.Two | None) -> tuple[Tensor, Tensor]:
+        assert theirs is not None
+        first, second = (beta * (a.sum - b.sum) for a, b in zip(two, theirs, strict=True))
+        return first, second
+
+    return Rewarding("logps", "logps", scores, f"{beta:g} * log(policy / reference)")
+
+
+def rewarding_of(ref: ModelRef, reference: str | None, beta: float | None) -> Rewarding:
+    """Return how a policy scores: by the rewards of its run's loss, or by the implicit reward.
+    Raise UserError for an option that would not be used, and for one that is missing.
+    """
+    recorded = to_dict(ref.config.get("loss"))
+    try:
+        loss = loss_of_run({"loss": recorded})
+        why = "" if loss.rewards else f"the loss of its run ({loss.name}) has no rewards"
+    except ValueError as error:
+        loss, why = None, str(error) if recorded else "no loss is known"
+    if beta is not None and (reference is not None or why):
+        return implicit_reward(beta)
+    if loss is None or why:
+        raise UserError(
+            f"{ref.name}: neither a reward model nor a run whose loss has rewards ({why}); give a"
+            " reward model, or --beta and --reference MODEL for the implicit reward beta *"
+            " log(policy / reference)"
+        )
+    if reference is not None and not loss.needs_reference:
+        raise UserError(
+            f"--reference={reference}: the rewards of its run's loss ({loss.name}) need no"
+            " reference; leave it out, or give --beta too for beta * log(policy / reference)"
+        )
+    if beta is not None:
+        if list(loss.values_of("beta")) != ["loss.beta"]:
+            raise UserError(
+                f"--beta={beta}: its run's loss ({loss.name}) has no beta of its own; leave it out,"
+                " or give --reference too for beta * log(policy / reference)"
+            )
+        loss = loss_of_run({"loss": {**recorded, "beta": beta}})
+    return Rewarding(
+        loss.reads,
+        loss.reads_of_reference if loss.needs_reference else None,
+        partial(inputs.rewards, loss),
+        f"the rewards of its run's loss, {loss.name}: {loss.rewards}",
+    )
 
 
 def knobs_of(ref: ModelRef, given: dict[str, Any]) -> DictConfig:
@@ -146,8 +217,8 @@ def knobs_of(ref: ModelRef, given: dict[str, Any]) -> DictConfig:
 
 
 class Causal:
-    """Score with a causal LM with a scalar head or, given `beta`, with a policy: beta * log(policy
-    / reference), DPO's implicit reward.
+    """Score with a causal LM: by its scalar head, or by its log-probabilities and those of its
+    reference, as `rewarding` says.
 
     Tokens, truncation, BOS and EOS are those of training.
     """
@@ -156,16 +227,15 @@ class Causal:
         self,
         config: DictConfig,
         budget: int,
+        rewarding: Rewarding,
         policy: Opened,
         reference: Opened | None = None,
-        beta: float | None = None,
     ):
         self.config = config
         self.budget = budget
-        self.beta = beta
+        self.rewarding = rewarding
         self.model = policy.model
         self.tokenizer = policy.tokenizer
-        self.read = (policy.ref.config.get("loss") or {}).get("read", "last")  # as its run did
         self.reference = reference and reference.model
         self.name = policy.ref.name
         self.device = next(self.model.parameters()).device
@@ -225,12 +295,18 @@ class Causal:
         return self.forward_path
 
     def _values(self, batch: Batch, forward_path: ForwardPath) -> Tensor:  # [R]
-        if self.beta is None:
-            return response_scores(self.model, batch, forward_path).of(self.read)
-        logps = response_logps(self.model, batch, forward_path).sum
-        if self.reference is not None:
-            logps = logps - response_logps(self.reference, batch, forward_path).sum
-        return self.beta * logps
+        own = read_responses(self.rewarding.reads, self.model, batch, forward_path, self.reference)
+        pairs = len(batch.spans) == 2 * len(batch.n_responses)
+        two = halves(own) if pairs else (own, own)
+        theirs = None
+        if self.rewarding.reads_of_reference is not None:
+            other = read_responses(
+                self.rewarding.reads_of_reference, self.reference, batch, forward_path
+            )
+            theirs = halves(other) if pairs else (other, other)
+        scores = self.rewarding.scores(two, theirs)
+        assert scores is not None  # a loss without rewards is refused
+        return torch.cat(scores) if pairs else scores[0]
 
 
 class Encoded(NamedTuple):

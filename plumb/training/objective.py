@@ -23,8 +23,6 @@ from plumb.losses.contract import (
     Labelled,
     Lists,
     Logps,
-    LogpsAndKL,
-    LogpsAndSquares,
     LossOutput,
     Mean,
     Metric,
@@ -33,21 +31,18 @@ from plumb.losses.contract import (
     Scores,
     Spread,
     TokenLogps,
+    halves,
 )
 from plumb.losses.registry import Loss
 from plumb.models.forward_path import ForwardPath
 from plumb.models.logps import (
+    Outputs,
+    read_responses,
     response_logps,
-    response_logps_and_kl,
-    response_logps_and_squares,
-    response_scores,
     response_token_logps,
     sums_of,
 )
 from plumb.models.routers import Routers, balance
-
-# what a model computes for the R responses of a batch
-Outputs = Logps | LogpsAndSquares | LogpsAndKL | TokenLogps | Scores
 
 
 @dataclass(frozen=True)
@@ -95,17 +90,10 @@ class Scorer:
         """Return the policy's outputs that the loss reads, for the R responses of a batch on the
         device.
         """
-        if self.loss.reads == "logps_and_kl":
-            with self.precision():
-                return response_logps_and_kl(self.policy, self.reference, batch, self.forward_path)
-        read: Callable[..., Any] = {
-            "logps": response_logps,
-            "logps_and_squares": response_logps_and_squares,
-            "token_logps": response_token_logps,
-            "scores": response_scores,
-        }[self.loss.reads]
         with self.precision():
-            return read(self.policy, batch, self.forward_path)
+            return read_responses(
+                self.loss.reads, self.policy, batch, self.forward_path, self.reference
+            )
 
     @torch.no_grad()
     def context(
@@ -237,17 +225,11 @@ def _single(of_model: Any, batch: Batch) -> Any:
 
 def _pairs(of_model: Any, batch: Batch) -> Pairs | ScoredPairs:
     """Return pairs of the first half, the chosen responses, and the second, the rejected ones."""
-    n = len(batch.n_responses)
     p_chosen, margins = (
         None if (column := batch.extras.example.get(name)) is None else column.to(of_model[0])
         for name in ("p_chosen", "margins")
     )
-    if isinstance(of_model, TokenLogps):
-        first = torch.arange(n, device=of_model.each.device)
-        return Pairs(of_model.of(first), of_model.of(first + n), p_chosen, margins)
-    chosen, rejected = (
-        type(of_model)(*(x[part] for x in of_model)) for part in (slice(n), slice(n, None))
-    )
+    chosen, rejected = halves(of_model)
     if isinstance(chosen, Scores):
         return ScoredPairs(
             chosen=chosen,

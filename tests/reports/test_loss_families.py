@@ -82,7 +82,7 @@ def test_each_loss_with_rewards_says_what_they_are(name):
 
 
 def test_what_a_page_says_of_rewards():
-    assert family("simpo").meanings()[0] == "Rewards: r."
+    assert family("simpo").meanings()[0] == "Rewards: beta log pi(y|x) / |y|."
     said = " ".join(family("kto").meanings())
     assert "of the desirable responses (chosen)" in said and "right side of z0" in said
     assert "the best response" in " ".join(family("plackett_luce").meanings())
