@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from plumb.console import redact
@@ -30,7 +31,6 @@ def environment() -> str:
     these, a log proves little.
     """
     import platform
-    from importlib.metadata import version
 
     packages = (
         "torch",
@@ -50,7 +50,7 @@ def environment() -> str:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
     }
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -59,6 +59,14 @@ def environment() -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
+@cache
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+@cache  # this process runs the code of its start
 def _git(*arguments: str) -> str | None:
     try:
         here = Path(__file__).parent

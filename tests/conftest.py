@@ -39,6 +39,10 @@ hypothesis.settings.load_profile("any machine")
 draw_all = curves.draw_all
 curves.draw_all = lambda runs, further=True: b""
 
+# Runs in this process don't wait for the disk. What its syncs are worth is shown by
+# test_crash_states.py, which records them, and by torture.py, whose runs are other processes.
+os.fsync = lambda handle: None
+
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
 PATIENCE = 600  # seconds: for a hang, which a busy machine is not
