@@ -8,7 +8,7 @@ path to files in one of the forms of data/forms/. No torch, no tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -44,38 +44,16 @@ SAFERLHF = Hub("PKU-Alignment/PKU-SafeRLHF")
 
 
 @dataset(truncation="keep_end", hub=HH)
-def get_hh(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
+def get_hh(split, silent=False, cache_dir=None, path=None, hub=HH) -> dict[str, Prompt]:
     """Load Anthropic HH. A prompt ends with the last "\\n\\nAssistant:"; SFT imitates the prompt's
     last chosen response.
 
     A pair whose texts split into different prompts is skipped and counted; the 2023 code cut the
     rejected text at the chosen prompt's length (pinned by
-    test_hh_differs_from_2023_only_in_the_skipped_rows).
+    test_hh_differs_from_2023_only_in_the_skipped_rows). `hub`: the part of HH that is read.
     """
-    return _hh(load_rows(HH, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
-
-
-@dataset(truncation="keep_end", hub=HELPFUL)
-def get_helpful(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """Load the helpful-base part of HH; otherwise like get_hh."""
-    return _hh(load_rows(HELPFUL, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent))
-
-
-@dataset(truncation="keep_end", hub=HARMLESS)
-def get_harmless(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
-    """Load the harmless-base part of HH; otherwise like get_hh."""
-    return _hh(
-        load_rows(HARMLESS, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent)
-    )
-
-
-def _hh_prompt(row: RawRow) -> str:
-    return split_transcript(row, "chosen")[0]
-
-
-def _hh(rows: Iterable[RawRow]) -> dict[str, Prompt]:
     data: dict[str, Prompt] = {}
-    for row in rows:
+    for row in load_rows(hub, split, _hh_prompt, path=path, cache_dir=cache_dir, silent=silent):
         prompt, chosen = split_transcript(row, "chosen")
         other, rejected = split_transcript(row, "rejected")
         if prompt != other:
@@ -83,6 +61,22 @@ def _hh(rows: Iterable[RawRow]) -> dict[str, Prompt]:
             continue
         _add(data, prompt, [chosen, rejected], [(0, 1)])["sft_target"] = chosen
     return data
+
+
+@dataset(truncation="keep_end", hub=HELPFUL)
+def get_helpful(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
+    """Load the helpful-base part of HH; otherwise like get_hh."""
+    return get_hh(split, silent, cache_dir, path, hub=HELPFUL)
+
+
+@dataset(truncation="keep_end", hub=HARMLESS)
+def get_harmless(split, silent=False, cache_dir=None, path=None) -> dict[str, Prompt]:
+    """Load the harmless-base part of HH; otherwise like get_hh."""
+    return get_hh(split, silent, cache_dir, path, hub=HARMLESS)
+
+
+def _hh_prompt(row: RawRow) -> str:
+    return split_transcript(row, "chosen")[0]
 
 
 @dataset(hub=SHP, fields=("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels"))

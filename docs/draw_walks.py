@@ -76,7 +76,7 @@ def definition(stop: Stop) -> ast.FunctionDef:
             if isinstance(node, ast.ClassDef) and node.name == owner
             for inner in node.body
         ]
-    for node in nodes:
+    for node in reversed(nodes):  # those before the last are overloads, without code
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
     raise LookupError(f"docs/walks.md: no function {stop.module}.{stop.function}")

@@ -1,10 +1,12 @@
-"""The two walks of docs/walks.md: they name functions that exist, and their counts and picture.
+"""The two walks of docs/walks.md: their functions are those that run; their counts and picture.
 docs/options.md is what config/ and the schema say, docs/losses.md what the losses say.
 """
 
 import importlib.util
 import re
 import shlex
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -37,6 +39,70 @@ def test_the_walks_name_functions_that_exist(draw_walks):
     assert len(stops) == len(re.findall(r"^\d+\. ", WALKS, re.M))
     for stop in stops:
         draw_walks.definition(stop)
+
+
+# Where each walk begins; the feed is a thread of its own.
+ENTRIES = [
+    {"plumb.data.prepare.load_examples"},
+    {"plumb.batching.feed.Feed.step", "trainers.BasicTrainer.train"},
+]
+
+
+def function_of(frame):
+    """Its name in its module; a function within a function is part of it."""
+    return frame.f_code.co_qualname.partition(".<locals>")[0]
+
+
+def running(frame):
+    """The functions of the house that are running, the innermost first, but the exchange between
+    processes.
+    """
+    names = []
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        ours = module.startswith("plumb.") or (ROOT / f"{module}.py").is_file()
+        if ours and not module.startswith("plumb.distributed."):
+            names.append(f"{module}.{function_of(frame)}")
+        frame = frame.f_back
+    return names
+
+
+def test_the_walks_are_what_runs(draw_walks, train_here, tiny_model):
+    """One row of HH, one step: each stop is called, in the listed order, and what is running then
+    has been listed before it.
+    """
+    walks = draw_walks.walks(WALKS).values()
+    functions = {stop.function for walk in walks for stop in walk}
+    found = [{}, {}]  # of each walk: function -> what was running at its first call
+
+    def watch(frame, event, _):
+        if event == "call" and function_of(frame) in functions:
+            stack = running(frame)
+            for called, entries in zip(found, ENTRIES, strict=True):
+                within = [i for i, name in enumerate(stack) if name in entries]
+                if within:
+                    called.setdefault(stack[0], stack[: within[-1] + 1])
+
+    threading.setprofile(watch)
+    sys.setprofile(watch)
+    try:
+        train_here(
+            f"model.name_or_path={tiny_model}",
+            "datasets=[hh]",
+            f"dataset_paths.hh={ROOT}/tests/fixtures/hh.jsonl",
+            "eval_share=0",
+            *("max_length=96", "max_prompt_length=48", "loss=dpo", "loss.beta=0.1"),
+            *("reference=live", "batch_size=2", "n_examples=2"),
+            *("do_first_eval=false", "do_last_eval=false"),
+        )
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    for walk, called in zip(walks, found, strict=True):
+        names = [f"{stop.module}.{stop.function}" for stop in walk]
+        assert not [name for name in names if name not in called], "listed, and not called"
+        for i, name in enumerate(names):
+            assert set(called[name]) <= set(names[: i + 1]), "runs then, and is not listed before"
 
 
 def test_a_function_that_is_gone_is_named(draw_walks):

@@ -90,10 +90,24 @@ class Feed:
         """Return the batch of these examples in `at_least` microbatches, or as many more as the
         token budget takes.
         """
-        lengths, extras = self.lengths[indices], self.extras
+        packing = self.packing
+        lengths = self.lengths[indices]
+        extras = self.extras
         if self.reference is not None:
             extras = replace(extras, response={**extras.response, "reference": self.reference})
-        microbatches = self._parts(self.examples, indices, lengths, extras, at_least)
+        parts = split_into_microbatches(lengths, packing, at_least)
+        microbatches = []
+        for part in range(self.rank, len(parts), packing.world_size):
+            weight = float(len(parts[part]) > 0)
+            where = parts[part] if weight else np.array([0])
+            batch = pack(
+                [self.examples[i] for i in indices[where].tolist()],
+                pad_token_id=packing.pad_token_id,
+                longest=packing.longest,
+                row_length=packing.row_length,
+                extras=extras.take(indices[where]),
+            )
+            microbatches.append(Microbatch(batch, weight, where))
         for_context = None
         if self.context == "own":  # the same microbatches, not made twice
             for_context = ContextBatch(microbatches, lengths.prompts.shape)
@@ -116,42 +130,17 @@ class Feed:
         examples = self.mismatched_examples(indices)
         if not examples:
             return ContextBatch([], (0, 1))
-        extras = Extras()
+        reference = None
         if self.known is not None and self.digests is not None:
             at = np.searchsorted(self.known.digests, self.digests(examples))
-            extras = Extras(response={"reference": self.known.logps[at]})
+            reference = self.known.logps[at]
         everything = np.arange(len(examples))
-        parts = self._parts(examples, everything, lengths_of(examples), extras, 1)
-        return ContextBatch(parts, (len(examples), 1))
+        step = Feed(examples, self.packing, self.rank, reference).step(everything)
+        return ContextBatch(step.microbatches, (len(examples), 1))
 
     def mismatched_examples(self, indices: np.ndarray) -> list[Example]:
         """Return a batch's prompts with responses to other prompts."""
         return mismatched([self.examples[i] for i in indices.tolist()], self.packing.longest)
-
-    def _parts(
-        self,
-        examples: Sequence[Example],
-        indices: np.ndarray,
-        lengths: Lengths,
-        extras: Extras,
-        at_least: int,
-    ) -> list[Microbatch]:
-        """Return this rank's parts of the examples at these indices, whose lengths are known."""
-        p, microbatches = self.packing, []
-        parts = split_into_microbatches(lengths, p, at_least)
-        for i in range(self.rank, len(parts), p.world_size):
-            mine = parts[i]
-            weight = float(len(mine) > 0)
-            mine = mine if len(mine) else np.array([0])
-            batch = pack(
-                [examples[i] for i in indices[mine].tolist()],
-                pad_token_id=p.pad_token_id,
-                longest=p.longest,
-                row_length=p.row_length,
-                extras=extras.take(indices[mine]),
-            )
-            microbatches.append(Microbatch(batch, weight, mine))
-        return microbatches
 
     def ahead(
         self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -104,38 +104,21 @@ def load_examples(
         add_bos=config.add_bos,
         eos_in_text=config.eos_in_text,
     )
-    own_eval = config.eval_datasets is not None  # then a file is all training or all evaluation
-    shares = (
-        {"train": 0.0, "test": 1.0}
-        if own_eval
-        else dict.fromkeys(("train", "test"), config.eval_share)
-    )
-    wanted = [("train", name) for name in dict.fromkeys(map(resolve, config.datasets))]
-    wanted += [
-        ("test", name)
-        for name in dict.fromkeys(
-            map(resolve, config.eval_datasets if own_eval else config.datasets)
-        )
-    ]
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     taking = Taking(config.list_pairs, config.unpair, config.soft_labels)
+    wanted = _wanted(config)
+    stores = token_stores(config, tokenizer, rules, wanted, group, keep, prefixes)
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
-    for (split, name), store in zip(
-        wanted,
-        token_stores(config, tokenizer, rules, wanted, shares, group, keep, prefixes),
-        strict=True,
-    ):
-        if split == "train" or own_eval:
+    for (split, name), store in zip(wanted, stores, strict=True):
+        # or it is the held-out part of a training set
+        separate = split == "train" or config.eval_datasets is not None
+        if separate:
             rank0_print(store.form)
         skipped = store.skipped if group != "list" else _check_lists(store, config.data_rules)
         keep_end = config.truncation_mode or store.truncation
         examples = view(store, group, rules, keep_end, bos, taking)
-        if store.first_bad and not examples and split == "train":
-            raise UserError(
-                f"datasets: no row of {name} is usable; the first error: {store.first_bad}"
-            )
-        if store.n_rows and not examples and (split == "train" or own_eval):
-            raise UserError(f"datasets: {name} holds no {NEEDED[group]}; its form: {store.form}")
+        if not examples and separate:
+            _check_empty(store, group, split)
         examples, n_prompts = _of_stage(examples, name, split, config)
         parts[split][name] = Part(
             examples=examples,
@@ -146,13 +129,9 @@ def load_examples(
         )
 
     train, test = parts["train"], parts["test"]
-    none = np.empty(0, np.uint64)
-    held_out = np.unique(
-        np.concatenate([none, *(part.examples.digest(0) for part in test.values())])
-    )
-    held_out = held_out[held_out != digest("")]  # without a prompt, none can leak
+    held_out = _prompts(test.values())
     for name in dict.fromkeys([*train, *test]):
-        for some, leaks in ((train, held_out), (test, none)):
+        for some, leaks in ((train, held_out), (test, _prompts([]))):
             if name in some:
                 some[name] = apply_rules(some[name], leaks, config.data_rules, name)
         stage = f"data_split={config.data_split} stage={config.stage}"
@@ -172,6 +151,33 @@ def load_examples(
     check_weights(examples)
     check_weights(held_back)
     return examples, held_back
+
+
+def _wanted(config: DictConfig) -> list[tuple[str, str]]:
+    """Return (split, name) of every data set that training and evaluation read."""
+    names = {"train": config.datasets, "test": config.eval_datasets}
+    if config.eval_datasets is None:
+        names["test"] = config.datasets
+    return [(split, name) for split in names for name in dict.fromkeys(map(resolve, names[split]))]
+
+
+def _check_empty(store: TokenStore, group: str, split: str) -> None:
+    """Raise UserError for a data set without an example, unless it has no rows either."""
+    if store.first_bad and split == "train":
+        raise UserError(
+            f"datasets: no row of {store.name} is usable; the first error: {store.first_bad}"
+        )
+    if store.n_rows:
+        raise UserError(f"datasets: {store.name} holds no {NEEDED[group]}; its form: {store.form}")
+
+
+def _prompts(parts: Iterable[Part]) -> np.ndarray:
+    """Return the digests of these parts' prompts, sorted, without the empty one, which cannot leak
+    into training.
+    """
+    digests = [part.examples.digest(0) for part in parts]
+    unique = np.unique(np.concatenate([np.empty(0, np.uint64), *digests]))
+    return unique[unique != digest("")]
 
 
 def _of_stage(
@@ -197,7 +203,6 @@ def token_stores(
     tokenizer: PreTrainedTokenizerBase,
     rules: TextRules,
     wanted: list[tuple[str, str]],
-    shares: dict[str, float],
     group: str,
     keep: bool,
     prefixes: tuple[str, str] | None,
@@ -209,33 +214,24 @@ def token_stores(
         config.chat_template, f"chat_template={config.chat_template}", tokenizer
     )
     local_dir = get_local_dir(config.local_dirs)
-    bad_row = config.data_rules["bad_row"]
     reading = Reading(
         role_map=to_dict(config.role_map),
         split_names=to_dict(config.split_names),
-        bad_row=bad_row,
+        bad_row=config.data_rules["bad_row"],
         group=group,
         label_threshold=config.label_threshold,
     )
+    shares = dict.fromkeys(("train", "test"), config.eval_share)
+    if config.eval_datasets is not None:  # a file is all training or all evaluation
+        shares = {"train": 0.0, "test": 1.0}
 
     def make() -> list[tuple[str, bool]]:
         made, identity = [], tokenizer_fingerprint(tokenizer)
         for split, name in wanted:
             path, share = config.dataset_paths.get(name), shares[split]
             field_map = to_dict(config.field_map) if name not in LOADERS else {}
-            data = get_dataset(
-                name,
-                split,
-                cache_dir=str(local_dir),
-                path=path,
-                field_map=field_map,
-                reading=reading,
-                eval_share=share,
-            )
-            inputs = made_of(name, split, str(local_dir), path, reading.choice(field_map))
-            options = {"eval_share": share, "field_map": field_map, "path": path}
-            options |= {"role_map": reading.role_map, "bad_row": bad_row}
-            options |= {"label_threshold": reading.label_threshold}
+            asked: dict[str, Any] = {"path": path, "field_map": field_map, "eval_share": share}
+            data = get_dataset(name, split, cache_dir=str(local_dir), reading=reading, **asked)
             spec = StoreSpec(
                 data=data,
                 split=split,
@@ -243,8 +239,8 @@ def token_stores(
                 identity=identity,
                 rules=rules,
                 template=template,
-                inputs=inputs,
-                options=options,
+                inputs=made_of(name, split, str(local_dir), path, reading.choice(field_map)),
+                options=asked | reading.options(),
                 prefixes=prefixes and Prefixes(*prefixes, config.unpair),
             )
             folder, kept = find_or_make(spec, local_dir / "token_cache", keep)

@@ -70,6 +70,14 @@ class Reading:
     group: str | None = None  # what a loss's example holds, see losses/contract.py; None: anything
     label_threshold: float | None = None  # a label is a score, and desirable from here on
 
+    def options(self) -> dict[str, Any]:
+        """Return what decides how a row is read, whichever rows they are."""
+        return {
+            "role_map": self.role_map,
+            "bad_row": self.bad_row,
+            "label_threshold": self.label_threshold,
+        }
+
     def choice(self, field_map: Mapping[str, str] | None = None) -> Choice:
         return Choice(self.split_names or {}, fitting(self.group, field_map, self.label_threshold))
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -270,16 +270,20 @@ def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dic
     n_rows, files = 0, dict[str, int]()
     with _writing(folder):
         out: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
+
+    def append(columns: Mapping[str, Any]) -> None:
+        with _writing(folder):
+            for name, values in columns.items():
+                array = np.asarray(values, dtypes[name]).reshape(-1, *COLUMNS[name])
+                checksums[name].update(array.tobytes())
+                out[name].write(array.tobytes())
+                n[name] += len(array)
+
     try:
-        chunks = encode(data, spec.tokenizer, spec.rules, spec.template, spec.prefixes)
-        for columns, n_drawn in _numbered(chunks, files):
-            n_rows += n_drawn
-            with _writing(folder):
-                for name, values in columns.items():
-                    array = np.asarray(values, dtypes[name]).reshape(-1, *COLUMNS[name])
-                    checksums[name].update(array.tobytes())
-                    out[name].write(array.tobytes())
-                    n[name] += len(array)
+        append({"starts": [0]})
+        for chunk in encode(data, spec.tokenizer, spec.rules, spec.template, spec.prefixes):
+            n_rows += chunk.n_rows
+            append(_columns(chunk, n, files))
         meta = {
             "name": data.name,
             "split": spec.split,
@@ -308,47 +312,33 @@ def _write(folder: Path, spec: StoreSpec, made_of: dict[str, Any] | None) -> dic
     return meta
 
 
-def _numbered(
-    chunks: Iterable[Chunk], files: dict[str, int]
-) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each chunk's columns, with texts and rows numbered from the store's beginning; `files`
-    are numbered in order of appearance.
+def _columns(chunk: Chunk, n: Mapping[str, int], files: dict[str, int]) -> dict[str, Any]:
+    """Return the chunk's columns, with texts and rows numbered from the store's beginning, where
+    its columns already have `n` entries. `files` are numbered in order of appearance.
     """
-    n_tokens = n_texts = n_rows = n_ranked = 0
-    yield {"starts": [0]}, 0
-    for chunk in chunks:
-        places = [(text, *source.rpartition(":")[::2]) for text, source in chunk.rows]
-        yield (
-            {
-                "ids": chunk.ids,
-                "starts": n_tokens + np.cumsum(chunk.lengths, dtype=np.int64),
-                "digests": chunk.digests,
-                "marks": chunk.marks,
-                "rows": [
-                    (n_texts + text, files.setdefault(file, len(files)), int(number))
-                    for text, file, number in places
-                ],
-                "pairs": (
-                    np.array(chunk.pairs, np.int64).reshape(-1, 3) + (n_rows, n_texts, n_texts)
-                ),
-                "weights": chunk.weights,
-                "margins": chunk.margins,
-                "p_chosen": chunk.p_chosen,
-                "places": chunk.places,
-                "targets": np.array(chunk.targets, np.int64).reshape(-1, 2) + (n_rows, n_texts),
-                "labelled": (
-                    np.array(chunk.labelled, np.int64).reshape(-1, 3) + (n_rows, n_texts, 0)
-                ),
-                "lists": np.array(chunk.lists, np.int64).reshape(-1, 3) + (n_rows, n_ranked, 0),
-                "ranked": np.array(chunk.ranked, np.int64) + n_texts,
-                "levels": chunk.levels,
-            },
-            chunk.n_rows,
-        )
-        n_tokens = n_tokens + len(chunk.ids)
-        n_texts = n_texts + len(chunk.lengths)
-        n_rows = n_rows + len(chunk.rows)
-        n_ranked = n_ranked + len(chunk.ranked)
+    text, row, ranked = n["digests"], n["rows"], n["ranked"]
+    placed = [(prompt, *source.rpartition(":")[::2]) for prompt, source in chunk.rows]
+    moved = lambda values, *by: np.array(values, np.int64).reshape(-1, len(by)) + by
+    return {
+        "ids": chunk.ids,
+        "starts": n["ids"] + np.cumsum(chunk.lengths, dtype=np.int64),
+        "digests": chunk.digests,
+        "marks": chunk.marks,
+        "rows": [
+            (text + prompt, files.setdefault(file, len(files)), int(number))
+            for prompt, file, number in placed
+        ],
+        "weights": chunk.weights,
+        "pairs": moved(chunk.pairs, row, text, text),
+        "margins": chunk.margins,
+        "p_chosen": chunk.p_chosen,
+        "places": chunk.places,
+        "targets": moved(chunk.targets, row, text),
+        "labelled": moved(chunk.labelled, row, text, 0),
+        "lists": moved(chunk.lists, row, ranked, 0),
+        "ranked": np.array(chunk.ranked, np.int64) + text,
+        "levels": chunk.levels,
+    }
 
 
 def _move(folder: Path, place: Path, made_of: dict[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,48 +147,30 @@ def _encode(
     rules: TextRules,
     chat: ChatTemplate,
 ) -> Chunk:
+    """Return the columns of these rows; one that the template refuses goes to `data.refuse`."""
     chunk = Chunk(len(rows), *([] for _ in Chunk._fields[1:]))
     texts = list[tuple[str, list[str]]]()
     n_texts = 0
     for row in rows:
+        lists = _lists_of(row)
         wanted = [row.responses[i] for pair in row.pairs for i in pair]
         wanted += [] if row.sft_target is None else [row.sft_target]
-        lists = _lists_of(row)
-        wanted += [row.responses[i] for some, _ in lists for i in some]
+        wanted += [row.responses[i] for order, _ in lists for i in order]
         wanted += [] if row.labels is None else row.responses
         # a response stands in many pairs, but is rendered and kept once
         unique = {_hashable(text): text for text in wanted}
         if not unique:
             continue
         try:
-            rendered, marks = _as_texts(row, list(unique.values()), chat, rules)
+            (prompt, *rendered), marks = _as_texts(row, list(unique.values()), chat, rules)
         except UserError as error:
             data.refuse(error)
             continue
         if isinstance(row.prompt, str):
             data.unused.update((row.more or {}).keys())
-        place = {key: n_texts + i for i, key in enumerate(unique, 1)}
-        numbers = [place[_hashable(text)] for text in wanted]
-        n = len(chunk.rows)
-        end = 2 * len(row.pairs)
-        text_of = lambda i, row=row, place=place: place[_hashable(row.responses[i])]
-        chunk.rows.append((n_texts, row.source))
-        chunk.weights.append(nan if row.weight is None else row.weight)
-        chunk.pairs.extend(zip(repeat(n), numbers[0:end:2], numbers[1:end:2], strict=False))
-        chunk.margins.extend(
-            nan if row.scores is None else row.scores[i] - row.scores[j] for i, j in row.pairs
-        )
-        chunk.p_chosen.extend(nan if row.p_chosen is None else row.p_chosen for _ in row.pairs)
-        chunk.places.extend(_places_of(row))
-        if row.sft_target is not None:
-            chunk.targets.append((n, numbers[end]))
-        for some, levels in lists:
-            chunk.lists.append((n, len(chunk.ranked), len(some)))
-            chunk.ranked.extend(map(text_of, some))
-            chunk.levels.extend(levels)
-        chunk.labelled.extend((n, text_of(i), int(x)) for i, x in enumerate(row.labels or ()))
-        texts.append((rendered[0], rendered[1:]))
-        n_texts += len(rendered)
+        _record(row, lists, n_texts, {key: n_texts + i for i, key in enumerate(unique, 1)}, chunk)
+        texts.append((prompt, rendered))
+        n_texts += len(marks)
         chunk.marks.extend(marks)
     encoded = encode_rows(texts, tokenizer, automatic_bos(tokenizer) if rules.add_bos else None)
     exact = [is_exact for made in encoded for is_exact in made.exact]
@@ -202,6 +184,34 @@ def _encode(
             chunk.lengths.append(len(ids))
             chunk.digests.append(digest(text))
     return chunk
+
+
+def _record(
+    row: Row,
+    lists: list[tuple[list[int], list[int]]],
+    prompt: int,
+    numbers: Mapping[object, int],
+    chunk: Chunk,
+) -> None:
+    """Add the row to the chunk's columns; `prompt`: the number of its text, `numbers`: those of its
+    other texts, by _hashable.
+    """
+    n = len(chunk.rows)
+    responses = [numbers.get(_hashable(text), 0) for text in row.responses]  # 0: not used
+    chunk.rows.append((prompt, row.source))
+    chunk.weights.append(nan if row.weight is None else row.weight)
+    for i, j in row.pairs:
+        chunk.pairs.append((n, responses[i], responses[j]))
+        chunk.margins.append(nan if row.scores is None else row.scores[i] - row.scores[j])
+        chunk.p_chosen.append(nan if row.p_chosen is None else row.p_chosen)
+    chunk.places.extend(_places_of(row))
+    if row.sft_target is not None:
+        chunk.targets.append((n, numbers[_hashable(row.sft_target)]))
+    for order, levels in lists:
+        chunk.lists.append((n, len(chunk.ranked), len(order)))
+        chunk.ranked.extend(responses[i] for i in order)
+        chunk.levels.extend(levels)
+    chunk.labelled.extend((n, responses[i], int(x)) for i, x in enumerate(row.labels or ()))
 
 
 def _prefixed(row: Row, prefixes: Prefixes) -> Iterator[Row]:
@@ -274,18 +284,8 @@ def render(
     ChatTemplate.render.
     """
     chat = ChatTemplate(tokenizer, template or own_template(tokenizer))
-    return _render(prompt, responses, chat, source, more)
-
-
-def _render(
-    prompt: Text,
-    responses: Sequence[Text],
-    chat: ChatTemplate,
-    source: str,
-    more: Mapping[str, Any] | None,
-) -> tuple[str, list[str]]:
     if isinstance(prompt, str):
-        return prompt, [str(r) for r in responses]
+        return prompt, [str(text) for text in responses]
     return chat.render(prompt, [r for r in responses if isinstance(r, list)], source, more)
 
 
@@ -362,18 +362,17 @@ def _as_texts(
     """
     eos = str(chat.tokenizer.eos_token)
     strip = rules.eos_in_text == "strip"
-    clean_prompt, *clean = (
-        (_less(text, eos) for text in (row.prompt, *responses))
-        if strip
-        else (row.prompt, *responses)
-    )
-    prompt = row.prompt if isinstance(row.prompt, str) else clean_prompt
-    head, tails = _render(prompt, clean, chat, row.source, row.more)
-    texts = [head, *(row.prefix + tail for tail in tails)]
-    has_eos = (_holds(text, eos) for text in (row.prompt, *responses))
+    clean = [_less(text, eos) for text in responses] if strip else responses
+    if isinstance(row.prompt, str):
+        prompt, tails = row.prompt, [str(text) for text in clean]
+    else:
+        turns = _less(row.prompt, eos) if strip else row.prompt
+        answers = [text for text in clean if isinstance(text, list)]
+        prompt, tails = chat.render(turns, answers, row.source, row.more)
+    texts = [prompt, *(row.prefix + tail for tail in tails)]
     return texts, [
-        BLANK * (not text.strip()) | HAS_EOS * there
-        for text, there in zip(texts, has_eos, strict=True)
+        BLANK * (not text.strip()) | HAS_EOS * _holds(given, eos)
+        for text, given in zip(texts, (row.prompt, *responses), strict=True)
     ]
 
 

@@ -56,7 +56,7 @@ def read_responses(
 
 def response_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Logps:
     """Return the sum of log pi(y_t | x, y_<t) over each response's tokens.  -> Logps of [R]"""
-    return sums_of(_logps(model, batch, forward_path), batch)
+    return sums_of(head_values(model, batch, forward_path, LOGPS), batch)
 
 
 def response_logps_and_squares(
@@ -65,7 +65,7 @@ def response_logps_and_squares(
     """Return the sums of response_logps, and those of log sum_v p_v^2 at the same positions.  ->
     [R] each
     """
-    each = _head_values(model, batch, forward_path, SQUARES)  # [N, 2]
+    each = head_values(model, batch, forward_path, SQUARES)  # [N, 2]
     return LogpsAndSquares(
         *sums_of(each[:, 0], batch), sums_by_response(each[:, 1].detach(), batch)
     )
@@ -81,27 +81,24 @@ def response_logps_and_kl(
     at once.
     """
     with torch.no_grad():
-        if forward_path.plain_head:
-            hidden = _at_positions(reference, batch, forward_path, None, lambda hidden: hidden)
-            head = reference.get_output_embeddings()
-            weight, bias = (
-                None if x is None else sharding.full_tensor(x.detach())
-                for x in (head.weight, head.bias)
-            )
-            other = Head(hidden, weight, bias)  # type: ignore[arg-type]  # a head has a weight
-        else:
-            logits = _at_positions(reference, batch, forward_path, None, None)
+        raw = head_values(reference, batch, forward_path, RAW)
     if forward_path.plain_head:
+        head = reference.get_output_embeddings()
+        weight, bias = (
+            None if x is None else sharding.full_tensor(x.detach())
+            for x in (head.weight, head.bias)
+        )
+        other = Head(raw, weight, bias)  # type: ignore[arg-type]  # a head has a weight
         read = HeadRead(partial(linear_logps_and_kl, reference=other), no_logits)
     else:
-        read = HeadRead(no_logits, partial(_logps_and_kl, reference=logits))
-    each = _head_values(policy, batch, forward_path, read)  # [N, 2]
+        read = HeadRead(no_logits, partial(_logps_and_kl, reference=raw))
+    each = head_values(policy, batch, forward_path, read)  # [N, 2]
     return LogpsAndKL(*sums_of(each[:, 0], batch), sums_by_response(each[:, 1], batch))
 
 
 def response_token_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> TokenLogps:
     """Return log pi(y_t | x, y_<t) of every response token.  -> TokenLogps of R responses"""
-    each = _logps(model, batch, forward_path)
+    each = head_values(model, batch, forward_path, LOGPS)
     return TokenLogps(each, batch.response.to(each.device), len(batch.spans))
 
 
@@ -112,7 +109,7 @@ def sums_of(logps: Tensor, batch: Batch) -> Logps:
 
 
 class HeadRead(NamedTuple):
-    """Hold the two functions that compute m numbers at each scored position, [N, m]."""
+    """Hold the two functions that compute a number at each scored position, [N], or m, [N, m]."""
 
     linear: Callable[..., Tensor]  # from hidden, weight, bias, targets
     logits: Callable[..., Tensor]  # from logits, targets
@@ -133,47 +130,24 @@ def _logps_and_kl(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
     return torch.stack([token_logps(logits, targets), kl], 1)
 
 
-LOGPS = HeadRead(
-    lambda *of_head: linear_logps(*of_head)[:, None],
-    lambda logits, targets: token_logps(logits, targets)[:, None],
-)
+LOGPS = HeadRead(linear_logps, token_logps)
 SQUARES = HeadRead(linear_logps_and_squares, _logps_and_squares)
+RAW = HeadRead(lambda hidden, *_: hidden, lambda logits, _: logits)  # what enters, or leaves, it
 
 
-def _logps(model: Any, batch: Batch, forward_path: ForwardPath) -> Tensor:
-    """Return the log-probabilities of the N scored tokens."""
-    return _head_values(model, batch, forward_path, LOGPS)[:, 0]
-
-
-def _head_values(model: Any, batch: Batch, forward_path: ForwardPath, read: HeadRead) -> Tensor:
-    """Return what `read` computes at the N scored positions.  [N, m]
+def head_values(model: Any, batch: Batch, forward_path: ForwardPath, read: HeadRead) -> Tensor:
+    """Run the model on a batch, and return what `read` computes at the N scored positions.  [N], or
+    [N, m]
 
     The head runs on their positions only, so that no [T, V] tensor exists.
     """
-    if forward_path.plain_head:
-        return _at_positions(model, batch, forward_path, read.linear, None)
-    return read.logits(_at_positions(model, batch, forward_path, None, None), batch.targets)
-
-
-def _at_positions(
-    model: Any,
-    batch: Batch,
-    forward_path: ForwardPath,
-    linear: Callable[..., Tensor] | None,
-    forward: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Return what the head gives at the N scored positions, by one of the two functions of
-    lm_head_at_positions or by itself.  [N, m]
-    """
     inputs, padded = _inputs(batch, forward_path)
-    with lm_head_at_positions(
-        model,
-        batch.scored if padded is None else padded.scored,
-        batch.targets if linear is not None else None,
-        forward,
-        linear or LOGPS.linear,
-    ):
-        return model(**inputs, use_cache=False).logits[0]
+    positions = batch.scored if padded is None else padded.scored
+    plain = forward_path.plain_head
+    targets = batch.targets if plain else None
+    with lm_head_at_positions(model, positions, targets, linear=read.linear):
+        values = model(**inputs, use_cache=False).logits[0]  # [N, 1 or m], or [N, V]
+    return values.squeeze(1) if plain else read.logits(values, batch.targets)
 
 
 def sums_by_response(logps: Tensor, batch: Batch) -> Tensor:
@@ -262,16 +236,16 @@ def lm_head_at_positions(
     positions: Tensor,
     targets: Tensor | None,
     forward: Callable[[Tensor], Tensor] | None = None,
-    linear: Callable[..., Tensor] = LOGPS.linear,
+    linear: Callable[..., Tensor] = linear_logps,
 ) -> Iterator[None]:
     """Show the LM head of `model`, within the context, only the hidden states at `positions`, [N]
     of the R * W tokens.
 
     With `targets`, it returns what `linear` computes of hidden states, weight, bias and targets
-    instead of logits: their log-probabilities, [1, N, 1]. Without, it returns all their logits,
-    [1, N, V]. This happens in the head, not after it: there FSDP has gathered its weight; and what
-    the model does to logits afterwards (soft-capping, scaling) is unchanged. `forward` [1, N, d] ->
-    [1, N, V] replaces the head's own computation.
+    instead of logits: their log-probabilities, [1, N, 1], or m numbers for each, [1, N, m].
+    Without, it returns all their logits, [1, N, V]. This happens in the head, not after it: there
+    FSDP has gathered its weight; and what the model does to logits afterwards (soft-capping,
+    scaling) is unchanged. `forward` [1, N, d] -> [1, N, V] replaces the head's own computation.
     """
     head = model.get_output_embeddings()
 
@@ -282,13 +256,11 @@ def lm_head_at_positions(
 
     def logps(hidden):  # [1, N, d] -> [1, N, m]; a copy, since FSDP wants no view
         device = head.weight.device
-        return linear(hidden[0].to(device), head.weight, head.bias, targets.to(device))[
-            None
-        ].clone()
+        values = linear(hidden[0].to(device), head.weight, head.bias, targets.to(device))
+        return (values[:, None] if values.dim() == 1 else values)[None].clone()
 
-    # accelerate's, where it spreads a model
     handle = head.register_forward_pre_hook(gather)
-    own = vars(head).get("forward")
+    own = vars(head).get("forward")  # accelerate's, where it spreads a model
     if targets is not None:
         forward = logps
     if forward is not None:

@@ -19,13 +19,14 @@ from plumb.data.tokenization import Example
 from plumb.distributed import collectives, sharding
 from plumb.errors import NonFinite
 from plumb.losses.contract import Logps, Scores
+from plumb.models.logps import read_responses
 from plumb.training.metrics import Means
 from plumb.training.objective import (
+    LOSS_INPUTS,
     Scored,
     Scorer,
     per_response,
     per_response_value,
-    to_loss_inputs,
 )
 
 
@@ -103,11 +104,14 @@ class FirstStep:
         scorer = self.scorer
         dtype = self.computation.dtype
         batch = batch.to(scorer.device)
-        again = outputs = scorer.policy_outputs(batch)
+        with scorer.precision():
+            outputs = read_responses(
+                scorer.loss.reads, scorer.policy, batch, scorer.forward_path, scorer.reference
+            )
         # otherwise FSDP would miss the gradients of what it has left gathered
         sharding.reshard(scorer.policy)
         tolerance = 1e-3 if dtype.itemsize >= 4 else 0.05
-        again = again if isinstance(again, Scores) else per_response(again, batch)
+        again = outputs if isinstance(outputs, Scores) else per_response(outputs, batch)
         change = (scored.per_response - per_response_value(again)).abs()  # [R]
         if isinstance(again, Logps):
             allowed = rounding(again, dtype) / again.tokens.clamp(min=1)
@@ -131,9 +135,9 @@ class FirstStep:
             and "reference" not in batch.extras.response
             and self.computation.reference_dtype is None
         ):
-            group = scorer.loss.group
             own = outputs if scorer.loss.reference_by_token else again
-            policy, reference = (to_loss_inputs(x, batch, group) for x in (outputs, own))
+            inputs_of = LOSS_INPUTS[scorer.loss.group]
+            policy, reference = inputs_of(outputs, batch), inputs_of(own, batch)
             expected = scorer.loss.compute(policy, reference, scored.context).losses
             off = max(
                 collectives.all_gather_object(

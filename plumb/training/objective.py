@@ -19,7 +19,6 @@ from plumb.batching.feed import ContextBatch
 from plumb.batching.layout import Batch, by_example
 from plumb.distributed import sharding
 from plumb.losses.contract import (
-    Group,
     Labelled,
     Lists,
     Logps,
@@ -86,15 +85,6 @@ class Scorer:
         with self.precision():
             return response_logps(model, batch, self.forward_path)
 
-    def policy_outputs(self, batch: Batch) -> Outputs:
-        """Return the policy's outputs that the loss reads, for the R responses of a batch on the
-        device.
-        """
-        with self.precision():
-            return read_responses(
-                self.loss.reads, self.policy, batch, self.forward_path, self.reference
-            )
-
     @torch.no_grad()
     def context(
         self, batch_context: ContextBatch | None, is_primary_replica: bool
@@ -135,31 +125,23 @@ class Scorer:
         watched: AbstractContextManager[list[Tensor]] = (
             self.routers.watched() if self.routers else nullcontext([])
         )
-        with watched as logits:
-            of_policy = self.policy_outputs(batch)
+        with watched as logits, self.precision():
+            of_policy = read_responses(
+                self.loss.reads, self.policy, batch, self.forward_path, self.reference
+            )
         summed = of_policy if isinstance(of_policy, Scores) else per_response(of_policy, batch)
         reference = self.reference_outputs(batch, summed)
-        of_reference = None if reference is None else per_response(reference, batch)
-        group = self.loss.group
+        inputs_of = LOSS_INPUTS[self.loss.group]
         output = self.loss.compute(
-            to_loss_inputs(of_policy, batch, group),
-            None if reference is None else to_loss_inputs(reference, batch, group),
+            inputs_of(of_policy, batch),
+            None if reference is None else inputs_of(reference, batch),
             context,
         )
-        tokens = summed.tokens[: len(output.losses)]
-        n_scored = None
-        if self.loss.average_over == "tokens":
-            n_scored = by_example(summed.tokens, batch.n_responses).sum(1)
-        inputs = to_loss_inputs(summed, batch, group)
-        metrics: dict[str, Metric] = {
-            "loss": Mean(output.losses.detach(), n_scored),
-            **_reward_metrics(output, inputs),
-            **_logp_metrics(inputs),
-            **output.metrics,
-        }
+        metrics = self.metrics(output, summed, batch)
         compared = balanced = None
-        if of_reference is not None:
-            compared = Logps(summed[0].detach(), summed.tokens), of_reference
+        if reference is not None:
+            own = Logps(summed[0].detach(), summed.tokens)
+            compared = own, per_response(reference, batch)
         if self.routers is not None:
             each = balance(logits, batch, self.forward_path.packed, self.routers.top_k)  # [R]
             n = torch.from_numpy(batch.n_responses).to(each.device)
@@ -169,12 +151,27 @@ class Scorer:
             output=output,
             metrics=metrics,
             per_response=per_response_value(summed),
-            tokens=tokens,
+            tokens=summed.tokens[: len(output.losses)],
             balance=balanced,
             compared=compared,
             context=context,
             weights=batch.extras.example.get("weights"),
         )
+
+    def metrics(
+        self, output: LossOutput, policy: Logps | Scores, batch: Batch
+    ) -> dict[str, Metric]:
+        """Return the metrics of a microbatch; `policy`: its outputs for the R responses."""
+        n_scored = None
+        if self.loss.average_over == "tokens":
+            n_scored = by_example(policy.tokens, batch.n_responses).sum(1)
+        inputs = LOSS_INPUTS[self.loss.group](policy, batch)
+        return {
+            "loss": Mean(output.losses.detach(), n_scored),
+            **_reward_metrics(output, inputs),
+            **_logp_metrics(inputs),
+            **output.metrics,
+        }
 
     def reference_outputs(self, batch: Batch, like: Logps | Scores) -> Logps | TokenLogps | None:
         """Return the reference's outputs that the loss reads, for the R responses of a batch on the
@@ -214,11 +211,6 @@ def per_response_value(of_policy: Logps | Scores) -> Tensor:
     return of_policy.mean().detach()
 
 
-def to_loss_inputs(of_model: Outputs, batch: Batch, group: Group) -> Any:
-    """Return the inputs of a loss of this group, from the values of R responses."""
-    return INPUTS[group](of_model, batch)
-
-
 def _single(of_model: Any, batch: Batch) -> Any:
     return of_model
 
@@ -255,8 +247,8 @@ def _labelled(of_model: Any, batch: Batch) -> Labelled:
     return Labelled(of_model, labels > 0)
 
 
-# group -> the inputs of its losses, from the values of a batch's responses
-INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
+# group -> the function that returns its losses' inputs, from the values of a batch's R responses
+LOSS_INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
     "single": _single,
     "pair": _pairs,
     "list": _lists,

@@ -14,7 +14,7 @@ from plumb.losses import registry
 from plumb.losses.contract import Labelled, Lists, Logps, LossOutput, Mean, Pairs, TokenLogps
 from plumb.losses.registry import LOSSES, build_loss, loss
 from plumb.losses.unpaired import kl_to_reference, reward_shift
-from plumb.training.objective import _reward_metrics, to_loss_inputs
+from plumb.training.objective import LOSS_INPUTS, _reward_metrics
 
 
 def logps(*values: float, dtype=torch.float64) -> Logps:
@@ -245,7 +245,7 @@ def test_the_signature_decides_what_a_loss_gets(monkeypatch):
     tokens = TokenLogps(each, torch.tensor([0, 0, 2, 1, 3, 3]), 4)
     assert tokens.sum().tolist() == [-3, -4, -3, -11]
     two = SimpleNamespace(n_responses=np.array([2, 2]), extras=Extras())
-    both = to_loss_inputs(tokens, two, "pair")
+    both = LOSS_INPUTS["pair"](tokens, two)
     assert both.chosen.each.tolist() == [-1, -2, -4] and both.chosen.response.tolist() == [0, 0, 1]
     assert both.rejected.sum().tolist() == [-3, -11]
     assert bound.compute(both).losses.tolist() == [1 + 4, 16]
@@ -439,7 +439,7 @@ def test_a_batch_s_values_become_lists():
     of the second list.
     """
     batch = SimpleNamespace(n_responses=np.array([2, 3]), extras=Extras())
-    found = to_loss_inputs(of([-1.0, -2, -3, -4, -5], [1, 2, 3, 4, 5]), batch, "list")
+    found = LOSS_INPUTS["list"](of([-1.0, -2, -3, -4, -5], [1, 2, 3, 4, 5]), batch)
     assert found.responses.sum.tolist() == [[-1, -3, 0], [-2, -4, -5]]
     assert found.exists.tolist() == [[True, True, False], [True, True, True]]
     assert found.worst(found.responses.sum).tolist() == [-3, -5]

@@ -129,7 +129,7 @@ def test_what_a_head_computes_beside_log_probabilities(family, chunk, monkeypatc
 
     def plain_kl():
         ours, theirs = (
-            models.log_softmax(models._at_positions(m, b, PLAIN_PATH, None, None))
+            models.log_softmax(models.head_values(m, b, PLAIN_PATH, models.RAW))
             for m in (model, reference)
         )
         return models.sums_by_response((theirs.detach().exp() * (theirs.detach() - ours)).sum(1), b)
@@ -138,7 +138,7 @@ def test_what_a_head_computes_beside_log_probabilities(family, chunk, monkeypatc
     for candidate in {path, PLAIN_PATH}:
         logps = models.response_logps(model, b, candidate)
         squares = models.response_logps_and_squares(model, b, candidate)
-        p = models.log_softmax(models._at_positions(model, b, PLAIN_PATH, None, None)).exp()
+        p = models.log_softmax(models.head_values(model, b, PLAIN_PATH, models.RAW)).exp()
         expected = models.sums_by_response((p**2).sum(1).log(), b)
         torch.testing.assert_close(squares.sum, logps.sum)
         torch.testing.assert_close(squares.squares, expected.detach(), atol=1e-3, rtol=1e-4)
