@@ -56,7 +56,7 @@ def test_malformed(read, tmp_path, case):
         f", line {case.line}" if case.line and path.suffix not in (".json", ".parquet") else ""
     )
     assert line.startswith(where), line
-    for part in case.says:
+    for part in case.expected:
         assert part in line, line
     assert time.process_time() - start < 5
     assert not [f for f in (tmp_path / "runs").rglob("*") if f.is_file()]
@@ -68,7 +68,7 @@ def test_legal_but_suspicious(read, capsys, case):
     load = read(case)[1]
     assert load()[0]
     shown = capsys.readouterr().out
-    for part in case.says:
+    for part in case.expected:
         assert part in shown, shown
 
 

@@ -1,17 +1,16 @@
-"""Every state that a power loss may leave of a directory in which something was being written
-(after ALICE, OSDI 2014).
+"""Enumerate every state that a power loss may leave of a directory in which something was being
+written (after ALICE, OSDI 2014).
 
-A `Recorder` notes what a writer does beneath a root: entries made, replaced and removed in
+A `Recorder` records what a writer does below a root: entries created, replaced and removed in
 directories, bytes written, fsyncs. `states` cuts that list after each operation and asks what a
 POSIX file system may have kept:
 
-- of a file's contents, what was there at its last fsync; all, half or nothing of what came later,
-  or zeros in its place;
-- of a directory's entries, those of its last fsync, and any choice among later changes. A rename
-  within a directory happens or
-  does not, as a whole. An fsync of a file says nothing about its name.
+- of a file's contents, those at its last fsync, and all, half or nothing of what came later, or
+  zeros in its place;
+- of a directory's entries, those at its last fsync, and any choice of later changes. A rename
+  within a directory is atomic. An fsync of a file says nothing about its name.
 
-A fresh directory of each such state goes to whoever has to live with it.
+Each state can be written to a new directory, in which the code under test then runs.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from typing import Any, NamedTuple, Union
 
 # relative path -> a file's bytes, a link, None for a directory
 Tree = dict[str, Union[bytes, "Link", None]]
-EVERY_CHOICE = 8  # pending changes of entries up to which every choice among them is tried
-CHOICES = 48  # beyond: this many, drawn
+EVERY_CHOICE = 8  # up to this many pending changes of entries, every choice of them is tried
+CHOICES = 48  # beyond that, this many are drawn
 
 
 class Link(NamedTuple):
@@ -37,7 +36,7 @@ class Link(NamedTuple):
 
 
 class Node:
-    """A file, a link or a directory, whatever it is called by now."""
+    """A file, a link or a directory, independent of its current name."""
 
     def __init__(self, content: bytes | Link | None):
         self.content = content  # None: a directory
@@ -45,7 +44,7 @@ class Node:
 
 
 class Entries(NamedTuple):
-    """Names of a directory that change together; None: the name goes."""
+    """Names of a directory that change together; None: the name is removed."""
 
     directory: Node
     changes: dict[str, Node | None]
@@ -62,7 +61,7 @@ class Sync(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """From here on the disk has it: a writer has returned."""
+    """A point from which the disk must have it: a writer has returned."""
 
     what: int
 
@@ -71,15 +70,15 @@ Operation = Entries | Data | Sync | Promise
 
 
 class Recorder:
-    """What is done beneath `root` while `recording()`. Writes past it (another process, a library
-    in C) are an error.
+    """Record what is done below `root` while `recording()`. Writes that bypass it (another process,
+    a library in C) are an error.
     """
 
     def __init__(self, root: Path):
         self.path = os.path.realpath(root)
         self.operations: list[Operation] = []
         self.root = as_node(read_tree(root))
-        # taken to be on the disk
+        # assumed to be on the disk
         self.start = {node: (node.content, dict(node.entries)) for node in walk(self.root)}
 
     @contextmanager
@@ -106,7 +105,7 @@ class Recorder:
             for module, name, old in reversed(replaced):
                 setattr(module, name, old)
         assert as_tree(self.root) == read_tree(Path(self.path)), (
-            "something was written past the recorder"
+            "something was written that the recorder missed"
         )
 
     def promise(self, what: int) -> None:
@@ -115,7 +114,7 @@ class Recorder:
     # ---- the system calls ----
 
     def find(self, path: Any, dir_fd: int | None = None) -> tuple[Node, str] | None:
-        """The directory and the name in it, if that lies beneath the root."""
+        """Return the directory and the name in it, if that is below the root."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         start = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else os.getcwd()
@@ -216,9 +215,7 @@ def _with_real(new: Callable, real: Callable) -> Callable:
 
 
 class RecordedFile(io.FileIO):
-    """A file without a buffer that tells what is written into it, from its start or its end
-    onwards.
-    """
+    """An unbuffered file that records what is written to it, from its start or its end onwards."""
 
     recorder: Recorder
     node: Node
@@ -244,13 +241,13 @@ class State(NamedTuple):
 def states(
     recorder: Recorder, seed: int = 0, without: int | None = None, after: int = 0
 ) -> Iterator[State]:
-    """Each state once after each promise. `without`: as if the operation of that index were not
-    there. `after`: that promise.
+    """Yield each state after each promise once. `without`: as if the operation with that index were
+    missing. `after`: only from that promise on.
     """
     rng, seen = random.Random(seed), set()
     operations = [o for i, o in enumerate(recorder.operations) if i != without]
-    entries: dict[Node, dict[str, Node]] = {}  # of each directory, those that the disk has
-    synced: dict[Node, Any] = {}  # of each file, what the disk has
+    entries: dict[Node, dict[str, Node]] = {}  # of each directory, those on the disk
+    synced: dict[Node, Any] = {}  # of each file, the contents on the disk
     for node in nodes(recorder):
         content, there = recorder.start.get(
             node, (b"" if isinstance(node.content, bytes) else node.content, {})
@@ -288,8 +285,8 @@ def states(
 
 
 def choices(n: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Which of n pending changes the disk has: every choice where they are few, else none, all,
-    one, all but one, some drawn.
+    """Yield which of n pending changes the disk has: every choice if they are few, otherwise none,
+    all, one, all but one, and some at random.
     """
     if n <= EVERY_CHOICE:
         for size in range(n + 1):
@@ -305,8 +302,8 @@ def choices(n: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
 
 
 def torn(synced: Mapping[Node, Any], current: Mapping[Node, Any]) -> Iterator[dict[Node, Any]]:
-    """Contents of all files: those of the last fsync, of now, and what may lie between, all alike
-    and one file at a time.
+    """Yield contents of all files: at the last fsync, the current ones, and what may lie between,
+    for all files together and for one at a time.
     """
     loose = [node for node in current if current[node] != synced[node]]
     ways: list[Callable[[Node], bytes]] = [
@@ -353,7 +350,7 @@ def assemble(
 
 
 def read_tree(folder: Path) -> Tree:
-    """A directory as it stands; sockets and the like are not expected."""
+    """Return the contents of a directory; it must have files, links and directories only."""
     tree: Tree = {}
 
     def below(directory: str, prefix: str) -> None:
@@ -408,9 +405,9 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 def nodes(recorder: Recorder) -> list[Node]:
-    """All that were ever there."""
-    found = dict.fromkeys(recorder.start)
+    """Return all nodes that ever existed."""
+    unique = dict.fromkeys(recorder.start)
     for operation in recorder.operations:
         if isinstance(operation, Entries):
-            found |= dict.fromkeys(node for node in operation.changes.values() if node is not None)
-    return list(found)
+            unique |= dict.fromkeys(node for node in operation.changes.values() if node is not None)
+    return list(unique)

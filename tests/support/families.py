@@ -1,10 +1,9 @@
-"""Tiny random models of the families that transformers has, with the demo's tokenizer:
+"""Make tiny random models of the families in transformers, with the demo's tokenizer:
 `family_model(name)`, `save_family`.
 
-Two layers of width 48; windows and chunks of 16 tokens, and ropes that change at 64, so that short
-texts reveal them. Matrices are three times as large as they are drawn, so that differences of
-computation show. As a program: `python tests/support/families.py OUT [NAME ...]` writes a folder of
-each.
+They have two layers of width 48, windows and chunks of 16 tokens, and ropes that change at 64, so
+that short texts reveal them. Drawn matrices are multiplied by three, so that differences in
+computation show. `python tests/support/families.py OUT [NAME ...]` writes a folder of each.
 """
 
 import shutil
@@ -21,7 +20,7 @@ transformers.utils.logging.disable_progress_bar()
 
 TOKENIZER = Path(__file__).parents[2] / "demo/tokenizer"
 VOCABULARY = 2048  # of the embeddings; the tokenizer has 2,000 tokens
-# tokens; ORIGINAL: the length up to which longrope and dynamic ropes leave frequencies alone
+# in tokens; ORIGINAL: the length up to which longrope and dynamic ropes keep the frequencies
 WINDOW = 16
 ORIGINAL = 64
 
@@ -83,7 +82,7 @@ def rope(kind: str, **settings: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
 
 
-# name -> the type in transformers, and what its config has beside or in place of BASE.
+# name -> the type in transformers, and what its config adds to or changes in BASE
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_dynamic": ("llama", rope("dynamic", factor=2.0) | {"max_position_embeddings": ORIGINAL}),
@@ -365,20 +364,20 @@ def family_tokenizer() -> Any:
 
 
 def family_config(name: str) -> Any:
-    """The transformers config of a tiny model of this family."""
+    """Return the transformers config of a tiny model of this family."""
     kind, settings = FAMILIES[name]
     of_tokenizer = {
         f"{x}_token_id": getattr(family_tokenizer(), f"{x}_token_id") for x in ("eos", "pad")
     }
     spec = BASE | of_tokenizer | settings
-    if spec["head_dim"] is None:  # there are families that do not take the entry at all
+    if spec["head_dim"] is None:  # some families do not take the entry at all
         del spec["head_dim"]
     return AutoConfig.for_model(kind, **spec)
 
 
 def family_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of this family, in train mode; the same weights at each call, rounded to
-    `dtype`.
+    """Return a random model of this family, in train mode, with the same weights at each call,
+    rounded to `dtype`.
     """
     config = family_config(name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -395,7 +394,7 @@ def family_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def save_family(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """The model and its tokenizer, as Hugging Face keeps them. -> folder"""
+    """Write the model and its tokenizer in Hugging Face form. Return the folder."""
     family_model(name, dtype).save_pretrained(folder)
     shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
     return folder

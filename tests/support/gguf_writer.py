@@ -1,4 +1,4 @@
-"""Writes a small Llama as a GGUF file, in the layout that llama.cpp's converter gives it."""
+"""Write a small Llama as a GGUF file, in the layout of llama.cpp's converter."""
 
 from pathlib import Path
 
@@ -23,6 +23,7 @@ OUTER = {
 
 
 def write_gguf(model, path: Path) -> None:
+    """Write the model's weights to a GGUF file."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)

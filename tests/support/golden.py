@@ -1,5 +1,5 @@
-"""The golden values of the 2023 code, in ../shared beside the checkout. Their texts never enter
-this repository.
+"""Load the golden values of the 2023 code, from ../shared beside the checkout. Their texts never
+enter this repository.
 """
 
 import gzip
@@ -15,4 +15,5 @@ needs_golden = pytest.mark.skipif(
 
 
 def load(name: str):
+    """Return the contents of a gzipped JSON file."""
     return json.loads(gzip.open(GOLDEN / name).read())

@@ -1,4 +1,4 @@
-"""Groups of gloo processes for tests: forked, which saves them all imports, and ended when one of
+"""Run groups of gloo processes for tests: forked, which saves all imports, and ended when one of
 them fails or hangs.
 """
 
@@ -16,9 +16,9 @@ import torch.multiprocessing as mp
 
 
 def run_in_group(n, work, *arguments, timeout=600):
-    """`work(*arguments)` in each of n processes of one gloo group. Fails with the first traceback,
-    or when time is up: that is for a hang, which no bound on time tells from a busy machine but a
-    long one.
+    """Run `work(*arguments)` in each of n processes of one gloo group. Fails with the first
+    traceback, or when the time is up, which is for a hang: the limit is long, so that a busy
+    machine is not mistaken for one.
     """
     context = mp.start_processes(
         _member, args=(work, n, _free_port(), arguments), nprocs=n, join=False, start_method="fork"
@@ -43,7 +43,7 @@ def _member(rank, work, n, port, arguments):
         "WORLD_SIZE": str(n),
     }
     os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # a fork has none of the threads that the parent's tokenizers wait for
+        "false"  # a fork lacks the threads that the parent's tokenizers wait for
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
@@ -54,7 +54,7 @@ def _member(rank, work, n, port, arguments):
         sys.stderr.flush()
         os._exit(1)  # a peer may be waiting for this rank in a collective
     dist.barrier()
-    os._exit(0)  # nothing of the forked test session is to be torn down here
+    os._exit(0)  # the forked test session must not be torn down here
 
 
 def _free_port():
@@ -64,9 +64,7 @@ def _free_port():
 
 
 class Halt(BaseException):
-    """Ends a run at once, in this process, without any cleaning up: what a kill leaves on the
-    disk.
-    """
+    """End a run at once, in this process, without any cleanup: the disk is as after a kill."""
 
 
 def train_until(config_of, halt):

@@ -1,4 +1,4 @@
-"""Every loss with the knobs of its YAML, and examples for it."""
+"""Make every loss with the knobs of its YAML, and examples for it."""
 
 from typing import NamedTuple
 
@@ -20,18 +20,18 @@ from plumb.losses.contract import (
 )
 from plumb.losses.registry import LOSSES
 
-# where a YAML leaves a knob to be given
+# values of knobs that a YAML requires
 GIVEN = {"beta": 0.1, "gamma": 0.5}
 
 
 def knobs_of(name):
-    """Return {"name": name, knob: value} as config/loss has it."""
+    """Return {"name": name, knob: value} of config/loss."""
     spec = yaml.safe_load((ROOT / f"config/loss/{name}.yaml").read_text(encoding="utf-8"))
     return {k: GIVEN[k] if v == "???" else number(v) for k, v in spec.items()}
 
 
 def number(value):
-    """Return a number that YAML 1.1 reads as a word (1e-3), as a number.
+    """Return a value as a number, if YAML 1.1 reads it as a string (1e-3).
 
     >>> number("1e-3"), number("sum"), number(None)
     (0.001, 'sum', None)
@@ -48,12 +48,12 @@ def losses_of(group):
 
 
 class Responses(NamedTuple):
-    """n examples of k responses each."""
+    """Hold n examples of k responses each."""
 
     policy: Tensor  # [n, k] summed log-probabilities, or scores
     reference: Tensor  # [n, k]
     tokens: Tensor  # [n, k] int64
-    margins: Tensor  # [n] by how much the data's scores prefer chosen
+    margins: Tensor  # [n] the data's score of chosen minus that of rejected
     desirable: Tensor  # [n] bool
     p_chosen: Tensor | None = None  # [n]
     # [n, k] sums over the tokens: of log sum_v p_v^2, or of KL(reference || policy)
@@ -90,21 +90,21 @@ def some(bound, n=6, seed=0, dtype=torch.float64):
     )
 
 
-def compute(bound, some, whole=None, rows=None):
-    """Return the loss of these examples, which are those `rows` of a batch `whole`; of a batch by
-    itself without.
+def compute(bound, some, batch=None, rows=None):
+    """Return the loss of these examples, which are the `rows` of a `batch`; without, they are the
+    batch themselves.
     """
-    whole = some if whole is None else whole
+    batch = some if batch is None else batch
     context = None
     if bound.context is not None:
         of_models = [
-            Logps(sums.detach().double(), whole.tokens) for sums in (whole.policy, whole.reference)
+            Logps(sums.detach().double(), batch.tokens) for sums in (batch.policy, batch.reference)
         ]
         if bound.context.examples == "own" and bound.group == "labelled":
-            of_models = [Labelled(of_model, whole.desirable) for of_model in of_models]
-        policy, known = of_models
-        context = bound.context.compute(policy, known if bound.needs_reference else None)
-        if whole is not some:
+            of_models = [Labelled(of_model, batch.desirable) for of_model in of_models]
+        policy, of_reference = of_models
+        context = bound.context.compute(policy, of_reference if bound.needs_reference else None)
+        if batch is not some:
             context = bound.context_of(context, rows)
     policy = _inputs(bound, some.policy, some)
     reference = None
@@ -115,7 +115,7 @@ def compute(bound, some, whole=None, rows=None):
 
 
 def _inputs(bound, values, some, reads=None):
-    """Return what a loss is given of policy or reference, from [n, k] values."""
+    """Return the inputs of a loss for policy or reference, from [n, k] values."""
     assert some.further is not None or not (reads or bound.reads).startswith("logps_and")
     further = values if some.further is None else some.further
     one = lambda j: _of(reads or bound.reads, values[:, j], some.tokens[:, j], further[:, j])

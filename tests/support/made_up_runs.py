@@ -1,4 +1,4 @@
-"""Runs with made-up curves, as the report reads them."""
+"""Make runs with synthetic curves, as the report reads them."""
 
 import math
 
@@ -19,11 +19,11 @@ PROMPTS = [
 
 
 def wave(i):
-    """Noise of single batches, the same every time: within 1, of mean 0."""
+    """Return the noise of single batches, the same every time: within 1, with mean 0."""
     return math.sin(12.9898 * i) * math.cos(4.1 * i)
 
 
-HEALTHY = {  # of the share t of the run that is over
+HEALTHY = {  # functions of the share t of the run that is done
     "loss/{}": lambda t: 0.6931 - 0.4 * t,
     "rewards_{}/chosen": lambda t: 0.2 * t,
     "rewards_{}/rejected": lambda t: -0.9 * t,
@@ -43,8 +43,8 @@ def samples(text, step, prompts=PROMPTS):
 
 
 def run(n=N, status=None, texts=(SAMPLE, SAMPLE), config=None, silent_secs=5.0, **changed):
-    """A healthy run of n steps and 6 evaluations, less what is changed: train={metric: f(t)},
-    held_out={metric: f(t)}; f is None for a metric that is not there.
+    """Return a healthy run of n steps and 6 evaluations, with changes: train={metric: f(t)},
+    held_out={metric: f(t)}; f is None for a metric that is absent.
     """
     curves = {split: HEALTHY | changed.get(split, {}) for split in ("train", "held_out")}
     record = lambda split, name, t: {
@@ -95,7 +95,7 @@ def falling(start, end):
 
 
 def bent(top, bottom, end):
-    """From top to bottom at the middle, and on to the end."""
+    """Return a line from top to bottom in the middle, and on to the end."""
     return lambda t: (
         top + (bottom - top) * 2 * t if t < 0.5 else bottom + (end - bottom) * (2 * t - 1)
     )

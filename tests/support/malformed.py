@@ -1,10 +1,9 @@
-"""Malformed and suspicious preference files, for our tests and for benchmarks that feed them to
+"""Make malformed and suspicious preference files, for tests and for benchmarks that feed them to
 other trainers.
 
-Each case writes one file of pairs whose first two rows are good; what is wrong stands in line 3
-unless `line` says otherwise. `CASES` is a list of (name, write(path), suffix, says, line): `says`
-are words of the line that refuses it. `LEGAL` are files that may be trained on, but not in silence:
-`says` then stands in the summary.
+Each case writes one file of pairs whose first two rows are good; the error is in line 3 unless
+`line` says otherwise. `CASES` must be refused, with the words `expected` in the message. `LEGAL`
+may be trained on, but not silently: `expected` is then in the summary.
 """
 
 import gzip
@@ -25,10 +24,12 @@ CHATS = [CHAT, CHAT | {"prompt": [{"role": "user", "content": "And a hill?"}]}]
 
 
 class Case(NamedTuple):
+    """Hold how a file is written, and the words of the message about it."""
+
     name: str
     write: Callable[[Path], object]
     suffix: str = ".jsonl"
-    says: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
     line: int | None = 3
 
 
@@ -42,21 +43,25 @@ def lines(*rows: object) -> bytes:
     )
 
 
-def raw(name: str, content: bytes, *says: str, good: list = GOOD, **more) -> None:
-    """`content` behind the good rows, as it stands."""
+def raw(name: str, content: bytes, *expected: str, good: list = GOOD, **more) -> None:
+    """Add a case with the bytes `content` after the good rows."""
     CASES.append(
-        Case(name, lambda path: path.write_bytes(lines(*good) + content), says=says, **more)
+        Case(name, lambda path: path.write_bytes(lines(*good) + content), expected=expected, **more)
     )
 
 
-def row(name: str, fields: object, *says: str, good: list = GOOD, to: list = CASES, **more) -> None:
-    to.append(Case(name, lambda path: path.write_bytes(lines(*good, fields)), says=says, **more))
+def row(
+    name: str, fields: object, *expected: str, good: list = GOOD, to: list = CASES, **more
+) -> None:
+    to.append(
+        Case(name, lambda path: path.write_bytes(lines(*good, fields)), expected=expected, **more)
+    )
 
 
 def file(
-    name: str, write: Callable[[Path], object], *says: str, line: int | None = None, **more
+    name: str, write: Callable[[Path], object], *expected: str, line: int | None = None, **more
 ) -> None:
-    CASES.append(Case(name, write, says=says, line=line, **more))
+    CASES.append(Case(name, write, expected=expected, line=line, **more))
 
 
 def without(field: str) -> dict:
@@ -160,7 +165,7 @@ for field in PAIR:
         "an object": {},
     }.items():
         row(f"fields: {field} is {name}", PAIR | {field: value}, f"'{field}")
-    if field != "rejected":  # of which there may be several
+    if field != "rejected":  # there may be several of it
         row(f"fields: {field} is a list of texts", PAIR | {field: ["x"]}, f"'{field}[0]'")
 row("fields: a misspelt name", without("chosen") | {"choosen": " the Baltic"}, "'chosen'")
 row("fields: another case", without("chosen") | {"Chosen": " the Baltic"}, "'chosen'")
@@ -344,7 +349,7 @@ file(
 )
 file("parquet: text", lambda p: p.write_bytes(lines(*GOOD)), "parquet", suffix=".parquet")
 
-# ---- legal, and worth a word ----
+# ---- legal, but worth a message ----
 
 row("legal: the same twice", PAIR | {"rejected": " the Baltic"}, "identical pair", to=LEGAL)
 row("legal: the same pair again", PAIR, "duplicate", to=LEGAL)
@@ -387,6 +392,6 @@ for name, content in (BYTES | {"no line end at the end": lines(*GOOD)[:-1]}).ite
         Case(
             f"legal: {name}",
             lambda p, content=content: p.write_bytes(content),
-            says=("prompt / chosen",),
+            expected=("prompt / chosen",),
         )
     )

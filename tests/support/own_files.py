@@ -1,4 +1,4 @@
-"""Rows of a user's own file: their usual turns, a file of them, and the data set that it is."""
+"""Make rows of a user's own file: their usual turns, a file of them, and its data set."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ def shown(turn):
 
 
 def load(path, split="train", **options):
-    """The data set with all its rows drawn."""
+    """Return the data set with all its rows read."""
     data = get_dataset(str(path), split, **{"eval_share": 0, **options})
     rows = list(data.rows)
     return replace(data, rows=rows)

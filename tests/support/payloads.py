@@ -1,7 +1,7 @@
-"""Files that would run code, fill the memory, or take forever, if they were read without care.
+"""Make files that would run code, fill the memory or take forever if they were read carelessly.
 
-Each maker is called with (path, mark): it writes a file in policy.pt's place; code that runs leaves
-the file `mark` behind.
+Each maker is called with (path, mark): it writes a file in place of policy.pt; code that runs
+creates the file `mark`.
 """
 
 import io
@@ -19,7 +19,7 @@ import torch
 
 
 class Payload:
-    """A pickle of this calls `function(*arguments)` when it is loaded."""
+    """An object whose pickle calls `function(*arguments)` when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -28,7 +28,7 @@ class Payload:
         return self.call
 
     def __call__(self):
-        """Not to be called, but a pickle may name it where a function stands."""
+        """Do nothing: it is not called, but a pickle may name it as a function."""
 
 
 def save(path, state, metrics=None, **options):
@@ -36,14 +36,14 @@ def save(path, state, metrics=None, **options):
 
 
 def forge(path, pickled, *more, compress=zipfile.ZIP_STORED, rename=lambda name: name):
-    """What torch.save writes for 16 zeros, its pickle replaced by `pickled(it)`; `more` (name,
-    content) behind.
+    """Write what torch.save writes for 16 zeros, with its pickle replaced by `pickled(it)`,
+    followed by `more` (name, content).
     """
     buffer = io.BytesIO()
     torch.save({"state": {"w": torch.zeros(16)}}, buffer)
-    with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(path, "w", compress) as forged:
-        for name in whole.namelist():
-            content = whole.read(name)
+    with zipfile.ZipFile(buffer) as original, zipfile.ZipFile(path, "w", compress) as forged:
+        for name in original.namelist():
+            content = original.read(name)
             forged.writestr(
                 rename(name), pickled(content) if name.endswith("data.pkl") else content
             )
@@ -55,7 +55,7 @@ def touch(mark):
     return Payload(os.system, f"touch {mark}")
 
 
-# ---- code: what is called ----
+# ---- code: the calls ----
 
 CALLS = {
     "os.system": touch,
@@ -81,11 +81,11 @@ def _saved(payload):
     return buffer.getvalue()
 
 
-# ---- code: where it stands ----
+# ---- code: the places ----
 
 
 def _two_pickles(path, mark):
-    """The reader of one library may take the first, that of another the second."""
+    """Write two pickles: one library may read the first, another the second."""
     forge(
         path, lambda content: content, ("archive/data.pkl", pickle.dumps({"state": touch(mark)}, 2))
     )
@@ -97,7 +97,7 @@ def _two_pickles(path, mark):
 
 
 def _tar(path, mark):
-    """The form before 2017."""
+    """Write the format from before 2017."""
     with tarfile.open(path, "w") as tar:
         for name in ("sys_info", "storages", "tensors", "pickle"):
             content = pickle.dumps(touch(mark), 2)
@@ -143,7 +143,7 @@ CODE = {
     name: lambda path, mark, call=call: save(path, {"x": call(mark)})
     for name, call in CALLS.items()
 } | PLACES
-# A trusting torch.load runs these; the others need another door, or are refused for what they are.
+# A trusting torch.load runs these; the others need another way in, or are refused anyway.
 LOADED = CALLS.keys() | {"a weight", "a name", "the metrics", "the whole", "before 1.6"}
 LOADED |= {"protocol 0", "protocol 4", "protocol 5", "opcode INST", "opcode OBJ"}
 
@@ -151,12 +151,12 @@ LOADED |= {"protocol 0", "protocol 4", "protocol 5", "opcode INST", "opcode OBJ"
 
 
 def _declared(path, mark):
-    """A storage of a billion numbers, of which the file holds 16."""
+    """Write a storage that declares a billion numbers, of which the file has 16."""
     forge(path, lambda content: content.replace(b"K\x10", b"J\x00\x00\x00\x40"))
 
 
 def _attributes(path, mark):
-    """An OrderedDict whose items() is a number."""
+    """Write an OrderedDict whose items() is a number."""
     state = Payload(OrderedDict)
     state.call = (OrderedDict, (), {"items": 1, "keys": 2, "values": 3}, None, iter([("w", 7)]))
     save(path, state)

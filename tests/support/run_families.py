@@ -1,10 +1,10 @@
-"""All families of families.py through SFT, DPO, reward and export with the real code, as a table:
-`make families`.
+"""Run all families of families.py through SFT, DPO, reward and export with the real code, and make
+a table: `make families`.
 
-Each run is of a few steps, in this process; SFT is trained a second time by FSDPTrainer in two
-processes, and its first step must be that of BasicTrainer. What fails is caught, and its message
-stands in the table. `--only llama,gemma4` takes some families, `--report docs/models.md` puts the
-table there, between its two marks.
+Each run has a few steps, in this process; SFT is trained again by FSDPTrainer in two processes, and
+its first step must equal that of BasicTrainer. Failures are caught, and their messages are in the
+table. `--only llama,gemma4` selects families, `--report docs/models.md` writes the table there,
+between its two marks.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ SETTINGS = [
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """Hold one line of the table."""
 
     family: str
     kind: str = ""  # the class in transformers
     batches: str = ""  # packed or padded, and whose head
-    to: str = ""  # nats per token of the layout from each response alone
+    to: str = ""  # how much the layout differs from each response alone, nats per token
     fsdp: str = ""
     sft: str = ""
     dpo: str = ""
@@ -84,7 +84,7 @@ class Row(NamedTuple):
 
 
 def pairs() -> list[dict[str, str]]:
-    """Prompts and responses of 2 to 40 words, neighbours of different lengths."""
+    """Return pairs of 2 to 40 words, with neighbors of different lengths."""
     words = lambda n, start: " ".join(WORDS[(start + i * i) % len(WORDS)] for i in range(n))
     lengths = [(2, 3, 20), (14, 2, 3), (5, 16, 2), (9, 3, 9), (3, 20, 5)] * 3
     return [
@@ -94,7 +94,7 @@ def pairs() -> list[dict[str, str]]:
 
 
 def caught(work: Callable[[], str]) -> str:
-    """What `work` says, or the last line of what it raised."""
+    """Return what `work` returns, or the last line of its error."""
     try:
         return work()
     except Exception as error:
@@ -109,20 +109,20 @@ def caught(work: Callable[[], str]) -> str:
 
 
 def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
-    """One run of train.py. -> its directory, and what it printed"""
+    """Run train.py once. Return its directory and its output."""
     import train
     from plumb.runs import directory
     from plumb.settings.validation import validate
 
-    given = [
+    base = [
         f"exp_name={name}",
         f"local_dirs=[{folder}]",
         f"local_run_dir={folder / name}",
         f"datasets=[{folder}/pairs.jsonl]",
     ]
-    config = compose_config(*given, f"model.name_or_path={folder}/model", *SETTINGS, *options)
-    said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(io.StringIO()):
+    config = compose_config(*base, f"model.name_or_path={folder}/model", *SETTINGS, *options)
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(io.StringIO()):
         validate(config)
         config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
@@ -130,11 +130,11 @@ def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
             train.train(config)
         else:
             run_in_group(2, train.train, config, timeout=240)
-    return folder / name, said.getvalue()
+    return folder / name, output.getvalue()
 
 
 def one(family: str) -> Row:
-    """All runs of a family."""
+    """Make all runs of a family. Return its row."""
     row = Row(family)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -181,8 +181,8 @@ def one(family: str) -> Row:
                 "export=hf",
                 "do_first_eval=true",
             ]
-            path, said = run("dpo", folder, *options)
-            layout = next(line for line in said.splitlines() if line.startswith("batches: "))
+            path, output = run("dpo", folder, *options)
+            layout = next(line for line in output.splitlines() if line.startswith("batches: "))
             off = re.search(r"(equal to|off from) each response alone to (\S+)", layout)
             batches = re.sub(r" \(.*|;.*", "", layout.removeprefix("batches: "))
             row = row._replace(batches=batches, to=off[2] if off else "")
@@ -201,8 +201,8 @@ def one(family: str) -> Row:
 
 
 def exported(path: Path) -> str:
-    """Whether the exported folder, read by transformers, gives the logits of the run's last
-    checkpoint.
+    """Return whether the exported folder, read by transformers, gives the logits of the run's last
+    checkpoint, in words.
     """
     from transformers import AutoModelForCausalLM
 
@@ -227,16 +227,16 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="families, with commas")
+    parser.add_argument("--only", help="families, separated by commas")
     parser.add_argument(
-        "--report", type=Path, help="a file with the two marks, between which the table is put"
+        "--report", type=Path, help="file with the two marks, between which the table is written"
     )
     parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    names, start = given.only.split(",") if given.only else list(FAMILIES), time.monotonic()
+    arguments = parser.parse_args()
+    names, start = arguments.only.split(",") if arguments.only else list(FAMILIES), time.monotonic()
     rows = []
     with ProcessPoolExecutor(
-        given.jobs,
+        arguments.jobs,
         mp_context=get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),
@@ -245,10 +245,10 @@ def main() -> None:
             rows.append(row)
             print(" | ".join(row), flush=True)
     print(f"{len(rows)} families in {time.monotonic() - start:.0f} s")
-    if given.report:
-        text = given.report.read_text(encoding="utf-8")
+    if arguments.report:
+        text = arguments.report.read_text(encoding="utf-8")
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-        given.report.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{after}", encoding="utf-8")
+        arguments.report.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What tests of whole runs share: 20 small pairs, options that make a run fast, and how to read
-what it wrote.
+"""Share what tests of complete runs need: 20 small pairs, options that make a run fast, and
+functions that read what it wrote.
 """
 
 import json
@@ -29,14 +29,14 @@ FAST = [
 
 
 DPO = ["loss=dpo", "loss.beta=0.1", "lr=1e-3", "warmup_steps=2", "batch_size=4"]
-# For runs whose weights are compared, or that differ in rounding and train on. RMSprop and Adam
-# divide a gradient by its own size plus eps, and so blow up rounding where a gradient is nothing
+# For runs whose weights are compared, or that differ in rounding and continue. RMSprop and Adam
+# divide a gradient by its own size plus eps, and so amplify rounding where a gradient is nothing
 # else: with their eps of 1e-8 and lr=1e-3, an error of 1e-17 (float64, beside gradients of 0.1)
 # moves a weight by 1e-3 * 1e-17 / 1e-8 = 1e-12, and one of 1e-8 (float32) by 1e-3. With an eps of
 # 1e-3 an update is off by at most lr / eps = 1 times the error of its gradient, so that weights
 # compare as gradients do.
 STEADY = "optimizer_args={eps: 1e-3}"
-# Not of the computation, but of the machine (padding is one rank's).
+# Metrics that depend on the machine (padding is one rank's).
 OF_THE_MACHINE = {
     "examples_per_second",
     "tokens_per_second",
@@ -54,7 +54,7 @@ def records(run_dir, split=None):
 
 
 def one_line(returned, stderr, runs, code=2):
-    """The checks that hold for every case. -> what the line says, without "error: " """
+    """Make the checks that hold for every case. Return the message without "error: "."""
     assert "Traceback" not in stderr
     assert returned == code, stderr
     assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
@@ -65,7 +65,7 @@ def one_line(returned, stderr, runs, code=2):
 
 
 def run_of(tmp_path, base, state, name="run"):
-    """What a run leaves: config.yaml and step-8/policy.pt."""
+    """Write what a run leaves: config.yaml and step-8/policy.pt. Return its directory."""
     step = tmp_path / name / "step-8"
     step.mkdir(parents=True)
     (step.parent / "config.yaml").write_text(
@@ -76,8 +76,8 @@ def run_of(tmp_path, base, state, name="run"):
 
 
 def outcome(run_dir):
-    """What must be the same however often a run was interrupted: weights and optimizer, order,
-    metrics without what is of the machine, samples.
+    """Return what must be the same however often a run was interrupted: weights and optimizer,
+    order, metrics that do not depend on the machine, samples.
     """
     manifest = checkpoints.latest_valid(run_dir).manifest
     rows = [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in records(run_dir)]
@@ -96,7 +96,7 @@ def outcome(run_dir):
 
 
 def same(a, b, tolerance=0.0):
-    """Two outcomes, to the bit; or, with a tolerance, weights within it."""
+    """Compare two outcomes, to the bit; or, with a tolerance, weights within it."""
     for one, other in ((a[0], b[0]), (a[1], b[1])):
         assert one.keys() == other.keys()
         for name in one:
@@ -115,16 +115,16 @@ def evaluate(*words):
 
 
 def state_of(run_dir):
-    """All tensors of the newest checkpoint, whole, by name."""
-    found = {}
+    """Return all tensors of the newest checkpoint in full, by name."""
+    tensors = {}
     newest = checkpoints.latest_valid(run_dir)
     for path in newest.state_files():
         with safe_open(path, "pt") as file:
             for name, place in file.metadata().items():
                 shape, offset = json.loads(place)
                 part = file.get_tensor(name)
-                whole = found.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
-                whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = (
+                tensor = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
+                tensor[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = (
                     part
                 )
-    return found
+    return tensors

@@ -1,4 +1,4 @@
-"""Token stores of the few rows that a test writes."""
+"""Make token stores of the few rows that a test writes."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Real but tiny parts for tests: a byte-level tokenizer and models of several families, made on the
-spot.
-"""
+"""Make real but tiny parts for tests: a byte-level tokenizer and models of several families."""
 
 from pathlib import Path
 
@@ -21,7 +19,7 @@ CHAT = (
 
 
 def tiny_tokenizer(bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Every byte a token, plus <s>, </s> and <pad>; `bos`: it puts <s> in front by itself."""
+    """Return a tokenizer whose tokens are bytes, <s>, </s> and <pad>; `bos`: it adds <s> itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE({c: i for i, c in enumerate(["<pad>", "<s>", "</s>", *alphabet])}, [])
@@ -67,7 +65,7 @@ FAMILIES = {
 
 
 def tiny_model(family: str = "llama"):
-    """A random model of this family in float32, in train mode, its dropout as configured."""
+    """Return a random model of this family in float32, in train mode, dropout as configured."""
     import torch
 
     torch.manual_seed(0)
@@ -77,8 +75,8 @@ def tiny_model(family: str = "llama"):
 
 
 def save_tiny_llama(folder: Path) -> Path:
-    """In Hugging Face form: a Llama of hidden size 32 with 2 layers and seeded random weights;
-    demo's tokenizer.
+    """Write, in Hugging Face form, a Llama of hidden size 32 with 2 layers, seeded random weights
+    and the demo's tokenizer.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""Tokenizers of every manner, made on the spot, and those that are here, for properties that hold
-for all of them.
+"""Make tokenizers of every kind, and load those that are available, for properties that hold for
+all of them.
 """
 
 import gzip
@@ -43,7 +43,7 @@ METASPACE = [
 
 
 def wrapped(backend: Tokenizer, bos: bool) -> PreTrainedTokenizerFast:
-    """With <s>, </s>, <unk> and a special token of its own; `bos`: it puts <s> in front by
+    """Return a tokenizer with <s>, </s>, <unk> and another special token; `bos`: it adds <s>
     itself.
     """
     fast = PreTrainedTokenizerFast(
@@ -60,8 +60,8 @@ def wrapped(backend: Tokenizer, bos: bool) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece(manner: str, bos: bool = True) -> PreTrainedTokenizerFast:
-    """BPE with byte fallback as Llama has it. `manner` of the space before a text: "first" and
-    "always" (Metaspace), "legacy" (a normalizer's), "never".
+    """Return a BPE with byte fallback, like Llama's. `manner` of adding a space before a text:
+    "first" and "always" (Metaspace), "legacy" (a normalizer's), "never".
     """
     letters = sorted(
         {c for piece in PIECES for c in piece if c != "\n"} | set("abcdefghijklmnopqrstuvwxyz.:?!")
@@ -94,8 +94,8 @@ def sentencepiece(manner: str, bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def unigram(collapse: bool) -> PreTrainedTokenizerFast:
-    """Unigram; with `collapse` as T5 has it: runs of white space, newlines too, are one space, and
-    none ends a text.
+    """Return a Unigram tokenizer; with `collapse` like T5's: runs of white space, including
+    newlines, are one space, and none ends a text.
     """
     letters = sorted({*"abcdefghijklmnopqrstuvwxyzHL.:?!▁"} | ({"\n"} if not collapse else set()))
     pieces = [(p, -2.0 - 0.1 * i) for i, p in enumerate(PIECES) if len(p) > 1] + [
@@ -114,7 +114,7 @@ def unigram(collapse: bool) -> PreTrainedTokenizerFast:
 
 
 def prefixed() -> PreTrainedTokenizerFast:
-    """Byte-level, with a space before every text (add_prefix_space)."""
+    """Return a byte-level tokenizer that puts a space before every text (add_prefix_space)."""
     fast = tiny_tokenizer()
     fast.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return fast
@@ -139,7 +139,7 @@ MADE = {
 
 
 def gpt2() -> PreTrainedTokenizerFast:
-    """Of its first files: encoder.json and vocab.bpe."""
+    """Return GPT-2's tokenizer from its first files: encoder.json and vocab.bpe."""
     folder = SHARED / "tokenizers/gpt2"
     vocab = json.loads(gzip.decompress((folder / "encoder.json.gz").read_bytes()))
     lines = gzip.decompress((folder / "vocab.bpe.gz").read_bytes()).decode("utf-8").splitlines()[1:]
@@ -179,5 +179,5 @@ HERE = [*MADE, *(name for name, (path, _) in FILES.items() if path.exists())]
 
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Of MADE or FILES."""
+    """Return a tokenizer of MADE or FILES."""
     return MADE[name]() if name in MADE else FILES[name][1]()

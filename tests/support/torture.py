@@ -1,17 +1,17 @@
-"""What no run should have to survive: kills at any moment, at each system call of a save, failing
-and full disks. `make torture`
+"""Torture runs with kills at any moment and at each system call of a save, with failing and full
+disks: `make torture`.
 
 One process imports torch, transformers and Plumb, and forks a child for each start of a run, which
-then is what `python train.py` would be after its imports. So a start costs a fraction of a second,
-and hundreds of kills a minute or two.
+then is like `python train.py` after its imports. So a start takes a fraction of a second, and
+hundreds of kills a minute or two.
 
     python tests/support/torture.py --seed 1 --kills 300 --report benchmarks/results/torture.md
 
-The children meet: SIGKILL after a random time, or aimed at a save; SIGKILL by strace at the entry
-of the k-th write, fsync, rename, ... of a save; errors in their place; a file system that is full.
-After each the newest checkpoint that verifies (here by code of its own) is no older than before,
-and in the end the run must be what the undisturbed run is: weights, optimizer, metrics, samples,
-order of examples.
+The children get SIGKILL after a random time, or during a save; SIGKILL by strace at the entry of
+the k-th write, fsync, rename, ... of a save; errors in place of these calls; a full file system.
+After each, the newest checkpoint that verifies (by separate code) must be no older than before, and
+in the end the run must equal the undisturbed run: weights, optimizer, metrics, samples, order of
+examples.
 """
 
 from __future__ import annotations
@@ -116,20 +116,20 @@ TIMEOUT = 120
 
 
 class Gauge:
-    """What a child tells while it lives and after: whether it is in a save, how many it has begun,
-    how long they took.
+    """Share a child's state with its parent: whether it is in a save, how many it has begun, how
+    long they took.
 
-    `hold`: the child waits at the beginning of its first save until it is told to go.
+    `hold`: the child waits at the start of its first save until the parent releases it.
     """
 
     def __init__(self, hold: bool = False):
         self.memory = mmap.mmap(-1, 4096)
         self.hold = hold
-        self.began, self.tell = os.pipe()
+        self.began, self.announce = os.pipe()
         self.wait, self.go = os.pipe()
 
     def install(self) -> None:
-        """In the child: around the function that writes a checkpoint, moves LATEST and prunes."""
+        """Wrap, in the child, the function that writes a checkpoint, moves LATEST and prunes."""
         from plumb.runs import checkpoints
 
         save = checkpoints.Saver._save
@@ -137,7 +137,7 @@ class Gauge:
         def gauged(*arguments: Any) -> None:
             self.memory[0] = 1
             self.memory[1] = min(255, self.memory[1] + 1)
-            os.write(self.tell, b"s")
+            os.write(self.announce, b"s")
             if self.hold and self.memory[1] == 1:
                 os.read(self.wait, 1)
             start = time.monotonic()
@@ -154,8 +154,8 @@ class Gauge:
         return int.from_bytes(self.memory[8:16], "little") / 1e6
 
     def await_save(self, n: int, secs: float) -> bool:
-        """Until the n-th save has begun; False: it did not within that time, or the child is
-        gone.
+        """Wait until the n-th save has begun. Return False if it did not in time, or if the child
+        is gone.
         """
         end = time.monotonic() + secs
         while n:
@@ -172,7 +172,7 @@ class Gauge:
 
 
 class Child:
-    """One start of `python train.py <overrides>`, in a process group of its own."""
+    """One start of `python train.py <overrides>`, in its own process group."""
 
     def __init__(
         self, overrides: list[str], log: Path, gauge: Gauge, spoil: Callable[[], None] | None
@@ -181,10 +181,10 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             self._be(overrides, gauge, spoil)
-        # both do it, for either may be first; OSError: it is done, or the child is gone
+        # both processes do it, since either may be first; OSError: it is done, or the child is gone
         with contextlib.suppress(OSError):
             os.setpgid(self.pid, self.pid)
-        os.close(gauge.tell)  # so that its end is seen when the child is gone
+        os.close(gauge.announce)  # so that its end is noticed when the child is gone
 
     def _be(self, overrides: list[str], gauge: Gauge, spoil: Callable[[], None] | None) -> None:
         code: Any = 70
@@ -198,7 +198,7 @@ class Child:
             import train
             from plumb.reports import curves
 
-            # after the last save; it takes longer than all before it
+            # it comes after the last save, and takes longer than all before it
             curves.draw_all = lambda runs, further=True: b""
             gauge.install()
             if spoil is not None:
@@ -219,7 +219,7 @@ class Child:
         os.killpg(self.pid, signal.SIGKILL)
 
     def ended(self, secs: float = TIMEOUT) -> int:
-        """Its exit code, negative for a signal. TimeoutError, and no child, if it does not end."""
+        """Return its exit code, negative for a signal. Kill it and raise TimeoutError if late."""
         end = time.monotonic() + secs
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -234,21 +234,21 @@ class Child:
             time.sleep(0.001)
 
 
-# ---- what is compared ----
+# ---- the comparison ----
 
 
-def whole_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """{examples: directory} of those whose files are what their manifests say; read by code of its
-    own.
+def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Return {examples: directory} of the checkpoints whose files match their manifests; the code
+    is independent of Plumb's.
     """
-    found = {}
+    complete = {}
     for directory in run_dir.glob("*-*"):
-        if re.fullmatch(r"(step|interim)-\d+", directory.name) and is_whole(directory):
-            found[int(directory.name.rpartition("-")[2])] = directory
-    return found
+        if re.fullmatch(r"(step|interim)-\d+", directory.name) and is_complete(directory):
+            complete[int(directory.name.rpartition("-")[2])] = directory
+    return complete
 
 
-def is_whole(directory: Path) -> bool:
+def is_complete(directory: Path) -> bool:
     try:
         files = json.loads((directory / "manifest.json").read_bytes())["files"]
         contents = {name: (directory / name).read_bytes() for name in files}
@@ -262,7 +262,7 @@ def is_whole(directory: Path) -> bool:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """Digests of all that must be the same however often a run was interrupted."""
+    """Return digests of all that must be the same however often a run was interrupted."""
     import torch
 
     last = (run_dir / "LATEST").resolve()
@@ -272,7 +272,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         {k: v for k, v in json.loads(line).items() if k not in OF_THE_MACHINE} for line in lines
     ]
     samples = run_dir / "samples.jsonl"
-    found = {
+    result = {
         "checkpoint": last.name,
         "order": manifest["order"],
         "position": [manifest[k] for k in ("step", "examples", "finished")],
@@ -284,7 +284,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
             for k, v in json.loads((run_dir / "status.json").read_text()).items()
             if k in ("state", "code", "step")
         },
-        "left lying about": sorted(
+        "leftovers": sorted(
             p.name
             for p in run_dir.iterdir()
             if re.search("partial|removed|damaged|rehearsal", p.name)
@@ -293,12 +293,12 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     }
     for name in ("policy", "optimizer"):
         state = torch.load(last / f"{name}.pt", weights_only=True)["state"]
-        found[name] = hashlib.sha256(b"".join(_bytes(state))).hexdigest()
-    return found
+        result[name] = hashlib.sha256(b"".join(_bytes(state))).hexdigest()
+    return result
 
 
 def _bytes(content: Any) -> Iterator[bytes]:
-    """Of all that a state dict holds, in its order."""
+    """Yield the bytes of everything in a state dict, in order."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield repr(key).encode()
@@ -318,7 +318,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 class Tally(NamedTuple):
-    """Of one kind of torture: how often, what of interest, and what went wrong."""
+    """Hold the counts and the failures of one kind of torture."""
 
     name: str
     counts: Counter[str]
@@ -327,13 +327,13 @@ class Tally(NamedTuple):
 
 
 class Torture:
-    """Runs of one configuration, beneath one folder."""
+    """Torture runs of one configuration, in one folder."""
 
     def __init__(self, kind: str, folder: Path, seed: int):
         self.kind = kind
         self.folder = folder
         self.rng = random.Random(f"{kind} {seed}")
-        self.spoil: Callable[[], None] | None = None  # a control: what is patched out in each child
+        self.spoil: Callable[[], None] | None = None  # for a control: breaks each child
         folder.mkdir(parents=True)
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -347,16 +347,16 @@ class Torture:
             *FAST,
             *KINDS[kind],
         ]
-        whole = folder / "whole"
+        undisturbed = folder / "undisturbed"
         gauge, start = Gauge(), time.monotonic()
-        code = self.start(whole, gauge).ended()
+        code = self.start(undisturbed, gauge).ended()
         self.secs = time.monotonic() - start
         self.save_secs = gauge.secs()
         if code:
             raise SystemExit(
                 f"{kind}: the undisturbed run ended with {code}: {self.log.read_text()[-3000:]}"
             )
-        self.expected = outcome(whole)
+        self.expected = outcome(undisturbed)
         self.n_saves = gauge.memory[1]
         gauge.close()
 
@@ -368,25 +368,25 @@ class Torture:
         return Child([*self.common, f"local_run_dir={run_dir}"], self.log, gauge, self.spoil)
 
     def problem_after(self, run_dir: Path, before: int) -> str | None:
-        """Of a run that is not running: its newest whole checkpoint must be no older than it was,
-        and LATEST must be one.
+        """Return what is wrong with a run that was killed: its newest complete checkpoint must be
+        no older than before, and LATEST must point to a complete one.
         """
-        found = whole_checkpoints(run_dir)
+        complete = complete_checkpoints(run_dir)
         link = run_dir / "LATEST"
-        if max(found, default=0) < before:
+        if max(complete, default=0) < before:
             return (
-                f"the checkpoint of {before} examples was whole and is gone; there are"
-                f" {sorted(found)}"
+                f"the checkpoint of {before} examples was complete and is gone; there are"
+                f" {sorted(complete)}"
             )
-        if link.is_symlink() and link.resolve() not in [p.resolve() for p in found.values()]:
+        if link.is_symlink() and link.resolve() not in [p.resolve() for p in complete.values()]:
             return (
-                f"LATEST is {os.readlink(link)}, which is no whole checkpoint; there are"
-                f" {sorted(found)}"
+                f"LATEST is {os.readlink(link)}, which is not a complete checkpoint; there are"
+                f" {sorted(complete)}"
             )
         return None
 
     def finish(self, run_dir: Path) -> str | None:
-        """Start until it ends by itself, and compare. -> what is wrong"""
+        """Start it again, let it end by itself, and compare. Return what is wrong."""
         gauge = Gauge()
         code = self.start(run_dir, gauge).ended()
         gauge.close()
@@ -398,7 +398,7 @@ class Torture:
     # ---- random kills ----
 
     def kills(self, n: int) -> Tally:
-        """Runs, each killed again and again until it is through; every second kill is aimed at a
+        """Kill runs again and again until each finishes; about half of the kills are aimed at a
         save.
         """
         tally = Tally(f"{self.kind}: SIGKILL at random", Counter(), [], [])
@@ -417,7 +417,7 @@ class Torture:
 
     def killed_until_done(self, run_dir: Path, counts: Counter[str]) -> str | None:
         for _ in range(200):
-            before = max(whole_checkpoints(run_dir), default=0) if run_dir.exists() else 0
+            before = max(complete_checkpoints(run_dir), default=0) if run_dir.exists() else 0
             gauge = Gauge()
             child = self.start(run_dir, gauge)
             if self.rng.random() < 0.5:
@@ -440,13 +440,13 @@ class Torture:
         return "it did not finish in 200 starts"
 
     def control(self) -> Tally:
-        """Where a resumed run forgets its position in the data, random kills must show it: else
-        they show nothing.
+        """Check that random kills detect a resumed run that forgets its position in the data;
+        otherwise they show nothing.
         """
         self.spoil = forget_position
         tally = self.kills(4)
         self.spoil = None
-        problems = [] if tally.wrong else ["nobody noticed"]
+        problems = [] if tally.wrong else ["it was not noticed"]
         return Tally(
             f"{self.kind}: control, the position forgotten (must fail)",
             tally.counts,
@@ -457,7 +457,7 @@ class Torture:
     # ---- each system call of a save ----
 
     def base(self) -> Path:
-        """A run that was killed when its third save was about to begin."""
+        """Return a run that was killed when its third save was about to begin."""
         base = self.folder / "base"
         if not base.exists():
             gauge = Gauge()
@@ -469,21 +469,21 @@ class Torture:
         return base
 
     def traced(self, run_dir: Path, *inject: str) -> tuple[int, list[str]]:
-        """Go on with a copy of the base; strace comes in for the first save. -> exit code, the
-        calls that strace saw
+        """Continue a copy of the base, with strace attached for the first save. Return the exit
+        code and the calls that strace recorded.
         """
         shutil.copytree(self.base(), run_dir, symlinks=True)
         gauge = Gauge(hold=True)
         child = self.start(run_dir, gauge)
         if not gauge.await_save(1, TIMEOUT):
             raise RuntimeError(f"no save: {self.log.read_text()[-2000:]}")
-        seen = self.folder / "strace.log"
+        trace = self.folder / "strace.log"
         line = [
             "strace",
             "-f",
             "-y",
             "-o",
-            str(seen),
+            str(trace),
             "-e",
             f"trace={','.join(CALLS)}",
             *inject,
@@ -492,8 +492,8 @@ class Torture:
         ]
         tracer = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
         assert tracer.stderr is not None
-        while "attached" not in (said := tracer.stderr.readline()):
-            if not said:
+        while "attached" not in (answer := tracer.stderr.readline()):
+            if not answer:
                 raise RuntimeError("strace does not attach")
         os.write(gauge.go, b"g")
         if not inject:  # the first save only
@@ -502,27 +502,27 @@ class Torture:
         code = child.ended()
         gauge.close()
         tracer.communicate(timeout=TIMEOUT)
-        return code, seen.read_text().splitlines()
+        return code, trace.read_text().splitlines()
 
     def calls(self) -> list[tuple[str, int, str]]:
-        """(name, k, line) of each call in the first save of a run that goes on, in order; k counts
-        calls of that name.
+        """Return (name, k, line) of each call in the first save of a resumed run, in order; k
+        counts calls of that name.
         """
         run_dir = self.folder / "traced"
         _, lines = self.traced(run_dir)
         shutil.rmtree(run_dir)
         counts: Counter[str] = Counter()
-        found = []
+        calls = []
         for line in lines:
             if match := re.match(r"\d+ +(\w+)\((.*)", line):
                 counts[match[1]] += 1
-                found.append((match[1], counts[match[1]], match[2]))
+                calls.append((match[1], counts[match[1]], match[2]))
                 if match[1].startswith("symlink"):
-                    linked = len(found)
-        return [call for i, call in enumerate(found) if str(run_dir) in call[2] or i < linked]
+                    linked = len(calls)
+        return [call for i, call in enumerate(calls) if str(run_dir) in call[2] or i < linked]
 
     def each_call(self, sample: int | None) -> Tally:
-        """SIGKILL at the entry of each of them (or of a sample), and go on to the end."""
+        """Send SIGKILL at the entry of each call (or of a sample), and continue to the end."""
         tally = Tally(f"{self.kind}: SIGKILL at each system call of a save", Counter(), [], [])
         start, calls = time.monotonic(), self.calls()
         tally.counts["system calls of a save"] = len(calls)
@@ -538,8 +538,8 @@ class Torture:
         return tally
 
     def errors(self, n: int) -> Tally:
-        """An error in place of a call: exit code 5 in one line, or no harm at all where the call
-        was not needed; then go on.
+        """Inject an error in place of a call: the run must end with exit code 5 and one line, or,
+        if the call was not needed, unharmed; then continue.
         """
         tally = Tally(f"{self.kind}: an error in place of a system call", Counter(), [], [])
         start = time.monotonic()
@@ -564,19 +564,21 @@ class Torture:
     def injected(
         self, tally: Tally, what: str, inject: str, codes: set[int], through: bool = True
     ) -> None:
-        """`through`: go on to the run's end, and compare."""
+        """Run with this injection and record what is wrong. `through`: continue to the end, and
+        compare.
+        """
         run_dir = self.folder / "traced"
         code, _ = self.traced(run_dir, "-e", inject)
-        said = self.log.read_text()
-        problem = None if code in codes else f"it ended with {code}: {said[-500:]}"
+        output = self.log.read_text()
+        problem = None if code in codes else f"it ended with {code}: {output[-500:]}"
         if code == 5:
-            told = [line for line in said.splitlines() if line.startswith("error: ")]
-            if "Traceback" in said or len(told) != 1 or str(run_dir) not in told[0]:
-                problem = f"it does not say in one line what went wrong: {said[-500:]}"
+            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            if "Traceback" in output or len(errors) != 1 or str(run_dir) not in errors[0]:
+                problem = f"it does not say in one line what went wrong: {output[-500:]}"
             tally.counts["exit 5"] += 1
         problem = problem or self.problem_after(run_dir, 8)
         if through and not problem:
-            tally.counts["run on to the end"] += 1
+            tally.counts["continued to the end"] += 1
             problem = self.finish(run_dir)
         if problem:
             tally.wrong.append(f"{what}: {problem}")
@@ -585,12 +587,10 @@ class Torture:
     # ---- a full disk ----
 
     def full_disks(self, n: int) -> Tally:
-        """A save begins with less room than it needs; then room is made, and the run started
-        again.
-        """
+        """Begin a save with less space than it needs; then free some, and start the run again."""
         tally = Tally(f"{self.kind}: a full disk", Counter(), [], [])
         start = time.monotonic()
-        one = sum(f.stat().st_size for f in next(self.folder.glob("whole/step-*")).iterdir())
+        one = sum(f.stat().st_size for f in next(self.folder.glob("undisturbed/step-*")).iterdir())
         for _ in range(n):
             free = self.rng.randrange(one)
             tally.counts["full disks"] += 1
@@ -610,45 +610,46 @@ class Torture:
         filler.write_bytes(bytes(max(0, there.f_bavail * there.f_frsize - free)))
         os.write(gauge.go, b"g")
         code = child.ended()
-        said = self.log.read_text()
-        told = [line for line in said.splitlines() if line.startswith("error: ")]
+        output = self.log.read_text()
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
         if (
             code != 5
-            or "Traceback" in said
-            or len(told) != 1
-            or "free" not in told[0]
-            or str(run_dir) not in told[0]
+            or "Traceback" in output
+            or len(errors) != 1
+            or "free" not in errors[0]
+            or str(run_dir) not in errors[0]
         ):
-            return f"it ended with {code}: {said[-700:]}"
+            return f"it ended with {code}: {output[-700:]}"
         if list(run_dir.glob(".*.partial")):
-            return "half a checkpoint takes the room that is needed"
+            return "half a checkpoint takes the space that is needed"
         filler.unlink()
         return self.finish(run_dir)
 
     def on_a_disk_of_its_own(self, do: Callable[[Path], str | None]) -> str | None:
-        """In a child, in name spaces of its own, with 64 MB in memory mounted. -> what `do` returns
-        there
+        """Call `do` in a child with its own namespaces and 64 MB of memory mounted as a disk.
+        Return its result.
         """
         disk = self.folder / "disk"
         disk.mkdir(exist_ok=True)
-        answer, tell = os.pipe()
+        answer, send = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
                 mount_memory(disk, "64m")
-                said = do(disk) or ""
+                problem = do(disk) or ""
             except BaseException:
-                said = traceback.format_exc()
-            os.write(tell, said.encode()[-4000:])
+                problem = traceback.format_exc()
+            os.write(send, problem.encode()[-4000:])
             os._exit(0)
-        os.close(tell)
+        os.close(send)
         with open(answer, "rb") as file:
-            said = file.read().decode()
+            problem = file.read().decode()
         os.waitpid(pid, 0)
-        return said or None
+        return problem or None
 
 
 def forget_position() -> None:
+    """Break the resuming of a run: it forgets its position in the data."""
     import trainers
 
     restore = trainers.BasicTrainer.restore
@@ -661,8 +662,8 @@ def forget_position() -> None:
 
 
 def mount_memory(folder: Path, size: str) -> None:
-    """A file system in memory that this process and its children see. Raises OSError where a user
-    may not.
+    """Mount a file system in memory for this process and its children. Raises OSError if users may
+    not do this.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts = 0x20000
@@ -687,7 +688,7 @@ def mount_memory(folder: Path, size: str) -> None:
 
 
 def tiny_model(folder: Path) -> Path:
-    """Made by a child, for torch is to have computed nothing here."""
+    """Write a tiny model in a child, since torch must not have computed anything here."""
     if not folder.exists():
         pid = os.fork()
         if pid == 0:
@@ -706,13 +707,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument(
-        "--kills", type=int, default=300, help="random ones, over all kinds of runs"
+        "--kills", type=int, default=300, help="random kills, over all kinds of runs"
     )
     parser.add_argument(
         "--calls",
         type=int,
         default=None,
-        help="system calls of a save at which to kill; default: all",
+        help="number of system calls of a save at which to kill (default: all)",
     )
     parser.add_argument("--errors", type=int, default=60)
     parser.add_argument("--disks", type=int, default=20)
@@ -725,7 +726,7 @@ def main() -> None:
     import_all()
     print(f"seed {at.seed}; imported in {time.monotonic() - start:.1f} s", flush=True)
     tallies = []
-    # a kill does not ask whether the disk is slow
+    # kills need no real disk
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         for i, kind in enumerate(KINDS):
@@ -792,17 +793,17 @@ def write_report(path: Path, at: argparse.Namespace, tallies: list[Tally], secs:
         "",
         (
             f"{kills} random SIGKILLs, {inside} of them ({inside / max(1, kills):.0%}) inside a"
-            " save. After each the newest"
+            " save. After each, the newest"
         ),
         (
             "checkpoint that verifies was no older than before; each run was started again until it"
-            " was through, and then had the"
+            " finished, and then had the"
         ),
         (
             "weights, the optimizer state, the metrics, the samples and the order of examples of"
             " the undisturbed run, to the bit,"
         ),
-        "but for what is counted as wrong.",
+        "except for what is counted as wrong.",
         "",
         "| what | how often | wrong | seconds |",
         "|---|---|---|---|",

@@ -1,11 +1,11 @@
-"""Commands without their imports: one process has imported torch, transformers and Plumb, and forks
-a child for each command.
+"""Run commands without their imports: one process has imported torch, transformers and Plumb, and
+forks a child for each command.
 
-A child is what `python train.py ...` is after its imports: a process with its own arguments,
+A child is like `python train.py ...` after its imports: a process with its own arguments,
 environment, working directory, standard streams, signal handlers and process group. It runs the
-script as `__main__`. The ranks of a group are forked, too, where a cold command spawns them.
+script as `__main__`. The ranks of a group are forked as well, where a cold command spawns them.
 
-As a script, `warm.py ADDRESS train.py ...` has such a server run the command on the script's own
+As a script, `warm.py ADDRESS train.py ...` lets such a server run the command on the script's own
 standard streams, and ends with its exit code: a `python` for shell scripts.
 """
 
@@ -28,11 +28,11 @@ SCRIPT = Path(__file__).resolve()
 POLL_SECS = 0.005
 
 
-# ---- the side that asks ----
+# ---- the client ----
 
 
 def ask(address: str, command: list[str], cwd: str, env: dict[str, str], streams: list[int]):
-    """Start a command. `streams`: what it gets for stdin, stdout, stderr. -> (connection, pid)
+    """Start a command. `streams`: its stdin, stdout and stderr. Return (connection, pid).
 
     The connection gives the exit code when the command has ended; closing it kills the command.
     """
@@ -57,13 +57,13 @@ def read(connection: socket.socket, n: int) -> bytes:
     while len(content) < n:
         more = connection.recv(n - len(content))
         if not more:
-            raise EOFError("the other side of a warm command has gone")
+            raise EOFError("the other side of a warm command is gone")
         content += more
     return content
 
 
 class WarmProcess:
-    """A command that runs: what tests use of subprocess.Popen, with text."""
+    """A running command, with the part of subprocess.Popen that tests use, in text mode."""
 
     def __init__(self, address: str, command: list[str], cwd: Path, env: dict[str, str]):
         self.args = command
@@ -96,7 +96,7 @@ class WarmProcess:
             return None
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end. -> what is in stdout and stderr"""
+        """Wait for the end. Return stdout and stderr."""
         self.wait(timeout)
         output, errors = (file.read_text() for file in self.files)
         return output, errors
@@ -114,7 +114,7 @@ class WarmProcess:
 
 
 class WarmServer:
-    """The process that has imported everything; it ends with the process that made it."""
+    """The process that has imported everything; it ends with the process that started it."""
 
     def __init__(self, environment: dict[str, str]):
         self.folder = tempfile.TemporaryDirectory()
@@ -126,7 +126,7 @@ class WarmServer:
         self.python.chmod(0o755)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
-            listener.listen(64)  # who connects meanwhile waits for the imports
+            listener.listen(64)  # early connections wait for the imports
             self.process = subprocess.Popen(
                 [sys.executable, SCRIPT, "--serve", str(listener.fileno()), self.python],
                 stdin=subprocess.PIPE,
@@ -161,8 +161,8 @@ class WarmServer:
 
 
 def import_all() -> None:
-    """Import what a run imports, also late, and fill the caches of parsers. No tensor is made:
-    threads that have computed do not survive a fork.
+    """Import everything that a run imports, early or late, and fill the caches of parsers. Create
+    no tensors: threads that have computed do not survive a fork.
     """
     import importlib
     import pkgutil
@@ -183,8 +183,8 @@ def import_all() -> None:
 
 
 def serve(listener: socket.socket, python: str) -> None:
-    """Fork a process for each connection, until stdin ends. `python`: what those processes take for
-    their interpreter, so that the commands they start run warm, too.
+    """Fork a process for each connection, until stdin ends. `python`: the interpreter of those
+    processes, so that the commands they start run warm, too.
     """
     import select
 
@@ -207,11 +207,11 @@ def serve(listener: socket.socket, python: str) -> None:
         connection.close()
     for pid in children:
         os.waitpid(pid, 0)
-    os._exit(0)  # all that was imported need not be torn down
+    os._exit(0)  # the imports need no teardown
 
 
 def attend(connection: socket.socket) -> None:
-    """Start one command, and tell its pid and its exit code; kill it when nobody listens."""
+    """Start one command, and send its pid and its exit code; kill it if the client is gone."""
     header, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(3 * 4))
     (size,) = struct.unpack("!I", header)
     streams = array.array("i")
@@ -284,7 +284,7 @@ def be(request: dict, streams: list[int]) -> None:
 
 
 def started_just_now() -> None:
-    """Replace what Plumb's modules know of the process that imported them, and fork the ranks."""
+    """Replace what Plumb's modules know about the importing process, and fork the ranks."""
     import psutil
     import torch
 
