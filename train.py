@@ -239,6 +239,8 @@ def train_from(
             run_dir, checkpoint.manifest.fingerprint, fingerprint, config.resume_allow
         )
         config = with_decisions(config, checkpoint.manifest.decisions, sharded=layout is not None)
+    config = with_balanced_weights(config, loss, data)
+    loss = build_loss(to_dict(config.loss))
 
     # the decisions that depend on memory, and the reference
     plan = decide(config, loss, policy, data, layout)
@@ -320,9 +322,8 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
         check_soft_labels(loss.name, train_examples, eval_examples)
     check_label_smoothing(config.loss.get("label_smoothing") or 0, train_examples)
-    if loss.label_weights is not None:
-        undesirable, desirable = loss.label_weights
-        if note := balance_note(train_examples, desirable, undesirable):
+    for weights in loss.label_weights:
+        if weights.balanced is None and (note := balance_note(train_examples, weights)):
             rank0_print(note)
     if loss.needs_margins:
         check_margins(loss.name, train_examples, eval_examples)
@@ -379,6 +380,25 @@ def with_decisions(config: DictConfig, decisions: dict[str, Any], sharded: bool)
         is_open = config.get(knob, "") in (None, "auto")
         if is_open and value is not None and (knob != "fsdp_reduce" or sharded):
             config[knob] = value
+    return config
+
+
+def with_balanced_weights(config: DictConfig, loss: Loss, data: Data) -> DictConfig:
+    """Return the config with the numbers that balanced label weights stand for, and print them. The
+    run's record then has these numbers, so that its evaluations need no training data.
+    """
+    from plumb.data.prepare import balanced_weight, label_counts
+
+    config = copy.deepcopy(config)
+    for weights in loss.label_weights:
+        if (name := weights.balanced) is not None:
+            value = balanced_weight(data.train, weights)
+            undesirable, desirable = label_counts(data.train)
+            rank0_print(
+                f"{name}=balanced: {value:.6g}, for {desirable:,.6g} desirable and"
+                f" {undesirable:,.6g} undesirable responses"
+            )
+            OmegaConf.update(config, name, value)
     return config
 
 

@@ -43,6 +43,7 @@ from plumb.data.token_text import continued, decode
 from plumb.data.tokenization import Example, Prefixes, TextRules, automatic_bos, template_text
 from plumb.distributed import collectives
 from plumb.errors import UserError
+from plumb.losses.bound import BALANCED, LabelWeights
 from plumb.paths import get_local_dir
 
 if TYPE_CHECKING:
@@ -353,26 +354,52 @@ def check_label_smoothing(label_smoothing: float, examples: Examples) -> None:
         )
 
 
-def balance_note(examples: Examples, desirable_weight: float, undesirable_weight: float) -> str:
-    """Return how the labels are balanced by the two weights, and what to set where they are not; ""
-    where the ratio of weights times counts lies in [1, 4/3] (section 4 of arXiv:2402.01306).
+def label_counts(examples: Examples) -> tuple[float, float]:
+    """Return how many undesirable and how many desirable responses there are, each as often as its
+    row weighs.
     """
     extras = examples.extras().example
     weights = np.nan_to_num(extras["weights"].astype(np.float64), nan=1.0)
-    yes, no = (float(weights[extras["labels"] == label].sum()) for label in (1, 0))
-    if not (yes and no):
-        which = "desirable" if yes else "undesirable"
+    undesirable, desirable = (float(weights[extras["labels"] == x].sum()) for x in (0, 1))
+    return undesirable, desirable
+
+
+def balanced_weight(examples: Examples, weights: LabelWeights) -> float:
+    """Return the number that a balanced weight stands for: with it, weight times count is the same
+    for both kinds of responses. Raise UserError where one kind is missing.
+    """
+    counts = label_counts(examples)
+    name = weights.balanced
+    if not all(counts):
+        which = "desirable" if counts[1] else "undesirable"
+        raise UserError(
+            f"{name}={BALANCED}: all training responses are {which}, and no weight balances them;"
+            " add the other kind"
+        )
+    this = weights.names.index(str(name))
+    other = 1 - this
+    return float(weights.values[other]) * counts[other] / counts[this]
+
+
+def balance_note(examples: Examples, weights: LabelWeights) -> str:
+    """Return how the labels are balanced by the two weights, which are numbers, and what to set
+    where they are not; "" where the ratio of weights times counts lies in [1, 4/3] (section 4 of
+    arXiv:2402.01306).
+    """
+    undesirable, desirable = label_counts(examples)
+    if not (undesirable and desirable):
+        which = "desirable" if desirable else "undesirable"
         return f"labels: all responses are {which}; such a loss needs both kinds"
-    ratio = desirable_weight * yes / (undesirable_weight * no)
+    w_u, w_d = map(float, weights.values)
+    ratio = w_d * desirable / (w_u * undesirable)
     if 0.995 <= ratio <= 4 / 3 + 0.005:
         return ""
-    if ratio < 1:
-        knob, value = "desirable_weight", undesirable_weight * no / yes
-    else:
-        knob, value = "undesirable_weight", desirable_weight * yes / no
+    of_undesirable, of_desirable = weights.names
+    name, value = (of_desirable, w_d / ratio) if ratio < 1 else (of_undesirable, w_u * ratio)
     return (
         f"labels: weight times count of desirable over undesirable responses is {ratio:.3g}, and"
-        f" 1 to 1.33 is usual (arXiv:2402.01306, section 4); loss.{knob}={value:.3g} makes it 1"
+        f" 1 to 1.33 is usual (arXiv:2402.01306, section 4); {name}={value:.3g}, or"
+        f" {name}={BALANCED}, makes it 1"
     )
 
 

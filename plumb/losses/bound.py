@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -15,6 +15,25 @@ Reads = Literal["logps", "logps_and_squares", "logps_and_kl", "token_logps", "sc
 Read = Literal["last", "mean"]
 # knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
 Usual = Mapping[str, tuple[float, float]]
+
+# the value of one of two label weights that makes both kinds of responses count the same in all
+BALANCED = "balanced"
+
+
+class LabelWeights(NamedTuple):
+    """Hold the two weights that are to balance the numbers of undesirable and desirable responses:
+    numbers above 0, or one of them BALANCED.
+
+    Example: LabelWeights(("loss.undesirable_weight", "loss.desirable_weight"), (1.0, "balanced")).
+    """
+
+    names: tuple[str, str]  # of the knobs, in full; of undesirable responses first
+    values: tuple[float | str, float | str]
+
+    @property
+    def balanced(self) -> str | None:
+        """Return the name of the weight that is not a number yet."""
+        return next((n for n, v in zip(*self, strict=True) if v == BALANCED), None)
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,7 @@ class Loss:
     soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
     # of undesirable and desirable responses: the texts that they are trained to begin with
     prefixes: tuple[str, str] | None
-    # of undesirable and desirable responses: the weights that are to balance their numbers
-    label_weights: tuple[float, float] | None
+    label_weights: tuple[LabelWeights, ...]  # of a mixture, those of all its terms
     read: Read  # which of a response's scores is its own, where it reads scores
     context: BatchContext | None  # what it needs to know of the batch as a whole
     usual: Usual  # where its knobs and the learning rate usually lie

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plumb.losses.bound import Loss
+from plumb.losses.bound import LabelWeights, Loss
 from plumb.losses.contract import BatchContext, LossOutput, Mean, Metric
 
 # what all terms of a mixture must have in common, since they see the same responses
@@ -45,9 +45,9 @@ class Mixture(Loss):
     def values_of(self, knob: str) -> dict[str, Any]:
         """Return the values of a knob of the terms under their full names."""
         return {
-            f"loss.terms.{term.label}.{knob}": term.loss.knobs[knob]
+            _of_term(term, name): value
             for term in self.terms
-            if knob in term.loss.knobs
+            for name, value in term.loss.values_of(knob).items()
         }
 
     def context_of(self, context: Any, examples: Any) -> Any:
@@ -94,7 +94,7 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         average_over=first.loss.average_over,
         read=first.loss.read,
         prefixes=first.loss.prefixes,
-        label_weights=next((t.loss.label_weights for t in terms if t.loss.label_weights), None),
+        label_weights=_label_weights(terms),
         needs_reference=any(term.loss.needs_reference for term in terms),
         needs_margins=any(term.loss.needs_margins for term in terms),
         soft_labels=all(term.loss.soft_labels for term in terms),
@@ -105,6 +105,21 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         compute=_sum_of(terms),
         terms=tuple(terms),
     )
+
+
+def _label_weights(terms: Sequence[Term]) -> tuple[LabelWeights, ...]:
+    """Return the label weights of all terms under their full names."""
+    found = []
+    for term in terms:
+        for (undesirable, desirable), values in term.loss.label_weights:
+            names = (_of_term(term, undesirable), _of_term(term, desirable))
+            found.append(LabelWeights(names, values))
+    return tuple(found)
+
+
+def _of_term(term: Term, name: str) -> str:
+    """Return the full name of a term's knob: loss.beta is loss.terms.LABEL.beta."""
+    return f"loss.terms.{term.label}.{name.removeprefix('loss.')}"
 
 
 def _term(label: str, knobs: Any, build: Callable[[Mapping[str, Any]], Loss]) -> Term:

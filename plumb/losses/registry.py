@@ -19,7 +19,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 
 from plumb.losses import inputs
-from plumb.losses.bound import AverageOver, Loss, Read, Reads, Usual
+from plumb.losses.bound import (
+    BALANCED,
+    AverageOver,
+    LabelWeights,
+    Loss,
+    Read,
+    Reads,
+    Usual,
+)
 from plumb.losses.contract import (
     BatchContext,
     Group,
@@ -48,7 +56,7 @@ class Declaration:
     needs_margins: bool | Callable[[Mapping[str, Any]], bool]
     soft_labels: bool
     prefixes: Callable[[Mapping[str, Any]], tuple[str, str]] | None
-    label_weights: Callable[[Mapping[str, Any]], tuple[float, float]] | None
+    label_weights: tuple[str, str] | None
     read: Read | Callable[[Mapping[str, Any]], Read]
     context: BatchContext | None
     usual: Usual | Callable[[Mapping[str, Any]], Usual]
@@ -75,7 +83,7 @@ def loss(
     needs_margins: bool | Callable[[Mapping[str, Any]], bool] = False,
     soft_labels: bool = False,
     prefixes: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None,
-    label_weights: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None,
+    label_weights: tuple[str, str] | None = None,
     read: Read | Callable[[Mapping[str, Any]], Read] = "last",
     context: BatchContext | None = None,
     usual: Usual | Callable[[Mapping[str, Any]], Usual] | None = None,
@@ -84,6 +92,8 @@ def loss(
     """Register a function under its name. A setting that depends on the loss's knobs is a function
     of them: `needs_reference=lambda knobs: not knobs["reference_free"]`. `usual` says where the
     knobs and the learning rate usually lie; a run far outside says so at its start.
+    `label_weights` names the knobs that weigh undesirable and desirable responses, of which one may
+    be BALANCED: the run counts its data, and the loss gets a number.
 
     Raises ValueError, in one line, for a group that does not exist, and for the spelling `data`,
     which `group` replaced.
@@ -129,6 +139,10 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         raise ValueError(f"loss.name={name}: no such loss; known: {', '.join(sorted(LOSSES))}")
     declared = LOSSES[name]
     hints = get_type_hints(declared.function)
+    label_weights = _label_weights(declared, knobs)
+    # a weight that is not known yet is tried as 1
+    numbers = {knob: 1.0 for w in label_weights for knob in knobs if f"loss.{knob}" == w.balanced}
+    given, knobs = knobs, {**knobs, **numbers}
     _check_knobs(name, knobs, declared.function, hints)
     reads = _reads(hints.get("policy"))
     if declared.group == "list" and reads != "logps":
@@ -143,11 +157,11 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         needs_margins=_resolved(declared.needs_margins, knobs),
         soft_labels=declared.soft_labels,
         prefixes=declared.prefixes and declared.prefixes(knobs),
-        label_weights=declared.label_weights and declared.label_weights(knobs),
+        label_weights=label_weights,
         read=_resolved(declared.read, knobs),
         context=declared.context,
         usual=_resolved(declared.usual, knobs),
-        knobs=knobs,
+        knobs=given,
         rewards=_about_rewards(declared.function),
         compute=declared.bind(knobs),
     )
@@ -157,6 +171,22 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
 
 def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str, Any]) -> V:
     return setting(knobs) if callable(setting) else setting
+
+
+def _label_weights(declared: Declaration, knobs: Mapping[str, Any]) -> tuple[LabelWeights, ...]:
+    """Return the loss's label weights, () where it has none. Raise ValueError where both are
+    BALANCED.
+    """
+    if declared.label_weights is None:
+        return ()
+    undesirable, desirable = declared.label_weights
+    values = (knobs.get(undesirable, 1.0), knobs.get(desirable, 1.0))
+    if values == (BALANCED, BALANCED):
+        raise ValueError(
+            f"loss.{undesirable}={BALANCED} and loss.{desirable}={BALANCED}: one of them follows"
+            " from the other; give one as a number"
+        )
+    return (LabelWeights((f"loss.{undesirable}", f"loss.{desirable}"), values),)
 
 
 def _reads(hint: Any) -> Reads:

@@ -36,7 +36,7 @@ def kl_to_reference(policy: Logps, reference: Logps) -> Tensor:
     group="labelled",
     needs_reference=True,
     context=BatchContext("mismatched", kl_to_reference),
-    label_weights=lambda knobs: (knobs["undesirable_weight"], knobs["desirable_weight"]),
+    label_weights=("undesirable_weight", "desirable_weight"),
     usual={"lr": (5e-7, 5e-6), "beta": (0.01, 0.5)},
 )
 def kto(
@@ -55,7 +55,8 @@ def kto(
     prompts, at least 0. It is of the whole batch, on all ranks, and is no part of the gradient.
 
     w_d = `desirable_weight` and w_u = `undesirable_weight` balance the two kinds: w_d n_d / (w_u
-    n_u) in [1, 4/3] is usual (section 4), and a run outside says so at its start.
+    n_u) in [1, 4/3] is usual (section 4), and a run outside says so at its start. One of them may
+    be `balanced`: the number for which w_d n_d = w_u n_u in the training data.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), of the desirable responses (chosen) and the undesirable
     ones (rejected). Accuracy: the share of responses with r on the right side of z0.

@@ -56,6 +56,11 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
             f"batch_size={config.batch_size}: this loss ({loss.name}) pairs prompts with responses"
             " to other prompts of the batch; set 2 or more (32 is usual)"
         )
+    for name in filter(None, (weights.balanced for weights in loss.label_weights)):
+        if not trains:
+            raise UserError(
+                f"{name}=balanced: is a number that a training run makes of its data; give one"
+            )
     if trains and (unusual := unusual_values(loss, {**config.loss, "lr": config.lr})):
         rank0_print(f"note: {unusual}")
     return loss

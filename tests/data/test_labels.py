@@ -12,6 +12,7 @@ from plumb.data import prepare
 from plumb.data.examples import EVERYTHING, concatenate, view
 from plumb.data.registry import Reading, get_dataset
 from plumb.errors import UserError
+from plumb.losses.bound import LabelWeights
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 RESPONSE = {"prompt": "Name a sea:", "completion": " the Baltic"}
@@ -162,18 +163,35 @@ def test_the_table_shows_how_labels_are_distributed(tmp_path):
     assert prepare.distributions([tied]) == [("  lists with ties", ["1"])]
 
 
+NAMES = ("loss.undesirable_weight", "loss.desirable_weight")
+
+
+def note(some, desirable, undesirable):
+    return prepare.balance_note(some, LabelWeights(NAMES, (undesirable, desirable)))
+
+
+def balanced(some, desirable, undesirable):
+    return prepare.balanced_weight(some, LabelWeights(NAMES, (undesirable, desirable)))
+
+
 def test_an_unbalanced_set_gets_a_suggestion(tmp_path):
     rows = [RESPONSE | {"label": i == 0} for i in range(4)]
     some = view_of(write(tmp_path, *rows), tmp_path / "s", "labelled")
-    assert "responses is 0.333, and 1 to 1.33 is usual" in prepare.balance_note(some, 1, 1)
-    assert "loss.desirable_weight=3 makes it 1" in prepare.balance_note(some, 1, 1)
-    assert prepare.balance_note(some, 3, 1) == prepare.balance_note(some, 4, 1) == ""
-    assert "loss.undesirable_weight=2 makes it 1" in prepare.balance_note(some, 6, 1)
+    assert "responses is 0.333, and 1 to 1.33 is usual" in note(some, 1, 1)
+    assert "loss.desirable_weight=3, or loss.desirable_weight=balanced, makes it 1" in note(
+        some, 1, 1
+    )
+    assert note(some, 3, 1) == note(some, 4, 1) == ""
+    assert "loss.undesirable_weight=2, or loss.undesirable_weight=bal" in note(some, 6, 1)
+    assert (balanced(some, "balanced", 1.0), balanced(some, "balanced", 2)) == (3, 6)
+    assert balanced(some, 1.0, "balanced") == pytest.approx(1 / 3)
     weighted = [row | {"weight": 3 if row["label"] else 1} for row in rows]
     some = view_of(write(tmp_path, *weighted), tmp_path / "t", "labelled")
-    assert prepare.balance_note(some, 1, 1) == ""
+    assert note(some, 1, 1) == "" and balanced(some, "balanced", 1.0) == 1
     one_kind = view_of(write(tmp_path, rows[1]), tmp_path / "u", "labelled")
-    assert prepare.balance_note(one_kind, 1, 1).startswith("labels: all responses are undesirable")
+    assert note(one_kind, 1, 1).startswith("labels: all responses are undesirable")
+    with pytest.raises(UserError, match="loss.desirable_weight=balanced: all training responses"):
+        balanced(one_kind, "balanced", 1.0)
 
 
 def test_weights_of_zero_count_nothing(tmp_path):

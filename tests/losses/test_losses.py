@@ -476,6 +476,21 @@ def test_kto_by_hand():
             build_loss(KTO | change)
 
 
+def test_a_label_weight_may_be_balanced():
+    """Until the data is counted, it is tried as 1; not both can follow from the other."""
+    bound = build_loss(KTO | {"desirable_weight": "balanced"})
+    (weights,) = bound.label_weights
+    assert weights.values == (2.0, "balanced") and weights.balanced == "loss.desirable_weight"
+    assert build_loss(KTO).label_weights[0].balanced is None and not build_loss(DPO).label_weights
+    term = KTO | {"desirable_weight": "balanced", "weight": 1.0}
+    mixture = build_loss({"name": "mix", "terms": {"a": term}})
+    assert mixture.label_weights[0].balanced == "loss.terms.a.desirable_weight"
+    with pytest.raises(ValueError, match="one of them follows from the other"):
+        build_loss(KTO | {"desirable_weight": "balanced", "undesirable_weight": "balanced"})
+    with pytest.raises(ValueError, match="^loss.beta=balanced: expected a number"):
+        build_loss(KTO | {"beta": "balanced"})
+
+
 def column(*values: float) -> Logps:
     return Logps(torch.tensor(values, dtype=torch.float64)[:, None], torch.ones(len(values), 1))
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from runs import DPO, FAST, STEADY, evaluate, records
 from stores import view_of, write
 
+import eval as eval_command
 from plumb.batching.feed import Feed
 from plumb.batching.layout import by_example, pack
 from plumb.batching.microbatches import Packing, split_into_microbatches
@@ -335,6 +337,32 @@ def test_the_labels_that_are_out_of_balance_are_said(train, votes, capsys):
     assert line in capsys.readouterr().out
     train("two", *options, "loss.desirable_weight=3.5")
     assert "labels:" not in capsys.readouterr().out
+
+
+def test_a_balanced_weight_is_a_number_of_the_run(train, votes, tmp_path, capsys):
+    """4 desirable and 12 undesirable responses: a weight of 3, printed, and in the run's record. It
+    trains as that number does; a run that resumes counts again; evaluations have the number.
+    """
+    rows = [
+        {"prompt": f"What is {a}?", "completion": f" {a}", "label": a % 4 == 0} for a in range(16)
+    ]
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*KTO, *FAST, f"datasets=[{votes}]", "eval_share=0"]
+    three = train("three", *options, "loss.desirable_weight=3")
+    options.append("loss.desirable_weight=balanced")
+    run = train("balanced", *options)
+    shown = capsys.readouterr().out
+    assert "loss.desirable_weight=balanced: 3, for 4 desirable and 12 undesirable" in shown
+    assert "labels:" not in shown
+    assert yaml.safe_load((run / "config.yaml").read_text())["loss"]["desirable_weight"] == 3
+    for ours, theirs in zip(records(run, "train"), records(three, "train"), strict=True):
+        assert ours["loss/train"] == theirs["loss/train"]
+    train("balanced", *options, "resume=must", "eval_every=8", "resume_allow=[eval_every]")
+    shown = capsys.readouterr().out
+    assert "resuming from" in shown and "loss.desirable_weight=balanced: 3, for 4" in shown
+    with pytest.raises(UserError, match="^loss.desirable_weight=balanced: is a number that a tr"):
+        eval_command.evaluate_on(run, rows, "loss.desirable_weight=balanced")
+    assert eval_command.evaluate_on(run, rows)["loss/eval"] > 0
 
 
 # ---- weights ----
