@@ -258,8 +258,8 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def found_by(options: argparse.Namespace, name: str) -> tuple[ModelRef, DictConfig]:
-    """Return the scorer that the options name, not loaded yet so that data can be read first, and
+def scorer_of(options: argparse.Namespace, name: str) -> tuple[ModelRef, DictConfig]:
+    """Return the scorer that the options name, not yet loaded so that data can be read first, and
     its config.
     """
     from plumb.models.find import find_model
@@ -291,7 +291,7 @@ def pairs(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--dataset-path={name}={path}: is for a named set among DATA; leave it out"
             )
-    ref, config = found_by(options, options.scorer)
+    ref, config = scorer_of(options, options.scorer)
     data = [(name, *read_pairs(config, name, options)) for name in wanted]
     scorer = loaded(options, ref, config)
     names = list[str]()
@@ -306,14 +306,16 @@ def pairs(options: argparse.Namespace) -> None:
         )
         print(
             f"{name}: {int(kept.sum()):,} pairs, {int((~kept).sum()):,} left out as identical,"
-            f" {int(scored.cut.sum()):,} cut"
+            f" {int(scored.cut.sum()):,} truncated"
         )
         names += [name] * int(kept.sum())
         rows += [row for row, k in zip(some, kept, strict=True) if k]
         parts.append(Scored(*(x[kept] for x in scored)))
     scored = Scored(*map(np.concatenate, zip(*parts, strict=True)))
     if not rows:
-        raise UserError(f"{' '.join(options.data)}: no pair is left; see --split and --eval-share")
+        raise UserError(
+            f"{' '.join(options.data)}: no pairs are left; see --split and --eval-share"
+        )
     figures = {
         name: figures_of(scored, mask) for name, mask in groups(names, scored.tokens).items()
     }
@@ -340,15 +342,15 @@ def pairs(options: argparse.Namespace) -> None:
 def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tuple[list[Row], str]:
     """Return the pairs of a data set, one per row, and which end of its long prompts is kept."""
     paths = to_dict(config.dataset_paths) | {
-        resolve(given): path for given, path in options.dataset_path
+        resolve(dataset): path for dataset, path in options.dataset_path
     }
-    # the run's own files are read as the run read them
-    known = name in (config.get("datasets") or [])
-    fields = dict(options.field) or (to_dict(config.field_map) if known else None)
+    # the run's own files are read as in the run
+    is_of_run = name in (config.get("datasets") or [])
+    fields = dict(options.field) or (to_dict(config.field_map) if is_of_run else None)
     roles, splits = (
-        to_dict(config.get(knob)) if known else None for knob in ("role_map", "split_names")
+        to_dict(config.get(knob)) if is_of_run else None for knob in ("role_map", "split_names")
     )
-    bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if known else "stop"
+    bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if is_of_run else "stop"
     reading = Reading(roles, splits, bad_row, group="pair")
     cache_dir = str(get_local_dir(config.local_dirs))
     share = config.eval_share
@@ -392,14 +394,14 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
 
 
 def groups(names: Sequence[str], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return name -> mask [n]: all pairs; each data set, if there are several; each class of
-    lengths of the longer response.
+    """Return {name: mask [n]} of all pairs, of each data set if there are several, and of each
+    class of lengths of the longer response.
     """
-    found = {"all": np.ones(len(names), bool)}
+    masks = {"all": np.ones(len(names), bool)}
     if len(set(names)) > 1:
-        found |= {name: np.array(names) == name for name in dict.fromkeys(names)}
+        masks |= {name: np.array(names) == name for name in dict.fromkeys(names)}
     buckets = length_buckets(tokens.max(1))
-    return found | {
+    return masks | {
         str(b): buckets == b
         for b in sorted(set(buckets), key=lambda b: int(b.split()[1].split("-")[0]))
     }
@@ -513,16 +515,16 @@ def draw(scored: Scored, folder: Path, title: str) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with new_file(path, "--json") as file:
         # JSON has no NaN
-        known = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
-        file.write(json.dumps(known, indent=2) + "\n")
+        cleaned = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
+        file.write(json.dumps(cleaned, indent=2) + "\n")
 
 
 # ---- answers, win rates, easy and hard ----
 
 
 def keep_end(rows: Iterable[Row]) -> str:
-    """Return whether a prompt's end is kept: for a dialogue yes, for other text no, as in
-    training.
+    """Return which end of a long prompt is kept, as in training: the end of a dialogue, the start
+    of other text.
     """
     return (
         "keep_end"
@@ -535,7 +537,7 @@ def answers(options: argparse.Namespace) -> None:
     """Run the command `answers`."""
     lines = list(read_answers(options.file))
     rows = [row for line in lines for row in line.rows()]
-    ref, config = found_by(options, options.scorer)
+    ref, config = scorer_of(options, options.scorer)
     scores = (
         loaded(options, ref, config)
         .score(rows, config.truncation_mode or keep_end(rows))
@@ -565,7 +567,7 @@ def winrate(options: argparse.Namespace) -> None:
             )
     policies, baseline = read_policies(options.file, options.baseline)
     judge = judge_of(options)
-    found, lines = [], list[dict[str, Any]]()
+    rates, lines = [], list[dict[str, Any]]()
     for name, theirs in policies.items():
         if name == baseline:
             continue
@@ -575,28 +577,28 @@ def winrate(options: argparse.Namespace) -> None:
                 f"{name}: no prompt in common with {baseline}; sample both with the same prompts"
             )
         judged = judge(some)
-        found.append(win_rate(name, some, judged, options.seed))
+        rates.append(win_rate(name, some, judged, options.seed))
         alone = len(theirs.keys() ^ policies[baseline].keys())
         if alone:
             print(
-                f"note: {alone} prompts that only {name} or only {baseline} has answers to are"
-                " left out"
+                f"note: {alone} prompts are left out: only {name} or only {baseline} has answers"
+                " to them"
             )
         for duel, points, details in zip(some, judged.points.tolist(), judged.details, strict=True):
-            about = {"prompt": duel.asked.prompt, "model": name, "baseline": baseline}
+            about = {"prompt": duel.line.prompt, "model": name, "baseline": baseline}
             two = {"answer": duel.answer, "baseline_answer": duel.baseline}
             lines.append(about | two | {"points": None if np.isnan(points) else points} | details)
-    print(win_table(found, baseline))
+    print(win_table(rates, baseline))
     if options.out:
         write_jsonl(options.out, lines)
     if options.json:
-        figures = {w.policy: vars(w) | w.rate._asdict() for w in found}
+        figures = {w.policy: vars(w) | w.rate._asdict() for w in rates}
         _write_json(
             options.json, {"judge": options.judge, "baseline": baseline, "win_rates": figures}
         )
 
 
-def win_table(found: Sequence[WinRate], baseline: str) -> str:
+def win_table(rates: Sequence[WinRate], baseline: str) -> str:
     """Return the table for the terminal."""
     rows = [
         [
@@ -611,7 +613,7 @@ def win_table(found: Sequence[WinRate], baseline: str) -> str:
             "no verdict",
         ]
     ]
-    for w in found:
+    for w in rates:
         counts = [f"{x:,}" for x in (w.n_prompts, w.n, w.wins, w.ties, w.losses)]
         rows.append(
             [
@@ -626,16 +628,16 @@ def win_table(found: Sequence[WinRate], baseline: str) -> str:
 
 
 def judge_of(options: argparse.Namespace):
-    """Return a function that judges duels, after reading what it needs, so that a typo costs no
+    """Return a function that judges duels. What it needs is read first, so that a typo costs no
     work.
     """
     spec = options.judge
     if spec.startswith("rule:"):
         points = judges.rule(spec)
-        return lambda some: by_points(some, lambda asked: [points(a.answers[0]) for a in asked])
+        return lambda some: by_points(some, lambda lines: [points(a.answers[0]) for a in lines])
     if spec.startswith(("http://", "https://")):
         if not options.judge_model:
-            raise UserError(f"--judge={spec}: which of its models? give --judge-model NAME")
+            raise UserError(f"--judge={spec}: which model? give --judge-model NAME")
         endpoint = Endpoint(
             url=spec,
             model=options.judge_model,
@@ -646,12 +648,12 @@ def judge_of(options: argparse.Namespace):
             timeout=options.timeout or 60.0,
         )
         return lambda some: by_endpoint(some, endpoint)
-    ref, config = found_by(options, spec)
+    ref, config = scorer_of(options, spec)
     scorer = loaded(options, ref, config)
 
     def judged(some: Sequence[Duel]) -> Judged:
-        def points_of(asked):
-            rows = [row for a in asked for row in a.rows()]
+        def points_of(lines):
+            rows = [row for a in lines for row in a.rows()]
             return (
                 scorer.score(rows, config.truncation_mode or keep_end(rows)).scores[:, 0].tolist()
             )
@@ -665,7 +667,7 @@ def split(options: argparse.Namespace) -> None:
     """Run the command `split`."""
     if not options.threshold > 0:
         raise UserError(
-            f"--threshold={options.threshold}: must be above 0; a margin is the better score less"
+            f"--threshold={options.threshold}: must be above 0; a margin is the better score minus"
             " the worse one"
         )
     ranked = list(read_ranked(options.file))
@@ -698,21 +700,21 @@ def main(options: argparse.Namespace) -> None:
         else options.file
     )
     # scores may be added in place; anything else would lose what was read
-    taken = [path.resolve() for path in read]
+    claimed = [path.resolve() for path in read]
     for name in ("out", "json", "easy", "hard", "plots"):
         if (path := getattr(options, name, None)) is not None:
             check_place(path, f"--{name}", folder=name == "plots")
-            if path.resolve() in taken:
+            if path.resolve() in claimed:
                 raise UserError(
                     f"--{name}={path}: is also read, or written by another option; give another"
                     " place"
                 )
-            taken.append(path.resolve())
+            claimed.append(path.resolve())
     options.main(options)
 
 
 def check_place(path: Path, option: str, folder: bool) -> None:
-    """Raise UserError for outputs that could not be written after hours of work."""
+    """Raise UserError for an output that could not be written, before hours of work."""
     try:
         (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
         problem = "" if folder or not path.is_dir() else "it is a folder"

@@ -142,7 +142,7 @@ def test_a_reward_is_read_at_the_last_token(models, pairs, tmp_path, capsys):
     assert figures["all"]["margin"] == pytest.approx(np.mean(expected @ [1, -1]), abs=1e-4)
     assert sum(f["pairs"] for name, f in figures.items() if name.startswith("length ")) == 3
     assert {f.name for f in (tmp_path / "plots").iterdir()} == {"scores.png", "calibration.png"}
-    assert "1 cut" in capsys.readouterr().out
+    assert "1 truncated" in capsys.readouterr().out
 
 
 @torch.no_grad()

@@ -21,33 +21,37 @@ if TYPE_CHECKING:
     from plumb.reports.loss_families import Family
 
 # Thresholds. They are rough on purpose: a rule that fires is a reason to look, not a measurement.
-MIN_STEPS = 10  # fewer steps say nothing of a trend
+MIN_STEPS = 10  # fewer steps show no trend
 MIN_SAMPLES = 4  # nor do fewer samples
-SILENT_SECS = 3600.0  # every step writes a record, so an hour without one is no slow step
-NO_GRADIENT = 1e-8  # a norm below this moves no float32 weight
-# share of its first value by which the loss must fall to have moved: dpo from 0.6931 to 0.6917
+SILENT_SECS = 3600.0  # every step writes a record, so an hour without one is not a slow step
+NO_GRADIENT = 1e-8  # a norm below this does not move float32 weights
+# share of its first value by which the loss must change: dpo from 0.6931 to 0.6917
 FLAT = 0.002
 AT_CHANCE = 0.05  # around 0.5: 1.6 standard errors of 256 pairs, the default of n_eval_examples
-# the chosen answers are 150 times less likely, and that is a tenth of all their nats
+# the chosen answers are 150 times less likely, and have lost a tenth of their nats
 FALL_NATS = 5.0
 FALL_SHARE = 0.1
 HUGE_MARGIN = 10.0  # sigmoid(10) = 0.99995: no label is that certain
-NO_PULL = 0.01  # share of its gradient at a margin of 0 below which a pair teaches no more
-# of the held-out loss, above its best: a tenth of what it had fallen, and half a percent
+NO_PULL = (
+    0.01  # a pair whose gradient is below this share of that at a margin of 0 teaches nothing more
+)
+# of the held-out loss, above its best: a tenth of its fall, and half a percent
 RISE_OF_FALL = 0.1
 RISE = 0.005
 BY_HEART, GAP = 0.99, 0.1  # accuracy on training pairs, and how far the held-out one is below it
 DIVERGED = 0.1  # share of its first value by which the training loss rises over its best
-LONGER = 1.5  # samples against those before training, in words
+LONGER = 1.5  # length of samples relative to those before training, in words
 BUCKET_GAP = 0.25  # between accuracies by length: two standard errors of buckets of 30 pairs
-# share of 4-grams that stand in the same sample already; English prose has below 0.05
+# share of 4-grams that already occur in the same sample; English prose has below 0.05
 REPEATED = 0.3
 N_GRAM = 4
-ALIKE = 0.5  # share of different prompts that get the very same answer
+ALIKE = 0.5  # share of different prompts that get exactly the same answer
 CLIPPED = 0.9  # share of the steps whose gradient is clipped
 
 
 class Finding(NamedTuple):
+    """Hold what a rule found."""
+
     level: str  # problem | warning | note
     title: str
     evidence: str
@@ -55,35 +59,37 @@ class Finding(NamedTuple):
 
 
 class Rule(NamedTuple):
+    """Hold a rule with its check and its remedy."""
+
     level: str
     title: str
     check: Callable[[Run], str]
-    # what to try, and functions that return it for a loss that it exists for, "" for others
+    # advice, and functions that return the advice for a loss, "" if it has none
     remedy: Sequence[str | Callable[[Family], str]]
 
 
 def diagnose(run: Run) -> list[Finding]:
     """Return what the rules find, worst first."""
     family = family_of(run)
-    found = [
+    findings = [
         Finding(rule.level, rule.title, evidence, in_words(rule.remedy, family))
         for rule in RULES
         if (evidence := rule.check(run))
     ]
-    return sorted(found, key=lambda finding: ("problem", "warning", "note").index(finding.level))
+    return sorted(findings, key=lambda finding: ("problem", "warning", "note").index(finding.level))
 
 
 def family_of(run: Run) -> Family:
-    """Return what the run's loss is."""
+    """Return the family of the run's loss."""
     from plumb.reports import loss_families  # torch: not for --help
 
     return loss_families.family_of(run)
 
 
 def in_words(remedy: Sequence[str | Callable[[Family], str]], family: Family) -> str:
-    """Return the advice that exists for this loss."""
-    said = (advice if isinstance(advice, str) else advice(family) for advice in remedy)
-    return "; ".join(filter(None, said))
+    """Return the advice that applies to this loss."""
+    parts = (advice if isinstance(advice, str) else advice(family) for advice in remedy)
+    return "; ".join(filter(None, parts))
 
 
 def healthy(findings: Sequence[Finding]) -> str:
@@ -92,9 +98,7 @@ def healthy(findings: Sequence[Finding]) -> str:
 
 
 def verdict(run: Run) -> str:
-    """Return one line: the run's state, how far it came, how long it took, and its last
-    evaluation.
-    """
+    """Return one line: the run's state, how far it got, how long it took, its last evaluation."""
     state = run.status.get("state") or "of unknown state (no status.json)"
     last: Record = max(run.steps[-1:] + run.evaluations[-1:], key=lambda r: r["step"], default={})
     parts = [f"{state}{f' (exit code {code})' if (code := run.status.get('code')) else ''}"]
@@ -127,7 +131,8 @@ def verdict(run: Run) -> str:
 
 
 def duration(secs: float) -> str:
-    """
+    """Return a time in a unit that suits it.
+
     >>> duration(42), duration(150), duration(5400)
     ('42 s', '2 min', '1.5 h')
     """
@@ -166,33 +171,33 @@ def _ends(values: np.ndarray) -> str:
 
 
 def stopped(run: Run) -> str:
-    """status.json says failed or stopped."""
+    """Detect a run whose status.json says failed or stopped."""
     state = run.status.get("state")
     return (
-        str(run.status.get("reason") or f"it {state}, for no reason given")
+        str(run.status.get("reason") or f"it {state}; no reason was recorded")
         if state in ("failed", "stopped")
         else ""
     )
 
 
 def silent(run: Run) -> str:
-    """status.json says running, but no record was written for an hour."""
+    """Detect a run whose status.json says running, but which wrote no record for an hour."""
     if run.status.get("state") != "running" or run.silent_secs < SILENT_SECS:
         return ""
-    return f"it says that it is running, but wrote nothing for {duration(run.silent_secs)}"
+    return f"its status is running, but it wrote nothing for {duration(run.silent_secs)}"
 
 
 def not_finite(run: Run) -> str:
-    """A loss or a gradient norm that is NaN or infinite."""
+    """Detect a loss or a gradient norm that is NaN or infinite."""
     for record in (*run.steps, *run.evaluations):
         for key in ("loss/train", "loss/eval", "grad_norm"):
             if not math.isfinite(record.get(key, 0.0)):
                 return f"{key} is {record[key]} at {record['step']:,} examples"
-    return "the run stopped itself over it (exit code 4)" if run.status.get("code") == 4 else ""
+    return "the run stopped because of it (exit code 4)" if run.status.get("code") == 4 else ""
 
 
 def no_gradient(run: Run) -> str:
-    """All gradient norms of the last fifth of the steps are below 1e-8."""
+    """Detect that all gradient norms in the last fifth of the steps are below 1e-8."""
     norms = _values(run.steps, "grad_norm")
     last = norms[-max(1, len(norms) // 5) :]
     return (
@@ -203,8 +208,8 @@ def no_gradient(run: Run) -> str:
 
 
 def flat(run: Run) -> str:
-    """The loss, held-out if there are two evaluations, else in training, never was 0.2% away from
-    where it began.
+    """Detect a loss (held-out if there are two evaluations, else in training) that never moved 0.2%
+    from its first value.
     """
     held_out = _values(run.evaluations, "loss/eval")
     train = (
@@ -230,29 +235,29 @@ def _top_lr(run: Run) -> float:
 
 
 def at_chance(run: Run) -> str:
-    """The last held-out reward accuracy is within 0.05 of 0.5, or below."""
+    """Detect that the last held-out reward accuracy is within 0.05 of 0.5, or below."""
     values = _values([r for r in run.evaluations if r["step"] > 0], "rewards_eval/accuracies")
     if len(run.steps) < MIN_STEPS or not len(values) or values[-1] > 0.5 + AT_CHANCE:
         return ""
     family = family_of(run)
-    found = family.compared(values[-1])
+    evidence = family.compared(values[-1])
     if family.own_likelihood() and family.summed():
-        return f"{found}; without a reference, sums of log-probabilities favour short answers"
+        return f"{evidence}; without a reference, sums of log-probabilities favor short answers"
     if values[-1] < 0.5 - AT_CHANCE:
-        return f"{found}; below chance: are the labels the wrong way round?"
-    return found
+        return f"{evidence}; below chance: are the labels swapped?"
+    return evidence
 
 
 def chosen_falls(run: Run) -> str:
-    """Margins grow, while the log-probability of the chosen answers falls by more than 5 nats and a
-    tenth of what it was.
+    """Detect margins that grow while the log-probability of the chosen answers falls by more than 5
+    nats and a tenth of its first value.
     """
     for split, records in (("held-out", run.evaluations), ("training", run.steps)):
         logps = _values(records, f"logps_{'eval' if split == 'held-out' else 'train'}/chosen")
         margins = _margins(records, "eval" if split == "held-out" else "train")
         if len(run.steps) < MIN_STEPS or len(logps) < 2 or len(margins) < 2:
             continue
-        if split == "training":  # single batches differ by more than what is looked for
+        if split == "training":  # single batches vary by more than the change to detect
             logps, margins = (
                 np.array([part.mean() for part in _fifths(x)]) for x in (logps, margins)
             )
@@ -262,13 +267,13 @@ def chosen_falls(run: Run) -> str:
                 f"{split} log-probability of the chosen answers {_ends(logps)} nats, while the"
                 f" margin went {_ends(margins)}"
             )
-        return ""  # what held-out examples show counts
+        return ""  # the held-out examples count
     return ""
 
 
 def _margins(records: Sequence[Record], split: str) -> np.ndarray:
-    """Return the mean rewards of chosen less those of rejected, which of labelled responses are the
-    desirable and the undesirable ones.
+    """Return the mean rewards of chosen minus those of rejected responses; of labelled ones, those
+    of the desirable minus those of the undesirable.
     """
     keys = (f"rewards_{split}/chosen", f"rewards_{split}/rejected")
     if any(f"rewards_{split}/margins" in r for r in records):
@@ -278,8 +283,8 @@ def _margins(records: Sequence[Record], split: str) -> np.ndarray:
 
 
 def huge_margin(run: Run) -> str:
-    """The mean training margin of the last fifth of the steps is above 10, and the loss hardly
-    changes a pair that is so far apart.
+    """Detect that the mean training margin in the last fifth of the steps is above 10, where the
+    loss has hardly any gradient left.
     """
     margins = _values(run.steps, "rewards_train/margins")
     if len(margins) < MIN_STEPS or (last := _fifths(margins)[-1].mean()) < HUGE_MARGIN:
@@ -289,14 +294,14 @@ def huge_margin(run: Run) -> str:
         return ""
     gradient = "" if pull is None else f" ({pull:.1g} of that at a margin of 0)"
     return (
-        f"the mean margin is {last:.3g}: most pairs give no gradient any more{gradient}, the few"
-        " that are wrong a large one"
+        f"the mean margin is {last:.3g}: most pairs no longer have a gradient{gradient}, and the"
+        " few that are wrong have a large one"
     )
 
 
 def overfits(run: Run) -> str:
-    """The held-out loss rose above its best (by a tenth of its fall, and 0.5%), while the training
-    loss went on falling.
+    """Detect a held-out loss that rose above its best (by a tenth of its fall, and 0.5%) while the
+    training loss kept falling.
     """
     evaluations = [r for r in run.evaluations if math.isfinite(r.get("loss/eval", math.nan))]
     if len(run.steps) < MIN_STEPS or len(evaluations) < 2:
@@ -325,8 +330,8 @@ def _after(records: Sequence[Record], step: float) -> list[Record]:
 
 
 def by_heart(run: Run) -> str:
-    """Training accuracy of 0.99 and more in the last fifth, and a held-out accuracy more than 0.1
-    below.
+    """Detect a training accuracy of at least 0.99 in the last fifth, with a held-out accuracy more
+    than 0.1 below.
     """
     train = _values(run.steps, "rewards_train/accuracies")
     held_out = _values(run.evaluations, "rewards_eval/accuracies")
@@ -339,8 +344,8 @@ def by_heart(run: Run) -> str:
 
 
 def diverges(run: Run) -> str:
-    """The training loss rose over its best fifth by a tenth of where it began, and by three
-    standard errors.
+    """Detect a training loss that rose above its best fifth by a tenth of its first value, and by
+    three standard errors.
     """
     losses = _values(run.steps, "loss/train")
     if len(losses) < 5 * MIN_STEPS:
@@ -358,17 +363,15 @@ def diverges(run: Run) -> str:
 
 
 def in_warmup(run: Run) -> str:
-    """The run ended before warmup_steps were over."""
+    """Detect a run that ended before warmup_steps were over."""
     warmup, done = _number(run, "warmup_steps") or 0, len(run.steps)
     if run.status.get("state") != "finished" or not done or done > warmup:
         return ""
-    return (
-        f"{done} steps were made, warmup_steps={warmup}: lr={run.setting('lr')} was never reached"
-    )
+    return f"{done} steps with warmup_steps={warmup}: lr={run.setting('lr')} was never reached"
 
 
 def clipped(run: Run) -> str:
-    """The gradient norm was above max_grad_norm in nine of ten steps."""
+    """Detect a gradient norm above max_grad_norm in nine of ten steps."""
     norms, limit = _values(run.steps, "grad_norm"), _number(run, "max_grad_norm")
     if len(norms) < MIN_STEPS or limit is None or (share := (norms > limit).mean()) < CLIPPED:
         return ""
@@ -379,21 +382,26 @@ def clipped(run: Run) -> str:
 
 
 def by_length(run: Run) -> str:
-    """Held-out accuracies by length differ by more than 0.25 between two buckets."""
+    """Detect held-out accuracies that differ by more than 0.25 between two buckets of length."""
     last = run.evaluations[-1] if run.evaluations else {}
-    found = {
+    accuracies = {
         k.rpartition("/")[2]: v
         for k, v in last.items()
         if k.startswith("rewards_eval/accuracies/length ")
     }
-    if len(found) < 2 or max(found.values()) - min(found.values()) <= BUCKET_GAP:
+    if len(accuracies) < 2 or max(accuracies.values()) - min(accuracies.values()) <= BUCKET_GAP:
         return ""
-    worst, best = min(found, key=lambda k: found[k]), max(found, key=lambda k: found[k])
-    return f"held-out accuracy {found[best]:.2f} for {best}, {found[worst]:.2f} for {worst}"
+    worst, best = (
+        min(accuracies, key=lambda k: accuracies[k]),
+        max(accuracies, key=lambda k: accuracies[k]),
+    )
+    return (
+        f"held-out accuracy {accuracies[best]:.2f} for {best}, {accuracies[worst]:.2f} for {worst}"
+    )
 
 
 def not_held_out(run: Run) -> str:
-    """Trained, but no evaluation."""
+    """Detect a run that trained, but has no evaluation."""
     return (
         "there is no record of an evaluation"
         if len(run.steps) >= MIN_STEPS and not run.evaluations
@@ -402,9 +410,9 @@ def not_held_out(run: Run) -> str:
 
 
 def too_short(run: Run) -> str:
-    """Fewer than 10 steps: the rules about trends keep quiet."""
+    """Detect a run of fewer than 10 steps, on which the rules about trends do not apply."""
     return (
-        f"{len(run.steps)} steps; trends are judged from {MIN_STEPS} on"
+        f"{len(run.steps)} steps; trends are judged from {MIN_STEPS} steps on"
         if len(run.steps) < MIN_STEPS
         else ""
     )
@@ -442,8 +450,8 @@ def repetition(text: str) -> float:
 
 
 def longer(run: Run) -> str:
-    """With rewards: the policy's last samples have 1.5 times as many words as its first, or
-    more.
+    """Detect, if there are rewards, that the policy's last samples have at least 1.5 times as many
+    words as its first.
     """
     before, after = ([len(words(s.text)) for s in rows] for rows in first_and_last(run))
     if (
@@ -452,30 +460,30 @@ def longer(run: Run) -> str:
         or np.mean(after) < LONGER * max(1.0, float(np.mean(before)))
     ):
         return ""
-    found = (
+    evidence = (
         f"the samples have {np.mean(after):.0f} words on average; at the beginning"
         f" {np.mean(before):.0f}"
     )
     if not family_of(run).summed():
-        return found
-    return f"{found}; rewards are sums over tokens, so that a longer answer has more to gain"
+        return evidence
+    return f"{evidence}; rewards are sums over tokens, so a longer answer can gain more"
 
 
 def repeats(run: Run) -> str:
-    """Nearly a third of the 4-grams in the policy's last samples are repetitions, and more than in
-    its first.
+    """Detect that nearly a third of the 4-grams in the policy's last samples are repetitions, and
+    more than in its first.
     """
     before, after = ([repetition(s.text) for s in rows] for rows in first_and_last(run))
     if len(after) < MIN_SAMPLES or np.mean(after) < REPEATED or np.mean(after) < np.mean(before):
         return ""
     return (
-        f"{np.mean(after):.0%} of the 4-word sequences in a sample stand in it already; at the"
+        f"{np.mean(after):.0%} of the 4-word sequences in a sample already occur in it; at the"
         f" beginning {np.mean(before):.0%}"
     )
 
 
 def alike(run: Run) -> str:
-    """Half of the prompts get the same answer in the last samples, or an empty one."""
+    """Detect that half of the prompts get the same answer, or none, in the last samples."""
     after = first_and_last(run)[1]
     if len({s.prompt for s in after}) < MIN_SAMPLES:
         return ""
@@ -488,13 +496,13 @@ def alike(run: Run) -> str:
     )
 
 
-# ---- advice that not every loss has ----
+# ---- advice that does not apply to every loss ----
 
 
 def nearer(family: Family) -> str:
     names = " or ".join(family.names("loss.beta"))
     return (
-        f"a larger {names}, which holds the policy nearer to the reference"
+        f"a larger {names}, which keeps the policy closer to the reference"
         if family.holds_near()
         else ""
     )
@@ -502,7 +510,7 @@ def nearer(family: Family) -> str:
 
 def with_nll(family: Family) -> str:
     names = " or ".join(f"{name}=1" for name in family.names("loss.nll"))
-    return f"{names}, an NLL term on the chosen answers, works against it" if names else ""
+    return f"{names}, an NLL term on the chosen answers, counteracts it" if names else ""
 
 
 def smoother(family: Family) -> str:
@@ -514,7 +522,7 @@ def per_token(family: Family) -> str:
         return ""
     names = " or ".join(f"{name}=token" for name in family.names("loss.normalize"))
     return (
-        f"{names or 'a loss whose rewards are means per token'}, where length alone gains nothing"
+        f"{names or 'a loss whose rewards are means per token'}, so that length alone gains nothing"
     )
 
 
@@ -549,7 +557,7 @@ RULES = [
         no_gradient,
         (
             "if margins are huge, all pairs are fitted: stop earlier",
-            "else see whether lr and the data are what they should be",
+            "otherwise check lr and the data",
         ),
     ),
     Rule(
@@ -567,9 +575,9 @@ RULES = [
         "Held-out accuracy at chance",
         at_chance,
         (
-            "see whether the labels agree with each other and are the right way round",
+            "check that the labels agree with each other and are not swapped",
             "train longer, or with a higher lr",
-            "begin with an SFT model of the same kind of data",
+            "start from an SFT model trained on data of the same kind",
         ),
     ),
     Rule(
@@ -577,7 +585,7 @@ RULES = [
         "Samples repeat themselves",
         repeats,
         (
-            "the policy has left the language it came from",
+            "the policy no longer produces normal text",
             *NEARER,
             "sample with a temperature above 0 before judging",
         ),
@@ -612,7 +620,7 @@ RULES = [
         "Samples grow longer",
         longer,
         (
-            "see whether preferred answers are longer than others, and whether length is what was"
+            "check whether preferred answers are longer than others, and whether length is what was"
             " learned: compare accuracies by length",
             "balance the lengths in the data",
             per_token,
@@ -623,8 +631,8 @@ RULES = [
         "Accuracy depends on length",
         by_length,
         (
-            "a bucket of few pairs may differ by chance",
-            "else see whether longer answers are preferred in the data",
+            "a bucket with few pairs may differ by chance",
+            "otherwise check whether longer answers are preferred in the data",
             per_token,
         ),
     ),

@@ -1,5 +1,5 @@
-"""What the numbers of a run mean, by its loss: derived from the loss's declaration, and from what
-the loss gives responses that are made for it.
+"""Explain what the numbers of a run mean, by its loss: derived from the loss's declaration, and
+from its values for responses made for this purpose.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ COMPARED = {
     "list": "the best response wins against the worst in {share} of the held-out lists",
     "labelled": "{share} of the held-out responses are on their side of the reference point",
 }
-TOKENS = 20  # of a response that a loss is tried with
-FARTHEST = 1e6  # nats that a rejected response may lose
+TOKENS = 20  # of a response with which a loss is tried
+FARTHEST = 1e6  # the most nats that a rejected response may lose
 
 
 @dataclass(frozen=True)
 class Family:
-    """Hold what the rules of the diagnosis ask of a loss. `loss` is None where it is not known,
-    which is so for a plugin's.
+    """Answer what the rules of the diagnosis ask about a loss. `loss` is None if it is unknown, as
+    for a plugin's.
     """
 
     loss: Loss | None
 
     def names(self, knob: str) -> list[str]:
         """Return the full names of a knob such as loss.beta, which a mixture has in its terms; []
-        where the loss has no such knob.
+        if the loss has no such knob.
         """
         return list(self.loss.values_of(knob.removeprefix("loss."))) if self.loss else []
 
     def compared(self, share: float) -> str:
-        """Return what a reward accuracy says."""
+        """Return what a reward accuracy means, in words."""
         group = self.loss.group if self.loss else "pair"
         return COMPARED.get(group, COMPARED["pair"]).format(share=f"{share:.0%}")
 
     def holds_near(self) -> bool:
-        """Return whether a larger beta holds the policy nearer to a reference."""
+        """Return whether a larger beta keeps the policy closer to a reference."""
         return self.loss is not None and self.loss.needs_reference and bool(self.names("loss.beta"))
 
     def summed(self) -> bool:
-        """Return whether a longer response whose tokens gain as much has a larger reward."""
+        """Return whether a longer response with the same gain per token has a larger reward."""
         gains = self._gains()
         return gains is not None and gains[1] > 1.001 * gains[0]
 
     def beta(self) -> float | None:
-        """Return the beta by which rewards are beta log pi(y|x)/pi_ref(y|x) of the whole response;
-        None where they are something else.
+        """Return beta if rewards are beta log pi(y|x)/pi_ref(y|x) of the whole response, otherwise
+        None.
         """
         gains = self._gains()
         if gains is None or self.loss is None or not self.loss.needs_reference:
@@ -81,8 +81,8 @@ class Family:
         )
 
     def pull(self, margin: float) -> float | None:
-        """Return the size of the gradient of a pair with this reward margin over its size where
-        both responses have the same reward; None where no pair has that margin.
+        """Return the norm of the gradient of a pair with this reward margin, relative to that of a
+        pair with equal rewards; None if no pair has that margin.
 
         The responses have TOKENS tokens, and the rejected one becomes less likely.
         """
@@ -101,23 +101,23 @@ class Family:
         return _at_distance(self.loss, most).gradient / start if start else None
 
     def meanings(self) -> list[str]:
-        """Return sentences on what rewards and accuracy are, and on length."""
+        """Return sentences on what rewards and accuracy mean, and on length."""
         if self.loss is None or not self.loss.rewards:
             return []
-        said = [f"Rewards: {self.loss.rewards}"]
+        sentences = [f"Rewards: {self.loss.rewards}"]
         if self.loss.group in ACCURACIES:
-            said.append(f"Accuracy: {ACCURACIES[self.loss.group]}.")
+            sentences.append(f"Accuracy: {ACCURACIES[self.loss.group]}.")
         if self.own_likelihood() and self.summed():
-            said.append(
-                "There is no reference, and sums of log-probabilities favour short answers."
+            sentences.append(
+                "There is no reference, and sums of log-probabilities favor short answers."
             )
         if self.summed():
-            said.append("Rewards are sums over tokens, so a longer answer has more to gain.")
-        return said
+            sentences.append("Rewards are sums over tokens, so a longer answer can gain more.")
+        return sentences
 
     def _gains(self) -> tuple[float, float] | None:
-        """Return what the rewards of two responses, of TOKENS tokens and of twice as many, gain by
-        half a nat for each token; None for a loss that gives log-probabilities no rewards.
+        """Return how much the rewards of two responses, of TOKENS tokens and of twice as many, gain
+        from half a nat per token; None if the loss gives log-probabilities no rewards.
         """
         loss = self.loss
         if loss is None or loss.reads == "scores":
@@ -125,15 +125,17 @@ class Family:
         lengths = [torch.tensor([TOKENS]), torch.tensor([2 * TOKENS])]
         before = [-1.0 * n.double() for n in lengths]
         after = [sums / 2 for sums in before]
-        given = [inputs.rewards(loss, *_given(loss, x, before, lengths)) for x in (before, after)]
-        if given[0] is None or given[1] is None:
+        rewards = [
+            inputs.rewards(loss, *_inputs_of(loss, x, before, lengths)) for x in (before, after)
+        ]
+        if rewards[0] is None or rewards[1] is None:
             return None
-        short, long = (float(b - a) for a, b in zip(given[0], given[1], strict=True))
+        short, long = (float(b - a) for a, b in zip(rewards[0], rewards[1], strict=True))
         return short, long
 
 
 class AtDistance(NamedTuple):
-    """Hold what a loss makes of a pair whose rejected response lost some nats."""
+    """Hold the values of a loss for a pair whose rejected response lost some nats."""
 
     margin: float  # of rewards
     gradient: float  # the norm of the loss's gradient by both log-probabilities
@@ -143,7 +145,7 @@ def _at_distance(loss: Loss, nats: float) -> AtDistance:
     start = torch.tensor([0.0 if loss.reads == "scores" else -TOKENS], dtype=torch.float64)
     policy = [start.clone().requires_grad_(), (start - nats).requires_grad_()]
     lengths = [torch.tensor([TOKENS])] * 2
-    output = inputs.compute(loss, *_given(loss, policy, [start, start], lengths))
+    output = inputs.compute(loss, *_inputs_of(loss, policy, [start, start], lengths))
     if output.chosen_rewards is None or output.rejected_rewards is None:
         return AtDistance(-math.inf, 0.0)
     gradients = torch.autograd.grad(output.losses.sum(), policy, materialize_grads=True)
@@ -151,10 +153,10 @@ def _at_distance(loss: Loss, nats: float) -> AtDistance:
     return AtDistance(margin, math.hypot(*map(float, gradients)))
 
 
-def _given(
+def _inputs_of(
     loss: Loss, policy: Sequence[Tensor], reference: Sequence[Tensor], lengths: Sequence[Tensor]
 ) -> tuple[inputs.Two, inputs.Two | None]:
-    """Return two responses as the loss reads them of policy and reference, from their sums."""
+    """Return two responses as the loss reads them from policy and reference, given their sums."""
     first, second = map(partial(inputs.responses, loss.reads), policy, lengths)
     if not loss.needs_reference:
         return (first, second), None

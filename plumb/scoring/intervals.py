@@ -39,13 +39,13 @@ def wilson(hits: float, n: int, z: float = 1.959964) -> Interval:
 
 
 def bootstrap(points: np.ndarray, prompts: np.ndarray, seed: int, n_draws: int = 4000) -> Interval:
-    """The mean of points [n] (1 a win, 1/2 a tie, 0 a loss), by resampling whole prompts; `prompts`
-    [n] says which is whose.
+    """Return the mean of points [n] (1 a win, 1/2 a tie, 0 a loss) with its interval over prompts;
+    `prompts` [n] says to which prompt each point belongs.
 
-    Prompts are weighted at random (Bayesian bootstrap; Rubin 1981, Ann. Statist. 9:130), beside
-    half a win and half a loss as Jeffreys' prior has them: of n wins and losses, one to a prompt,
-    this is Jeffreys' interval for a binomial share, which holds at small n, too, where the usual
-    bootstrap is too narrow, and of no width where all agree (Brown, Cai & DasGupta 2001, Statist.
+    Prompts are weighted at random (Bayesian bootstrap; Rubin 1981, Ann. Statist. 9:130), together
+    with half a win and half a loss, as in Jeffreys' prior. For n wins and losses, one per prompt,
+    this is Jeffreys' interval for a binomial share, which also holds for small n, where the usual
+    bootstrap is too narrow, and has no width if all agree (Brown, Cai & DasGupta 2001, Statist.
     Sci. 16:101).
     """
     _, cluster, sizes = np.unique(prompts, return_inverse=True, return_counts=True)  # [G]
@@ -87,7 +87,7 @@ class Calibration(NamedTuple):
     """
 
     predicted: np.ndarray  # [b] mean of sigmoid(|margin|)
-    # [b] share whose chosen response scored higher; a tie, where the model says 1/2, is half
+    # [b] share whose chosen response scored higher; a tie counts half, as the model says 1/2
     observed: np.ndarray
     pairs: np.ndarray  # [b] how many
 
@@ -103,7 +103,7 @@ class Calibration(NamedTuple):
 
 def calibration(margins: np.ndarray, n_bins: int = 10) -> Calibration:
     """Return the calibration of chosen minus rejected scores [n]. The order of the two responses
-    carries no information, so this asks about the model's own winner.
+    carries no information, so this is about the winner by the model's scores.
 
     >>> c = calibration(np.array([4.0, 4, 4, -4]), 1)
     >>> c.predicted.round(3).tolist(), c.observed.tolist()

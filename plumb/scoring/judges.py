@@ -29,7 +29,7 @@ from plumb.errors import UserError
 PROMPTS = Path(__file__).with_name("prompts")
 TEMPLATES = ("hh", "tldr", "tldr_concise")  # the prompts of arXiv:2305.18290, appendix C.2
 MARKS = r"""[ "'*.()<>\[\]“”`]*"""
-SAID = re.compile(
+VERDICT_LINE = re.compile(
     rf"^\W*(?:[\w ]+:{MARKS}(?:(?:response|summary) {MARKS})?)?(A|B|tie){MARKS}\r?$",
     re.MULTILINE | re.IGNORECASE,
 )
@@ -60,7 +60,7 @@ def rule(spec: str) -> Callable[[str], float]:
         return lambda answer: float(text.casefold() in answer.casefold())
     if name in ("longer", "shorter") and not text:
         sign = 1.0 if name == "longer" else -1.0
-        # how an answer begins is the template's matter
+        # white space around an answer comes from the template
         return lambda answer: sign * len(answer.strip())
     raise UserError(
         f"--judge={spec}: no such rule; give rule:longer, rule:shorter or rule:contains=TEXT"
@@ -75,9 +75,9 @@ def read_template(name: str) -> str:
     try:
         template = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(TEMPLATES)
+        names = ", ".join(TEMPLATES)
         raise UserError(
-            f"--judge-template={name}: cannot be read ({error}); give a file, or one of {known}"
+            f"--judge-template={name}: cannot be read ({error}); give a file, or one of {names}"
         ) from None
     if missing := [field for field in ("{prompt}", "{a}", "{b}") if field not in template]:
         raise UserError(
@@ -92,14 +92,14 @@ def fill(template: str, comparison: Comparison) -> str:
 
 
 def verdict_of(reply: str) -> Verdict | None:
-    """What a judge's reply says in its last line that is nothing but A, B or tie, with or without
-    "More helpful:" before it.
+    """Return the verdict in a judge's reply: its last line that consists of A, B or tie, with or
+    without "More helpful:" before it; None if there is none.
 
     >>> verdict_of('Comparison: B is vague.\\nMore helpful: "A"'), verdict_of("Both are fine.")
     ('a', None)
     """
-    found = SAID.findall(reply)
-    return found[-1].lower() if found else None
+    verdicts = VERDICT_LINE.findall(reply)
+    return verdicts[-1].lower() if verdicts else None
 
 
 class Verdicts:
@@ -109,7 +109,7 @@ class Verdicts:
 
     def __init__(self, path: Path):
         self.path = path
-        self.known = dict[str, Verdict]()
+        self.by_key = dict[str, Verdict]()
         self.lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class Verdicts:
             try:
                 row = json.loads(line)
                 if row["verdict"] in ("a", "b", "tie"):
-                    self.known[row["key"]] = row["verdict"]
+                    self.by_key[row["key"]] = row["verdict"]
             except (ValueError, KeyError, TypeError):
                 continue
 
@@ -136,7 +136,7 @@ class Verdicts:
         try:
             with self.lock, open(self.path, "a", encoding="utf-8") as file:
                 file.write(line)
-                self.known[key] = verdict
+                self.by_key[key] = verdict
         except OSError as error:
             raise UserError(
                 f"--verdicts={self.path}: cannot be written ({error.strerror}); give another file"
@@ -151,7 +151,7 @@ class Endpoint:
     model: str
     template: str
     verdicts: Verdicts
-    key: str | None = None  # sent as a bearer token, and shown nowhere
+    key: str | None = None  # sent as a bearer token, never shown
     parallel: int = 4  # questions at a time
     timeout: float = 60.0  # seconds for a reply
     tries: int = 5
@@ -171,7 +171,7 @@ class Endpoint:
 
         Raises UserError, in one line; the verdicts received before are kept.
         """
-        new = {self.key_of(c): c for c in comparisons if self.key_of(c) not in self.verdicts.known}
+        new = {self.key_of(c): c for c in comparisons if self.key_of(c) not in self.verdicts.by_key}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         with (
             httpx.Client(
@@ -197,7 +197,7 @@ class Endpoint:
                     progress.update()
             finally:
                 pool.shutdown(cancel_futures=True)
-        return [self.verdicts.known.get(self.key_of(c)) for c in comparisons]
+        return [self.verdicts.by_key.get(self.key_of(c)) for c in comparisons]
 
     def _ask(self, client: httpx.Client, key: str, comparison: Comparison, tries: int) -> None:
         """Ask until there is a reply, and store its verdict, if it has one. `tries` limits the
@@ -235,10 +235,10 @@ class Endpoint:
             if attempt < self.tries:
                 time.sleep(min(wait, LONGEST_WAIT))
         problem = problem.replace(self.key, "<secret>") if self.key else problem
-        n = len(self.verdicts.known)
+        n = len(self.verdicts.by_key)
         raise UserError(
             f"--judge={self.url}: no answer from {self.model} ({problem}); check the server,"
-            f" --judge-model and --key-env; verdicts that are kept in {self.verdicts.path}: {n}"
+            f" --judge-model and --key-env; verdicts kept in {self.verdicts.path}: {n}"
         )
 
 

@@ -1,9 +1,9 @@
-"""Files of prompts and answers: what sample.py writes, and a few other forms; with scores, and
-split by them.
+"""Read files of prompts and answers: what sample.py writes, and a few other forms; with scores,
+and split by them.
 
 A line holds {prompt, answers: [...]}, {prompt, response}, {instruction, (input,) output}, or
-{instruction, (input,) output_1, output_2}; a scored pair {prompt, chosen, rejected}. Beside answers
-stand their scores: `scores`, `score`, `output_1_score`.
+{instruction, (input,) output_1, output_2}; a scored pair {prompt, chosen, rejected}. Scores are in
+`scores`, `score` or `output_1_score` beside the answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Answered(NamedTuple):
 
     @property
     def model(self) -> str:
-        """Return whose answers these are, as the line says, otherwise the file's name."""
+        """Return whose answers these are: the line's `model`, otherwise the file's name."""
         name = self.raw.fields.get("model")
         return name if isinstance(name, str) and name else Path(self.raw.file).stem
 
@@ -128,7 +128,7 @@ def _prompt(raw: RawRow) -> Text:
 
 
 class Ranked(NamedTuple):
-    """Hold a scored line as a pair: its name in a data set, and the margin of its better answer."""
+    """Hold a scored line as a pair: a row of a data set, and the margin of its better answer."""
 
     # prompt (or instruction and input), chosen, rejected, chosen_score, rejected_score, margin
     row: dict[str, Any]
@@ -152,21 +152,21 @@ def read_ranked(path: Path) -> Iterator[Ranked]:
             prompt = {"prompt": raw.text_or_messages("prompt")}
         else:
             answered = _answered(raw)
-            given = (
+            values = (
                 raw.value("scores")
                 if "answers" in raw.fields
                 else [raw.value(name) for name in score_fields(raw)]
             )
-            if not isinstance(given, list) or len(given) != len(answered.answers):
+            if not isinstance(values, list) or len(values) != len(answered.answers):
                 raise raw.error(
-                    f"field 'scores' is {describe(given)}",
-                    f"write {len(answered.answers)} numbers, one an answer",
+                    f"field 'scores' is {describe(values)}",
+                    f"write {len(answered.answers)} numbers, one for each answer",
                 )
-            scores = [_score(raw, f"scores[{i}]", score) for i, score in enumerate(given)]
+            scores = [_score(raw, f"scores[{i}]", score) for i, score in enumerate(values)]
             if len(scores) < 2:
-                raise raw.error("one answer, and a pair takes two", "sample two or more")
+                raise raw.error("one answer, but a pair needs two", "sample two or more")
             prompt = {"prompt": answered.prompt}
-            # else as it was scored: what is around it is the template's
+            # after messages as it was scored: the template adds what is around it
             as_it_stands = isinstance(answered.prompt, str)
             texts = [text if as_it_stands else text.strip() for text in answered.answers]
         best, worst = scores.index(max(scores)), scores.index(min(scores))

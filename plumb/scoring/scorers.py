@@ -60,7 +60,7 @@ class Scored(NamedTuple):
 
     scores: np.ndarray  # [n, k] float64
     tokens: np.ndarray  # [n, k] of each response, as it was read
-    cut: np.ndarray  # [n] bool: the prompt or a response was longer than what is read
+    cut: np.ndarray  # [n] bool: the prompt or a response was truncated
     same: np.ndarray  # [n] bool: all k responses are the same, as they were read
 
 
@@ -73,8 +73,8 @@ class Scorer(Protocol):
 
 
 class Rewarding(NamedTuple):
-    """Say what a response's score is: what is read of the model, and of its reference, and the
-    scores of the first and the second of two responses, of [B] each.
+    """Hold how responses are scored: what is read from the model and from its reference, and the
+    function that gives the scores of the first and the second of two responses, [B] each.
     """
 
     reads: Reads
@@ -199,14 +199,14 @@ def rewarding_of(ref: ModelRef, reference: str | None, beta: float | None) -> Re
     )
 
 
-def knobs_of(ref: ModelRef, given: dict[str, Any]) -> DictConfig:
+def knobs_of(ref: ModelRef, options: dict[str, Any]) -> DictConfig:
     """Return the defaults in config.yaml, overridden by the model's run, overridden by the given
     values that are not None.
     """
     config = cast(DictConfig, OmegaConf.load(CONFIG / "config.yaml"))
     config = cast(
         DictConfig,
-        OmegaConf.merge(config, ref.config, {k: v for k, v in given.items() if v is not None}),
+        OmegaConf.merge(config, ref.config, {k: v for k, v in options.items() if v is not None}),
     )
     if not 0 < config.max_prompt_length < config.max_length:
         raise UserError(
@@ -242,7 +242,7 @@ class Causal:
         for model in (self.model, self.reference):
             if model is not None:
                 check_positions(model, config.max_length, "--max-length")
-        self.forward_path: ForwardPath | None = None  # found when there are tokens to try
+        self.forward_path: ForwardPath | None = None  # chosen when there are tokens to try
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], keep: str) -> Scored:
@@ -254,7 +254,7 @@ class Causal:
         for model in (self.model, self.reference):
             if model is not None:
                 check_vocabulary(model, self.tokenizer, highest, self.name, examples)
-        n, forward_path = len(examples), self._way()
+        n, forward_path = len(examples), self._find_forward_path()
         scores = np.empty((n, len(examples[0].responses)))
         packing = Packing(
             packed=forward_path.packed,
@@ -279,7 +279,7 @@ class Causal:
         )
         return Scored(scores, tokens, cut, same)
 
-    def _way(self) -> ForwardPath:
+    def _find_forward_path(self) -> ForwardPath:
         """Return how the models compute."""
         if self.forward_path is None:
             self.forward_path, line = choose_forward_path(

@@ -24,7 +24,7 @@ Answers = dict[str, list[Answered]]  # prompt's key -> the lines with answers to
 class Duel(NamedTuple):
     """Hold one answer of a policy and one of the baseline to the same prompt."""
 
-    asked: Answered
+    line: Answered  # with the prompt
     answer: str
     baseline: str
 
@@ -32,11 +32,11 @@ class Duel(NamedTuple):
 class Judged(NamedTuple):
     """Hold a judge's verdicts on n duels."""
 
-    # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: it did not say
+    # [n] 1 the policy's answer is better, 1/2 a tie, 0 the baseline's is; NaN: no verdict
     points: np.ndarray
-    details: list[dict[str, Any]]  # [n] what else it said, for the file
+    details: list[dict[str, Any]]  # [n] further details, for the file
     swayed: np.ndarray | None = (
-        None  # [n] bool: the verdict hung on the order of the answers; None: it sees one at a time
+        None  # [n] bool: the verdict depends on the answers' order; None: it sees one at a time
     )
 
 
@@ -50,74 +50,74 @@ class WinRate:
     wins: int
     ties: int
     losses: int
-    rate: Interval  # ties half; over prompts
+    rate: Interval  # over prompts; a tie is half a win
     n_unsaid: int  # duels without a verdict
-    swayed: float | None  # share of duels whose verdict hung on the order
+    swayed: float | None  # share of duels whose verdict depends on the order
 
 
 def read_policies(files: Sequence[Path], baseline: str) -> tuple[dict[str, Answers], str]:
-    """Read whose answers the files hold, by the lines' `model` or otherwise the file's name. Return
-    (policy -> answers, the baseline's name).
+    """Return ({policy: answers}, the baseline's name) of these files. A policy is named by `model`
+    in the lines, otherwise by the file.
 
     `baseline` is one of the models, or a file. Raises UserError if it is neither, or if no other
     policy is left to compare with it.
     """
     path = Path(baseline)
     is_file = path.is_file() and path.suffix != ".pt"  # a policy.pt is a model's name
-    found: dict[tuple[str, Path], Answers] = {}
+    by_source: dict[tuple[str, Path], Answers] = {}
     for file in dict.fromkeys([*files, path] if is_file else files):
         for line in read_answers(file):
-            found.setdefault((line.model, file), defaultdict(list))[line.key].append(line)
-    models = [model for model, _ in found]
-    names = {key: key[0] if models.count(key[0]) == 1 else f"{key[0]} ({key[1]})" for key in found}
+            by_source.setdefault((line.model, file), defaultdict(list))[line.key].append(line)
+    models = [model for model, _ in by_source]
+    names = {
+        key: key[0] if models.count(key[0]) == 1 else f"{key[0]} ({key[1]})" for key in by_source
+    }
     chosen = [
         name
         for key, name in names.items()
         if (key[1] == path if is_file else baseline in (key[0], name))
     ]
     if len(chosen) != 1:
-        known = ", ".join(names.values())
+        listed = ", ".join(names.values())
         raise UserError(
-            f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({known}) match;"
-            f" give one"
-            " of them, or a file with one model's answers"
+            f"--baseline={baseline}: {len(chosen) or 'none'} of the models ({listed}) match;"
+            " give one of them, or a file with one model's answers"
         )
     if len(names) < 2:
         raise UserError(
-            f"--baseline={baseline}: the files have no other model's answers; add samples of"
-            f" another"
-            " model, too"
+            f"--baseline={baseline}: the files have no other model's answers; add samples"
+            " of another model"
         )
-    return {names[key]: answers for key, answers in found.items()}, chosen[0]
+    return {names[key]: answers for key, answers in by_source.items()}, chosen[0]
 
 
 def duels(policy: Answers, baseline: Answers) -> list[Duel]:
     """Pair the i-th answers to each prompt; answers without a counterpart are left out."""
-    found = []
+    pairs = []
     for key in policy.keys() & baseline.keys():
         mine, theirs = (
             [(line, answer) for line in side[key] for answer in line.answers]
             for side in (policy, baseline)
         )
-        found += [
+        pairs += [
             Duel(line, answer, other)
             for (line, answer), (_, other) in zip(mine, theirs, strict=False)
         ]
-    return sorted(found, key=lambda duel: (duel.asked.raw.file, duel.asked.raw.number))
+    return sorted(pairs, key=lambda duel: (duel.line.raw.file, duel.line.raw.number))
 
 
 def by_points(
     some: Sequence[Duel], points_of: Callable[[Sequence[Answered]], Sequence[float]]
 ) -> Judged:
     """Judge by a scorer that sees one answer at a time: more points win. Each distinct answer to a
-    prompt is scored once; after messages, the text around it is the template's.
+    prompt is scored once; after messages, the template adds the text around it.
     """
-    read = lambda duel, text: text if isinstance(duel.asked.prompt, str) else text.strip()
+    read = lambda duel, text: text if isinstance(duel.line.prompt, str) else text.strip()
     texts = ((duel, read(duel, text)) for duel in some for text in (duel.answer, duel.baseline))
-    answers = {(duel.asked.key, text): duel.asked._replace(answers=[text]) for duel, text in texts}
+    answers = {(duel.line.key, text): duel.line._replace(answers=[text]) for duel, text in texts}
     points = dict(zip(answers, points_of(list(answers.values())), strict=True))
     pairs = [
-        [points[duel.asked.key, read(duel, text)] for text in (duel.answer, duel.baseline)]
+        [points[duel.line.key, read(duel, text)] for text in (duel.answer, duel.baseline)]
         for duel in some
     ]
     details = [{"score": float(mine), "baseline_score": float(theirs)} for mine, theirs in pairs]
@@ -130,10 +130,10 @@ def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
     """Judge by an endpoint that sees both answers, in both orders: a verdict counts if the two
     agree, and is a tie otherwise. Equal answers are not sent.
     """
-    asked = [i for i, duel in enumerate(some) if duel.answer.strip() != duel.baseline.strip()]
+    differing = [i for i, duel in enumerate(some) if duel.answer.strip() != duel.baseline.strip()]
     orders = []
-    for i in asked:
-        question = question_of(some[i].asked.prompt)
+    for i in differing:
+        question = question_of(some[i].line.prompt)
         mine = some[i].answer.strip()
         theirs = some[i].baseline.strip()
         orders += [Comparison(question, mine, theirs), Comparison(question, theirs, mine)]
@@ -142,7 +142,7 @@ def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
     swayed = np.zeros(len(some), bool)
     details = [dict[str, Any]() for _ in some]
     value: dict[Verdict | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0, None: np.nan}
-    for i, first, second in zip(asked, verdicts[::2], verdicts[1::2], strict=True):
+    for i, first, second in zip(differing, verdicts[::2], verdicts[1::2], strict=True):
         both = value[first], 1 - value[second]
         swayed[i] = None not in (first, second) and both[0] != both[1]
         points[i] = np.nan if None in (first, second) else both[0] if both[0] == both[1] else 0.5
@@ -151,8 +151,8 @@ def by_endpoint(some: Sequence[Duel], endpoint: Endpoint) -> Judged:
 
 
 def question_of(prompt: Text) -> str:
-    """A prompt as a judge is shown it: a single question by itself, a dialogue with its speakers, a
-    post without "TL;DR:".
+    """Return a prompt as a judge sees it: a single question by itself, a dialogue with its
+    speakers, a post without "TL;DR:".
 
     >>> question_of("\\n\\nHuman: Why?\\n\\nAssistant:"), question_of("POST: I ran.\\nTL;DR:")
     ('Why?', 'POST: I ran.')
@@ -170,10 +170,12 @@ def question_of(prompt: Text) -> str:
 
 def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> WinRate:
     """Return a policy's line of the table."""
-    said = ~np.isnan(judged.points)
-    points, prompts = judged.points[said], np.array([duel.asked.key for duel in some])[said]
+    decided = ~np.isnan(judged.points)
+    points, prompts = judged.points[decided], np.array([duel.line.key for duel in some])[decided]
     wins, ties, losses = (int((points == value).sum()) for value in (1, 0.5, 0))
-    swayed = None if judged.swayed is None or not said.any() else float(judged.swayed[said].mean())
+    swayed = (
+        None if judged.swayed is None or not decided.any() else float(judged.swayed[decided].mean())
+    )
     return WinRate(
         policy=policy,
         n=len(points),
@@ -182,6 +184,6 @@ def win_rate(policy: str, some: Sequence[Duel], judged: Judged, seed: int) -> Wi
         ties=ties,
         losses=losses,
         rate=bootstrap(points, prompts, seed),
-        n_unsaid=int((~said).sum()),
+        n_unsaid=int((~decided).sum()),
         swayed=swayed,
     )

@@ -256,7 +256,7 @@ def test_win_rates_by_an_endpoint(files, tmp_path, capsys):
     assert [line["points"] for line in lines] == [1, 1, 1, 0.5] and lines[0][
         "verdict_swapped"
     ] == "b"
-    assert "1 prompts that only dpo or only sft" in capsys.readouterr().out
+    assert "1 prompts are left out: only dpo or only sft" in capsys.readouterr().out
 
 
 def test_a_judge_that_takes_what_stands_first_decides_nothing(files, tmp_path):
