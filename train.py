@@ -296,6 +296,8 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     from plumb.data.prepare import (
         balance_note,
         check_label_smoothing,
+        check_label_threshold,
+        check_list_pairs,
         check_margins,
         check_soft_labels,
         load_examples,
@@ -321,7 +323,9 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     # an SFT target is no preference
     if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
         check_soft_labels(loss.name, train_examples, eval_examples)
-    check_label_smoothing(config.loss.get("label_smoothing") or 0, train_examples)
+    check_label_smoothing(loss.values_of("label_smoothing"), train_examples)
+    check_list_pairs(config.list_pairs, train_examples, eval_examples)
+    check_label_threshold(config.label_threshold, train_examples, eval_examples)
     for weights in loss.label_weights:
         if weights.balanced is None and (note := balance_note(train_examples, weights)):
             rank0_print(note)

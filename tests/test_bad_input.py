@@ -233,6 +233,7 @@ LOSS_KNOBS = {
     # it has the knobs of config/loss/sft.yaml then
     "loss.name=sft": ("loss.beta=0.1: no such knob", "not of this model or loss"),
     "~loss.label_smoothing": ("loss.label_smoothing", "needs it"),
+    "~loss.alpha": ("~loss.alpha: there is nothing to take away", "leave out ~loss.alpha"),
 }
 
 
@@ -367,6 +368,26 @@ LABELS = {
         ["loss=plackett_luce", "loss.beta=0.1"],
         {"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]},
         "'scores[1]' is a number (nan), not a finite number; fix or remove the line",
+    ),
+    "soft labels in place of a term's smoothing": (
+        [
+            "loss=mix",
+            "~loss.terms.quality",
+            "~loss.terms.generation",
+            "loss.terms.preference.label_smoothing=0.1",
+        ],
+        PAIR | {"p_chosen": 0.7},
+        "loss.terms.preference.label_smoothing=0.1: every training pair has a soft label",
+    ),
+    "pairs of a list of two": (
+        [*DPO, "list_pairs=adjacent"],
+        PAIR,
+        "list_pairs=adjacent: no data set has a list of more than two ranked responses; leave",
+    ),
+    "threshold of no score": (
+        [*KTO, "label_threshold=3"],
+        PAIR,
+        "label_threshold=3: no data set has responses with a label",
     ),
     "no pairs to unpair": (
         [*KTO, "unpair=false"],
@@ -619,6 +640,9 @@ def test_model_architecture(refused, good, tiny_model):
         *good, "model.name_or_path=null", tokenizer, "model.architecture={model_type: nosuch}"
     )
     says(line, "model.architecture", "nosuch")
+    heads = "{model_type: llama, num_attention_heads: 4, num_key_value_heads: 3, hidden_size: 64}"
+    line = refused(*good, "model.name_or_path=null", tokenizer, f"model.architecture={heads}")
+    says(line, "num_key_value_heads=3, which does not divide num_attention_heads=4")
 
 
 # ---- policy.pt ----

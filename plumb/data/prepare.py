@@ -24,6 +24,7 @@ from plumb.data import (
     splits,
 )
 from plumb.data.examples import (
+    EVERYTHING,
     Examples,
     Taking,
     cases,
@@ -344,13 +345,38 @@ def check_soft_labels(loss_name: str, *splits: Examples) -> None:
                 )
 
 
-def check_label_smoothing(label_smoothing: float, examples: Examples) -> None:
-    """Raise UserError for a label smoothing of no pair, since each has a soft label."""
+def check_label_smoothing(values: Mapping[str, float], examples: Examples) -> None:
+    """Raise UserError for a label smoothing of no pair, since each has a soft label. `values`: of
+    these knobs, by their full names.
+    """
     p_chosen = examples.extras().example.get("p_chosen", np.full(1, nan))
-    if label_smoothing and not np.isnan(p_chosen).any():
+    for name, label_smoothing in values.items():
+        if label_smoothing and not np.isnan(p_chosen).any():
+            raise UserError(
+                f"{name}={label_smoothing:g}: every training pair has a soft label (p_chosen),"
+                f" which takes its place; set {name}=0, or soft_labels=ignore"
+            )
+
+
+def check_list_pairs(list_pairs: str, *splits: Examples) -> None:
+    """Raise UserError for a choice of pairs where no list has more than one."""
+    stores = [table.store for examples in splits for table in examples.tables]
+    if list_pairs != EVERYTHING.list_pairs and not any(
+        (store.lists[:, 2] > 2).any() for store in stores
+    ):
         raise UserError(
-            f"loss.label_smoothing={label_smoothing:g}: every training pair has a soft label"
-            " (p_chosen), which takes its place; set loss.label_smoothing=0, or soft_labels=ignore"
+            f"list_pairs={list_pairs}: no data set has a list of more than two ranked responses;"
+            f" leave list_pairs={EVERYTHING.list_pairs}"
+        )
+
+
+def check_label_threshold(label_threshold: float | None, *splits: Examples) -> None:
+    """Raise UserError for a threshold where no response has a label or a score."""
+    stores = [table.store for examples in splits for table in examples.tables]
+    if label_threshold is not None and not any(len(store.labelled) for store in stores):
+        raise UserError(
+            f"label_threshold={label_threshold:g}: no data set has responses with a label (prompt,"
+            " completion, label), whose scores it would read; leave label_threshold=null"
         )
 
 

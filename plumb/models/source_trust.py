@@ -60,7 +60,8 @@ def pinned(spec: DictConfig, name: str) -> dict[str, Any]:
 
 def check_settings(hf_config: Any, what: str) -> None:
     """Raise UnsafeFile for a config.json that names attention or experts whose code would be
-    fetched and run; and UserError for sizes with which transformers builds an empty model.
+    fetched and run; and UserError for sizes with which transformers builds an empty model, or one
+    that cannot compute.
     """
     for key, allowed in (
         ("_attn_implementation_internal", ATTENTIONS),
@@ -82,9 +83,22 @@ def check_settings(hf_config: Any, what: str) -> None:
         size = getattr(hf_config.get_text_config(), key, None)
         if isinstance(size, int) and size < 1:
             raise UserError(f"{what}: its config has {key}={size}; write at least 1")
+    _check_heads(hf_config.get_text_config(), what)
     for value in vars(hf_config).values():
         if hasattr(value, "_attn_implementation_internal"):  # a config within the config
             check_settings(value, what)
+
+
+def _check_heads(hf_config: Any, what: str) -> None:
+    """Raise UserError for key heads that the attention heads cannot share evenly."""
+    heads, of_keys = (
+        getattr(hf_config, key, None) for key in ("num_attention_heads", "num_key_value_heads")
+    )
+    if isinstance(heads, int) and isinstance(of_keys, int) and of_keys > 0 and heads % of_keys:
+        raise UserError(
+            f"{what}: its config has num_key_value_heads={of_keys}, which does not divide"
+            f" num_attention_heads={heads}; write a divisor"
+        )
 
 
 def check_templates(tokenizer: Any, what: str) -> None:

@@ -145,6 +145,12 @@ def in_one_line(error: Exception) -> str:
             f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"
             " config/model and config/loss"
         )
+    # Hydra says so of a knob that is null, too
+    if nothing := re.search(r"Could not delete from config\. '(.+?)' does not exist", lines[0]):
+        return (
+            f"~{nothing[1]}: there is nothing to take away, since the option is null or does not"
+            f" exist; leave out ~{nothing[1]}"
+        )
     if lines[0].startswith("In 'config': Could not find '"):
         group, _, name = lines[0].partition("Could not find '")[2].strip("'").rpartition("/")
         return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
