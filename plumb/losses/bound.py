@@ -13,6 +13,12 @@ from plumb.losses.contract import BatchContext, Group, LossOutput
 AverageOver = Literal["examples", "tokens"]
 Reads = Literal["logps", "logps_and_squares", "logps_and_kl", "token_logps", "scores"]
 Read = Literal["last", "mean"]
+# what is taken off a sample's reward: the mean of its group's others, of its group, of the batch
+Baseline = Literal["leave_one_out", "group_mean", "batch_mean"]
+# the deviation that divides what is left: its group's, the batch's, or none
+Scale = Literal["group", "batch", "none"]
+# whether groups whose rewards are all equal are trained on
+EqualRewards = Literal["keep", "drop"]
 # knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
 Usual = Mapping[str, tuple[float, float]]
 
@@ -34,6 +40,18 @@ class LabelWeights(NamedTuple):
     def balanced(self) -> str | None:
         """Return the name of the weight that is not a number yet."""
         return next((n for n, v in zip(*self, strict=True) if v == BALANCED), None)
+
+
+class AdvantageRule(NamedTuple):
+    """Say how rewards become the advantages of a loss on the policy's own samples.
+
+    Example: RLOO's: AdvantageRule("leave_one_out", "none", kl_weight=0.05, equal_rewards="keep").
+    """
+
+    baseline: Baseline
+    scale: Scale
+    kl_weight: float  # of log pi(y|x) / pi_ref(y|x), which is taken off the reward; 0: it is not
+    equal_rewards: EqualRewards
 
 
 @dataclass(frozen=True)
