@@ -162,7 +162,7 @@ choose a book as a gift | book gifts | a book is a book and paper burns well | s
 
 
 def split(text):
-    """The pieces of a table: one on each line, or several with ` | ` between them."""
+    """Return the pieces of a table: one per line, or several separated by ` | `."""
     return [piece.strip() for line in text.strip().splitlines() for piece in line.split(" | ")]
 
 

@@ -1,5 +1,5 @@
-"""Where things lie: the checkout with its config tree, the directory of a user's runs and caches;
-and new files.
+"""Locate the checkout with its config tree and the directory of a user's runs and caches, and write
+new files.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def get_local_dir(local_dirs: Sequence[str]) -> Path:
 
 
 def local_root(local_dirs: Sequence[str]) -> Path:
+    """Return the first of local_dirs that exists, otherwise the last one."""
     return Path(next((d for d in local_dirs if Path(d).is_dir()), local_dirs[-1]))
 
 

@@ -1,5 +1,5 @@
-"""Losses: pure functions of log-probabilities or scores, one value per example. Imports torch
-alone.
+"""Losses: pure functions of log-probabilities or scores, one value per example. Imports only
+torch.
 
 A loss is a decorated function (registry.py) of the types in contract.py, and a YAML in config/loss
 with its knobs. Models, batches and the division by the batch's count do not belong here.

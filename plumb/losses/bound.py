@@ -1,4 +1,4 @@
-"""A loss with its knobs bound: what the trainer gets of a loss."""
+"""Define a loss with its knobs bound, as the trainer uses it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EqualRewards = Literal["keep", "drop"]
 # knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
 Usual = Mapping[str, tuple[float, float]]
 
-# the value of one of two label weights that makes both kinds of responses count the same in all
+# the value of one of two label weights with which both kinds of responses count the same in total
 BALANCED = "balanced"
 
 
 class LabelWeights(NamedTuple):
-    """Hold the two weights that are to balance the numbers of undesirable and desirable responses:
+    """Hold the two weights that balance the numbers of undesirable and desirable responses:
     numbers above 0, or one of them BALANCED.
 
     Example: LabelWeights(("loss.undesirable_weight", "loss.desirable_weight"), (1.0, "balanced")).
@@ -56,8 +56,8 @@ class AdvantageRule(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with its knobs bound. The trainer asks it what it needs; nowhere in the code stands a
-    list of loss names.
+    """A loss with its knobs bound. The trainer asks it what it needs; there is no list of loss
+    names in the code.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Loss:
     # log-probabilities by response or by token, or the scores of a model with a scalar head
     reads: Reads
     needs_reference: bool
-    reference_by_token: bool  # gets the reference's log-probabilities by token as well
-    average_over: AverageOver  # the global count that the summed losses are divided by
+    reference_by_token: bool  # also gets the reference's log-probabilities by token
+    average_over: AverageOver  # the global count by which the summed losses are divided
     needs_margins: bool  # needs data whose responses have scores
     soft_labels: bool  # uses p_chosen; data with soft labels are refused by every other loss
-    # of undesirable and desirable responses: the texts that they are trained to begin with
+    # of undesirable and desirable responses: the texts with which they are trained to begin
     prefixes: tuple[str, str] | None
     label_weights: tuple[LabelWeights, ...]  # of a mixture, those of all its terms
-    read: Read  # which of a response's scores is its own, where it reads scores
-    context: BatchContext | None  # what it needs to know of the batch as a whole
+    read: Read  # which of a response's scores counts, if it reads scores
+    context: BatchContext | None  # what it needs to know about the whole batch
     usual: Usual  # where its knobs and the learning rate usually lie
     knobs: Mapping[str, Any]
     rewards: str  # what its rewards are, in a sentence; "" where it has none
@@ -89,7 +89,7 @@ class Loss:
 
     @property
     def context_examples(self) -> Literal["own", "mismatched"] | None:
-        """Return the examples of the batch context, where it has one."""
+        """Return the examples of the batch context, if there is one."""
         return None if self.context is None else self.context.examples
 
     @property
@@ -99,13 +99,13 @@ class Loss:
 
     @property
     def live_reference(self) -> bool:
-        """Return whether it needs more of the reference than a sum over each response, which is
-        what a cached one has.
+        """Return whether it needs more from the reference than the sum over each response, which is
+        all that a cached one has.
         """
         return self.reference_by_token or self.reads == "logps_and_kl"
 
     def context_of(self, context: torch.Tensor | None, examples: Any) -> torch.Tensor | None:
-        """Return what these examples of a batch, [B] indices, get of its context."""
+        """Return the part of a batch's context for these of its examples, [B] indices."""
         if context is None or self.context is None or not self.context.by_example:
             return context
         return context[torch.as_tensor(examples, device=context.device)]

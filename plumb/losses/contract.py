@@ -1,4 +1,4 @@
-"""What a loss is given, and what it returns.
+"""Define what a loss is given, and what it returns.
 
 Shapes: B examples; R responses of a batch, k of one example; N response tokens with a prediction.
 Units: nats. Every loss is a *sum* over what it scores; the trainer divides by a global count known
@@ -34,10 +34,11 @@ class Logps(NamedTuple):
 
 
 class LogpsAndSquares(NamedTuple):
-    """Logps, and what the log-probability of a token drawn from the policy itself would be about.
+    """Logps, and about the log-probability that tokens drawn from the policy itself would have.
 
-    Example: two tokens of log-probability -1 and -2, where the policy is sure of another token and
-    where it hesitates between two: LogpsAndSquares(sum=[-3], tokens=[2], squares=[-0.7]).
+    Example: two tokens of log-probability -1 and -2; at the first the policy is sure of another
+    token, at the second undecided between two: LogpsAndSquares(sum=[-3], tokens=[2],
+    squares=[-0.7]).
     """
 
     sum: Tensor  # [B] as in Logps
@@ -68,18 +69,18 @@ class TokenLogps(NamedTuple):
     n: int  # number of responses
 
     def of(self, responses: Tensor) -> TokenLogps:
-        """Return the tokens of these responses ([M] int64), which are then numbered 0 .. M - 1."""
+        """Return the tokens of these responses ([M] int64), renumbered 0 .. M - 1."""
         number = self.response.new_full((self.n,), -1)
         number[responses] = torch.arange(len(responses), device=number.device)
         mine = number[self.response]  # [N]
-        kept = mine >= 0
-        return TokenLogps(self.each[kept], mine[kept], len(responses))
+        selected = mine >= 0
+        return TokenLogps(self.each[selected], mine[selected], len(responses))
 
     def sum(self, values: Tensor | None = None) -> Tensor:
         """Return the sum of `values` [N], or of the log-probabilities, over each response.  [n]
 
-        In a fixed order, and in float64 where the device has it: `index_add` would add in the order
-        in which a GPU's threads arrive, so the same batch could give two losses.
+        It adds in a fixed order, and in float64 if the device has it: `index_add` would add in the
+        order in which a GPU's threads arrive, so the same batch could give two losses.
         """
         values = self.each if values is None else values
         wide = values if values.device.type == "mps" else values.double()
@@ -97,10 +98,10 @@ def summed(of_model: Logps | LogpsAndSquares | LogpsAndKL | TokenLogps) -> Logps
 
 
 class Scores(NamedTuple):
-    """The scores that a reward model gives B responses."""
+    """A reward model's scores of B responses."""
 
     last: Tensor  # [B] the score at each response's last token
-    each: Tensor  # [B, L] the scores at all of its tokens; after its end, its last one again
+    each: Tensor  # [B, L] the scores at all of its tokens; after its end, the last one repeated
     tokens: Tensor  # [B] its number of tokens
 
     def of(self, read: str) -> Tensor:
@@ -128,54 +129,52 @@ def halves(of_model: Any) -> tuple[Any, Any]:
 
 
 class Pairs(NamedTuple, Generic[T]):
-    """What a loss with group="pair" gets: `Pairs` (of Logps), or `Pairs[TokenLogps]`."""
+    """The input of a loss with group="pair": `Pairs` (of Logps), or `Pairs[TokenLogps]`."""
 
     chosen: T
     rejected: T
-    # [B] soft labels: the probability that chosen is preferred, NaN where a pair has none; None
-    # where no pair of the data has one. Only a loss with soft_labels=True gets them
+    # [B] soft labels: the probability that chosen is preferred, NaN for a pair without one; None
+    # if no pair of the data has one. Only a loss with soft_labels=True gets them
     p_chosen: Tensor | None = None
-    # [B] by how much the data's own scores prefer chosen, NaN where they are not known
+    # [B] the data's own score of chosen minus that of rejected, NaN where unknown
     margins: Tensor | None = None
 
 
 class ScoredPairs(NamedTuple):
-    """What a reward model's loss with group="pair" gets."""
+    """The input of a reward model's loss with group="pair"."""
 
     chosen: Scores
     rejected: Scores
     shared: Tensor  # [B] number of tokens that both responses begin with
-    # [B] by how much the data's own scores prefer chosen; None where there are none
+    # [B] the data's own score of chosen minus that of rejected; None if there are none
     margins: Tensor | None
     p_chosen: Tensor | None = None  # [B] as in Pairs
 
 
 def flip_probability(pairs: Pairs | ScoredPairs, label_smoothing: float) -> Tensor | float:
     """Return the probability that a pair's label is wrong: 1 - p_chosen of a pair with a soft
-    label, `label_smoothing` of every other.  [B], or a number where no pair has a soft label
+    label, `label_smoothing` for every other.  [B], or a number if no pair has a soft label
     """
     p = pairs.p_chosen
     return label_smoothing if p is None else torch.where(p.isnan(), label_smoothing, 1 - p)
 
 
 class Lists(NamedTuple):
-    """What a loss with group="list" gets: each example's responses from best to worst. k is the
-    length of the longest list; a shorter one leaves its last places empty.
+    """The input of a loss with group="list": each example's responses from best to worst. k is the
+    length of the longest list; the last places of a shorter one are empty.
 
     Example: lists of 2 and 1: Lists(Logps(sum=[[-3, -5], [-4, 0]], tokens=[[2, 2], [3, 0]]),
     exists=[[True, True], [True, False]]).
     """
 
-    responses: Logps  # of [B, k], 0 where a list has fewer responses
+    responses: Logps  # of [B, k], 0 at empty places
     exists: Tensor  # [B, k] bool
-    # [B, k] 0 for the best, the same number for those that rank alike; NaN in a list, or None for
-    # all, where no two do
+    # [B, k] 0 for the best, the same number for responses of the same rank; NaN in a list without
+    # ties, None if no list has ties
     levels: Tensor | None = None
 
     def order(self) -> Tensor:
-        """Return the levels, or the places of a list in which no two responses rank alike.
-        [B, k]
-        """
+        """Return the levels, or the places in a list without ties.  [B, k]"""
         places = torch.arange(self.exists.shape[1], device=self.exists.device)
         places = places.expand_as(self.exists)
         if self.levels is None:
@@ -194,33 +193,33 @@ class Lists(NamedTuple):
 
 
 class Labelled(NamedTuple, Generic[T]):
-    """What a loss with group="labelled" gets: `Labelled` (of Logps), or `Labelled[TokenLogps]`."""
+    """The input of a loss with group="labelled": `Labelled` of Logps, or `Labelled[TokenLogps]`."""
 
     responses: T
     desirable: Tensor  # [B] bool
 
 
 class BatchContext(NamedTuple):
-    """What a loss whose examples depend on each other needs to know of the batch as a whole: of all
+    """What a loss whose examples depend on each other needs to know about the whole batch, over all
     ranks and microbatches, computed without gradients before the first microbatch.
 
-    In training the whole is the step's batch, in an evaluation all evaluated examples.
+    In training, this is the step's batch; in an evaluation, all evaluated examples.
     """
 
-    # whose log-probabilities: the batch's own examples, or its prompts with responses to other
-    # prompts (batching/mismatched.py)
+    # the examples to compute: the batch's own, or its prompts with responses to other prompts
+    # (batching/mismatched.py)
     examples: Literal["own", "mismatched"]
-    # (policy, reference or None), Logps of [n, k] in the batch's order, 0 where an example has
-    # fewer responses, or Labelled with such Logps for own labelled responses -> what the loss gets
-    # as its third argument
+    # (policy, reference or None) -> the loss's third argument; both are Logps of [n, k] in the
+    # batch's order, 0 where an example has fewer responses, or, for own labelled responses,
+    # Labelled with such Logps
     compute: Callable[..., Tensor]
-    # whether that has a row for each example, of which a microbatch gets those of its own examples
+    # whether the result has a row for each example; a microbatch then gets those of its examples
     by_example: bool = False
 
 
 class Mean(NamedTuple):
-    """A metric that is logged as sum(values) / sum(counts) over all examples of a batch, whatever
-    its microbatches and ranks.
+    """A metric that is logged as sum(values) / sum(counts) over all examples of a batch, however it
+    is split.
 
     Example: the mean reward of desirable responses: Mean(rewards * desirable, desirable).
     """
@@ -236,7 +235,7 @@ class Mean(NamedTuple):
 
     @staticmethod
     def value(sums: Sequence[float]) -> float | None:
-        """Return the mean from the sums of the columns; None where nothing was counted."""
+        """Return the mean from the sums of the columns; None if nothing was counted."""
         total, count = sums
         return total / count if count else None
 
@@ -256,7 +255,7 @@ class Spread(NamedTuple):
 
     @staticmethod
     def value(sums: Sequence[float]) -> float | None:
-        """Return the deviation from the sums of the columns; None where there are no values."""
+        """Return the deviation from the sums of the columns; None if there are no values."""
         total, squares, number = sums
         return max(0.0, squares / number - (total / number) ** 2) ** 0.5 if number else None
 
@@ -266,7 +265,7 @@ Metric = Mean | Spread
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a loss returns.
+    """The output of a loss.
 
     Example: LossOutput(losses, chosen.detach(), rejected.detach()) of a loss on pairs.
     """

@@ -1,4 +1,4 @@
-"""Divergences in place of the reverse KL of DPO (f-DPO, arXiv:2309.16240)."""
+"""Compute divergences that replace the reverse KL of DPO (f-DPO, arXiv:2309.16240)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LARGEST_EXPONENT = 80.0
 def check_divergence(
     divergence: Divergence, alpha: float | None, normalize: str, reference_free: bool
 ) -> None:
-    """Raise ValueError for an alpha that is missing, ignored or outside (0, 1), and for what has no
-    ratio pi/pi_ref to compare.
+    """Raise ValueError for an alpha that is missing, ignored or outside (0, 1), and for knobs with
+    which there is no ratio pi/pi_ref.
     """
     if divergence != "reverse_kl" and (reference_free or normalize != "sum"):
         knob = "reference_free=true" if reference_free else f"normalize={normalize}"
@@ -27,7 +27,7 @@ def check_divergence(
         )
     if divergence != "alpha" and alpha is not None:
         raise ValueError(
-            f"alpha={alpha}: only divergence=alpha reads it, and divergence={divergence}; leave"
+            f"alpha={alpha}: only divergence=alpha uses it, but divergence={divergence}; leave"
             " alpha=null"
         )
     if divergence == "alpha" and not (alpha is not None and 0 < alpha < 1):
@@ -38,7 +38,7 @@ def check_divergence(
 
 
 def derivative(log_u: Tensor, divergence: Divergence, alpha: float | None) -> Tensor:
-    """Return f'(u) of u = pi/pi_ref, less a constant, which cancels in a pair.  [B]
+    """Return f'(u) of u = pi/pi_ref, up to a constant, which cancels in a pair.  [B]
 
     reverse KL log u; forward KL -1/u; Jensen-Shannon log(2u / (1+u)); alpha -u^-alpha / alpha.
     """

@@ -1,5 +1,5 @@
-"""Inputs of a loss made from numbers, outside of a training batch: to try its knobs, to ask for the
-rewards of given responses, to see how it acts. Shapes and units: contract.py.
+"""Make inputs of a loss from numbers, outside a training batch: to try its knobs, to get the
+rewards of given responses, to see how it behaves. Shapes and units: contract.py.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rewards(loss: Loss, policy: Two, reference: Two | None) -> tuple[Tensor, Ten
 
 
 def _example(loss: Loss, two: Two) -> Any:
-    """Return what a loss of this group gets."""
+    """Return an example as the input of a loss of this group."""
     first, second = two
     if isinstance(first, Scores):
         shared, margins = torch.zeros_like(first.tokens), torch.ones_like(first.last)
@@ -90,7 +90,7 @@ def _example(loss: Loss, two: Two) -> Any:
 
 
 def _context(loss: Loss, policy: Two, reference: Two | None) -> Any:
-    """Return the loss's batch context where these examples are the batch."""
+    """Return the loss's batch context if these examples are the batch."""
     declared = loss.context
     if declared is None:
         return None

@@ -1,8 +1,8 @@
 """Losses on lists of responses to the same prompt, ranked from best to worst. Shapes and units:
 contract.py.
 
-Responses that rank alike carry no preference: they do not compete with each other, and each is
-compared with those that rank below both.
+Responses of the same rank carry no preference: they do not compete with each other, and each is
+compared with the responses ranked below.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def plackett_luce(policy: Lists, reference: Lists, *, beta: float) -> LossOutput
     responses that rank below i, with r = beta log pi(y|x)/pi_ref(y|x): Eq. 20 of arXiv:2305.18290
     (appendix A.3).
 
-    Each place is a choice of the best among those that are left, and the last choice is none; for a
-    list of two this is `dpo`. Responses that rank alike do not compete: the term of each is that of
-    a list without the others of its rank.
+    Each place is a choice of the best among the remaining responses, and the last is no choice; for
+    a list of two this is `dpo`. Responses of the same rank do not compete: the term of each is that
+    of a list without the others of its rank.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), of the best response and of the worst.
     """
@@ -55,8 +55,8 @@ def softmax_dpo(policy: Lists, reference: Lists, *, beta: float) -> LossOutput:
 
 def choices(policy: Lists, r: Tensor) -> Tensor:
     """Return, for rewards r [B, k], -log of the probability that each response is chosen among
-    itself and those that rank below it; 0 at places without a response.  [B, k]
+    itself and those ranked below it; 0 at empty places.  [B, k]
     """
-    # an empty place is left with itself alone, which costs nothing
-    left = policy.worse() | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
-    return r[:, None, :].masked_fill(~left, -torch.inf).logsumexp(2) - r
+    # an empty place competes only with itself, which costs nothing
+    remaining = policy.worse() | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
+    return r[:, None, :].masked_fill(~remaining, -torch.inf).logsumexp(2) - r

@@ -1,4 +1,4 @@
-"""Weighted sums of losses on the same batch. Shapes and units: contract.py."""
+"""Build weighted sums of losses on the same batch. Shapes and units: contract.py."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture(Loss):
-    """A weighted sum of losses, whose batch context is {label: context} of the terms that have
-    one.
-    """
+    """A weighted sum of losses; its batch context is {label: context} of the terms with one."""
 
     terms: tuple[Term, ...] = ()
 
@@ -51,7 +49,7 @@ class Mixture(Loss):
         }
 
     def context_of(self, context: Any, examples: Any) -> Any:
-        """Return what these examples of a batch, [B] indices, get of each term's context."""
+        """Return the part of each term's context for these examples of a batch, [B] indices."""
         if context is None:
             return None
         return {
@@ -126,7 +124,7 @@ def _term(label: str, knobs: Any, build: Callable[[Mapping[str, Any]], Loss]) ->
     """Return a term with its knobs bound. An error names loss.terms.<label>.<knob>."""
     where = f"loss.terms.{label}"
     if not re.fullmatch(r"\w+", str(label)):
-        raise ValueError(f"{where}: a term's name may have letters, digits and _ alone")
+        raise ValueError(f"{where}: a term's name may have letters, digits and _ only")
     if not isinstance(knobs, Mapping) or "name" not in knobs:
         raise ValueError(f"{where}={knobs}: expected a loss's knobs, name and weight")
     own = dict(knobs)
@@ -166,9 +164,9 @@ def _context(terms: Sequence[Term]) -> BatchContext | None:
 
 
 def _sum_of(terms: Sequence[Term]) -> Any:
-    """Return (policy, reference, context) -> the weighted sum. Each term's loss is logged as
-    terms/<label>, without its weight. Rewards are those of the first term that has some. A metric
-    is logged under its own name, or below the label if an earlier term has the name.
+    """Return the function (policy, reference, context) -> the weighted sum. Each term's loss is
+    logged as terms/<label>, without its weight. Rewards are those of the first term that has some.
+    A metric is logged under its own name, or below the label if an earlier term has the name.
     """
 
     def compute(policy: Any, reference: Any = None, context: Any = None) -> LossOutput:
@@ -180,8 +178,8 @@ def _sum_of(terms: Sequence[Term]) -> Any:
             outputs.append(output)
             metrics[f"terms/{term.label}"] = Mean(output.losses.detach())
             for name, metric in output.metrics.items():
-                taken = name in metrics
-                metrics[f"{term.label}/{name.replace('/', '_')}" if taken else name] = metric
+                exists = name in metrics
+                metrics[f"{term.label}/{name.replace('/', '_')}" if exists else name] = metric
         rewarded = next((x for x in outputs if _has_rewards(x)), outputs[0])
         weighted = [
             term.weight * output.losses for term, output in zip(terms, outputs, strict=True)

@@ -58,7 +58,7 @@ def dpo(
 
     e = `label_smoothing` > 0: conservative DPO, labels flipped with probability e (Eq. 3 of
     https://ericmitchell.ai/cdpo.pdf); a pair with a soft label has e = 1 - p_chosen. a = `nll` > 0
-    keeps the chosen responses likely (Eq. 1 of arXiv:2404.19733). `reference_free` takes pi_ref as
+    keeps the chosen responses likely (Eq. 1 of arXiv:2404.19733). `reference_free` treats pi_ref as
     constant: no reference is loaded, and the rewards are beta log pi (the original code still ran
     the reference and reported rewards against it).
 
@@ -66,9 +66,9 @@ def dpo(
     -1/u (forward_kl), log(2u / (1+u)) (js), -u^-a / a with a = `alpha` (alpha), which lies between
     reverse_kl (a = 0) and forward_kl (a = 1): f-DPO, arXiv:2309.16240.
 
-    `normalize=sum` is the paper's, whose numbers (beta 0.1 to 0.5) belong to it. `token` divides
-    each log pi and log pi_ref by the length: the length-normalised DPO of Tulu 3
-    (arXiv:2411.15124), whose beta is 5; a beta of 0.1 belongs to sums.
+    `normalize=sum` is that of the paper, with a beta of 0.1 to 0.5. `token` divides each log pi and
+    log pi_ref by the length: the length-normalized DPO of Tulu 3 (arXiv:2411.15124), with a beta of
+    5.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), per token with `normalize=token`.
     """
@@ -107,11 +107,11 @@ def ipo(
     `normalize=sum` takes log-probabilities of whole responses, as the 2023 code and OpenRLHF do.
     `token` takes means per token, as TRL, HALOs and LLaMA-Factory do, and as the paper's authors
     have confirmed. The paper's own experiments are bandits, where the two are the same. The target
-    1/(2 beta) is one of a sum or of a mean, so a beta of one form is not one of the other.
+    1/(2 beta) is that of a sum or of a mean, so a beta for one form does not suit the other.
 
     e = label_smoothing (or 1 - p_chosen of a pair with a soft label) mixes in the loss of the
-    flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2 beta))^2, the same reading of label noise as
-    in `dpo` (the 2023 code ignored the knob without a word). `nll`, `reference_free`: as in `dpo`.
+    flipped pair, (1-e)(h - 1/(2 beta))^2 + e (h + 1/(2 beta))^2, the same treatment of label noise
+    as in `dpo` (the 2023 code silently ignored the knob). `nll`, `reference_free`: as in `dpo`.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), per token with `normalize=token`.
     """
@@ -136,7 +136,7 @@ def robust(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: flo
 
     If a share e = `label_smoothing` of the labels is flipped, its expectation is the `dpo` loss on
     the true labels. `dpo` with label_smoothing mixes the two losses instead, and is biased. The
-    loss is not bounded below: it rewards a wide margin without end.
+    loss is not bounded below: a wider margin always lowers it.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -158,11 +158,11 @@ def robust(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: flo
 def hinge(
     policy: Pairs, reference: Pairs | None, *, beta: float, reference_free: bool
 ) -> LossOutput:
-    """max(0, 1 - beta h), with h as in `dpo`: the normalised hinge of RSO, arXiv:2309.06657, beta
+    """max(0, 1 - beta h), with h as in `dpo`: the normalized hinge of RSO, arXiv:2309.06657, beta
     its gamma.
 
-    The hinge of SLiC on log-probabilities that are normalised by the reference. A pair that is
-    ahead by 1 / beta nats gives no gradient. `slic` is the form without a reference.
+    The hinge of SLiC on log-probabilities normalized by the reference. A pair with a margin of 1 /
+    beta nats has no gradient. `slic` is the form without a reference.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -180,9 +180,9 @@ def exo_pair(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: f
     """q log(q / (1-e)) + (1-q) log((1-q) / e), with q = sigmoid(beta h) and h as in `dpo`: Eq. 16
     of arXiv:2402.00856.
 
-    The reverse KL from what the policy prefers to the labels, which are right with probability 1 -
-    e, e = `label_smoothing`; `dpo` takes the forward KL. e must be above 0, else a wrong label
-    would cost infinitely much. The optimum is h = log((1-e) / e) / beta.
+    The reverse KL from the policy's preference to the labels, which are right with probability 1 -
+    e, e = `label_smoothing`; `dpo` takes the forward KL. e must be above 0, otherwise a wrong label
+    would have an infinite loss. The optimum is h = log((1-e) / e) / beta.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -208,7 +208,8 @@ def discopop(policy: Pairs, reference: Pairs, *, beta: float, tau: float) -> Los
     where it is right. It is not convex: with the paper's tau of 0.05 it rises from a local minimum
     at z = -0.12 through z = 0 and falls from z = 0.07 on. A run that starts from the reference
     starts at z = 0, so with that tau it learns to prefer the rejected responses; with tau = 1 the
-    loss falls everywhere. tau must be at most 1, else m exp(-z) grows without end as z falls.
+    loss falls everywhere. tau must be at most 1, otherwise m exp(-z) grows without bound as z
+    falls.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """

@@ -1,5 +1,5 @@
-"""Losses on pairs that say of each response by itself where its reward is to go, not only of the
-difference: NCA, SPPO, APO, DPOP. Shapes and units: contract.py.
+"""Losses on pairs with a target for the reward of each response, not only for the difference: NCA,
+SPPO, APO, DPOP. Shapes and units: contract.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ def nca_pair(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     """-log sigmoid(r_w) - 1/2 log sigmoid(-r_w) - 1/2 log sigmoid(-r_l), with r = beta log
     pi(y|x)/pi_ref(y|x): section 4.1 of arXiv:2402.05369.
 
-    Noise contrastive estimation: the chosen response is told from one of either kind. The second
-    term keeps the likelihood of the chosen response near the reference's: its minimum alone is at
-    r_w = log 2.
+    Noise contrastive estimation. The second term keeps the likelihood of the chosen response near
+    the reference's: the first two terms have their minimum at r_w = log 2.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -41,9 +40,9 @@ def sppo_hard(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     """(log pi(y_w|x)/pi_ref(y_w|x) - 1/(2 beta))^2 + (log pi(y_l|x)/pi_ref(y_l|x) + 1/(2 beta))^2:
     SPPO, Eq. 4.7 of arXiv:2405.00675, beta its 1/eta, with win probabilities of 1 and 0.
 
-    Each response has its own target, where `ipo` has one for their difference. The paper takes the
-    reference anew in each round, and estimates win probabilities; with labels as they are, they are
-    hard. The authors' code has half of this sum.
+    Each response has its own target, where `ipo` has one for their difference. The paper renews the
+    reference in each round, and estimates win probabilities; here labels are hard. The authors'
+    code has half of this sum.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -59,8 +58,8 @@ def apo_zero(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     """1 - sigmoid(r_w) + sigmoid(r_l), with r = beta log pi(y|x)/pi_ref(y|x): Eq. 7 of
     arXiv:2408.06266.
 
-    The chosen response becomes likelier, the rejected one less likely, both whatever the other
-    does: for pairs whose chosen response is better than what the model itself gives.
+    The chosen response becomes likelier and the rejected one less likely, independently of each
+    other: for pairs whose chosen response is better than the model's own responses.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -76,7 +75,7 @@ def apo_down(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
     arXiv:2408.06266.
 
     Both responses become less likely, the rejected one more so: for pairs whose chosen response is
-    worse than what the model itself gives.
+    worse than the model's own responses.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -95,8 +94,8 @@ def dpop(policy: Pairs, reference: Pairs, *, beta: float, penalty: float) -> Los
     """-log sigmoid(beta (h - c max(0, log pi_ref(y_w|x)/pi(y_w|x)))), with h as in `dpo`:
     DPO-Positive, Eq. 3 of arXiv:2402.13228, c = `penalty` its lambda.
 
-    A chosen response that falls below the reference's likelihood counts against the pair, c times
-    as much as its part in h. c = 0 is `dpo`. In the paper's first version a bracket is misplaced,
+    A chosen response that becomes less likely than under the reference is penalized c times as much
+    as its part in h. c = 0 is `dpo`. In the paper's first version a bracket is misplaced,
     so that beta does not multiply the penalty; its second version has this form.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), without the penalty.

@@ -35,8 +35,8 @@ def mean_margin(policy: Logps, reference: Logps) -> Tensor:
 
 
 def matched_margins(policy: Logps, reference: Logps) -> Tensor:
-    """Return for each pair the reference's margin that has the rank, among all of the batch, that
-    the policy's margin of this pair has among the policy's.  [n]
+    """Return for each pair the reference's margin of the same rank in the batch as the policy's
+    margin of this pair.  [n]
     """
     ours = policy.sum[:, 0] - policy.sum[:, 1]
     theirs = reference.sum[:, 0] - reference.sum[:, 1]
@@ -44,8 +44,8 @@ def matched_margins(policy: Logps, reference: Logps) -> Tensor:
 
 
 def matched_logratios(policy: Logps, reference: Logps) -> Tensor:
-    """Return for each pair the log-ratio of the rejected response that has its chosen one's rank,
-    and that of the chosen response that has its rejected one's rank.  [n, 2]
+    """Return for each pair the log-ratio of the rejected response with the rank of its chosen one,
+    and that of the chosen response with the rank of its rejected one.  [n, 2]
     """
     chosen, rejected = (policy.sum - reference.sum).unbind(1)
     of_chosen = _of_the_same_rank(chosen, rejected)
@@ -53,7 +53,7 @@ def matched_logratios(policy: Logps, reference: Logps) -> Tensor:
 
 
 def _of_the_same_rank(values: Tensor, others: Tensor) -> Tensor:
-    """Return for each value that one of the others which has its rank.  [n]
+    """Return for each value the one of the others that has its rank.  [n]
 
     >>> _of_the_same_rank(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([10.0, 20.0, 30.0])).tolist()
     [30.0, 10.0, 20.0]
@@ -72,9 +72,9 @@ def bco_pair(policy: Pairs, reference: Pairs, context: Tensor, *, beta: float) -
     """-log sigmoid(r_w - d) - log sigmoid(d - r_l), with r = beta log pi(y|x)/pi_ref(y|x) and d the
     batch's mean reward: section 4 of arXiv:2404.04656.
 
-    A binary classifier of responses, of which d is the bias. The paper follows d as a moving
-    average over batches; here it is the mean over the batch of all ranks, nothing is differentiated
-    through it, and no state is kept.
+    A binary classifier of responses with the bias d. In the paper, d is a moving average over
+    batches; here it is the mean over the batch of all ranks, without a gradient, and no state is
+    kept.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -98,9 +98,9 @@ def aot(
     pi(y_w|x)/pi(y_l|x), v = log pi_ref(y_w|x)/pi_ref(y_l|x), both sorted over the batch: paired
     AOT, section 3 of arXiv:2406.05882.
 
-    The policy's margins are to be larger as a distribution (first-order stochastic dominance), not
-    pair by pair. The batch is that of all ranks, so a larger `batch_size` compares finer. e =
-    `label_smoothing`.
+    The policy's margins should be larger as a distribution (first-order stochastic dominance), not
+    pair by pair. The batch is that of all ranks, and a larger `batch_size` gives a finer
+    comparison. e = `label_smoothing`.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -123,10 +123,9 @@ def aot_unpaired(
     log-ratios log pi(y|x)/pi_ref(y|x) of chosen and of rejected responses, both sorted over the
     batch: unpaired AOT, section 3 of arXiv:2406.05882.
 
-    As `aot`, but which response was rejected for which plays no part. An example has half the loss
-    of the place of its chosen response and half of that of its rejected one, so that all examples
-    together have the sorted objective; the gradient of each place goes to both of its responses in
-    full.
+    Like `aot`, but it does not matter which response was rejected for which. An example has half
+    the loss of its chosen response's rank and half that of its rejected one's, so that the sum over
+    examples is the sorted objective; both responses of a rank get its full gradient.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -159,13 +158,13 @@ def beta_dpo(
     """-log sigmoid(b h), with b = beta (1 + a (M - M_0)), but at least `least_beta`, M the batch's
     mean of beta h and h as in `dpo`: arXiv:2407.08639, a = `alpha`, M_0 = `threshold`.
 
-    A batch whose pairs are told apart easily has a larger beta. b is the same for the batch of all
-    ranks, and nothing is differentiated through it. Far below the threshold it would be negative,
-    which would turn every pair around; `least_beta` holds it above 0.
+    A batch whose pairs are easy to tell apart has a larger beta. b is the same for the batch of all
+    ranks, and has no gradient. Far below the threshold it would be negative, which would reverse
+    every pair; `least_beta` keeps it above 0.
 
     M is a difference of rewards. The authors' code takes the mean of h instead, without beta: its a
-    of 0.6 with beta = 0.1 is an a of 6 here. The paper follows M_0 as a moving average, and drops
-    pairs that are far from it; here M_0 is a number, no state is kept, and no pair is dropped.
+    of 0.6 with beta = 0.1 is an a of 6 here. In the paper, M_0 is a moving average, and pairs far
+    from it are dropped; here M_0 is a number, no state is kept, and no pair is dropped.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), with the constant beta.
     """

@@ -1,4 +1,4 @@
-"""DPO with an offset of each pair's own: by the scores of its responses, or by their lengths.
+"""DPO with an offset for each pair, by the scores of its responses or by their lengths.
 Shapes and units: contract.py.
 """
 
@@ -12,7 +12,7 @@ from plumb.losses.contract import LossOutput, Pairs
 from plumb.losses.ratios import check_not_negative, check_positive, margin, with_rewards
 from plumb.losses.registry import loss
 
-# of a margin whose logarithm is taken
+# the least margin whose logarithm is taken
 LEAST_MARGIN = 1e-6
 
 
@@ -28,9 +28,9 @@ def odpo(
     """-log sigmoid(beta h - d), with d = a log m (`offset=log`) or a m (`linear`), m the data's
     margin score(y_w) - score(y_l) and h as in `dpo`: arXiv:2402.10571, a = `alpha`.
 
-    A pair whose responses differ much has to be told apart by more. The paper takes the logarithm,
-    with which a margin below 1 asks for less than `dpo` does, and one of 0 for nothing (margins are
-    taken as at least 1e-6). a = 0 is `dpo`. The reward model's loss has the same idea in its
+    The more the responses of a pair differ, the wider the margin must be. The paper takes the
+    logarithm, with which a margin below 1 demands less than `dpo` does, and one of 0 nothing
+    (margins are at least 1e-6). a = 0 is `dpo`. The reward model's loss has the same idea in its
     `margin`.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), without the offset.
@@ -50,7 +50,7 @@ def odpo(
 )
 def r_dpo(policy: Pairs, reference: Pairs, *, beta: float, alpha: float) -> LossOutput:
     """-log sigmoid(beta h + a (|y_w| - |y_l|)), with h as in `dpo` and |y| the number of tokens:
-    length-regularised DPO, arXiv:2403.19159, a = `alpha`.
+    length-regularized DPO, arXiv:2403.19159, a = `alpha`.
 
     It is the optimum of a reward that charges a nats for each token: where the longer response was
     chosen, its length already explains some of the preference. a = 0 is `dpo`.

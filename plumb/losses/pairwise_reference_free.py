@@ -29,9 +29,9 @@ def simpo(
     """-log sigmoid(r_w - r_l - gamma) - a log pi(y_w | x) / |y_w|, with the rewards r = beta log
     pi(y|x) / |y|: Eq. 6 of arXiv:2405.14734, a = 0.
 
-    The mean over a response's tokens takes the place of the reference: long responses gain nothing
-    by their length. a = `nll` > 0 keeps the chosen responses likely: CPO-SimPO, the loss that TRL's
-    CPO trainer gives with loss_type=simpo.
+    The mean over a response's tokens replaces the reference, so length alone gains nothing. a =
+    `nll` > 0 keeps the chosen responses likely: CPO-SimPO, the loss that TRL's CPO trainer gives
+    with loss_type=simpo.
 
     Rewards: beta log pi(y|x) / |y|.
     """
@@ -53,8 +53,8 @@ def alphapo(
     """-log sigmoid(r_w - r_l - gamma) with the rewards r = beta (1 - p^-alpha) / alpha, where p =
     pi(y|x)^(1/|y|): arXiv:2501.03884.
 
-    alpha to 0 is `simpo`. Above 0, a response that becomes unlikely pays more and more, and one
-    that becomes likely gains less, so that both stay where they are for longer. `alpha` may be
+    alpha = 0 is `simpo`. Above 0, the reward falls faster the less likely a response becomes, and
+    rises more slowly the likelier it becomes, so likelihoods change less. `alpha` may be
     negative.
 
     Rewards: beta (1 - p^-alpha) / alpha.
@@ -84,7 +84,7 @@ def cpo(
     pi(y_w|x) - log pi(y_l|x): arXiv:2401.08417, e = 0 and a = 1.
 
     DPO with a uniform reference, so that only the likelihood of the chosen responses, a = `nll`,
-    holds the policy (section 3). That term is the mean per token, as in the authors' code. e =
+    constrains the policy (section 3). That term is the mean per token, as in the authors' code. e =
     `label_smoothing` is the assumed fraction of flipped labels; a pair with a soft label has e = 1
     - p_chosen.
 
@@ -118,8 +118,8 @@ def orpo(policy: Pairs, reference: None = None, *, beta: float) -> LossOutput:
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
-    """Return log(p / (1 - p)). p is kept below 1 by a rounding error: that of a response without a
-    token would be infinite.  [B]
+    """Return log(p / (1 - p)). p is kept below 1 by one rounding error, since a response without
+    tokens would give infinity.  [B]
     """
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     return log_p - torch.log(-torch.expm1(log_p))
@@ -149,8 +149,8 @@ def slic(
 def nll(policy: Pairs, reference: None = None) -> LossOutput:
     """-log pi(y_w|x) / |y_w|: the generation loss of arXiv:2411.10442.
 
-    SFT on the chosen responses, where each response weighs the same. The rejected ones are scored
-    for the metrics alone.
+    SFT on the chosen responses, all with the same weight. The rejected ones are scored for the
+    metrics only.
 
     Rewards: log pi(y|x) / |y|.
     """

@@ -1,5 +1,5 @@
-"""DPO that looks into the responses: at where they end, at how likely the policy finds each of
-their tokens, at how far it is from the reference along the way. Shapes and units: contract.py.
+"""DPO that looks into the responses: at their ends, at how likely the policy finds each of their
+tokens, and at how far it is from the reference along them. Shapes and units: contract.py.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def ld_dpo(
     a sum_{t > l} log pi(y_t|x, y_<t), l the length of the shorter response: LD-DPO,
     arXiv:2409.06411, a = `alpha`.
 
-    What the longer response has beyond the shorter one's length counts less, for the policy as for
-    the reference, so that length alone gives no margin. a = 1 is `dpo`. The reference must be live:
-    a cached one has no single tokens.
+    Tokens of the longer response beyond the shorter one's length count less, for the policy and for
+    the reference, so that length alone gives no margin. a = 1 is `dpo`. The reference must be live,
+    since a cached one has no values of single tokens.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), of these sums.
     """
@@ -80,9 +80,9 @@ def wpo(policy: Pairs[LogpsAndSquares], reference: Pairs, *, beta: float) -> Los
     """-w(y_w) w(y_l) log sigmoid(beta h), with w(y) = exp(1/|y| sum_t [log pi(y_t|x, y_<t) - log
     sum_v pi(v|x, y_<t)^2]) and h as in `dpo`: Eq. 2 of arXiv:2406.11827, sampled alignment.
 
-    A pair counts as much as the policy would say both of its responses itself, so that data of
-    other models count less: w is about 1 for a response that the policy has drawn. Nothing is
-    differentiated through w, and w(y_w) w(y_l) is at most 1, as in the authors' code.
+    A pair is weighted by how likely the policy itself is to give both responses, so that data from
+    other models count less: w is about 1 for a response sampled from the policy. w has no gradient,
+    and w(y_w) w(y_l) is at most 1, as in the authors' code.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x).
     """
@@ -106,7 +106,7 @@ def tdpo1(policy: Pairs[LogpsAndKL], reference: Pairs, *, beta: float) -> LossOu
     """-log sigmoid(beta h - beta (D_l - D_w)), with D the sum over a response's tokens of KL(pi_ref
     || pi) and h as in `dpo`: arXiv:2404.11999.
 
-    DPO derived token by token: the divergence along both responses takes part in the margin. The
+    DPO derived token by token: the divergence along both responses is part of the margin. The
     reference must be live, since it gives whole distributions.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), without the divergence, which the authors' code adds.

@@ -1,5 +1,5 @@
-"""What losses share: checks of knobs, and on pairs log-ratios to the reference, margins, rewards.
-Shapes and units: contract.py.
+"""Compute what losses share: checks of knobs, and for pairs log-ratios to the reference, margins
+and rewards. Shapes and units: contract.py.
 """
 
 from __future__ import annotations

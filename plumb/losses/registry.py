@@ -1,8 +1,8 @@
-"""Registered losses: `@loss`, and binding a loss to the knobs of config/loss, none of which may be
+"""Register losses with `@loss`, and bind them to the knobs of config/loss, none of which may be
 missing, unknown or ignored.
 
 A new loss is one decorated function in this package (or in a file named by `plugins=[...]`) and one
-YAML in config/loss with its knobs. docs/list_losses.py makes its section of docs/losses.md from
+YAML in config/loss with its knobs. docs/list_losses.py generates its section of docs/losses.md from
 both. The docstring's first paragraph is the loss of one example, then ": " and the source with its
 equation. Further paragraphs say what the knobs do, and the last begins with "Rewards".
 """
@@ -47,7 +47,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Declaration:
-    """A loss as declared: what is a function here is called with the loss's knobs."""
+    """A loss as declared; settings that are functions are called with the loss's knobs."""
 
     function: Callable[..., LossOutput]
     group: Group
@@ -90,8 +90,8 @@ def loss(
     data: str | None = None,
 ) -> Callable[[Callable[..., LossOutput]], Callable[..., LossOutput]]:
     """Register a function under its name. A setting that depends on the loss's knobs is a function
-    of them: `needs_reference=lambda knobs: not knobs["reference_free"]`. `usual` says where the
-    knobs and the learning rate usually lie; a run far outside says so at its start.
+    of them: `needs_reference=lambda knobs: not knobs["reference_free"]`. `usual` gives the usual
+    range of the knobs and the learning rate; a run far outside prints a note at its start.
     `label_weights` names the knobs that weigh undesirable and desirable responses, of which one may
     be BALANCED: the run counts its data, and the loss gets a number.
 

@@ -34,11 +34,12 @@ def reward(
 
     e = m = c = 0: Bradley-Terry, Eq. 2 of arXiv:2305.18290, on the scores at the last tokens; with
     `read=mean` on the mean scores of all tokens of a response. m: Llama 2, arXiv:2307.09288. c
-    pulls the two scores of a pair to a sum of 0 (arXiv:2312.09244): else the scale has no origin.
+    pulls the sum of a pair's scores to 0 (arXiv:2312.09244), since the scale has no origin
+    otherwise.
 
     `read=tokens` is DeepSpeed-Chat's: the mean of the first two terms over all positions from the
-    first token in which the responses differ to the end of the longer one. Behind the end of the
-    shorter one, where DeepSpeed-Chat compares with the scores of padding, its last score stands
+    first token in which the responses differ to the end of the longer one. After the end of the
+    shorter one, where DeepSpeed-Chat compares with the scores of padding, its last score is used
     (pinned by test_the_token_wise_loss_by_hand).
 
     Rewards: the scores at the last tokens, with `read=mean` the mean scores.

@@ -24,8 +24,8 @@ from plumb.losses.registry import loss
 
 def kl_to_reference(policy: Logps, reference: Logps) -> Tensor:
     """Return z0 of arXiv:2402.01306, section 4.1: the mean of log pi(y'|x)/pi_ref(y'|x) over the
-    batch's mismatched pairs ([M, 1]), at least 0; 0 where there are none. It estimates KL(pi ||
-    pi_ref), and nothing is differentiated through it.
+    batch's mismatched pairs ([M, 1]), at least 0; 0 if there are none. It estimates KL(pi ||
+    pi_ref), and has no gradient.
     """
     if not len(policy.sum):
         return policy.sum.new_zeros(())
@@ -52,11 +52,11 @@ def kto(
     for an undesirable one, r = log pi(y|x)/pi_ref(y|x): Eq. 8 of arXiv:2402.01306 (lambda_y - v).
 
     z0 estimates KL(pi || pi_ref): the mean of r over the batch's prompts with responses to other
-    prompts, at least 0. It is of the whole batch, on all ranks, and is no part of the gradient.
+    prompts, at least 0. It is that of the whole batch, over all ranks, and has no gradient.
 
     w_d = `desirable_weight` and w_u = `undesirable_weight` balance the two kinds: w_d n_d / (w_u
-    n_u) in [1, 4/3] is usual (section 4), and a run outside says so at its start. One of them may
-    be `balanced`: the number for which w_d n_d = w_u n_u in the training data.
+    n_u) in [1, 4/3] is usual (section 4), and a run outside prints a note at its start. One of them
+    may be `balanced`: the number for which w_d n_d = w_u n_u in the training data.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), of the desirable responses (chosen) and the undesirable
     ones (rejected). Accuracy: the share of responses with r on the right side of z0.
@@ -73,8 +73,8 @@ def kto(
 
 
 def reward_shift(policy: Labelled, reference: Labelled) -> Tensor:
-    """Return delta / beta of `bco`: the mean of the mean log-ratio of the batch's desirable
-    responses ([n, 1]) and that of its undesirable ones; of one kind where it has no other.
+    """Return delta / beta of `bco`: the mean of two means, of the log-ratios of the batch's
+    desirable responses ([n, 1]) and of its undesirable ones; of one kind if there is no other.
     """
     r = (policy.responses.sum - reference.responses.sum)[:, 0]
     kinds = [r[policy.desirable], r[~policy.desirable]]
@@ -89,15 +89,15 @@ def reward_shift(policy: Labelled, reference: Labelled) -> Tensor:
 )
 def bco(policy: Labelled, reference: Labelled, context: Tensor, *, beta: float) -> LossOutput:
     """-log sigmoid(beta r - delta) for a desirable response, -log sigmoid(delta - beta r) for an
-    undesirable one, with r = log pi(y|x)/pi_ref(y|x): binary classifier optimisation,
+    undesirable one, with r = log pi(y|x)/pi_ref(y|x): binary classifier optimization,
     arXiv:2404.04656.
 
     delta, the reward shift, is the mean of the mean rewards of the desirable and of the undesirable
     responses. The authors keep a running mean of it; here it is that of the whole batch, on all
-    ranks, without a gradient. So the loss is a function of the weights and the batch alone, with
-    nothing to carry over a resume, and in an evaluation delta is that of all held-out responses.
+    ranks, without a gradient. So the loss depends only on the weights and the batch, with no
+    state to resume, and in an evaluation delta is that of all held-out responses.
 
-    The authors' weights against a shift between the two kinds of prompts are left out.
+    The authors' weights, which correct a shift between the two kinds of prompts, are left out.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), of the desirable responses (chosen) and the undesirable
     ones (rejected). Accuracy: the share of responses with beta r on the right side of delta.
@@ -126,7 +126,7 @@ def csft(
     """-log pi(c y | x), summed over the tokens of c and y, where c is the prefix of the response's
     label: conditional SFT, arXiv:2302.08582, as in the experiments of arXiv:2402.01306.
 
-    The policy learns both kinds of responses, each behind its prefix. To sample, end the prompts
+    The policy learns both kinds of responses, each after its prefix. To sample, end the prompts
     with `desirable_prefix`. The prefix is part of the response, so no truncation removes it, and
     the policy also learns how frequent each label is.
 
@@ -154,8 +154,8 @@ def unlikelihood(
     of an undesirable one, with p_t = pi(y_t | x, y_<t): the unlikelihood loss of arXiv:1908.04319,
     whose negative candidates are the tokens of undesirable responses.
 
-    As in the authors' code, 1 - p_t is at least 1e-5: a token that is nearly certain has no
-    gradient, where that of the formula would be without bound.
+    As in the authors' code, 1 - p_t is at least 1e-5: a nearly certain token has no gradient, where
+    that of the formula would be unbounded.
 
     `average_over`: as in `sft`; the paper's is tokens.
 
@@ -175,6 +175,6 @@ def _sign(policy: Labelled, r: Tensor) -> Tensor:
 
 
 def _accuracies(policy: Labelled, r: Tensor, threshold: Tensor) -> dict[str, Metric]:
-    """Return how often r lies on the right side of `threshold`."""
+    """Return how often r is on the right side of `threshold`, as a metric."""
     right = _sign(policy, r) * (r.detach() - threshold) > 0
     return {"rewards/accuracies": Mean(right.to(r))}

@@ -282,7 +282,7 @@ def test_dpop_gradient():
 @pytest.mark.parametrize(
     "name, knobs, line",
     [
-        ("dpo", {"alpha": 0.5}, "loss.alpha=0.5: only divergence=alpha reads it"),
+        ("dpo", {"alpha": 0.5}, "loss.alpha=0.5: only divergence=alpha uses it"),
         ("dpo", {"divergence": "alpha"}, "loss.alpha=None: divergence=alpha needs a number"),
         ("dpo", {"divergence": "alpha", "alpha": 1}, "loss.alpha=1: divergence=alpha needs"),
         (
