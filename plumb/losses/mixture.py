@@ -9,14 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plumb.losses.bound import LabelWeights, Loss
-from plumb.losses.contract import BatchContext, LossOutput, Mean, Metric
+from plumb.losses.bound import LabelWeights, Loss, Reads, Usual
+from plumb.losses.contract import (
+    BatchContext,
+    Labelled,
+    Lists,
+    LossOutput,
+    Mean,
+    Metric,
+    Pairs,
+    summed,
+)
 
 # what all terms of a mixture must have in common, since they see the same responses
 COMMON = {
     "group": "what one example holds",
-    "reads": "what they read of the model",
-    "reference_by_token": "whether they read the reference by token",
     "average_over": "what their sum is divided by",
     "read": "which of a response's scores they read",
     "prefixes": "what responses begin with",
@@ -87,8 +94,8 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
     return Mixture(
         name=config["name"],
         group=first.loss.group,
-        reads=first.loss.reads,
-        reference_by_token=first.loss.reference_by_token,
+        reads=_reads(terms),
+        reference_by_token=any(term.loss.reference_by_token for term in terms),
         average_over=first.loss.average_over,
         read=first.loss.read,
         prefixes=first.loss.prefixes,
@@ -97,7 +104,7 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         needs_margins=any(term.loss.needs_margins for term in terms),
         soft_labels=all(term.loss.soft_labels for term in terms),
         context=_context(terms),
-        usual={},
+        usual=_usual(terms),
         knobs={},
         rewards=next((t.loss.rewards for t in terms if t.loss.rewards), ""),
         compute=_sum_of(terms),
@@ -137,6 +144,49 @@ def _term(label: str, knobs: Any, build: Callable[[Mapping[str, Any]], Loss]) ->
         raise ValueError(re.sub(r"\bloss\.", f"{where}.", str(error))) from None
 
 
+def _reads(terms: Sequence[Term]) -> Reads:
+    """Return what a mixture reads of the model: the sums over responses that some terms read derive
+    from what others read. Raise ValueError for two terms of which neither derives from the other.
+    """
+    most = terms[0]
+    for term in terms[1:]:
+        ours, theirs = most.loss.reads, term.loss.reads
+        if ours != theirs and ("scores" in (ours, theirs) or "logps" not in (ours, theirs)):
+            raise ValueError(
+                f"loss.terms.{term.label}: what they read of the model is {theirs!r}, and {ours!r}"
+                f" for loss.terms.{most.label}; the terms of a mixture share their batch"
+            )
+        if ours == "logps":
+            most = term
+    return most.loss.reads
+
+
+def _view(example: Any, reads: Reads) -> Any:
+    """Return what a term reads of an example of the mixture."""
+    if reads != "logps":
+        return example
+    if isinstance(example, Pairs):
+        return example._replace(chosen=summed(example.chosen), rejected=summed(example.rejected))
+    if isinstance(example, Labelled):
+        return example._replace(responses=summed(example.responses))
+    return example if isinstance(example, Lists) else summed(example)
+
+
+def _usual(terms: Sequence[Term]) -> Usual:
+    """Return where the terms' knobs usually lie, by their names in the mixture, and the learning
+    rates that are usual for all of them.
+    """
+    usual = {
+        f"terms.{term.label}.{knob}": where
+        for term in terms
+        for knob, where in term.loss.usual.items()
+        if knob != "lr"
+    }
+    rates = [term.loss.usual["lr"] for term in terms if "lr" in term.loss.usual]
+    least, largest = max((r[0] for r in rates), default=1), min((r[1] for r in rates), default=0)
+    return {**usual, "lr": (least, largest)} if least <= largest else usual
+
+
 def _context(terms: Sequence[Term]) -> BatchContext | None:
     """Return the batch context of which each term gets its own part, by its label."""
     declared = {
@@ -173,8 +223,11 @@ def _sum_of(terms: Sequence[Term]) -> Any:
         metrics: dict[str, Metric] = {}
         outputs = []
         for term in terms:
-            own = reference if term.loss.needs_reference else None
-            output = term.loss.compute(policy, own, (context or {}).get(term.label))
+            own = None
+            if term.loss.needs_reference:
+                own = _view(reference, term.loss.reads_of_reference)
+            own_context = (context or {}).get(term.label)
+            output = term.loss.compute(_view(policy, term.loss.reads), own, own_context)
             outputs.append(output)
             metrics[f"terms/{term.label}"] = Mean(output.losses.detach())
             for name, metric in output.metrics.items():

@@ -20,7 +20,7 @@ from plumb.losses.ratios import (
     check_positive,
     logratios,
     margin,
-    mean_nll,
+    preferred_nll,
     smoothed,
     with_rewards,
 )
@@ -58,7 +58,8 @@ def dpo(
 
     e = `label_smoothing` > 0: conservative DPO, labels flipped with probability e (Eq. 3 of
     https://ericmitchell.ai/cdpo.pdf); a pair with a soft label has e = 1 - p_chosen. a = `nll` > 0
-    keeps the chosen responses likely (Eq. 1 of arXiv:2404.19733). `reference_free` treats pi_ref as
+    keeps the chosen responses likely (Eq. 1 of arXiv:2404.19733); of a pair with a soft label it is
+    p_chosen of that and 1 - p_chosen of the rejected response's. `reference_free` treats pi_ref as
     constant: no reference is loaded, and the rewards are beta log pi (the original code still ran
     the reference and reported rewards against it).
 
@@ -82,7 +83,7 @@ def dpo(
         chosen, rejected = logratios(policy, reference)
         h = derivative(chosen, divergence, alpha) - derivative(rejected, divergence, alpha)
     e = flip_probability(policy, label_smoothing)
-    losses = smoothed(beta * h, e) + nll * mean_nll(policy.chosen)
+    losses = smoothed(beta * h, e) + nll * preferred_nll(policy)
     return with_rewards(losses, policy, reference, beta, normalize)
 
 
@@ -121,7 +122,7 @@ def ipo(
     h = margin(policy, reference, normalize)
     target = 1 / (2 * beta)
     e = flip_probability(policy, label_smoothing)
-    losses = (1 - e) * (h - target) ** 2 + e * (h + target) ** 2 + nll * mean_nll(policy.chosen)
+    losses = (1 - e) * (h - target) ** 2 + e * (h + target) ** 2 + nll * preferred_nll(policy)
     return with_rewards(losses, policy, reference, beta, normalize)
 
 

@@ -15,7 +15,7 @@ from plumb.losses.ratios import (
     check_not_negative,
     check_positive,
     margin,
-    mean_nll,
+    preferred_nll,
     smoothed,
     with_rewards,
 )
@@ -39,7 +39,7 @@ def simpo(
     check_not_negative(gamma=gamma, nll=nll)
     chosen = beta * policy.chosen.mean()
     rejected = beta * policy.rejected.mean()
-    losses = -F.logsigmoid(chosen - rejected - gamma) + nll * mean_nll(policy.chosen)
+    losses = -F.logsigmoid(chosen - rejected - gamma) + nll * preferred_nll(policy)
     return LossOutput(losses, chosen.detach(), rejected.detach())
 
 
@@ -95,7 +95,7 @@ def cpo(
     check_not_negative(nll=nll)
     z = beta * margin(policy, None)
     e = flip_probability(policy, label_smoothing)
-    losses = smoothed(z, e) + nll * mean_nll(policy.chosen)
+    losses = smoothed(z, e) + nll * preferred_nll(policy)
     return with_rewards(losses, policy, None, beta)
 
 
@@ -145,14 +145,15 @@ def slic(
     return with_rewards(losses, policy, None, 1.0)
 
 
-@loss(group="pair", usual={"lr": (3e-7, 1e-4)})
+@loss(group="pair", soft_labels=True, usual={"lr": (3e-7, 1e-4)})
 def nll(policy: Pairs, reference: None = None) -> LossOutput:
     """-log pi(y_w|x) / |y_w|: the generation loss of arXiv:2411.10442.
 
     SFT on the chosen responses, all with the same weight. The rejected ones are scored for the
-    metrics only.
+    metrics only, unless a pair has a soft label: then the loss is the expectation over which of the
+    two is preferred, p_chosen times the above and 1 - p_chosen times that of the rejected response.
 
     Rewards: log pi(y|x) / |y|.
     """
     chosen, rejected = policy.chosen.mean(), policy.rejected.mean()
-    return LossOutput(-chosen, chosen.detach(), rejected.detach())
+    return LossOutput(preferred_nll(policy), chosen.detach(), rejected.detach())

@@ -9,7 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from plumb.losses.contract import Logps, LossOutput, Pairs
+from plumb.losses.contract import Logps, LossOutput, Pairs, flip_probability
 
 # of a response: the sum over its tokens, or their mean
 Normalize = Literal["sum", "token"]
@@ -45,6 +45,18 @@ def logp(response: Logps, normalize: Normalize = "sum") -> Tensor:
 def mean_nll(response: Logps) -> Tensor:
     """Return the mean negative log-likelihood per token.  [B]"""
     return -response.mean()
+
+
+def preferred_nll(policy: Pairs) -> Tensor:
+    """Return -log pi(y_w|x) / |y_w|. A pair with a soft label p has what is expected of it, p times
+    that and 1 - p times -log pi(y_l|x) / |y_l|: the rejected response is the preferred one as often
+    as that.  [B]
+    """
+    of_chosen = mean_nll(policy.chosen)
+    if policy.p_chosen is None:
+        return of_chosen
+    e = flip_probability(policy, 0.0)
+    return (1 - e) * of_chosen + e * mean_nll(policy.rejected)
 
 
 def logratios(

@@ -22,6 +22,7 @@ from plumb.data.registry import LOADERS, check_name, dataset_names, resolve
 from plumb.errors import UserError
 from plumb.models import source_trust
 from plumb.paths import local_root
+from plumb.runs.history import flatten
 from plumb.runs.identity import CONTENTS
 from plumb.runs.policy_path import resolve_archive
 from plumb.settings.plugins import import_plugins
@@ -61,7 +62,8 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
             raise UserError(
                 f"{name}=balanced: is a number that a training run makes of its data; give one"
             )
-    if trains and (unusual := unusual_values(loss, {**config.loss, "lr": config.lr})):
+    values = {**dict(flatten(to_dict(config.loss))), "lr": config.lr}
+    if trains and (unusual := unusual_values(loss, values)):
         rank0_print(f"note: {unusual}")
     return loss
 

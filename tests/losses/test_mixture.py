@@ -9,6 +9,7 @@ from runs import FAST, records
 
 from plumb.losses.contract import BatchContext, LossOutput, Mean
 from plumb.losses.registry import LOSSES, build_loss, loss
+from plumb.settings.validation import unusual_values
 
 
 def term(name, weight=1.0, **knobs):
@@ -40,6 +41,71 @@ def test_a_mixture_needs_what_one_of_its_terms_needs():
     assert not mixed(a=term("nll"), b=term("simpo")).needs_reference
     assert mixed(a=term("kto"), b=term("kto", 2.0)).context_examples == "mismatched"
     assert mixed(a=term("nll"), b=term("dpo")).context is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dpo", "ld_dpo"),
+        ("ld_dpo", "nll", "simpo"),
+        ("wpo", "dpo"),
+        ("nll", "tdpo2", "aot"),
+        ("unlikelihood", "kto"),
+    ],
+)
+def test_sums_derive_from_what_another_term_reads(names):
+    """Of single tokens, of squares, or of the divergence: each term has the loss that it has by
+    itself, and the same rewards.
+    """
+    of = lambda name: term(name, average_over="examples") if name == "unlikelihood" else term(name)
+    bound = mixed(**{name: of(name) for name in names})
+    given = some(bound)
+    alone = [
+        compute(build_loss({k: v for k, v in of(name).items() if k != "weight"}), given)
+        for name in names
+    ]
+    out = compute(bound, given)
+    torch.testing.assert_close(out.losses, sum(one.losses for one in alone))
+    assert bound.live_reference == any(build_loss(knobs_of(n)).live_reference for n in names)
+    first = next(one for one in alone if one.chosen_rewards is not None or one.rewards is not None)
+    for field in ("chosen_rewards", "rejected_rewards", "rewards"):
+        if (expected := getattr(first, field)) is not None:
+            torch.testing.assert_close(getattr(out, field), expected)
+
+
+def test_soft_labels_of_a_mixture():
+    """A pair with p = 0.7 at the reference: log 2 of the preference, and 0.7 of the chosen
+    response's mean negative log-likelihood with 0.3 of the rejected one's. One without a soft label
+    has the chosen one's. dpo's own nll is the same.
+    """
+    bound = mixed(preference=term("dpo"), generation=term("nll", 2.0))
+    assert bound.soft_labels and not mixed(a=term("nll"), b=term("bco_pair")).soft_labels
+    given = some(bound, n=2)
+    p_chosen = torch.tensor([0.7, math.nan], dtype=torch.float64)
+    given = given._replace(reference=given.policy, p_chosen=p_chosen)
+    chosen, rejected = (-given.policy / given.tokens).T
+    nll = torch.stack([0.7 * chosen[0] + 0.3 * rejected[0], chosen[1]])
+    torch.testing.assert_close(compute(bound, given).losses, math.log(2) + 2 * nll)
+    for name in ("dpo", "ipo", "cpo"):
+        with_nll, without = (
+            compute(build_loss(knobs_of(name) | {"nll": x}), given).losses for x in (2.0, 0.0)
+        )
+        torch.testing.assert_close(with_nll - without, 2 * nll)
+
+
+def test_what_is_usual_for_a_mixture():
+    """By term; a learning rate that is usual for all terms, if there is one."""
+    bound = mixed(a=term("dpo"), b=term("nll"))
+    assert bound.usual == {"terms.a.beta": (0.01, 0.5), "lr": (3e-7, 5e-6)}
+    assert mixed(a=mixed_term()).usual["terms.a.terms.b.beta"] == (0.01, 0.5)
+    values = {"terms.a.beta": 20, "lr": 1e-6}
+    assert "loss.terms.a.beta=20 (0.01 to 0.5)" in unusual_values(bound, values)
+    assert unusual_values(bound, {"terms.a.beta": 0.1, "lr": 1e-6}) == ""
+
+
+def mixed_term():
+    """A mixture as a term."""
+    return {"name": "mix", "weight": 1.0, "terms": {"b": term("dpo")}}
 
 
 def test_a_mixture_of_one_is_its_term():
@@ -107,6 +173,10 @@ def test_a_context_by_example_is_split_with_the_batch():
             {"a": term("dpo"), "b": term("reward")},
             "loss.terms.b: what they read of the model is 'scores', and 'logps' for loss.terms.a",
         ),
+        (
+            {"a": term("ld_dpo"), "b": term("nll"), "c": term("wpo")},
+            "loss.terms.c: what they read of the model is 'logps_and_squares', and 'token_logps'",
+        ),
     ],
 )
 def test_a_term_that_cannot_be_served_is_refused(terms, line):
@@ -125,11 +195,22 @@ def test_a_knob_of_a_term_belongs_to_the_term():
 
 
 def test_each_term_is_logged(train, data):
-    """The loss is the weighted sum of what is logged of the terms, in training and evaluation."""
+    """The loss is the weighted sum of what is logged of the terms, in training and evaluation; one
+    of them reads single tokens.
+    """
+    tokenwise = ["+loss@loss.terms.length=ld_dpo", "loss.terms.length.beta=0.1"]
     run = train(
-        "run", f"datasets=[{data}]", *FAST, "loss=mix", "loss.terms.generation.weight=2", "lr=1e-3"
+        "run",
+        f"datasets=[{data}]",
+        *FAST,
+        "loss=mix",
+        *tokenwise,
+        "+loss.terms.length.weight=0.5",
+        "loss.terms.generation.weight=2",
+        "lr=1e-3",
+        "reference=live",
     )
-    weights = {"preference": 0.8, "quality": 0.2, "generation": 2}
+    weights = {"preference": 0.8, "quality": 0.2, "generation": 2, "length": 0.5}
     for part in ("train", "eval"):
         for row in records(run, part):
             weighted = (weight * row[f"terms_{part}/{name}"] for name, weight in weights.items())

@@ -319,7 +319,9 @@ def test_a_knob_out_of_range_or_without_use(name, knobs, line):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "cpo"])
 def test_a_soft_label_is_the_label_smoothing_of_its_pair(name):
-    """p_chosen of 0.9 and of 0.2, and a pair without one: e = 0.1, 0.8 and the knob's 0.3."""
+    """p_chosen of 0.9 and of 0.2, and a pair without one: e = 0.1, 0.8 and the knob's 0.3. The
+    likelihood is that of the preferred response, which the rejected one is with 0.1 and 0.8.
+    """
     bound = bound_to(name, label_smoothing=0.3)
     assert bound.soft_labels
     given = some(bound, n=3)
@@ -329,5 +331,7 @@ def test_a_soft_label_is_the_label_smoothing_of_its_pair(name):
     at_0 = {"label_smoothing": 0, "nll": 0.0}
     right, wrong = (losses(bound_to(name, **at_0), x) for x in (given, flipped))
     e = torch.tensor([0.1, 0.8, 0.3], dtype=torch.float64)
-    nll = knobs_of(name)["nll"] * -(given.policy / given.tokens)[:, 0]
-    same(soft, (1 - e) * right + e * wrong + nll)
+    of_chosen, of_rejected = -(given.policy / given.tokens).T
+    flipped_label = torch.tensor([0.1, 0.8, 0.0], dtype=torch.float64)
+    likelihood = (1 - flipped_label) * of_chosen + flipped_label * of_rejected
+    same(soft, (1 - e) * right + e * wrong + knobs_of(name)["nll"] * likelihood)
