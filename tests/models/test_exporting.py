@@ -143,12 +143,11 @@ def test_a_weight_that_is_stored_as_several_is_read_once(tmp_path, monkeypatch):
     assert torch.equal(loaded(ids).logits, policy(ids).logits)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2"])
-def test_a_reward_model(tmp_path, base_of, family, pad, side):
-    """Scores of a padded batch are our head's at the last token, EOS or not; also where the base
-    pads with EOS, as most do.
+def test_a_reward_model(tmp_path, base_of, family, pad):
+    """Scores of a batch that is padded on either side are our head's at the last token, EOS or not;
+    also where the base pads with EOS, as most do.
     """
     model = trained(
         base := base_of(family, pad, tie_word_embeddings=family == "qwen3"), scalar=True
@@ -172,14 +171,15 @@ def test_a_reward_model(tmp_path, base_of, family, pad, side):
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.pad_token_id == loaded.config.pad_token_id != theirs.eos_token_id
     assert theirs.padding_side == "right"
-    theirs.padding_side = side
-    batch = theirs(TEXTS, padding=True, return_tensors="pt")
-    # whose learned positions transformers counts from the row's beginning
-    if family == "gpt2" and side == "left":
-        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        scores = loaded.eval()(**batch).logits[:, 0]
-    assert torch.allclose(scores, torch.stack(expected), atol=1e-5)
+    for side in ("left", "right"):
+        theirs.padding_side = side
+        batch = theirs(TEXTS, padding=True, return_tensors="pt")
+        # whose learned positions transformers counts from the row's beginning
+        if family == "gpt2" and side == "left":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            scores = loaded.eval()(**batch).logits[:, 0]
+        assert torch.allclose(scores, torch.stack(expected), atol=1e-5), side
     rows = loaded.get_input_embeddings().weight
     assert len(rows) == (259 if pad == "<pad>" else 260) and (pad == "<pad>" or not rows[-1].any())
     # and Plumb itself reads it as a reward model
