@@ -93,12 +93,16 @@ def run_until(n, halted_at, train, name, *options):
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_halted_after_any_step_it_ends_the_same(kind, train, halted_at, capsys):
-    """Mid-epoch, at an epoch's end, before an evaluation, after the last step."""
+def test_halted_after_every_step_it_ends_the_same(kind, train, halted_at, capsys):
+    """Mid-epoch, at an epoch's end, before an evaluation, after the last step: one run that is
+    halted after each of its steps in turn, so that one wrong resume of all these would show.
+    """
     whole = outcome(train("whole", *OPTIONS[kind]))
     steps = whole[3][0]
     for n in range(1, steps + 1):
-        assert same(outcome(run_until(n, halted_at, train, f"halted{n}", *OPTIONS[kind])), whole)
+        with halted_at(n), pytest.raises(Halt):
+            train("halted", *OPTIONS[kind], "resume=auto")
+    assert same(outcome(train("halted", *OPTIONS[kind], "resume=auto")), whole)
     assert capsys.readouterr().out.count("resuming from") > steps // 2
 
 
