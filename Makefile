@@ -9,7 +9,7 @@ demo: $(VENV)/run
 	$(BIN)/python demo/run.py
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Some minutes of kills, faults and full disks; what came of it is in benchmarks/results/torture.md.
 torture: $(VENV)/dev

@@ -47,6 +47,28 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
 PATIENCE = 600  # seconds: for a hang, which a busy machine is not
 
+# The files that take longest, which start first: else one worker ends long after the other.
+# It needs --no-loadscope-reorder, since pytest-xdist starts those with most tests.
+LONGEST = (
+    "test_scale",
+    "test_torture",
+    "test_training",
+    "test_resume",
+    "test_moving",
+    "test_signals",
+    "test_families_loading",
+    "test_loading",
+    "test_benchmarks",
+    "test_groups",
+    "test_align",
+    "test_bad_input",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(autouse=True)
 def threads_stay():
