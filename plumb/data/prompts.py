@@ -58,6 +58,18 @@ class Prompt(NamedTuple):
     more: Mapping[str, Any] | None = None  # fields of its row that the chat template may read
 
 
+class NumberedPrompt(NamedTuple):
+    """Hold a prompt as the policy reads it, with a number of its own among those that are sampled
+    from in a run.
+
+    Example: NumberedPrompt(np.array([40, 41]), 16, "my.jsonl:17").
+    """
+
+    ids: np.ndarray  # [P] token ids
+    number: int
+    source: str
+
+
 def built_in(language: str) -> list[Prompt]:
     return [
         Prompt(user_turn(text), f"{language}:{i}") for i, text in enumerate(BUILT_IN[language], 1)

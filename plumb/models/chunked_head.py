@@ -51,9 +51,22 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(_wide(logits), 1)
 
 
-def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return log softmax(hidden @ weight.T + bias)[target], with the softmax in float32.  [N, d],
-    [V, d], [V], [N] -> [N], nats
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature, in float32 at least. Sampling and training both divide here, so
+    that the probabilities that are trained are those that tokens are drawn from.  [N, V]
+    """
+    return _wide(logits) if temperature == 1 else _wide(logits) / temperature
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return log softmax((hidden @ weight.T + bias) / temperature)[target], with the softmax in
+    float32.  [N, d], [V, d], [V], [N] -> [N], nats
 
     Computed in chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The
     backward pass computes them again, unless their softmax fits in KEPT_BYTES.
@@ -62,7 +75,9 @@ def linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     scale = 8 if hidden.is_cuda else 1
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = differentiated and 4 * len(hidden) * len(weight) <= scale * KEPT_BYTES
-    return _LinearLogps.apply(hidden, weight, bias, targets, _rows(hidden, weight), keep)
+    return _LinearLogps.apply(
+        hidden, weight, bias, targets, temperature, _rows(hidden, weight), keep
+    )
 
 
 def log_squares(logps: Tensor) -> Tensor:
@@ -178,17 +193,16 @@ class _LinearKL(torch.autograd.Function):
 
 
 class _LinearLogps(torch.autograd.Function):
-    """Compute log-probabilities with d logp / d logits = onehot(target) - softmax(logits)."""
+    """Compute log-probabilities with d logp / d logits = (onehot(target) - p) / temperature."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, keep):
-        ctx.rows = rows
+    def forward(ctx, hidden, weight, bias, targets, temperature, rows, keep):
+        ctx.rows, ctx.temperature = rows, temperature
         kept = []
         logps = []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            kept = (
-                [*kept, _log_softmax(h, weight, bias)] if keep else [_log_softmax(h, weight, bias)]
-            )
+            of_chunk = _log_softmax(h, weight, bias, temperature)
+            kept = [*kept, of_chunk] if keep else [of_chunk]
             logps.append(kept[-1].gather(1, t[:, None])[:, 0])
         ctx.save_for_backward(hidden, weight, bias, targets, *(kept if keep else []))
         return torch.cat(logps)
@@ -201,8 +215,8 @@ class _LinearLogps(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
         for i, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            h, g = hidden[part], grad[part, None]
-            d = kept[i] if kept else _log_softmax(h, weight, bias)
+            h, g = hidden[part], grad[part, None] / ctx.temperature
+            d = kept[i] if kept else _log_softmax(h, weight, bias, ctx.temperature)
             d.exp_().mul_(-g).scatter_add_(1, targets[part, None], g)  # [rows, V]
             if d_bias is not None:
                 d_bias += d.sum(0)
@@ -219,11 +233,15 @@ class _LinearLogps(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return log softmax(hidden @ weight.T + bias): [rows, V], a new tensor, float32 at least.
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0
+) -> Tensor:
+    """Return log softmax((hidden @ weight.T + bias) / temperature): [rows, V], a new tensor,
+    float32 at least.
 
     A GPU's matrix units sum in float32, and need not round the result to 16 bits.
     """
@@ -232,6 +250,7 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = logits if bias is None else logits.add_(bias)
     else:
         logits = _wide(F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)))
+    logits = at_temperature(logits, temperature)
     # in place: a second tensor of this size costs as much time as the softmax
     return torch.log_softmax(logits, 1, out=logits)
 

@@ -23,6 +23,7 @@ from plumb.losses.contract import Logps, LogpsAndKL, LogpsAndSquares, Scores, To
 from plumb.models import tree_attention
 from plumb.models.chunked_head import (
     Head,
+    at_temperature,
     kl_between,
     linear_logps,
     linear_logps_and_kl,
@@ -96,9 +97,13 @@ def response_logps_and_kl(
     return LogpsAndKL(*sums_of(each[:, 0], batch), sums_by_response(each[:, 1], batch))
 
 
-def response_token_logps(model: Any, batch: Batch, forward_path: ForwardPath) -> TokenLogps:
-    """Return log pi(y_t | x, y_<t) of every response token.  -> TokenLogps of R responses"""
-    each = head_values(model, batch, forward_path, LOGPS)
+def response_token_logps(
+    model: Any, batch: Batch, forward_path: ForwardPath, temperature: float = 1.0
+) -> TokenLogps:
+    """Return log pi(y_t | x, y_<t) of every response token; with a temperature, that of the
+    distribution which responses are sampled from.  -> TokenLogps of R responses
+    """
+    each = head_values(model, batch, forward_path, logps_at(temperature))
     return TokenLogps(each, batch.response.to(each.device), len(batch.spans))
 
 
@@ -128,6 +133,14 @@ def _logps_and_squares(logits: Tensor, targets: Tensor) -> Tensor:
 def _logps_and_kl(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
     kl = kl_between(log_softmax(reference), log_softmax(logits))
     return torch.stack([token_logps(logits, targets), kl], 1)
+
+
+def logps_at(temperature: float) -> HeadRead:
+    """Return how log-probabilities at this temperature are read."""
+    return HeadRead(
+        partial(linear_logps, temperature=temperature),
+        lambda logits, targets: token_logps(at_temperature(logits, temperature), targets),
+    )
 
 
 LOGPS = HeadRead(linear_logps, token_logps)

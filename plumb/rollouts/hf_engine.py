@@ -61,7 +61,7 @@ def answers(
     was_training = model.training
     model.eval()
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
-    ends, n_positions = _ends(model, tokenizer), (positions_of(model) or (2**31, ""))[0]
+    ends, n_positions = end_tokens(model, tokenizer), (positions_of(model) or (2**31, ""))[0]
     stopping = StoppingCriteriaList(
         [StopStringCriteria(tokenizer, list(decoding.stop))] if decoding.stop else []
     )
@@ -75,7 +75,7 @@ def answers(
         ):
             between()
             # [B, P]
-            ids, mask = (x.to(device) for x in _padded(prompts[start : start + batch_size], pad))
+            ids, mask = (x.to(device) for x in padded(prompts[start : start + batch_size], pad))
             n_new = decoding.max_new_tokens or max_length - ids.shape[1]
             n_new = max(min(n_new, n_positions - ids.shape[1]), 1)
             options: dict[str, Any] = {
@@ -140,7 +140,7 @@ def sample(
     return [answer.text for (answer,) in by_prompt]
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the end tokens: the tokenizer's EOS, which training uses, and those of the model's
     generation config.
     """
@@ -155,7 +155,7 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
-def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
+def padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, [B, P], padded on the left."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
