@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,15 +19,16 @@ from transformers import PreTrainedModel
 
 from plumb.batching.feed import Step
 from plumb.console import quiet
-from plumb.distributed import collectives, sharding
+from plumb.distributed import sharding
 from plumb.distributed.device import pick_device
 from plumb.distributed.signals import stop_requested
 from plumb.models.forward_path import DTYPES
 from plumb.reports.score_plots import draw_evaluation
 from plumb.runs.checkpoints import Checkpoint
 from plumb.training import first_step, setup
+from plumb.training.between_steps import BetweenSteps
 from plumb.training.head_init import start_head
-from plumb.training.metrics import Means, Record
+from plumb.training.metrics import Means
 from plumb.training.stopping import StopRule
 from utils import peak_memory_gb
 
@@ -64,8 +64,16 @@ class BasicTrainer:
         self.is_primary_replica = ready.evaluator.is_primary_replica
         self.saver = setup.make_run_saver(config, run, ready, self)
         self.state.reference = setup.make_moving_reference(config, ready, self.saver)
-        self.evaluator = setup.make_run_evaluator(config, run, ready, self.saver, draw_evaluation)
         self.stop_rule = StopRule(config.max_hours, self.saver)
+        self.between = BetweenSteps(
+            state=self.state,
+            log=self.log,
+            evaluator=setup.make_run_evaluator(config, run, ready, self.saver, draw_evaluation),
+            saver=self.saver,
+            stop_rule=self.stop_rule,
+            eval_every=config.eval_every,
+            do_last_eval=config.do_last_eval,
+        )
 
     # ---- what other trainers change ----
 
@@ -112,24 +120,15 @@ class BasicTrainer:
         """Train to the end of the schedule, evaluating and saving every eval_every examples. Raise
         Stopped when asked to stop, after saving a checkpoint of the last step.
         """
-        config = self.config
         state = self.state
-        position = state.position
         self.policy.train()
         self.started = time.monotonic()
         self.saver.mark()
         stop_requested()  # from here on a signal waits for the end of its step
-        if self.n_updates == 0 and self.loss.reads == "scores":
-            pairs = state.schedule.order(0)[: config.head_pairs]
-            start_head(
-                self.scorer, self.train_feed, config.head_init, pairs, self.is_primary_replica
-            )
-        if self.n_updates == 0 and state.average is not None:
-            state.average.start()
-        if self.n_updates == 0 and config.do_first_eval:
-            self.evaluate()
-        if position.evaluation_due:  # the run was stopped before this evaluation
-            self.evaluate_and_save()
+        if self.n_updates == 0:
+            self.start()
+        if state.position.evaluation_due:  # the run was stopped before this evaluation
+            self.between.evaluate_and_save()
         progress = tqdm(
             total=state.n_steps,
             initial=self.n_updates,
@@ -140,20 +139,27 @@ class BasicTrainer:
         for step, waited_secs in self.steps():
             self.step(step, waited_secs)
             progress.update()
-            n = len(step.indices)
-            position.evaluation_due = self.n_updates == state.n_steps or position.passed(
-                config.eval_every, n
-            )
-            if position.evaluation_due:
-                self.saver.mark()
-            self.between_steps(n)
-            if position.evaluation_due:
-                self.evaluate_and_save()
+            self.between.after_step(len(step.indices))
         progress.close()
-        if not position.finished:  # changed settings left nothing to train
+        if not state.position.finished:  # changed settings left nothing to train
             self.saver.mark()
-            self.evaluate_and_save()
+            self.between.evaluate_and_save()
         self.saver.wait()
+
+    def start(self) -> None:
+        """Make what precedes the first step: the values of a new scalar head, the policy's average
+        and the first evaluation.
+        """
+        config = self.config
+        if self.loss.reads == "scores":
+            pairs = self.state.schedule.order(0)[: config.head_pairs]
+            start_head(
+                self.scorer, self.train_feed, config.head_init, pairs, self.is_primary_replica
+            )
+        if self.state.average is not None:
+            self.state.average.start()
+        if config.do_first_eval:
+            self.between.evaluate()
 
     def steps(self) -> Iterator[tuple[Step, float]]:
         """Yield the remaining steps, each with the seconds spent waiting for it. A moving reference
@@ -189,8 +195,7 @@ class BasicTrainer:
         for i, (batch, weight, where) in enumerate(step.microbatches):
             scored = self.scorer(batch, self.loss.context_of(context, where))
             if is_first:
-                losses = replace(scored.output, losses=scored.output.losses.detach())
-                first_scored.append(replace(scored, output=losses, balance=None))
+                first_scored.append(scored.detached())
             loss = weight * scored.weighted_losses().sum() / n
             if scored.balance is not None:
                 loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(
@@ -248,35 +253,6 @@ class BasicTrainer:
         if norm > self.config.max_grad_norm:
             sharding.scale(gradients, self.config.max_grad_norm / (total + 1e-6))
         return norm
-
-    def between_steps(self, n: int) -> None:
-        """Log, save or stop if that is due, after a step of `n` examples: all ranks agree on it."""
-        flush, failed, save, late, number = collectives.all_reduce_max(
-            [self.log.due(), self.saver.saver.failed(), self.saver.due(n), *self.stop_rule.wishes()]
-        )
-        if flush:
-            self.log.flush()
-        if failed:
-            self.saver.wait()
-        if number or late:
-            self.stop_rule.stop(int(number))
-        if save and not self.state.position.evaluation_due:
-            self.saver.save({}, interim=True)
-
-    # ---- evaluating and saving ----
-
-    def evaluate_and_save(self) -> None:
-        """Evaluate, and save a checkpoint with the metrics."""
-        position = self.state.position
-        position.evaluation_due = True
-        position.finished = self.n_updates >= self.state.n_steps
-        record = self.evaluate() if not position.finished or self.config.do_last_eval else {}
-        position.evaluation_due = False
-        self.saver.save(record)
-
-    def evaluate(self) -> Record:
-        """Evaluate, log the metrics and return them."""
-        return self.evaluator.evaluate(self.n_seen, self.stop_rule.check)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, optimizer and position."""

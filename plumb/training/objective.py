@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class Scored:
         """Return each example's loss times its weight.  [B]"""
         losses = self.output.losses
         return losses if self.weights is None else losses * self.weights.to(losses)
+
+    def detached(self) -> Scored:
+        """Return the results without the graph of the backward pass."""
+        output = replace(self.output, losses=self.output.losses.detach())
+        return replace(self, output=output, balance=None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""What a run does between two steps, if it is due: log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plumb.distributed import collectives
+from plumb.training.metrics import Record, TrainingLog
+from plumb.training.run_evaluator import RunEvaluator
+from plumb.training.saving import RunSaver
+from plumb.training.stopping import StopRule
+from plumb.training.train_state import TrainState
+
+
+@dataclass(frozen=True)
+class BetweenSteps:
+    """Log, evaluate, save and stop a run between its steps. Every rank must make each call."""
+
+    state: TrainState
+    log: TrainingLog
+    evaluator: RunEvaluator
+    saver: RunSaver
+    stop_rule: StopRule
+    eval_every: int  # training examples
+    do_last_eval: bool
+
+    def after_step(self, n: int) -> None:
+        """Do what is due after a step of `n` examples: all ranks agree on it. Raise Stopped when
+        the run is asked to stop.
+        """
+        position = self.state.position
+        is_last = position.n_updates == self.state.n_steps
+        position.evaluation_due = is_last or position.passed(self.eval_every, n)
+        if position.evaluation_due:
+            self.saver.mark()
+        flush, failed, save, late, number = collectives.all_reduce_max(
+            [self.log.due(), self.saver.saver.failed(), self.saver.due(n), *self.stop_rule.wishes()]
+        )
+        if flush:
+            self.log.flush()
+        if failed:
+            self.saver.wait()
+        if number or late:
+            self.stop_rule.stop(int(number))
+        if position.evaluation_due:
+            self.evaluate_and_save()
+        elif save:
+            self.saver.save({}, interim=True)
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate, and save a checkpoint with the metrics."""
+        position = self.state.position
+        position.evaluation_due = True
+        position.finished = position.n_updates >= self.state.n_steps
+        record = self.evaluate() if not position.finished or self.do_last_eval else {}
+        position.evaluation_due = False
+        self.saver.save(record)
+
+    def evaluate(self) -> Record:
+        """Evaluate, log the metrics and return them."""
+        return self.evaluator.evaluate(self.state.position.n_seen, self.stop_rule.check)
