@@ -41,7 +41,13 @@ from plumb.paths import CONFIG
 from plumb.runs.policy_path import resolve_archive
 from plumb.settings import schema
 from plumb.settings.cli import temporary_jsonl
-from plumb.settings.hydra_guard import check_command_line, in_one_line, no_environment, spelled_out
+from plumb.settings.hydra_guard import (
+    are_knobs,
+    check_command_line,
+    in_one_line,
+    no_environment,
+    spelled_out,
+)
 from plumb.settings.plugins import import_plugins
 from plumb.settings.validation import validate
 from utils import environment, get_local_run_dir, peak_memory_gb
@@ -65,7 +71,6 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver("oc.env", no_environment, replace=True)
 
 
-@hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
     """Validate, then train in this process or in several. The reason why a run ends early is
     printed in one line and recorded in its exit code and status.json.
@@ -122,6 +127,16 @@ def prepare(config: DictConfig) -> Path:
     return Path(config.local_run_dir)
 
 
+# Hydra's own start: help, other config folders, and sweeps. It composes the config twice.
+start_by_hydra = hydra.main(version_base="1.3", config_path="config", config_name="config")(run)
+
+
+def compose(knobs: Sequence[str]) -> DictConfig:
+    """Return the config with these knobs (knob=value), neither validated nor resolved."""
+    with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
+        return hydra.compose("config", list(knobs))
+
+
 def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
     """Train in one process on rows that are dicts, as `python train.py datasets=[rows.jsonl]` does
     on a file of them. `overrides`: knob=value. Return the run directory. Raises UserError.
@@ -132,8 +147,7 @@ def train_on(rows: Iterable[Mapping[str, Any]], *overrides: str) -> Path:
         words = spelled_out(words)
         check_command_line(words, Path(__file__))
         try:
-            with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
-                config = hydra.compose("config", words)
+            config = compose(words)
             validate(config)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise UserError(in_one_line(error)) from None
@@ -525,9 +539,12 @@ def main() -> None:
     # identifies the start that wrote status.json
     os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex
     try:
-        sys.argv[1:] = spelled_out(sys.argv[1:])
-        check_command_line(sys.argv[1:], Path(__file__))
-        run()
+        sys.argv[1:] = words = spelled_out(sys.argv[1:])
+        check_command_line(words, Path(__file__))
+        if are_knobs(words):
+            run(compose(words))
+        else:
+            start_by_hydra()
     except UserError as error:
         sys.exit(fail(error, error.exit_code))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

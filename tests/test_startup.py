@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from plumb.errors import UserError
@@ -57,6 +58,22 @@ def test_help_imports_nothing_heavy(command):
 def test_a_refused_knob_imports_nothing_heavy(knobs, line):
     code, text, imported = start("train.py", *knobs)
     assert (code, imported) == (2, []) and text.startswith("error: ") and line in text
+
+
+def test_a_run_composes_its_config_once(monkeypatch, capsys):
+    composed = []
+    load = ConfigLoaderImpl.load_configuration
+
+    def counted(*arguments, **options):
+        composed.append(1)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    monkeypatch.setattr(sys, "argv", ["train.py", *DEMO, "lr=-1"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("train").main()
+    assert (ended.value.code, len(composed)) == (2, 1)
+    assert "lr=-1: expected a number above 0" in capsys.readouterr().err
 
 
 def test_an_evaluation_refuses_what_only_training_reads():

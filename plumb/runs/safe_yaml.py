@@ -58,10 +58,10 @@ def check_config_file(path: Path) -> None:
             raise UserError(f"{path}: '_target_' is not taken; {ADVICE}")
     hydra = content.get("hydra")
     for name in _dotted(hydra, "hydra") if hydra is not None else ():
-        if name not in HYDRA_KNOBS:
+        if name not in HYDRA_KNOBS - {"hydra.mode"}:  # only a command line asks for a sweep
             raise UserError(
                 f"{path}: {name}: Hydra's own settings are not taken, but"
-                f" {', '.join(sorted(HYDRA_KNOBS))}; {ADVICE}"
+                f" {', '.join(sorted(HYDRA_KNOBS - {'hydra.mode'}))}; {ADVICE}"
             )
     defaults = content.get("defaults")
     for entry in defaults if isinstance(defaults, list) else ():

@@ -70,6 +70,16 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
             raise UserError(f"{line}: expected the name of a file in the config folder")
 
 
+def are_knobs(arguments: Sequence[str]) -> bool:
+    """Return whether the arguments are knobs of one run: no flag, and none of Hydra's settings,
+    which may ask for a sweep.
+
+    >>> are_knobs(["exp_name=a", "lr=1e-6"]), are_knobs(["exp_name=a,b", "-m"])
+    (True, False)
+    """
+    return not any(re.match(r"-|[+~]*hydra\b", argument) for argument in arguments)
+
+
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """Return the arguments as Hydra needs them: it treats 5,0,5 as three runs unless it is quoted.
     A loss that is given by loss.name, as IPO was in 2023, gets the options of its own file.
