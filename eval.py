@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         help="options as for train.py, e.g. datasets=[hh] n_eval_examples=500",
     )
     p.add_argument(
-        "--reference", help="reference for a DPO loss (default: what the policy's run started from)"
+        "--reference", help="reference for a DPO loss (default: that of the policy's run)"
     )
     p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
     p.add_argument("--out", type=Path, help="write the metrics to this JSON file")
@@ -195,7 +195,7 @@ def evaluate(
     Plots of a reward model's scores go to `folder`.
     """
     from plumb.data.prepare import check_margins, check_soft_labels, load_examples
-    from plumb.models.find import find_model, start_of
+    from plumb.models.find import find_model, move_reference, start_of
     from plumb.models.limits import check_vocabulary
     from plumb.models.load import check_length, load_policy, load_tokenizer
     from plumb.reports.score_plots import draw_evaluation
@@ -227,6 +227,8 @@ def evaluate(
     if loss.needs_reference:
         spec = find_model(reference).config if reference else start_of(ref)
         other = load_policy(spec).eval().requires_grad_(False)
+        if reference is None:
+            move_reference(ref, other)
     evaluator = make_evaluator(config, policy, other, loss, tokenizer, examples)
     rank0_print(f"evaluating {len(evaluator)} examples")
     evaluation = evaluator.evaluate()

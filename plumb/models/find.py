@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plumb.console import rank0_print
 from plumb.data.tokenization import template_text
 from plumb.distributed.device import pick_device
 from plumb.errors import UserError
@@ -29,6 +30,7 @@ from plumb.paths import CONFIG, ROOT
 from plumb.runs.policy_file import load_policy_state
 from plumb.runs.policy_path import resolve_archive
 from plumb.runs.safe_yaml import check_config_file
+from plumb.runs.state_files import copy_stored
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,21 @@ def start_of(ref: ModelRef) -> DictConfig:
     config = copy.deepcopy(ref.config)
     config.model.archive = _config_of(ref.run_dir).model.get("archive")
     return config
+
+
+def move_reference(ref: ModelRef, reference: PreTrainedModel) -> None:
+    """Give the reference, loaded as the model that the run of a policy started from, the weights to
+    which it had moved at the policy's checkpoint; print a note if they are not saved there.
+    """
+    if not ref.config.get("reference_update_every") or ref.archive is None:
+        return
+    files = sorted(ref.archive.resolve().parent.glob("state-*-of-*.safetensors"))
+    if not files or not copy_stored(files, "reference.", dict(reference.named_parameters())):
+        rank0_print(
+            f"note: the reference of {ref.name} moved, and its weights are not saved with this"
+            " checkpoint (only those of a live one are): compared with the model that the run"
+            " started from"
+        )
 
 
 def open_model(ref: ModelRef, device: str | None = None) -> Opened:

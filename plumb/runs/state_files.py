@@ -34,6 +34,17 @@ DTYPES = {
 }
 
 
+OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class Place(NamedTuple):
+    """Say where a part of a tensor is stored."""
+
+    file: Any  # open
+    shape: list[int]  # of the full tensor
+    offset: list[int]  # where the part begins in it
+
+
 class Part(NamedTuple):
     """Describe what this rank writes of a tensor."""
 
@@ -164,12 +175,7 @@ def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
     """
     directory = files[0].parent
     try:
-        places: dict[
-            str, list[tuple[Any, list[int], list[int]]]
-        ] = {}  # name -> (file, whole shape, offset) of its parts
-        for file in _opened(files):
-            for name, place in file.metadata().items():
-                places.setdefault(name, []).append((file, *json.loads(place)))
+        places = _places(files)
         missing = sorted(targets.keys() - places.keys()) or sorted(places.keys() - targets.keys())
         if missing:
             what = "lacks" if missing[0] in targets else "has, and this run does not,"
@@ -184,9 +190,44 @@ def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
         raise UnsafeFile(f"{directory}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def _fill(
-    target: Tensor, name: str, places: list[tuple[Any, list[int], list[int]]], path: Path
-) -> None:
+def copy_stored(files: Sequence[Path], stored: str, targets: Mapping[str, Tensor]) -> bool:
+    """Give each of these full tensors the numbers of the one in the files that is called `stored`
+    followed by its name, in whatever type they are stored. Return whether there are any such.
+
+    Raises what `load_state` raises.
+    """
+    directory = files[0].parent
+    try:
+        places = _places(files)
+        if not any(name.startswith(stored) for name in places):
+            return False
+        with torch.no_grad():
+            for name, target in targets.items():
+                if stored + name not in places:
+                    raise ResumeMismatch(
+                        f"{directory}: lacks {stored}{name}; is it of another model?"
+                    )
+                file, *_ = places[stored + name][0]
+                dtype = OF_NAME[file.get_slice(stored + name).get_dtype()]
+                whole = torch.empty(target.shape, dtype=dtype)
+                _fill(whole, stored + name, places[stored + name], directory)
+                target.copy_(whole)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UnsafeFile(f"{directory}: cannot be read ({str(error).splitlines()[0]})") from None
+    return True
+
+
+def _places(files: Sequence[Path]) -> dict[str, list[Place]]:
+    """Return the parts of each tensor, by its name."""
+    places: dict[str, list[Place]] = {}
+    for file in _opened(files):
+        for name, place in file.metadata().items():
+            shape, offset = json.loads(place)
+            places.setdefault(name, []).append(Place(file, shape, offset))
+    return places
+
+
+def _fill(target: Tensor, name: str, places: Sequence[Place], path: Path) -> None:
     offset, local = sharding.region(target)
     filled = 0
     for file, shape, begin in places:

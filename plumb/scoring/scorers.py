@@ -40,7 +40,15 @@ from plumb.errors import UserError
 from plumb.losses import inputs
 from plumb.losses.bound import Reads
 from plumb.losses.contract import halves
-from plumb.models.find import ModelRef, Opened, check_device, find_model, open_model, start_of
+from plumb.models.find import (
+    ModelRef,
+    Opened,
+    check_device,
+    find_model,
+    move_reference,
+    open_model,
+    start_of,
+)
 from plumb.models.forward_path import ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
 from plumb.models.limits import check_positions, check_vocabulary
@@ -120,6 +128,8 @@ def load_scorer(
         )
     policy = open_model(ref, device)
     start = open_model(origin, device) if origin is not None else None
+    if start is not None and reference is None:
+        move_reference(ref, start.model)
     if start is not None:
         probe = [
             o.tokenizer("Where is the 3rd house?", add_special_tokens=False)["input_ids"]

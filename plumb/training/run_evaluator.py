@@ -29,6 +29,7 @@ class EvalSampler:
     max_new_tokens: int
     temperature: float
     seed: int
+    prefix: str = ""  # what the responses that the loss prefers begin with
 
     def rows(
         self,
@@ -37,8 +38,16 @@ class EvalSampler:
         n_seen: int,
         between: Callable[[], None],
     ) -> list[tuple[int, str, str]]:
-        """Return (n_seen, prompt, sample) of each prompt; `between` is called between batches."""
-        prompts = [examples[i].prompt for i in range(min(self.n, len(examples)))]
+        """Return (n_seen, prompt, sample) of each prompt, which ends with the prefix; `between` is
+        called between batches.
+        """
+        ids = self.tokenizer(self.prefix, add_special_tokens=False)["input_ids"]
+        ending = np.array(ids, np.int32)
+        room = max(1, self.max_length - 1 - len(ending))
+        prompts = [
+            np.concatenate([examples[i].prompt[-room:], ending])
+            for i in range(min(self.n, len(examples)))
+        ]
         texts = sample(
             model,
             self.tokenizer,

@@ -396,4 +396,5 @@ def make_sampler(config: DictConfig, run: Run) -> EvalSampler | None:
         max_new_tokens=config.sample_max_new_tokens,
         temperature=config.sample_temperature,
         seed=config.seed,
+        prefix=run.loss.prefixes[1] if run.loss.prefixes else "",
     )

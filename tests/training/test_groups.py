@@ -320,8 +320,18 @@ def test_conditional_sft_puts_the_prefix_before_each_response(train, votes, tmp_
     train("one", *options)
     shown = capsys.readouterr().out
     assert "<|good|> It is." in shown and "  desirable" in shown
-    train("two", *options, "loss.desirable_prefix=' Yes:'")
+    run = train(
+        "two",
+        *options,
+        "loss.desirable_prefix=' Yes:'",
+        "sample_during_eval=true",
+        "n_eval_model_samples=2",
+        "sample_max_new_tokens=3",
+        "eval_share=0.3",
+    )
     assert " Yes: It is." in capsys.readouterr().out
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert samples and all(row["prompt"].endswith("? Yes:") for row in samples)
     with pytest.raises(UserError, match="holds no responses with a label"):
         train("none", *options, "unpair=false")
 

@@ -2,6 +2,7 @@
 the policy's weights.
 """
 
+import json
 import shutil
 from functools import partial
 
@@ -12,8 +13,11 @@ from runs import DPO, FAST, STEADY, evaluate, outcome, records, same, state_of
 from torch import nn
 
 import trainers
+from plumb.data.registry import get_dataset
 from plumb.errors import ResumeMismatch, UserError
-from plumb.runs import checkpoints
+from plumb.models.find import find_model
+from plumb.runs import checkpoints, state_files
+from plumb.scoring.scorers import knobs_of, load_scorer
 from plumb.training.moving import MovingModel, PolicyAverage
 
 # 6 steps, of 3 of 18 pairs; the reference moves before the 3rd and the 5th
@@ -77,6 +81,51 @@ def test_the_reference_is_the_policy_of_the_last_move(train):
     assert all(row["rewards_eval/chosen"] != 0 for row in records(run, "eval"))
     stays = records(train("stays", *SHORT, "reference=live"), "train")
     assert [abs(r["rewards_train/chosen"]) < 1e-6 for r in stays] == [True] + 5 * [False]
+
+
+def evaluated(run, folder):
+    """The metrics that eval.py gives a run."""
+    evaluate(run, "--out", folder / "out.json")
+    return json.loads((folder / "out.json").read_text())["metrics"]
+
+
+def test_a_run_is_compared_with_the_reference_that_it_had(train, data, tmp_path, capsys):
+    """eval.py and score.py give the run's last evaluation: a live reference's weights are in the
+    checkpoint. A cached one's are nowhere, and a comparison with the start says so.
+    """
+    live = train("live", *MOVES, "reference=live")
+    last = records(live, "eval")[-1]
+    shown = evaluated(live, tmp_path)
+    for name in ("loss/eval", "rewards_eval/chosen", "rewards_eval/margins"):
+        assert shown[name] == pytest.approx(last[name], abs=1e-5), name
+    ref = find_model(str(live))
+    rows = list(get_dataset(str(data), "test", eval_share=0.1).rows)
+    scores = load_scorer(ref, knobs_of(ref, {}), device="cpu").score(rows, "keep_end").scores
+    assert scores.mean(0)[0] == pytest.approx(last["rewards_eval/chosen"], abs=1e-4)
+    assert "moved, and its weights are not saved" not in capsys.readouterr().out
+    cached = train("cached", *MOVES, "reference=cached")
+    from_start = evaluated(cached, tmp_path)
+    assert "note: the reference of" in (said := capsys.readouterr().out) and "started from" in said
+    assert from_start["rewards_eval/margins"] != records(cached, "eval")[-1]["rewards_eval/margins"]
+
+
+def test_stored_weights_are_copied_in_whatever_type(tmp_path):
+    """Two parts in bfloat16, into float32; not what is stored under another name."""
+    stored = torch.tensor([[1.5], [2.25]], dtype=torch.bfloat16)
+    files = []
+    for i, row in enumerate(stored):
+        part = state_files.Part([2, 1], [i, 0], row[None])
+        files.append(tmp_path / f"state-{i}-of-2.safetensors")
+        state_files.write_tensors(files[-1], {"reference.weight": part, "other.weight": part})
+    model = linear(0.0)
+    weight = torch.zeros(2, 1)
+    assert state_files.copy_stored(files, "reference.", {"weight": weight})
+    assert weight.tolist() == [[1.5], [2.25]]
+    assert not state_files.copy_stored(files, "average.", {"weight": weight})
+    with pytest.raises(ResumeMismatch, match="reference.weight is .2, 1. BF16, and here .1, 1."):
+        state_files.copy_stored(files, "reference.", dict(model.named_parameters()))
+    with pytest.raises(ResumeMismatch, match="lacks reference.bias"):
+        state_files.copy_stored(files, "reference.", {"bias": weight})
 
 
 def test_a_cached_reference_moves_as_a_live_one(train):
