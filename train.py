@@ -289,8 +289,8 @@ def train_from(
         failed = False
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of GPU memory: set tokens_per_microbatch below {budget or 'what is free'} (the"
-            " result stays the same), or activation_checkpointing=true, or"
+            f"out of GPU memory: set tokens_per_microbatch below {budget or 'the automatic value'}"
+            " (the result stays the same), or activation_checkpointing=true, or"
             " model.fsdp_policy_mp=bfloat16"
         ) from None
     finally:

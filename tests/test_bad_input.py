@@ -233,7 +233,7 @@ LOSS_KNOBS = {
     # it has the knobs of config/loss/sft.yaml then
     "loss.name=sft": ("loss.beta=0.1: no such knob", "not of this model or loss"),
     "~loss.label_smoothing": ("loss.label_smoothing", "needs it"),
-    "~loss.alpha": ("~loss.alpha: there is nothing to take away", "leave out ~loss.alpha"),
+    "~loss.alpha": ("~loss.alpha: there is nothing to remove", "leave out ~loss.alpha"),
 }
 
 

@@ -191,7 +191,7 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
         ),
         (["{tiny}", "datasets=[{data}]", "eval_share=0"], "nothing is held out"),
         (["{tiny}", "datasets=[{data}]", "lrr=1"], "lrr=1: no such knob"),
-        (["{tiny}", "hydra.launcher=x"], "Hydra's own settings are not taken"),
+        (["{tiny}", "hydra.launcher=x"], "Hydra's own settings are not accepted"),
         (["{tiny}", "datasets"], "missing EQUAL"),
         (
             ["{tiny}", "datasets=['${{oc.env:HOME}}']", "loss=sft"],

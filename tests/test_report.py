@@ -255,7 +255,7 @@ def test_a_run_as_it_stands(tmp_path, runs):
     page = write(new)
     assert "no metrics yet" in page and "No metrics yet." in page and not page.images
     (runs[1] / "config.yaml").write_text("a: &b [1]\n")
-    assert "(an anchor, alias or tag) is not taken" in write(runs[1])
+    assert "(an anchor, alias or tag) is not accepted" in write(runs[1])
     (runs[1] / "config.yaml").unlink()
     assert "config.yaml: left out (No such file or directory)" in write(runs[1])
 

@@ -23,9 +23,9 @@ from plumb.losses.contract import (
 
 # what all terms of a mixture must have in common, since they see the same responses
 COMMON = {
-    "group": "what one example holds",
-    "average_over": "what their sum is divided by",
-    "read": "which of a response's scores they read",
+    "group": "what an example holds",
+    "average_over": "what its sum is divided by",
+    "read": "which of a response's scores it reads",
     "prefixes": "what responses begin with",
 }
 
@@ -88,7 +88,7 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
             ours, theirs = getattr(first.loss, field), getattr(term.loss, field)
             if ours != theirs:
                 raise ValueError(
-                    f"loss.terms.{term.label}: {meaning} is {theirs!r}, and {ours!r} for"
+                    f"loss.terms.{term.label}: {meaning} is {theirs!r}, but {ours!r} for"
                     f" loss.terms.{first.label}; the terms of a mixture share their batch"
                 )
     return Mixture(
@@ -114,12 +114,12 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
 
 def _label_weights(terms: Sequence[Term]) -> tuple[LabelWeights, ...]:
     """Return the label weights of all terms under their full names."""
-    found = []
+    weights = []
     for term in terms:
         for (undesirable, desirable), values in term.loss.label_weights:
             names = (_of_term(term, undesirable), _of_term(term, desirable))
-            found.append(LabelWeights(names, values))
-    return tuple(found)
+            weights.append(LabelWeights(names, values))
+    return tuple(weights)
 
 
 def _of_term(term: Term, name: str) -> str:

@@ -142,7 +142,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
     label_weights = _label_weights(declared, knobs)
     # a weight that is not known yet is tried as 1
     numbers = {knob: 1.0 for w in label_weights for knob in knobs if f"loss.{knob}" == w.balanced}
-    given, knobs = knobs, {**knobs, **numbers}
+    configured, knobs = knobs, {**knobs, **numbers}
     _check_knobs(name, knobs, declared.function, hints)
     reads = _reads(hints.get("policy"))
     if declared.group == "list" and reads != "logps":
@@ -161,7 +161,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         read=_resolved(declared.read, knobs),
         context=declared.context,
         usual=_resolved(declared.usual, knobs),
-        knobs=given,
+        knobs=configured,
         rewards=_about_rewards(declared.function),
         compute=declared.bind(knobs),
     )

@@ -535,7 +535,7 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
             ),
         ]
     secs = passes * steps.forward / (layout.n_gpus * peak * config.plan_mfu)
-    unknown = "" if schedule.n_examples else " per 1,000 examples (n_examples=... says how many)"
+    unknown = "" if schedule.n_examples else " per 1,000 examples (set n_examples for the total)"
     at = f"plan_mfu={config.plan_mfu:g} of {layout.n_gpus} x {peak / 1e12:g} TFLOP/s"
     lines.append(
         f"{'time':<8}{_duration(secs)}{unknown} at {at}, without evaluation, sampling and saving"

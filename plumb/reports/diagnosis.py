@@ -537,7 +537,7 @@ RULES = [
     ),
     Rule(
         "problem",
-        "The run has fallen silent",
+        "The run has gone silent",
         silent,
         ("it was probably killed", "run the same command with resume=auto"),
     ),
@@ -611,7 +611,7 @@ RULES = [
     ),
     Rule(
         "warning",
-        "Training pairs are known by heart",
+        "Training pairs are memorized",
         by_heart,
         ("fewer epochs", "more data", smoother, "a lower lr"),
     ),
@@ -648,7 +648,7 @@ RULES = [
         clipped,
         (
             "harmless with Adam and RMSprop, whose steps hardly depend on its length",
-            "else raise max_grad_norm or lower lr",
+            "otherwise raise max_grad_norm or lower lr",
         ),
     ),
     Rule(

@@ -12,30 +12,30 @@ import numpy as np
 
 from plumb.losses.bound import AdvantageRule, Baseline, Scale
 
-# what is added to a deviation before it divides, as in TRL's GRPO: no advantage is unbounded
+# added to a deviation before it divides, as in TRL's GRPO, so that advantages are bounded
 EPSILON = 1e-4
-# rewards of a group that differ by less, in parts of the largest, differ by rounding
+# rewards of a group that differ by less, relative to the largest, differ by rounding only
 ROUNDING = 1e-6
 
 
 class Advantages(NamedTuple):
-    """Hold what a loss learns of the rewards of a step's groups.
+    """Hold the advantages of a step's groups.
 
     Example: of two groups, of which the second is dropped: Advantages(values=[[0.5, -0.5]],
     groups=[0], n_equal=1).
     """
 
-    values: np.ndarray  # [m, k] of the groups that are kept
-    groups: np.ndarray  # [m] int64: which of the n they are
+    values: np.ndarray  # [m, k] of the kept groups
+    groups: np.ndarray  # [m] int64: their indices among the n
     n_equal: int  # number of the n groups whose rewards are all equal
 
 
 def advantages(
     rewards: np.ndarray, rule: AdvantageRule, kl: np.ndarray | None = None
 ) -> Advantages:
-    """Return the advantages of rewards [n, k] as a loss wants them. `kl` [n, k]: log pi(y|x) -
-    log pi_ref(y|x) of each response by the policy that it was drawn from, where the rule takes it
-    off the rewards. Whether the rewards of a group are equal is asked before that.
+    """Return the advantages of rewards [n, k] by a loss's rule. `kl` [n, k]: log pi(y|x) -
+    log pi_ref(y|x) of each response under the policy that sampled it, if the rule subtracts it from
+    the rewards. Whether the rewards of a group are equal is decided before that.
 
     >>> rule = AdvantageRule("leave_one_out", "none", kl_weight=0.0, equal_rewards="drop")
     >>> advantages(np.array([[1.0, 3.0], [2.0, 2.0]]), rule)
@@ -45,14 +45,14 @@ def advantages(
     groups = np.flatnonzero(spread | (rule.equal_rewards == "keep"))
     final = rewards
     if rule.kl_weight:
-        assert kl is not None, "the rule takes the KL off the rewards"
+        assert kl is not None, "the rule subtracts the KL from the rewards"
         final = rewards - rule.kl_weight * kl
     values = scaled(final[groups], rule.baseline, rule.scale)
     return Advantages(values, groups, int((~spread).sum()))
 
 
 def has_spread(rewards: np.ndarray) -> np.ndarray:
-    """Return which groups have rewards [n, k] that differ. A group of one has none.  [n] bool
+    """Return which groups have rewards [n, k] that differ; those of one do not.  [n] bool
 
     >>> has_spread(np.array([[1.0, 1.0, 2.0], [3.0, 3.0, np.nan], [0.0, np.nan, np.nan]]))
     array([ True, False, False])
@@ -62,7 +62,7 @@ def has_spread(rewards: np.ndarray) -> np.ndarray:
 
 
 def scaled(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndarray:
-    """Return rewards [n, k] less their baseline, over their scale.  [n, k]
+    """Return rewards [n, k] minus their baseline, divided by their scale.  [n, k]
 
     Leave-one-out is RLOO's (arXiv:2402.14740, Eq. 6), the group's mean and deviation GRPO's
     (arXiv:2402.03300, section 4.1.2), the batch's mean with the batch's deviation REINFORCE++'s
@@ -71,12 +71,12 @@ def scaled(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndarray:
     >>> scaled(np.array([[1.0, 2.0, 6.0]]), "leave_one_out", "none")
     array([[-3. , -1.5,  4.5]])
     """
-    left = rewards - baselines(rewards, baseline)
+    centered = rewards - baselines(rewards, baseline)
     if scale == "group":
-        return left / (deviation(rewards, axis=1) + EPSILON)
+        return centered / (deviation(rewards, axis=1) + EPSILON)
     if scale == "batch":
-        return left / (deviation(rewards, axis=None) + EPSILON)
-    return left
+        return centered / (deviation(rewards, axis=None) + EPSILON)
+    return centered
 
 
 def baselines(rewards: np.ndarray, baseline: Baseline) -> np.ndarray:

@@ -49,18 +49,18 @@ def check_config_file(path: Path) -> None:
     package = re.search(r"^\s*#\s*@\s*package\b(.*)$", text[:512], re.M)
     if package and "hydra" in package[1]:
         raise UserError(
-            f"{path}: @package{package[1]}: Hydra's own settings are not taken; {ADVICE}"
+            f"{path}: @package{package[1]}: Hydra's own settings are not accepted; {ADVICE}"
         )
     if not isinstance(content, dict):
         return
     for key in _keys(content):
         if key == "_target_":
-            raise UserError(f"{path}: '_target_' is not taken; {ADVICE}")
+            raise UserError(f"{path}: '_target_' is not accepted; {ADVICE}")
     hydra = content.get("hydra")
     for name in _dotted(hydra, "hydra") if hydra is not None else ():
         if name not in HYDRA_KNOBS - {"hydra.mode"}:  # only a command line asks for a sweep
             raise UserError(
-                f"{path}: {name}: Hydra's own settings are not taken, but"
+                f"{path}: {name}: Hydra's own settings are not accepted, except"
                 f" {', '.join(sorted(HYDRA_KNOBS - {'hydra.mode'}))}; {ADVICE}"
             )
     defaults = content.get("defaults")
@@ -69,7 +69,7 @@ def check_config_file(path: Path) -> None:
             shown = f"{key}: {value}" if value is not None else f"{key}"
             own = str(key) in HYDRA_DEFAULTS and HYDRA_DEFAULTS[str(key)] == value
             if not own and re.search(r"\bhydra\b|\.\.|\$", shown):
-                raise UserError(f"{path}: defaults: '{shown}' is not taken; {ADVICE}")
+                raise UserError(f"{path}: defaults: '{shown}' is not accepted; {ADVICE}")
 
 
 class _ValuesOnly(yaml.SafeLoader):
@@ -84,8 +84,8 @@ class _ValuesOnly(yaml.SafeLoader):
 
     def refuse(self, sign: str) -> NoReturn:
         raise UserError(
-            f"{self.path}, line {self.line + 1}: '{sign}' (an anchor, alias or tag) is not taken;"
-            " write the value out"
+            f"{self.path}, line {self.line + 1}: '{sign}' (an anchor, alias or tag) is not"
+            " accepted; write the value out"
         )
 
     def fetch_alias(self) -> None:

@@ -142,7 +142,7 @@ def read_ranked(path: Path) -> Iterator[Ranked]:
     Raises UserError for a line without scores, or with one answer.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give what score.py pairs or answers wrote")
+        raise UserError(f"{path}: no such file; give the output of score.py pairs or answers")
     for raw in read_file(path):
         if "chosen" in raw.fields:
             scores = [

@@ -378,7 +378,7 @@ class Classifier:
         labels = load_config(ref.config).num_labels
         if labels != 1:
             raise UserError(
-                f"{ref.name}: has num_labels={labels}; a score takes a model with one label"
+                f"{ref.name}: has num_labels={labels}; a scorer needs a model with one label"
             )
         self.config = config
         self.name = ref.name
@@ -481,5 +481,5 @@ def _check_finite(scores: np.ndarray, rows: Sequence[Row], name: str) -> None:
     if bad.any():
         raise UserError(
             f"{name}: {rows[int(bad.argmax())].source} is given {scores[bad][0].tolist()}; is the"
-            " model damaged, or --dtype too coarse?"
+            " model damaged, or --dtype too imprecise?"
         )

@@ -61,11 +61,11 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
         line, key = override.input_line or "", override.key_or_group
         if _is_hydras(key, override.package) and key not in HYDRA_KNOBS:
             raise UserError(
-                f"{line}: Hydra's own settings are not taken, but {', '.join(sorted(HYDRA_KNOBS))};"
-                f" {ADVICE}"
+                f"{line}: Hydra's own settings are not accepted, except"
+                f" {', '.join(sorted(HYDRA_KNOBS))}; {ADVICE}"
             )
         if re.search(r"(?<!\w)_target_(?!\w)", line):
-            raise UserError(f"{line}: '_target_' is not taken; {ADVICE}")
+            raise UserError(f"{line}: '_target_' is not accepted; {ADVICE}")
         if (key in groups or "/" in key) and re.search(r"\.\.|\$", line):
             raise UserError(f"{line}: expected the name of a file in the config folder")
 
@@ -124,11 +124,11 @@ def check_config_folder(folder: Path) -> set[str]:
         files += [Path(here) / name for name in sorted(names) if name.endswith((".yaml", ".yml"))]
         if len(files) + len(groups) > MAX_FILES:
             raise UserError(
-                f"{folder}: holds more than {MAX_FILES} files and folders; give a folder of configs"
-                " alone"
+                f"{folder}: holds more than {MAX_FILES} files and folders; give a folder that"
+                " contains only configs"
             )
     if "hydra" in groups:
-        raise UserError(f"{folder}/hydra: Hydra's own groups are not taken; {ADVICE}")
+        raise UserError(f"{folder}/hydra: Hydra's own groups are not accepted; {ADVICE}")
     for file in files:
         check_config_file(file)
     return groups
@@ -155,10 +155,10 @@ def in_one_line(error: Exception) -> str:
             f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"
             " config/model and config/loss"
         )
-    # Hydra says so of a knob that is null, too
+    # Hydra also says so if the knob is null
     if nothing := re.search(r"Could not delete from config\. '(.+?)' does not exist", lines[0]):
         return (
-            f"~{nothing[1]}: there is nothing to take away, since the option is null or does not"
+            f"~{nothing[1]}: there is nothing to remove, since the option is null or does not"
             f" exist; leave out ~{nothing[1]}"
         )
     if lines[0].startswith("In 'config': Could not find '"):

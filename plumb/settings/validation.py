@@ -60,7 +60,7 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     for name in filter(None, (weights.balanced for weights in loss.label_weights)):
         if not trains:
             raise UserError(
-                f"{name}=balanced: is a number that a training run makes of its data; give one"
+                f"{name}=balanced: a training run computes this number from its data; give a number"
             )
     values = {**dict(flatten(to_dict(config.loss))), "lr": config.lr}
     if trains and (unusual := unusual_values(loss, values)):
@@ -246,8 +246,8 @@ def _data_sets(config: DictConfig) -> None:
         check_name(name)
     if config.field_map and all(name in LOADERS for name in names):
         raise UserError(
-            f"field_map={dict(config.field_map)}: named data sets have their own fields; it is for"
-            " files by path"
+            f"field_map={dict(config.field_map)}: named data sets have their own fields; field_map"
+            " is for files given by path"
         )
 
 
@@ -305,7 +305,7 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
     source_trust.check_revision(config.model)
     if config.plan and config.device is not None:
         raise UserError(
-            f"device={config.device}: a plan is for GPUs; leave it out, and say which with plan_gpu"
+            f"device={config.device}: a plan is for GPUs; leave it out, and set plan_gpu"
         )
     for name in ("plan_gpus", "plan_nodes", "plan_gpu_gb"):
         if config[name] is not None and not config.plan:

@@ -128,7 +128,7 @@ class FirstStep:
         if share > 1:
             raise NonFinite(
                 f"step 0: the same batch twice gives {what} that differ by {off:.2g}{unit}: is"
-                " there dropout in the model that its config does not name?"
+                " there dropout in the model that its config does not show?"
             )
         if (
             scorer.loss.needs_reference

@@ -50,11 +50,9 @@ def _fitted(
     progress.close()
     folds = torch.from_numpy(folds_of(feed.examples, indices))
     fit = collectives.from_rank0(partial(fit_head, hidden[:, 0], hidden[:, 1], folds))
-    result = (
-        f"of pairs left out it ranks {fit.accuracy:.3f} as the data do, at a loss of {fit.loss:.4f}"
-    )
+    result = f"on left-out pairs its accuracy is {fit.accuracy:.3f}, its loss {fit.loss:.4f}"
     rank0_print(
-        f"head: fitted to what the untrained model reads of {len(indices):,} pairs; "
-        f"{result if fit.weight.any() else 'they tell nothing, so it starts at zero'}"
+        f"head: fitted to the untrained model's hidden states of {len(indices):,} pairs; "
+        f"{result if fit.weight.any() else 'they show no signal, so it starts at zero'}"
     )
     return fit.weight

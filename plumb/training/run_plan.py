@@ -61,13 +61,13 @@ def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Num
     moves = config.reference_update_every is not None
     pays = _can_be_cached(config) if moves and tight else not moves and (numbers.repeats or tight)
     cached = {"auto": pays, "live": False, "cached": True}[config.reference]
-    why = "each example comes once"
+    why = "each example is used once"
     if config.reference != "auto":
         why = "as set"
     elif moves and not cached:
         why = "it moves"
     elif numbers.repeats and not moves:
-        why = "examples come more than once"
+        why = "examples are used more than once"
     elif tight:
         why = "memory is short"
     live = needs_reference and not cached

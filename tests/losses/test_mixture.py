@@ -167,11 +167,11 @@ def test_a_context_by_example_is_split_with_the_batch():
         ({"a-b": term("nll")}, "loss.terms.a-b: a term's name may have letters"),
         (
             {"a": term("dpo"), "b": term("sft")},
-            "loss.terms.b: what one example holds is 'single', and 'pair' for loss.terms.a",
+            "loss.terms.b: what an example holds is 'single', but 'pair' for loss.terms.a",
         ),
         (
             {"a": term("dpo"), "b": term("reward")},
-            "loss.terms.b: what they read of the model is 'scores', and 'logps' for loss.terms.a",
+            "loss.terms.b: what it reads from the model is 'scores', but 'logps' for loss.terms.a",
         ),
         (
             {"a": term("ld_dpo"), "b": term("nll"), "c": term("wpo")},

@@ -414,10 +414,10 @@ step = trainers.BasicTrainer.step
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (["n_epochs=1"], "live (each example comes once)"),
-        (["n_epochs=3"], "cached (examples come more than once)"),
-        (["n_epochs=3", "n_examples=18"], "live (each example comes once)"),
-        (["n_epochs=null", "n_examples=19"], "cached (examples come more than once)"),
+        (["n_epochs=1"], "live (each example is used once)"),
+        (["n_epochs=3"], "cached (examples are used more than once)"),
+        (["n_epochs=3", "n_examples=18"], "live (each example is used once)"),
+        (["n_epochs=null", "n_examples=19"], "cached (examples are used more than once)"),
         (["n_epochs=3", "reference=live"], "live (as set)"),
     ],
 )

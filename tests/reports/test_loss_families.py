@@ -124,7 +124,7 @@ ADVICE = ("loss.nll=1", "label_smoothing", "larger loss.beta")
 def test_advice_is_of_knobs_that_the_loss_has(name, advised):
     loss = knobs_of(name) if name in LOSSES else {"name": name, "beta": 0.1}
     remedies = found(loss, **FALLS)["The chosen answers become less likely"].remedy
-    remedies += found(loss, **BY_HEART)["Training pairs are known by heart"].remedy
+    remedies += found(loss, **BY_HEART)["Training pairs are memorized"].remedy
     assert tuple(advice for advice in ADVICE if advice in remedies) == tuple(advised)
 
 

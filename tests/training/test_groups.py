@@ -370,7 +370,7 @@ def test_a_balanced_weight_is_a_number_of_the_run(train, votes, tmp_path, capsys
     train("balanced", *options, "resume=must", "eval_every=8", "resume_allow=[eval_every]")
     shown = capsys.readouterr().out
     assert "resuming from" in shown and "loss.desirable_weight=balanced: 3, for 4" in shown
-    with pytest.raises(UserError, match="^loss.desirable_weight=balanced: is a number that a tr"):
+    with pytest.raises(UserError, match="^loss.desirable_weight=balanced: a training run computes"):
         eval_command.evaluate_on(run, rows, "loss.desirable_weight=balanced")
     assert eval_command.evaluate_on(run, rows)["loss/eval"] > 0
 

@@ -342,7 +342,7 @@ def test_the_heads_first_values(train_here, capsys):
         )
         first[kind], heads[kind] = records(run_dir, "eval")[0], head_of(run_dir)
     said = capsys.readouterr().out
-    assert said.count("head: fitted to what the untrained model reads of 100 pairs") == 1
+    assert said.count("head: fitted to the untrained model's hidden states of 100 pairs") == 1
     # four standard errors above chance, of 64 pairs
     assert first["fit"]["rewards_eval/accuracies"] > 0.75
     assert first["fit"]["loss/eval"] < 0.6
