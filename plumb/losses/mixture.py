@@ -145,15 +145,15 @@ def _term(label: str, knobs: Any, build: Callable[[Mapping[str, Any]], Loss]) ->
 
 
 def _reads(terms: Sequence[Term]) -> Reads:
-    """Return what a mixture reads of the model: the sums over responses that some terms read derive
-    from what others read. Raise ValueError for two terms of which neither derives from the other.
+    """Return what a mixture reads from the model. The sums over responses that some terms read can
+    be derived from what others read; raise ValueError for two terms where neither can.
     """
     most = terms[0]
     for term in terms[1:]:
         ours, theirs = most.loss.reads, term.loss.reads
         if ours != theirs and ("scores" in (ours, theirs) or "logps" not in (ours, theirs)):
             raise ValueError(
-                f"loss.terms.{term.label}: what they read of the model is {theirs!r}, and {ours!r}"
+                f"loss.terms.{term.label}: what it reads from the model is {theirs!r}, but {ours!r}"
                 f" for loss.terms.{most.label}; the terms of a mixture share their batch"
             )
         if ours == "logps":
@@ -162,7 +162,7 @@ def _reads(terms: Sequence[Term]) -> Reads:
 
 
 def _view(example: Any, reads: Reads) -> Any:
-    """Return what a term reads of an example of the mixture."""
+    """Return the part of a mixture's example that a term reads."""
     if reads != "logps":
         return example
     if isinstance(example, Pairs):

@@ -175,7 +175,7 @@ def test_a_context_by_example_is_split_with_the_batch():
         ),
         (
             {"a": term("ld_dpo"), "b": term("nll"), "c": term("wpo")},
-            "loss.terms.c: what they read of the model is 'logps_and_squares', and 'token_logps'",
+            "loss.terms.c: what it reads from the model is 'logps_and_squares', but 'token_logps'",
         ),
     ],
 )
