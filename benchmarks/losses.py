@@ -143,6 +143,12 @@ def flipped(rows: Sequence[Row], seed: int) -> list[Row]:
     ]
 
 
+def on_data(name: str) -> bool:
+    """Return whether a file of config/loss names a loss that learns from data, not from samples."""
+    loss = knobs_of(name)["name"]
+    return loss not in LOSSES or LOSSES[loss].group != "rollout"
+
+
 # ---- runs ----
 
 
@@ -348,6 +354,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--parts", nargs="+", default=["losses", "noise"])
     every = sorted(file.stem for file in (ROOT / "config/loss").glob("*.yaml"))
+    every = [name for name in every if on_data(name)]
     parser.add_argument("--losses", nargs="+", default=every, help="losses of part `losses`")
     parser.add_argument("--noise", nargs="+", default=[*NOISE], help="losses of part `noise`")
     parser.add_argument(

@@ -121,6 +121,26 @@ def needed(name: str, setting: str) -> str:
     return words[now] + (f"; {words[not now]} with {' or '.join(other)}" if other else "")
 
 
+def presets(name: str) -> str:
+    """Return a sentence on the other files of config/loss that set the knobs of this loss; "" where
+    there are none.
+
+    >>> presets("dpo")
+    ''
+    """
+    own = knobs_of(name)
+    lines = []
+    for file in sorted((ROOT / "config/loss").glob("*.yaml")):
+        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if file.stem != name and spec["name"] == name:
+            other = {knob: numbers_are_numbers(value) for knob, value in spec.items()}
+            changed = [f"{k}={'null' if v is None else v}" for k, v in other.items() if v != own[k]]
+            lines.append(f"- `loss={file.stem}`: `{' '.join(changed)}`")
+    if not lines:
+        return ""
+    return "Presets, which differ in these knobs:\n\n" + "\n".join(lines) + "\n"
+
+
 def paragraphs(declared: Declaration) -> list[str]:
     """Return the paragraphs of a loss's docstring, one line each."""
     text = inspect.getdoc(declared.function) or ""
@@ -206,6 +226,8 @@ def section(name: str) -> str:
     lines.append(needs(name, bound) + "\n")
     if own := options(f"loss/{name}.yaml", "loss."):
         lines.append(knob_table(own))
+    if named := presets(name):
+        lines.append(named)
     return "\n".join(lines)
 
 

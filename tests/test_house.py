@@ -46,6 +46,7 @@ LIGHT = {
     "plumb.losses.pairwise_offset": {"torch"},
     "plumb.losses.pairwise_reference_free": {"torch"},
     "plumb.losses.pairwise_token": {"torch"},
+    "plumb.losses.policy_gradient": {"torch"},
     "plumb.losses.ratios": {"torch"},
     "plumb.losses.registry": {"torch"},
     "plumb.losses.reward_model": {"torch"},

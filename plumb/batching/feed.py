@@ -16,7 +16,7 @@ import torch
 from plumb.batching.layout import Batch, pack
 from plumb.batching.microbatches import Packing, split_into_microbatches
 from plumb.batching.mismatched import mismatched
-from plumb.data.examples import Examples, Lengths, lengths_of
+from plumb.data.examples import Lengths, lengths_of
 from plumb.data.extras import Extras
 from plumb.data.tokenization import Example
 
@@ -79,9 +79,9 @@ class Feed:
         self.known: KnownLogps | None = None  # of mismatched examples, with `reference`
         self.lengths = lengths_of(examples)
         # what the examples carry beside their tokens, less what no example has
-        own = examples.extras() if isinstance(examples, Examples) else Extras()
+        own: Extras = getattr(examples, "extras", Extras)()
         known = lambda columns: {n: x for n, x in columns.items() if not np.isnan(x).all()}
-        self.extras = Extras(known(own.example), known(own.response))
+        self.extras = Extras(known(own.example), known(own.response), own.token)
         if "weights" in self.extras.example:
             weights = relative_weights(self.extras.example["weights"])
             self.extras = replace(self.extras, example={**self.extras.example, "weights": weights})

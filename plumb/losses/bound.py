@@ -88,6 +88,23 @@ class Loss:
         return {f"loss.{knob}": self.knobs[knob]} if knob in self.knobs else {}
 
     @property
+    def advantages(self) -> AdvantageRule | None:
+        """Return how rewards become advantages, by the knobs that every loss on the policy's own
+        samples has; None for another loss. Raise ValueError for a knob that is missing.
+        """
+        if self.group != "rollout":
+            return None
+        for knob in ("baseline", "scale", "equal_rewards", "kl", "beta"):
+            if knob not in self.knobs:
+                raise ValueError(f"{knob}: a loss on the policy's own samples needs this knob")
+        return AdvantageRule(
+            baseline=self.knobs["baseline"],
+            scale=self.knobs["scale"],
+            kl_weight=self.knobs["beta"] if self.knobs["kl"] == "reward" else 0.0,
+            equal_rewards=self.knobs["equal_rewards"],
+        )
+
+    @property
     def context_examples(self) -> Literal["own", "mismatched"] | None:
         """Return the examples of the batch context, if there is one."""
         return None if self.context is None else self.context.examples
@@ -102,7 +119,8 @@ class Loss:
         """Return whether it needs more from the reference than the sum over each response, which is
         all that a cached one has.
         """
-        return self.reference_by_token or self.reads == "logps_and_kl"
+        by_token = self.reference_by_token or self.reads == "logps_and_kl"
+        return self.needs_reference and by_token
 
     def context_of(self, context: torch.Tensor | None, examples: Any) -> torch.Tensor | None:
         """Return the part of a batch's context for these of its examples, [B] indices."""

@@ -82,11 +82,15 @@ class TokenLogps(NamedTuple):
         It adds in a fixed order, and in float64 if the device has it: `index_add` would add in the
         order in which a GPU's threads arrive, so the same batch could give two losses.
         """
-        values = self.each if values is None else values
-        wide = values if values.device.type == "mps" else values.double()
-        order = self.response.argsort(stable=True)
-        lengths = torch.bincount(self.response, minlength=self.n)
-        return torch.segment_reduce(wide[order], "sum", lengths=lengths).to(values.dtype)
+        return sum_by(self.response, self.each if values is None else values, self.n)
+
+
+def sum_by(index: Tensor, values: Tensor, n: int) -> Tensor:
+    """Return the sums of the values [N] that have the index 0 .. n - 1, in a fixed order.  [n]"""
+    wide = values if values.device.type == "mps" else values.double()
+    order = index.argsort(stable=True)
+    lengths = torch.bincount(index, minlength=n)
+    return torch.segment_reduce(wide[order], "sum", lengths=lengths).to(values.dtype)
 
 
 def summed(of_model: Logps | LogpsAndSquares | LogpsAndKL | TokenLogps) -> Logps:
@@ -197,6 +201,31 @@ class Labelled(NamedTuple, Generic[T]):
 
     responses: T
     desirable: Tensor  # [B] bool
+
+
+@dataclass(frozen=True)
+class Rollouts(Generic[T]):
+    """What a loss with group="rollout" gets: the policy's own samples, k of each prompt, and how
+    good each is. B examples are B prompts; k may differ.
+
+    Example: two prompts, of 2 samples and 1: Rollouts(responses, example=[0, 1, 0], n=2, old=...,
+    advantages=[0.5, 0, -0.5]).
+    """
+
+    responses: T  # of the R samples
+    example: Tensor  # [R] int64: the example of each, 0 .. n - 1
+    n: int  # number of examples
+    # [N] log-probabilities of the tokens by the policy that sampled them, nats
+    old: Tensor
+    advantages: Tensor  # [R]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` [R] over the samples of each example.  [B]"""
+        return sum_by(self.example, values, self.n)
+
+    def n_responses(self) -> Tensor:
+        """Return the number of samples of each example.  [B] int64"""
+        return torch.bincount(self.example, minlength=self.n)
 
 
 class BatchContext(NamedTuple):

@@ -19,6 +19,7 @@ from plumb.losses.contract import (
     LogpsAndSquares,
     LossOutput,
     Pairs,
+    Rollouts,
     ScoredPairs,
     Scores,
     TokenLogps,
@@ -48,7 +49,8 @@ def responses(reads: Reads, sums: Tensor, tokens: Tensor) -> Any:
 
 def compute(loss: Loss, policy: Two, reference: Two | None) -> LossOutput:
     """Return the loss of pairs or lists of two responses, of which the first is preferred, or of
-    the first response alone. The B examples are the whole batch, and the data's margins are 1.
+    the first response alone, which a loss on samples takes for one of advantage 1 that the policy
+    itself has drawn. The B examples are the whole batch, and the data's margins are 1.
     """
     return loss.compute(
         _example(loss, policy),
@@ -84,6 +86,16 @@ def _example(loss: Loss, two: Two) -> Any:
     if loss.group == "list":
         both = _table(two)
         return Lists(both, torch.ones_like(both.sum, dtype=torch.bool))
+    if loss.group == "rollout":
+        n = first.n
+        example = torch.arange(n, device=first.each.device)
+        return Rollouts(
+            responses=first,
+            example=example,
+            n=n,
+            old=first.each.detach(),
+            advantages=torch.ones_like(first.sum()),
+        )
     if loss.group == "labelled":
         return Labelled(first, torch.ones_like(summed(first).sum, dtype=torch.bool))
     return first

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plumb.losses.bound import LabelWeights, Loss, Reads, Usual
+from plumb.losses.bound import AdvantageRule, LabelWeights, Loss, Reads, Usual
 from plumb.losses.contract import (
     BatchContext,
     Labelled,
@@ -27,6 +27,7 @@ COMMON = {
     "average_over": "what its sum is divided by",
     "read": "which of a response's scores it reads",
     "prefixes": "what responses begin with",
+    "advantages": "how rewards become advantages",
 }
 
 
@@ -46,6 +47,11 @@ class Mixture(Loss):
     """A weighted sum of losses; its batch context is {label: context} of the terms with one."""
 
     terms: tuple[Term, ...] = ()
+
+    @property
+    def advantages(self) -> AdvantageRule | None:
+        """Return how rewards become advantages, which is the same for all terms."""
+        return self.terms[0].loss.advantages
 
     def values_of(self, knob: str) -> dict[str, Any]:
         """Return the values of a knob of the terms under their full names."""

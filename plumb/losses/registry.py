@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -193,10 +193,10 @@ def _reads(hint: Any) -> Reads:
     """Return what a loss reads of a model, by the type of its parameter.
 
     >>> from plumb.losses.contract import Logps, Pairs
-    >>> _reads(Pairs[TokenLogps]), _reads(ScoredPairs), _reads(Logps)
+    >>> _reads(Pairs[TokenLogps] | None), _reads(ScoredPairs), _reads(Logps)
     ('token_logps', 'scores', 'logps')
     """
-    types = {hint, *get_args(hint)}
+    types = {hint, *get_args(hint), *(inner for one in get_args(hint) for inner in get_args(one))}
     if LogpsAndSquares in types:
         return "logps_and_squares"
     if LogpsAndKL in types:
@@ -238,7 +238,7 @@ def _check_knobs(
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (UnionType, Union):
         return any(_fits(value, one) for one in get_args(hint))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -248,7 +248,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _say(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (UnionType, Union):
         return " or ".join(_say(one) for one in get_args(hint))
     return {
         float: "a number",
@@ -276,6 +276,7 @@ def _try_on_zeros(bound: Loss) -> None:
     policy = inputs.responses(bound.reads, zeros, ones)
     reference = inputs.responses(bound.reads_of_reference, zeros, ones)
     try:
+        _ = bound.advantages
         output = inputs.compute(
             bound, (policy, policy), (reference, reference) if bound.needs_reference else None
         )

@@ -120,6 +120,12 @@ def _check_loss(config: DictConfig) -> Loss:
         loss = build_loss(to_dict(config.loss))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if loss.group == "rollout":
+        raise UserError(
+            f"loss.name={loss.name}: learns from the policy's own samples and their rewards, and"
+            " nothing draws samples during training yet; train on pairs of samples that are scored"
+            " (sample.py, score.py score, score.py split), for example with loss=dpo"
+        )
     for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
         if loss.group != "single" and name in LOADERS and not LOADERS[name].pairs:
             raise UserError(

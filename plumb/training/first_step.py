@@ -132,7 +132,7 @@ class FirstStep:
             )
         if (
             scorer.loss.needs_reference
-            and "reference" not in batch.extras.response
+            and "reference" not in {**batch.extras.response, **batch.extras.token}
             and self.computation.reference_dtype is None
         ):
             own = outputs if scorer.loss.reference_by_token else again

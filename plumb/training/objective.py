@@ -26,6 +26,7 @@ from plumb.losses.contract import (
     Mean,
     Metric,
     Pairs,
+    Rollouts,
     ScoredPairs,
     Scores,
     Spread,
@@ -182,8 +183,10 @@ class Scorer:
         """Return the reference's outputs that the loss reads, for the R responses of a batch on the
         device; None if it needs none.
         """
-        if not self.loss.reference_by_token:
+        if not self.loss.needs_reference or not self.loss.reference_by_token:
             return self.reference_logps(batch, like)
+        if (stored := batch.extras.token.get("reference")) is not None:
+            return TokenLogps(stored.to(like[0]), batch.response, len(batch.spans))
         with torch.no_grad(), self.precision():
             return response_token_logps(self.reference, batch, self.forward_path)
 
@@ -252,12 +255,24 @@ def _labelled(of_model: Any, batch: Batch) -> Labelled:
     return Labelled(of_model, labels > 0)
 
 
+def _rollouts(of_model: Any, batch: Batch) -> Rollouts:
+    _, examples = (np.arange(batch.n_responses.max())[:, None] < batch.n_responses).nonzero()
+    return Rollouts(
+        responses=of_model,
+        example=torch.from_numpy(examples).to(batch.response.device),
+        n=len(batch.n_responses),
+        old=batch.extras.token["old_logps"],
+        advantages=batch.extras.response["advantages"],
+    )
+
+
 # group -> the function that returns its losses' inputs, from the values of a batch's R responses
 LOSS_INPUTS: dict[str, Callable[[Any, Batch], Any]] = {
     "single": _single,
     "pair": _pairs,
     "list": _lists,
     "labelled": _labelled,
+    "rollout": _rollouts,
 }
 
 

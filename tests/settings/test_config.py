@@ -315,11 +315,22 @@ def loss_overrides(name):
     return [f"loss={name}", *required, *live]
 
 
+def on_samples(loss):
+    """Return whether a loss learns from the policy's own samples."""
+    return "terms" not in knobs_of(loss) and build_loss(knobs_of(loss)).group == "rollout"
+
+
+@pytest.mark.parametrize("loss", filter(on_samples, names("loss")))
+def test_a_loss_on_samples_says_what_is_missing(validated, loss):
+    with pytest.raises(UserError, match=r"^loss.name=\w+: learns from the policy's own samples"):
+        validated("exp_name=x", "model=demo", f"loss={loss}")
+
+
 def test_every_loss_and_every_model(validated):
     """Each loss with some model and each model with some loss: their files have no key in common,
     so that no pair of them can hold what these don't.
     """
-    losses = names("loss")
+    losses = [name for name in names("loss") if not on_samples(name)]
     models = names("model")
     assert len(losses) >= len(models)
     for loss, model in zip(losses, itertools.cycle(models), strict=False):
@@ -402,8 +413,9 @@ def test_a_loss_file_holds_its_functions_knobs(loss):
     if "terms" in spec:  # a mixture, of which each term has the knobs of its own loss's file
         assert set(spec) == {"defaults", "name", "terms"} and spec["name"] == loss
         return
-    parameters = inspect.signature(LOSSES[loss].function).parameters.values()
-    assert spec.pop("name") == loss
+    name = spec.pop("name")
+    assert name == loss or loss not in LOSSES  # a preset of another loss has a name of its own
+    parameters = inspect.signature(LOSSES[name].function).parameters.values()
     assert set(spec) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 

@@ -14,6 +14,7 @@ from plumb.losses.contract import (
     LogpsAndKL,
     LogpsAndSquares,
     Pairs,
+    Rollouts,
     ScoredPairs,
     Scores,
     TokenLogps,
@@ -56,7 +57,8 @@ class Responses(NamedTuple):
     margins: Tensor  # [n] the data's score of chosen minus that of rejected
     desirable: Tensor  # [n] bool
     p_chosen: Tensor | None = None  # [n]
-    # [n, k] sums over the tokens: of log sum_v p_v^2, or of KL(reference || policy)
+    # [n, k] sums over the tokens: of log sum_v p_v^2, of KL(reference || policy), or of the
+    # log-probabilities that samples were drawn with
     further: Tensor | None = None
 
     def take(self, rows):
@@ -66,7 +68,7 @@ class Responses(NamedTuple):
 
 def some(bound, n=6, seed=0, dtype=torch.float64):
     """Return n random examples for a loss."""
-    k = {"pair": 2, "list": 3}.get(bound.group, 1)
+    k = {"pair": 2, "list": 3, "rollout": 3}.get(bound.group, 1)
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 9, (n, k), generator=random)
     policy, shift = (torch.rand(n, k, generator=random, dtype=torch.float64) for _ in range(2))
@@ -78,6 +80,8 @@ def some(bound, n=6, seed=0, dtype=torch.float64):
         further = 0.6 * policy
     if bound.reads == "logps_and_kl":
         further = (0.1 * tokens).to(dtype)
+    if bound.group == "rollout":
+        further = policy + (0.3 * (torch.rand(n, k, generator=random) - 0.5)).to(dtype)
     desirable = torch.arange(n) % 2 == 0
     return Responses(
         policy=policy,
@@ -123,9 +127,27 @@ def _inputs(bound, values, some, reads=None):
         if bound.reads == "scores":
             return ScoredPairs(one(0), one(1), torch.zeros(len(values)).long(), some.margins)
         return Pairs(one(0), one(1), some.p_chosen, some.margins)
+    if bound.group == "rollout":
+        return _rollouts(reads or bound.reads, values, some, further)
     if bound.group == "list":
         return Lists(Logps(values, some.tokens), torch.ones_like(some.tokens, dtype=torch.bool))
     return Labelled(one(0), some.desirable) if bound.group == "labelled" else one(0)
+
+
+def _rollouts(reads, values, some, old):
+    """Return k samples of each of n prompts, all first ones before all second ones, of advantages
+    that add up to 0 for each prompt.
+    """
+    n, k = values.shape
+    columns = lambda table: table.T.reshape(-1)
+    samples = _of(reads, columns(values), columns(some.tokens), None)
+    return Rollouts(
+        responses=samples,
+        example=torch.arange(n).repeat(k),
+        n=n,
+        old=_of(reads, columns(old), columns(some.tokens), None).each,
+        advantages=columns(some.margins[:, None] * (1 - torch.arange(k))),
+    )
 
 
 def _of(reads, sums, tokens, further):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from plumb.batching.feed import Feed
 from plumb.batching.microbatches import Packing
+from plumb.data.extras import Extras
 from plumb.distributed import sharding
 from plumb.losses.registry import LOSSES, build_loss
 from plumb.models.forward_path import PLAIN_PATH
@@ -32,8 +33,10 @@ ROWS = [
 
 
 def rows_for(group):
-    """Return the rows of a group: lists as they are, their best two as pairs or votes."""
-    if group == "list":
+    """Return the rows of a group: lists as they are, also as samples; their best two as pairs or
+    votes.
+    """
+    if group in ("list", "rollout"):
         return ROWS
     if group == "pair":
         return [row | {field: row[field][:2] for field in ("responses", "scores")} for row in ROWS]
@@ -44,12 +47,31 @@ def rows_for(group):
     ]
 
 
+class Samples(list):
+    """Examples of three responses each, as the policy has drawn them: with the log-probabilities
+    that their tokens had, and with advantages.
+    """
+
+    def extras(self):
+        tokens = [sum(map(len, e.responses)) for e in self]
+        old = np.empty(len(self), dtype=object)
+        old[:] = [-6 + 0.1 * np.arange(n) / n for n in tokens]
+        advantages = np.array([[1.0 + i, -0.5, -0.5 - i] for i in range(len(self))])
+        return Extras(response={"advantages": advantages}, token={"old_logps": old})
+
+
+def examples_of(folder, group):
+    if group == "rollout":
+        return Samples(view_of(folder / "own.jsonl", folder, "list"))
+    return view_of(folder / "own.jsonl", folder, group)
+
+
 def measured(name, folder, models, rank, n_ranks, at_least):
     """Return the sum of the losses and the gradient's largest part, over all ranks."""
     bound = build_loss(knobs_of(name))
     policy, reference = models
     policy.zero_grad()
-    examples = view_of(folder / bound.group / "own.jsonl", folder / bound.group, bound.group)
+    examples = examples_of(folder / bound.group, bound.group)
     packing = Packing(
         packed=False,
         budget=4096,
