@@ -20,6 +20,7 @@ from plumb.distributed import signals
 from plumb.errors import ResumeMismatch, UnsafeFile, UserError
 from plumb.runs import checkpoints, directory, durable_files, identity
 from plumb.settings import schema
+from plumb.training.between_steps import BetweenSteps
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_scheduler
 
@@ -191,14 +192,16 @@ def test_the_comparison_can_fail(forgotten, train, halted_at, monkeypatch):
 
 @pytest.fixture
 def stopped_at(monkeypatch):
-    """`stopped_at(place, n)`: within, a SIGTERM comes as `trainers.<place>` is called for the n-th
-    time, or after update n.
+    """`stopped_at(place, n)`: within, a SIGTERM comes as `place` is called for the n-th time, which
+    is "evaluate", or after "step" n.
     """
     import trainers
 
+    owners = {"step": trainers.BasicTrainer, "evaluate": BetweenSteps}
+
     @contextmanager
     def install(place, n):
-        real, calls = getattr(trainers.BasicTrainer, place), []
+        real, calls = getattr(owners[place], place), []
 
         def signalled(self, *arguments, **options):
             calls.append(place)
@@ -210,7 +213,7 @@ def stopped_at(monkeypatch):
 
         signals.reset()
         with monkeypatch.context() as patch:
-            patch.setattr(trainers.BasicTrainer, place, signalled)
+            patch.setattr(owners[place], place, signalled)
             yield
         signals.reset()
 
