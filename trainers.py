@@ -188,7 +188,7 @@ class BasicTrainer:
         is_first = self.n_updates == 0
 
         # forward and backward, one microbatch after another
-        n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.indices)
+        n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.lengths)
         context = self.scorer.context(step.for_context, self.is_primary_replica)
         means = Means()
         first_scored = []
@@ -199,7 +199,7 @@ class BasicTrainer:
             loss = weight * scored.weighted_losses().sum() / n
             if scored.balance is not None:
                 loss = loss + self.config.router_aux_loss * weight * scored.balance.sum() / len(
-                    step.indices
+                    step.lengths
                 )
             self.backward(loss, last=i == len(step.microbatches) - 1)
             means.add(scored.metrics, weight, scored.weights)
@@ -238,6 +238,7 @@ class BasicTrainer:
             "seconds_left": self.state.seconds_left(time.monotonic() - self.started),
             "counters/examples": self.n_seen,
             "counters/updates": self.n_updates,
+            **step.counters,
         }
         self.log.step(means, counters)
 

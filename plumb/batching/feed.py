@@ -5,9 +5,9 @@ them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,15 +43,20 @@ class KnownLogps(NamedTuple):
     logps: np.ndarray  # [m] float64
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Step:
     """Hold a batch, ready: which examples all ranks together see, and this rank's part of each
     microbatch.
+
+    Example: a step of examples 3 and 5: Step(np.array([3, 5]), lengths[[3, 5]], [microbatch]).
     """
 
     indices: np.ndarray  # [n] of the examples among all
-    lengths: Lengths  # of these n
+    lengths: Lengths  # of these n, or of those that are left of them
     microbatches: list[Microbatch]
     for_context: ContextBatch | None = None  # for a loss with a batch context
+    # what is logged of how the batch was made
+    counters: Mapping[str, float] = field(default_factory=dict)
 
 
 class Feed:
@@ -113,7 +118,9 @@ class Feed:
             for_context = ContextBatch(microbatches, lengths.prompts.shape)
         elif self.context == "mismatched":
             for_context = self.mismatched(indices)
-        return Step(indices, lengths, microbatches, for_context)
+        return Step(
+            indices=indices, lengths=lengths, microbatches=microbatches, for_context=for_context
+        )
 
     def for_context(self, indices: np.ndarray) -> ContextBatch | None:
         """Return what a loss's batch context of these examples is computed from, and nothing else;
@@ -179,7 +186,7 @@ class Prefetcher(Iterator[Step]):
     def _make(self) -> Step:
         step = next(self.items)
         return (
-            step._replace(microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches])
+            replace(step, microbatches=[m._replace(batch=m.batch.pin()) for m in step.microbatches])
             if self.pin
             else step
         )

@@ -1,0 +1,193 @@
+"""Steps on the policy's own responses: their extras by definition, what is refused, and a policy
+that learns from them.
+"""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from plumb.batching.microbatches import Packing
+from plumb.data.tokenization import Example
+from plumb.errors import UserError
+from plumb.losses.bound import AdvantageRule
+from plumb.models.forward_path import ForwardPath, use_tree_attention
+from plumb.models.logps import response_token_logps
+from plumb.rollouts.advantages import scaled
+from plumb.rollouts.decoding import Decoding
+from plumb.rollouts.policy_engine import PolicyEngine
+from plumb.rollouts.source import RolloutSource
+
+TEMPERATURE = 0.8
+ENDS = (2, *range(3, 20))
+PATH = ForwardPath(packed=True, plain_head=True)
+CPU = torch.device("cpu")
+LEAVE_ONE_OUT = AdvantageRule("leave_one_out", "none", kl_weight=0.0, equal_rewards="keep")
+DATA = [
+    Example(
+        np.array(tiny_tokenizer()(text)["input_ids"]), (np.array([70, 71, 2]),), f"my.jsonl:{i}"
+    )
+    for i, text in enumerate(["What is it?", "Why?", "Say something long.", "Go on"], 1)
+]
+
+
+def logps_of(model, temperature=TEMPERATURE):
+    @torch.no_grad()
+    def read(batch):
+        return response_token_logps(model, batch, PATH, temperature).each
+
+    return read
+
+
+def source_of(policy, reward, budget=64, **changed):
+    use_tree_attention(policy)
+    engine = PolicyEngine(
+        decoding=Decoding("sample", max_new_tokens=6, temperature=TEMPERATURE),
+        ends=ENDS,
+        pad_token_id=0,
+        longest=64,
+        batch_size=32,
+        precision=nullcontext,
+    )
+    values = {
+        "examples": DATA,
+        "packing": Packing(packed=True, budget=budget, world_size=1, pad_token_id=0, longest=64),
+        "tokenizer": tiny_tokenizer(),
+        "engine": engine,
+        "ends": ENDS,
+        "n": 3,
+        "seed": 0,
+        "reward": reward,
+        "rule": LEAVE_ONE_OUT,
+        "policy": policy,
+        "policy_logps": logps_of(policy),
+        "reference_logps": None,
+        "step_number": lambda: 0,
+        "tolerance": 1e-4,
+    }
+    return RolloutSource(**values | changed)
+
+
+def lengths(answered):
+    return np.array([one.n_tokens for one in answered], float)
+
+
+def responses_of(step):
+    """The responses' tokens by example and place, from the rows of the microbatches."""
+    rows = {}
+    for batch, _, where in step.microbatches:
+        examples = [(place, i) for place in range(3) for i in where.tolist()]
+        for (place, i), (_, _, start, n) in zip(examples, batch.spans.tolist(), strict=True):
+            rows[i, place] = batch.input_ids[0, start : start + n].tolist()
+    return rows
+
+
+def test_a_step_by_definition():
+    """Its tokens are the sampler's, in any number of microbatches; its old log-probabilities those
+    of the training path, its advantages the rewards' less those of the others.
+    """
+    policy = tiny_model().eval()
+    reference = tiny_model("qwen3").eval()
+    use_tree_attention(reference)
+    indices = np.array([3, 0, 2])
+    steps = [
+        source_of(policy, lengths, budget, reference_logps=logps_of(reference)).step(indices)
+        for budget in (512, 48)
+    ]
+    assert len(steps[0].microbatches) == 1 < len(steps[1].microbatches)
+    rows = responses_of(steps[0])
+    assert rows == responses_of(steps[1])
+    rewards = np.array([[len(rows[i, place]) for place in range(3)] for i in range(3)], float)
+    expected = scaled(rewards, "leave_one_out", "none")
+    for step in steps:
+        assert step.indices is indices and len(step.lengths) == 3
+        for batch, _, where in step.microbatches:
+            of_batch = batch.extras.response["advantages"].numpy().reshape(3, -1)
+            np.testing.assert_allclose(of_batch.T, expected[where])
+            for name, model in (("old_logps", policy), ("reference", reference)):
+                again = logps_of(model)(batch).double()
+                torch.testing.assert_close(batch.extras.token[name], again, atol=1e-5, rtol=0)
+    counters = steps[0].counters
+    assert counters["rollout/reward"] == rewards.mean() == counters["rollout/length"]
+    assert counters["rollout/logps_difference"] < 1e-5
+
+
+def test_what_a_reward_is_given():
+    seen = []
+    source_of(tiny_model(), lambda answered: seen.extend(answered) or lengths(answered)).step(
+        np.array([1])
+    )
+    assert len(seen) == 3 and {one.source for one in seen} == {"my.jsonl:2"}
+    assert {one.prompt for one in seen} == {"Why?"}
+    assert {one.target for one in seen} == {tiny_tokenizer().decode([70, 71])}
+    assert all("</s>" not in one.response and one.ended in ("eos", "length") for one in seen)
+
+
+def test_the_kl_is_taken_off_the_reward():
+    """Against a reference that is the policy at another temperature."""
+    policy = tiny_model().eval()
+    rule = LEAVE_ONE_OUT._replace(kl_weight=0.5)
+    step = source_of(policy, lengths, 512, rule=rule, reference_logps=logps_of(policy, 1.5)).step(
+        np.arange(2)
+    )
+    (batch, _, _), *_ = step.microbatches
+    old, reference = (batch.extras.token[name] for name in ("old_logps", "reference"))
+    sums = torch.zeros(6, dtype=torch.float64).index_add_(0, batch.response, old - reference)
+    tokens = torch.bincount(batch.response)
+    final = (tokens - 0.5 * sums).view(3, 2).T.numpy()
+    expected = scaled(final, "leave_one_out", "none")
+    np.testing.assert_allclose(
+        batch.extras.response["advantages"].view(3, 2).T.numpy(), expected, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("kept", "share"), [([1], 2 / 3), ([], 1.0)])
+def test_groups_of_equal_rewards_are_dropped(kept, share):
+    """Where all are, the step has no advantage but 0."""
+    with_spread = {DATA[i].source for i in kept}
+
+    def reward(answered):
+        return np.array([i if one.source in with_spread else 7 for i, one in enumerate(answered)])
+
+    rule = LEAVE_ONE_OUT._replace(equal_rewards="drop")
+    step = source_of(tiny_model(), reward, 512, rule=rule).step(np.arange(3))
+    assert step.counters["rollout/equal_rewards"] == share
+    assert len(step.indices) == 3 and len(step.lengths) == (len(kept) or 3)
+    values = step.microbatches[0].batch.extras.response["advantages"]
+    assert bool(values.any()) == bool(kept)
+
+
+def test_what_is_refused():
+    policy = tiny_model().eval()
+    with pytest.raises(UserError, match="a response to my.jsonl:2 has the reward nan"):
+        source_of(policy, lambda answered: lengths(answered) * np.nan).step(np.array([1]))
+    with pytest.raises(UserError, match="3 responses have rewards of shape"):
+        source_of(policy, lambda answered: np.zeros(2)).step(np.array([1]))
+    other = logps_of(policy, 2.0)  # the temperature is missing on one side
+    with pytest.raises(UserError, match="nats per token away from the trainer's"):
+        source_of(policy, lengths, policy_logps=other).step(np.array([1]))
+
+
+def test_a_policy_learns_from_its_samples():
+    """REINFORCE with a leave-one-out baseline: from responses of any length to short ones. The
+    steps are sampled one by one, each from the weights that the one before has left.
+    """
+    policy = tiny_model().eval()
+    n = [0]
+    source = source_of(
+        policy, lambda answered: -lengths(answered), 512, n=16, step_number=lambda: n[0]
+    )
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-2)
+    rewards = []
+    for step in source.ahead([np.arange(4)] * 15, CPU):
+        rewards.append(step.counters["rollout/reward"])
+        for batch, _, _ in step.microbatches:
+            logps = response_token_logps(policy, batch, PATH, TEMPERATURE)
+            advantages = batch.extras.response["advantages"]
+            (-(logps.sum() * advantages).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        n[0] += 1
+    assert rewards[0] < -4 and np.mean(rewards[-3:]) > -2, rewards
