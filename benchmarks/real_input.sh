@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                             # the m
 
 train() {
     name=$1; shift
-    /usr/bin/time -v "$PYTHON" train.py exp_name="$name" local_run_dir="$RUNS/$name" model=smollm2-135m \
+    "$PYTHON" train.py exp_name="$name" local_run_dir="$RUNS/$name" model=smollm2-135m \
         model.name_or_path="$MODEL" wandb.enabled=false warmup_steps=5 eval_batch_size=10 batch_size=16 "$@"
 }
 

@@ -4,11 +4,11 @@ smallest.
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
 from conftest import ROOT
+from shell import BASH, commands_of
 
 import eval as eval_command
 import report
@@ -16,7 +16,6 @@ import sample
 import score
 from plumb.runs.history import status
 
-BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash")
 PARSERS = {"eval.py": eval_command, "sample.py": sample, "score.py": score, "report.py": report}
 
@@ -24,26 +23,9 @@ PARSERS = {"eval.py": eval_command, "sample.py": sample, "score.py": score, "rep
 @pytest.fixture
 def asked(tmp_path):
     """`asked(*arguments, **environment)`: the command lines that the script would run."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nprintf \'%s\\0\' "$@" >> "$ASKED"\nprintf \'\\n\' >> "$ASKED"\n')
-    python.chmod(0o755)
 
     def run(*arguments, **environment):
-        log = tmp_path / "asked"
-        log.unlink(missing_ok=True)
-        env = {
-            "PATH": "/usr/bin:/bin",
-            "PYTHON": str(python),
-            "ASKED": str(log),
-            "OUT": str(tmp_path / "out"),
-        } | environment
-        done = subprocess.run(
-            [BASH, ROOT / "align.sh", *arguments], env=env, capture_output=True, text=True
-        )
-        lines = (
-            [line.split("\0")[:-1] for line in log.read_text().splitlines()] if log.exists() else []
-        )
-        return done, [line for line in lines if line]
+        return commands_of("align.sh", tmp_path, *arguments, OUT=f"{tmp_path}/out", **environment)
 
     return run
 

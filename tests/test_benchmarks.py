@@ -12,6 +12,11 @@ import runpy
 import pytest
 from conftest import PATIENCE, ROOT
 from runs import ROWS
+from shell import BASH, commands_of
+
+import report
+import score
+from plumb.settings.validation import validate
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -142,3 +147,28 @@ def test_reliability(benchmark, tmp_path):
     )
     cases = json.loads((tmp_path / "plumb.json").read_text())["cases"]
     assert cases and all(verdict == "right" for _, _, verdict, _ in cases), cases
+
+
+SCRIPTS = {
+    "benchmarks/reward.sh": ["train.py", "score.py"],
+    "benchmarks/real_input.sh": ["train.py", "train.py", "train.py", "report.py"],
+}
+
+
+@pytest.mark.skipif(BASH is None, reason="no bash")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_of_a_script_are_understood(script, compose, tmp_path, monkeypatch):
+    """They take up to an hour; that each composes, or is parsed, shows that none is out of date."""
+    monkeypatch.chdir(ROOT)
+    done, commands = commands_of(script, tmp_path, MODEL="gpt2", RUNS=f"{tmp_path}/runs")
+    assert done.returncode == 0, done.stderr
+    assert [command[0] for command in commands] == SCRIPTS[script]
+    policy = tmp_path / "runs/polite_sft/LATEST/policy.pt"  # of the stage before
+    policy.parent.mkdir(parents=True)
+    policy.touch()
+    parsers = {"score.py": score, "report.py": report}
+    for name, *words in commands:
+        if name == "train.py":
+            validate(compose(*words))
+        else:
+            parsers[name].parser().parse_args(words)
