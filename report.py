@@ -108,6 +108,7 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
             for record in run.evaluations + run.steps
             for key in record
         ),
+        averaged=any("loss/eval_ema" in record for run in runs for record in run.evaluations),
         differences=differences(runs, schema.bookkeeping) if len(runs) > 1 else {},
         columns=table,
         evaluations=evaluations(table),

@@ -368,6 +368,23 @@ def test_what_is_drawn(runs):
     )
 
 
+def test_the_moving_average_stands_in_the_panels_of_the_policy(tmp_path, pictures):
+    """Its metrics are no panels of their own: squares beside circles, and words for both."""
+    records = [
+        {"step": step, "loss/eval": 0.6, "loss/eval_ema": 0.5 + step / 1000}
+        | {"rewards_eval/chosen": 0.3, "rewards_eval_ema/chosen": 0.2}
+        for step in (0, 320)
+    ]
+    run = write_run(tmp_path / "ema", records=records)
+    page = write(run)
+    assert "Squares: the same, for the moving average of the policy." in page
+    (loss,) = [i["alt"] for i in page.images if i["alt"].startswith("dpo loss")]
+    assert "held-out: 0.6 to 0.6" in loss and "held-out, moving average: 0.5 to 0.82" in loss
+    assert not [i for i in page.images if "ema" in i["alt"].partition(" over")[0]]
+    (ratio,) = [i["alt"] for i in page.images if i["alt"].startswith("reward / beta")]
+    assert "held-out, moving average chosen: 2 to 2" in ratio
+
+
 def test_numbers_that_are_none_are_left_out():
     records = [
         {"step": i, "x": value} for i, value in enumerate([1.0, float("nan"), 3.0, float("inf")])

@@ -22,6 +22,7 @@ from torch import nn
 from plumb.batching import microbatches
 from plumb.batching.microbatches import Packing
 from plumb.data.examples import Lengths, lengths_of
+from plumb.data.order import Schedule
 from plumb.data.prepare import UNITS, load_examples
 from plumb.data.registry import LOADERS, resolve
 from plumb.data.tokenization import Example
@@ -69,6 +70,7 @@ class Data(NamedTuple):
     examples: Sequence[Example]  # all training examples, or one of assumed lengths
     n: int | None  # examples of an epoch, None if unknown
     description: str  # how they were obtained, for the plan's text
+    n_held_out: int = 0  # where they are known
 
 
 class Part(NamedTuple):
@@ -186,11 +188,11 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
     ]
     try:
         with _offline(bool(remote)), redirect_stdout(io.StringIO()):
-            train, _ = load_examples(
+            train, held_out = load_examples(
                 config, load_tokenizer(config), loss.group, keep=False, prefixes=loss.prefixes
             )
         description = f"read here: {', '.join(map(str, config.datasets))}"
-        return Data(train, len(train), description)
+        return Data(train, len(train), description, len(held_out))
     except UserError as problem:
         if not remote:
             raise
@@ -523,7 +525,10 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
             f"{'run':<8}{n:,} examples in {schedule.n_steps:,} steps,"
             f" {n * steps.n_tokens / 1e6:,.1f} M tokens"
         )
-    passes = n * (3 + plan.live + 1 - sizing.kept(config)) + plan.cached * min(n, data.n or n)
+    passes = n * (3 + plan.live + 1 - sizing.kept(config))
+    if plan.cached:
+        every = config.reference_update_every
+        passes += reference_passes(schedule, every, data.n_held_out) or n
     card = CARDS[config.plan_gpu]
     peak = {2: card.flops16, 4: card.flops32}.get(plan.precision.compute)
     if peak is None:
@@ -555,6 +560,22 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
             " GB/s make it longer"
         )
     return lines
+
+
+def reference_passes(schedule: Schedule, every: int | None, n_held_out: int) -> int:
+    """Return the number of examples for which a cached reference is computed: each of those that
+    the steps until it moves see, once, and all held-out ones; and so again after each move, `every`
+    steps (None: never). 0 for a schedule without examples.
+
+    >>> twice = Schedule(6, batch_size=2, n_epochs=2, n_examples=None, shuffle=False, seed=0)
+    >>> reference_passes(twice, None, 5), reference_passes(twice, 4, 5)
+    (11, 20)
+    """
+    batches = list(schedule)
+    every = every or max(len(batches), 1)
+    starts = range(0, len(batches), every)
+    seen = (np.unique(np.concatenate(batches[start : start + every])) for start in starts)
+    return sum(len(examples) + n_held_out for examples in seen)
 
 
 def _table(memory: Memory) -> list[str]:

@@ -65,6 +65,8 @@ STYLES: tuple[Any, Any] = ("-", (0, (4, 2)))
 # share of the steps that a running mean covers, so that the trend shows through the noise of single
 # batches
 SMOOTHED = 0.05
+# evaluations of the policy, and of its moving average: their marker, and what the legend says
+HELD_OUT = {"eval": ("o", "held-out"), "eval_ema": ("s", "held-out, moving average")}
 MAX_POINTS = 4000  # of one line; more are not visible, and take minutes
 
 
@@ -92,12 +94,9 @@ def named(run: Run) -> Run:
 
 
 def _is_reward(key: str) -> bool:
-    return key in (
-        "rewards_train/chosen",
-        "rewards_train/rejected",
-        "rewards_eval/chosen",
-        "rewards_eval/rejected",
-    )
+    head, _, tail = key.partition("/")
+    splits = ("train", *HELD_OUT)
+    return tail in ("chosen", "rejected") and head in [f"rewards_{split}" for split in splits]
 
 
 def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
@@ -195,10 +194,9 @@ def in_words(panel: Panel, runs: Sequence[Run]) -> str:
     descriptions = []
     for run in runs:
         for label, metric in panel.lines.items():
-            for split, records in (("training", run.steps), ("held-out", run.evaluations)):
-                _, values = points(
-                    records, metric.format("train" if split == "training" else "eval")
-                )
+            held_out = [(what, run.evaluations, name) for name, (_, what) in HELD_OUT.items()]
+            for split, records, name in [("training", run.steps, "train"), *held_out]:
+                _, values = points(records, metric.format(name))
                 if len(values):
                     what = " ".join(filter(None, (split, label)))
                     descriptions.append(f"{run.name}, {what}: {values[0]:.4g} to {values[-1]:.4g}")
@@ -263,12 +261,14 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
                 )
                 lows.append(values.min())
                 highs.append(values.max())
-            steps, values = points(run.evaluations, metric.format("eval"))
-            if len(steps):
+            for name, (marker, _) in HELD_OUT.items():
+                steps, values = points(run.evaluations, metric.format(name))
+                if not len(steps):
+                    continue
                 axis.plot(
                     steps,
                     values,
-                    "o",
+                    marker,
                     color=own,
                     linestyle=style,
                     linewidth=0.8,
@@ -300,15 +300,21 @@ def _legend(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
             else "#444444"
         )
         entries |= {label: Line2D([], [], color=own, linestyle=style)} if label else {}
-    held_out = any(
-        metric.format("eval") != metric and len(points(run.evaluations, metric.format("eval"))[0])
-        for run in runs
-        for metric in panel.lines.values()
-    )
-    if held_out:
-        entries["held-out"] = Line2D(
-            [], [], color="#444444", marker="o", linestyle="", markerfacecolor="white", markersize=5
-        )
+    for name, (marker, label) in HELD_OUT.items():
+        if any(
+            metric.format(name) != metric and len(points(run.evaluations, metric.format(name))[0])
+            for run in runs
+            for metric in panel.lines.values()
+        ):
+            entries[label] = Line2D(
+                [],
+                [],
+                color="#444444",
+                marker=marker,
+                linestyle="",
+                markerfacecolor="white",
+                markersize=5,
+            )
     if entries:
         axis.legend(entries.values(), entries.keys(), fontsize=7, loc="best", framealpha=0.6)
 

@@ -374,6 +374,26 @@ def test_the_command(run_train, tmp_path, tiny_model):
     )
 
 
+def test_a_cached_reference_that_moves_is_computed_again(planned):
+    """Two epochs: one pass over all examples and the held-out ones, or one for each move."""
+    demo = ["datasets=[./demo]", "max_length=64", "max_prompt_length=32", "n_examples=null"]
+    config, loss = planned(*PAIRS, *demo, "n_epochs=2", "reference=cached")
+    model, data = plan.read_model(config, loss), plan.read_data(config, loss)
+    assert data.n_held_out > 0
+    secs = []
+    for every in (None, 1):
+        config.reference_update_every = every
+        made = plan.make_plan(config, loss, model, data)
+        schedule = plan.make_schedule(config, data.n)
+        n_fills = 1 if every is None else schedule.n_steps
+        seen = data.n if every is None else schedule.n_examples
+        n = plan.reference_passes(schedule, every, data.n_held_out)
+        assert n == seen + n_fills * data.n_held_out and made.cached
+        (line,) = [x for x in plan._run(config, model, data, made) if x.startswith("time")]
+        secs.append(line)
+    assert secs[0] != secs[1]
+
+
 # ---- the run decides the same ----
 
 
