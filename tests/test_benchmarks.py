@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import runpy
+from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT
@@ -163,12 +164,13 @@ def test_the_commands_of_a_script_are_understood(script, compose, tmp_path, monk
     done, commands = commands_of(script, tmp_path, MODEL="gpt2", RUNS=f"{tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     assert [command[0] for command in commands] == SCRIPTS[script]
-    policy = tmp_path / "runs/polite_sft/LATEST/policy.pt"  # of the stage before
-    policy.parent.mkdir(parents=True)
-    policy.touch()
     parsers = {"score.py": score, "report.py": report}
     for name, *words in commands:
         if name == "train.py":
-            validate(compose(*words))
+            config = compose(*words)
+            validate(config)
+            policy = Path(config.local_run_dir, "LATEST/policy.pt")  # a later stage starts here
+            policy.parent.mkdir(parents=True)
+            policy.touch()
         else:
             parsers[name].parser().parse_args(words)
