@@ -97,7 +97,10 @@ def bco(policy: Labelled, reference: Labelled, context: Tensor, *, beta: float) 
     ranks, without a gradient. So the loss depends only on the weights and the batch, with no
     state to resume, and in an evaluation delta is that of all held-out responses.
 
-    The authors' weights, which correct a shift between the two kinds of prompts, are left out.
+    The authors weigh undesirable responses by a density ratio, p(desirable | x) / p(undesirable |
+    x) of a classifier of prompts, where the two kinds have other prompts. It is left out: this is
+    the loss for labels that do not depend on the prompt. The ratio may be given as a row's
+    `weight`.
 
     Rewards: beta log pi(y|x)/pi_ref(y|x), of the desirable responses (chosen) and the undesirable
     ones (rejected). Accuracy: the share of responses with beta r on the right side of delta.
