@@ -59,8 +59,8 @@ class Prompt(NamedTuple):
 
 
 class NumberedPrompt(NamedTuple):
-    """Hold a prompt as the policy reads it, with a number of its own among those that are sampled
-    from in a run.
+    """Hold a prompt as the policy reads it, with its own number among the prompts that a run
+    samples from.
 
     Example: NumberedPrompt(np.array([40, 41]), 16, "my.jsonl:17").
     """

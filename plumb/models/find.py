@@ -166,8 +166,8 @@ def start_of(ref: ModelRef) -> DictConfig:
 
 
 def move_reference(ref: ModelRef, reference: PreTrainedModel) -> None:
-    """Give the reference, loaded as the model that the run of a policy started from, the weights to
-    which it had moved at the policy's checkpoint; print a note if they are not saved there.
+    """Give the reference, loaded as the model that the policy's run started from, the weights that
+    it had at the policy's checkpoint; print a note if they are not saved there.
     """
     if not ref.config.get("reference_update_every") or ref.archive is None:
         return
@@ -175,7 +175,7 @@ def move_reference(ref: ModelRef, reference: PreTrainedModel) -> None:
     if not files or not copy_stored(files, "reference.", dict(reference.named_parameters())):
         rank0_print(
             f"note: the reference of {ref.name} moved, and its weights are not saved with this"
-            " checkpoint (only those of a live one are): compared with the model that the run"
+            " checkpoint (only a live one's are); comparing with the model that the run"
             " started from"
         )
 

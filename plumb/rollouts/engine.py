@@ -1,5 +1,5 @@
-"""Say what samples responses for training: one small interface, its inputs and its outputs, and the
-draws, which every engine that can should use.
+"""Define what samples responses for training: one small interface, its inputs and outputs, and the
+random draws, which every engine should use if it can.
 
 Shapes: B prompts of P tokens, n responses to each of up to L tokens; V vocabulary.
 """
@@ -36,7 +36,7 @@ class Response(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Hold the responses to B prompts, in their order, and what they took."""
+    """Hold the responses to B prompts, in their order, and the time that sampling took."""
 
     responses: list[list[Response]]  # [B][n]
     secs: float
@@ -79,8 +79,8 @@ def check_untruncated(decoding: Decoding) -> None:
 
 
 def check_lengths(prompts: Sequence[NumberedPrompt], max_new_tokens: int, longest: int) -> None:
-    """Raise UserError for a prompt without a token, and for one that leaves too little room:
-    `longest` tokens hold the prompt and its response.
+    """Raise UserError for a prompt without tokens, and for one that leaves too little room: a
+    prompt and its response must fit in `longest` tokens.
     """
     room = longest - max_new_tokens
     for prompt in prompts:
@@ -88,24 +88,24 @@ def check_lengths(prompts: Sequence[NumberedPrompt], max_new_tokens: int, longes
             raise UserError(f"{prompt.source}: the prompt has no tokens; write a prompt")
         if len(prompt.ids) > room:
             raise UserError(
-                f"{prompt.source}: the prompt has {len(prompt.ids):,} tokens; with"
-                f" max_new_tokens={max_new_tokens}, {longest} tokens leave it {max(room, 0)}:"
-                " shorten it, or give fewer new tokens or a larger max_length"
+                f"{prompt.source}: the prompt has {len(prompt.ids):,} tokens, and"
+                f" max_new_tokens={max_new_tokens} leaves room for {max(room, 0)} (of {longest}):"
+                " shorten the prompt, lower max_new_tokens or raise max_length"
             )
 
 
 def uniforms(
     seed: Sequence[int], prompts: Sequence[NumberedPrompt], n: int, length: int
 ) -> np.ndarray:
-    """Return a uniform draw for every token that may come, each sample's from a generator of its
-    own, seeded by (seed, the prompt's number, which sample): no batch changes them.
+    """Return a uniform draw for every token that may come. Each sample has a generator of its own,
+    seeded by (seed, the prompt's number, the sample's index), so no batching changes its draws.
     -> [B, n, length] float64, in [0, 1)
     """
     draws = np.empty((len(prompts), n, length))
-    for of_prompt, prompt in zip(draws, prompts, strict=True):
-        for which, of_sample in enumerate(of_prompt):
-            key = np.random.SeedSequence([*seed, prompt.number, which])
-            np.random.Generator(np.random.Philox(key)).random(out=of_sample)
+    for prompt_draws, prompt in zip(draws, prompts, strict=True):
+        for index, sample_draws in enumerate(prompt_draws):
+            key = np.random.SeedSequence([*seed, prompt.number, index])
+            np.random.Generator(np.random.Philox(key)).random(out=sample_draws)
     return draws
 
 
@@ -120,7 +120,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     scaled = at_temperature(logits, temperature)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = scaled.softmax(1).cumsum(1, dtype=wide)
-    # of the sum that rounding left, so that no draw falls behind the last token
-    at = (uniform.to(cumulative) * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    # scaled by the sum after rounding, so that no draw falls past the last token
+    goals = (uniform.to(cumulative) * cumulative[:, -1])[:, None]
+    tokens = torch.searchsorted(cumulative, goals, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return tokens, token_logps(scaled, tokens)

@@ -1,8 +1,8 @@
-"""Sample from the model that is trained, in its own process: exact to the trainer.
+"""Sample from the model that is trained, in the process that trains it.
 
-A prompt is computed once for its n responses, prompts of like lengths go together, and a response
-that has ended leaves the batch. Which responses share a batch changes no token, except where
-rounding decides (see engine.uniforms).
+A prompt is computed once for its n responses, prompts of similar lengths go together, and a
+response that has ended leaves the batch. Which responses share a batch changes no token,
+except where rounding decides (see engine.uniforms).
 
 Shapes: B prompts of up to P tokens, padded on the left; R running responses of up to L tokens.
 """
@@ -85,7 +85,7 @@ class PolicyEngine:
     def _responses(
         self, prompts: Sequence[NumberedPrompt], n: int, seed: Sequence[int]
     ) -> list[list[Response]]:
-        """Return n responses to each prompt, in order; prompts of like lengths run together, the
+        """Return n responses to each prompt, in order; prompts of similar lengths run together, the
         longest first.
         """
         at_once = max(1, self.batch_size // n)
@@ -117,9 +117,9 @@ class PolicyEngine:
         lengths = torch.full_like(rows, self.max_new_tokens)
         ended = torch.zeros_like(rows, dtype=torch.bool)
         for place in range(self.max_new_tokens):
-            new, of_new = draw(logits, float(self.decoding.temperature or 1), draws[rows, place])
+            new, new_logps = draw(logits, float(self.decoding.temperature or 1), draws[rows, place])
             tokens[rows, place] = new
-            logps[rows, place] = of_new.to(logps)
+            logps[rows, place] = new_logps.to(logps)
             ends_here = torch.isin(new, ends)
             lengths[rows[ends_here]] = place + 1
             ended[rows[ends_here]] = True
@@ -145,7 +145,7 @@ class PolicyEngine:
 
 
 class _Running:
-    """Run a model over responses that grow by a token at a time."""
+    """Run a model over responses that grow by one token at a time."""
 
     def __init__(self, model: Any, precision: Callable[[], AbstractContextManager]):
         self.model = model
@@ -183,16 +183,16 @@ class _Running:
         return out.logits[0]
 
     def repeat(self, n: int) -> Tensor:
-        """Go on with n responses to each prompt, which share what was computed of it. Return whose
-        they are.  [B * n]
+        """Continue with n responses to each prompt, which share its keys and values. Return the
+        index of each response's prompt.  [B * n]
         """
-        of = torch.arange(len(self.positions), device=self.positions.device)
-        of = of.repeat_interleave(n)
-        self.keep(of)
-        return of
+        rows = torch.arange(len(self.positions), device=self.positions.device)
+        rows = rows.repeat_interleave(n)
+        self.keep(rows)
+        return rows
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these responses.  [R'] indices into the present R"""
+        """Continue with these responses only.  [R'] indices into the present R"""
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
         self.positions = self.positions[rows]
         if self.mask is not None:

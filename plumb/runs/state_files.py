@@ -191,8 +191,8 @@ def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
 
 
 def copy_stored(files: Sequence[Path], stored: str, targets: Mapping[str, Tensor]) -> bool:
-    """Give each of these full tensors the numbers of the one in the files that is called `stored`
-    followed by its name, in whatever type they are stored. Return whether there are any such.
+    """Copy into each of these full tensors the stored tensor called `stored` followed by its name,
+    whatever its type. Return whether the files have any such tensor.
 
     Raises what `load_state` raises.
     """
@@ -205,7 +205,7 @@ def copy_stored(files: Sequence[Path], stored: str, targets: Mapping[str, Tensor
             for name, target in targets.items():
                 if stored + name not in places:
                     raise ResumeMismatch(
-                        f"{directory}: lacks {stored}{name}; is it of another model?"
+                        f"{directory}: lacks {stored}{name}; is it from another model?"
                     )
                 file, *_ = places[stored + name][0]
                 dtype = OF_NAME[file.get_slice(stored + name).get_dtype()]

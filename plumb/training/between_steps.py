@@ -25,7 +25,7 @@ class BetweenSteps:
     do_last_eval: bool
 
     def after_step(self, n: int) -> None:
-        """Do what is due after a step of `n` examples: all ranks agree on it. Raise Stopped when
+        """Do what all ranks agree is due after a step of `n` examples. Raise Stopped when
         the run is asked to stop.
         """
         position = self.state.position

@@ -29,7 +29,7 @@ class EvalSampler:
     max_new_tokens: int
     temperature: float
     seed: int
-    prefix: str = ""  # what the responses that the loss prefers begin with
+    prefix: str = ""  # added to each prompt: what the responses that the loss prefers begin with
 
     def rows(
         self,

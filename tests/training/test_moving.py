@@ -84,7 +84,7 @@ def test_the_reference_is_the_policy_of_the_last_move(train):
 
 
 def evaluated(run, folder):
-    """The metrics that eval.py gives a run."""
+    """Return the metrics that eval.py gives a run."""
     evaluate(run, "--out", folder / "out.json")
     return json.loads((folder / "out.json").read_text())["metrics"]
 
@@ -105,7 +105,8 @@ def test_a_run_is_compared_with_the_reference_that_it_had(train, data, tmp_path,
     assert "moved, and its weights are not saved" not in capsys.readouterr().out
     cached = train("cached", *MOVES, "reference=cached")
     from_start = evaluated(cached, tmp_path)
-    assert "note: the reference of" in (said := capsys.readouterr().out) and "started from" in said
+    assert "note: the reference of" in (printed := capsys.readouterr().out)
+    assert "started from" in printed
     assert from_start["rewards_eval/margins"] != records(cached, "eval")[-1]["rewards_eval/margins"]
 
 
