@@ -197,18 +197,16 @@ def test_an_older_run_has_the_knobs_that_it_did_not_record():
             loss_of_run(config)
 
 
-def test_rewards_do_not_depend_on_the_batch():
-    """Nor on labels: those of responses outside of a batch are asked for."""
-    for name in sorted(LOSSES):
-        bound = build_loss(knobs_of(name))
-        given = some(bound)
-        if bound.context is None:
-            continue
-        rows = torch.tensor([4, 1])
-        alone = compute(bound, given.take(rows))
-        within = compute(bound, given.take(rows), given, rows)
-        for field in ("chosen_rewards", "rejected_rewards", "rewards"):
-            ours, theirs = getattr(alone, field), getattr(within, field)
-            assert (ours is None) == (theirs is None), name
-            if ours is not None:
-                torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_rewards_are_those_of_the_responses_alone(name):
+    """Whatever the batch, the labels and the data's margins: score.py asks for those of others."""
+    bound = build_loss(knobs_of(name))
+    given = some(bound)
+    rows = torch.tensor([4, 1])
+    changed = given._replace(margins=3 * given.margins, desirable=~given.desirable).take(rows)
+    alone, within = compute(bound, changed), compute(bound, given.take(rows), given, rows)
+    for field in ("chosen_rewards", "rejected_rewards", "rewards"):
+        ours, theirs = getattr(alone, field), getattr(within, field)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
