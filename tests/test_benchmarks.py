@@ -71,6 +71,14 @@ def test_kto(benchmark, tmp_path):
     assert "| TRL" in (tmp_path / "kto.md").read_text()
 
 
+def test_rollouts(benchmark, tmp_path):
+    out = benchmark("rollouts.py", "--smoke", "--out", tmp_path / "rollouts.md")
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")]
+    named = {row[0].strip(): row[1] for row in rows}
+    assert float(named["Plumb"].replace(",", "")) > 0 and "transformers' generate" in named
+    assert (tmp_path / "rollouts.md").read_text() == out
+
+
 def test_host_work(benchmark, tmp_path):
     assert "digests" in benchmark("host_work.py", "--smoke", "--out", tmp_path)
 

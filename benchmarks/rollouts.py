@@ -1,0 +1,220 @@
+"""Sample 8 responses to each prompt: Plumb's engine beside transformers' `generate`, and the tokens
+of an update: `nice python benchmarks/rollouts.py`.
+
+The model has random weights, and a share of its vocabulary ends a response, so that lengths vary as
+those of a trained policy do: on average, a response has `--mean-tokens` tokens, `--max-new-tokens`
+at most. Both sample from the same prompts, sorted by length, in float32, with the batch size of
+{8, 32, 128} responses at which they are fastest. `generate` samples with its own cache and neither
+top-k nor top-p. Runs alternate; a run's speed is the number of sampled tokens, end tokens included,
+per second of this process's CPU time.
+
+Prints both medians with their spread (least and largest), and the tokens that an update computes
+for a prompt's responses: as a tree, and as rows of their own, with and without padding.
+`--out FILE` also writes this to a file. `--smoke`: smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plumb.data.prompts import NumberedPrompt
+from plumb.rollouts.decoding import Decoding
+from plumb.rollouts.hf_engine import padded
+from plumb.rollouts.policy_engine import PolicyEngine
+
+PAD = 0
+SIZES = (8, 32, 128)  # responses that run at the same time
+Lengths = list[list[int]]  # of each prompt's responses
+Contender = Callable[[int], Lengths]  # from the run's number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=150, help="from 2/3 to 4/3 of it")
+    parser.add_argument("--mean-tokens", type=int, default=75)
+    parser.add_argument("--max-new-tokens", type=int, default=150)
+    parser.add_argument("--width", type=int, default=256)
+    at = parser.parse_args()
+    if at.smoke:
+        small = {"rounds": 1, "prompts": 2, "n": 2, "prompt_tokens": 12, "width": 16}
+        vars(at).update(small | {"mean_tokens": 4, "max_new_tokens": 6})
+    transformers.logging.set_verbosity_error()
+    model = make_model(at.width)
+    vocabulary = model.config.vocab_size
+    ends = list(range(vocabulary - round(vocabulary / at.mean_tokens), vocabulary))
+    prompts = make_prompts(at.prompts, at.prompt_tokens, vocabulary - len(ends))
+    sizes = SIZES[:1] if at.smoke else SIZES
+    ours = fastest([plumb(model, prompts, at.n, ends, at.max_new_tokens, s) for s in sizes])
+    theirs = fastest([generate(model, prompts, at.n, ends, at.max_new_tokens, s) for s in sizes])
+    speeds: dict[str, list[float]] = {"Plumb": [], "transformers' generate": []}
+    responses: Lengths = []
+    for i in range(at.rounds):
+        for name, contender in zip(speeds, (ours, theirs), strict=True):
+            lengths, speed = timed(contender, i)
+            speeds[name].append(speed)
+            responses += lengths if contender is ours else []
+    text = report(at, speeds, [len(p.ids) for p in prompts], responses)
+    print(text)
+    if at.out:
+        at.out.write_text(text + "\n", encoding="utf-8")
+
+
+def make_model(width: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_prompts(n: int, tokens: int, highest: int) -> list[NumberedPrompt]:
+    """Return prompts of different lengths, from the longest to the shortest."""
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(tokens * 4 / 3, tokens * 2 / 3, n).astype(int)
+    return [
+        NumberedPrompt(rng.integers(1, highest, length), i, f"prompt {i}")
+        for i, length in enumerate(lengths.tolist())
+    ]
+
+
+def plumb(
+    model: Any,
+    prompts: Sequence[NumberedPrompt],
+    n: int,
+    ends: list[int],
+    max_new_tokens: int,
+    size: int,
+) -> Contender:
+    """Return Plumb's engine at this batch size."""
+    engine = PolicyEngine(
+        decoding=Decoding("sample", max_new_tokens=max_new_tokens, temperature=1.0),
+        ends=ends,
+        pad_token_id=PAD,
+        longest=1024,
+        batch_size=size,
+        precision=nullcontext,
+    )
+    engine.load(model)
+
+    def run(i: int) -> Lengths:
+        samples = engine.sample(prompts, n, (0, i))
+        return [[len(r.ids) for r in group] for group in samples.responses]
+
+    return run
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[NumberedPrompt],
+    n: int,
+    ends: list[int],
+    max_new_tokens: int,
+    size: int,
+) -> Contender:
+    """Return transformers' generate at this batch size."""
+    at_once = max(1, size // n)
+    is_end = torch.tensor(ends)
+
+    def run(i: int) -> Lengths:
+        torch.manual_seed(i)
+        lengths = []
+        for first in range(0, len(prompts), at_once):
+            ids, mask = padded([p.ids for p in prompts[first : first + at_once]], PAD)
+            new = model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=n,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends,
+                pad_token_id=PAD,
+            )[:, ids.shape[1] :]
+            ended = torch.isin(new, is_end)
+            own = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1]).tolist()
+            lengths += [own[j : j + n] for j in range(0, len(own), n)]
+        return lengths
+
+    return run
+
+
+def timed(contender: Contender, i: int) -> tuple[Lengths, float]:
+    """Return the lengths of the responses, and tokens per second."""
+    start = time.process_time()
+    lengths = contender(i)
+    return lengths, sum(map(sum, lengths)) / (time.process_time() - start)
+
+
+def fastest(contenders: Sequence[Contender]) -> Contender:
+    """Return the fastest of them, each timed once."""
+    return max(contenders, key=lambda contender: timed(contender, 0)[1])
+
+
+def report(
+    at: argparse.Namespace,
+    speeds: dict[str, list[float]],
+    prompts: Sequence[int],
+    responses: Lengths,
+) -> str:
+    """Return both tables; `prompts`: lengths; `responses`: lengths, round after round."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    ratios = sorted(a / b for a, b in zip(*speeds.values(), strict=True))
+    lines = [
+        f"{len(prompts)} prompts of {min(prompts)} to {max(prompts)} tokens, {at.n} responses to"
+        f" each, of {np.mean(sum(responses, [])):.0f} tokens on average and at most"
+        f" {at.max_new_tokens}; {at.rounds} rounds\n",
+        "| sampler | tokens per second of CPU time, median | least | largest |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {medians[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |"
+            for name, values in speeds.items()
+        ),
+        f"| ratio of a round | {statistics.median(ratios):.2f} | {ratios[0]:.2f} |"
+        f" {ratios[-1]:.2f} |\n",
+        "| tokens of an update, of a prompt's responses | mean |",
+        "|---|---|",
+    ]
+    groups = list(zip([*prompts] * at.rounds, responses, strict=True))
+    trees = float(np.mean([p + sum(group) for p, group in groups]))
+    rows = float(np.mean([len(group) * (p + max(group)) for p, group in groups]))
+    alone = float(np.mean([len(group) * p + sum(group) for p, group in groups]))
+    lines += [
+        f"| as a tree | {trees:,.0f} |",
+        f"| as rows of their own, without padding | {alone:,.0f} ({alone / trees:.2f} x) |",
+        f"| padded to the longest of the group | {rows:,.0f} ({rows / trees:.2f} x) |",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
