@@ -22,7 +22,7 @@ from plumb.rollouts.advantages import EPSILON, advantages
 VOCABULARY = 12
 A = VOCABULARY**2
 BETA = 0.5
-# KL(pi || the expected fixed point), in nats, that counts as reached. The reference is 1.1 away
+# KL(pi || the expected fixed point), in nats, that counts as reached. The reference is 2.2 away
 # from the Gibbs policy
 REACHED = 1e-8
 
@@ -144,7 +144,7 @@ BY_TOKEN = {"scale": "none", "beta": BETA}
     ],
 )
 def test_the_gibbs_policy_is_reached(name, knobs):
-    assert distance(REFERENCE, gibbs()) > 1
+    assert distance(REFERENCE, gibbs()) > 2
     assert distance(learned(name, **knobs), gibbs()) < REACHED
 
 
