@@ -39,17 +39,23 @@ Outputs = Logps | LogpsAndSquares | LogpsAndKL | TokenLogps | Scores
 
 
 def read_responses(
-    reads: Reads, model: Any, batch: Batch, forward_path: ForwardPath, reference: Any = None
+    reads: Reads,
+    model: Any,
+    batch: Batch,
+    forward_path: ForwardPath,
+    reference: Any = None,
+    temperature: float = 1.0,
 ) -> Outputs:
     """Return what a loss reads of a model, for the R responses of a batch. `reference`: the model
-    from which the divergence is, where that is read.
+    from which the divergence is, where that is read. `temperature`: that of the samples, for
+    losses on token log-probabilities.
     """
     if reads == "logps_and_kl":
         return response_logps_and_kl(model, reference, batch, forward_path)
     read: dict[str, Callable[[Any, Batch, ForwardPath], Outputs]] = {
         "logps": response_logps,
         "logps_and_squares": response_logps_and_squares,
-        "token_logps": response_token_logps,
+        "token_logps": partial(response_token_logps, temperature=temperature),
         "scores": response_scores,
     }
     return read[reads](model, batch, forward_path)

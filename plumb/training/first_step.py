@@ -106,7 +106,12 @@ class FirstStep:
         batch = batch.to(scorer.device)
         with scorer.precision():
             outputs = read_responses(
-                scorer.loss.reads, scorer.policy, batch, scorer.forward_path, scorer.reference
+                scorer.loss.reads,
+                scorer.policy,
+                batch,
+                scorer.forward_path,
+                scorer.reference,
+                scorer.temperature,
             )
         # otherwise FSDP would miss the gradients of what it has left gathered
         sharding.reshard(scorer.policy)

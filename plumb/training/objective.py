@@ -85,6 +85,7 @@ class Scorer:
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
     routers: Routers | None = None  # of the policy, if their balancing loss is part of the loss
+    temperature: float = 1.0  # at which responses were sampled; divides log-probabilities by token
 
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
         """Return the log-probabilities of a batch on the device, [R]."""
@@ -133,7 +134,12 @@ class Scorer:
         )
         with watched as logits, self.precision():
             of_policy = read_responses(
-                self.loss.reads, self.policy, batch, self.forward_path, self.reference
+                self.loss.reads,
+                self.policy,
+                batch,
+                self.forward_path,
+                self.reference,
+                self.temperature,
             )
         summed = of_policy if isinstance(of_policy, Scores) else per_response(of_policy, batch)
         reference = self.reference_outputs(batch, summed)
@@ -188,7 +194,7 @@ class Scorer:
         if (stored := batch.extras.token.get("reference")) is not None:
             return TokenLogps(stored.to(like[0]), batch.response, len(batch.spans))
         with torch.no_grad(), self.precision():
-            return response_token_logps(self.reference, batch, self.forward_path)
+            return response_token_logps(self.reference, batch, self.forward_path, self.temperature)
 
     def reference_logps(self, batch: Batch, like: Logps | Scores) -> Logps | None:
         """Return the reference's log-probabilities of a batch on the device, [R]: those that the

@@ -2,23 +2,29 @@
 that learns from them.
 """
 
+import copy
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from losses import knobs_of
 from tiny import tiny_model, tiny_tokenizer
 
 from plumb.batching.microbatches import Packing
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
 from plumb.losses.bound import AdvantageRule
+from plumb.losses.registry import build_loss
 from plumb.models.forward_path import ForwardPath, use_tree_attention
 from plumb.models.logps import response_token_logps
 from plumb.rollouts.advantages import scaled
 from plumb.rollouts.decoding import Decoding
 from plumb.rollouts.policy_engine import PolicyEngine
+from plumb.rollouts.rewards import build_rewards, reward
 from plumb.rollouts.source import RolloutSource
+from plumb.training.metrics import Means
+from plumb.training.objective import Scorer
 
 TEMPERATURE = 0.8
 ENDS = (2, *range(3, 20))
@@ -31,6 +37,11 @@ DATA = [
     )
     for i, text in enumerate(["What is it?", "Why?", "Say something long.", "Go on"], 1)
 ]
+
+
+@reward
+def brief(answered):
+    return -answered.n_tokens
 
 
 def logps_of(model, temperature=TEMPERATURE):
@@ -170,24 +181,49 @@ def test_what_is_refused():
         source_of(policy, lengths, policy_logps=other).step(np.array([1]))
 
 
-def test_a_policy_learns_from_its_samples():
-    """REINFORCE with a leave-one-out baseline: from responses of any length to short ones. The
-    steps are sampled one by one, each from the weights that the one before has left.
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_policy_learns_from_its_samples(name):
+    """From responses of any length to short ones, by the loss as its YAML has it. The steps are
+    sampled one by one, each from the weights that the one before has left; so every ratio is 1.
+    The first one's KL to the reference, the policy before it, is 0.
     """
+    loss = build_loss(knobs_of(name))
     policy = tiny_model().eval()
+    reference = copy.deepcopy(policy)
     n = [0]
     source = source_of(
-        policy, lambda answered: -lengths(answered), 512, n=16, step_number=lambda: n[0]
+        policy,
+        build_rewards({"terms": {"brief": {"function": "brief", "weight": 0.5}}}),
+        256,
+        n=16,
+        rule=loss.advantages,
+        reference_logps=logps_of(reference),
+        step_number=lambda: n[0],
+    )
+    use_tree_attention(reference)
+    scorer = Scorer(
+        policy=policy,
+        reference=None,
+        loss=loss,
+        forward_path=PATH,
+        precision=nullcontext,
+        device=CPU,
+        temperature=TEMPERATURE,
     )
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-2)
-    rewards = []
-    for step in source.ahead([np.arange(4)] * 15, CPU):
-        rewards.append(step.counters["rollout/reward"])
-        for batch, _, _ in step.microbatches:
-            logps = response_token_logps(policy, batch, PATH, TEMPERATURE)
-            advantages = batch.extras.response["advantages"]
-            (-(logps.sum() * advantages).mean()).backward()
+    records = []
+    for step in source.ahead([np.arange(4)] * 12, CPU):
+        means = Means()
+        for batch, weight, _ in step.microbatches:
+            scored = scorer(batch)
+            (scored.weighted_losses().sum() / len(step.lengths)).backward()
+            means.add(scored.metrics, weight, scored.weights)
         optimizer.step()
         optimizer.zero_grad()
         n[0] += 1
-    assert rewards[0] < -4 and np.mean(rewards[-3:]) > -2, rewards
+        records.append({**means.reduce(), **step.counters, "parts": len(step.microbatches)})
+    assert records[0]["parts"] > 1
+    assert all(abs(record["ratio/mean"] - 1) < 1e-5 for record in records)
+    assert abs(records[0]["kl/k1"]) < 1e-5 < 0.1 < records[-1]["kl/k1"]
+    rewards = [record["rollout/reward"] for record in records]
+    assert rewards[0] < -2 and np.mean(rewards[-3:]) > -1, rewards
