@@ -6,7 +6,8 @@ import pytest
 import torch
 from losses import knobs_of
 
-from plumb.losses.contract import Rollouts, TokenLogps
+from plumb.losses import registry
+from plumb.losses.contract import LossOutput, Rollouts, TokenLogps
 from plumb.losses.policy_gradient import k1, k3
 from plumb.losses.registry import build_loss
 
@@ -195,3 +196,27 @@ def test_a_loss_says_how_rewards_become_advantages():
     assert build_loss(knobs_of("dpo")).advantages is None
     assert not bound("dr_grpo").needs_reference and bound("grpo").needs_reference
     assert bound("dapo").average_over == "tokens" and bound("gspo").average_over == "examples"
+
+
+def test_a_plugins_loss_must_say_how_rewards_become_advantages(monkeypatch):
+    monkeypatch.setattr(registry, "LOSSES", dict(registry.LOSSES))
+
+    @registry.loss(group="rollout")
+    def reinforce(policy: Rollouts[TokenLogps], reference: None, *, scale: str) -> LossOutput:
+        each = -policy.responses.each * policy.advantages[policy.responses.response]
+        return LossOutput(policy.sum(policy.responses.sum(each)))
+
+    with pytest.raises(ValueError, match="^loss.baseline: a loss on the policy's own samples need"):
+        build_loss({"name": "reinforce", "scale": "none"})
+
+
+def test_a_mixture_on_samples():
+    """Half of each: the same advantages for both, or it is refused."""
+    term = knobs_of("dapo") | {"weight": 0.5}
+    terms = {"low": term, "high": term | {"clip_high": 0.6}}
+    mixed = build_loss({"name": "both", "terms": terms})
+    assert mixed.advantages == bound("dapo").advantages
+    losses = mixed.compute(policy_at(), None, None).losses
+    assert losses.tolist() == pytest.approx([(-2.28 - 2.5) / 2 + 0.8, -2.2])
+    with pytest.raises(ValueError, match="loss.terms.high: how rewards become advantages is"):
+        build_loss({"name": "both", "terms": terms | {"high": term | {"scale": "none"}}})
