@@ -125,6 +125,16 @@ def test_a_step_by_definition():
     assert counters["rollout/logps_difference"] < 1e-5
 
 
+def test_a_step_has_draws_of_its_own():
+    """Other ones at each step and with another seed; the same again for the same step."""
+    policy = tiny_model().eval()
+    of = lambda number, seed: responses_of(
+        source_of(policy, lengths, step_number=lambda: number, seed=seed).step(np.arange(2))
+    )
+    first = of(0, 0)
+    assert of(0, 0) == first != of(1, 0) and of(0, 1) != first
+
+
 def test_what_a_reward_is_given():
     seen = []
     source_of(tiny_model(), lambda answered: seen.extend(answered) or lengths(answered)).step(
