@@ -109,6 +109,11 @@ def uniforms(
     return draws
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device that has no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens that uniform draws choose by the inverse of the cumulative distribution of
     softmax(logits / temperature), and their log-probabilities.  [B, V], [B] -> [B], [B] in nats
@@ -118,8 +123,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     [0, 1, 3]
     """
     scaled = at_temperature(logits, temperature)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = scaled.softmax(1).cumsum(1, dtype=wide)
+    cumulative = scaled.softmax(1).cumsum(1, dtype=widest(logits.device))
     # scaled by the sum after rounding, so that no draw falls past the last token
     goals = (uniform.to(cumulative) * cumulative[:, -1])[:, None]
     tokens = torch.searchsorted(cumulative, goals, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -33,6 +33,7 @@ from plumb.rollouts.engine import (
     check_untruncated,
     draw,
     uniforms,
+    widest,
 )
 from plumb.rollouts.hf_engine import padded
 
@@ -105,7 +106,7 @@ class PolicyEngine:
         """Return n responses to each of B prompts that run together."""
         device = next(self.policy.parameters()).device
         draws = torch.from_numpy(uniforms(seed, prompts, n, self.max_new_tokens))
-        draws = draws.flatten(0, 1).to(device, _wide(device))  # [B * n, L]
+        draws = draws.flatten(0, 1).to(device, widest(device))  # [B * n, L]
         ends = torch.tensor([*self.ends], device=device)
         running = _Running(self.policy, self.precision)
 
@@ -197,7 +198,3 @@ class _Running:
         self.positions = self.positions[rows]
         if self.mask is not None:
             self.mask = self.mask[rows]
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
