@@ -136,6 +136,7 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
             check_override(override, ref)
+        check_plugins(ref, parsed)
         groups = [o.input_line or "" for o in parsed if o.key_or_group in ("loss", "model", "exp")]
         other_loss = any(line.startswith("loss=") for line in groups)
         name = OmegaConf.select(ref.config, "loss.name")
@@ -147,7 +148,7 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
             settings = {
                 k: v
                 for k, v in ref.config.items()
-                if k in config and k not in ("model", "loss", "local_run_dir")
+                if k in config and k not in ("model", "loss", "local_run_dir", "plugins")
             }
             config = cast(
                 DictConfig,
@@ -166,6 +167,19 @@ def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(in_one_line(error)) from None
     return config
+
+
+def check_plugins(ref: ModelRef, overrides: Sequence[Override]) -> None:
+    """Raise UserError where the run had plugins that the command line does not name: they are code,
+    and a run's directory, which may come from anywhere, must not start any.
+    """
+    plugins = OmegaConf.select(ref.config, "plugins")
+    if plugins and not any(override.key_or_group == "plugins" for override in overrides):
+        files = ", ".join(map(str, plugins))
+        raise UserError(
+            f"{ref.run_dir}: the run imported plugins=[{files}]; a run's config.yaml starts no"
+            " code, so if you trust these files, add that to this command (or plugins=[])"
+        )
 
 
 def check_override(override: Override, ref: ModelRef) -> None:

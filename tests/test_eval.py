@@ -212,3 +212,17 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
 def test_refused_in_one_line(words, said, tiny_model, data):
     with pytest.raises(UserError, match=said):
         evaluate(*(word.format(tiny=tiny_model, data=data) for word in words))
+
+
+def test_plugins_of_a_run_are_named_again(trained, tmp_path):
+    """config.yaml comes with a run's directory, and starts no code."""
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("")
+    run_dir = trained("sft", f"plugins=[{plugin}]")
+    with pytest.raises(UserError, match=r"the run imported plugins=.*mine.py\]; .*plugins=\[\]"):
+        evaluate(run_dir)
+    evaluate(run_dir, "plugins=[]")
+    other = tmp_path / "other.py"
+    other.write_text("raise RuntimeError('it ran')")
+    with pytest.raises(UserError, match="it ran"):
+        evaluate(run_dir, f"plugins=[{other}]")
