@@ -21,6 +21,7 @@ from payloads import Payload
 from runs import one_line
 
 import train
+from plumb.settings.plugins import import_plugins
 
 PAIR = {"prompt": "Name a sea:", "chosen": " the Baltic", "rejected": " the Alps"}
 OTHER = {"prompt": "Name a hill:", "chosen": " the Brocken", "rejected": " the Po"}
@@ -503,7 +504,17 @@ def test_plugin(refused, good, tmp_path, code, parts):
     file = tmp_path / "mine.py"
     file.write_text(code)
     says(refused(*good, f"plugins=[{file}]"), f"plugins={file}", *parts)
-    assert "plugin_mine" not in sys.modules
+    assert not [m for m in sys.modules.values() if getattr(m, "__file__", None) == str(file)]
+
+
+def test_two_plugins_of_one_name(tmp_path):
+    """Both are imported, each once."""
+    files = [tmp_path / folder / "mine.py" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("open(__file__ + '.log', 'a').write('x')\n")
+    import_plugins([*map(str, files), str(files[0])])
+    assert [Path(f"{file}.log").read_text() for file in files] == ["x", "x"]
 
 
 def test_local_run_dir_that_holds_a_run(refused, good, tmp_path):

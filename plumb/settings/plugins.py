@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 import traceback
@@ -19,7 +20,9 @@ def import_plugins(files: Iterable[str]) -> None:
         path = Path(file).expanduser()
         if not path.is_file():
             raise UserError(f"plugins={file}: no such file")
-        name = f"plugin_{path.stem}"
+        # two files may have one name, in different folders
+        folder = hashlib.blake2b(bytes(path.resolve().parent), digest_size=4).hexdigest()
+        name = f"plugin_{path.stem}_{folder}"
         if name in sys.modules:
             continue
         spec = importlib.util.spec_from_file_location(name, path)

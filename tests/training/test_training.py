@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -417,7 +416,6 @@ def test_own_loader_and_own_loss_from_a_plugin(train, tmp_path, monkeypatch):
     """A loader in the 2023 form, and a loss, both in one file of the user's."""
     monkeypatch.setattr(registry, "LOADERS", dict(registry.LOADERS))
     monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
-    monkeypatch.delitem(sys.modules, "plugin_mine", raising=False)
     (tmp_path / "mine.py").write_text(
         "from preference_datasets import dataset\n@dataset()\ndef get_sums(split, silent=False,"
         " cache_dir=None):\n    return {f'{i}+1=': {'responses': [f' {i + 1}', ' none'], 'pairs':"
