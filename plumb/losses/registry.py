@@ -175,7 +175,7 @@ def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str,
 
 def _label_weights(declared: Declaration, knobs: Mapping[str, Any]) -> tuple[LabelWeights, ...]:
     """Return the loss's label weights, () where it has none. Raise ValueError where both are
-    BALANCED.
+    BALANCED, or one is another word.
     """
     if declared.label_weights is None:
         return ()
@@ -186,7 +186,11 @@ def _label_weights(declared: Declaration, knobs: Mapping[str, Any]) -> tuple[Lab
             f"loss.{undesirable}={BALANCED} and loss.{desirable}={BALANCED}: one of them follows"
             " from the other; give one as a number"
         )
-    return (LabelWeights((f"loss.{undesirable}", f"loss.{desirable}"), values),)
+    names = (f"loss.{undesirable}", f"loss.{desirable}")
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, str) and value != BALANCED:
+            raise ValueError(f"{name}={value}: expected a number, or {BALANCED}")
+    return (LabelWeights(names, values),)
 
 
 def _reads(hint: Any) -> Reads:

@@ -487,6 +487,8 @@ def test_a_label_weight_may_be_balanced():
     assert mixture.label_weights[0].balanced == "loss.terms.a.desirable_weight"
     with pytest.raises(ValueError, match="one of them follows from the other"):
         build_loss(KTO | {"desirable_weight": "balanced", "undesirable_weight": "balanced"})
+    with pytest.raises(ValueError, match="^loss.desirable_weight=even: .* number, or balanced"):
+        build_loss(KTO | {"desirable_weight": "even"})
     with pytest.raises(ValueError, match="^loss.beta=balanced: expected a number"):
         build_loss(KTO | {"beta": "balanced"})
 
