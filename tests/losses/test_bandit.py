@@ -15,25 +15,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from bandit import BETA, REACHED, REFERENCE, REWARDS, VOCABULARY, A
 from losses import Responses, compute, knobs_of, losses_of
 from torch import Tensor
 
 from plumb.losses.registry import LOSSES, build_loss
 
-VOCABULARY = 12
-A = VOCABULARY**2
-BETA = 0.5
-# KL(pi || optimum), in nats, that counts as reached; the reference is 0.07 to 3 nats away
-REACHED = 1e-8
-
-
-def random(*shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-REWARDS = random(A, seed=0)
-REFERENCE = (0.5 * random(A, seed=1)).log_softmax(0)
 PREFERS = torch.sigmoid(REWARDS[:, None] - REWARDS)  # p_ij
 # how often an answer wins against one drawn from the reference
 WINS = PREFERS @ REFERENCE.exp()

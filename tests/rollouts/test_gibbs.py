@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from bandit import BETA, REACHED, REFERENCE, REWARDS, VOCABULARY, A, random
 from losses import knobs_of
 from torch import Tensor
 
@@ -19,21 +20,6 @@ from plumb.losses.contract import Rollouts, TokenLogps
 from plumb.losses.registry import build_loss
 from plumb.rollouts.advantages import EPSILON, advantages
 
-VOCABULARY = 12
-A = VOCABULARY**2
-BETA = 0.5
-# KL(pi || the expected fixed point), in nats, that counts as reached. The reference is 2.2 away
-# from the Gibbs policy
-REACHED = 1e-8
-
-
-def random(*shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-REWARDS = random(A, seed=0)
-REFERENCE = (0.5 * random(A, seed=1)).log_softmax(0)
 # of every answer, its two tokens, all first ones before all second ones
 FIRST, SECOND = torch.arange(A) // VOCABULARY, torch.arange(A) % VOCABULARY
 RESPONSE = torch.arange(A).repeat(2)
