@@ -25,7 +25,7 @@ from typing import Any, NotRequired, TypedDict
 from plumb.data.files import SUFFIXES, Choice, RawRow, Source, files_version, number, open_source
 from plumb.data.forms.fitting import fitting
 from plumb.data.forms.read import read_rows
-from plumb.data.forms.recognise import FORMS, form_of
+from plumb.data.forms.recognise import FORMS, form_of, rename
 from plumb.data.loaded import check_loaded
 from plumb.data.rows import Row, counted
 from plumb.errors import UserError
@@ -384,6 +384,15 @@ def _registered(
     )
 
 
+def _renamed(rows: Iterable[RawRow], field_map: Mapping[str, str]) -> Iterator[RawRow]:
+    """Yield the rows under the names of the forms, without those that lack a field of the map: they
+    are refused when they are read.
+    """
+    for row in rows:
+        with suppress(UserError):
+            yield rename(row, field_map)
+
+
 def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
     reading = data.reading
     on_bad = None if reading.bad_row == "stop" else data.refuse
@@ -409,6 +418,8 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
         yield from _registered(data, schema, split, silent, None, data.name)
         return
     form = form_of(first, field_map, reading.label_threshold)
+    if form.of_file:
+        form = form.of_file(_renamed(source.rows(), field_map or {}))
 
     def read() -> Iterator[Row]:
         data.skipped.clear()  # counted by an earlier pass; this one counts the same rows again
@@ -449,6 +460,6 @@ def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
     if source.unsplit and 0 < data.eval_share < 1:
         data.form += f"; {n_kept:,} for {split}, by eval_share={data.eval_share:g}"
     # A dialogue's end matters more than its start; a single question's start is kept, as in 2023.
-    as_written = first.fields.get((field_map or {}).get("prompt", "prompt"))
+    as_written = rename(first, field_map or {}).fields.get("prompt")
     is_dialogue = as_messages or form.dialogue or str(as_written).endswith("\n\nAssistant:")
     data.truncation = "keep_end" if is_dialogue else "keep_start"

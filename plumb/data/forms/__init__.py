@@ -8,7 +8,7 @@ line in the FORMS of its file. Tokens and files do not belong here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from plumb.data.files import RawRow
@@ -23,6 +23,8 @@ class Form(NamedTuple):
     name: str  # as the form line calls it
     needs: tuple[str, ...]
     convert: Callable[[RawRow], Row | None]  # None: skipped, and counted
+    # returns the form as a file with these rows uses it; None: all files use it alike
+    of_file: Callable[[Iterable[RawRow]], Form] | None = None
 
     @property
     def sft(self) -> bool:

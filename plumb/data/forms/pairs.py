@@ -13,23 +13,23 @@ from plumb.data.scores import pair_scores
 
 
 def _prompt_pair(row: RawRow) -> Row | None:
-    return _pair(row, row.text_or_messages("prompt"))
+    return pair_row(row, row.text_or_messages("prompt"))
 
 
 def _conversation_pair(row: RawRow) -> Row | None:
-    return _pair(row, row.messages("conversations"))
+    return pair_row(row, row.messages("conversations"))
 
 
 def _instruction_pair(row: RawRow) -> Row | None:
-    return _pair(row, instruction(row), target="output")
+    return pair_row(row, instruction(row), target="output")
 
 
 def _question_pair(row: RawRow) -> Row | None:
-    return _pair(row, asked(row, "question"))
+    return pair_row(row, asked(row, "question"))
 
 
 def _input_pair(row: RawRow) -> Row | None:
-    return _pair(row, asked(row, "input"))
+    return pair_row(row, asked(row, "input"))
 
 
 def _openai_pair(row: RawRow) -> Row | None:
@@ -40,7 +40,7 @@ def _openai_pair(row: RawRow) -> Row | None:
     prompt = row.check_text_or_messages(within["messages"], field)
     if isinstance(prompt, str):
         prompt = [row.turn("user", prompt, field)]
-    pair = _pair(row, prompt, "preferred_output", "non_preferred_output")
+    pair = pair_row(row, prompt, "preferred_output", "non_preferred_output")
     more = {k: v for k, v in within.items() if k != "messages" and not is_empty(v)}
     return pair and pair._replace(more=more)
 
@@ -51,12 +51,12 @@ def _transcript_pair(row: RawRow) -> Row | None:
     """
     texts = {"chosen": row.text_or_messages("chosen"), **_several(row, "rejected")}
     if any(isinstance(text, list) for text in texts.values()):
-        return _pair(row, [])
+        return pair_row(row, [])
     halves = {field: split_text(row, str(text), field) for field, text in texts.items()}
     return _pair_of(row, halves, "chosen", "chosen")
 
 
-def _pair(
+def pair_row(
     row: RawRow,
     prompt: Text,
     chosen: str = "chosen",

@@ -38,9 +38,10 @@ def _ranked(row: RawRow, ranking: list[float], as_scores: bool) -> Row:
     """
     prompt, responses = row.text_or_messages("prompt"), row.value("responses")
     texts: list[Text] = [
-        row.check_text(response, f"responses[{i}]") for i, response in enumerate(responses)
+        row.check_text_or_messages(response, f"responses[{i}]")
+        for i, response in enumerate(responses)
     ]
-    if isinstance(prompt, list) or "system" in row.fields:
+    if any(isinstance(text, list) for text in (prompt, *texts)) or "system" in row.fields:
         prompt = as_messages(row, prompt, "user", "prompt")
         texts = [
             as_messages(row, text, "assistant", f"responses[{i}]") for i, text in enumerate(texts)

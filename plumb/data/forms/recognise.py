@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from plumb.data.files import RawRow
-from plumb.data.forms import Form, labels, pairs, published, rankings, targets
+from plumb.data.files import RawRow, describe
+from plumb.data.forms import Form, comparisons, labels, pairs, published, rankings, targets
 from plumb.data.forms.labels import is_boolean, label_of
 from plumb.errors import UserError
 
 # the first that fits a file's first row is taken, so the more specific stand first
-FORMS = [*pairs.FORMS, *rankings.FORMS, *published.FORMS, *labels.FORMS, *targets.FORMS]
+FORMS = [
+    *pairs.FORMS,
+    *comparisons.FORMS,
+    *rankings.FORMS,
+    *published.FORMS,
+    *labels.FORMS,
+    *targets.FORMS,
+]
 # Fields that a form reads when they are there; with every form's `needs`, what `field_map` may
 # name.
 OPTIONAL = (
@@ -79,16 +87,35 @@ def check_field_map(field_map: Mapping[str, str] | None) -> None:
 
 
 def rename(row: RawRow, field_map: Mapping[str, str]) -> RawRow:
-    """Return the row with its fields under the names of the forms (`field_map`: ours -> theirs)."""
-    for ours, theirs in field_map.items():
-        if theirs not in row.fields:
-            raise row.error(
-                f"no field '{theirs}', which field_map.{ours} names (the row has: {row.names})",
-                "fix field_map",
-            )
+    """Return the row with its fields under the names of the forms (`field_map`: ours -> theirs).
+
+    Theirs may be a path into a field, such as chosen.answer or turns.0.text. A field that any path
+    leads into is not kept.
+    """
     if not field_map:
         return row
-    kept = {name: value for name, value in row.fields.items() if name not in field_map.values()}
-    return row._replace(
-        fields=kept | {ours: row.fields[theirs] for ours, theirs in field_map.items()}
-    )
+    mapped = {ours: _mapped(row, ours, theirs) for ours, theirs in field_map.items()}
+    used = {*field_map.values()} | {theirs.partition(".")[0] for theirs in field_map.values()}
+    kept = {name: value for name, value in row.fields.items() if name not in used}
+    return row._replace(fields=kept | mapped)
+
+
+def _mapped(row: RawRow, ours: str, theirs: str) -> Any:
+    """Return the value at a name or path. Raise UserError where the row has none."""
+    if theirs in row.fields:
+        return row.fields[theirs]
+    here, value = "the row", row.fields
+    for key in theirs.split("."):
+        inner: Any = value
+        if isinstance(inner, list) and key.isdigit() and int(key) < len(inner):
+            value = inner[int(key)]
+        elif isinstance(inner, Mapping) and key in inner:
+            value = inner[key]
+        else:
+            has = ", ".join(map(str, inner)) if isinstance(inner, Mapping) else describe(inner)
+            raise row.error(
+                f"no field '{theirs}', which field_map.{ours} names ({here} has: {has})",
+                "fix field_map",
+            )
+        here = key if here == "the row" else f"{here}.{key}"
+    return value

@@ -21,7 +21,7 @@ from own_files import (
 )
 
 from plumb.data import files
-from plumb.data.forms import recognise
+from plumb.data.forms import comparisons, recognise
 from plumb.data.registry import Reading
 from plumb.errors import UserError
 
@@ -127,6 +127,14 @@ FORMS = {
             "preferred_output": "The Baltic.",
             "non_preferred_output": "The Alps.",
         },
+        CHAT,
+    ),
+    "answers as objects beside a text": (
+        {"prompt": "Name a sea.", "chosen": GOOD, "rejected": "The Alps."},
+        CHAT,
+    ),
+    "scored answers as objects": (
+        {"prompt": "Name a sea.", "responses": [[GOOD], BAD], "scores": [1, 0]},
         CHAT,
     ),
     "several rejected": (
@@ -245,6 +253,22 @@ FORMS = {
 }
 
 
+# Comparisons: the fields of all of them follow one pattern.
+for compared in comparisons.FORMS:
+    own = dict(zip(compared.needs[-3:], ("The Alps.", "The Baltic.", "2"), strict=True))
+    own[compared.needs[-1]] = compared.needs[-2]  # the second is better
+    if compared.needs[0] == "prompt":
+        FORMS[compared.name] = (
+            {"prompt": "Name a sea.", **own},
+            ("Name a sea.", ["The Baltic.", "The Alps."], [(0, 1)], "The Baltic."),
+        )
+    elif len(compared.needs) == 4:
+        FORMS[compared.name] = ({compared.needs[0]: "Name a sea.", **own}, CHAT)
+    else:
+        own = {"conversation_a": [Q, BAD], "conversation_b": [Q, GOOD], "winner": "model_b"}
+        FORMS[compared.name] = (own, CHAT)
+
+
 @pytest.mark.parametrize("case", FORMS)
 def test_forms(tmp_path, case):
     fields, expected = FORMS[case]
@@ -275,10 +299,46 @@ def test_pairs_whose_prompts_differ_and_equal_scores_are_counted(tmp_path):
     assert loaded.rows[0].pairs == [] and loaded.skipped == {"equal scores": 1}
 
 
+COMPARED = {  # labels of the rows -> the index of the better response (None: a tie), the form line
+    "from 0": ([1, 0, 1], [1, 0, 1], "label, 0-based (0: response_a, 1: response_b)"),
+    "from 1": ([1, 2, 1.5, 1], [0, 1, None, 0], "label, 1-based (1: response_a, 2: response_b)"),
+    "texts of a CSV": (["1", "0"], [1, 0], "label, 0-based"),
+    "words": (["tie", "model_b", "A", "tie (bothbad)"], [None, 1, 0, None], "/ label (as raw"),
+    "a tie in a word": ([1, "tie", 2], [0, None, 1], "1-based"),
+}
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_labels_of_comparisons(tmp_path, case):
+    labels, better, line = COMPARED[case]
+    fields = {"prompt": "p", "response_a": " a", "response_b": " b"}
+    loaded = load(jsonl(tmp_path, *({**fields, "label": label} for label in labels)))
+    chosen = [[" a", " b"][i] for i in better if i is not None]
+    assert [row.responses[0] for row in loaded.rows] == chosen
+    assert [row.sft_target for row in loaded.rows] == chosen
+    assert loaded.skipped == ({"ties": better.count(None)} if None in better else {})
+    assert line in loaded.form
+
+
+def test_numbered_responses_say_what_a_label_of_1_means(tmp_path):
+    row = {"prompt": "p", "output_1": " a", "output_2": " b", "label": 1}
+    loaded = load(jsonl(tmp_path, row, row))
+    assert loaded.rows[0].responses == [" a", " b"]
+    assert "label, 1-based (1: output_1, 2: output_2)" in loaded.form
+
+
 def test_field_map(tmp_path):
     path = jsonl(tmp_path, {"question": "q", "good": " a", "bad": " b", "prompt": 7})
     loaded = load(path, field_map={"prompt": "question", "chosen": "good", "rejected": "bad"})
     assert tuple(loaded.rows[0])[:3] == ("q", [" a", " b"], [(0, 1)])
+
+
+def test_field_map_leads_into_fields(tmp_path):
+    row = {"q": {"text": "p"}, "chosen": {"answer": " a"}, "others": [{"text": " b"}]}
+    where = {"prompt": "q.text", "chosen": "chosen.answer", "rejected": "others.0.text"}
+    loaded = load(jsonl(tmp_path, row), field_map=where)
+    assert tuple(loaded.rows[0])[:3] == ("p", [" a", " b"], [(0, 1)])
+    assert not loaded.rows[0].more
 
 
 def test_ultrafeedback_binarized():
@@ -290,6 +350,7 @@ def test_ultrafeedback_binarized():
 # ---- mistakes: rows, what the message says ----
 
 LABELLED = {"prompt": "p", "completion": "c", "label": False}
+COMPARISON = {"prompt": "p", "response_a": "a", "response_b": "b", "winner": 1}
 BAD_ROWS = {  # rows, message; row n stands on line n
     "no rejected at all": (
         [{"prompt": "p", "chosen": "c"}],
@@ -366,6 +427,28 @@ BAD_ROWS = {  # rows, message; row n stands on line n
     "soft label of several pairs": (
         [PAIR | {"rejected": ["a", "b"], "p_chosen": 0.5}],
         "line 1: field 'p_chosen' is of one pair, and this row has 2 pairs; write a row for each",
+    ),
+    "a comparison's label from 0 and from 1": (
+        [COMPARISON | {"winner": 0}, COMPARISON, COMPARISON | {"winner": 2}],
+        (
+            "line 3: field 'winner' is a number (2), not which response is better; write 0, 1,"
+            " response_a, response_b or tie"
+        ),
+    ),
+    "a comparison's label that may be either": (
+        [COMPARISON, COMPARISON],
+        (
+            "line 1: field 'winner' is 1 in all rows, which may be the first response or the"
+            " second; write response_a or response_b"
+        ),
+    ),
+    "a comparison's label in words": (
+        [COMPARISON | {"winner": "model_a"}, COMPARISON | {"winner": "c"}],
+        "line 2: field 'winner' is a string ('c'), not which response is better; write response_a",
+    ),
+    "a comparison without a label": (
+        [{"prompt": "p", "response_a": "a", "response_b": "b"}],
+        "line 1: no field 'winner' for prompt / response_a / response_b / winner (the row has",
     ),
     "NaN among scores": (
         [{"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}],
@@ -475,6 +558,10 @@ def test_bad_rows(tmp_path, case):
             "line 1: no field 'quest', which field_map.prompt names (the row has: prompt, chosen,",
         ),
         ({"promt": "prompt"}, "field_map.promt: no form has such a field"),
+        (
+            {"prompt": "prompt.text"},
+            "line 1: no field 'prompt.text', which field_map.prompt names (prompt has: a string",
+        ),
     ],
 )
 def test_bad_field_map(tmp_path, field_map, message):
