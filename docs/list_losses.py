@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 
@@ -112,7 +112,7 @@ def needed(name: str, setting: str) -> str:
     if not callable(getattr(LOSSES[name], setting)):
         return words[now]
     own = {k: v for k, v in knobs.items() if k != "name"}
-    hints = get_type_hints(LOSSES[name].function)
+    hints = LOSSES[name].knobs()
     other = [
         f"`{written}`"
         for knob, written, value in alternatives(own, hints)

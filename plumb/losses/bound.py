@@ -8,17 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from plumb.losses.advantage_rules import Rule
 from plumb.losses.contract import BatchContext, Group, LossOutput
 
 AverageOver = Literal["examples", "tokens"]
 Reads = Literal["logps", "logps_and_squares", "logps_and_kl", "token_logps", "scores"]
 Read = Literal["last", "mean"]
-# what is taken off a sample's reward: the mean of its group's others, of its group, of the batch
-Baseline = Literal["leave_one_out", "group_mean", "batch_mean"]
-# the deviation that divides what is left: its group's, the batch's, or none
-Scale = Literal["group", "batch", "none"]
-# whether groups whose rewards are all equal are trained on
-EqualRewards = Literal["keep", "drop"]
 # knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
 Usual = Mapping[str, tuple[float, float]]
 
@@ -42,18 +37,6 @@ class LabelWeights(NamedTuple):
         return next((n for n, v in zip(*self, strict=True) if v == BALANCED), None)
 
 
-class AdvantageRule(NamedTuple):
-    """Say how rewards become the advantages of a loss on the policy's own samples.
-
-    Example: RLOO's: AdvantageRule("leave_one_out", "none", kl_weight=0.05, equal_rewards="keep").
-    """
-
-    baseline: Baseline
-    scale: Scale
-    kl_weight: float  # of log pi(y|x) / pi_ref(y|x), which is taken off the reward; 0: it is not
-    equal_rewards: EqualRewards
-
-
 @dataclass(frozen=True)
 class Loss:
     """A loss with its knobs bound. The trainer asks it what it needs; there is no list of loss
@@ -75,6 +58,7 @@ class Loss:
     read: Read  # which of a response's scores counts, if it reads scores
     context: BatchContext | None  # what it needs to know about the whole batch
     usual: Usual  # where its knobs and the learning rate usually lie
+    advantages: Rule | None  # how rewards become advantages, if it learns from samples
     knobs: Mapping[str, Any]
     rewards: str  # what its rewards are, in a sentence; "" where it has none
     # (policy, reference, context) -> LossOutput; reference is None unless needs_reference, context
@@ -86,23 +70,6 @@ class Loss:
         has one for each term.
         """
         return {f"loss.{knob}": self.knobs[knob]} if knob in self.knobs else {}
-
-    @property
-    def advantages(self) -> AdvantageRule | None:
-        """Return how rewards become advantages, by the knobs that every loss on the policy's own
-        samples has; None for another loss. Raise ValueError for a knob that is missing.
-        """
-        if self.group != "rollout":
-            return None
-        for knob in ("baseline", "scale", "equal_rewards", "kl", "beta"):
-            if knob not in self.knobs:
-                raise ValueError(f"{knob}: a loss on the policy's own samples needs this knob")
-        return AdvantageRule(
-            baseline=self.knobs["baseline"],
-            scale=self.knobs["scale"],
-            kl_weight=self.knobs["beta"] if self.knobs["kl"] == "reward" else 0.0,
-            equal_rewards=self.knobs["equal_rewards"],
-        )
 
     @property
     def context_examples(self) -> Literal["own", "mismatched"] | None:

@@ -206,7 +206,7 @@ class Labelled(NamedTuple, Generic[T]):
 @dataclass(frozen=True)
 class Rollouts(Generic[T]):
     """What a loss with group="rollout" gets: the policy's own samples, k of each prompt, and how
-    good each is. B examples are B prompts; k may differ.
+    good each is, or each of its tokens. B examples are B prompts; k may differ.
 
     Example: two prompts, of 2 samples and 1: Rollouts(responses, example=[0, 1, 0], n=2, old=...,
     advantages=[0.5, 0, -0.5]).
@@ -217,7 +217,11 @@ class Rollouts(Generic[T]):
     n: int  # number of examples
     # [N] log-probabilities of the tokens by the policy that sampled them, nats
     old: Tensor
-    advantages: Tensor  # [R]
+    # [R]; 0 where each token has an advantage of its own
+    advantages: Tensor
+    # [N] where a critic gives one to each token; not told apart from [R] by its length, since
+    # responses of one token come in another order than their tokens
+    token_advantages: Tensor | None = None
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values` [R] over the samples of each example.  [B]"""

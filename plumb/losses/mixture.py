@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plumb.losses.bound import AdvantageRule, LabelWeights, Loss, Reads, Usual
+from plumb.losses.bound import LabelWeights, Loss, Reads, Usual
 from plumb.losses.contract import (
     BatchContext,
     Labelled,
@@ -47,11 +47,6 @@ class Mixture(Loss):
     """A weighted sum of losses; its batch context is {label: context} of the terms with one."""
 
     terms: tuple[Term, ...] = ()
-
-    @property
-    def advantages(self) -> AdvantageRule | None:
-        """Return how rewards become advantages, which is the same for all terms."""
-        return self.terms[0].loss.advantages
 
     def values_of(self, knob: str) -> dict[str, Any]:
         """Return the values of a knob of the terms under their full names."""
@@ -111,6 +106,7 @@ def build_mixture(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]]
         soft_labels=all(term.loss.soft_labels for term in terms),
         context=_context(terms),
         usual=_usual(terms),
+        advantages=first.loss.advantages,
         knobs={},
         rewards=next((t.loss.rewards for t in terms if t.loss.rewards), ""),
         compute=_sum_of(terms),

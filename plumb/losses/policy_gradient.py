@@ -10,15 +10,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from plumb.losses.bound import (
-    AverageOver,
+from plumb.losses.advantage_rules import (
     Baseline,
     EqualRewards,
+    GaeRule,
+    KlIn,
     Scale,
-    Usual,
+    check_kl_weight,
 )
+from plumb.losses.bound import AverageOver, Usual
 from plumb.losses.contract import LossOutput, Mean, Metric, Rollouts, TokenLogps
-from plumb.losses.ratios import check_positive
+from plumb.losses.ratios import check_not_negative, check_positive
 from plumb.losses.registry import loss
 
 # what the sum over a response's tokens is divided by: its length, the tokens of the batch, a number
@@ -80,6 +82,18 @@ def _usual(knobs: Mapping[str, Any]) -> Usual:
     usual: dict[str, tuple[float, float]] = {"lr": (1e-6, 3e-6)}
     if knobs["beta"] is not None:
         usual["beta"] = (0.001, 0.05)
+    return usual
+
+
+def _usual_of_ppo(knobs: Mapping[str, Any]) -> Usual:
+    usual: dict[str, tuple[float, float]] = {
+        "lr": (1e-6, 1e-5),
+        "critic_lr": (1e-6, 1e-5),
+        "gamma": (0.99, 1.0),
+        "gae_lambda": (0.9, 1.0),
+    }
+    if knobs["beta"] is not None:
+        usual["beta"] = (0.001, 0.4)
     return usual
 
 
@@ -183,6 +197,53 @@ def grpo(
     return LossOutput(losses, metrics=_metrics(policy, reference, surrogate, ratios))
 
 
+@loss(
+    group="rollout",
+    needs_reference=lambda knobs: knobs["kl"] != "none",
+    average_over=_average_over,
+    usual=_usual_of_ppo,
+)
+def ppo(
+    policy: Rollouts[TokenLogps],
+    reference: Rollouts[TokenLogps] | None,
+    *,
+    normalizer: Normalizer,
+    clip_low: float | None,
+    clip_high: float | None,
+    entropy: float,
+    gae: GaeRule,
+) -> LossOutput:
+    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) - entropy H, summed over tokens and divided
+    as `normalizer` says, where s = pi / pi_old of the token, A is its advantage by a critic (GAE),
+    and H is the entropy of the distribution that it is drawn from: PPO, Eq. 7 and 9 of
+    arXiv:1707.06347, on responses as in arXiv:2009.01325.
+
+    A token's reward is -beta log pi_old / pi_ref, and the last token has the response's reward as
+    well. With delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma gae_lambda A_{t+1}
+    (arXiv:1506.02438, Eq. 16); the critic's V_t, from before the token, is trained towards A_t +
+    V_t. What follows the last token is worth 0.
+
+    `normalizer` as in `rloo`. The entropy is estimated by -s log pi of the sampled tokens, whose
+    gradient is that of the entropy in expectation.
+
+    The KL of each later token is part of a token's return, so with gamma = 1 the optimum is pi_ref
+    exp(r / beta), whatever the critic has learned if gae_lambda = 1, and in the limit of a critic
+    without error if it is less. With kl_token=k1_positive or k3 it is another one.
+
+    Rewards: none; those of the answers are given from outside.
+    """
+    surrogate = Surrogate(normalizer, "token", clip_low, clip_high)
+    surrogate.check()
+    check_not_negative(entropy=entropy)
+    gae.check()
+    ratios = _ratios(policy, surrogate)
+    each = ratios.losses
+    if entropy:
+        each = each - entropy * _weighted_surprise(policy)
+    losses = _by_example(policy, surrogate, each)
+    return LossOutput(losses, metrics=_metrics(policy, reference, surrogate, ratios))
+
+
 def k1(policy: Tensor, reference: Tensor) -> Tensor:
     """Return log pi - log pi_ref of tokens that pi sampled: its mean is KL(pi || pi_ref).  [N]"""
     return policy - reference
@@ -196,13 +257,10 @@ def k3(policy: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def _check_kl(kl: str, beta: float | None, baseline: Baseline, equal_rewards: EqualRewards) -> None:
-    if kl == "none" and beta is not None:
-        raise ValueError(f"beta={beta}: is the weight of the KL, and kl=none; set beta=null")
-    if kl != "none":
-        if beta is None:
-            raise ValueError(f"beta=null: kl={kl} needs its weight; give a number above 0")
-        check_positive(beta=beta)
+def _check_kl(
+    kl: KlIn, beta: float | None, baseline: Baseline, equal_rewards: EqualRewards
+) -> None:
+    check_kl_weight(kl, beta)
     if equal_rewards == "drop" and baseline == "batch_mean":
         raise ValueError(
             "equal_rewards=drop: with baseline=batch_mean, answers of equal reward have an"
@@ -227,11 +285,11 @@ def _ratios(policy: Rollouts[TokenLogps], surrogate: Surrogate) -> Ratios:
     """Return the ratios of tokens or of responses, and the loss of each."""
     tokens = policy.responses
     log_ratio = tokens.each - policy.old.to(tokens.each)  # [N]
-    advantages = policy.advantages.to(tokens.each)  # [R]
     if surrogate.ratio == "sequence":
         log_ratio = tokens.sum(log_ratio) / _divisor(policy, surrogate)
+        advantages = policy.advantages.to(tokens.each)  # [R]
     else:
-        advantages = advantages[tokens.response]
+        advantages = _by_token(policy).to(tokens.each)  # [N]
     values = log_ratio.clamp(-FARTHEST, FARTHEST).exp()  # [M]
     least = None if surrogate.clip_low is None else 1 - surrogate.clip_low
     most = None if surrogate.clip_high is None else 1 + surrogate.clip_high
@@ -247,6 +305,13 @@ def _ratios(policy: Rollouts[TokenLogps], surrogate: Surrogate) -> Ratios:
     return Ratios(losses, values, below, above)
 
 
+def _by_token(policy: Rollouts[TokenLogps]) -> Tensor:
+    """Return the advantage of each token: its own, or that of its response.  [N]"""
+    if policy.token_advantages is not None:
+        return policy.token_advantages
+    return policy.advantages[policy.responses.response]
+
+
 def _weighted_k3(
     policy: Rollouts[TokenLogps], reference: Rollouts[TokenLogps], surrogate: Surrogate
 ) -> Tensor:
@@ -258,6 +323,13 @@ def _weighted_k3(
         return log_ratio.clamp(-FARTHEST, FARTHEST).exp() * estimate
     factor = tokens.sum(log_ratio).clamp(-FARTHEST, FARTHEST).exp()
     return factor * tokens.sum(estimate) / _divisor(policy, surrogate)
+
+
+def _weighted_surprise(policy: Rollouts[TokenLogps]) -> Tensor:
+    """Return -log pi times pi / pi_old of each token, whose mean is the entropy.  [N]"""
+    each = policy.responses.each
+    ratio = (each - policy.old.to(each)).clamp(-FARTHEST, FARTHEST).exp()
+    return -ratio * each
 
 
 def _by_example(policy: Rollouts[TokenLogps], surrogate: Surrogate, each: Tensor) -> Tensor:

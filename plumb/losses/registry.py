@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 
 from plumb.losses import inputs
+from plumb.losses.advantage_rules import GaeRule, Rule, by_group
 from plumb.losses.bound import (
     BALANCED,
     AverageOver,
@@ -61,12 +62,44 @@ class Declaration:
     context: BatchContext | None
     usual: Usual | Callable[[Mapping[str, Any]], Usual]
 
+    def keywords(self) -> dict[str, Any]:
+        """Return the types of the function's keywords, None for one without an annotation."""
+        hints = get_type_hints(self.function)
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: hints.get(p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def knobs(self) -> dict[str, Any]:
+        """Return the types of the knobs. A keyword that is a GaeRule stands for its fields."""
+        types: dict[str, Any] = {}
+        for keyword, hint in self.keywords().items():
+            types |= get_type_hints(GaeRule) if hint is GaeRule else {keyword: hint}
+        return types
+
+    def arguments(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the function's keyword arguments for these knobs."""
+        return {
+            keyword: GaeRule(**{knob: knobs[knob] for knob in get_type_hints(GaeRule)})
+            if hint is GaeRule
+            else knobs[keyword]
+            for keyword, hint in self.keywords().items()
+        }
+
+    def advantages(self, knobs: Mapping[str, Any]) -> Rule | None:
+        """Return how rewards become advantages, None for a loss that has no samples. Raise
+        ValueError for a knob that is missing for it.
+        """
+        if self.group != "rollout":
+            return None
+        rules = [x for x in self.arguments(knobs).values() if isinstance(x, GaeRule)]
+        return rules[0] if rules else by_group(knobs)
+
     def bind(self, knobs: Mapping[str, Any]) -> Callable[..., LossOutput]:
         """Return (policy, reference, context) -> LossOutput with these knobs."""
+        arguments = self.arguments(knobs)
 
         def compute(policy: Any, reference: Any = None, context: Any = None) -> LossOutput:
             of_batch = () if self.context is None else (context,)
-            return self.function(policy, reference, *of_batch, **knobs)
+            return self.function(policy, reference, *of_batch, **arguments)
 
         return compute
 
@@ -139,11 +172,12 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         raise ValueError(f"loss.name={name}: no such loss; known: {', '.join(sorted(LOSSES))}")
     declared = LOSSES[name]
     hints = get_type_hints(declared.function)
+    types = declared.knobs()
     label_weights = _label_weights(declared, knobs)
     # a weight that is not known yet is tried as 1
     numbers = {knob: 1.0 for w in label_weights for knob in knobs if f"loss.{knob}" == w.balanced}
     configured, knobs = knobs, {**knobs, **numbers}
-    _check_knobs(name, knobs, declared.function, hints)
+    _check_knobs(name, knobs, types)
     reads = _reads(hints.get("policy"))
     if declared.group == "list" and reads != "logps":
         raise ValueError(f"loss.name={name}: a loss on lists gets Lists of log-probabilities only")
@@ -161,6 +195,7 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
         read=_resolved(declared.read, knobs),
         context=declared.context,
         usual=_resolved(declared.usual, knobs),
+        advantages=_advantages(declared, knobs),
         knobs=configured,
         rewards=_about_rewards(declared.function),
         compute=declared.bind(knobs),
@@ -171,6 +206,13 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
 
 def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str, Any]) -> V:
     return setting(knobs) if callable(setting) else setting
+
+
+def _advantages(declared: Declaration, knobs: Mapping[str, Any]) -> Rule | None:
+    try:
+        return declared.advantages(knobs)
+    except ValueError as error:
+        raise ValueError(f"loss.{error}") from None
 
 
 def _label_weights(declared: Declaration, knobs: Mapping[str, Any]) -> tuple[LabelWeights, ...]:
@@ -210,33 +252,28 @@ def _reads(hint: Any) -> Reads:
     return "scores" if types & {Scores, ScoredPairs} else "logps"
 
 
-def _check_knobs(
-    name: str, knobs: Mapping[str, Any], function: Callable[..., LossOutput], hints: dict[str, Any]
-) -> None:
-    """Raise ValueError for a knob that the function does not take, or takes and is not given, or
-    that is of another type.
+def _check_knobs(name: str, knobs: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raise ValueError for a knob that the loss does not have, or has and is not given, or that is
+    of another type.
     """
-    expected = [
-        k for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY
-    ]
     for knob in knobs:
-        if knob not in expected:
+        if knob not in types:
             raise ValueError(
                 f"loss.{knob}={knobs[knob]}: loss {name} has no such knob; it has:"
-                f" {', '.join(expected) or 'none'}"
+                f" {', '.join(types) or 'none'}"
             )
-    for knob in expected:
+    for knob, hint in types.items():
         if knob not in knobs:
             raise ValueError(
                 f"loss.{knob}: loss {name} needs it; add loss.{knob}=... or its line to"
                 f" config/loss/{name}.yaml"
             )
-        if knob not in hints:
+        if hint is None:
             raise ValueError(
                 f"loss.{knob}: loss {name} must annotate it with a type: {knob}: float"
             )
-        if not _fits(knobs[knob], hints[knob]):
-            raise ValueError(f"loss.{knob}={knobs[knob]}: expected {_say(hints[knob])}")
+        if not _fits(knobs[knob], hint):
+            raise ValueError(f"loss.{knob}={knobs[knob]}: expected {_say(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -280,7 +317,6 @@ def _try_on_zeros(bound: Loss) -> None:
     policy = inputs.responses(bound.reads, zeros, ones)
     reference = inputs.responses(bound.reads_of_reference, zeros, ones)
     try:
-        _ = bound.advantages
         output = inputs.compute(
             bound, (policy, policy), (reference, reference) if bound.needs_reference else None
         )

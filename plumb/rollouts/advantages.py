@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumb.losses.bound import AdvantageRule, Baseline, Scale
+from plumb.losses.advantage_rules import AdvantageRule, Baseline, Scale
 
 # added to a deviation before it divides, as in TRL's GRPO, so that advantages are bounded
 EPSILON = 1e-4

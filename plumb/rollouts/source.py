@@ -27,7 +27,7 @@ from plumb.data.prompts import NumberedPrompt
 from plumb.data.token_text import continued, decode
 from plumb.data.tokenization import Example, trees_of
 from plumb.errors import UserError
-from plumb.losses.bound import AdvantageRule
+from plumb.losses.advantage_rules import AdvantageRule
 from plumb.rollouts.advantages import Advantages, advantages
 from plumb.rollouts.engine import Engine, Response, Samples
 

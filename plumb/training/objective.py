@@ -263,12 +263,16 @@ def _labelled(of_model: Any, batch: Batch) -> Labelled:
 
 def _rollouts(of_model: Any, batch: Batch) -> Rollouts:
     _, examples = (np.arange(batch.n_responses.max())[:, None] < batch.n_responses).nonzero()
+    old = batch.extras.token["old_logps"]
+    by_token = batch.extras.token.get("advantages")
+    by_response = batch.extras.response.get("advantages")
     return Rollouts(
         responses=of_model,
         example=torch.from_numpy(examples).to(batch.response.device),
         n=len(batch.n_responses),
-        old=batch.extras.token["old_logps"],
-        advantages=batch.extras.response["advantages"],
+        old=old,
+        advantages=old.new_zeros(len(batch.spans)) if by_response is None else by_response,
+        token_advantages=by_token,
     )
 
 

@@ -18,7 +18,7 @@ RESPONSE = [0, 0, 2, 1]
 ADVANTAGES = [1.0, 2.0, -1.0]
 
 
-def rollouts(each, old=None, advantages=ADVANTAGES):
+def rollouts(each, old=None, advantages=ADVANTAGES, by_token=None):
     each = torch.as_tensor(each, dtype=torch.float64)
     return Rollouts(
         responses=TokenLogps(each, torch.tensor(RESPONSE), 3),
@@ -26,6 +26,7 @@ def rollouts(each, old=None, advantages=ADVANTAGES):
         n=2,
         old=each.detach() if old is None else torch.as_tensor(old, dtype=torch.float64),
         advantages=torch.tensor(advantages),
+        token_advantages=None if by_token is None else torch.tensor(by_token),
     )
 
 
@@ -87,6 +88,37 @@ def test_at_ratio_1_the_surrogate_has_the_policy_gradient():
         k = torch.tensor([2, 1, 2])  # samples of the example of each response
         expected = -torch.tensor(ADVANTAGES) / k / torch.tensor(divisor)
         assert policy.responses.each.grad.tolist() == pytest.approx(expected[RESPONSE].tolist())
+
+
+def test_advantages_of_tokens_by_hand():
+    """Ratios 1.5, 1, 0.5 and 1.1: bounded above at 1.2 where the advantage is positive, below at
+    0.8 where it is negative.
+    """
+    policy = policy_at(by_token=[1.0, 3.0, -2.0, 0.5])
+    losses = bound("ppo").compute(policy, policy).losses
+    assert losses.tolist() == pytest.approx([-1.2 - 3 + 1.6, -0.55])
+    policy = policy_at([1.0] * 4, by_token=[1.0, 3.0, -2.0, 0.5])
+    bound("ppo").compute(policy, policy).losses.sum().backward()
+    assert policy.responses.each.grad.tolist() == pytest.approx([-1, -3, 2, -0.5])
+
+
+def test_the_entropy_has_the_exact_gradient_in_expectation():
+    """Over samples of another policy, of a vocabulary of 3."""
+    gradient = lambda value, logits: torch.autograd.grad(value, logits)[0]
+    logits = PI.log().requires_grad_()
+    log_pi = logits.log_softmax(0)
+    exact = gradient((log_pi.exp() * log_pi).sum(), logits)
+    log_pi = logits.log_softmax(0)
+    every = Rollouts(
+        responses=TokenLogps(log_pi, torch.arange(3), 3),
+        example=torch.arange(3),
+        n=3,
+        old=REFERENCE.log(),
+        advantages=torch.zeros(3),
+    )
+    free = {"clip_low": None, "clip_high": None, "kl": "none", "beta": None}
+    losses = bound("ppo", entropy=1.0, **free).compute(every).losses
+    torch.testing.assert_close(gradient(REFERENCE @ losses, logits), exact)
 
 
 def test_the_kl_in_the_loss_by_hand():
@@ -181,6 +213,22 @@ def test_a_ratio_that_would_overflow_stays_finite():
         ("grpo", {"clip_high": -0.1}, "loss.clip_high=-0.1: must be above 0"),
         ("dapo", {"ratio": "sequence"}, "loss.ratio=sequence: is one number for a response"),
         ("reinforce_pp", {"equal_rewards": "drop"}, "loss.equal_rewards=drop: with baseline="),
+        ("ppo", {"kl": "none"}, "loss.beta=0.05: is the weight of the KL, and kl=none"),
+        ("ppo", {"kl_target": 6.0}, "loss.kl_horizon=null: beta is controlled with both"),
+        ("ppo", {"kl_horizon": 1e4}, "loss.kl_target=null: beta is controlled with both"),
+        (
+            "ppo_openai2019",
+            {"kl": "none", "beta": None},
+            "loss.kl_target=6.0: kl=none has no KL to control",
+        ),
+        ("ppo", {"gae_lambda": 1.1}, "loss.gae_lambda=1.1: must be above 0, and 1 at most"),
+        ("ppo", {"gamma": 0.0}, "loss.gamma=0.0: must be above 0, and 1 at most"),
+        ("ppo", {"value_clip": 0}, "loss.value_clip=0: must be above 0"),
+        ("ppo", {"critic_warmup": -1}, "loss.critic_warmup=-1: must not be negative"),
+        ("ppo", {"critic_warmup": 0.5}, "loss.critic_warmup=0.5: expected a whole number"),
+        ("ppo", {"critic": "value"}, "loss.critic=value: expected one of reward, policy"),
+        ("ppo", {"entropy": -1.0}, "loss.entropy=-1.0: must not be negative"),
+        ("ppo", {"ratio": "token"}, "loss.ratio=token: loss ppo has no such knob; it has: normali"),
     ],
 )
 def test_knobs_that_do_not_fit_are_refused(name, knobs, line):
@@ -194,6 +242,9 @@ def test_a_loss_says_how_rewards_become_advantages():
     assert bound("dapo").advantages == ("group_mean", "group", 0.0, "drop")
     assert bound("reinforce_pp").advantages == ("batch_mean", "batch", 0.01, "keep")
     assert build_loss(knobs_of("dpo")).advantages is None
+    rule = bound("ppo_mpo").advantages
+    assert (rule.kl_weight, rule.kl_token, rule.gae_lambda) == (0.4, "k1_positive", 0.95)
+    assert bound("ppo", kl="none", beta=None).advantages.kl_weight == 0
     assert not bound("dr_grpo").needs_reference and bound("grpo").needs_reference
     assert bound("dapo").average_over == "tokens" and bound("gspo").average_over == "examples"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from plumb.losses.bound import AdvantageRule
+from plumb.losses.advantage_rules import AdvantageRule
 from plumb.rollouts.advantages import EPSILON, advantages, has_spread, scaled
 
 NAN = np.nan

@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 from plumb.batching.microbatches import Packing
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
-from plumb.losses.bound import AdvantageRule
+from plumb.losses.advantage_rules import AdvantageRule
 from plumb.losses.registry import build_loss
 from plumb.models.forward_path import ForwardPath, use_tree_attention
 from plumb.models.logps import response_token_logps
