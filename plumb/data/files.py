@@ -432,7 +432,7 @@ def _one_split(
             f"choose one with split_names='{{{split}: {sorted(splits)[0]}}}', or give its file"
             " itself"
         )
-        raise UserError(f"{path}: the folder has several {split} splits, {listed}; {fix}")
+        raise UserError(f"{path}: there are several {split} splits, {listed}; {fix}")
     others = ", ".join(s for s in sorted(splits) if s != fits[0])
     return splits[fits[0]], fits[0] + (f" (not {others})" if others else "")
 
@@ -456,16 +456,33 @@ def _saved_to_disk(folder: Path, split: str, choice: Choice | None) -> Source:
 
     saved = datasets.load_from_disk(str(folder))
     parts = saved if isinstance(saved, dict) else {"train": saved}
-    chosen = {name: _of_split(parts, name) for name in SPLIT_PREFIXES}
-    names = chosen[split] or next(filter(None, chosen.values()), list(parts))
-    rows_of = lambda name: _of_table(parts[name], f"{folder}/{name}")
-    names, taken = _one_split(
-        names, split, choice, lambda names: next(rows_of(names[0]), None), str(folder)
-    )
+    version = files_version(sorted(f for f in folder.rglob("*") if f.is_file()))
+    return tables_source(parts, str(folder), split, choice, version)
+
+
+def tables_source(
+    tables: Mapping[str, Iterable[Any]],
+    path: str,
+    split: str,
+    choice: Choice | None,
+    version: tuple,
+) -> Source:
+    """Return the rows of a split from tables by their split's name; a split that `choice` names may
+    have any name. `path` is what the set is called, in errors and sources.
+    """
+    named = {} if choice is None else choice.names
+    chosen = {
+        kind: [named[kind]] if named.get(kind) in tables else _of_split(tables, kind)
+        for kind in SPLIT_PREFIXES
+    }
+    names = chosen[split] or next(filter(None, chosen.values()), list(tables))
+    rows_of = lambda name: _of_table(tables[name], f"{path}/{name}")
+    first = lambda names: next(rows_of(names[0]), None)
+    names, taken = _one_split(names, split, choice, first, path)
     return Source(
         lambda: chain.from_iterable(map(rows_of, names)),
         unsplit=not all(chosen.values()),
-        version=files_version(sorted(f for f in folder.rglob("*") if f.is_file())) + tuple(names),
+        version=version + tuple(names),
         taken=taken,
     )
 

@@ -222,6 +222,7 @@ def token_stores(
         bad_row=config.data_rules["bad_row"],
         group=group,
         label_threshold=config.label_threshold,
+        revisions=to_dict(config.dataset_revisions),
     )
     shares = dict.fromkeys(("train", "test"), config.eval_share)
     if config.eval_datasets is not None:  # a file is all training or all evaluation
@@ -241,7 +242,7 @@ def token_stores(
                 identity=identity,
                 rules=rules,
                 template=template,
-                inputs=made_of(name, split, str(local_dir), path, reading.choice(field_map)),
+                inputs=made_of(name, split, str(local_dir), path, reading, field_map),
                 options=asked | reading.options(),
                 prefixes=prefixes and Prefixes(*prefixes, config.unpair),
             )

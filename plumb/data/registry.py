@@ -22,10 +22,20 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from plumb.data.files import SUFFIXES, Choice, RawRow, Source, files_version, number, open_source
+from plumb.data.files import (
+    SUFFIXES,
+    Choice,
+    OnBad,
+    RawRow,
+    Source,
+    files_version,
+    number,
+    open_source,
+)
 from plumb.data.forms.fitting import fitting
 from plumb.data.forms.read import read_rows
 from plumb.data.forms.recognise import FORMS, form_of, rename
+from plumb.data.hub import hub_set, open_hub_set
 from plumb.data.loaded import check_loaded
 from plumb.data.rows import Row, counted
 from plumb.errors import UserError
@@ -69,6 +79,7 @@ class Reading:
     bad_row: str = "stop"  # "stop" | "drop": what a row that cannot be used does
     group: str | None = None  # what a loss's example holds, see losses/contract.py; None: anything
     label_threshold: float | None = None  # a label is a score, and desirable from here on
+    revisions: Mapping[str, str] | None = None  # owner/name on the hub -> branch, tag or commit
 
     def options(self) -> dict[str, Any]:
         """Return what decides how a row is read, whichever rows they are."""
@@ -80,6 +91,26 @@ class Reading:
 
     def choice(self, field_map: Mapping[str, str] | None = None) -> Choice:
         return Choice(self.split_names or {}, fitting(self.group, field_map, self.label_threshold))
+
+    def open(
+        self,
+        name: str,
+        split: str,
+        cache_dir: str | None,
+        field_map: Mapping[str, str] | None = None,
+        on_bad: OnBad | None = None,
+    ) -> Source:
+        """Return the rows of a file or folder, or of a set on the hub."""
+        choice = self.choice(field_map)
+        if (wanted := hub_set(name)) is None:
+            return open_source(name, split, choice=choice, on_bad=on_bad)
+        return open_hub_set(
+            wanted,
+            split,
+            revision=(self.revisions or {}).get(wanted.repo),
+            cache_dir=cache_dir,
+            choice=choice,
+        )
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -275,8 +306,8 @@ def get_dataset(
     reading: Reading = READING,
     eval_share: float,
 ) -> DataSet:
-    """Return the split of a registered data set (`path`: its local copy), or of the user's own file
-    or folder `name`.
+    """Return the split of a registered data set (`path`: its local copy), of the user's own file or
+    folder `name`, or of a set of the hub, `owner/name` or `owner/name:subset`.
 
     `field_map` (our name of a field -> the file's) and `reading` are for own files. `eval_share` is
     the test split's share of the prompts if the files don't have one. Raises UserError for unknown
@@ -298,7 +329,7 @@ def get_dataset(
             )
         rows = _registered(data, LOADERS[name], split, silent, cache_dir, path)
     else:
-        rows = _own_files(data, split, silent, field_map)
+        rows = _own_files(data, split, silent, cache_dir, field_map)
     # A generator sees the context of whoever draws from it: each row is drawn in one where this
     # data set counts.
     context = copy_context()
@@ -309,7 +340,12 @@ def get_dataset(
 
 
 def made_of(
-    name: str, split: str, cache_dir: str | None, path: str | None, choice: Choice | None = None
+    name: str,
+    split: str,
+    cache_dir: str | None,
+    path: str | None,
+    reading: Reading = READING,
+    field_map: Mapping[str, str] | None = None,
 ) -> tuple[tuple, list[Path]] | None:
     """Return what decides about the rows of a data set: the version of what is read, and the files
     outside plumb whose code reads it (plumb's own code has VERSION in token_store.py).
@@ -320,7 +356,7 @@ def made_of(
     version: tuple | None = None
     name = resolve(name)
     if name not in LOADERS:
-        version = open_source(name, split, choice=choice).version
+        version = reading.open(name, split, cache_dir, field_map).version
         functions = [form_.convert for form_ in FORMS] + [
             loader.load for loader in LOADERS.values() if loader.fields
         ]
@@ -344,6 +380,18 @@ def made_of(
     )
 
 
+def check_revisions(revisions: Mapping[str, str], names: Iterable[str]) -> None:
+    """Raise UserError for a revision of what is not among these data sets, or not on the hub."""
+    repos = {wanted.repo for wanted in map(hub_set, names) if wanted}
+    for repo in revisions:
+        if repo not in repos:
+            known = ", ".join(sorted(repos)) or "none"
+            raise UserError(
+                f"dataset_revisions: {repo} is not among the hub's sets of this run ({known}); give"
+                " owner/name as in datasets"
+            )
+
+
 def check_name(name: str) -> None:
     """Raise UserError for what is neither a registered name nor a path."""
     if name in LOADERS or "/" in name or name.lower().endswith(SUFFIXES):
@@ -354,7 +402,7 @@ def check_name(name: str) -> None:
     )
     raise UserError(
         f"unknown data set '{name}'; {known}; a file or folder is given by its path, such as"
-        f" ./{name}.jsonl"
+        f" ./{name}.jsonl, and any other set of the hub by owner/name"
     )
 
 
@@ -393,10 +441,10 @@ def _renamed(rows: Iterable[RawRow], field_map: Mapping[str, str]) -> Iterator[R
             yield rename(row, field_map)
 
 
-def _own_files(data: DataSet, split: str, silent, field_map) -> Iterator[Row]:
+def _own_files(data: DataSet, split: str, silent, cache_dir, field_map) -> Iterator[Row]:
     reading = data.reading
     on_bad = None if reading.bad_row == "stop" else data.refuse
-    source = open_source(data.name, split, choice=reading.choice(field_map), on_bad=on_bad)
+    source = reading.open(data.name, split, cache_dir, field_map, on_bad)
     data.taken = source.taken
     first = next(source.rows(), None)
     if first is None:

@@ -95,6 +95,7 @@ NAME: Check = (  # of a directory; the command line may choose its last part onl
 MAPPING: Check = lambda v: isinstance(v, DictConfig), "a mapping such as '{a: b}'"
 ROLES: Check = _texts_by_text, "a mapping such as '{model: assistant}'"
 SPLITS: Check = _by_split, "a mapping such as '{train: train_prefs, test: test_prefs}'"
+REVISIONS: Check = _texts_by_text, "a mapping such as '{owner/name: main}'"
 SHARES: Check = (
     splits.is_data_split,
     "three numbers, of which one is above 0, such as 5,0,5; or '{hh: [5,0,5]}'",
@@ -173,6 +174,7 @@ KNOBS: dict[str, Knob] = {
     # the data
     "datasets": Knob(names(1), CONTENTS),
     "eval_datasets": Knob(maybe(names(1)), CONTENTS, held_out=True),
+    "dataset_revisions": Knob(maybe(REVISIONS), CONTENTS, held_out=True),
     "field_map": Knob(maybe(MAPPING), held_out=True),
     "role_map": Knob(maybe(ROLES), held_out=True),
     "split_names": Knob(maybe(SPLITS), held_out=True),

@@ -18,7 +18,7 @@ from plumb.data import (
     deepspeed_chat,  # noqa: F401  registers its sets
     splits,
 )
-from plumb.data.registry import LOADERS, check_name, dataset_names, resolve
+from plumb.data.registry import LOADERS, check_name, check_revisions, dataset_names, resolve
 from plumb.errors import UserError
 from plumb.models import source_trust
 from plumb.paths import local_root
@@ -250,10 +250,11 @@ def _data_sets(config: DictConfig) -> None:
     names = [resolve(name) for name in (*config.datasets, *(config.eval_datasets or ()))]
     for name in names:
         check_name(name)
+    check_revisions(config.dataset_revisions or {}, names)
     if config.field_map and all(name in LOADERS for name in names):
         raise UserError(
             f"field_map={dict(config.field_map)}: named data sets have their own fields; field_map"
-            " is for files given by path"
+            " is for files given by path, and other sets of the hub"
         )
 
 

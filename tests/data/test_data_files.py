@@ -321,7 +321,7 @@ def test_splits_are_told_apart_by_their_form(tmp_path):
         (
             Reading(),
             (
-                "the folder has several train splits, train_gen, train_prefs, train_sft; choose one"
+                "there are several train splits, train_gen, train_prefs, train_sft; choose one"
                 " with split_names='{train: "
             ),
         ),
