@@ -212,6 +212,16 @@ def response_scores(model: Any, batch: Batch, forward_path: ForwardPath) -> Scor
     return Scores(each[:, -1], each, torch.from_numpy(n).to(values.device))
 
 
+def response_token_values(model: Any, batch: Batch, forward_path: ForwardPath) -> Tensor:
+    """Return the output of a model with a scalar head before each scored token: at the prompt's
+    last token for a response's first, at that one for its second, and so on.  [N]
+    """
+    inputs, padded = _inputs(batch, forward_path)
+    positions = batch.scored if padded is None else padded.scored
+    with lm_head_at_positions(model, positions, None):
+        return model(**inputs, use_cache=False).logits[0, :, 0]
+
+
 def packed_inputs(batch: Batch) -> dict[str, Any]:
     """Return what a model is given to compute trees in one row."""
     return {
