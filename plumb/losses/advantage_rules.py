@@ -18,7 +18,7 @@ Scale = Literal["group", "batch", "none"]
 EqualRewards = Literal["keep", "drop"]
 # where the KL to the reference is counted, and what stands for it at each token
 KlIn = Literal["reward", "loss", "none"]
-KlOfToken = Literal["k1", "k1_positive", "k3"]
+KlOfToken = Literal["k1", "k1_positive"]
 # what is given mean 0 (a reward: its own mean) and deviation 1 over all tokens of a rollout
 Whiten = Literal["advantages", "rewards_and_advantages", "none"]
 

@@ -227,8 +227,8 @@ def ppo(
     gradient is that of the entropy in expectation.
 
     The KL of each later token is part of a token's return, so with gamma = 1 the optimum is pi_ref
-    exp(r / beta), whatever the critic has learned if gae_lambda = 1, and in the limit of a critic
-    without error if it is less. With kl_token=k1_positive or k3 it is another one.
+    exp(r / beta): with gae_lambda = 1 whatever the critic has learned, with less once the critic
+    has no error. With kl_token=k1_positive, it is another one.
 
     Rewards: none; those of the answers are given from outside.
     """

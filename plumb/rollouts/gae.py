@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from plumb.losses.advantage_rules import GaeRule, KlOfToken
-from plumb.losses.policy_gradient import k1, k3
+from plumb.losses.policy_gradient import k1
 
 EPSILON = 1e-8  # added to a variance before it divides, as in the N+ implementation details
 
@@ -55,18 +55,15 @@ def token_rewards(rewards: np.ndarray, kl: np.ndarray, lengths: np.ndarray) -> n
 
 
 def kl_of_tokens(policy: np.ndarray, reference: np.ndarray, kind: KlOfToken) -> np.ndarray:
-    """Return what stands for the KL at each token, from its log-probabilities.  [N] nats
+    """Return what stands for the KL at each token, from its log-probabilities. It is not k3, which
+    rewards a policy for the tokens that it makes less likely than the reference by making them
+    unlikelier still.  [N] nats
 
     >>> kl_of_tokens(np.array([-1.0, -3.0]), np.array([-2.0, -2.0]), "k1_positive").tolist()
     [1.0, 0.0]
     """
-    ours, theirs = torch.from_numpy(policy), torch.from_numpy(reference)
-    of = {
-        "k1": k1,
-        "k1_positive": lambda ours, theirs: k1(ours, theirs).clamp(min=0),
-        "k3": k3,
-    }
-    return of[kind](ours, theirs).numpy()
+    each = k1(torch.from_numpy(policy), torch.from_numpy(reference))
+    return (each if kind == "k1" else each.clamp(min=0)).numpy()
 
 
 def gae(

@@ -63,7 +63,7 @@ def test_each_response_is_on_its_own():
 
 def test_the_kl_of_identical_models_is_0():
     logps = np.array([-1.0, -2, -3])
-    for kind in ("k1", "k1_positive", "k3"):
+    for kind in ("k1", "k1_positive"):
         assert not kl_of_tokens(logps, logps, kind).any()
 
 
@@ -71,17 +71,14 @@ def test_the_kl_of_tokens_by_hand():
     ours, theirs = np.array([-1.0, -3.0]), np.array([-2.0, -2.0])
     assert kl_of_tokens(ours, theirs, "k1").tolist() == [1, -1]
     assert kl_of_tokens(ours, theirs, "k1_positive").tolist() == [1, 0]
-    expected = [np.exp(-1) - 1 + 1, np.exp(1) - 1 - 1]
-    np.testing.assert_allclose(kl_of_tokens(ours, theirs, "k3"), expected)
 
 
-@pytest.mark.parametrize("kind", ["k1", "k3"])
-def test_its_mean_is_the_exact_kl(kind):
+def test_its_mean_is_the_exact_kl():
     """On a vocabulary of 3. With k1_positive it is not: what is below 0 is cut off."""
     pi, reference = np.array([0.2, 0.5, 0.3]), np.array([0.6, 0.3, 0.1])
     exact = pi @ np.log(pi / reference)
     mean = lambda kind: pi @ kl_of_tokens(np.log(pi), np.log(reference), kind)
-    assert mean(kind) == pytest.approx(exact)
+    assert mean("k1") == pytest.approx(exact)
     assert mean("k1_positive") > exact + 0.1
 
 

@@ -11,7 +11,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from bandit import BETA, REACHED, REFERENCE, REWARDS, VOCABULARY, A, random
+from bandit import (
+    BETA,
+    REACHED,
+    REFERENCE,
+    RESPONSE,
+    REWARDS,
+    VOCABULARY,
+    A,
+    by_token,
+    distance,
+    gibbs,
+    random,
+    tables,
+)
 from losses import knobs_of
 from torch import Tensor
 
@@ -19,31 +32,6 @@ from plumb.losses import policy_gradient
 from plumb.losses.contract import Rollouts, TokenLogps
 from plumb.losses.registry import build_loss
 from plumb.rollouts.advantages import EPSILON, advantages
-
-# of every answer, its two tokens, all first ones before all second ones
-FIRST, SECOND = torch.arange(A) // VOCABULARY, torch.arange(A) % VOCABULARY
-RESPONSE = torch.arange(A).repeat(2)
-
-
-def tables(log_pi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the first token [12], and of the second after each [12, 12]."""
-    both = log_pi.view(VOCABULARY, VOCABULARY)
-    first = both.logsumexp(1)
-    return first, both - first[:, None]
-
-
-def by_token(first: Tensor, second: Tensor) -> Tensor:
-    """Return the log-probability of each token of each answer.  [2 A]"""
-    return torch.cat([first[FIRST], second[FIRST, SECOND]])
-
-
-def distance(log_pi: Tensor, other: Tensor) -> float:
-    """Return KL(pi || other), nats; `other` up to a constant."""
-    return float((log_pi.exp() * (log_pi - other.log_softmax(0))).sum())
-
-
-def gibbs(beta: float = BETA) -> Tensor:
-    return REFERENCE + REWARDS / beta
 
 
 class Broken(NamedTuple):

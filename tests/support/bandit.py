@@ -4,6 +4,7 @@ written down.
 """
 
 import torch
+from torch import Tensor
 
 VOCABULARY = 12
 A = VOCABULARY**2
@@ -21,3 +22,28 @@ def random(*shape, seed):
 
 REWARDS = random(A, seed=0)
 REFERENCE = (0.5 * random(A, seed=1)).log_softmax(0)
+# of every answer, its two tokens, all first ones before all second ones
+FIRST, SECOND = torch.arange(A) // VOCABULARY, torch.arange(A) % VOCABULARY
+RESPONSE = torch.arange(A).repeat(2)
+
+
+def tables(log_pi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the first token [12], and of the second after each [12, 12]."""
+    both = log_pi.view(VOCABULARY, VOCABULARY)
+    first = both.logsumexp(1)
+    return first, both - first[:, None]
+
+
+def by_token(first: Tensor, second: Tensor) -> Tensor:
+    """Return the log-probability of each token of each answer.  [2 A]"""
+    return torch.cat([first[FIRST], second[FIRST, SECOND]])
+
+
+def distance(log_pi: Tensor, other: Tensor) -> float:
+    """Return KL(pi || other), nats; `other` up to a constant."""
+    return float((log_pi.exp() * (log_pi - other.log_softmax(0))).sum())
+
+
+def gibbs(beta: float = BETA) -> Tensor:
+    """Return the logarithm of the best policy, up to a constant.  [A]"""
+    return REFERENCE + REWARDS / beta
