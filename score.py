@@ -351,7 +351,14 @@ def read_pairs(config: DictConfig, name: str, options: argparse.Namespace) -> tu
         to_dict(config.get(knob)) if is_of_run else None for knob in ("role_map", "split_names")
     )
     bad_row = (config.get("data_rules") or {}).get("bad_row", "stop") if is_of_run else "stop"
-    reading = Reading(roles, splits, bad_row, group="pair")
+    reading = Reading(
+        role_map=roles,
+        split_names=splits,
+        bad_row=bad_row,
+        group="pair",
+        plain_prompts=config.get("plain_prompts", "verbatim") if is_of_run else "verbatim",
+        revisions=to_dict(config.get("dataset_revisions")) if is_of_run else None,
+    )
     cache_dir = str(get_local_dir(config.local_dirs))
     share = config.eval_share
     data = get_dataset(

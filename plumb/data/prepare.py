@@ -6,6 +6,7 @@ keep, drop, or stop.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -142,6 +143,9 @@ def load_examples(
                 name, train.get(name), test.get(name), config.data_rules, config.eos_in_text, stage
             )
         )
+        own = train[name].examples if name in train and name not in LOADERS else None
+        if own and (note := joint_note(name, own, tokenizer)):
+            rank0_print(note)
     examples = concatenate([part.examples for part in train.values()])
     if not examples:
         raise UserError(
@@ -222,6 +226,7 @@ def token_stores(
         bad_row=config.data_rules["bad_row"],
         group=group,
         label_threshold=config.label_threshold,
+        plain_prompts=config.plain_prompts,
         revisions=to_dict(config.dataset_revisions),
     )
     shares = dict.fromkeys(("train", "test"), config.eval_share)
@@ -595,6 +600,38 @@ def unused_of(parts: Iterable[Part]) -> str:
         f"fields that neither the form nor the chat template reads: {', '.join(names)}"
         if names
         else ""
+    )
+
+
+# A prompt's last and a response's first characters that read as one word or sentence: neither is
+# white space, and the prompt does not end with what may be a turn marker. Not for scripts that
+# write no spaces.
+GLUED = re.compile(r"[^\s:>\]})|#][a-zA-Z0-9]", re.ASCII)
+LOOKED_AT = 32  # examples, of which most have to be glued
+
+
+def joint_note(name: str, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a note on prompts and responses with nothing between them, as in "...water?You may";
+    "" if most of the first examples have white space or a turn marker there.
+    """
+    first = examples[:LOOKED_AT]
+    joints = []
+    for i in np.flatnonzero(~cases(first)["prompt_truncated"]):
+        example = first[int(i)]
+        prompt = example.prompt.tolist()
+        response = example.responses[0].tolist()[:-1]  # without the EOS
+        if prompt and response:
+            before = decode([prompt], tokenizer)[0]
+            after = continued(prompt, [response], tokenizer)[0]
+            joints.append((before[-12:], after[:8]))
+    glued = [joint for joint in joints if GLUED.fullmatch(joint[0][-1:] + joint[1][:1])]
+    if 2 * len(glued) <= len(joints):
+        return ""
+    before, after = glued[0]
+    return (
+        f"note: {name}: neither white space nor a turn marker between prompt and response:"
+        f" ...{before!r} + {after!r}...; write it into the texts, or set plain_prompts=chat to make"
+        " them turns of the chat template"
     )
 
 

@@ -33,7 +33,7 @@ from plumb.data.files import (
     open_source,
 )
 from plumb.data.forms.fitting import fitting
-from plumb.data.forms.read import read_rows
+from plumb.data.forms.read import read_rows, row_in_turns
 from plumb.data.forms.recognise import FORMS, form_of, rename
 from plumb.data.hub import hub_set, open_hub_set
 from plumb.data.loaded import check_loaded
@@ -79,6 +79,7 @@ class Reading:
     bad_row: str = "stop"  # "stop" | "drop": what a row that cannot be used does
     group: str | None = None  # what a loss's example holds, see losses/contract.py; None: anything
     label_threshold: float | None = None  # a label is a score, and desirable from here on
+    plain_prompts: str = "verbatim"  # "verbatim" | "chat": strings become turns
     revisions: Mapping[str, str] | None = None  # owner/name on the hub -> branch, tag or commit
 
     def options(self) -> dict[str, Any]:
@@ -87,6 +88,7 @@ class Reading:
             "role_map": self.role_map,
             "bad_row": self.bad_row,
             "label_threshold": self.label_threshold,
+            "plain_prompts": self.plain_prompts,
         }
 
     def choice(self, field_map: Mapping[str, str] | None = None) -> Choice:
@@ -471,7 +473,7 @@ def _own_files(data: DataSet, split: str, silent, cache_dir, field_map) -> Itera
 
     def read() -> Iterator[Row]:
         data.skipped.clear()  # counted by an earlier pass; this one counts the same rows again
-        return read_rows(
+        rows = read_rows(
             source.rows(),
             form,
             field_map,
@@ -479,6 +481,8 @@ def _own_files(data: DataSet, split: str, silent, cache_dir, field_map) -> Itera
             on_bad,
             reading.label_threshold,
         )
+        in_turns = reading.plain_prompts == "chat" and not form.dialogue
+        return map(row_in_turns, rows) if in_turns else rows
 
     kept: Iterable[bool] = repeat(True)
     if source.unsplit:
@@ -490,6 +494,7 @@ def _own_files(data: DataSet, split: str, silent, cache_dir, field_map) -> Itera
                 dict(reading.role_map or {}),
                 reading.bad_row,
                 reading.label_threshold,
+                reading.plain_prompts,
             ]
         )
         kept = in_split = source.held_out(keys, how, data.eval_share) == (split == "test")

@@ -188,6 +188,7 @@ KNOBS: dict[str, Knob] = {
     "data_split": Knob(maybe(SHARES), held_out=True),
     "stage": Knob(maybe(one_of(*splits.STAGES)), held_out=True),
     "split_seed": Knob(whole(0), held_out=True, slices=True),
+    "plain_prompts": Knob(one_of("verbatim", "chat"), held_out=True, slices=True),
     "chat_template": Knob(maybe(TEXT), held_out=True, slices=True),
     "max_length": Knob(whole(2), held_out=True),
     "max_prompt_length": Knob(whole(1), held_out=True),

@@ -69,3 +69,43 @@ def test_one_split_of_a_folder_is_named(compose, tmp_path, tiny_model, capsys):
         shown = capsys.readouterr().out
         assert re.search(r"split +{} +{} +\(not {}\)\n".format(*taken), shown), shown
         assert "  fields that neither the form nor the chat template reads: id" in shown
+
+
+JOINTS = {  # prompt, response -> whether a note says that nothing is between them
+    "glued": ("May I have some water?", "You may", True),
+    "a word": ("Name a sea", "Baltic", True),
+    "a space before the response": ("May I have some water?", " You may", False),
+    "a line break after the prompt": ("May I?\n", "You may", False),
+    "a turn marker": ("May I? [/INST]", "You may", False),
+    "a colon": ("Q: May I? A:", "Yes", False),
+    "a script without spaces": ("可以吗？", "可以", False),
+}
+
+
+def test_prompts_and_responses_with_nothing_between_them(compose, tmp_path, tiny_model, capsys):
+    """A note shows the first such place, from the cache too, and names the option that helps."""
+    own = tmp_path / "own.jsonl"
+    config = compose(
+        "exp_name=x",
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{own}]",
+        "eval_share=0",
+        f"local_dirs=[{tmp_path}/runs]",
+    )
+    tokenizer = load_tokenizer(config)
+    for case, (prompt, response, noted) in JOINTS.items():
+        write(own, {"prompt": prompt, "chosen": response, "rejected": f"{response}!"})
+        for _ in ("made", "from the cache"):
+            load_examples(config, tokenizer, "pair")
+            shown = capsys.readouterr().out
+            note = f"note: {own}: neither white space nor a turn marker between prompt and response"
+            assert (note in shown) == noted, case
+    write(own, {"prompt": "Is it water?", "chosen": "You see", "rejected": "No"})
+    load_examples(config, tokenizer, "pair")
+    assert "...'Is it water?' + 'You see'...; write it into" in capsys.readouterr().out
+    config.plain_prompts = "chat"
+    train, _ = load_examples(config, tokenizer, "pair")
+    shown = capsys.readouterr().out
+    assert "note:" not in shown and "(as chat messages)" in shown
+    text = tokenizer.decode(train[0].prompt)
+    assert text == "\n\nHuman: Is it water?\n\nAssistant:", "no template of its own: as in HH"

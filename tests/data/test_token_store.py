@@ -245,6 +245,7 @@ CHANGES = {
     "eval_share": ["eval_share=0.2"],
     "field_map": ["field_map={chosen: rejected, rejected: chosen}"],
     "chat_template": ["chat_template=hh"],
+    "plain_prompts": ["plain_prompts=chat"],
     "eos_in_text": ["eos_in_text=keep"],
     "the tokenizer": tiny_tokenizer(bos=True),
     "its template": tiny_tokenizer(chat_template=CHAT),

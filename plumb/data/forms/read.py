@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from plumb.data.files import ROLES, OnBad, RawRow, and_more, without_nulls
+from plumb.data.files import (
+    ROLES,
+    Message,
+    Messages,
+    OnBad,
+    RawRow,
+    and_more,
+    without_nulls,
+)
 from plumb.data.forms import Form
 from plumb.data.forms.recognise import rename
 from plumb.data.rows import Row, is_empty
@@ -54,6 +62,24 @@ def read_rows(
                 yield row
     if problem:
         raise UserError(f"{problem}{and_more(n_problems - 1, 'row')}")
+
+
+def row_in_turns(row: Row) -> Row:
+    """Return a row of strings as chat messages: the prompt is the user's turn, and each response
+    the assistant's. Messages, and texts without a prompt, stay as they are.
+    """
+    if not isinstance(row.prompt, str) or not row.prompt:
+        return row
+
+    def turn(role: str, text: Any, field: str) -> Messages:
+        return [Message({"role": role, "content": text}, row.source, field)]
+
+    target = row.sft_target
+    return row._replace(
+        prompt=turn("user", row.prompt, "prompt"),
+        responses=[turn("assistant", text, "response") for text in row.responses],
+        sft_target=None if target is None else turn("assistant", target, "response"),
+    )
 
 
 def _convert(form_: Form, row: RawRow) -> Row | None:
