@@ -30,7 +30,8 @@ class Critic:
 
     model: Any  # with a scalar head, in eval mode: old and new values have no noise of dropout
     optimizer: torch.optim.Optimizer
-    scheduler: Any  # of its learning rate, one step for each update
+    lr: float
+    lr_factor: Callable[[], float]  # of the next update, by the schedule of the policy's
     forward_path: ForwardPath
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
@@ -82,17 +83,27 @@ class Critic:
             )
         if norm > self.max_grad_norm:
             sharding.scale(gradients, self.max_grad_norm / (total + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.lr_factor()
         self.optimizer.step()
-        self.scheduler.step()
         self.optimizer.zero_grad()
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a run resumes from, by name: weights, and the optimizer's state once there
-        was an update.
+        was an update or `expect_state` was called.
         """
         own = state_files.tensors_of(self.model, self.optimizer)
         return {f"critic.{name}": tensor for name, tensor in own.items()}
+
+    def expect_state(self) -> None:
+        """Create the optimizer's state, which a checkpoint is then read into, with the weights: by
+        an update with gradients of 0.
+        """
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def value_losses(
