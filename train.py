@@ -321,6 +321,7 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     from plumb.models.layout_probe import check_rope
     from plumb.models.load import check_length, check_weights, load_config, load_tokenizer
     from plumb.runs import lineage
+    from plumb.training.rollouts import samples_responses
     from plumb.training.setup import Data
 
     check_rope(load_config(config), config.max_length)
@@ -329,13 +330,13 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     check_weights(config, scalar=loss.reads == "scores")
     if config.export:
         collectives.from_rank0(partial(rehearse, config, run_dir))
-    train_examples, eval_examples = load_examples(
-        config, tokenizer, loss.group, prefixes=loss.prefixes
-    )
+    samples = samples_responses(config, loss)  # then prompts are all that the data have to hold
+    group = "single" if samples else loss.group
+    train_examples, eval_examples = load_examples(config, tokenizer, group, prefixes=loss.prefixes)
     if note := lineage.lineage(config, schema.deciding_slices()):
         rank0_print(note)
     # an SFT target is no preference
-    if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
+    if config.soft_labels == "use" and not loss.soft_labels and group != "single":
         check_soft_labels(loss.name, train_examples, eval_examples)
     check_label_smoothing(loss.values_of("label_smoothing"), train_examples)
     check_list_pairs(config.list_pairs, train_examples, eval_examples)
@@ -343,7 +344,7 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     for weights in loss.label_weights:
         if weights.balanced is None and (note := balance_note(train_examples, weights)):
             rank0_print(note)
-    if loss.needs_margins:
+    if loss.needs_margins and not samples:
         check_margins(loss.name, train_examples, eval_examples)
     return Data(tokenizer, train_examples, eval_examples)
 
@@ -431,6 +432,7 @@ def decide(
     from plumb.data.examples import lengths_of
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
+    from plumb.training.rollouts import samples_responses
     from plumb.training.run_plan import numbers_at_hand, plan_run
 
     n = len(data.train)
@@ -441,7 +443,8 @@ def decide(
         mean_tokens=float(lengths_of(data.train).tokens().mean()),
         repeats=make_schedule(config, n).n_examples > n,
     )
-    plan = plan_run(config, policy.config, loss.needs_reference, numbers)
+    live_only = loss.needs_reference and (loss.live_reference or samples_responses(config, loss))
+    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only)
     if plan.reference is not None:
         rank0_print(f"reference: {plan.reference} ({plan.why})")
     return plan

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from plumb.batching.feed import Step
+from plumb.batching.feed import Feed, Step
 from plumb.console import quiet
 from plumb.distributed import sharding
 from plumb.distributed.device import pick_device
@@ -151,7 +151,7 @@ class BasicTrainer:
         and the first evaluation.
         """
         config = self.config
-        if self.loss.reads == "scores":
+        if self.loss.reads == "scores" and isinstance(self.train_feed, Feed):
             pairs = self.state.schedule.order(0)[: config.head_pairs]
             start_head(
                 self.scorer, self.train_feed, config.head_init, pairs, self.is_primary_replica
@@ -206,7 +206,7 @@ class BasicTrainer:
 
         # clip and update; the first time, with checks before and after
         checks = None
-        if is_first:
+        if is_first and step.microbatches:
             checks = first_step.FirstStep(self.scorer, self.computation, batch, first_scored, means)
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
@@ -249,6 +249,8 @@ class BasicTrainer:
         only if they are too large, and a norm that is not finite prevents the update.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        if not gradients:  # a step without microbatches
+            return 0.0
         total = sharding.total_norm(gradients)
         norm = float(total)
         if norm > self.config.max_grad_norm:

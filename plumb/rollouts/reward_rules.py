@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plumb.errors import UserError
-from plumb.rollouts.source import Answered
+from plumb.rollouts.answered import Answered
 from plumb.scoring import judges
 
 OfOne = Callable[[Answered], float]

@@ -6,17 +6,21 @@ Shapes: R responses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from plumb.data.rows import Row
 from plumb.errors import UserError
 from plumb.models.find import find_model
 from plumb.rollouts import reward_rules
-from plumb.rollouts.source import Answered, Reward
+from plumb.rollouts.answered import Answered, Reward
 from plumb.scoring.scorers import Scorer, knobs_of, load_scorer
 
 OfOne = Callable[[Answered], float]
@@ -65,7 +69,7 @@ class Overlong(NamedTuple):
 @dataclass
 class RunningScale:
     """Make rewards of mean 0 and deviation 1 over all that were seen so far, these included. A
-    checkpoint keeps its state.
+    checkpoint keeps the state.
 
     >>> RunningScale()(np.array([1.0, 3.0])).round(3)
     array([-1.,  1.])
@@ -88,15 +92,14 @@ class RunningScale:
         deviation = (self.squares / max(self.count, 1)) ** 0.5
         return (rewards - self.mean) / (deviation or 1.0)
 
-    def state_dict(self) -> dict[str, float]:
-        """Return what `load_state_dict` takes."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+    def tensor(self) -> Tensor:
+        """Return the state, which `restore` takes.  [3] float64"""
+        return torch.tensor([self.count, self.mean, self.squares], dtype=torch.float64)
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a state."""
-        self.count = int(state["count"])
-        self.mean = float(state["mean"])
-        self.squares = float(state["squares"])
+    def restore(self, state: Tensor) -> None:
+        """Continue from a state."""
+        count, self.mean, self.squares = state.tolist()
+        self.count = int(count)
 
 
 class Measured(NamedTuple):
@@ -121,20 +124,28 @@ class Rewards:
     missing_eos: float = 0.0  # taken off a response that did not end by itself
     overlong: Overlong | None = None
 
-    def __call__(self, answered: Sequence[Answered]) -> np.ndarray:
-        """Return the final rewards, [R]; see `measure`."""
-        return self.measure(answered).final
+    def __call__(self, answered: Sequence[Answered]) -> Measured:
+        """Return the rewards and what they are made of; see `terms_of` and `combine`."""
+        return self.combine(self.terms_of(answered), answered)
 
-    def measure(self, answered: Sequence[Answered]) -> Measured:
-        """Return the rewards and what they are made of. Raise UserError, in one line that names the
-        reward, the prompt and the response, for a reward that is no finite number or cannot be
-        computed.
+    def terms_of(self, answered: Sequence[Answered]) -> dict[str, np.ndarray]:
+        """Return the values of each term, [R]. Raise UserError, in one line that names the reward,
+        the prompt and the response, for a reward that is no finite number or cannot be computed.
         """
-        terms = {term.name: _finite(term, answered) for term in self.terms}
+        return {term.name: _finite(term, answered) for term in self.terms}
+
+    def combine(
+        self, terms: dict[str, np.ndarray], answered: Sequence[Answered], learns: bool = True
+    ) -> Measured:
+        """Return the rewards that the terms [R] make, and what they are made of. `learns`: whether
+        the running scale takes these in.
+        """
         raw = np.zeros(len(answered))
         for term in self.terms:
             raw = raw + term.weight * terms[term.name]
-        final = raw if self.scale is None else self.scale(raw)
+        final = raw
+        if self.scale is not None:
+            final = (self.scale if learns else replace(self.scale))(raw)
         if self.clip is not None:
             final = final.clip(-self.clip, self.clip)
         final = final - self.missing_eos * np.array([x.ended != "eos" for x in answered], float)
@@ -147,7 +158,7 @@ def build_rewards(config: Mapping[str, Any], device: str | None = None) -> Rewar
     """Return the rewards of {"terms": {name: {"weight": w, and "rule", "function" or "model"}},
     "scale": "running" or None, "clip": c or None, "missing_eos": p, "overlong": {"free": n, "most":
     m, "penalty": p} or None}. A model may be given "reference" and "beta", for its implicit reward.
-    Models are loaded here, onto `device`.
+    A model is found here, and loaded onto `device` when it is needed.
 
     Raises UserError, in one line, for a knob that is unknown, missing or out of range.
     """
@@ -194,8 +205,11 @@ def by_one(name: str, function: OfOne) -> Reward:
     return rewards
 
 
-def by_scorer(scorer: Scorer) -> Reward:
-    """Return the scores of a model: of a reward model, a classifier, or an implicit reward."""
+def by_scorer(load: Callable[[], Scorer]) -> Reward:
+    """Return the scores of a model: of a reward model, a classifier, or an implicit reward. It is
+    loaded for the first responses.
+    """
+    load = cache(load)
 
     def rewards(answered: Sequence[Answered]) -> np.ndarray:
         if not answered:
@@ -210,7 +224,7 @@ def by_scorer(scorer: Scorer) -> Reward:
             )
             for one in answered
         ]
-        return scorer.score(rows, "keep_end").scores[:, 0]
+        return load().score(rows, "keep_end").scores[:, 0]
 
     return rewards
 
@@ -232,6 +246,11 @@ def _short(text: str) -> str:
 
 def _finite(term: Term, answered: Sequence[Answered]) -> np.ndarray:
     values = np.asarray(term.reward(answered), np.float64)
+    if values.shape != (len(answered),):
+        raise UserError(
+            f"reward {term.name}: {len(answered)} responses have rewards of shape {values.shape};"
+            " give one number for each"
+        )
     bad = ~np.isfinite(values)
     if bad.any():
         first = int(bad.argmax())
@@ -268,16 +287,28 @@ def _term(name: str, spec: Any, device: str | None) -> Term:
                 " file in plugins=[...]"
             )
         return Term(name, weight, by_one(name, REWARDS[value]))
-    return Term(name, weight, by_scorer(_scorer(spec, where, device)))
+    return Term(name, weight, by_scorer(_loading(spec, where, device)))
 
 
-def _scorer(spec: Mapping[str, Any], where: str, device: str | None) -> Scorer:
-    try:
+def _loading(spec: Mapping[str, Any], where: str, device: str | None) -> Callable[[], Scorer]:
+    """Return the function that loads a model. Raise UserError, here or there, if it cannot be."""
+
+    @contextmanager
+    def named() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"{where}.model: {error}") from None
+
+    with named():
         ref = find_model(str(spec["model"]))
-        options = spec.get("reference"), spec.get("beta")
-        return load_scorer(ref, knobs_of(ref, {}), *options, device=device)
-    except UserError as error:
-        raise type(error)(f"{where}.model: {error}") from None
+
+    def load() -> Scorer:
+        with named():
+            options = spec.get("reference"), spec.get("beta")
+            return load_scorer(ref, knobs_of(ref, {}), *options, device=device)
+
+    return load
 
 
 def _overlong(spec: Mapping[str, Any] | None) -> Overlong | None:

@@ -1,18 +1,19 @@
 """The source of steps of a run that learns from its own samples: prompts -> responses -> rewards ->
-advantages -> a step of trees, with what the loss reads beside their tokens.
+what the loss learns from -> a step of trees.
 
 It offers what batching/feed.Feed offers, so that the trainer does not know which of them it has.
-Each step is sampled when it is asked for, from the weights that the step before has left.
+Responses are sampled when the first step on them is asked for, from the weights that the step
+before has left.
 
-Shapes: n prompts in a step, k responses to each; N response tokens.
+Shapes: n prompts of a block, k responses to each.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,151 +21,81 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from plumb.batching.feed import Feed, Step
-from plumb.batching.layout import Batch
 from plumb.batching.microbatches import Packing
-from plumb.data.extras import Extras
+from plumb.data.examples import lengths_of
+from plumb.data.order import Block
 from plumb.data.prompts import NumberedPrompt
 from plumb.data.token_text import continued, decode
 from plumb.data.tokenization import Example, trees_of
-from plumb.errors import UserError
-from plumb.losses.advantage_rules import AdvantageRule
-from plumb.rollouts.advantages import Advantages, advantages
+from plumb.distributed import collectives
+from plumb.rollouts.advantages import has_spread
+from plumb.rollouts.answered import Answered
 from plumb.rollouts.engine import Engine, Response, Samples
-
-# log-probabilities of a batch's scored tokens, without gradients.  -> [N], nats
-TokenLogpsOf = Callable[[Batch], Tensor]
+from plumb.rollouts.learning import Learn
+from plumb.rollouts.rewards import Measured, Rewards
+from plumb.rollouts.rollout import Lessons, Rollout
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Hold what the reward of a response is computed from.
-
-    Example: Answered("2 + 2 =", " 4", "4", 2, "eos", "sums.jsonl:1").
+class Sampler:
+    """Sample responses to prompts of the data and score them. Every rank must make each call; each
+    samples its part, and all get everything.
     """
 
-    prompt: str  # as the policy read it
-    response: str  # without the end token
-    target: str  # the data's own response, "" where it has none
-    n_tokens: int  # of the response, the end token included
-    ended: str  # "eos" or "length"
-    source: str  # of the prompt
-
-
-Reward = Callable[[Sequence[Answered]], np.ndarray]  # -> one number for each, [R]
-
-
-@dataclass(frozen=True, eq=False)
-class Groups(Sequence[Example]):
-    """Hold a step's prompts with their responses, and what they carry beside their tokens."""
-
-    trees: list[Example]
-    columns: Extras
-
-    def __len__(self) -> int:
-        return len(self.trees)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.trees[i]
-
-    def extras(self) -> Extras:
-        return self.columns
-
-
-@dataclass(frozen=True)
-class RolloutSource:
-    """Turn indices of prompts into steps on the policy's own responses, in one process."""
-
     examples: Sequence[Example]  # the data: a prompt each, and perhaps a response as target
-    packing: Packing
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     ends: Sequence[int]  # the tokens that end a response
+    bos: int | None  # the token that the data's prompts begin with
     n: int  # responses to a prompt
     seed: int
-    reward: Reward
-    rule: AdvantageRule
+    rewards: Rewards
     policy: Any
-    # by the training path, at the temperature of sampling
-    policy_logps: TokenLogpsOf
-    reference_logps: TokenLogpsOf | None  # None: the loss needs no reference
-    step_number: Callable[[], int]  # of the step that is to be sampled
-    # nats per token: how far the sampler's log-probabilities may be from the trainer's on average
-    tolerance: float
+    rank: int  # among those that see different rows
+    n_ranks: int
 
-    def ahead(
-        self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1
-    ) -> RolloutSteps:
-        """Return the steps on these prompts. None is made before it is asked for."""
-        return RolloutSteps(self.step(indices, at_least) for indices in batches)
-
-    def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
-        """Return the step on these prompts [n], sampled from the policy as it is now, in `at_least`
-        microbatches. Its extras are old_logps, and reference where there is one, by token, and
-        advantages by response.
+    def rollout(self, indices: np.ndarray, number: int, learns: bool = True) -> Rollout:
+        """Return the responses to these prompts [n], sampled from the policy as it is now, and
+        their rewards. Draws depend on the seed and on `number`. `learns`: whether a running scale
+        of the rewards takes these in.
         """
-        start = time.perf_counter()
-        prompts = [self._prompt(int(i)) for i in indices]
+        prompts = [self._prompt(i) for i in indices.tolist()]
+        mine = range(self.rank, len(prompts), self.n_ranks)
         self.engine.load(self.policy)
-        samples = self.engine.sample(prompts, self.n, (self.seed, self.step_number()))
-        trees = [
-            Example(prompt.ids, tuple(r.ids for r in group), prompt.source)
-            for prompt, group in zip(prompts, samples.responses, strict=True)
+        own = self.engine.sample([prompts[i] for i in mine], self.n, (self.seed, number))
+        answered = [
+            self._answered(self.examples[indices[i]], group)
+            for i, group in zip(mine, own.responses, strict=True)
         ]
-        rewards = self._rewards(indices, samples)  # [n, k]
-        old = self._by_example(trees, self.policy_logps)
-        difference = self._difference(samples, old)
-        token = {"old_logps": old}
-        kl = None
-        if self.reference_logps is not None:
-            token["reference"] = self._by_example(trees, self.reference_logps)
-            kl = _sums(old, trees) - _sums(token["reference"], trees)
-        of_step = advantages(rewards, self.rule, kl)
-        if not len(of_step.groups):  # all were dropped: a step that teaches nothing
-            of_step = Advantages(np.zeros_like(rewards), np.arange(len(trees)), of_step.n_equal)
-        kept = of_step.groups
-        columns = Extras(
-            response={"advantages": of_step.values},
-            token={name: _columns([values[i] for i in kept]) for name, values in token.items()},
-        )
-        feed = Feed(Groups([trees[i] for i in kept], columns), self.packing, rank=0)
-        step = feed.step(np.arange(len(kept)), at_least)
-        return replace(
-            step,
-            indices=indices,
-            counters={
-                **_counters(samples, rewards, of_step.n_equal),
-                "rollout/logps_difference": difference,
-                "rollout/secs": time.perf_counter() - start,
-            },
+        terms = self.rewards.terms_of([one for group in answered for one in group])
+        parts: dict[int, _Part] = {}
+        for i, (place, group) in enumerate(zip(mine, own.responses, strict=True)):
+            of_group = slice(i * self.n, (i + 1) * self.n)
+            parts[place] = _Part(group, answered[i], {k: x[of_group] for k, x in terms.items()})
+        secs = own.secs
+        for others, their_secs in collectives.all_gather_object((parts, own.secs)):
+            parts |= others
+            secs = max(secs, their_secs)
+        ordered = [parts[i] for i in range(len(prompts))]
+        samples = Samples([part.responses for part in ordered], secs)
+        everything = [one for part in ordered for one in part.answered]
+        of_terms = {k: np.concatenate([part.terms[k] for part in ordered]) for k in terms}
+        return Rollout(
+            number=number,
+            prompts=indices,
+            trees=[
+                Example(prompt.ids, tuple(r.ids for r in part.responses), prompt.source)
+                for prompt, part in zip(prompts, ordered, strict=True)
+            ],
+            samples=samples,
+            answered=[part.answered for part in ordered],
+            measured=self.rewards.combine(of_terms, everything, learns),
         )
 
     def _prompt(self, i: int) -> NumberedPrompt:
         example = self.examples[i]
         ids, _ = trees_of(example)[0]
         return NumberedPrompt(np.asarray(ids, np.int64), i, example.source)
-
-    def _rewards(self, indices: np.ndarray, samples: Samples) -> np.ndarray:
-        """Return the rewards of all responses, [n, k]. Raise UserError for one that is no finite
-        number.
-        """
-        answered = [
-            one
-            for i, group in zip(indices.tolist(), samples.responses, strict=True)
-            for one in self._answered(self.examples[i], group)
-        ]
-        rewards = np.asarray(self.reward(answered), np.float64)
-        if rewards.shape != (len(answered),):
-            raise UserError(
-                f"reward: {len(answered)} responses have rewards of shape {rewards.shape}; give one"
-                " number for each"
-            )
-        if not (finite := np.isfinite(rewards)).all():
-            bad = int(finite.argmin())
-            raise UserError(
-                f"reward: a response to {answered[bad].source} has the reward {rewards[bad]}; it"
-                " must be a finite number"
-            )
-        return rewards.reshape(len(indices), -1)
 
     def _answered(self, example: Example, group: Sequence[Response]) -> list[Answered]:
         """Return the texts of the responses to a prompt."""
@@ -173,7 +104,7 @@ class RolloutSource:
         rows = [self._without_end(r.ids) for r in [*group]]
         targets = [self._without_end(of_data[0])] if of_data else []
         texts = continued(ids, [*rows, *targets], self.tokenizer, skip_special=True)
-        (text,) = decode([ids], self.tokenizer)
+        (text,) = decode([ids[1:] if ids[:1] == [self.bos] else ids], self.tokenizer)
         return [
             Answered(
                 prompt=text,
@@ -190,33 +121,91 @@ class RolloutSource:
         row = np.asarray(ids).tolist()
         return row[:-1] if row and row[-1] in self.ends else row
 
-    def _by_example(self, trees: Sequence[Example], logps_of: TokenLogpsOf) -> list[np.ndarray]:
-        """Return the log-probabilities of each example's response tokens, one response after
-        another, as the training path computes them.
-        """
-        values: list[np.ndarray] = [np.empty(0)] * len(trees)
-        step = Feed(trees, self.packing, rank=0).step(np.arange(len(trees)))
-        for batch, _, where in step.microbatches:
-            each = logps_of(batch).double().cpu().numpy()
-            sizes = [sum(map(len, trees[i].responses)) for i in where.tolist()]
-            # a row has the scored tokens of one example after those of the other
-            for i, own in zip(where.tolist(), np.split(each, np.cumsum(sizes)[:-1]), strict=True):
-                values[i] = own
-        return values
 
-    def _difference(self, samples: Samples, old: Sequence[np.ndarray]) -> float:
-        """Return the mean distance per token of the sampler's log-probabilities from those of the
-        training path. Raise UserError where it is too large for rounding.
+class _Part(NamedTuple):
+    """Hold what one rank found of one prompt."""
+
+    responses: list[Response]
+    answered: list[Answered]
+    terms: dict[str, np.ndarray]  # [k] each
+
+
+class Position(NamedTuple):
+    """Hold where the run stands when a step is asked for."""
+
+    n_updates: int
+    n_seen: int
+
+
+@dataclass
+class RolloutSource:
+    """Turn indices of prompts into steps on the policy's own responses. A block of prompts is
+    sampled at once, and its batches are made of what was sampled. Every rank must make each call.
+    """
+
+    sampler: Sampler
+    learn: Learn
+    packing: Packing
+    context: str | None  # the examples of the loss's batch context, as in Feed
+    position: Callable[[], Position]
+    block_at: Callable[[int], Block]  # from the number of training examples seen
+    keep: Callable[[list[dict[str, Any]]], None]  # is given the rows of each rollout
+    first: int = -1  # training examples before the present block; -1: there is none
+    lessons: Lessons | None = None
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """Return the data."""
+        return self.sampler.examples
+
+    def ahead(
+        self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1
+    ) -> RolloutSteps:
+        """Return the steps on these prompts. None is made before it is asked for."""
+        return RolloutSteps(self.step(indices, at_least) for indices in batches)
+
+    def step(self, indices: np.ndarray, at_least: int = 1) -> Step:
+        """Return the step on these prompts, in `at_least` microbatches; without any, where nothing
+        can be learned from the responses to them.
         """
-        theirs = np.concatenate([r.logps for group in samples.responses for r in group])
-        difference = float(np.abs(theirs - np.concatenate(old)).mean())
-        if difference <= self.tolerance:
-            return difference
-        raise UserError(
-            f"rollout: the sampler's log-probabilities are {difference:.2g} nats per token away"
-            f" from the trainer's (rollout.tolerance={self.tolerance:g}): the samples are not the"
-            " policy's own; this model cannot be trained on them"
-        )
+        position = self.position()
+        block = self.block_at(position.n_seen)
+        counters: Mapping[str, float] = {}
+        if self.lessons is None or self.first != block.first:
+            start = time.perf_counter()
+            rollout = self.sampler.rollout(block.indices, position.n_updates)
+            self.keep(rows_of(rollout))
+            self.lessons = self.learn(rollout)
+            self.first = block.first
+            secs = time.perf_counter() - start
+            counters = {**counters_of(rollout), **self.lessons.counters, "rollout_train/secs": secs}
+        places = self.lessons.of(indices)
+        if not len(places):
+            none = lengths_of([])
+            return Step(indices=indices, lengths=none, microbatches=[], counters=counters)
+        feed = Feed(self.lessons, self.packing, self.sampler.rank, context=self.context)
+        return replace(feed.step(places, at_least), indices=indices, counters=counters)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a run resumes from, by name: the scale of the rewards, and the present block
+        until all its steps are made.
+        """
+        scale = self.sampler.rewards.scale
+        state = {} if scale is None else {"rollout.scale": scale.tensor()}
+        if self.lessons is None or self.first != self.block_at(self.position().n_seen).first:
+            return state
+        state["rollout.first"] = torch.tensor([self.first])
+        return state | {f"rollout.of.{k}": x for k, x in self.lessons.tensors().items()}
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Continue from the tensors of a checkpoint."""
+        if (scale := self.sampler.rewards.scale) is not None and "rollout.scale" in stored:
+            scale.restore(stored["rollout.scale"])
+        if "rollout.first" in stored:
+            self.first = int(stored["rollout.first"])
+            kind = "rollout.of."
+            of = {k.removeprefix(kind): x for k, x in stored.items() if k.startswith(kind)}
+            self.lessons = Lessons.from_tensors(of, lambda i: self.examples[i].source)
 
 
 class RolloutSteps(Iterator[Step]):
@@ -233,33 +222,41 @@ class RolloutSteps(Iterator[Step]):
         return step
 
 
-def _columns(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Return arrays of different lengths as one column of arrays.  [n] object"""
-    column = np.empty(len(rows), object)
-    for i, row in enumerate(rows):
-        column[i] = row
-    return column
-
-
-def _sums(values: Sequence[np.ndarray], trees: Sequence[Example]) -> np.ndarray:
-    """Return the sums of token values over each response.  [n, k]"""
-    return np.array(
-        [
-            [part.sum() for part in np.split(own, np.cumsum([*map(len, tree.responses)])[:-1])]
-            for own, tree in zip(values, trees, strict=True)
-        ]
-    )
-
-
-def _counters(samples: Samples, rewards: np.ndarray, n_equal: int) -> dict[str, float]:
-    """Return what is logged of a step's samples."""
-    responses = [r for group in samples.responses for r in group]
-    return {
-        "rollout/reward": float(rewards.mean()),
-        "rollout/reward_std": float(rewards.std()),
-        "rollout/equal_rewards": n_equal / len(rewards),
-        "rollout/length": samples.n_tokens / len(responses),
-        "rollout/eos": float(np.mean([r.ended == "eos" for r in responses])),
-        "rollout/sampled_tokens_per_second": samples.tokens_per_sec,
-        "rollout/sampling_secs": samples.secs,
+def counters_of(rollout: Rollout) -> dict[str, float]:
+    """Return what is logged of a rollout."""
+    responses = [r for group in rollout.samples.responses for r in group]
+    measured = rollout.measured
+    final = rollout.rewards
+    counters = {
+        "rollout_train/reward": float(measured.raw.mean()),
+        "rollout_train/reward_final": float(final.mean()),
+        "rollout_train/reward_std": float(final.std()),
+        "rollout_train/equal_rewards": 1 - float(has_spread(final).mean()),
+        "rollout_train/length": rollout.samples.n_tokens / len(responses),
+        "rollout_train/eos": float(np.mean([r.ended == "eos" for r in responses])),
+        "rollout_train/sampled_tokens_per_second": rollout.samples.tokens_per_sec,
+        "rollout_train/sampling_secs": rollout.samples.secs,
     }
+    return counters | _of_terms(measured, "rollout_train")
+
+
+def _of_terms(measured: Measured, name: str) -> dict[str, float]:
+    """Return the mean of each term of the reward, if there are several."""
+    terms = measured.terms if len(measured.terms) > 1 else {}
+    return {f"{name}/reward/{term}": float(values.mean()) for term, values in terms.items()}
+
+
+def rows_of(rollout: Rollout) -> list[dict[str, Any]]:
+    """Return a rollout as rows of a file of scored answers, which score.py split reads."""
+    rewards = rollout.measured.raw.reshape(len(rollout.prompts), -1)
+    return [
+        {
+            "prompt": answered[0].prompt,
+            "answers": [one.response for one in answered],
+            "scores": scores,
+            "ended": [one.ended for one in answered],
+            "source": answered[0].source,
+            "updates": rollout.number,
+        }
+        for answered, scores in zip(rollout.answered, rewards.tolist(), strict=True)
+    ]

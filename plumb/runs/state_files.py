@@ -153,6 +153,24 @@ def restore(
         optimizer.state[parameters[name]].update(of_p)
 
 
+def stored(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
+    """Return the full tensors whose names begin with `prefix`, on the CPU. Raises what
+    `load_state` raises.
+    """
+    directory = files[0].parent
+    tensors = {}
+    try:
+        for name, places in _places(files).items():
+            if name.startswith(prefix):
+                file, shape, _ = places[0]
+                dtype = OF_NAME[file.get_slice(name).get_dtype()]
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                _fill(tensors[name], name, places, directory)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UnsafeFile(f"{directory}: cannot be read ({str(error).splitlines()[0]})") from None
+    return tensors
+
+
 def names(files: Sequence[Path]) -> set[str]:
     """Return the names of all tensors in the files."""
     return {name for file in _opened(files) for name in file.metadata() or {}}

@@ -101,6 +101,13 @@ SHARES: Check = (
     "three numbers, of which one is above 0, such as 5,0,5; or '{hh: [5,0,5]}'",
 )
 RULE = one_of("keep", "drop", "stop")
+# what a loss of each group learns from the policy's own responses
+PREFERENCES = {
+    "best-worst": "pair",
+    "margin": "pair",
+    "bradley-terry": "pair",
+    "ranks": "list",
+}
 # The names of models/forward_path.py's DTYPES; a test compares.
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 DTYPE = one_of(*DTYPE_NAMES)
@@ -268,6 +275,23 @@ KNOBS: dict[str, Knob] = {
     ),
     "fsdp_port": Knob(maybe(whole(1)), PLACEMENT, TRAIN),
     "n_cpu_processes": Knob(maybe(whole(1)), PLACEMENT, TRAIN),
+    # the policy's own samples
+    "rollout.preferences": Knob(maybe(one_of(*PREFERENCES)), RESULT, TRAIN),
+    "rollout.pair_margin": Knob(NOT_NEGATIVE, RESULT, TRAIN),
+    "rollout.n": Knob(whole(1), RESULT, TRAIN),
+    "rollout.max_new_tokens": Knob(whole(1), RESULT, TRAIN),
+    "rollout.temperature": Knob(POSITIVE, RESULT, TRAIN),
+    "rollout.batches": Knob(whole(1), RESULT, TRAIN),
+    "rollout.uses": Knob(whole(1), RESULT, TRAIN),
+    "rollout.batch_size": Knob(whole(1), PLACEMENT, TRAIN),
+    "rollout.tolerance": Knob(POSITIVE, BOOKKEEPING, TRAIN),
+    "rollout.eval_n": Knob(whole(1), BOOKKEEPING, TRAIN),
+    "rollout.eval_temperature": Knob(POSITIVE, BOOKKEEPING, TRAIN),
+    "reward.terms": Knob(maybe(MAPPING), RESULT, TRAIN),
+    "reward.scale": Knob(maybe(one_of("running")), RESULT, TRAIN),
+    "reward.clip": Knob(maybe(POSITIVE), RESULT, TRAIN),
+    "reward.missing_eos": Knob(NOT_NEGATIVE, RESULT, TRAIN),
+    "reward.overlong": Knob(maybe(MAPPING), RESULT, TRAIN),
     # evaluating, logging and saving
     "eval_every": Knob(whole(1), RESULT, TRAIN),
     "save_every": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),

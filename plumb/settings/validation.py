@@ -26,7 +26,7 @@ from plumb.runs.history import flatten
 from plumb.runs.identity import CONTENTS
 from plumb.runs.policy_path import resolve_archive
 from plumb.settings.plugins import import_plugins
-from plumb.settings.schema import KNOBS, defaults, knob_of
+from plumb.settings.schema import KNOBS, PREFERENCES, defaults, knob_of
 
 if TYPE_CHECKING:
     from plumb.losses.registry import Loss
@@ -45,10 +45,10 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     """
     check_knobs(config, trains)
     loss = _check_loss(config)
-    if trains and loss.live_reference and config.reference != "live":
+    if trains and loss.live_reference and config.reference == "cached":
         raise UserError(
-            f"reference={config.reference}: this loss ({loss.name}) compares token by token, and a"
-            " cached reference has only the sum of each response; set reference=live"
+            f"reference=cached: this loss ({loss.name}) compares token by token, and a cached"
+            " reference has only the sum of each response; set reference=live"
         )
     _check_with_torch(config)
     mismatched = loss.context is not None and loss.context.examples == "mismatched"
@@ -120,12 +120,7 @@ def _check_loss(config: DictConfig) -> Loss:
         loss = build_loss(to_dict(config.loss))
     except ValueError as error:
         raise UserError(str(error)) from None
-    if loss.group == "rollout":
-        raise UserError(
-            f"loss.name={loss.name}: learns from the policy's own samples and their rewards, and"
-            " nothing draws samples during training yet; train on pairs of samples that are scored"
-            " (sample.py, score.py score, score.py split), for example with loss=dpo"
-        )
+    _check_rollout(config, loss)
     for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
         if loss.group != "single" and name in LOADERS and not LOADERS[name].pairs:
             raise UserError(
@@ -151,6 +146,75 @@ def _check_loss(config: DictConfig) -> Loss:
             " reference=auto"
         )
     return loss
+
+
+def _check_rollout(config: DictConfig, loss: Loss) -> None:
+    """Refuse knobs of the policy's own responses that the loss does not read, and what does not fit
+    them.
+    """
+    from plumb.losses.advantage_rules import GaeRule
+    from plumb.rollouts.rewards import build_rewards
+
+    at = config.rollout
+    if loss.group != "rollout" and at.preferences is None:
+        for name in KNOBS:
+            value = OmegaConf.select(config, name)
+            if name.startswith(("rollout.", "reward.")) and value != defaults()[name]:
+                raise UserError(
+                    f"{name}={value}: is about responses that the policy samples while it trains,"
+                    f" and this loss ({loss.name}) learns from those of the data; take loss=rloo or"
+                    " loss=grpo, or add rollout=pairs to a loss on pairs; or leave it out"
+                )
+        return
+    if at.preferences is not None and PREFERENCES[at.preferences] != loss.group:
+        raise UserError(
+            f"rollout.preferences={at.preferences}: makes {PREFERENCES[at.preferences]}s of the"
+            f" policy's responses, which this loss ({loss.name}) does not learn from; set"
+            " rollout=pairs for a loss on pairs, rollout=lists for one on lists, or leave it out"
+        )
+    if loss.reads == "scores":
+        raise UserError(
+            f"rollout.preferences={at.preferences}: this loss ({loss.name}) trains a reward model,"
+            " which samples nothing; leave it out"
+        )
+    if at.pair_margin and at.preferences != "margin":
+        raise UserError(
+            f"rollout.pair_margin={at.pair_margin}: is for rollout.preferences=margin; leave it at"
+            " 0"
+        )
+    if isinstance(loss.advantages, GaeRule):
+        raise UserError(
+            f"loss.name={loss.name}: needs a critic, which train.py does not train yet; take"
+            " loss=rloo or loss=grpo"
+        )
+    alone = loss.advantages is not None and loss.advantages.baseline == "batch_mean"
+    if at.n < 2 and not alone:
+        raise UserError(
+            f"rollout.n={at.n}: a response is compared with others to its prompt; set 2 or more"
+        )
+    if at.max_new_tokens + config.max_prompt_length > config.max_length:
+        raise UserError(
+            f"rollout.max_new_tokens={at.max_new_tokens}: does not fit with"
+            f" max_prompt_length={config.max_prompt_length} in max_length={config.max_length};"
+            f" set max_length={at.max_new_tokens + config.max_prompt_length} or more, or lower"
+            " one of the two"
+        )
+    for name, value, why in (
+        ("trainer", "BasicTrainer", "samples in one process"),
+        ("compile", False, "samples with uncompiled blocks"),
+        ("plan", False, "is not planned yet"),
+    ):
+        if config[name] != value:
+            raise UserError(
+                f"{name}={config[name]}: a run on the policy's own responses {why}; set"
+                f" {name}={value}"
+            )
+    build_rewards(to_dict(config.reward))
+    if config.reference == "cached":
+        raise UserError(
+            "reference=cached: the responses are sampled while the policy trains, so nothing can be"
+            " computed before; set reference=live, or auto"
+        )
 
 
 def _check_group_knobs(config: DictConfig, loss: Loss) -> None:

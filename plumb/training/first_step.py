@@ -173,6 +173,12 @@ class FirstStep:
         """Check the weights after the first update; `grad_norm`: of its gradient."""
         policy = self.scorer.policy
         lr = self.computation.lr
+        if grad_norm == 0 and self.scorer.loss.group == "rollout":
+            rank0_print(
+                "step 1: the gradient is 0: the responses to each prompt have the same reward; if"
+                " that goes on, nothing is learned: see rollout_train/equal_rewards"
+            )
+            return
         if grad_norm == 0:
             raise NonFinite(
                 "step 1: the gradient is 0: nothing is learned from these pairs; are chosen and"

@@ -84,6 +84,8 @@ def _reduced(steps: Sequence[Means]) -> list[Record]:
     """Return {name: value} for each step, with one all-reduce and one copy to the host for all. A
     mean over nothing is left out. All steps have the same metrics.
     """
+    if not steps:
+        return []
     packed = torch.stack([means.pack() for means in steps])  # [S, C]
     if dist.is_initialized():
         dist.all_reduce(packed)
@@ -120,11 +122,13 @@ class TrainingLog:
     def flush(self) -> None:
         if not self.waiting:
             return
-        records = _reduced([means for means, _ in self.waiting])
-        for i, (means, (_, counters)) in enumerate(zip(records, self.waiting, strict=True)):
-            record = {logged_name(name, "train"): value for name, value in means.items()}
+        # a step without microbatches has none, on every rank
+        records = iter(_reduced([means for means, _ in self.waiting if means.sums]))
+        for i, (means, counters) in enumerate(self.waiting):
+            own = next(records) if means.sums else {}
+            record = {logged_name(name, "train"): value for name, value in own.items()}
             for sink in self.sinks:
-                if i == len(records) - 1 or sink.every_step:
+                if i == len(self.waiting) - 1 or sink.every_step:
                     sink.write({**record, **counters}, int(counters["counters/examples"]))
         self.waiting = []
         self.last_flush = time.monotonic()
@@ -143,6 +147,12 @@ class TrainingLog:
         """
         for sink in self.sinks:
             sink.table(name, rows, examples)
+
+    def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep responses that the policy was trained on: rows of prompt, answers and scores."""
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines):
+                sink.rollouts(rows)
 
     def mark(self) -> dict[str, int]:
         """Sync everything logged to disk. Return the bytes of each log file."""
@@ -181,6 +191,8 @@ class Console:
     every_step = False
     SHOWN = {
         "loss": "loss/{}",
+        "mean reward": "rollout_{}/reward",
+        "length": "rollout_{}/length",
         "reward acc": "rewards_{}/accuracies",
         "margin": "rewards_{}/margins",
         "chosen": "rewards_{}/chosen",
@@ -196,7 +208,7 @@ class Console:
     }
 
     def write(self, record: Record, examples: int) -> None:
-        split = "eval" if "loss/eval" in record else "train"
+        split = "train" if "counters/updates" in record else "eval"
         shown = {label: record.get(key.format(split)) for label, key in self.SHOWN.items()}
         line = "  ".join(
             f"{label} {_brief(value)}" for label, value in shown.items() if value is not None
@@ -223,10 +235,11 @@ def _brief(value: float) -> str:
 
 class JsonLines:
     """Write files in the run directory: metrics.jsonl (one object per step and evaluation, `step` =
-    examples seen), and samples.jsonl, with samples.md for reading.
+    examples seen), samples.jsonl, with samples.md for reading, and rollouts.jsonl (one object per
+    prompt).
     """
 
-    FILES = ("metrics.jsonl", "samples.jsonl", "samples.md")
+    FILES = ("metrics.jsonl", "samples.jsonl", "samples.md", "rollouts.jsonl")
 
     every_step = True
 
@@ -251,6 +264,10 @@ class JsonLines:
             file.writelines(
                 f"{_quoted(prompt)}\n\n{_quoted(sample, 2)}\n\n" for _, prompt, sample in rows
             )
+
+    def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self.writing(), open(self.run_dir / "rollouts.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def mark(self) -> dict[str, int]:
         """Return {file: bytes}, all of them synced to the disk."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from plumb.console import to_dict
-from plumb.data.order import Schedule
+from plumb.data.order import BlockSchedule
 from plumb.errors import UserError
 from plumb.models.scalar_head import ScalarHead
 
@@ -31,10 +31,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def make_schedule(config: DictConfig, n: int) -> Schedule:
+def make_schedule(config: DictConfig, n: int) -> BlockSchedule:
     """Return the steps of a run on n examples."""
-    return Schedule(
+    return BlockSchedule(
         n,
+        batches=config.rollout.batches,
+        uses=config.rollout.uses,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
         n_examples=config.n_examples,

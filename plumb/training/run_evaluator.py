@@ -16,6 +16,7 @@ from plumb.rollouts.hf_engine import sample
 from plumb.training.evaluator import Evaluator
 from plumb.training.metrics import Record, TrainingLog
 from plumb.training.moving import PolicyAverage
+from plumb.training.rollout_evaluator import RolloutEvaluator
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class EvalSampler:
 class RunEvaluator:
     """Evaluate the policy of a run. Every rank must make each call."""
 
-    evaluator: Evaluator
+    evaluator: Evaluator | RolloutEvaluator
     sampler: EvalSampler | None  # None: no samples are drawn
     average: PolicyAverage | None  # evaluated beside the policy
     log: TrainingLog

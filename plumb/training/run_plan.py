@@ -48,8 +48,15 @@ class RunPlan:
         return self.budget if no_logits else self.budget_with_logits
 
 
-def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Numbers) -> RunPlan:
-    """Return the decisions of a run, where the config leaves a choice.
+def plan_run(
+    config: Any,
+    model_config: Any,
+    needs_reference: bool,
+    numbers: Numbers,
+    live_only: bool = False,
+) -> RunPlan:
+    """Return the decisions of a run, where the config leaves a choice. `live_only`: the loss needs
+    what a cached reference has not.
 
     reference=auto: cached if examples are used more than once, or if a second model would take more
     than a quarter of the memory that the policy's training leaves free; for a moving reference,
@@ -60,9 +67,11 @@ def plan_run(config: Any, model_config: Any, needs_reference: bool, numbers: Num
     tight = budget.short_for_reference(weights, 3 * weights, numbers.memory)
     moves = config.reference_update_every is not None
     pays = _can_be_cached(config) if moves and tight else not moves and (numbers.repeats or tight)
-    cached = {"auto": pays, "live": False, "cached": True}[config.reference]
+    cached = {"auto": pays and not live_only, "live": False, "cached": True}[config.reference]
     why = "each example is used once"
-    if config.reference != "auto":
+    if live_only:
+        why = "the loss compares token by token, or responses that are yet to be sampled"
+    elif config.reference != "auto":
         why = "as set"
     elif moves and not cached:
         why = "it moves"

@@ -33,6 +33,7 @@ from plumb.models.reference_cache import ReferenceCache
 from plumb.models.routers import Routers, routers_of
 from plumb.models.scalar_head import scores
 from plumb.paths import get_local_dir
+from plumb.rollouts.source import RolloutSource
 from plumb.runs.checkpoints import Saver
 from plumb.training import budget as sizing
 from plumb.training import first_step
@@ -42,6 +43,8 @@ from plumb.training.metrics import TrainingLog
 from plumb.training.moving import MovingCache, MovingModel, MovingReference
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer, make_schedule
+from plumb.training.rollout_evaluator import RolloutEvaluator
+from plumb.training.rollouts import make_rollouts, samples_responses
 from plumb.training.run_evaluator import EvalSampler, RunEvaluator
 from plumb.training.run_plan import RunPlan
 from plumb.training.saving import RunSaver, parts_of_2023
@@ -110,8 +113,8 @@ class Prepared:
 
     state: TrainState
     scorer: Scorer
-    train_feed: Feed
-    evaluator: Evaluator
+    train_feed: Feed | RolloutSource
+    evaluator: Evaluator | RolloutEvaluator
     packing: Packing
     throughput: Throughput
     device: torch.device
@@ -180,16 +183,18 @@ def prepare(
         precision=computation.autocast,
         device=device,
         routers=routers,
+        temperature=config.rollout.temperature,
     )
+    rank = layout.rank if layout is not None else 0
     train_feed, eval_feed = (
-        Feed(
-            examples,
-            packing,
-            layout.rank if layout is not None else 0,
-            context=run.loss.context_examples,
-        )
+        Feed(examples, packing, rank, context=run.loss.context_examples)
         for examples in (run.data.train, run.data.evaluation)
     )
+    source = evaluator = None
+    if samples_responses(config, run.loss):
+        rollouts = make_rollouts(config, tokenizer, packing, rank, is_primary_replica, scorer)
+        source = state.rollouts = rollouts.source(run.data.train, state, run.log.rollouts)
+        evaluator = rollouts.evaluator(run.data.evaluation, eval_feed)
     cached = None
     if reference.digest is not None:
         open_cache = partial(open_reference_cache, config, scorer, computation, trainer)
@@ -209,8 +214,9 @@ def prepare(
     return Prepared(
         state=state,
         scorer=scorer,
-        train_feed=train_feed,
-        evaluator=Evaluator(scorer, eval_feed, config.eval_batch_size, is_primary_replica),
+        train_feed=source or train_feed,
+        evaluator=evaluator
+        or Evaluator(scorer, eval_feed, config.eval_batch_size, is_primary_replica),
         packing=packing,
         throughput=Throughput(
             cost, sizing.peak_flops(device, computation.dtype), forward_path.packed

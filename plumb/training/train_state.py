@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plumb.data.order import Schedule
+from plumb.data.order import BlockSchedule
 from plumb.distributed.progress import run_progress
+from plumb.rollouts.source import RolloutSource
 from plumb.runs import state_files
 from plumb.runs.checkpoints import Checkpoint
 from plumb.training.moving import MovingReference, PolicyAverage
@@ -59,7 +60,7 @@ class TrainState:
         config: DictConfig,
         policy: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
+        schedule: BlockSchedule,
     ):
         """Take the learning rate's schedule and the average's decay from `config`."""
         self.config = config
@@ -74,6 +75,7 @@ class TrainState:
         if config.ema_decay is not None:
             self.average = PolicyAverage(policy, config.ema_decay)
         self.reference: MovingReference | None = None
+        self.rollouts: RolloutSource | None = None  # where the policy samples what it learns from
 
     def update(self, indices: np.ndarray) -> None:
         """Update the weights by the gradients of a step on the examples `indices`, and then their
@@ -99,10 +101,12 @@ class TrainState:
         return state_files.tensors_of(self.policy, self.optimizer) | self.followers()
 
     def followers(self) -> dict[str, Tensor]:
-        """Return the tensors of the policy's average and of a reference that moves."""
+        """Return the tensors of the policy's average, of a reference that moves, and of the
+        present rollout.
+        """
         return {
             name: x
-            for follower in (self.average, self.reference)
+            for follower in (self.average, self.reference, self.rollouts)
             if follower is not None
             for name, x in follower.tensors().items()
         }
@@ -126,19 +130,16 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Every rank must call it."""
         manifest = checkpoint.manifest
-        state_files.restore(
-            self.policy,
-            self.optimizer,
-            checkpoint.state_files(),
-            manifest.values,
-            self.followers(),
-        )
+        files = checkpoint.state_files()
         self.position = Position(
             n_updates=manifest.step,
             n_seen=manifest.examples,
             order=manifest.order,
             evaluation_due=manifest.evaluation_due,
         )
+        if self.rollouts is not None:  # it gets the shapes of the others from the files
+            self.rollouts.restore(state_files.stored(files, "rollout."))
+        state_files.restore(self.policy, self.optimizer, files, manifest.values, self.followers())
         self.first_update = manifest.step
         self.n_steps = manifest.step + self.schedule.n_steps_after(manifest.examples)
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, manifest.step)

@@ -135,6 +135,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr
+    assert len(errors(stderr)) == 1, stderr
     (line,) = errors(stderr)
     step = checkpoints.latest_valid(run_dir).manifest.step
     assert (
@@ -200,6 +201,7 @@ def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
     begun = time.monotonic()
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert time.monotonic() - begun < 15 + 6 * (number == signal.SIGSTOP)
+    assert len(errors(stderr)) == 1, stderr
     (line,) = errors(stderr)
     assert process.returncode == 6 and line.startswith("error: rank 1 at step "), stderr
     assert (
@@ -311,6 +313,7 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
     ranks = []
     wait_for(lambda: ranks or ranks.extend(workers(process)) or process.poll() is not None)
     _, stderr = process.communicate(timeout=PATIENCE)
+    assert len(errors(stderr)) == 1, stderr
     (line,) = errors(stderr)
     assert (
         process.returncode == 6

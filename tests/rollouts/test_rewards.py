@@ -15,9 +15,9 @@ from plumb.data.rows import Row
 from plumb.errors import UserError
 from plumb.models.find import find_model
 from plumb.rollouts import rewards
+from plumb.rollouts.answered import Answered
 from plumb.rollouts.reward_rules import rule
 from plumb.rollouts.rewards import RunningScale, build_rewards
-from plumb.rollouts.source import Answered
 from plumb.scoring.scorers import knobs_of, load_scorer
 
 
@@ -147,12 +147,11 @@ def test_terms_are_weighed_bounded_and_less_the_penalties():
         answered("5", "4", n_tokens=8, ended="length"),
         answered("4", "4", n_tokens=6),
     ]
-    measured = made.measure(given)
+    measured = made(given)
     assert measured.raw.tolist() == [3, -0.5, 2.75]
     assert measured.final.tolist() == [2, -0.5 - 1 - 1, 2 - 0.5]
     assert measured.terms["right"].tolist() == [1, 0, 1]
-    assert made(given).tolist() == measured.final.tolist()
-    assert made([]).shape == (0,)
+    assert made([]).final.shape == (0,)
 
 
 def test_a_running_scale_is_that_of_all_rewards_so_far():
@@ -160,16 +159,18 @@ def test_a_running_scale_is_that_of_all_rewards_so_far():
     values = np.random.default_rng(0).normal(3.0, 2.0, 30)
     scale = RunningScale()
     for part in np.split(values, [1, 12]):
-        kept = scale.state_dict()
+        kept = scale.tensor()
         scale = RunningScale()
-        scale.load_state_dict(json.loads(json.dumps(kept)))
+        scale.restore(kept)
         last = scale(part)
     np.testing.assert_allclose(last, (values[12:] - values.mean()) / values.std())
     assert RunningScale()(np.ones(3)).tolist() == [0, 0, 0]
-    assert build_rewards({"terms": TWO, "scale": "running"})([answered("4", "4")] * 2).tolist() == [
-        0,
-        0,
-    ]
+    made = build_rewards({"terms": TWO, "scale": "running"})
+    assert made([answered("4", "4")] * 2).final.tolist() == [0, 0]
+    terms = {"right": np.array([1.0]), "brief": np.array([0.0])}
+    for learns, count in ((False, 2), (True, 3)):
+        made.combine(terms, [answered("4", "4")], learns)
+        assert made.scale.count == count
 
 
 # ---- a plugin's functions ----
@@ -191,7 +192,7 @@ def plugin(monkeypatch):
 
 
 def test_a_function_of_a_plugin(plugin):
-    assert plugin("digits")([answered("a1b2"), answered("no")]).tolist() == [2, 0]
+    assert plugin("digits")([answered("a1b2"), answered("no")]).final.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_models_score_text(tmp_path):
     }
     made = build_rewards({"terms": terms}, device="cpu")
     given = [answered(" it is 4."), answered(" perhaps"), answered("")]
-    measured = made.measure(given)
+    measured = made(given)
     rows = [
         Row(
             prompt=one.prompt,

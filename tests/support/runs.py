@@ -45,6 +45,9 @@ OF_THE_MACHINE = {
     "peak_memory_gb",
     "data_wait_secs",
     "seconds_left",
+    "rollout_train/secs",
+    "rollout_train/sampling_secs",
+    "rollout_train/sampled_tokens_per_second",
 }
 
 
@@ -123,7 +126,8 @@ def state_of(run_dir):
             for name, place in file.metadata().items():
                 shape, offset = json.loads(place)
                 part = file.get_tensor(name)
-                tensor = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
+                missing = float("nan") if part.is_floating_point() else -1
+                tensor = tensors.setdefault(name, torch.full(shape, missing, dtype=part.dtype))
                 tensor[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = (
                     part
                 )

@@ -83,6 +83,22 @@ OPTIONS = {
         "save_every=5",
         "model.policy_dtype=bfloat16",
     ],
+    # blocks of two batches, each used twice; the scale of the rewards is part of the state
+    "rollouts": [
+        "loss=rloo",
+        "reward.terms={brief: {rule: shorter}}",
+        "reward.scale=running",
+        "rollout.n=2",
+        "rollout.max_new_tokens=4",
+        "rollout.batches=2",
+        "rollout.uses=2",
+        "lr=1e-3",
+        "warmup_steps=2",
+        "batch_size=4",
+        "n_examples=12",
+        "save_every=4",
+        "eval_every=16",
+    ],
 }
 
 

@@ -1,0 +1,180 @@
+"""Build what samples and scores the policy's own responses in a run, from the run's knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from plumb.batching.feed import Feed
+from plumb.batching.layout import Batch
+from plumb.batching.microbatches import Packing
+from plumb.console import to_dict
+from plumb.data.examples import Examples, lengths_of
+from plumb.data.tokenization import automatic_bos
+from plumb.distributed import sharding
+from plumb.errors import UserError
+from plumb.losses.advantage_rules import AdvantageRule
+from plumb.losses.registry import Loss
+from plumb.models.logps import response_token_logps
+from plumb.rollouts.decoding import Decoding
+from plumb.rollouts.hf_engine import end_tokens
+from plumb.rollouts.learning import ByAdvantage, ByPairs, Learn, by_lists
+from plumb.rollouts.policy_engine import PolicyEngine
+from plumb.rollouts.rewards import Rewards, build_rewards
+from plumb.rollouts.source import Position, RolloutSource, Sampler
+from plumb.rollouts.token_reader import ReadTokens, TokenReader
+from plumb.training.objective import Scorer
+from plumb.training.rollout_evaluator import RolloutEvaluator
+from plumb.training.train_state import TrainState
+
+
+def samples_responses(config: DictConfig, loss: Loss) -> bool:
+    """Return whether a run learns from responses that its policy samples."""
+    return loss.group == "rollout" or config.rollout.preferences is not None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Build the sources of training and evaluation of a run."""
+
+    config: DictConfig
+    tokenizer: PreTrainedTokenizerBase
+    packing: Packing
+    rank: int  # among the packing.world_size that see different rows
+    is_primary_replica: bool
+    scorer: Scorer
+    rewards: Rewards
+
+    def source(
+        self,
+        examples: Examples,
+        state: TrainState,
+        keep: Callable[[list[dict[str, Any]]], None],
+    ) -> RolloutSource:
+        """Return the source of the run's steps. `keep` is given the rows of each rollout."""
+        at = self.config.rollout
+        check_prompts(examples, self.config.max_length - at.max_new_tokens, at.max_new_tokens)
+        return RolloutSource(
+            sampler=self._sampler(examples, at.temperature, at.n),
+            learn=self._learn(),
+            packing=self.packing,
+            context=self.scorer.loss.context_examples,
+            position=lambda: Position(state.position.n_updates, state.position.n_seen),
+            block_at=state.schedule.block_at,
+            keep=keep,
+        )
+
+    def evaluator(self, examples: Examples, feed: Feed) -> RolloutEvaluator:
+        """Return the evaluator of the policy's responses to held-out prompts."""
+        at = self.config.rollout
+        check_prompts(examples, self.config.max_length - at.max_new_tokens, at.max_new_tokens)
+        return RolloutEvaluator(
+            scorer=self.scorer,
+            feed=feed,
+            sampler=self._sampler(examples, at.eval_temperature, at.eval_n),
+            batch_size=self.config.eval_batch_size,
+            is_primary_replica=self.is_primary_replica,
+        )
+
+    def _sampler(self, examples: Examples, temperature: float, n: int) -> Sampler:
+        at = self.config.rollout
+        policy = self.scorer.policy
+        ends = end_tokens(policy, self.tokenizer)
+        engine = PolicyEngine(
+            decoding=Decoding("sample", max_new_tokens=at.max_new_tokens, temperature=temperature),
+            ends=ends,
+            pad_token_id=self.packing.pad_token_id,
+            longest=self.config.max_length,
+            batch_size=at.batch_size,
+            precision=self.scorer.precision,
+        )
+        return Sampler(
+            examples=examples,
+            tokenizer=self.tokenizer,
+            engine=engine,
+            ends=ends,
+            bos=automatic_bos(self.tokenizer) if self.config.add_bos else None,
+            n=n,
+            seed=self.config.seed,
+            rewards=self.rewards,
+            policy=policy,
+            rank=self.rank,
+            n_ranks=self.packing.world_size,
+        )
+
+    def _learn(self) -> Learn:
+        at = self.config.rollout
+        loss = self.scorer.loss
+        if at.preferences == "ranks":
+            return by_lists
+        if at.preferences is not None:
+            return ByPairs(at.preferences, at.pair_margin, self.config.seed)
+        assert isinstance(loss.advantages, AdvantageRule)  # a loss of group "rollout"
+        return ByAdvantage(
+            rule=loss.advantages,
+            read=TokenReader(self.packing, self.rank),
+            policy_logps=self._logps_of(self.scorer.policy),
+            reference_logps=self._logps_of(self.scorer.reference) if loss.needs_reference else None,
+            tolerance=at.tolerance,
+        )
+
+    def _logps_of(self, model: Any) -> ReadTokens:
+        """Return the function that reads log-probabilities by the training path, at the temperature
+        of sampling.
+        """
+        scorer = self.scorer
+
+        @torch.no_grad()
+        def read(batch: Batch) -> Tensor:
+            on_device = batch.to(scorer.device)
+            with scorer.precision():
+                logps = response_token_logps(
+                    model, on_device, scorer.forward_path, scorer.temperature
+                )
+            # otherwise FSDP would miss the gradients of what it has left gathered
+            sharding.reshard(model)
+            return logps.each
+
+        return read
+
+
+def make_rollouts(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    packing: Packing,
+    rank: int,
+    is_primary_replica: bool,
+    scorer: Scorer,
+) -> Rollouts:
+    """Return the builder of a run's sources. Models of rewards are loaded here."""
+    return Rollouts(
+        config=config,
+        tokenizer=tokenizer,
+        packing=packing,
+        rank=rank,
+        is_primary_replica=is_primary_replica,
+        scorer=scorer,
+        rewards=build_rewards(to_dict(config.reward), device=str(scorer.device)),
+    )
+
+
+def check_prompts(examples: Examples, room: int, max_new_tokens: int) -> None:
+    """Raise UserError for prompts of more than `room` tokens, and for those without any."""
+    lengths = lengths_of(examples).prompts[:, 0]
+    (empty,) = (lengths < 1).nonzero()
+    if len(empty):
+        raise UserError(f"{examples[int(empty[0])].source}: the prompt has no tokens; write one")
+    (long,) = (lengths > room).nonzero()
+    if len(long):
+        raise UserError(
+            f"{examples[int(long[0])].source}: the prompt has {lengths[long[0]]:,} tokens, and"
+            f" rollout.max_new_tokens={max_new_tokens} leaves {room:,} ({len(long):,} such); set"
+            f" max_length={lengths.max() + max_new_tokens} or more, or lower"
+            " rollout.max_new_tokens, or remove the row"
+        )
