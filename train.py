@@ -227,8 +227,9 @@ def train_from(
     import torch
 
     from plumb.losses.registry import build_loss
+    from plumb.models.adapters import starting_state
     from plumb.models.load import describe
-    from plumb.models.reference_cache import weights_digest
+    from plumb.models.reference_cache import state_digest
     from plumb.reports.curves import draw_curves
     from plumb.runs import identity
     from plumb.training.setup import Run
@@ -243,7 +244,7 @@ def train_from(
     layout = TRAINERS[config.trainer].make_layout(config)
     policy = load_checked_policy(config, loss, data, layout)
     describe(policy, config)
-    digest = weights_digest(policy)
+    digest = state_digest(starting_state(policy))
 
     # the fingerprint, which must match that of the checkpoint
     fingerprint = fingerprint_of(config, data, digest)
@@ -357,6 +358,7 @@ def load_checked_policy(
     """
     import torch
 
+    from plumb.models.adapters import knobs_of
     from plumb.models.limits import check_vocabulary
     from plumb.models.load import load_policy
 
@@ -364,7 +366,9 @@ def load_checked_policy(
         config.trainer == "BasicTrainer" and config.device is None and torch.cuda.device_count() > 1
     )
     device_map = "balanced" if several_gpus else None
-    policy = load_policy(config, device_map, layout, scalar=loss.reads == "scores")
+    policy = load_policy(
+        config, device_map, layout, scalar=loss.reads == "scores", adapter=knobs_of(config)
+    )
     check_vocabulary(
         policy,
         data.tokenizer,
@@ -458,8 +462,10 @@ def load_reference_for(
     layout: sharding.Layout | None,
 ) -> Reference:
     """Return the reference of this plan. A cached one in the policy's precision needs no model: it
-    is the policy before its first step. `digest`: of the policy's weights.
+    is the policy before its first step; nor does that of a policy with adapters, which holds the
+    weights that it started from. `digest`: of those weights.
     """
+    from plumb.models.adapters import StartingPolicy, roles_of
     from plumb.models.forward_path import DTYPES
     from plumb.models.load import load_reference
     from plumb.training.setup import Reference
@@ -469,8 +475,10 @@ def load_reference_for(
     name = config.model.reference_dtype
     dtype = name and DTYPES[name]
     cached = plan.reference == "cached"
-    model = None
-    if not cached or dtype not in (None, policy.dtype):
+    model: Any = None
+    if roles_of(policy) is not None:
+        model = StartingPolicy(policy)
+    elif not cached or dtype not in (None, policy.dtype):
         model = load_reference(policy, dtype, config, layout)
     return Reference(model, digest if cached else None)
 

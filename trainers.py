@@ -22,6 +22,7 @@ from plumb.console import quiet
 from plumb.distributed import sharding
 from plumb.distributed.device import pick_device
 from plumb.distributed.signals import stop_requested
+from plumb.models.adapters import stored
 from plumb.models.forward_path import DTYPES
 from plumb.reports.score_plots import draw_evaluation
 from plumb.runs.checkpoints import Checkpoint
@@ -97,8 +98,8 @@ class BasicTrainer:
         loss.backward()
 
     def policy_state(self) -> dict[str, torch.Tensor]:
-        """Return the full state dict of the policy, on every rank that writes."""
-        return self.policy.state_dict()
+        """Return the full weights of the policy, or its adapters, on every rank that writes."""
+        return {name: x.detach() for name, x in stored(self.policy).items()}
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the full state dict of the optimizer, on every rank that writes."""
@@ -282,7 +283,7 @@ class FSDPTrainer(BasicTrainer):
         super().backward(loss, last)
 
     def policy_state(self) -> dict[str, torch.Tensor]:
-        return sharding.gathered_model_state(self.policy)
+        return sharding.gathered_state(stored(self.policy))
 
     def optimizer_state(self) -> dict[str, Any]:
         return sharding.gathered_optimizer_state(self.policy, self.optimizer)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -327,13 +327,9 @@ def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     torch._foreach_mul_(parts, factor.to(parts[0].device, parts[0].dtype))
 
 
-def gathered_model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the full state dict in rank 0's RAM; empty on other ranks. Every rank must call it."""
-    return {
-        name: full
-        for name, full in gathered(model.state_dict(keep_vars=True).items())
-        if full is not None
-    }
+def gathered_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the full tensors in rank 0's RAM; empty on other ranks. Every rank must call it."""
+    return {name: full for name, full in gathered(state.items()) if full is not None}
 
 
 def gathered_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -30,18 +30,19 @@ from plumb.console import rank0_print, to_dict
 from plumb.distributed import sharding, tensor_parallel
 from plumb.errors import UnsafeFile, UserError
 from plumb.models import source_trust
+from plumb.models.adapters import AdapterKnobs, count_trained
 from plumb.models.blocks import block_class
 from plumb.models.forward_path import use_tree_attention
 from plumb.models.limits import check_positions
 from plumb.models.scalar_head import ScalarHead
-from plumb.models.sharded_load import fill
+from plumb.models.sharded_load import WeightSource, fill
 from plumb.models.weight_files import locate
 from plumb.models.weight_sources import (
     CutFromWhole,
     FrozenCopy,
-    WeightSource,
     blueprint_of,
     fill_by_transformers,
+    open_adapted,
     open_files,
     open_source,
 )
@@ -88,11 +89,13 @@ def load_policy(
     device_map: Any = None,
     layout: sharding.Layout | None = None,
     scalar: bool = False,
+    adapter: AdapterKnobs | None = None,
 ) -> PreTrainedModel:
     """Return the policy in float32 (or `model.policy_dtype`), with the weights of `model.archive`
     where one is given; with a `layout`, this rank's part of it, and no more than that was ever
     read. `scalar`: a reward model, with the scalar head that the archive or a
-    sequence-classification folder has, or else a new one.
+    sequence-classification folder has, or else a new one. `adapter`: the options of an adapter to
+    train in place of the weights; without, the adapters of an archive are merged.
 
     Weights come from a hub name, a folder, a GGUF file or folder (dequantized), or, with
     `model.architecture`, from a seeded random initialisation. Dropout is off: in the config, which
@@ -108,7 +111,9 @@ def load_policy(
     hf_config = load_config(config)
     if spec.archive:
         rank0_print(f"starting from {spec.archive}")
-    with _model_errors(config), open_source(spec, hf_config, scalar, config.seed) as source:
+    how = (spec, hf_config, scalar, config.seed)
+    opened = open_source(*how) if adapter is None else open_adapted(*how, adapter)
+    with _model_errors(config), opened as source:
         if layout is None:
             model = source.whole(device_map)
         else:
@@ -179,7 +184,7 @@ def _sharded(source: WeightSource, spec: DictConfig, layout: sharding.Layout) ->
     layout.shard(
         model,
         block_class(model, spec.block_name),
-        next(model.parameters()).requires_grad,
+        any(p.requires_grad for p in model.parameters()),
         apart,
     )
     layout.materialise(model)
@@ -287,12 +292,15 @@ def check_length(config: DictConfig) -> None:
 def describe(model: nn.Module, config: DictConfig) -> None:
     """Print what is trained, and a note on weights that are too coarse for small learning rates."""
     n = sum(p.numel() for p in model.parameters())
+    n_trained = count_trained(model)
+    share = f" ({n_trained / n:.2g} of them trained)" if n_trained < n else ""
     first = next(model.parameters())
     kind = type(model).__name__.removeprefix("FSDP")
     rank0_print(
-        f"policy: {kind}, {n / 1e6:,.1f} M parameters, {str(first.dtype)[6:]}, {config.trainer}"
+        f"policy: {kind}, {n / 1e6:,.1f} M parameters{share}, {str(first.dtype)[6:]},"
+        f" {config.trainer}"
     )
-    if first.dtype in (torch.bfloat16, torch.float16):
+    if n_trained == n and first.dtype in (torch.bfloat16, torch.float16):
         rank0_print(
             f"note: {str(first.dtype)[6:]} weights round small updates away;"
             " model.policy_dtype=float32 with model.fsdp_policy_mp=bfloat16 keeps them"

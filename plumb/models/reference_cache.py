@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,8 +45,13 @@ VERSION = 1
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a digest of the name, type, shape and bytes of everything in the state dict, however
-    it is sharded; 1 to 2 GB/s per core.
+    """Return the digest of everything in a model's state dict. Every rank must call it."""
+    return state_digest(model.state_dict(keep_vars=True))
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of the name, type, shape and bytes of all these tensors, however they are
+    sharded; 1 to 2 GB/s per core.
 
     One parameter is gathered at a time, while each rank hashes its share. Every rank must call it.
     """
@@ -62,7 +67,7 @@ def weights_digest(model: nn.Module) -> str:
     hashing: deque[Future[tuple[str, bytes]]] = deque()
     digests: list[tuple[str, bytes]] = []
     with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
-        for i, (name, tensor) in enumerate(sorted(model.state_dict(keep_vars=True).items())):
+        for i, (name, tensor) in enumerate(sorted(state.items())):
             full = sharding.full_tensor(tensor.detach())
             if i % world == me:
                 if len(hashing) == n_threads:

@@ -156,4 +156,9 @@ def scores(model: Any) -> bool:
 
 def holds_scores(state: Mapping[str, Tensor]) -> bool:
     """Return whether this is the state dict of one."""
-    return any(state[f"{name}.weight"].shape[0] == 1 for name in HEADS if f"{name}.weight" in state)
+    return any(is_head(name) and tensor.shape[0] == 1 for name, tensor in state.items())
+
+
+def is_head(name: str) -> bool:
+    """Return whether a state dict's entry of this name is the weight of a causal LM's head."""
+    return name in {f"{head}.weight" for head in HEADS}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,30 @@ LARGE = 1 << 16  # numbers; a smaller parameter may be kept as it is
 
 class WeightMismatch(Exception):
     """Report that a source does not hold what the model needs."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Hold a model without values, and the function that reads them: `part(name, where)` returns
+    the values at `where` in the parameter or persistent buffer `name` of the skeleton.
+    """
+
+    skeleton: PreTrainedModel
+    part: ReadPart
+
+
+class WeightSource(Protocol):
+    """Give the weights of one model, all at once or part by part; both have the same values."""
+
+    def whole(self, device_map: Any = None) -> PreTrainedModel:
+        """Return the model with its values. Raise UserError for weights of another model."""
+
+    def in_parts(self) -> Parts:
+        """Return the model without values, and what reads them: no more than each part.
+
+        Raises UserError for weights of another model; NotImplementedError, with the reason, if the
+        weights can only be computed as a whole (see CutFromWhole).
+        """
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 GGUF file, a policy.pt, a sequence-classification folder, a seed, another model.
 
 Loading, sharding and exporting use what all of them offer (WeightSource) and never ask for the
-kind. A source can wrap another one: NewHead, CutFromWhole.
+kind. A source can wrap another one: NewHead, CutFromWhole, and those of adapter_sources.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,18 +26,22 @@ from transformers import (
 
 from plumb.errors import UserError
 from plumb.models import source_trust
+from plumb.models.adapter_sources import Adapted, Merged, WithHead
+from plumb.models.adapters import Adapter, AdapterKnobs, holds_adapters, read_adapters
 from plumb.models.forward_path import DTYPES
 from plumb.models.scalar_head import (
     HEADS,
     holds_scores,
     initial_weight,
+    is_head,
     put_scalar_head,
     scores,
 )
 from plumb.models.sharded_load import (
     Initialisation,
-    ReadPart,
+    Parts,
     WeightMismatch,
+    WeightSource,
     blank,
     parameters_on_meta,
     seeded_parts,
@@ -45,31 +49,8 @@ from plumb.models.sharded_load import (
     stored_parts,
 )
 from plumb.models.weight_files import Weights, locate, open_weights
+from plumb.runs.lineage import start_of_archive
 from plumb.runs.policy_file import load_policy_state
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Hold a model without values, and the function that reads them: `part(name, where)` returns
-    the values at `where` in the parameter or persistent buffer `name` of the skeleton.
-    """
-
-    skeleton: PreTrainedModel
-    part: ReadPart
-
-
-class WeightSource(Protocol):
-    """Give the weights of one model, all at once or part by part; both have the same values."""
-
-    def whole(self, device_map: Any = None) -> PreTrainedModel:
-        """Return the model with its values. Raise UserError for weights of another model."""
-
-    def in_parts(self) -> Parts:
-        """Return the model without values, and what reads them: no more than each part.
-
-        Raises UserError for weights of another model; NotImplementedError, with the reason, if the
-        weights can only be computed as a whole (see CutFromWhole).
-        """
 
 
 @dataclass(frozen=True)
@@ -111,13 +92,46 @@ def open_source(
         yield NewHead(source, seed) if scalar else source
 
 
+@contextmanager
+def open_adapted(
+    spec: DictConfig, hf_config: Any, scalar: bool, seed: int, knobs: AdapterKnobs
+) -> Iterator[WeightSource]:
+    """Open the weights that the options `spec` (model.*) name, with adapters by `knobs`; otherwise
+    as `open_source`.
+    """
+    with ExitStack() as stack:
+        previous: list[Adapter] = []
+        if knobs.previous == "merge":
+            source = _source_of(spec, hf_config, scalar, seed, stack)
+        else:
+            state = load_archive(spec.archive, scalar) if spec.archive else Weights()
+            if not holds_adapters(state):
+                raise UserError(
+                    f"adapter_previous={knobs.previous}: model.archive={spec.archive} holds no"
+                    " adapter; leave adapter_previous as it is"
+                )
+            source, previous = _base_of(spec, state, hf_config, scalar, seed, stack)
+        if scalar:
+            source = NewHead(source, seed)
+        yield Adapted(
+            source=source,
+            knobs=knobs,
+            block_name=spec.block_name,
+            seed=seed,
+            previous=previous,
+        )
+
+
 def _source_of(
     spec: DictConfig, hf_config: Any, scalar: bool, seed: int, stack: ExitStack
 ) -> WeightSource:
     """Return the source of a model's own weights; `stack` closes its files."""
     blueprint = blueprint_of(spec, hf_config)
-    if spec.archive:  # it replaces every weight, so the base model's are not read
+    if spec.archive:  # if it holds every weight, the base model's are not read
         state = load_archive(spec.archive, scalar)
+        if holds_adapters(state):
+            source, adapters = _base_of(spec, state, hf_config, scalar, seed, stack)
+            return Merged(source, adapters, f"model.archive={spec.archive}")
         return PolicyFile(
             blueprint,
             state,
@@ -142,6 +156,30 @@ def _source_of(
         # the heads that are about to be replaced
         spare=frozenset(f"{head}.weight" for head in HEADS) if scalar else frozenset(),
     )
+
+
+def _base_of(
+    spec: DictConfig,
+    state: Weights,
+    hf_config: Any,
+    scalar: bool,
+    seed: int,
+    stack: ExitStack,
+) -> tuple[WeightSource, list[Adapter]]:
+    """Return the source of what the adapters of a policy.pt belong to, and these adapters. `state`:
+    that file's, which `spec` names as its archive.
+    """
+    start = start_of_archive(spec.archive)
+    base = cast(DictConfig, OmegaConf.merge(spec, {"archive": None}))
+    if start is not None:
+        base = cast(DictConfig, OmegaConf.merge(base, start.model))
+        seed = start.seed
+    origin = f"model.archive={spec.archive}"
+    source = _source_of(base, hf_config, scalar, seed, stack)
+    if holds_scores(state):
+        (head,) = (tensor for name, tensor in state.items() if is_head(name))
+        source = WithHead(source, head)
+    return source, read_adapters(state, origin)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from plumb.batching.feed import Step
 from plumb.batching.layout import Batch
 from plumb.distributed import sharding
 from plumb.errors import NonFinite
+from plumb.models.adapters import own_names
 from plumb.models.forward_path import ForwardPath
 from plumb.models.logps import response_token_values
 from plumb.runs import state_files
@@ -93,15 +94,16 @@ class Critic:
         """Return what a run resumes from, by name: weights, and the optimizer's state once there
         was an update or `expect_state` was called.
         """
-        own = state_files.tensors_of(self.model, self.optimizer)
-        return {f"critic.{name}": tensor for name, tensor in own.items()}
+        own = own_names(self.model)
+        tensors = state_files.tensors_of(self.model, self.optimizer, own)
+        return {f"critic.{name}": tensor for name, tensor in tensors.items()}
 
     def expect_state(self) -> None:
         """Create the optimizer's state, which a checkpoint is then read into, with the weights: by
         an update with gradients of 0.
         """
         for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         self.optimizer.step()
         self.optimizer.zero_grad()
 

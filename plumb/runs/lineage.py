@@ -1,8 +1,12 @@
-"""Compare a run with the run that `model.archive` comes from."""
+"""Read what is known of the run that `model.archive` comes from: what it started from, and whether
+its examples are among this run's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig
@@ -12,8 +16,60 @@ from plumb.data.files import shorten
 from plumb.data.registry import resolve
 from plumb.data.splits import weights_of
 from plumb.errors import UserError
+from plumb.paths import ROOT
 from plumb.runs.policy_path import resolve_archive
 from plumb.runs.safe_yaml import check_config_file
+
+
+class Start(NamedTuple):
+    """Hold a model that weights can be read from."""
+
+    model: dict[str, Any]  # name_or_path, revision, architecture and archive, as in model.*
+    seed: int  # of its random values, if it has such
+
+
+def start_of_archive(archive: str) -> Start | None:
+    """Return what the adapters of a policy.pt belong to, by the config.yaml beside it: what its
+    run started from, without the adapters that the run kept; None if there is no config.yaml.
+    Raise UserError for one that cannot be read, and for an archive that is gone.
+    """
+    policy = resolve_archive(archive).resolve()
+    file = config_beside(policy)
+    if file is None:
+        return None
+    check_config_file(file)  # it came with the archive and is not trusted
+    try:
+        config = yaml.safe_load(file.read_text("utf-8"))
+        names = ("name_or_path", "revision", "architecture", "archive")
+        model = {name: config["model"].get(name) for name in names}
+        seed = int(config.get("seed", 0))
+        keeps = config.get("adapter_previous", "merge") != "merge"
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({str(error).splitlines()[0]}), and only it says what the"
+            f" adapter of {archive} belongs to"
+        ) from None
+    for knob in ("name_or_path", "archive"):  # relative to where the run was started
+        path = model[knob]
+        if path and not Path(path).exists() and (ROOT / path).exists():
+            model[knob] = str(ROOT / path)
+    if model["archive"]:
+        try:
+            resolve_archive(model["archive"])
+        except UserError:
+            raise UserError(
+                f"model.archive={archive}: holds an adapter, and what it was trained on,"
+                f" {model['archive']}, is no longer there; put it back"
+            ) from None
+        if keeps:
+            return start_of_archive(model["archive"])
+    return Start(model, seed)
+
+
+def config_beside(policy: Path) -> Path | None:
+    """Return the config.yaml of the run that a policy.pt belongs to; None if there is none."""
+    files = (folder / "config.yaml" for folder in policy.parents[:2])
+    return next((file for file in files if file.is_file()), None)
 
 
 def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
@@ -25,9 +81,9 @@ def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
         return None
     try:
         policy = resolve_archive(config.model.archive).resolve()
-        file = next(
-            file for folder in policy.parents[:2] if (file := folder / "config.yaml").is_file()
-        )
+        file = config_beside(policy)
+        if file is None:
+            return None
         check_config_file(file)  # it came with the archive and is not trusted
         before, now = yaml.safe_load(file.read_text("utf-8")), to_dict(config)
         shared = [
@@ -42,7 +98,6 @@ def lineage(config: DictConfig, decides: Sequence[str]) -> str | None:
     except (
         UserError,
         OSError,
-        StopIteration,
         yaml.YAMLError,
         ValueError,
         TypeError,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -101,12 +101,16 @@ def write_safetensors(
     return durable_files.write(path, fill)
 
 
-def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, own: Container[str]
+) -> dict[str, Tensor]:
     """Return all tensors a run resumes from, by name; sharded ones as they are, tied
-    weights once.
+    weights once. `own`: the names of the parameters that belong to the run.
     """
     sharding.reshard(policy)
-    state: dict[str, Tensor] = {f"policy.{name}": p for name, p in policy.named_parameters()}
+    state: dict[str, Tensor] = {
+        f"policy.{name}": p for name, p in policy.named_parameters() if name in own
+    }
     kept = policy.state_dict()
     state |= {f"policy.{name}": b for name, b in policy.named_buffers() if name in kept}
     for name, p in policy.named_parameters():
@@ -133,13 +137,14 @@ def values_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def restore(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
+    own: Container[str],
     files: Sequence[Path],
     values: Mapping[str, Mapping[str, Any]],
     others: Mapping[str, Tensor],
 ) -> None:
-    """Load weights, optimizer state and `others` (by name) from the files. The optimizer state is
-    created by a step without gradients, so that it has the right type and place, and then
-    overwritten, as the weights are. Raises what `load_state` raises.
+    """Load the weights in `own`, optimizer state and `others` (by name) from the files. The
+    optimizer state is created by a step without gradients, so that it has the right type and
+    place, and then overwritten, as the weights are. Raises what `load_state` raises.
     """
     sharding.reshard(policy)
     parameters, stored = dict(policy.named_parameters()), names(files)
@@ -148,7 +153,7 @@ def restore(
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    load_state(files, tensors_of(policy, optimizer) | dict(others))
+    load_state(files, tensors_of(policy, optimizer, own) | dict(others))
     for name, of_p in values.items():
         optimizer.state[parameters[name]].update(of_p)
 

@@ -153,6 +153,7 @@ class Knob:
     in_eval: Any = AS_THE_RUN  # the value that eval.py starts from, whatever the run's is
     trainers: tuple[str, ...] = TRAINERS  # with others, another value than the default is refused
     head: bool = False  # of a reward model's head: refused likewise if a loss reads no scores
+    of_adapter: bool = False  # with adapter=none, another value than the default is refused
     held_out: bool = False  # decides which held-out examples there are, or how they read
     slices: bool = False  # decides which prompts a stage's slice of a data set holds
 
@@ -238,6 +239,18 @@ KNOBS: dict[str, Knob] = {
     "head_pairs": Knob(whole(1), RESULT, TRAIN, head=True),
     "head_lr": Knob(maybe(POSITIVE), RESULT, TRAIN, head=True),
     "warmup_steps": Knob(whole(0), RESULT, TRAIN),
+    "adapter": Knob(
+        check=one_of("none", "lora", "dora"),
+        commands=TRAIN,
+        in_eval="none",
+        trainers=TRAINERS[:2],
+    ),
+    "adapter_rank": Knob(whole(1), RESULT, TRAIN, of_adapter=True),
+    "adapter_alpha": Knob(POSITIVE, RESULT, TRAIN, of_adapter=True),
+    "adapter_rslora": Knob(FLAG, RESULT, TRAIN, of_adapter=True),
+    "adapter_init": Knob(one_of("default", "pissa", "olora"), RESULT, TRAIN, of_adapter=True),
+    "adapter_targets": Knob(maybe(names(1)), RESULT, TRAIN, of_adapter=True),
+    "adapter_previous": Knob(one_of("merge", "continue", "stack"), RESULT, TRAIN, of_adapter=True),
     "lr_schedule": Knob(one_of("constant", "linear", "cosine"), RESULT, TRAIN),
     "min_lr_ratio": Knob(number(lambda v: 0 <= v <= 1, "a number in [0, 1]"), RESULT, TRAIN),
     "router_aux_loss": Knob(NOT_NEGATIVE, trainers=("BasicTrainer", "FSDPTrainer")),

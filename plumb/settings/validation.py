@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 # The factor beyond the usual values of a knob: tiny models need other learning rates than papers
 FAR = 10
+# How much larger learning rates of adapters are, at least, than those of full fine-tuning; and the
+# least of these for a loss whose usual ones are not known
+ADAPTER_LR = 10
+LEAST_LR = 1e-6
 
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh]"
 
@@ -63,17 +68,23 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
                 f"{name}=balanced: a training run computes this number from its data; give a number"
             )
     values = {**dict(flatten(to_dict(config.loss))), "lr": config.lr}
-    if trains and (unusual := unusual_values(loss, values)):
+    if trains:
+        _check_adapter(config, loss)
+    factor = 1 if config.adapter == "none" else ADAPTER_LR
+    if trains and (unusual := unusual_values(loss, values, factor)):
         rank0_print(f"note: {unusual}")
     return loss
 
 
-def unusual_values(loss: Loss, values: Mapping[str, Any]) -> str:
+def unusual_values(loss: Loss, values: Mapping[str, Any], lr_factor: float = 1) -> str:
     """Return in one line which values are far outside the usual range of this loss: below 1 / FAR
     of the least or above FAR times the largest; "" if none is. `values`: lr, and the loss's knobs.
+    `lr_factor`: how much larger learning rates are than those of full fine-tuning.
     """
     unusual = []
     for knob, (least, largest) in loss.usual.items():
+        if knob == "lr":
+            least, largest = lr_factor * least, lr_factor * largest
         if not least / FAR <= values[knob] <= largest * FAR:
             name = knob if knob == "lr" else f"loss.{knob}"
             unusual.append(f"{name}={values[knob]} ({least:g} to {largest:g})")
@@ -229,6 +240,62 @@ def _check_group_knobs(config: DictConfig, loss: Loss) -> None:
                 f"{name}={config[name]}: is for losses on {of_group}, and this loss ({loss.name})"
                 f" is not one; leave {name} as it is"
             )
+
+
+def _check_adapter(config: DictConfig, loss: Loss) -> None:
+    """Refuse options of an adapter that do not fit each other or the rest, and print a note on a
+    learning rate of full fine-tuning.
+    """
+    options = [name for name, knob in KNOBS.items() if knob.of_adapter]
+    changed = [name for name in options if config[name] != defaults()[name]]
+    if config.adapter == "none":
+        if changed:
+            raise UserError(
+                f"{changed[0]}={config[changed[0]]}: is for adapter=lora and adapter=dora; leave"
+                f" {changed[0]} as it is"
+            )
+        return
+    if find_spec("peft") is None:
+        raise UserError(
+            f"adapter={config.adapter}: needs peft, which is not installed; pip install -r"
+            " requirements-lora.txt"
+        )
+    if config.adapter_previous == "continue" and len(changed) > 1:
+        other = next(name for name in changed if name != "adapter_previous")
+        raise UserError(
+            f"{other}={config[other]}: with adapter_previous=continue the adapter is that of"
+            f" model.archive; leave {other} as it is"
+        )
+    if config.adapter_previous != "merge" and not config.model.archive:
+        raise UserError(
+            f"adapter_previous={config.adapter_previous}: is for a model.archive with an adapter;"
+            " leave it as it is"
+        )
+    if config.adapter == "dora" and config.adapter_init != "default":
+        raise UserError(
+            f"adapter_init={config.adapter_init}: is for adapter=lora; leave it as it is"
+        )
+    if config.model.reference_dtype not in (None, config.model.policy_dtype):
+        raise UserError(
+            f"model.reference_dtype={config.model.reference_dtype}: with adapter={config.adapter}"
+            " the reference has the policy's own weights; set it to null"
+        )
+    if config.policy_format != "current":
+        raise UserError(
+            f"policy_format={config.policy_format}: the original repository knows no adapters; set"
+            " policy_format=current"
+        )
+    if config.reference_update_every is not None and config.reference != "cached":
+        raise UserError(
+            f"reference_update_every={config.reference_update_every}: with"
+            f" adapter={config.adapter} a live reference cannot move; set reference=cached, or null"
+        )
+    least = loss.usual.get("lr", (LEAST_LR, LEAST_LR))[0]
+    if config.lr < ADAPTER_LR * least:
+        rank0_print(
+            f"note: lr={config.lr:g} is one of full fine-tuning; adapters usually take at least"
+            f" {ADAPTER_LR} times as much, for loss={loss.name} {ADAPTER_LR * least:g} or more"
+        )
 
 
 def _check_moving_reference(config: DictConfig, loss: Loss) -> None:

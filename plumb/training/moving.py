@@ -30,6 +30,7 @@ class PolicyAverage:
         self.weights = {
             name: p.detach().clone().to(torch.promote_types(p.dtype, torch.float32))
             for name, p in policy.named_parameters()
+            if p.requires_grad
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -67,8 +68,10 @@ class PolicyAverage:
                 p.copy_(own)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's part of the average and of the policy, for each parameter."""
-        for name, p in self.policy.named_parameters():
+        """Yield this rank's part of the average and of the policy, for each trained parameter."""
+        parameters = dict(self.policy.named_parameters())
+        for name in self.weights:
+            p = parameters[name]
             yield sharding.local(self.weights[name]), sharding.local(p.detach())
 
 

@@ -69,14 +69,15 @@ def make_optimizer(
 
 
 def _groups(policy: nn.Module, head_lr: float | None) -> Any:
-    """Return all parameters as one group or, if a scalar head has its own learning rate, the head's
-    and the others.
+    """Return all trained parameters as one group or, if a scalar head has its own learning rate,
+    the head's and the others.
     """
     heads = [module for module in policy.modules() if isinstance(module, ScalarHead)]
+    trained = [p for p in policy.parameters() if p.requires_grad]
     if head_lr is None or not heads:
-        return policy.parameters()
+        return trained
     apart = {id(p) for p in heads[0].parameters()}
-    rest = [p for p in policy.parameters() if id(p) not in apart]
+    rest = [p for p in trained if id(p) not in apart]
     return [{"params": rest}, {"params": list(heads[0].parameters()), "lr": head_lr}]
 
 

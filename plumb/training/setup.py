@@ -25,6 +25,7 @@ from plumb.data.examples import Examples
 from plumb.distributed import collectives, sharding
 from plumb.losses.registry import Loss
 from plumb.models import reference_cache
+from plumb.models.adapters import StartingPolicy
 from plumb.models.blocks import block_class, compile_blocks
 from plumb.models.draws import run_without_draws
 from plumb.models.forward_path import DTYPES, ForwardPath
@@ -78,7 +79,8 @@ class Data:
 class Reference:
     """Hold how the reference's log-probabilities are computed. Without a `digest` of its weights,
     the model runs beside the policy; with one, it runs once over what the cache lacks. If the model
-    is None, the reference is the policy before its first step, or there is none.
+    is None, the reference is the policy before its first step, or there is none. If it is a
+    StartingPolicy, it has no weights of its own.
     """
 
     model: PreTrainedModel | None = None
@@ -142,7 +144,9 @@ def prepare(
     if config.activation_checkpointing is True:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = trainer.place(policy)
-    reference_model = trainer.place(reference.model) if reference.model is not None else None
+    reference_model = reference.model
+    if reference_model is not None and not isinstance(reference_model, StartingPolicy):
+        reference_model = trainer.place(reference_model)
     device = layout.device if layout is not None else next(policy.parameters()).device
     computation = Computation(
         device=device,
@@ -173,8 +177,9 @@ def prepare(
         row_length=budget if config.compile and forward_path.packed else None,
     )
     if block is not None:  # the layout was tried before that, on rows of other lengths
-        for model in filter(None, (policy, reference_model)):
-            compile_blocks(model, block, config.activation_checkpointing)
+        for model in (policy, reference_model):
+            if model is not None and not isinstance(model, StartingPolicy):
+                compile_blocks(model, block, config.activation_checkpointing)
     scorer = Scorer(
         policy=policy,
         reference=reference_model,

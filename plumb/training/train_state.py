@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from plumb.data.order import BlockSchedule
 from plumb.distributed.progress import run_progress
+from plumb.models.adapters import own_names
 from plumb.rollouts.source import RolloutSource
 from plumb.runs import state_files
 from plumb.runs.checkpoints import Checkpoint
@@ -98,7 +99,8 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a run resumes from, by name."""
-        return state_files.tensors_of(self.policy, self.optimizer) | self.followers()
+        own = state_files.tensors_of(self.policy, self.optimizer, own_names(self.policy))
+        return own | self.followers()
 
     def followers(self) -> dict[str, Tensor]:
         """Return the tensors of the policy's average, of a reference that moves, and of the
@@ -139,7 +141,14 @@ class TrainState:
         )
         if self.rollouts is not None:  # it gets the shapes of the others from the files
             self.rollouts.restore(state_files.stored(files, "rollout."))
-        state_files.restore(self.policy, self.optimizer, files, manifest.values, self.followers())
+        state_files.restore(
+            self.policy,
+            self.optimizer,
+            own_names(self.policy),
+            files,
+            manifest.values,
+            self.followers(),
+        )
         self.first_update = manifest.step
         self.n_steps = manifest.step + self.schedule.n_steps_after(manifest.examples)
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, manifest.step)

@@ -275,7 +275,7 @@ PHASES = {
     "clip": "trainers.BasicTrainer.clip",
     "update": "torch.optim.RMSprop.step",
     "agreement": "plumb.distributed.collectives.all_reduce_max",
-    "gathering": "plumb.distributed.sharding.gathered_model_state",
+    "gathering": "plumb.distributed.sharding.gathered_state",
     "writing": "plumb.runs.durable_files.write",
     "renaming": "plumb.runs.durable_files.rename",
     "evaluation": "plumb.training.evaluator.evaluate",

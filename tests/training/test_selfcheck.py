@@ -149,7 +149,7 @@ def test_sums_do_not_depend_on_how_often_or_when_they_are_made():
 def test_a_cached_reference_of_other_weights_stops_the_run(train, monkeypatch):
     """A file that passes for this reference's, and was computed with other weights."""
     monkeypatch.setattr(
-        "plumb.models.reference_cache.weights_digest", lambda model: "the same for all"
+        "plumb.models.reference_cache.state_digest", lambda state: "the same for all"
     )
     sft = train(
         "sft",

@@ -1,0 +1,478 @@
+"""Train low-rank adapters (LoRA, DoRA; peft's layers) instead of a model's own weights.
+
+The base weights W of a model never change. Its policy adds the effect of its adapters: with LoRA,
+W + s B A; with DoRA, m (W + s B A) / |W + s B A|, the norms of the rows. So the weights that a run
+started from are always at hand: they are the base and the adapters it started from. StartingPolicy
+computes with them, and is the live reference.
+
+A policy.pt of such a model holds its adapters only, each with a number, and the scalar head of a
+reward model:
+
+    adapters.0.scaling                                        s
+    model.layers.3.self_attn.q_proj.lora_A.0.weight           A  [r, in]
+    model.layers.3.self_attn.q_proj.lora_B.0.weight           B  [out, r]
+    model.layers.3.self_attn.q_proj.lora_magnitude_vector.0.weight    m  [out], of DoRA
+
+r rank, s scaling: alpha / r, or alpha / sqrt(r) with rsLoRA. An embedding [V, d] has
+lora_embedding_A [r, V] and lora_embedding_B [d, r].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from plumb.distributed import sharding
+from plumb.errors import UserError
+from plumb.models.blocks import block_class
+from plumb.models.scalar_head import head_name, scores
+
+START = "start"  # the name of the frozen copy of an adapter whose training continues
+PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{PARTS})\.(?P<adapter>\w+)(\.weight)?")
+SCALING = re.compile(r"adapters\.(?P<adapter>\d+)\.scaling")
+
+
+@dataclass(frozen=True)
+class AdapterKnobs:
+    """Hold the options adapter*.
+
+    Example: those of adapter=lora with all defaults have rank 16 and alpha 32, so scaling 2.
+    """
+
+    kind: str  # lora | dora
+    rank: int
+    alpha: float
+    rslora: bool
+    init: str  # default | pissa | olora
+    targets: Sequence[str] | None  # names of modules; None: all linear layers of the blocks
+    previous: str  # merge | continue | stack: what becomes of the adapters of model.archive
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def knobs_of(config: Any) -> AdapterKnobs | None:
+    """Return the options of a config; None without an adapter."""
+    if config.adapter == "none":
+        return None
+    targets = config.adapter_targets
+    return AdapterKnobs(
+        kind=config.adapter,
+        rank=config.adapter_rank,
+        alpha=config.adapter_alpha,
+        rslora=config.adapter_rslora,
+        init=config.adapter_init,
+        targets=None if targets is None else tuple(targets),
+        previous=config.adapter_previous,
+    )
+
+
+class Factors(NamedTuple):
+    """Hold what one adapter has for one module."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    magnitude: Tensor | None  # [out], of DoRA
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Hold one adapter of a model.
+
+    `factors` gives those of a module, for which it may read the module's base weight.
+    """
+
+    name: str  # its number; or START
+    rank: int
+    scaling: float
+    dora: bool
+    modules: Sequence[str]
+    factors: Callable[[str], Factors]
+    trained: bool = False
+    in_policy: bool = True
+    in_start: bool = True  # part of the weights that the run starts from
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Hold the names of a model's adapters by what they take part in."""
+
+    policy: tuple[str, ...]
+    start: tuple[str, ...]
+    trained: str
+
+
+# ---- which modules ----
+
+
+def target_modules(
+    model: PreTrainedModel, targets: Sequence[str] | None, block_name: str | None
+) -> list[str]:
+    """Return the names of the modules that get an adapter. Raise UserError for names that no
+    module has.
+    """
+    fitting = {name for name, module in model.named_modules() if _takes_adapter(module)}
+    if targets is None:
+        block = block_class(model, block_name)
+        blocks = tuple(
+            f"{name}." for name, module in model.named_modules() if isinstance(module, block)
+        )
+        return sorted(
+            name
+            for name in fitting
+            if name.startswith(blocks) and not isinstance(model.get_submodule(name), nn.Embedding)
+        )
+    chosen = set[str]()
+    for target in targets:
+        named = {name for name in fitting if f".{name}".endswith(f".{target}")}
+        if not named:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in fitting}))
+            raise UserError(
+                f"adapter_targets={list(targets)}: {type(model).__name__} has no linear layer or"
+                f" embedding named {target}; it has {known}"
+            )
+        chosen |= named
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[1] is not None and ends[0].weight is ends[1].weight:
+        tied = [name for name in chosen if any(model.get_submodule(name) is end for end in ends)]
+        if tied:
+            raise UserError(
+                f"adapter_targets={list(targets)}: the head and the embedding of this"
+                f" {type(model).__name__} are one matrix, which an adapter of {tied[0]} would"
+                " separate; leave it out"
+            )
+    return sorted(chosen)
+
+
+def _takes_adapter(module: nn.Module) -> bool:
+    """Return whether this is a plain matrix or table. A subclass with a computation of its own (a
+    router, a scalar head) is none.
+    """
+    plain = (nn.Linear, nn.Embedding, Conv1D)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in plain)
+
+
+# ---- values ----
+
+
+def first_factors(knobs: AdapterKnobs, seed: int, module: str, weight: Tensor) -> Factors:
+    """Return the factors of a new adapter for a module with this weight.  [out, in]
+
+    default: B = 0, and A uniform with variance 1 / (3 in), as in LoRA (arXiv:2106.09685). pissa
+    (arXiv:2404.02948): s B A is the best approximation of W of rank r. olora (arXiv:2406.01775):
+    B and A are the first columns of Q and rows of R of W = Q R. Raises UserError if the rank
+    exceeds that of the matrix.
+    """
+    rank = knobs.rank
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if rank > min(wide.shape):
+        raise UserError(
+            f"adapter_rank={rank}: {module} is a matrix of {' x '.join(map(str, wide.shape))};"
+            f" give {min(wide.shape)} or less, or leave it out of adapter_targets"
+        )
+    if knobs.init == "pissa":
+        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+        root = (s[:rank] / knobs.scaling).sqrt()
+        b, a = u[:, :rank] * root, root[:, None] * vh[:rank]
+    elif knobs.init == "olora":
+        q, r = torch.linalg.qr(wide)
+        b, a = q[:, :rank], r[:rank]
+    else:
+        drawn = int.from_bytes(hashlib.blake2b(f"{seed} {module}".encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(drawn)
+        bound = 1 / math.sqrt(wide.shape[1])
+        a = torch.rand(rank, wide.shape[1], generator=generator).mul_(2).sub_(1).mul_(bound)
+        b = torch.zeros(wide.shape[0], rank)
+    magnitude = torch.linalg.norm(wide, dim=1) if knobs.kind == "dora" else None
+    return Factors(a.to(wide.dtype), b.to(wide.dtype), magnitude)
+
+
+def merged(weight: Tensor, adapters: Sequence[tuple[float, Factors]]) -> Tensor:
+    """Return a module's weight with the effect of adapters, (scaling, factors) each.  [out, in] ->
+    [out, in], of the same type
+
+    Each has its effect on W itself, as in peft's forward pass:
+    W + sum of s B A (LoRA) and of m (W + s B A) / |W + s B A| - W (DoRA).
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    total = wide
+    for scaling, (a, b, magnitude) in adapters:
+        change = scaling * (b.to(wide) @ a.to(wide))
+        if magnitude is not None:
+            moved = wide + change
+            size = torch.linalg.norm(moved, dim=1, keepdim=True)
+            change = magnitude.to(wide)[:, None] / size * moved - wide
+        total = total + change
+    return total.to(weight.dtype)
+
+
+def as_matrix(module: nn.Module, weight: Any) -> Tensor:
+    """Return a module's weight as [out, in], or such a matrix as the module's weight."""
+    return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight
+
+
+# ---- the adapters of a policy.pt ----
+
+
+def holds_adapters(state: Mapping[str, Tensor]) -> bool:
+    """Return whether this is the state dict of a model with adapters."""
+    return any(SCALING.fullmatch(name) for name in state)
+
+
+def read_adapters(state: Mapping[str, Tensor], what: str) -> list[Adapter]:
+    """Return the adapters of a policy.pt, in their order, all of them part of a run's start. Raise
+    UserError for one that is not complete; `what`: how to call the file.
+    """
+    tables: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, tensor in state.items():
+        if match := KEY.fullmatch(name):
+            of_module = tables.setdefault(match["adapter"], {}).setdefault(match["module"], {})
+            of_module[match["part"].replace("embedding_", "")] = tensor
+    adapters = []
+    for number in sorted(tables, key=int):
+        modules = tables[number]
+        scaling = state.get(f"adapters.{number}.scaling")
+        broken = next((m for m, parts in modules.items() if not parts.keys() >= _FACTORS), None)
+        if scaling is None or broken is not None:
+            raise UserError(
+                f"{what}: its adapter {number} is not complete"
+                f" ({broken or 'its scaling is missing'}); take another checkpoint"
+            )
+        some = next(iter(modules.values()))
+        adapters.append(
+            Adapter(
+                name=number,
+                rank=some["lora_A"].shape[0],
+                scaling=float(scaling),
+                dora="lora_magnitude_vector" in some,
+                modules=sorted(modules),
+                factors=_Stored(modules),
+            )
+        )
+    return adapters
+
+
+_FACTORS = {"lora_A", "lora_B"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Give the factors that a policy.pt holds."""
+
+    modules: Mapping[str, Mapping[str, Tensor]]
+
+    def __call__(self, module: str) -> Factors:
+        parts = self.modules[module]
+        return Factors(parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector"))
+
+
+# ---- a model with adapters ----
+
+
+def inject(model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
+    """Give the model's modules peft's layers for these adapters, without values. Only the trained
+    one, and a scalar head, can be trained from now on.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    for adapter in adapters:
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.scaling * adapter.rank,  # type: ignore[arg-type]
+            lora_dropout=0.0,
+            use_dora=adapter.dora,
+            target_modules=list(adapter.modules),
+            fan_in_fan_out=transposed,
+            init_lora_weights=False,
+        )
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # that fan_in_fan_out is for some of the layers only
+            inject_adapter_in_model(config, model, adapter.name, low_cpu_mem_usage=True)
+    (trained,) = (adapter.name for adapter in adapters if adapter.trained)
+    roles = Roles(
+        policy=tuple(adapter.name for adapter in adapters if adapter.in_policy),
+        start=tuple(adapter.name for adapter in adapters if adapter.in_start),
+        trained=trained,
+    )
+    model.adapter_roles = roles  # type: ignore[assignment]
+    _activate(_layers(model), roles.policy)
+    for name, p in model.named_parameters():
+        match = KEY.fullmatch(name)
+        p.requires_grad_(match is not None and match["adapter"] == trained)
+    if scores(model):
+        model.get_output_embeddings().requires_grad_(True)
+
+
+def base_name(name: str) -> str:
+    """Return the name that a parameter has in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def values_of(adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
+    """Return the function from a parameter's name to its first value; None for one of the base."""
+    by_name = {adapter.name: adapter for adapter in adapters}
+    last: dict[tuple[str, str], Factors] = {}  # parameters of a module follow one another
+
+    def value(name: str) -> Tensor | None:
+        match = KEY.fullmatch(name)
+        if match is None:
+            return None
+        key = match["adapter"], match["module"]
+        if key not in last:
+            if any(module != key[1] for _, module in last):
+                last.clear()
+            last[key] = by_name[key[0]].factors(key[1])
+        factors = last[key]
+        part = match["part"].rpartition("_")[2]
+        return {"A": factors.a, "B": factors.b, "vector": factors.magnitude}[part]
+
+    return value
+
+
+@torch.no_grad()
+def fill_adapters(model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
+    """Allocate the parameters of a model's adapters and give them their values: in float32 or
+    wider, on the devices of their modules.
+    """
+    value = values_of(adapters)
+    for owner_name, owner in model.named_modules():
+        for name, p in list(owner._parameters.items()):
+            first = value(f"{owner_name}.{name}") if p is not None else None
+            if p is None or first is None:
+                continue
+            match = KEY.fullmatch(f"{owner_name}.{name}")
+            assert match is not None
+            layer: Any = model.get_submodule(match["module"])
+            base = layer.get_base_layer().weight
+            dtype = torch.promote_types(base.dtype, torch.float32)
+            made = first.to(base.device, dtype, copy=True).contiguous()
+            owner._parameters[name] = nn.Parameter(made, requires_grad=p.requires_grad)
+
+
+def roles_of(model: Any) -> Roles | None:
+    """Return the roles of a model's adapters; None if it has none."""
+    return getattr(model, "adapter_roles", None)
+
+
+def own_names(policy: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters that belong to a run: all of them or, with adapters, all
+    but the base weights.
+    """
+    names = {name for name, _ in policy.named_parameters()}
+    if roles_of(policy) is None:
+        return names
+    head = head_name(policy) if scores(policy) else None
+    return {name for name in names if KEY.fullmatch(name) or name == head}
+
+
+def stored(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what policy.pt holds of a policy, sharded as it is: its state dict or, with adapters,
+    those that take part in it, and a scalar head.
+    """
+    state = policy.state_dict(keep_vars=True)
+    roles = roles_of(policy)
+    if roles is None:
+        return state
+    own = own_names(policy)
+    numbers = {name: str(i) for i, name in enumerate(roles.policy)}
+    kept: dict[str, Tensor] = {}
+    for name, number in numbers.items():
+        scaling = next(layer.scaling[name] for layer in _layers(policy) if name in layer.scaling)
+        kept[f"adapters.{number}.scaling"] = torch.tensor(scaling, dtype=torch.float64)
+    for name, tensor in state.items():
+        match = KEY.fullmatch(name)
+        if name in own and (match is None or match["adapter"] in numbers):
+            kept[name] = tensor
+    return kept
+
+
+def starting_state(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights that a run starts from, by their names without adapters: those of the
+    base, and of the adapters that it starts from. Their digest is that of the reference.
+    """
+    state = policy.state_dict(keep_vars=True)
+    roles = roles_of(policy)
+    if roles is None:
+        return state
+    matches = {name: KEY.fullmatch(name) for name in state}
+    return {
+        base_name(name): tensor
+        for name, tensor in state.items()
+        if (match := matches[name]) is None or match["adapter"] in roles.start
+    }
+
+
+def count_trained(policy: nn.Module) -> int:
+    """Return the number of weights that are trained."""
+    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+# ---- the reference ----
+
+
+class StartingPolicy:
+    """Compute with the weights that a policy with adapters started from, which are part of it: the
+    base and the adapters it started from. It is a live reference without weights of its own.
+
+    What else is asked of it, the policy answers.
+    """
+
+    def __init__(self, policy: PreTrainedModel):
+        roles = roles_of(policy)
+        assert roles is not None
+        self.policy = policy
+        self.roles = roles
+        self.layers = _layers(policy)
+
+    @torch.no_grad()
+    def __call__(self, *arguments: Any, **inputs: Any) -> Any:
+        with self._in_place():
+            return self.policy(*arguments, **inputs)
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Sample, as transformers does."""
+        with self._in_place():
+            return self.policy.generate(*arguments, **options)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Switch to the adapters of the start within the context."""
+        _activate(self.layers, self.roles.start)
+        try:
+            yield
+        finally:
+            _activate(self.layers, self.roles.policy)
+            # otherwise FSDP would miss the gradients of what it has left gathered
+            sharding.reshard(self.policy)
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _activate(layers: Sequence[Any], names: Sequence[str]) -> None:
+    """Let exactly these adapters take part in a forward pass. peft's own functions would also
+    change which parameters are trained.
+    """
+    for layer in layers:
+        layer._active_adapter = list(names)
+        layer._disable_adapters = not names

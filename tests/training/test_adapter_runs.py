@@ -1,0 +1,186 @@
+"""Runs with an adapter: what they start from, what they keep, and what they hand on."""
+
+import json
+import shutil
+
+import pytest
+from groups import Halt
+from runs import DPO, evaluate, outcome, records, same, state_of
+
+import trainers
+from plumb.errors import UserError
+from plumb.models.find import find_model, open_model
+from plumb.runs.policy_file import load_policy_state
+
+LORA = ["adapter=lora", "adapter_rank=4", "adapter_alpha=8"]
+BRIEF = ["do_first_eval=false", "do_last_eval=false", "n_examples=8", "save_optimizer_pt=false"]
+SFT = ["loss=sft", "lr=1e-2", "warmup_steps=0", "batch_size=4", *BRIEF]
+SHORT_DPO = [*DPO, "lr=1e-2", "warmup_steps=0", *BRIEF]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """A place for the LoRA SFT run that several tests start from."""
+    return tmp_path_factory.mktemp("sft") / "sft"
+
+
+def weights(model):
+    """Return the weights of a run's policy, its adapters merged."""
+    return open_model(find_model(str(model))).model.state_dict()
+
+
+def distance(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def starts_at_zero(run_dir):
+    """Return whether the rewards of a run's first step are 0, up to rounding."""
+    first = records(run_dir, "train")[0]
+    return first["loss/train"] == pytest.approx(0.693147, abs=1e-4) and (
+        abs(first["rewards_train/chosen"]) < 1e-4
+    )
+
+
+def sft_once(train, place):
+    """Return the directory of the LoRA SFT run, which is trained once."""
+    if not place.exists():
+        shutil.copytree(train("sft", *SFT, *LORA), place, symlinks=True)
+    return place
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+@pytest.mark.parametrize("previous", ["merge", "continue", "stack"])
+def test_the_reference_is_the_sft_policy(previous, reference, train, sft, tiny_model):
+    """Base -> LoRA SFT -> LoRA DPO: the first rewards are 0 (the base in place of the SFT policy
+    would give others), and eval.py, which merges both, finds the run's own loss.
+    """
+    start = sft_once(train, sft)
+    knobs = [] if previous == "continue" else LORA[1:]
+    run_dir = train(
+        "dpo",
+        *SHORT_DPO,
+        "adapter=lora",
+        *knobs,
+        f"model.archive={start}",
+        f"adapter_previous={previous}",
+        f"reference={reference}",
+        "do_last_eval=true",
+    )
+    assert starts_at_zero(run_dir)
+    assert distance(weights(start), weights(tiny_model)) > 1e-3
+    assert distance(weights(run_dir), weights(start)) > 1e-3
+    out = run_dir.parent / "eval.json"
+    evaluate(run_dir, "--out", out)
+    found = json.loads(out.read_text())["metrics"]["loss/eval"]
+    assert found == pytest.approx(records(run_dir, "eval")[-1]["loss/eval"], abs=1e-5)
+    numbers = {name.split(".")[1] for name in load_policy_state(str(run_dir)) if "scaling" in name}
+    assert numbers == ({"0", "1"} if previous == "stack" else {"0"})
+
+
+def test_adapters_and_full_training_follow_one_another(train, sft):
+    """LoRA SFT -> full DPO -> DoRA DPO. The first policy.pt has all weights again."""
+    start = sft_once(train, sft)
+    full = train("full", *SHORT_DPO, "lr=1e-3", f"model.archive={start}", "reference=live")
+    assert starts_at_zero(full)
+    assert "lm_head.weight" in load_policy_state(str(full))
+    dora = train("dora", *SHORT_DPO, "adapter=dora", f"model.archive={full}", "reference=live")
+    assert starts_at_zero(dora)
+    assert distance(weights(dora), weights(full)) > 1e-3
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_another_start_of_the_adapter_is_the_same_policy(init, train):
+    run_dir = train("run", *SHORT_DPO, *LORA, f"adapter_init={init}", "reference=live")
+    assert starts_at_zero(run_dir)
+
+
+def test_a_checkpoint_is_small_and_resumes_to_the_bit(train, tmp_path, monkeypatch):
+    """It has the adapter, its optimizer state and nothing of the base; what the base is, a run that
+    resumes compares.
+    """
+    options = [*DPO, *LORA, "adapter_init=olora", "reference=live", "ema_decay=0.5"]
+    options += ["do_first_eval=false", "save_every=8", "resume=auto", "batch_size=3"]
+    uninterrupted = train("uninterrupted", *options)
+    state = state_of(uninterrupted)
+    assert not any("embed_tokens" in name or "base_layer" in name for name in state)
+    largest = max(file.stat().st_size for file in (uninterrupted / "LATEST").iterdir())
+    base = sum(x.numel() * 4 for x in weights(uninterrupted).values())
+    assert largest < base / 2
+    step = trainers.BasicTrainer.step
+
+    def gone(self, *arguments):
+        step(self, *arguments)
+        if self.n_updates == 4:
+            raise Halt
+
+    with monkeypatch.context() as patch, pytest.raises(Halt):
+        patch.setattr(trainers.BasicTrainer, "step", gone)
+        train("halted", *options)
+    assert same(outcome(train("halted", *options)), outcome(uninterrupted))
+
+
+def test_a_reward_model_keeps_its_head(train, sft):
+    """Its head is trained beside the adapter, and is in policy.pt; eval.py reads both."""
+    start = sft_once(train, sft)
+    options = ["loss=reward", "lr=1e-2", "warmup_steps=0", "batch_size=4", *BRIEF]
+    run_dir = train("rm", *options, *LORA, f"model.archive={start}", "do_last_eval=true")
+    assert find_model(str(run_dir)).scalar
+    state = load_policy_state(str(run_dir))
+    assert state["lm_head.weight"].shape[0] == 1 and len(state) == 1 + 1 + 2 * 14
+    out = run_dir.parent / "eval.json"
+    evaluate(run_dir, "--out", out)
+    found = json.loads(out.read_text())["metrics"]["loss/eval"]
+    assert found == pytest.approx(records(run_dir, "eval")[-1]["loss/eval"], abs=1e-5)
+    again = train(
+        "again", *options, "adapter=lora", f"model.archive={run_dir}", "adapter_previous=continue"
+    )
+    before, after = (load_policy_state(str(d))["lm_head.weight"] for d in (run_dir, again))
+    assert 0 < (before - after).abs().max() < 0.25  # in two steps of RMSprop, lr / 0.1 each
+
+
+REFUSED = {
+    "adapter_rank=4: is for adapter=lora and adapter=dora": ["adapter_rank=4"],
+    "is for trainer=BasicTrainer and trainer=FSDPTrainer": [
+        "adapter=lora",
+        "trainer=TensorParallelTrainer",
+    ],
+    "adapter_previous=stack: is for a model.archive": ["adapter=lora", "adapter_previous=stack"],
+    "adapter_init=pissa: is for adapter=lora": ["adapter=dora", "adapter_init=pissa"],
+    "reference_dtype=bfloat16: with adapter=lora": [
+        "adapter=lora",
+        "model.reference_dtype=bfloat16",
+    ],
+    "policy_format=repo2023": ["adapter=lora", "policy_format=repo2023"],
+    "set reference=cached, or null": ["adapter=lora", "reference_update_every=2"],
+    "adapter_rank=0: expected a whole number of at least 1": ["adapter=lora", "adapter_rank=0"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_wrong_options_are_refused(message, train):
+    with pytest.raises(UserError, match=message):
+        train("refused", *DPO, *REFUSED[message])
+
+
+def test_an_archive_without_what_it_belongs_to_is_refused(train, sft, tmp_path):
+    start = sft_once(train, sft)
+    run_dir = train("dpo", *SHORT_DPO, *LORA, f"model.archive={start}")
+    full = train("full", *SFT)
+    with pytest.raises(UserError, match="adapter_previous=stack: .* holds no adapter"):
+        train("no", *SFT, "adapter=lora", "adapter_previous=stack", f"model.archive={full}")
+    with pytest.raises(UserError, match="adapter_rank=4: with adapter_previous=continue"):
+        train("no", *SFT, *LORA, "adapter_previous=continue", f"model.archive={start}")
+    moved = tmp_path / "moved"
+    start.rename(moved)
+    try:
+        with pytest.raises(UserError, match="what it was trained on, .*, is no longer there"):
+            open_model(find_model(str(run_dir)))
+    finally:
+        moved.rename(start)
+
+
+def test_a_learning_rate_of_full_training_gets_a_note(train, capsys):
+    train("low", *SHORT_DPO, *LORA, "lr=1e-6")
+    assert "note: lr=1e-06 is one of full fine-tuning" in capsys.readouterr().out
+    train("usual", *SHORT_DPO, *LORA, "lr=1e-5")
+    assert "note: lr" not in capsys.readouterr().out
