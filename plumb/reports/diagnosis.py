@@ -15,13 +15,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from plumb.reports.rollout_diagnosis import (
+    all_equal,
+    disagrees,
+    entropy_falls,
+    far_from_reference,
+    learns_from_samples,
+    negative_kl,
+    never_ends,
+    used_too_often,
+)
+from plumb.reports.trends import MIN_STEPS, ends, fifths, number_of, values_of
 from plumb.runs.history import Record, Run, Sample
 
 if TYPE_CHECKING:
     from plumb.reports.loss_families import Family
 
 # Thresholds. They are rough on purpose: a rule that fires is a reason to look, not a measurement.
-MIN_STEPS = 10  # fewer steps show no trend
 MIN_SAMPLES = 4  # nor do fewer samples
 SILENT_SECS = 3600.0  # every step writes a record, so an hour without one is not a slow step
 NO_GRADIENT = 1e-8  # a norm below this does not move float32 weights
@@ -125,6 +135,7 @@ def verdict(run: Run) -> str:
         "held-out loss": "loss/eval",
         "accuracy": "rewards_eval/accuracies",
         "margin": "rewards_eval/margins",
+        "held-out reward": "rollout_eval/reward",
     }
     parts += [f"{label} {final[key]:.4g}" for label, key in keys.items() if key in final]
     return ", ".join(parts)
@@ -143,28 +154,6 @@ def duration(secs: float) -> str:
         if secs < 3600
         else f"{secs / 3600:.1f} h"
     )
-
-
-# ---- the records ----
-
-
-def _values(records: Sequence[Record], key: str) -> np.ndarray:
-    """Return the values of a metric where it is a number."""
-    return np.array([r[key] for r in records if key in r and math.isfinite(r[key])])
-
-
-def _number(run: Run, knob: str) -> float | None:
-    """Return the value of an option if it is a number, since a config may hold anything."""
-    value = run.setting(knob)
-    return value if isinstance(value, int | float) else None
-
-
-def _fifths(values: np.ndarray) -> list[np.ndarray]:
-    return np.array_split(values, 5)
-
-
-def _ends(values: np.ndarray) -> str:
-    return f"{values[0]:.4g} -> {values[-1]:.4g}"
 
 
 # ---- the rules ----
@@ -198,7 +187,7 @@ def not_finite(run: Run) -> str:
 
 def no_gradient(run: Run) -> str:
     """Detect that all gradient norms in the last fifth of the steps are below 1e-8."""
-    norms = _values(run.steps, "grad_norm")
+    norms = values_of(run.steps, "grad_norm")
     last = norms[-max(1, len(norms) // 5) :]
     return (
         f"the norm is at most {last.max():.2g} at the end"
@@ -211,32 +200,33 @@ def flat(run: Run) -> str:
     """Detect a loss (held-out if there are two evaluations, else in training) that never moved 0.2%
     from its first value.
     """
-    held_out = _values(run.evaluations, "loss/eval")
+    held_out = values_of(run.evaluations, "loss/eval")
     train = (
-        [part.mean() for part in _fifths(_values(run.steps, "loss/train"))]
+        [part.mean() for part in fifths(values_of(run.steps, "loss/train"))]
         if len(run.steps) >= 5 * MIN_STEPS
         else []
     )
     values = held_out if len(held_out) > 1 else np.array(train)
     if (
         len(run.steps) < MIN_STEPS
+        or learns_from_samples(run)  # whose losses are near 0 whatever is learned
         or len(values) < 2
         or np.abs(values / (values[0] or 1.0) - 1).max() > FLAT
     ):
         return ""
     return (
-        f"{'held-out' if len(held_out) > 1 else 'training'} loss {_ends(values)}; the largest lr so"
+        f"{'held-out' if len(held_out) > 1 else 'training'} loss {ends(values)}; the largest lr so"
         f" far was {_top_lr(run):.2g}"
     )
 
 
 def _top_lr(run: Run) -> float:
-    return max(_values(run.steps, "lr"), default=0.0)
+    return max(values_of(run.steps, "lr"), default=0.0)
 
 
 def at_chance(run: Run) -> str:
     """Detect that the last held-out reward accuracy is within 0.05 of 0.5, or below."""
-    values = _values([r for r in run.evaluations if r["step"] > 0], "rewards_eval/accuracies")
+    values = values_of([r for r in run.evaluations if r["step"] > 0], "rewards_eval/accuracies")
     if len(run.steps) < MIN_STEPS or not len(values) or values[-1] > 0.5 + AT_CHANCE:
         return ""
     family = family_of(run)
@@ -253,19 +243,19 @@ def chosen_falls(run: Run) -> str:
     nats and a tenth of its first value.
     """
     for split, records in (("held-out", run.evaluations), ("training", run.steps)):
-        logps = _values(records, f"logps_{'eval' if split == 'held-out' else 'train'}/chosen")
+        logps = values_of(records, f"logps_{'eval' if split == 'held-out' else 'train'}/chosen")
         margins = _margins(records, "eval" if split == "held-out" else "train")
         if len(run.steps) < MIN_STEPS or len(logps) < 2 or len(margins) < 2:
             continue
         if split == "training":  # single batches vary by more than the change to detect
             logps, margins = (
-                np.array([part.mean() for part in _fifths(x)]) for x in (logps, margins)
+                np.array([part.mean() for part in fifths(x)]) for x in (logps, margins)
             )
         fall = logps[0] - logps[-1]
         if margins[-1] > margins[0] and fall > max(FALL_NATS, FALL_SHARE * abs(logps[0])):
             return (
-                f"{split} log-probability of the chosen answers {_ends(logps)} nats, while the"
-                f" margin went {_ends(margins)}"
+                f"{split} log-probability of the chosen answers {ends(logps)} nats, while the"
+                f" margin went {ends(margins)}"
             )
         return ""  # the held-out examples count
     return ""
@@ -277,7 +267,7 @@ def _margins(records: Sequence[Record], split: str) -> np.ndarray:
     """
     keys = (f"rewards_{split}/chosen", f"rewards_{split}/rejected")
     if any(f"rewards_{split}/margins" in r for r in records):
-        return _values(records, f"rewards_{split}/margins")
+        return values_of(records, f"rewards_{split}/margins")
     both = [r for r in records if all(math.isfinite(r.get(key, math.nan)) for key in keys)]
     return np.array([r[keys[0]] - r[keys[1]] for r in both])
 
@@ -286,8 +276,8 @@ def huge_margin(run: Run) -> str:
     """Detect that the mean training margin in the last fifth of the steps is above 10, where the
     loss has hardly any gradient left.
     """
-    margins = _values(run.steps, "rewards_train/margins")
-    if len(margins) < MIN_STEPS or (last := _fifths(margins)[-1].mean()) < HUGE_MARGIN:
+    margins = values_of(run.steps, "rewards_train/margins")
+    if len(margins) < MIN_STEPS or (last := fifths(margins)[-1].mean()) < HUGE_MARGIN:
         return ""
     pull = family_of(run).pull(float(last))
     if pull is not None and pull > NO_PULL:
@@ -313,7 +303,7 @@ def overfits(run: Run) -> str:
         return ""
     at = evaluations[best]["step"]
     before, after = (
-        _values(rs, "loss/train")
+        values_of(rs, "loss/train")
         for rs in ([r for r in run.steps if r["step"] <= at], _after(run.steps, at))
     )
     n = max(1, len(after) // 2)
@@ -333,11 +323,11 @@ def by_heart(run: Run) -> str:
     """Detect a training accuracy of at least 0.99 in the last fifth, with a held-out accuracy more
     than 0.1 below.
     """
-    train = _values(run.steps, "rewards_train/accuracies")
-    held_out = _values(run.evaluations, "rewards_eval/accuracies")
+    train = values_of(run.steps, "rewards_train/accuracies")
+    held_out = values_of(run.evaluations, "rewards_eval/accuracies")
     if len(train) < MIN_STEPS or not len(held_out):
         return ""
-    last = _fifths(train)[-1].mean()
+    last = fifths(train)[-1].mean()
     if last < BY_HEART or held_out[-1] >= last - GAP:
         return ""
     return f"accuracy {last:.3g} on training pairs, {held_out[-1]:.3g} on held-out ones"
@@ -347,10 +337,10 @@ def diverges(run: Run) -> str:
     """Detect a training loss that rose above its best fifth by a tenth of its first value, and by
     three standard errors.
     """
-    losses = _values(run.steps, "loss/train")
-    if len(losses) < 5 * MIN_STEPS:
+    losses = values_of(run.steps, "loss/train")
+    if len(losses) < 5 * MIN_STEPS or learns_from_samples(run):
         return ""
-    parts = _fifths(losses)
+    parts = fifths(losses)
     best = min(parts, key=lambda part: part.mean())
     rise = parts[-1].mean() - best.mean()
     error = math.hypot(*(part.std() / math.sqrt(len(part)) for part in (parts[-1], best)))
@@ -364,7 +354,7 @@ def diverges(run: Run) -> str:
 
 def in_warmup(run: Run) -> str:
     """Detect a run that ended before warmup_steps were over."""
-    warmup, done = _number(run, "warmup_steps") or 0, len(run.steps)
+    warmup, done = number_of(run, "warmup_steps") or 0, len(run.steps)
     if run.status.get("state") != "finished" or not done or done > warmup:
         return ""
     return f"{done} steps with warmup_steps={warmup}: lr={run.setting('lr')} was never reached"
@@ -372,7 +362,7 @@ def in_warmup(run: Run) -> str:
 
 def clipped(run: Run) -> str:
     """Detect a gradient norm above max_grad_norm in nine of ten steps."""
-    norms, limit = _values(run.steps, "grad_norm"), _number(run, "max_grad_norm")
+    norms, limit = values_of(run.steps, "grad_norm"), number_of(run, "max_grad_norm")
     if len(norms) < MIN_STEPS or limit is None or (share := (norms > limit).mean()) < CLIPPED:
         return ""
     return (
@@ -635,6 +625,69 @@ RULES = [
             "otherwise check whether longer answers are preferred in the data",
             per_token,
         ),
+    ),
+    Rule(
+        "problem",
+        "The KL is negative",
+        negative_kl,
+        (
+            "the responses are not the policy's own: compare rollout_train/logps_difference",
+            "report it with the model's name; loss.kl=none only hides it",
+        ),
+    ),
+    Rule(
+        "problem",
+        "All responses to a prompt get the same reward",
+        all_equal,
+        (
+            "a reward that tells responses apart, or prompts that are neither too easy nor too"
+            " hard",
+            "a higher rollout.temperature, or a larger rollout.n",
+            "loss.equal_rewards=drop spends no updates on them",
+        ),
+    ),
+    Rule(
+        "warning",
+        "The reward rises by leaving the reference",
+        far_from_reference,
+        (
+            "over-optimization: read the responses in rollouts.jsonl",
+            "a larger loss.beta, a lower lr, or an earlier stop (keep_best=rollout_eval/reward)",
+            "a second term of the reward, or a reward model trained on such responses",
+        ),
+    ),
+    Rule(
+        "warning",
+        "The entropy collapses",
+        entropy_falls,
+        (
+            "all responses become the same, and nothing more is learned",
+            "a larger loss.beta, a lower lr, or a larger loss.clip_high",
+        ),
+    ),
+    Rule(
+        "warning",
+        "Responses do not end",
+        never_ends,
+        (
+            "a larger rollout.max_new_tokens, or reward.missing_eos above 0",
+            "start from an SFT model, which has learned to end",
+        ),
+    ),
+    Rule(
+        "warning",
+        "The sampler disagrees with the trainer",
+        disagrees,
+        (
+            "model.policy_dtype=float32 and model.fsdp_policy_mp=null, for comparison",
+            "a lower rollout.tolerance stops a run that goes too far",
+        ),
+    ),
+    Rule(
+        "note",
+        "Responses are used too often",
+        used_too_often,
+        ("a smaller rollout.uses or rollout.batches, or a lower lr",),
     ),
     Rule(
         "warning",

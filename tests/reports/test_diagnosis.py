@@ -12,6 +12,11 @@ from plumb.reports import diagnosis
 from plumb.reports.diagnosis import RULES, diagnose, healthy, verdict
 
 NAN = math.nan
+ON_SAMPLES = {
+    "ratio_{}/mean": ALWAYS(1.0),
+    "rollout_{}/reward": falling(0.0, 2.0),
+    "kl_{}/k1": falling(0.0, 6.0),
+}
 LENGTH = "rewards_{}/accuracies/length "
 TWICE = "To {prompt} is fine. To {prompt} is fine, I think, but look around."
 WRONG = {  # rule -> runs that it is for
@@ -76,10 +81,30 @@ WRONG = {  # rule -> runs that it is for
         run(texts=("To {prompt}, be slow.", "I can not help.")),
         run(texts=("To {prompt}, be slow.", " ")),
     ],
+    "negative_kl": [run(train={"kl_{}/k1": falling(0.0, -2.0)})],
+    "all_equal": [run(train={"rollout_{}/equal_rewards": falling(0.5, 1.0)})],
+    "far_from_reference": [
+        run(train=ON_SAMPLES | {"kl_{}/k1": falling(0.0, 90.0)}),
+        run(train=ON_SAMPLES, held_out={"rollout_{}/reward": bent(0.0, 2.0, 1.0)}),
+    ],
+    "entropy_falls": [run(train={"entropy/{}": bent(3.0, 0.1, 0.01)})],
+    "never_ends": [run(train={"rollout_{}/eos": falling(0.3, 0.0)})],
+    "disagrees": [run(train={"rollout_{}/logps_difference": ALWAYS(0.04)})],
+    "used_too_often": [run(train={"clip_{}/low": ALWAYS(0.2), "clip_{}/high": ALWAYS(0.2)})],
     "not_held_out": [run(held_out={})],
     "too_short": [run(n=5, config={"warmup_steps": 2}), run(n=0)],
 }
 RIGHT = {  # rule -> runs that are not to be confused with those; the healthy one is none for any
+    "negative_kl": [run(train={"kl_{}/k1": lambda t: 0.1 * wave(60 * t)}), run(train=ON_SAMPLES)],
+    "all_equal": [run(train={"rollout_{}/equal_rewards": falling(1.0, 0.5)})],
+    "far_from_reference": [
+        run(train=ON_SAMPLES, held_out={"rollout_{}/reward": falling(0.0, 2.0)}),
+        run(train=ON_SAMPLES | {"rollout_{}/reward": falling(2, 1), "kl_{}/k1": falling(0, 90)}),
+    ],
+    "entropy_falls": [run(train={"entropy/{}": falling(3.0, 1.0)})],
+    "never_ends": [run(train={"rollout_{}/eos": falling(0.0, 0.9)})],
+    "disagrees": [run(train={"rollout_{}/logps_difference": ALWAYS(0.004)})],
+    "used_too_often": [run(train={"clip_{}/low": ALWAYS(0.1), "clip_{}/high": ALWAYS(0.1)})],
     "stopped": [run(status={"state": "running"})],
     "silent": [run(status={"state": "running"}, silent_secs=60), run(silent_secs=10**6)],
     "not_finite": [
