@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from plumb.losses.ratios import check_not_negative, check_positive
 
@@ -34,6 +34,11 @@ class AdvantageRule(NamedTuple):
     kl_weight: float  # of log pi(y|x) / pi_ref(y|x), which is taken off the reward; 0: it is not
     equal_rewards: EqualRewards
 
+    @property
+    def compares(self) -> bool:
+        """Return whether a response is compared with the others to its prompt."""
+        return self.baseline != "batch_mean"
+
 
 @dataclass(frozen=True)
 class GaeRule:
@@ -57,6 +62,8 @@ class GaeRule:
     critic_warmup: int  # the first rollouts, which train the critic only
     value_clip: float | None
     value_weight: float
+
+    compares: ClassVar[bool] = False  # a response with the others to its prompt
 
     @property
     def kl_weight(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -72,13 +72,13 @@ class Declaration:
         """Return the types of the knobs. A keyword that is a GaeRule stands for its fields."""
         types: dict[str, Any] = {}
         for keyword, hint in self.keywords().items():
-            types |= get_type_hints(GaeRule) if hint is GaeRule else {keyword: hint}
+            types |= _fields(GaeRule) if hint is GaeRule else {keyword: hint}
         return types
 
     def arguments(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the function's keyword arguments for these knobs."""
         return {
-            keyword: GaeRule(**{knob: knobs[knob] for knob in get_type_hints(GaeRule)})
+            keyword: GaeRule(**{field.name: knobs[field.name] for field in fields(GaeRule)})
             if hint is GaeRule
             else knobs[keyword]
             for keyword, hint in self.keywords().items()
@@ -202,6 +202,12 @@ def build_loss(config: Mapping[str, Any]) -> Loss:
     )
     _try_on_zeros(bound)
     return bound
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields, by name."""
+    hints = get_type_hints(record)
+    return {field.name: hints[field.name] for field in fields(record)}
 
 
 def _resolved(setting: V | Callable[[Mapping[str, Any]], V], knobs: Mapping[str, Any]) -> V:

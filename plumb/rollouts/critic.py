@@ -65,8 +65,8 @@ class Critic:
             error = returns - values.detach()
             columns = (losses.detach(), beyond, error, error**2, returns, returns**2)
             sums += weight * torch.stack([x.double().sum() for x in columns])
-        norm = self._step()
-        return {**_metrics((sharding.all_reduce_sum(sums) / n).tolist()), "critic/grad_norm": norm}
+        means = (sharding.all_reduce_sum(sums) / n).tolist()
+        return {**_metrics(means), "critic_train/grad_norm": self._step()}
 
     def _step(self) -> float:
         """Update the weights by the gradients of all ranks. Return the gradients' norm before they
@@ -129,9 +129,9 @@ def _metrics(means: list[float]) -> dict[str, float]:
     variance = returns_squared - returns**2
     left = error_squared - error**2
     return {
-        "critic/loss": loss,
-        "critic/clip": beyond,
-        "critic/explained_variance": 1 - left / variance if variance > 0 else 0.0,
-        "critic/returns": returns,
-        "critic/values": returns - error,
+        "critic_train/loss": loss,
+        "critic_train/clip": beyond,
+        "critic_train/explained_variance": 1 - left / variance if variance > 0 else 0.0,
+        "critic_train/returns": returns,
+        "critic_train/values": returns - error,
     }

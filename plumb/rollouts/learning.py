@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,44 +25,44 @@ Learn = Callable[[Rollout], Lessons]
 PairRule = Literal["best-worst", "margin", "bradley-terry"]
 
 
-@dataclass(frozen=True)
-class ByAdvantage:
-    """Give each response its advantage, and each of its tokens the log-probabilities under the
-    policy that sampled it and under the reference.
+class TokenLogps(NamedTuple):
+    """Hold the log-probabilities of a rollout's tokens.
+
+    Example: of one response of two tokens, without a reference: TokenLogps(old=[[-1.2, -0.3]],
+    reference=None, counters={"rollout_train/logps_difference": 1e-7}).
     """
 
-    rule: AdvantageRule
+    old: list[np.ndarray]  # [n] of each tree's tokens, under the policy that sampled them
+    reference: list[np.ndarray] | None
+    counters: dict[str, float]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return what a loss on samples reads of them, as columns of [n] arrays."""
+        columns = {"old_logps": column_of(self.old)}
+        if self.reference is not None:
+            columns["reference"] = column_of(self.reference)
+        return columns
+
+
+@dataclass(frozen=True)
+class SampledLogps:
+    """Read the log-probabilities of a rollout's tokens by the training path, at the temperature of
+    sampling.
+    """
+
     read: TokenReader
-    # by the training path, at the temperature of sampling
-    policy_logps: ReadTokens
-    reference_logps: ReadTokens | None  # None: the loss needs no reference
+    policy: ReadTokens
+    reference: ReadTokens | None  # None: the loss needs no reference
     # nats per token: how far the sampler's log-probabilities may be from the trainer's on average
     tolerance: float
 
-    def __call__(self, rollout: Rollout) -> Lessons:
-        """Return one tree for each prompt, less those that the rule drops. The extras are
-        old_logps, and reference where there is one, by token, and advantages by response.
-        """
+    def __call__(self, rollout: Rollout) -> TokenLogps:
+        """Return them. Raise UserError where the sampler's are other ones."""
         trees = rollout.trees
-        old = self.read(trees, self.policy_logps)
-        difference = self._difference(rollout, old)
-        token = {"old_logps": old}
-        kl = None
-        if self.reference_logps is not None:
-            token["reference"] = self.read(trees, self.reference_logps)
-            kl = _sums(old, trees) - _sums(token["reference"], trees)
-        of_rollout = advantages(rollout.rewards, self.rule, kl)
-        kept = of_rollout.groups
-        columns = Extras(
-            response={"advantages": of_rollout.values},
-            token={name: column_of([values[i] for i in kept]) for name, values in token.items()},
-        )
-        return Lessons(
-            prompts=rollout.prompts[kept],
-            trees=[trees[i] for i in kept],
-            columns=columns,
-            counters={"rollout_train/logps_difference": difference},
-        )
+        old = self.read(trees, self.policy)
+        counters = {"rollout_train/logps_difference": self._difference(rollout, old)}
+        reference = None if self.reference is None else self.read(trees, self.reference)
+        return TokenLogps(old, reference, counters)
 
     def _difference(self, rollout: Rollout, old: list[np.ndarray]) -> float:
         """Return the mean distance per token of the sampler's log-probabilities from those of the
@@ -76,6 +76,37 @@ class ByAdvantage:
             f"rollout: the sampler's log-probabilities are {difference:.2g} nats per token away"
             f" from the trainer's (rollout.tolerance={self.tolerance:g}): the samples are not the"
             " policy's own; this model cannot be trained on them"
+        )
+
+
+@dataclass(frozen=True)
+class ByAdvantage:
+    """Give each response its advantage, and each of its tokens the log-probabilities under the
+    policy that sampled it and under the reference.
+    """
+
+    rule: AdvantageRule
+    logps: SampledLogps
+
+    def __call__(self, rollout: Rollout) -> Lessons:
+        """Return one tree for each prompt, less those that the rule drops. The extras are
+        old_logps, and reference where there is one, by token, and advantages by response.
+        """
+        trees = rollout.trees
+        logps = self.logps(rollout)
+        kl = None
+        if logps.reference is not None:
+            kl = _sums(logps.old, trees) - _sums(logps.reference, trees)
+        of_rollout = advantages(rollout.rewards, self.rule, kl)
+        kept = of_rollout.groups
+        return Lessons(
+            prompts=rollout.prompts[kept],
+            trees=[trees[i] for i in kept],
+            columns=Extras(
+                response={"advantages": of_rollout.values},
+                token={name: column[kept] for name, column in logps.columns().items()},
+            ),
+            counters=logps.counters,
         )
 
 

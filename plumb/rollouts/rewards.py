@@ -186,6 +186,26 @@ def build_rewards(config: Mapping[str, Any], device: str | None = None) -> Rewar
     )
 
 
+def reward_model_of(reward: Mapping[str, Any]) -> str:
+    """Return the reward model among the terms of `reward`. Raise UserError unless there is one.
+
+    >>> reward_model_of({"terms": {"a": {"rule": "shorter"}, "b": {"model": "runs/rm"}}})
+    'runs/rm'
+    """
+    terms = (reward.get("terms") or {}).values()
+    models = [
+        str(term["model"])
+        for term in terms
+        if term.get("model") is not None and term.get("beta") is None
+    ]
+    if len(models) != 1:
+        raise UserError(
+            f"loss.critic=reward: begins as the reward model, and reward.terms has"
+            f" {len(models) or 'none'}; set loss.critic=policy"
+        )
+    return models[0]
+
+
 def by_one(name: str, function: OfOne) -> Reward:
     """Return the rewards of a function of one response. Where it raises, so does UserError."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -130,6 +130,19 @@ class _Part(NamedTuple):
     terms: dict[str, np.ndarray]  # [k] each
 
 
+class Follower(Protocol):
+    """Learn from each step before the policy does."""
+
+    def step(self, step: Step) -> Step:
+        """Return what the policy gets of a step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a run resumes from, by name."""
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Continue from those of a checkpoint that begin with "rollout."."""
+
+
 class Position(NamedTuple):
     """Hold where the run stands when a step is asked for."""
 
@@ -150,6 +163,7 @@ class RolloutSource:
     position: Callable[[], Position]
     block_at: Callable[[int], Block]  # from the number of training examples seen
     keep: Callable[[list[dict[str, Any]]], None]  # is given the rows of each rollout
+    follower: Follower | None = None
     first: int = -1  # training examples before the present block; -1: there is none
     lessons: Lessons | None = None
 
@@ -184,7 +198,8 @@ class RolloutSource:
             none = lengths_of([])
             return Step(indices=indices, lengths=none, microbatches=[], counters=counters)
         feed = Feed(self.lessons, self.packing, self.sampler.rank, context=self.context)
-        return replace(feed.step(places, at_least), indices=indices, counters=counters)
+        step = replace(feed.step(places, at_least), indices=indices, counters=counters)
+        return step if self.follower is None else self.follower.step(step)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a run resumes from, by name: the scale of the rewards, and the present block
@@ -192,6 +207,8 @@ class RolloutSource:
         """
         scale = self.sampler.rewards.scale
         state = {} if scale is None else {"rollout.scale": scale.tensor()}
+        if self.follower is not None:
+            state |= self.follower.tensors()
         if self.lessons is None or self.first != self.block_at(self.position().n_seen).first:
             return state
         state["rollout.first"] = torch.tensor([self.first])
@@ -201,6 +218,8 @@ class RolloutSource:
         """Continue from the tensors of a checkpoint."""
         if (scale := self.sampler.rewards.scale) is not None and "rollout.scale" in stored:
             scale.restore(stored["rollout.scale"])
+        if self.follower is not None:
+            self.follower.restore(stored)
         if "rollout.first" in stored:
             self.first = int(stored["rollout.first"])
             kind = "rollout.of."

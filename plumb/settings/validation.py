@@ -164,7 +164,7 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
     them.
     """
     from plumb.losses.advantage_rules import GaeRule
-    from plumb.rollouts.rewards import build_rewards
+    from plumb.rollouts.rewards import build_rewards, reward_model_of
 
     at = config.rollout
     if loss.group != "rollout" and at.preferences is None:
@@ -193,13 +193,8 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
             f"rollout.pair_margin={at.pair_margin}: is for rollout.preferences=margin; leave it at"
             " 0"
         )
-    if isinstance(loss.advantages, GaeRule):
-        raise UserError(
-            f"loss.name={loss.name}: needs a critic, which train.py does not train yet; take"
-            " loss=rloo or loss=grpo"
-        )
-    alone = loss.advantages is not None and loss.advantages.baseline == "batch_mean"
-    if at.n < 2 and not alone:
+    rule = loss.advantages
+    if at.n < 2 and (rule is None or rule.compares):
         raise UserError(
             f"rollout.n={at.n}: a response is compared with others to its prompt; set 2 or more"
         )
@@ -221,6 +216,8 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
                 f" {name}={value}"
             )
     build_rewards(to_dict(config.reward))
+    if isinstance(rule, GaeRule) and rule.critic != "policy":
+        reward_model_of(to_dict(config.reward))
     if config.reference == "cached":
         raise UserError(
             "reference=cached: the responses are sampled while the policy trains, so nothing can be"

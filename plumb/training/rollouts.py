@@ -22,13 +22,17 @@ from plumb.errors import UserError
 from plumb.losses.advantage_rules import AdvantageRule
 from plumb.losses.registry import Loss
 from plumb.models.logps import response_token_logps
+from plumb.rollouts.by_critic import ByCritic
 from plumb.rollouts.decoding import Decoding
 from plumb.rollouts.hf_engine import end_tokens
-from plumb.rollouts.learning import ByAdvantage, ByPairs, Learn, by_lists
+from plumb.rollouts.kl_control import KlControl
+from plumb.rollouts.learning import ByAdvantage, ByPairs, Learn, SampledLogps, by_lists
 from plumb.rollouts.policy_engine import PolicyEngine
 from plumb.rollouts.rewards import Rewards, build_rewards
 from plumb.rollouts.source import Position, RolloutSource, Sampler
 from plumb.rollouts.token_reader import ReadTokens, TokenReader
+from plumb.training import optimizers
+from plumb.training.critics import make_critic
 from plumb.training.objective import Scorer
 from plumb.training.rollout_evaluator import RolloutEvaluator
 from plumb.training.train_state import TrainState
@@ -60,14 +64,16 @@ class Rollouts:
         """Return the source of the run's steps. `keep` is given the rows of each rollout."""
         at = self.config.rollout
         check_prompts(examples, self.config.max_length - at.max_new_tokens, at.max_new_tokens)
+        learn = self._learn(state)
         return RolloutSource(
             sampler=self._sampler(examples, at.temperature, at.n),
-            learn=self._learn(),
+            learn=learn,
             packing=self.packing,
             context=self.scorer.loss.context_examples,
             position=lambda: Position(state.position.n_updates, state.position.n_seen),
             block_at=state.schedule.block_at,
             keep=keep,
+            follower=learn if isinstance(learn, ByCritic) else None,
         )
 
     def evaluator(self, examples: Examples, feed: Feed) -> RolloutEvaluator:
@@ -108,21 +114,29 @@ class Rollouts:
             n_ranks=self.packing.world_size,
         )
 
-    def _learn(self) -> Learn:
+    def _learn(self, state: TrainState) -> Learn:
         at = self.config.rollout
         loss = self.scorer.loss
         if at.preferences == "ranks":
             return by_lists
         if at.preferences is not None:
             return ByPairs(at.preferences, at.pair_margin, self.config.seed)
-        assert isinstance(loss.advantages, AdvantageRule)  # a loss of group "rollout"
-        return ByAdvantage(
-            rule=loss.advantages,
+        logps = SampledLogps(
             read=TokenReader(self.packing, self.rank),
-            policy_logps=self._logps_of(self.scorer.policy),
-            reference_logps=self._logps_of(self.scorer.reference) if loss.needs_reference else None,
+            policy=self._logps_of(self.scorer.policy),
+            reference=self._logps_of(self.scorer.reference) if loss.needs_reference else None,
             tolerance=at.tolerance,
         )
+        rule = loss.advantages
+        assert rule is not None  # a loss of group "rollout"
+        if isinstance(rule, AdvantageRule):
+            return ByAdvantage(rule, logps)
+        # as the policy's at the same step
+        lr_factor = lambda: optimizers.lr_factor(self.config, state.n_steps)(
+            state.position.n_updates
+        )
+        critic = make_critic(self.config, rule, self.scorer, self.tokenizer, lr_factor)
+        return ByCritic(rule, logps, critic, KlControl.of(rule))
 
     def _logps_of(self, model: Any) -> ReadTokens:
         """Return the function that reads log-probabilities by the training path, at the temperature

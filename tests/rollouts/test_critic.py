@@ -132,12 +132,12 @@ def test_an_update_by_hand():
         error = returns - old
         assert metrics == pytest.approx(
             {
-                "critic/loss": (error**2).mean() / 2,
-                "critic/clip": 0,
-                "critic/explained_variance": 1 - error.var() / returns.var(),
-                "critic/returns": returns.mean(),
-                "critic/values": old.mean(),
-                "critic/grad_norm": metrics["critic/grad_norm"],
+                "critic_train/loss": (error**2).mean() / 2,
+                "critic_train/clip": 0,
+                "critic_train/explained_variance": 1 - error.var() / returns.var(),
+                "critic_train/returns": returns.mean(),
+                "critic_train/values": old.mean(),
+                "critic_train/grad_norm": metrics["critic_train/grad_norm"],
             },
             rel=1e-4,
         )
@@ -150,8 +150,8 @@ def test_it_learns_returns():
     critic = critic_of(model_with_head())
     returns = np.linspace(-2, 3, N)
     records = [critic.update(step_of(values=np.zeros(N), returns=returns)) for _ in range(40)]
-    assert records[0]["critic/explained_variance"] < 0.3
-    assert records[-1]["critic/explained_variance"] > 0.9
+    assert records[0]["critic_train/explained_variance"] < 0.3
+    assert records[-1]["critic_train/explained_variance"] > 0.9
 
 
 def test_it_continues_from_its_tensors():

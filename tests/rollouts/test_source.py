@@ -19,10 +19,15 @@ from plumb.losses.advantage_rules import AdvantageRule
 from plumb.losses.registry import build_loss
 from plumb.models.forward_path import ForwardPath, use_tree_attention
 from plumb.models.logps import response_token_logps
+from plumb.models.scalar_head import put_scalar_head
 from plumb.rollouts.advantages import scaled
+from plumb.rollouts.by_critic import ByCritic
+from plumb.rollouts.critic import Critic
 from plumb.rollouts.decoding import Decoding
 from plumb.rollouts.engine import Samples
-from plumb.rollouts.learning import ByAdvantage, ByPairs, by_lists
+from plumb.rollouts.gae import advantages_by_token
+from plumb.rollouts.kl_control import KlControl
+from plumb.rollouts.learning import ByAdvantage, ByPairs, SampledLogps, by_lists
 from plumb.rollouts.policy_engine import PolicyEngine
 from plumb.rollouts.rewards import Measured, Rewards, RunningScale, Term, build_rewards, reward
 from plumb.rollouts.rollout import Rollout
@@ -91,22 +96,22 @@ def source_of(policy, reward, budget=64, **changed):
         rank=0,
         n_ranks=1,
     )
-    by_advantage = ByAdvantage(
-        rule=values["rule"],
+    logps = SampledLogps(
         read=TokenReader(packing, 0),
-        policy_logps=values["policy_logps"],
-        reference_logps=values["reference_logps"],
+        policy=values["policy_logps"],
+        reference=values["reference_logps"],
         tolerance=1e-4,
     )
     kept = []
     source = RolloutSource(
         sampler=sampler,
-        learn=values["learn"] or by_advantage,
+        learn=values["learn"] or ByAdvantage(values["rule"], logps),
         packing=packing,
         context=None,
         position=lambda: Position(values["number"](), values["number"]()),
         block_at=lambda n_seen: Block(n_seen, source.indices),
         keep=kept.extend,
+        follower=values["learn"] if isinstance(values["learn"], ByCritic) else None,
     )
     source.kept = kept
     return source
@@ -318,7 +323,7 @@ def test_bradley_terry_labels_have_their_probability():
     assert [t.responses[0][0] for t in again.trees] == [t.responses[0][0] for t in made.trees]
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
 def test_a_policy_learns_from_its_samples(name):
     """From responses of any length to short ones, by the loss as its YAML has it. The steps are
     sampled one by one, each from the weights that the one before has left; so every ratio is 1.
@@ -327,6 +332,7 @@ def test_a_policy_learns_from_its_samples(name):
     loss = build_loss(knobs_of(name))
     policy = tiny_model().eval()
     reference = copy.deepcopy(policy)
+    use_tree_attention(reference)
     n = [0]
     source = source_of(
         policy,
@@ -335,9 +341,9 @@ def test_a_policy_learns_from_its_samples(name):
         n=16,
         rule=loss.advantages,
         reference_logps=logps_of(reference),
+        learn=by_critic(policy, reference) if name == "ppo" else None,
         number=lambda: n[0],
     )
-    use_tree_attention(reference)
     scorer = Scorer(
         policy=policy,
         reference=None,
@@ -354,7 +360,10 @@ def test_a_policy_learns_from_its_samples(name):
         means = Means()
         for batch, weight, _ in step.microbatches:
             scored = scorer(batch)
-            (scored.weighted_losses().sum() / len(step.lengths)).backward()
+            n_each = len(step.lengths)
+            if loss.average_over == "tokens":
+                n_each = step.lengths.n_scored()
+            (scored.weighted_losses().sum() / n_each).backward()
             means.add(scored.metrics, weight, scored.weights)
         optimizer.step()
         optimizer.zero_grad()
@@ -365,3 +374,107 @@ def test_a_policy_learns_from_its_samples(name):
     assert abs(records[0]["kl/k1"]) < 1e-5 < 0.1 < records[-1]["kl/k1"]
     rewards = [record["rollout_train/reward"] for record in records]
     assert rewards[0] < -2 and np.mean(rewards[-3:]) > -1, rewards
+
+
+# ---- a critic ----
+
+
+def by_critic(policy, reference=None, lr=1e-2, **knobs):
+    """What learns with a critic that begins as the policy."""
+    loss = build_loss(knobs_of("ppo") | knobs)
+    use_tree_attention(policy)
+    model = copy.deepcopy(policy)
+    put_scalar_head(model, seed=0)
+    critic = Critic(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=lr),
+        lr=lr,
+        lr_factor=lambda: 1.0,
+        forward_path=ForwardPath(packed=True, plain_head=False),
+        precision=nullcontext,
+        device=CPU,
+        value_clip=loss.advantages.value_clip,
+        value_weight=1.0,
+        max_grad_norm=10.0,
+    )
+    logps = SampledLogps(
+        read=TokenReader(
+            Packing(packed=True, budget=64, world_size=1, pad_token_id=0, longest=64), 0
+        ),
+        policy=logps_of(policy),
+        reference=None if reference is None else logps_of(reference),
+        tolerance=1e-4,
+    )
+    return ByCritic(loss.advantages, logps, critic, KlControl.of(loss.advantages))
+
+
+def columns_of(step, *names):
+    """Numbers of all tokens by name, response by response, in the order of the microbatches."""
+    batches = [m.batch for m in step.microbatches]
+    return [torch.cat([b.extras.token[name] for b in batches]).numpy() for name in names]
+
+
+def test_a_step_with_a_critic_by_definition():
+    """Advantages and returns are those of the KL, the rewards on last tokens and the values before
+    the first update; the critic has learned from the step when it comes.
+    """
+    policy = tiny_model().eval()
+    reference = tiny_model("qwen3").eval()
+    use_tree_attention(reference)
+    learn = by_critic(policy, reference, whiten="none")
+    before = copy.deepcopy(learn.critic)
+    step = one_step(source_of(policy, lengths, 512, learn=learn), np.arange(3))
+    ((batch, _, _),) = step.microbatches
+    old, theirs, values, returns, given = columns_of(
+        step, "old_logps", "reference", "values", "returns", "advantages"
+    )
+    np.testing.assert_allclose(values, before.values(batch).numpy(), atol=1e-5)
+    assert not torch.allclose(learn.critic.values(batch), before.values(batch), atol=1e-3)
+    order = np.concatenate([np.flatnonzero(batch.response == r) for r in range(9)])
+    n = np.bincount(batch.response)
+    kl = 0.05 * (old - theirs)
+    made = advantages_by_token(n.astype(float), kl[order], values[order], n, learn.rule)
+    np.testing.assert_allclose(given[order], made.values, atol=1e-6)
+    np.testing.assert_allclose(returns[order], made.returns, atol=1e-6)
+    assert step.counters["rollout_train/kl"] == pytest.approx((old - theirs).sum() / 9)
+    assert step.counters["critic_train/returns"] == pytest.approx(returns.mean(), rel=1e-4)
+    assert step.counters["critic_train/alone"] == 0
+
+
+def test_the_critic_warms_up_alone():
+    """On the first rollout, for each of its steps; the policy's are then the same as without."""
+    policy = tiny_model().eval()
+    learn = by_critic(policy, kl="none", beta=None, critic_warmup=1)
+    number = [0]
+    source = source_of(policy, lengths, learn=learn, number=lambda: number[0])
+    weight = learn.critic.model.get_output_embeddings().weight
+    for _ in range(2):
+        before = weight.clone()
+        step = one_step(source, np.arange(3))
+        assert not step.microbatches and len(step.indices) == 3 and not len(step.lengths)
+        assert step.counters["critic_train/alone"] == 1 and not torch.equal(weight, before)
+    number[0] = 1
+    step = one_step(source, np.arange(3))
+    assert step.microbatches and step.counters["critic_train/alone"] == 0
+
+
+def test_a_policy_that_moved_too_far_waits_for_the_next_rollout():
+    policy = tiny_model().eval()
+    learn = by_critic(policy, kl="none", beta=None, stop_kl=0.5)
+    number = [0]
+    source = source_of(policy, lengths, learn=learn, number=lambda: number[0])
+    assert one_step(source, np.arange(3)).microbatches
+    start = policy.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(20)
+    assert not one_step(source, np.arange(3)).microbatches
+    state = learn.tensors()["rollout.critic"]
+    with torch.no_grad():
+        policy.lm_head.weight.copy_(start)
+    assert not one_step(source, np.arange(3)).microbatches  # once it was, the rollout is over
+    again = by_critic(policy, kl="none", beta=None, stop_kl=0.5)
+    again.restore({"rollout.critic": state})
+    assert again.stopped and again.n_rollouts == 1
+    assert again.tensors().keys() == learn.tensors().keys()
+    number[0] = 1
+    assert one_step(source, np.arange(3)).microbatches

@@ -24,7 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from plumb.data.registry import LOADERS
 from plumb.errors import UserError
-from plumb.losses.advantage_rules import GaeRule
 from plumb.losses.registry import LOSSES, build_loss
 from plumb.settings import schema, validation
 from plumb.training.optimizers import OPTIMIZERS, make_optimizer
@@ -324,11 +323,10 @@ REWARD = "reward.terms={brief: {rule: shorter}}"
 
 @pytest.mark.parametrize("loss", filter(on_samples, names("loss")))
 def test_a_loss_on_samples_needs_a_reward(validated, loss):
-    if isinstance(build_loss(knobs_of(loss)).advantages, GaeRule):
-        pytest.skip("needs a critic")
     with pytest.raises(UserError, match=r"^reward.terms: no reward is given"):
         validated("exp_name=x", "model=demo", f"loss={loss}")
-    assert validated("exp_name=x", "model=demo", f"loss={loss}", REWARD)
+    from_rule = ["loss.critic=policy"] * loss.startswith("ppo")
+    assert validated("exp_name=x", "model=demo", f"loss={loss}", REWARD, *from_rule)
 
 
 ON_SAMPLES = {
@@ -339,6 +337,7 @@ ON_SAMPLES = {
     ("loss=reward", "rollout=pairs", REWARD): "rollout.preferences=best-worst: this loss (reward)",
     ("loss=grpo", "rollout.pair_margin=1", REWARD): "rollout.pair_margin=1: is for",
     ("loss=grpo", "rollout.n=1", REWARD): "rollout.n=1: a response is compared with others",
+    ("loss=ppo", REWARD): "loss.critic=reward: begins as the reward model, and reward.terms has no",
     ("loss=grpo", "rollout.max_new_tokens=400", REWARD): "rollout.max_new_tokens=400: does not fit",
     ("loss=grpo", "trainer=FSDPTrainer", REWARD): "trainer=FSDPTrainer: a run on the policy's own",
     ("loss=grpo", "compile=true", REWARD): "compile=True: a run on the policy's own responses",

@@ -99,6 +99,24 @@ OPTIONS = {
         "save_every=4",
         "eval_every=16",
     ],
+    # the critic alone on the first rollout; on the second the KL has another weight
+    "ppo": [
+        "loss=ppo_openai2019",
+        "loss.critic_warmup=1",
+        "loss.critic_lr=1e-3",
+        "loss.kl_horizon=16",
+        "reward.terms={brief: {rule: shorter}}",
+        "rollout.n=2",
+        "rollout.max_new_tokens=4",
+        "rollout.uses=2",
+        "optimizer=AdamW",
+        "lr=1e-3",
+        "warmup_steps=2",
+        "batch_size=4",
+        "n_examples=8",
+        "save_every=4",
+        "eval_every=16",
+    ],
 }
 
 
