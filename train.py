@@ -41,6 +41,8 @@ from plumb.paths import CONFIG
 from plumb.runs.policy_path import resolve_archive
 from plumb.settings import schema
 from plumb.settings.cli import temporary_jsonl
+from plumb.settings.config_file import with_config_files
+from plumb.settings.help import answer
 from plumb.settings.hydra_guard import (
     are_knobs,
     check_command_line,
@@ -550,7 +552,10 @@ def main() -> None:
     # identifies the start that wrote status.json
     os.environ["PLUMB_LAUNCH"] = together if under_torchrun() else uuid.uuid4().hex
     try:
-        sys.argv[1:] = words = spelled_out(sys.argv[1:])
+        if (shown := answer(sys.argv[1:])) is not None:
+            print(shown)
+            return
+        sys.argv[1:] = words = spelled_out(with_config_files(sys.argv[1:]))
         check_command_line(words, Path(__file__))
         if are_knobs(words):
             run(compose(words))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import getpass
 import os
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,12 @@ from plumb.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 CONFIG = ROOT / "config"
+
+
+def version() -> str:
+    """Return Plumb's version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return f"Plumb {project['version']}"
 
 
 def get_local_dir(local_dirs: Sequence[str]) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 from plumb.console import one_line
 from plumb.errors import UserError
-from plumb.paths import new_file
+from plumb.paths import new_file, version
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +26,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=_Help, **options
         )
+        if " " not in self.prog:  # not for a subcommand
+            self.add_argument("--version", action="version", version=version())
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         """Parse the arguments; options may stand between positional arguments."""

@@ -20,6 +20,7 @@ from yaml import MarkedYAMLError
 from plumb.errors import UserError
 from plumb.paths import CONFIG
 from plumb.runs.safe_yaml import ADVICE, HYDRA_KNOBS, MAX_FILES, check_config_file
+from plumb.settings.mistakes import hint
 
 
 def check_command_line(arguments: Sequence[str], script: Path) -> None:
@@ -29,9 +30,11 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
     parser = get_args_parser()  # Hydra's own: it also accepts --config-d for --config-dir
 
     def refuse(message: str) -> NoReturn:
+        flag = re.search(r"unrecognized arguments:.*?--([\w-]+)[= ]?(\S*)", message)
+        meant = hint(f"{flag[1]}={flag[2]}") if flag else ""
         raise UserError(
-            f"{message}; train.py takes knob=value, and flags such as -m before or after all"
-            f" of them"
+            f"{message}{meant}; train.py takes knob=value, and flags such as -m before or after"
+            f" all of them"
         )
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print its usage
@@ -64,10 +67,22 @@ def check_command_line(arguments: Sequence[str], script: Path) -> None:
                 f"{line}: Hydra's own settings are not accepted, except"
                 f" {', '.join(sorted(HYDRA_KNOBS))}; {ADVICE}"
             )
+        if key == "model":
+            _check_model(str(override.value()), folders)
         if re.search(r"(?<!\w)_target_(?!\w)", line):
             raise UserError(f"{line}: '_target_' is not accepted; {ADVICE}")
         if (key in groups or "/" in key) and re.search(r"\.\.|\$", line):
             raise UserError(f"{line}: expected the name of a file in the config folder")
+
+
+def _check_model(name: str, folders: Sequence[Path]) -> None:
+    """Raise UserError for a path or a name on the hub instead of a file of config/model."""
+    known = any((folder / "model" / f"{name}.yaml").is_file() for folder in folders)
+    if "/" in name and ".." not in name and not known:
+        raise UserError(
+            f"model={name}: model= names a file of config/model; for a folder or a model of the"
+            f" hub, write model.name_or_path={name}"
+        )
 
 
 def are_knobs(arguments: Sequence[str]) -> bool:
@@ -88,7 +103,13 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     ["data_split='5,0,5'", 'stage=sft']
     >>> spelled_out(["loss=dpo", "loss.name=ipo", "loss.beta=0.1"])
     ['loss=ipo', 'loss.name=ipo', 'loss.beta=0.1']
+
+    A list with spaces, which the shell has cut, is put together again:
+
+    >>> spelled_out(["datasets=[hh,", "shp]", "lr=1"])
+    ['datasets=[hh, shp]', 'lr=1']
     """
+    arguments = _joined(arguments)
     quoted = [
         re.sub(r"^data_split=([\d.]+(?:,[\d.]+)+)$", r"data_split='\1'", argument)
         for argument in arguments
@@ -97,6 +118,24 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     if not named or not (CONFIG / "loss" / f"{named[-1]}.yaml").is_file():
         return quoted
     return [f"loss={named[-1]}" if a.startswith("loss=") else a for a in quoted]
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Join the pieces of a knob whose brackets are open at the end of an argument. What never
+    closes stays as it is.
+    """
+    is_open = lambda text: text.count("[") > text.count("]") or text.count("{") > text.count("}")
+    joined: list[str] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if re.match(r"[\w.+~/]+=", argument) and is_open(argument):
+            for n in range(1, len(left) + 1):
+                if not is_open(whole := " ".join([argument, *left[:n]])):
+                    argument, left = whole, left[n:]
+                    break
+        joined.append(argument)
+    return joined
 
 
 def no_environment(*names: str) -> NoReturn:
@@ -152,8 +191,8 @@ def in_one_line(error: Exception) -> str:
     if "To append to your config use +" in lines[-1]:
         knob = lines[-1].partition("+")[2]
         return (
-            f"{knob}: no such knob, or not of this model or loss; see config/config.yaml,"
-            " config/model and config/loss"
+            f"{knob}: no such knob, or not of this model or loss"
+            f"{hint(knob) or '; see config/config.yaml, config/model and config/loss'}"
         )
     # Hydra also says so if the knob is null
     if nothing := re.search(r"Could not delete from config\. '(.+?)' does not exist", lines[0]):
@@ -163,7 +202,9 @@ def in_one_line(error: Exception) -> str:
         )
     if lines[0].startswith("In 'config': Could not find '"):
         group, _, name = lines[0].partition("Could not find '")[2].strip("'").rpartition("/")
-        return f"{group}={name}: no such file in config/{group}; it has: {', '.join(lines[2:])}"
+        known = f"no such file in config/{group}; it has: {', '.join(lines[2:])}"
+        advice = f"; for a model of the hub, model.name_or_path={name}" if group == "model" else ""
+        return f"{group}={name}: {known}{advice}"
     kept = [
         line
         for line in lines

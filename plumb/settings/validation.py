@@ -22,10 +22,11 @@ from plumb.data import (
 from plumb.data.registry import LOADERS, check_name, check_revisions, dataset_names, resolve
 from plumb.errors import UserError
 from plumb.models import source_trust
-from plumb.paths import local_root
+from plumb.paths import CONFIG, local_root
 from plumb.runs.history import flatten
 from plumb.runs.identity import CONTENTS
 from plumb.runs.policy_path import resolve_archive
+from plumb.settings.mistakes import hint
 from plumb.settings.plugins import import_plugins
 from plumb.settings.schema import KNOBS, PREFERENCES, defaults, knob_of
 
@@ -39,6 +40,7 @@ FAR = 10
 ADAPTER_LR = 10
 LEAST_LR = 1e-6
 
+LISTS = ("datasets", "eval_datasets", "local_dirs", "plugins", "resume_allow")
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh]"
 
 
@@ -99,7 +101,8 @@ def check_knobs(config: DictConfig, trains: bool = True) -> None:
     if missing:
         flags = [f"{k}=..." for k in missing]
         of_loss = any(k.startswith("loss.") for k in missing)
-        example = f"{EXAMPLE} {'loss=dpo loss.beta=0.1' if of_loss else 'loss=sft'}"
+        name = f"loss={config.loss.name} loss.beta=0.1" if of_loss else "loss=sft"
+        example = f"{EXAMPLE} {name}"
         if of_loss:
             example += f" (config/loss/{config.loss.name}.yaml has the usual values)"
         raise UserError(
@@ -109,18 +112,27 @@ def check_knobs(config: DictConfig, trains: bool = True) -> None:
         knob = knob_of(name)
         if knob is None:
             raise UserError(
-                f"{name}={value}: no such knob; see config/config.yaml and"
+                f"{name}={value}: no such knob{hint(f'{name}={value}')}; see config/config.yaml and"
                 " config/model/blank_model.yaml"
             )
         fits, expected = knob.check
         if not fits(value):
-            raise UserError(f"{name}={value}: expected {expected}")
+            raise UserError(f"{name}={value}: expected {expected}{_instead(name, value)}")
     _across(config)
     if trains:
         _precision(config)
     import_plugins(config.plugins)
     _data_sets(config)
     splits.check(config)
+
+
+def _instead(name: str, value: Any) -> str:
+    """Return what to write for a text where a list is expected, and for a stage that is a loss."""
+    if name in LISTS and isinstance(value, str):
+        return f"; write {name}=[{value}]"
+    if name == "stage" and (CONFIG / "loss" / f"{value}.yaml").is_file():
+        return f"; the objective is chosen by loss={value}"
+    return ""
 
 
 def _check_loss(config: DictConfig) -> Loss:
