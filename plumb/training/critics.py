@@ -39,7 +39,7 @@ def make_critic(
         model = _of_policy(scorer.policy)
     else:
         name = reward_model_of(to_dict(config.reward))
-        model = _of_reward_model(name, tokenizer, str(scorer.device))
+        model = of_reward_model(name, tokenizer, str(scorer.device))
     rank0_print(f"critic: from {name}")
     own = OmegaConf.merge(config, {"lr": rule.critic_lr, "head_lr": None})
     assert isinstance(own, DictConfig)
@@ -65,7 +65,10 @@ def _of_policy(policy: Any) -> Any:
     return model
 
 
-def _of_reward_model(name: str, tokenizer: PreTrainedTokenizerBase, device: str) -> Any:
+def of_reward_model(name: str, tokenizer: PreTrainedTokenizerBase, device: str) -> Any:
+    """Return a reward model that reads the policy's tokens, to be trained. Raise UserError for any
+    other model.
+    """
     ref = find_model(name)
     if not ref.scalar or (ref.archive is None and not has_scalar_head(ref.config)):
         raise UserError(

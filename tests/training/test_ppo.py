@@ -1,0 +1,72 @@
+"""PPO in complete runs: its presets, where its critic begins, and what cannot be one."""
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from runs import records, state_of
+from tiny import tiny_tokenizer
+
+from plumb.errors import UserError
+from plumb.rollouts.rewards import reward_model_of
+from plumb.training.critics import of_reward_model
+
+# one with each kind of critic; the others differ from the first in numbers, and in kl_token
+PRESETS = ("ppo", "ppo_openai2019")
+SHORT = [
+    "rollout.n=2",
+    "rollout.max_new_tokens=4",
+    "rollout.uses=2",
+    "batch_size=4",
+    "n_examples=4",
+    "eval_every=8",
+    "do_first_eval=false",
+    "do_last_eval=false",
+    "warmup_steps=0",
+    "optimizer=AdamW",
+    "optimizer_args={eps: 1e-5}",
+    "lr=1e-3",
+]
+
+
+@pytest.fixture
+def reward_model(train):
+    """The directory of a reward model's run, of the policy's own family."""
+    return train("rm", "loss=reward", "lr=1e-3", "batch_size=6", "n_examples=12", *SHORT[5:9])
+
+
+def test_a_preset_runs_with_a_reward_model(train, reward_model, capsys):
+    """Two steps on a rollout. The critic has the reward model's weights before its first
+    update, so where it does not learn, it has them after the last.
+    """
+    for preset in PRESETS:
+        terms = f"reward.terms={{rm: {{model: {reward_model}}}}}"
+        run = train(preset, f"loss={preset}", terms, *SHORT, "loss.critic_lr=1e-30")
+        spec = yaml.safe_load((ROOT / f"config/loss/{preset}.yaml").read_text())
+        first, second = records(run, "train")
+        assert first["critic_train/alone"] == second["critic_train/alone"] == 0
+        assert first["rollout_train/beta"] == spec["beta"]
+        assert abs(first["rollout_train/kl"]) < 1e-5
+        assert first["ratio_train/mean"] == pytest.approx(1, abs=1e-5) != second["ratio_train/mean"]
+        out = capsys.readouterr().out
+        state = state_of(run)
+        if spec["critic"] == "policy":
+            assert "critic: from the policy, with a head of 0" in out
+            assert state["critic.policy.lm_head.weight"].abs().max() < 1e-29
+        else:
+            assert f"critic: from {reward_model}" in out
+            theirs = torch.load(reward_model / "LATEST/policy.pt", weights_only=True)["state"]
+            for name, weight in theirs.items():
+                assert torch.equal(state[f"critic.policy.{name}"], weight), name
+
+
+def test_what_cannot_be_the_critic(reward_model, tiny_model):
+    """Two reward models; one that reads other tokens; a model that scores whole responses only."""
+    term = {"model": str(reward_model)}
+    with pytest.raises(UserError, match="begins as the reward model, and reward.terms has 2; set"):
+        reward_model_of({"terms": {"a": term, "b": term}})
+    assert reward_model_of({"terms": {"a": term, "b": {"rule": "shorter"}}}) == str(reward_model)
+    with pytest.raises(UserError, match="has another tokenizer than the policy, whose tokens"):
+        of_reward_model(str(reward_model), tiny_tokenizer(), "cpu")
+    with pytest.raises(UserError, match="has no score for each token that values could begin"):
+        of_reward_model(str(tiny_model), tiny_tokenizer(), "cpu")
