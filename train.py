@@ -334,12 +334,12 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     if config.export:
         collectives.from_rank0(partial(rehearse, config, run_dir))
     samples = samples_responses(config, loss)  # then prompts are all that the data have to hold
-    group = "single" if samples else loss.group
+    group = "rollout" if samples else loss.group
     train_examples, eval_examples = load_examples(config, tokenizer, group, prefixes=loss.prefixes)
     if note := lineage.lineage(config, schema.deciding_slices()):
         rank0_print(note)
-    # an SFT target is no preference
-    if config.soft_labels == "use" and not loss.soft_labels and group != "single":
+    # an SFT target is no preference, and neither is a prompt
+    if config.soft_labels == "use" and not loss.soft_labels and group not in ("single", "rollout"):
         check_soft_labels(loss.name, train_examples, eval_examples)
     check_label_smoothing(loss.values_of("label_smoothing"), train_examples)
     check_list_pairs(config.list_pairs, train_examples, eval_examples)

@@ -272,6 +272,7 @@ VIEWS: dict[str, Callable[[TokenStore, Taking], View]] = {
     "pair": _pairs,
     "list": _lists,
     "labelled": _labelled,
+    "rollout": _targets,  # a prompt; its target, which may be empty, is for rewards
 }
 
 

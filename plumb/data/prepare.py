@@ -61,6 +61,7 @@ UNITS = {
 }
 NEEDED = {
     "single": "SFT targets",
+    "rollout": "prompts",
     "labelled": (
         "responses with a label (prompt, completion, label; a score is one with label_threshold),"
         " nor pairs to make them of"

@@ -467,7 +467,7 @@ def _own_files(data: DataSet, split: str, silent, cache_dir, field_map) -> Itera
     if schema and not field_map:
         yield from _registered(data, schema, split, silent, None, data.name)
         return
-    form = form_of(first, field_map, reading.label_threshold)
+    form = form_of(first, field_map, reading.label_threshold, reading.group)
     if form.of_file:
         form = form.of_file(_renamed(source.rows(), field_map or {}))
 

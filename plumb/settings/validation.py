@@ -144,8 +144,9 @@ def _check_loss(config: DictConfig) -> Loss:
     except ValueError as error:
         raise UserError(str(error)) from None
     _check_rollout(config, loss)
+    needs_pairs = loss.group not in ("single", "rollout") and config.rollout.preferences is None
     for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
-        if loss.group != "single" and name in LOADERS and not LOADERS[name].pairs:
+        if needs_pairs and name in LOADERS and not LOADERS[name].pairs:
             raise UserError(
                 f"datasets={list(config.datasets)}: {name} has SFT targets only, and this loss"
                 f" ({loss.name}) needs pairs; train on it with loss=sft"

@@ -36,11 +36,13 @@ def fitting(
             with suppress(UserError):
                 row = first()
                 if row is not None:
-                    forms[name] = form_of(row, field_map, label_threshold)
+                    forms[name] = form_of(row, field_map, label_threshold, group)
         of_pairs = [name for name, form_ in forms.items() if not (form_.sft or form_.labelled)]
         serve = of_pairs
         if group == "single":
             serve = [name for name, form_ in forms.items() if form_.sft] or list(forms)
+        elif group == "rollout":
+            serve = list(forms)
         elif group == "labelled":
             serve = [name for name, form_ in forms.items() if form_.labelled] or of_pairs
         wanted = SFT_NAMES if group == "single" else PAIR_NAMES

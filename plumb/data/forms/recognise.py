@@ -36,19 +36,23 @@ OPTIONAL = (
 
 
 def form_of(
-    first: RawRow, field_map: Mapping[str, str] | None, label_threshold: float | None = None
+    first: RawRow,
+    field_map: Mapping[str, str] | None,
+    label_threshold: float | None = None,
+    group: str | None = None,
 ) -> Form:
-    """Return the form of a file that begins with this row. Raise UserError for a field_map or
-    fields that fit none.
+    """Return the form of a file that begins with this row, for a loss of this group. Raise
+    UserError for a field_map or fields that fit none.
     """
     check_field_map(field_map)
     row = rename(first, field_map or {})
-    return recognise(row._replace(label_threshold=label_threshold))
+    return recognise(row._replace(label_threshold=label_threshold), alone=group == "rollout")
 
 
-def recognise(row: RawRow) -> Form:
-    """Return the first form whose fields the row has. Raises UserError for a label in a row that is
-    of no form with labels, and for fields that fit no form.
+def recognise(row: RawRow, alone: bool = False) -> Form:
+    """Return the first form whose fields the row has. `alone`: prompts alone are a form, too, since
+    the policy itself responds to them. Raises UserError for a label in a row that is of no form
+    with labels, and for fields that fit no form.
     """
     has = row.fields.keys()
     labelled = "label" in has and (
@@ -56,6 +60,7 @@ def recognise(row: RawRow) -> Form:
     )
     # another label, a class for instance, is a field like others
     forms = [form_ for form_ in FORMS if not form_.labelled or labelled]
+    forms += targets.PROMPTS if alone else ()
     if fits := next((form_ for form_ in forms if has >= set(form_.needs)), None):
         booleans = [f for f in ("label", "kto_tag") if f in has and is_boolean(row.fields[f])]
         if booleans and fits.sft:

@@ -47,6 +47,20 @@ def _sft_text(row: RawRow) -> Row | None:
     )
 
 
+def _prompt_alone(row: RawRow) -> Row | None:
+    """Read a prompt that the policy itself responds to."""
+    prompt = row.text_or_messages("prompt")
+    if isinstance(prompt, list) or "system" in row.fields:
+        prompt = as_messages(row, prompt, "user", "prompt")
+    return Row(
+        prompt=prompt,
+        responses=[""],
+        pairs=[],
+        sft_target="",
+        source=row.source,
+    )
+
+
 def target_row(row: RawRow, prompt: Text, field: str) -> Row | None:
     """Return a row whose response is the target; of a dialogue, the last turn that answers and
     isn't marked as not to be trained on.
@@ -93,3 +107,5 @@ FORMS = (
     Form("instruction + input / output (SFT)", ("instruction", "output"), _sft_instruction),
     Form("text (SFT)", ("text",), _sft_text),
 )
+# for losses on the policy's own responses
+PROMPTS = (Form("prompt alone", ("prompt",), _prompt_alone),)

@@ -327,6 +327,18 @@ def test_numbered_responses_say_what_a_label_of_1_means(tmp_path):
     assert "label, 1-based (1: output_1, 2: output_2)" in loaded.form
 
 
+def test_prompts_alone_are_for_losses_on_own_responses(tmp_path):
+    """As text, and as messages behind a system turn; every other loss refuses them."""
+    text = {"prompt": "Why?"}
+    chat = {"prompt": [Q], "system": "Be brief."}
+    for fields, prompt in ((text, "Why?"), (chat, [SYSTEM, Q])):
+        loaded = load(jsonl(tmp_path, fields), reading=Reading(group="rollout"))
+        (row,) = loaded.rows
+        assert (row.prompt, row.sft_target) == (prompt, "") and "prompt alone" in loaded.form
+        with pytest.raises(UserError, match=r"line 1: no field 'completion'"):
+            load(jsonl(tmp_path, fields), reading=Reading(group="single"))
+
+
 def test_field_map(tmp_path):
     path = jsonl(tmp_path, {"question": "q", "good": " a", "bad": " b", "prompt": 7})
     loaded = load(path, field_map={"prompt": "question", "chosen": "good", "rejected": "bad"})

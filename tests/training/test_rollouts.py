@@ -1,0 +1,95 @@
+"""Runs that learn from the policy's own responses, through train.py."""
+
+import json
+
+import pytest
+from runs import records
+
+import score
+from plumb.errors import UserError
+
+REWARD = "reward.terms={brief: {rule: shorter, weight: 0.5}, exact: {rule: exact}}"
+FEW = [
+    REWARD,
+    "rollout.n=4",
+    "rollout.max_new_tokens=4",
+    "lr=1e-3",
+    "warmup_steps=2",
+    "batch_size=4",
+    "n_examples=8",
+    "n_eval_examples=2",
+]
+DPO_ONLINE = ["loss=dpo", "loss.beta=0.1", "rollout=pairs"]
+KINDS = {
+    "grpo": (["loss=grpo"], "ratio_train/mean"),
+    "pairs": ([*DPO_ONLINE, "rollout.batches=2"], "rollout_train/pairs"),
+    "lists": (["loss=softmax_dpo", "loss.beta=0.1", "rollout=lists"], "rollout_train/lists"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run(kind, train, tmp_path):
+    """Its metrics, and what it keeps: a row for each prompt, which score.py split reads."""
+    options, metric = KINDS[kind]
+    run = train(kind, *options, *FEW)
+    steps = [r for r in records(run) if "counters/updates" in r]
+    held_out = [r for r in records(run) if "rollout_eval/reward" in r]
+    assert len(steps) == len(held_out) == 2 and metric in steps[0]
+    means = {"rollout_eval/reward/brief", "rollout_eval/reward/exact", "rollout_eval/eos"}
+    assert means < held_out[0].keys()
+    both = [held_out[0][f"rollout_eval/reward/{term}"] for term in ("brief", "exact")]
+    assert held_out[0]["rollout_eval/reward"] == pytest.approx(0.5 * both[0] + both[1])
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all(len(r["answers"]) == len(r["scores"]) == 4 for r in rows)
+    by_rollout = [r for r in steps if "rollout_train/reward" in r]
+    assert len(by_rollout) == (1 if kind == "pairs" else 2)
+    n = len(rows) // len(by_rollout)
+    scores = [score for row in rows[:n] for score in row["scores"]]
+    assert by_rollout[0]["rollout_train/reward"] == pytest.approx(sum(scores) / len(scores))
+    assert rows[0]["scores"][0] == -0.5 * len(rows[0]["answers"][0].strip())
+    easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
+    score.main(["split", f"{run}/rollouts.jsonl", "--easy", f"{easy}", "--hard", f"{hard}"])
+    pairs = [json.loads(line) for file in (easy, hard) for line in file.read_text().splitlines()]
+    assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_the_first_pairs_are_labelled_by_the_reward(train):
+    """The step-0 check holds with responses that are sampled, too: policy and reference agree."""
+    run = train("pairs", *DPO_ONLINE, *FEW, "do_first_eval=false")
+    first = next(r for r in records(run) if "loss/train" in r)
+    assert first["loss/train"] == pytest.approx(0.693147, abs=1e-4)
+    assert first["rewards_train/margins"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_the_first_step(train):
+    line = r"pairs.jsonl:\d+: the prompt has \d+ tokens, and rollout.max_new_tokens=40 leaves 4"
+    with pytest.raises(UserError, match=line):
+        train(
+            "long",
+            "loss=grpo",
+            *FEW,
+            "max_length=44",
+            "max_prompt_length=4",
+            "rollout.max_new_tokens=40",
+        )
+
+
+def test_rewards_that_are_all_equal_are_counted(train, capsys):
+    """Nothing is learned from them, and the run says so and goes on; with equal_rewards=drop no
+    weight moves.
+    """
+    equal = "reward.terms={same: {rule: exact}}"  # to which no response is
+    run = train("equal", "loss=rloo", "loss.kl=none", "loss.beta=null", *FEW, equal)
+    assert "the responses to each prompt have the same reward" in capsys.readouterr().out
+    assert all(r["rollout_train/equal_rewards"] == 1 for r in records(run, "train"))
+    dropped = train(
+        "dropped",
+        "loss=rloo",
+        "loss.kl=none",
+        "loss.beta=null",
+        "loss.equal_rewards=drop",
+        *FEW,
+        equal,
+    )
+    steps = [r for r in records(dropped) if "counters/updates" in r]
+    assert len(steps) == 2 and all(r["grad_norm"] == 0 and "loss/train" not in r for r in steps)
