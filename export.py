@@ -1,5 +1,5 @@
-"""Convert a policy.pt to a Hugging Face folder, or back: `python export.py MODEL --out FOLDER`. See
-docs/export.md.
+"""Convert a policy.pt to a Hugging Face folder, its adapter to one of peft's, or a model to a
+policy.pt: `python export.py MODEL --out FOLDER`. See docs/export.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ def parser() -> argparse.ArgumentParser:
     )
     to = p.add_mutually_exclusive_group(required=True)
     to.add_argument("--out", type=Path, metavar="FOLDER", help="write a Hugging Face folder")
+    to.add_argument(
+        "--peft",
+        type=Path,
+        metavar="FOLDER",
+        help="write the adapter of a run as a folder that peft reads",
+    )
     to.add_argument(
         "--policy",
         type=Path,
@@ -48,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-check",
         action="store_true",
-        help="with --out: skip the comparison, which loads the model in float32",
+        help="skip the comparison, which loads the model in float32 (with --out and --peft)",
     )
     return p
 
@@ -57,13 +63,13 @@ def main(options: argparse.Namespace) -> None:
     """Run the command."""
     if options.max_shard_gb is not None and not options.max_shard_gb > 0:
         raise UserError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
-    for name in (
-        ("max_shard_gb", "chat_template", "tokenizer", "no_check") if options.policy else ()
-    ):
-        if getattr(options, name) not in (None, False):
-            raise UserError(
-                f"--{name.replace('_', '-')}: is for --out; a policy.pt holds weights only"
-            )
+    for name in () if options.out else ("max_shard_gb", "chat_template", "tokenizer"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: is for --out; leave it out")
+    if options.no_check and options.policy:
+        raise UserError("--no-check: is for --out and --peft; leave it out")
+    if options.dtype and options.peft:
+        raise UserError("--dtype: is for --out and --policy; leave it out")
 
     import torch
 
@@ -83,6 +89,11 @@ def main(options: argparse.Namespace) -> None:
             chat_template=options.chat_template,
             check=not options.no_check,
         )
+        return
+    if options.peft:
+        from plumb.models.peft_folder import export_adapter
+
+        export_adapter(ref, options.peft, overwrite=options.overwrite, check=not options.no_check)
         return
     if options.policy.exists() and not options.overwrite:
         raise UserError(

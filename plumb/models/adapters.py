@@ -64,6 +64,18 @@ class AdapterKnobs:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+# Those of a model that is opened with its adapters beside its weights.
+UNMERGED = AdapterKnobs(
+    kind="lora",
+    rank=1,
+    alpha=1.0,
+    rslora=False,
+    init="default",
+    targets=None,
+    previous="continue",
+)
+
+
 def knobs_of(config: Any) -> AdapterKnobs | None:
     """Return the options of a config; None without an adapter."""
     if config.adapter == "none":
@@ -283,8 +295,8 @@ class _Stored:
 
 
 def inject(model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-    """Give the model's modules peft's layers for these adapters, without values. Only the trained
-    one, and a scalar head, can be trained from now on.
+    """Give the model's modules peft's layers for these adapters, in float32 or wider, without
+    values. Only the trained one, and a scalar head, can be trained from now on.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -310,9 +322,13 @@ def inject(model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
     )
     model.adapter_roles = roles  # type: ignore[assignment]
     _activate(_layers(model), roles.policy)
-    for name, p in model.named_parameters():
-        match = KEY.fullmatch(name)
-        p.requires_grad_(match is not None and match["adapter"] == trained)
+    model.requires_grad_(False)
+    for owner, name, match, base in _parameters(model):
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        p: Any = owner._parameters[name]
+        owner._parameters[name] = nn.Parameter(
+            torch.empty_like(p, dtype=dtype), requires_grad=match["adapter"] == trained
+        )
     if scores(model):
         model.get_output_embeddings().requires_grad_(True)
 
@@ -345,22 +361,27 @@ def values_of(adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
 
 @torch.no_grad()
 def fill_adapters(model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-    """Allocate the parameters of a model's adapters and give them their values: in float32 or
-    wider, on the devices of their modules.
+    """Allocate the parameters of a model's adapters on the devices of their modules, and give them
+    their values.
     """
     value = values_of(adapters)
-    for owner_name, owner in model.named_modules():
-        for name, p in list(owner._parameters.items()):
-            first = value(f"{owner_name}.{name}") if p is not None else None
-            if p is None or first is None:
-                continue
-            match = KEY.fullmatch(f"{owner_name}.{name}")
-            assert match is not None
-            layer: Any = model.get_submodule(match["module"])
-            base = layer.get_base_layer().weight
-            dtype = torch.promote_types(base.dtype, torch.float32)
-            made = first.to(base.device, dtype, copy=True).contiguous()
-            owner._parameters[name] = nn.Parameter(made, requires_grad=p.requires_grad)
+    for owner, name, match, base in _parameters(model):
+        p = owner._parameters[name]
+        first = value(match.string)
+        assert p is not None and first is not None
+        made = first.to(base.device, p.dtype, copy=True).contiguous()
+        owner._parameters[name] = nn.Parameter(made, requires_grad=p.requires_grad)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, re.Match[str], Tensor]]:
+    """Yield each parameter of a model's adapters: the module that has it, its name there, the match
+    of its full name, and the base weight beside it.
+    """
+    for prefix, owner in model.named_modules():
+        for name in list(owner._parameters):
+            if match := KEY.fullmatch(f"{prefix}.{name}"):
+                layer: Any = model.get_submodule(match["module"])
+                yield owner, name, match, layer.get_base_layer().weight
 
 
 def roles_of(model: Any) -> Roles | None:

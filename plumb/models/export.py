@@ -1,5 +1,5 @@
 """Export a policy.pt as a Hugging Face folder: safetensors, config, tokenizer, generation config
-and a model card.
+and a model card. Adapters are merged; peft_folder.py writes them as they are.
 
 Tensors go from the memory-mapped file to the shards one at a time. A reward model becomes a
 sequence-classification model, whose `score` is read at the last token that is not the pad token; so
@@ -13,7 +13,7 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,14 +36,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from plumb.console import quiet, rank0_print, to_dict
 from plumb.errors import StorageError, UnsafeFile, UserError
 from plumb.losses.registry import build_loss
+from plumb.models.adapters import UNMERGED, holds_adapters
 from plumb.models.find import ModelRef, find_model, open_model, template_of
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
 from plumb.models.model_card import card
 from plumb.models.scalar_head import head_name, put_scalar_head
-from plumb.models.sharded_load import ReadPart, parameters_on_meta
+from plumb.models.sharded_load import ReadPart, WeightSource, parameters_on_meta
 from plumb.models.weight_files import Weights
-from plumb.models.weight_sources import Blueprint, PolicyFile
+from plumb.models.weight_sources import Blueprint, PolicyFile, open_source, parts_of
 from plumb.runs import durable_files
 from plumb.runs.policy_file import load_policy_state
 from plumb.runs.state_files import write_safetensors
@@ -102,29 +103,32 @@ def export(
     hf_config, tokenizer = load_config(ref.config), load_tokenizer(ref.config)
     set_template(tokenizer, template_of(ref, chat_template, tokenizer))
     pad = use_pad_of_its_own(tokenizer) if ref.scalar else 0
-    weights = [*weights_of(ref, hf_config, state, DTYPES[dtype] if dtype else None, pad)]
+    stored = DTYPES[dtype] if dtype else stored_dtype(state)
     partial_out = out.with_name(f".{out.name}.partial")
-    try:
-        durable_files.begin(partial_out)
-        hf_config.save_pretrained(partial_out)
-        tokenizer.save_pretrained(partial_out)
-        if not ref.scalar:
-            generation_config(ref.config, hf_config, tokenizer).save_pretrained(partial_out)
-        (partial_out / "README.md").write_text(card(ref, hf_config, tokenizer), encoding="utf-8")
-        write_shards(partial_out, weights, max_shard_gb * GB)
-        if check:
-            compare(ref, partial_out, dtype)
-        if out.exists():
-            durable_files.remove(out)
-        durable_files.rename(partial_out, out)
-    except OSError as error:
-        raise StorageError(
-            f"--out {out}: cannot be written ({error.strerror or error}); give another folder, or"
-            " free some space"
-        ) from None
-    finally:
-        with suppress(OSError):
-            durable_files.remove(partial_out)
+    with _opened(ref, hf_config, state, stored) as source:
+        weights = [*weights_of(ref, hf_config, source, stored, pad)]
+        try:
+            durable_files.begin(partial_out)
+            hf_config.save_pretrained(partial_out)
+            tokenizer.save_pretrained(partial_out)
+            if not ref.scalar:
+                generation_config(ref.config, hf_config, tokenizer).save_pretrained(partial_out)
+            text = card(ref, hf_config, tokenizer)
+            (partial_out / "README.md").write_text(text, encoding="utf-8")
+            write_shards(partial_out, weights, max_shard_gb * GB)
+            if check:
+                compare(ref, partial_out, dtype)
+            if out.exists():
+                durable_files.remove(out)
+            durable_files.rename(partial_out, out)
+        except OSError as error:
+            raise StorageError(
+                f"--out {out}: cannot be written ({error.strerror or error}); give another folder,"
+                " or free some space"
+            ) from None
+        finally:
+            with suppress(OSError):
+                durable_files.remove(partial_out)
     rank0_print(
         f"exported {ref.archive} to {out}: {hf_config.architectures[0]},"
         f" {sum(w.bytes for w in weights) / GB:.2f} GB"
@@ -197,8 +201,11 @@ def rehearse(config: DictConfig, run_dir: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=there), tempfile.TemporaryDirectory() as folder:
             pad = use_pad_of_its_own(tokenizer) if scalar else 0
-            for _ in weights_of(ref, hf_config, model.state_dict(keep_vars=True), None, pad):
-                pass
+            state = model.state_dict(keep_vars=True)
+            stored = stored_dtype(state)
+            with _opened(ref, hf_config, state, stored) as source:
+                for _ in weights_of(ref, hf_config, source, stored, pad):
+                    pass
             hf_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if not scalar:
@@ -233,27 +240,41 @@ def export_run(run_dir: Path) -> None:
 # ---- the weights ----
 
 
-def weights_of(
-    ref: ModelRef,
-    hf_config: Any,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    pad: int,
-) -> Iterator[Weight]:
-    """Return all that the folder's files hold, by the names that transformers uses there; tied
-    weights once.
-
-    Completes `hf_config`. `pad`: a reward model's pad token. Raises UserError for a state that is
-    not this model's.
+@contextmanager
+def _opened(
+    ref: ModelRef, hf_config: Any, state: Mapping[str, Tensor], stored: torch.dtype
+) -> Iterator[WeightSource]:
+    """Open the weights of a policy.pt that holds this state, with the adapters that it may hold
+    merged into what they belong to.
     """
-    stored = dtype or stored_dtype(state)
-    source = PolicyFile(
+    if holds_adapters(state):
+        spec = copy.deepcopy(ref.config.model)
+        spec.policy_dtype = str(stored).removeprefix("torch.")
+        with open_source(spec, hf_config, ref.scalar, ref.config.seed) as source:
+            yield source
+        return
+    yield PolicyFile(
         Blueprint(hf_config, stored),
         Weights(state, archive=True),
         origin=f"model.archive={ref.archive}",
         fix="give the model it was trained from with --base",
     )
-    parts = source.in_parts()
+
+
+def weights_of(
+    ref: ModelRef,
+    hf_config: Any,
+    source: WeightSource,
+    stored: torch.dtype,
+    pad: int,
+) -> Iterator[Weight]:
+    """Return all that the folder's files hold, by the names that transformers uses there; tied
+    weights once.
+
+    Completes `hf_config`. `stored`: the type of the weights; `pad`: a reward model's pad token.
+    Raises UserError for a source that is not this model's.
+    """
+    parts = parts_of(source)
     model = parts.skeleton
     head = head_name(model) if ref.scalar else ""
     if ref.scalar:
@@ -444,7 +465,8 @@ def generation_config(
 @torch.no_grad()
 def compare(ref: ModelRef, folder: Path, dtype: str | None) -> None:
     """Raise UnsafeFile unless transformers reads the folder as the same model: logits, or scores,
-    of two texts in float32. Holds one model at a time.
+    of two texts in float32. Adapters are not merged in the model it is compared with, unless the
+    folder's weights are 16 bits wide, to which merging rounds. Holds one model at a time.
     """
     stored = dtype or json.loads((folder / "config.json").read_text())["dtype"]
     tokenizer = load_tokenizer(find_model(str(folder)).config)
@@ -453,7 +475,9 @@ def compare(ref: ModelRef, folder: Path, dtype: str | None) -> None:
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts]
     config = copy.deepcopy(ref.config)
     config.model.policy_dtype = stored
-    original: Any = open_model(replace(ref, config=config), "cpu").model.float()
+    holds = holds_adapters(load_policy_state(str(ref.archive)))
+    beside = UNMERGED if holds and DTYPES[stored].itemsize >= 4 else None
+    original: Any = open_model(replace(ref, config=config), "cpu", beside).model.float()
     expected = [original(torch.tensor([row])).logits[0] for row in ids]
     del original
     gc.collect()  # its modules know each other
@@ -471,7 +495,7 @@ def compare(ref: ModelRef, folder: Path, dtype: str | None) -> None:
             for row, b in zip(ids, expected, strict=True)
         )
     largest = max(float(b.abs().max()) for b in expected)
-    if not off <= 1e-4 * max(largest, 1):
+    if not off <= (1e-4 if beside is None else 1e-5) * max(largest, 1):
         raise UnsafeFile(
             f"--out {folder}: in transformers, the exported model computes differently (by"
             f" {off:.1g} of"

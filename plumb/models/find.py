@@ -23,6 +23,7 @@ from plumb.console import rank0_print
 from plumb.data.tokenization import template_text
 from plumb.distributed.device import pick_device
 from plumb.errors import UserError
+from plumb.models.adapters import AdapterKnobs
 from plumb.models.load import load_config, load_policy, load_tokenizer
 from plumb.models.scalar_head import holds_scores
 from plumb.models.weight_sources import is_classifier
@@ -180,14 +181,16 @@ def move_reference(ref: ModelRef, reference: PreTrainedModel) -> None:
         )
 
 
-def open_model(ref: ModelRef, device: str | None = None) -> Opened:
+def open_model(
+    ref: ModelRef, device: str | None = None, adapter: AdapterKnobs | None = None
+) -> Opened:
     """Load a model that was found, on `device` (None: the GPU if there is one, otherwise the CPU).
-    Raise UserError if that fails.
+    `adapter`: see load_policy. Raise UserError if that fails.
     """
     check_device(device)
     ref.config.device = device
     tokenizer = load_tokenizer(ref.config)
-    model: Any = load_policy(ref.config, scalar=ref.scalar)
+    model: Any = load_policy(ref.config, scalar=ref.scalar, adapter=adapter)
     return Opened(ref, model.to(pick_device(ref.config)).eval().requires_grad_(False), tokenizer)
 
 

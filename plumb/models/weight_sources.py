@@ -535,3 +535,11 @@ class CutFromWhole:
         model.generation_config = full.generation_config
         state = Weights(full.state_dict(), archive=True)
         return Parts(model, stored_parts(model, state, strict=True))
+
+
+def parts_of(source: WeightSource) -> Parts:
+    """Return the parts of a source; cut from the whole model where it cannot give them."""
+    try:
+        return source.in_parts()
+    except NotImplementedError:
+        return CutFromWhole(source).in_parts()

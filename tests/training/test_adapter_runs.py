@@ -2,11 +2,16 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
-from groups import Halt
-from runs import DPO, evaluate, outcome, records, same, state_of
+import torch
+from groups import Halt, run_in_group, train_until
+from peft import PeftModel
+from runs import DPO, FAST, STEADY, evaluate, outcome, records, same, state_of
+from transformers import AutoModelForCausalLM
 
+import export as export_command
 import trainers
 from plumb.errors import UserError
 from plumb.models.find import find_model, open_model
@@ -16,6 +21,9 @@ LORA = ["adapter=lora", "adapter_rank=4", "adapter_alpha=8"]
 BRIEF = ["do_first_eval=false", "do_last_eval=false", "n_examples=8", "save_optimizer_pt=false"]
 SFT = ["loss=sft", "lr=1e-2", "warmup_steps=0", "batch_size=4", *BRIEF]
 SHORT_DPO = [*DPO, "lr=1e-2", "warmup_steps=0", *BRIEF]
+
+
+NAMED = ["adapter_targets=[lm_head,embed_tokens,q_proj]", "adapter_rslora=true"]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +56,10 @@ def sft_once(train, place):
     return place
 
 
-@pytest.mark.parametrize("reference", ["live", "cached"])
-@pytest.mark.parametrize("previous", ["merge", "continue", "stack"])
+@pytest.mark.parametrize(
+    ("previous", "reference"),
+    [("merge", "live"), ("continue", "live"), ("stack", "cached")],
+)
 def test_the_reference_is_the_sft_policy(previous, reference, train, sft, tiny_model):
     """Base -> LoRA SFT -> LoRA DPO: the first rewards are 0 (the base in place of the SFT policy
     would give others), and eval.py, which merges both, finds the run's own loss.
@@ -131,11 +141,49 @@ def test_a_reward_model_keeps_its_head(train, sft):
     evaluate(run_dir, "--out", out)
     found = json.loads(out.read_text())["metrics"]["loss/eval"]
     assert found == pytest.approx(records(run_dir, "eval")[-1]["loss/eval"], abs=1e-5)
+    export(run_dir, "--out", run_dir.parent / "classifier")
+    with pytest.raises(UserError, match="a reward model, whose head is no part of a PEFT folder"):
+        export(run_dir, "--peft", run_dir.parent / "peft")
     again = train(
         "again", *options, "adapter=lora", f"model.archive={run_dir}", "adapter_previous=continue"
     )
     before, after = (load_policy_state(str(d))["lm_head.weight"] for d in (run_dir, again))
     assert 0 < (before - after).abs().max() < 0.25  # in two steps of RMSprop, lr / 0.1 each
+
+
+def export(*words):
+    export_command.main(export_command.parser().parse_args(list(map(str, words))))
+
+
+@pytest.mark.parametrize("knobs", [["adapter_init=pissa"], ["adapter=dora"], NAMED])
+def test_both_exports_compute_the_same(knobs, train, tiny_model, tmp_path, capsys):
+    """transformers reads the merged folder, and peft the adapter's, with its base; both are
+    compared with the model, the former with its adapter unmerged, to 1e-5.
+    """
+    run_dir = train("run", *SFT, *LORA, *knobs)
+    export(run_dir, "--out", tmp_path / "out")
+    export(run_dir, "--peft", tmp_path / "peft")
+    assert capsys.readouterr().out.count("checked: ") == 2
+    ids = torch.tensor([[5, 6, 7, 8]])
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before = base(ids).logits
+    other = PeftModel.from_pretrained(base, tmp_path / "peft")(ids).logits
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert (before - one).abs().max() > 1e-3
+
+
+def test_what_has_no_peft_folder_is_refused(train, sft, tmp_path):
+    start = sft_once(train, sft)
+    run_dir = train("dpo", *SHORT_DPO, *LORA, f"model.archive={start}")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="its adapter belongs to .*sft, which is not a model's"):
+        export(run_dir, "--peft", tmp_path / "peft")
+    with pytest.raises(UserError, match="--peft .*there: already exists"):
+        export(start, "--peft", tmp_path / "there")
+    full = train("full", *SFT)
+    with pytest.raises(UserError, match="holds no adapter; write the model with --out"):
+        export(full, "--peft", tmp_path / "peft")
 
 
 REFUSED = {
@@ -184,3 +232,32 @@ def test_a_learning_rate_of_full_training_gets_a_note(train, capsys):
     assert "note: lr=1e-06 is one of full fine-tuning" in capsys.readouterr().out
     train("usual", *SHORT_DPO, *LORA, "lr=1e-5")
     assert "note: lr" not in capsys.readouterr().out
+
+
+def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_path):
+    """Each of two gloo ranks has half of the base and of the adapters. The adapters are those of
+    one process, within 1e-8 in float64 (see test_resume.py), and to the bit those of the two when
+    they are killed and resumed.
+    """
+    options = [*DPO, *LORA, STEADY, "model.policy_dtype=float64", "reference=live"]
+    options += ["adapter_init=pissa", "do_first_eval=false", "resume=auto", "save_every=8"]
+
+    def in_two(name, halt):
+        overrides = [
+            *here,
+            f"exp_name={name}",
+            f"local_run_dir={tmp_path / name}",
+            f"model.name_or_path={tiny_model}",
+            f"datasets=[{data}]",
+            *FAST,
+            *options,
+            "trainer=FSDPTrainer",
+            "n_cpu_processes=2",
+        ]
+        run_in_group(2, train_until, partial(compose, *overrides), halt)
+        return tmp_path / name
+
+    two = outcome(in_two("two", None))
+    assert same(two, outcome(train("one", *options)), tolerance=1e-8)
+    in_two("halted", 3)
+    assert same(outcome(in_two("halted", None)), two)
