@@ -48,7 +48,8 @@ def test_a_run(kind, train, tmp_path):
     assert by_rollout[0]["rollout_train/reward"] == pytest.approx(sum(scores) / len(scores))
     assert rows[0]["scores"][0] == -0.5 * len(rows[0]["answers"][0].strip())
     easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
-    score.main(["split", f"{run}/rollouts.jsonl", "--easy", f"{easy}", "--hard", f"{hard}"])
+    words = ["split", f"{run}/rollouts.jsonl", "--easy", f"{easy}", "--hard", f"{hard}"]
+    score.main(score.parser().parse_args(words))
     pairs = [json.loads(line) for file in (easy, hard) for line in file.read_text().splitlines()]
     assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
@@ -78,18 +79,11 @@ def test_rewards_that_are_all_equal_are_counted(train, capsys):
     """Nothing is learned from them, and the run says so and goes on; with equal_rewards=drop no
     weight moves.
     """
-    equal = "reward.terms={same: {rule: exact}}"  # to which no response is
-    run = train("equal", "loss=rloo", "loss.kl=none", "loss.beta=null", *FEW, equal)
+    few = [*FEW[1:], "reward.terms={same: {rule: exact}}"]  # to which no response is
+    run = train("equal", "loss=rloo", "loss.kl=none", "loss.beta=null", *few)
     assert "the responses to each prompt have the same reward" in capsys.readouterr().out
     assert all(r["rollout_train/equal_rewards"] == 1 for r in records(run, "train"))
-    dropped = train(
-        "dropped",
-        "loss=rloo",
-        "loss.kl=none",
-        "loss.beta=null",
-        "loss.equal_rewards=drop",
-        *FEW,
-        equal,
-    )
+    drop = "loss.equal_rewards=drop"
+    dropped = train("dropped", "loss=rloo", "loss.kl=none", "loss.beta=null", drop, *few)
     steps = [r for r in records(dropped) if "counters/updates" in r]
     assert len(steps) == 2 and all(r["grad_norm"] == 0 and "loss/train" not in r for r in steps)
