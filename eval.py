@@ -221,6 +221,11 @@ def evaluate(
         raise UserError(
             f"{ref.name}: {kind}, but loss={loss.name} is for {wanted}; set another loss="
         )
+    if loss.group == "rollout":
+        raise UserError(
+            f"loss.name={loss.name}: is about the policy's own samples, and eval.py draws none;"
+            " give another loss=, such as loss=sft, or score samples with sample.py and score.py"
+        )
     check_length(config)
     tokenizer = load_tokenizer(config)
     # the archive is evaluated; no run starts from it

@@ -51,7 +51,7 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     `trains`: false for a model that is only evaluated, which may be float16.
     """
     check_knobs(config, trains)
-    loss = _check_loss(config)
+    loss = _check_loss(config, trains)
     if trains and loss.live_reference and config.reference == "cached":
         raise UserError(
             f"reference=cached: this loss ({loss.name}) compares token by token, and a cached"
@@ -135,7 +135,7 @@ def _instead(name: str, value: Any) -> str:
     return ""
 
 
-def _check_loss(config: DictConfig) -> Loss:
+def _check_loss(config: DictConfig, trains: bool) -> Loss:
     """Bind the loss's knobs, and refuse settings that do not fit it. Return the loss."""
     from plumb.losses.registry import build_loss
 
@@ -143,7 +143,8 @@ def _check_loss(config: DictConfig) -> Loss:
         loss = build_loss(to_dict(config.loss))
     except ValueError as error:
         raise UserError(str(error)) from None
-    _check_rollout(config, loss)
+    if trains:
+        _check_rollout(config, loss)
     needs_pairs = loss.group not in ("single", "rollout") and config.rollout.preferences is None
     for name in map(resolve, (*config.datasets, *(config.eval_datasets or ()))):
         if needs_pairs and name in LOADERS and not LOADERS[name].pairs:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from runs import records, state_of
+from runs import evaluate, records, state_of
 from tiny import tiny_tokenizer
 
 from plumb.errors import UserError
@@ -70,3 +70,10 @@ def test_what_cannot_be_the_critic(reward_model, tiny_model):
         of_reward_model(str(reward_model), tiny_tokenizer(), "cpu")
     with pytest.raises(UserError, match="has no score for each token that values could begin"):
         of_reward_model(str(tiny_model), tiny_tokenizer(), "cpu")
+
+
+def test_its_run_is_evaluated_with_another_loss(train):
+    run = train("run", "loss=ppo_openai2019", "reward.terms={brief: {rule: shorter}}", *SHORT)
+    with pytest.raises(UserError, match="loss.name=ppo: is about the policy's own samples, and"):
+        evaluate(run)
+    evaluate(run, "loss=sft")
