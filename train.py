@@ -438,7 +438,7 @@ def decide(
     from plumb.data.examples import lengths_of
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
-    from plumb.training.rollouts import samples_responses
+    from plumb.training.rollouts import copy_bytes, samples_responses
     from plumb.training.run_plan import numbers_at_hand, plan_run
 
     n = len(data.train)
@@ -449,8 +449,10 @@ def decide(
         mean_tokens=float(lengths_of(data.train).tokens().mean()),
         repeats=make_schedule(config, n).n_examples > n,
     )
-    live_only = loss.needs_reference and (loss.live_reference or samples_responses(config, loss))
-    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only)
+    samples = samples_responses(config, loss)
+    live_only = loss.needs_reference and (loss.live_reference or samples)
+    sampler_bytes = copy_bytes(config, policy) if samples else 0
+    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only, sampler_bytes)
     if plan.reference is not None:
         rank0_print(f"reference: {plan.reference} ({plan.why})")
     return plan

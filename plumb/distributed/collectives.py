@@ -110,3 +110,20 @@ def all_gather_object(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_every_rank(make: Callable[[], T]) -> list[T]:
+    """Return what `make` returns on each rank, on every rank. If it raises UserError on some ranks,
+    that of the lowest one is raised on all, so that none waits for another.
+    """
+    made: Any = None
+    error: UserError | None = None
+    try:
+        made = make()
+    except UserError as raised:
+        error = raised
+    results = all_gather_object((made, error))
+    for _, raised_there in results:
+        if raised_there is not None:
+            raise raised_there
+    return [made for made, _ in results]

@@ -142,21 +142,25 @@ class Layout:
         """Allocate this rank's part of a sharded model on the meta device. Its values are
         undefined.
         """
-        made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
-        device = torch.device("cpu") if self.offload else self.device
-        for module in model.modules():
-            for name, p in module._parameters.items():
-                if p is not None and p.is_meta:
-                    if id(p) not in made:
-                        made[id(p)] = nn.Parameter(
-                            torch.empty_like(p, device=device), requires_grad=p.requires_grad
-                        )
-                    module._parameters[name] = made[id(p)]
+        allocate(model, torch.device("cpu") if self.offload else self.device)
         model._apply(lambda t: t)  # by which FSDP takes note
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Allocate the parameters of a model that are on the meta device, with undefined values."""
+    made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(
+                        torch.empty_like(p, device=device), requires_grad=p.requires_grad
+                    )
+                module._parameters[name] = made[id(p)]
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:

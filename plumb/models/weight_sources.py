@@ -502,16 +502,22 @@ class FrozenCopy:
 
     def in_parts(self) -> Parts:
         """Return the parts that this rank has of a sharded model, whatever `where` says."""
-        with parameters_on_meta():
-            made = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.model.config), dtype=self.dtype or self.model.dtype
-            )
-        made.generation_config = self.model.generation_config
-        made.eval().requires_grad_(False)
-        buffers = dict(self.model.named_buffers())
-        for name, buffer in made.named_buffers():
-            buffer.data = buffers[name].clone()
+        made = frozen_skeleton(self.model, self.dtype or self.model.dtype)
         return Parts(made, sharded_parts(self.model))
+
+
+def frozen_skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a frozen model like this one, which may be sharded: parameters of this dtype on the
+    meta device, and copies of its buffers.
+    """
+    with parameters_on_meta():
+        made = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
+    made.generation_config = model.generation_config
+    made.eval().requires_grad_(False)
+    buffers = dict(model.named_buffers())
+    for name, buffer in made.named_buffers():
+        buffer.data = buffers[name].clone()
+    return made
 
 
 @dataclass(frozen=True)

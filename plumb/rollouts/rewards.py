@@ -297,6 +297,8 @@ def _term(name: str, spec: Any, device: str | None) -> Term:
         if kind != "model" and spec.get(option) is not None:
             raise UserError(f"{where}.{option}={spec[option]}: is for a model; leave it out")
     value = spec[kind]
+    if not isinstance(value, str):
+        raise UserError(f"{where}.{kind}={value}: expected text, such as {{rule: shorter}}")
     if kind == "rule":
         return Term(name, weight, by_one(name, reward_rules.rule(value, f"{where}.rule")))
     if kind == "function":

@@ -51,35 +51,34 @@ class Sampler:
     seed: int
     rewards: Rewards
     policy: Any
-    rank: int  # among those that see different rows
+    rank: int  # of n_ranks
     n_ranks: int
 
+    def load(self) -> None:
+        """Sample from the weights that the policy has now."""
+        self.engine.load(self.policy)
+
     def rollout(self, indices: np.ndarray, number: int, learns: bool = True) -> Rollout:
-        """Return the responses to these prompts [n], sampled from the policy as it is now, and
+        """Return the responses to these prompts [n], sampled from the weights loaded last, and
         their rewards. Draws depend on the seed and on `number`. `learns`: whether a running scale
-        of the rewards takes these in.
+        of the rewards takes these in. A UserError of one rank is raised on all.
         """
         prompts = [self._prompt(i) for i in indices.tolist()]
-        mine = range(self.rank, len(prompts), self.n_ranks)
-        self.engine.load(self.policy)
-        own = self.engine.sample([prompts[i] for i in mine], self.n, (self.seed, number))
-        answered = [
-            self._answered(self.examples[indices[i]], group)
-            for i, group in zip(mine, own.responses, strict=True)
-        ]
-        terms = self.rewards.terms_of([one for group in answered for one in group])
+        # where there are fewer prompts than ranks, some repeat the first, since a model of rewards
+        # is loaded by all ranks together
+        mine = range(self.rank, len(prompts), self.n_ranks) or range(1)
+        own = {i: prompts[i] for i in mine}
         parts: dict[int, _Part] = {}
-        for i, (place, group) in enumerate(zip(mine, own.responses, strict=True)):
-            of_group = slice(i * self.n, (i + 1) * self.n)
-            parts[place] = _Part(group, answered[i], {k: x[of_group] for k, x in terms.items()})
-        secs = own.secs
-        for others, their_secs in collectives.all_gather_object((parts, own.secs)):
+        secs = 0.0
+        for others, their_secs in collectives.on_every_rank(lambda: self._sampled(own, number)):
             parts |= others
             secs = max(secs, their_secs)
         ordered = [parts[i] for i in range(len(prompts))]
         samples = Samples([part.responses for part in ordered], secs)
         everything = [one for part in ordered for one in part.answered]
-        of_terms = {k: np.concatenate([part.terms[k] for part in ordered]) for k in terms}
+        of_terms = {
+            k: np.concatenate([part.terms[k] for part in ordered]) for k in ordered[0].terms
+        }
         return Rollout(
             number=number,
             prompts=indices,
@@ -91,6 +90,24 @@ class Sampler:
             answered=[part.answered for part in ordered],
             measured=self.rewards.combine(of_terms, everything, learns),
         )
+
+    def _sampled(
+        self, prompts: Mapping[int, NumberedPrompt], number: int
+    ) -> tuple[dict[int, _Part], float]:
+        """Return what this rank finds of its prompts, by their places, and the seconds that
+        sampling took.
+        """
+        samples = self.engine.sample([*prompts.values()], self.n, (self.seed, number))
+        answered = [
+            self._answered(self.examples[prompt.number], group)
+            for prompt, group in zip(prompts.values(), samples.responses, strict=True)
+        ]
+        terms = self.rewards.terms_of([one for group in answered for one in group])
+        parts = {}
+        for i, (place, group) in enumerate(zip(prompts, samples.responses, strict=True)):
+            of_group = slice(i * self.n, (i + 1) * self.n)
+            parts[place] = _Part(group, answered[i], {k: x[of_group] for k, x in terms.items()})
+        return parts, samples.secs
 
     def _prompt(self, i: int) -> NumberedPrompt:
         example = self.examples[i]
@@ -159,6 +176,7 @@ class RolloutSource:
     sampler: Sampler
     learn: Learn
     packing: Packing
+    rank: int  # among the packing.world_size that see different rows
     context: str | None  # the examples of the loss's batch context, as in Feed
     position: Callable[[], Position]
     block_at: Callable[[int], Block]  # from the number of training examples seen
@@ -187,6 +205,7 @@ class RolloutSource:
         counters: Mapping[str, float] = {}
         if self.lessons is None or self.first != block.first:
             start = time.perf_counter()
+            self.sampler.load()
             rollout = self.sampler.rollout(block.indices, position.n_updates)
             self.keep(rows_of(rollout))
             self.lessons = self.learn(rollout)
@@ -197,7 +216,7 @@ class RolloutSource:
         if not len(places):
             none = lengths_of([])
             return Step(indices=indices, lengths=none, microbatches=[], counters=counters)
-        feed = Feed(self.lessons, self.packing, self.sampler.rank, context=self.context)
+        feed = Feed(self.lessons, self.packing, self.rank, context=self.context)
         step = replace(feed.step(places, at_least), indices=indices, counters=counters)
         return step if self.follower is None else self.follower.step(step)
 

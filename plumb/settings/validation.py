@@ -220,7 +220,6 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
             " one of the two"
         )
     for name, value, why in (
-        ("trainer", "BasicTrainer", "samples in one process"),
         ("compile", False, "samples with uncompiled blocks"),
         ("plan", False, "is not planned yet"),
     ):
@@ -229,6 +228,16 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
                 f"{name}={config[name]}: a run on the policy's own responses {why}; set"
                 f" {name}={value}"
             )
+    if config.trainer != "BasicTrainer" and config.adapter != "none":
+        raise UserError(
+            f"adapter={config.adapter}: with trainer={config.trainer}, responses are sampled from a"
+            " copy of the policy without adapters; set trainer=BasicTrainer, or adapter=none"
+        )
+    if config.trainer != "BasicTrainer" and isinstance(rule, GaeRule):
+        raise UserError(
+            f"trainer={config.trainer}: the critic of this loss ({loss.name}) is trained in one"
+            " process; set trainer=BasicTrainer, or take loss=rloo or loss=grpo"
+        )
     build_rewards(to_dict(config.reward))
     if isinstance(rule, GaeRule) and rule.critic != "policy":
         reward_model_of(to_dict(config.reward))

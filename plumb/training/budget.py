@@ -77,6 +77,21 @@ def attention_width(spec: Any) -> int:
     return sum(map(_width, apart)) or _width(spec) * _number(spec, "num_hidden_layers")
 
 
+def cache_bytes(model_config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of one token in all layers, as sampling keeps them;
+    sliding windows, which keep less, are not considered.
+    """
+    spec = model_config.get_text_config()
+    apart = list(spec.per_layer_config) if getattr(spec, "is_heterogeneous", False) else []
+    width = sum(map(_key_width, apart)) or _key_width(spec) * _number(spec, "num_hidden_layers")
+    return 2 * dtype.itemsize * width
+
+
+def _key_width(layer: Any) -> int:
+    heads = _number(layer, "num_attention_heads")
+    return _width(layer) // max(heads, 1) * (_number(layer, "num_key_value_heads") or heads)
+
+
 def _width(layer: Any) -> int:
     heads = _number(layer, "num_attention_heads")
     return heads * (_number(layer, "head_dim") or _number(layer, "hidden_size") // max(heads, 1))

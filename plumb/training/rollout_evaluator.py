@@ -41,6 +41,7 @@ class RolloutEvaluator:
         """
         rows: list[dict[str, np.ndarray]] = []
         n = len(self)
+        self.sampler.load()
         for start in range(0, n, self.batch_size):
             between()
             indices = np.arange(start, min(start + self.batch_size, n))

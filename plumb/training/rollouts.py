@@ -14,16 +14,19 @@ from transformers import PreTrainedTokenizerBase
 from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch
 from plumb.batching.microbatches import Packing
-from plumb.console import to_dict
+from plumb.console import rank, rank0_print, to_dict
 from plumb.data.examples import Examples, lengths_of
 from plumb.data.tokenization import automatic_bos
-from plumb.distributed import sharding
+from plumb.distributed import collectives, sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import AdvantageRule
 from plumb.losses.registry import Loss
+from plumb.models.forward_path import DTYPES
 from plumb.models.logps import response_token_logps
 from plumb.rollouts.by_critic import ByCritic
 from plumb.rollouts.decoding import Decoding
+from plumb.rollouts.engine import Engine
+from plumb.rollouts.gathered_engine import GatheredEngine, UnshardedCopy
 from plumb.rollouts.hf_engine import end_tokens
 from plumb.rollouts.kl_control import KlControl
 from plumb.rollouts.learning import ByAdvantage, ByPairs, Learn, SampledLogps, by_lists
@@ -32,6 +35,7 @@ from plumb.rollouts.rewards import Rewards, build_rewards
 from plumb.rollouts.source import Position, RolloutSource, Sampler
 from plumb.rollouts.token_reader import ReadTokens, TokenReader
 from plumb.training import optimizers
+from plumb.training.budget import cache_bytes
 from plumb.training.critics import make_critic
 from plumb.training.objective import Scorer
 from plumb.training.rollout_evaluator import RolloutEvaluator
@@ -54,6 +58,7 @@ class Rollouts:
     is_primary_replica: bool
     scorer: Scorer
     rewards: Rewards
+    copied: UnshardedCopy | None  # what samples in place of a sharded policy
 
     def source(
         self,
@@ -69,6 +74,7 @@ class Rollouts:
             sampler=self._sampler(examples, at.temperature, at.n),
             learn=learn,
             packing=self.packing,
+            rank=self.rank,
             context=self.scorer.loss.context_examples,
             position=lambda: Position(state.position.n_updates, state.position.n_seen),
             block_at=state.schedule.block_at,
@@ -92,7 +98,7 @@ class Rollouts:
         at = self.config.rollout
         policy = self.scorer.policy
         ends = end_tokens(policy, self.tokenizer)
-        engine = PolicyEngine(
+        engine: Engine = PolicyEngine(
             decoding=Decoding("sample", max_new_tokens=at.max_new_tokens, temperature=temperature),
             ends=ends,
             pad_token_id=self.packing.pad_token_id,
@@ -100,6 +106,8 @@ class Rollouts:
             batch_size=at.batch_size,
             precision=self.scorer.precision,
         )
+        if self.copied is not None:
+            engine = GatheredEngine(engine, self.copied)
         return Sampler(
             examples=examples,
             tokenizer=self.tokenizer,
@@ -110,8 +118,9 @@ class Rollouts:
             seed=self.config.seed,
             rewards=self.rewards,
             policy=policy,
-            rank=self.rank,
-            n_ranks=self.packing.world_size,
+            # ranks that see the same rows divide the prompts, too
+            rank=rank(),
+            n_ranks=collectives.world_size(),
         )
 
     def _learn(self, state: TrainState) -> Learn:
@@ -166,7 +175,11 @@ def make_rollouts(
     is_primary_replica: bool,
     scorer: Scorer,
 ) -> Rollouts:
-    """Return the builder of a run's sources. Models of rewards are loaded here."""
+    """Return the builder of a run's sources. `rank`: among those that see different rows."""
+    copied = None
+    if sharding.sharded_modules(scorer.policy):
+        copied = UnshardedCopy(scorer.device, _dtype(config))
+    rank0_print(described(config, scorer.policy))
     return Rollouts(
         config=config,
         tokenizer=tokenizer,
@@ -175,7 +188,36 @@ def make_rollouts(
         is_primary_replica=is_primary_replica,
         scorer=scorer,
         rewards=build_rewards(to_dict(config.reward), device=str(scorer.device)),
+        copied=copied,
     )
+
+
+def described(config: DictConfig, policy: Any) -> str:
+    """Return in one line what a run samples, and the memory that this takes in each process."""
+    at = config.rollout
+    at_once = max(at.n, at.batch_size)
+    cache = at_once * config.max_length * cache_bytes(policy.config, _dtype(config))
+    line = (
+        f"rollouts: {at.n} responses to each of {at.batches * config.batch_size:,} prompts;"
+        f" sampling {at_once} at the same time takes up to {cache / 1e9:.2g} GB for keys and values"
+    )
+    if held := copy_bytes(config, policy):
+        line += f", and the copy of the policy that samples {held / 1e9:.2g} GB"
+    return line
+
+
+def copy_bytes(config: DictConfig, policy: Any) -> int:
+    """Return the bytes of the copy from which a sharded policy is sampled in each process; 0 for a
+    policy that is not sharded, and is sampled from itself.
+    """
+    if not sharding.sharded_modules(policy):
+        return 0
+    return sum(p.numel() for p in policy.parameters()) * _dtype(config).itemsize
+
+
+def _dtype(config: DictConfig) -> torch.dtype:
+    """Return the type in which the policy computes."""
+    return DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]
 
 
 def check_prompts(examples: Examples, room: int, max_new_tokens: int) -> None:

@@ -54,9 +54,10 @@ def plan_run(
     needs_reference: bool,
     numbers: Numbers,
     live_only: bool = False,
+    sampler_bytes: float = 0,
 ) -> RunPlan:
     """Return the decisions of a run, where the config leaves a choice. `live_only`: the loss needs
-    what a cached reference has not.
+    what a cached reference has not. `sampler_bytes`: of what samples, beside the policy itself.
 
     reference=auto: cached if examples are used more than once, or if a second model would take more
     than a quarter of the memory that the policy's training leaves free; for a moving reference,
@@ -80,7 +81,7 @@ def plan_run(
     elif tight:
         why = "memory is short"
     live = needs_reference and not cached
-    free = numbers.memory - (4 + live) * weights - held_bytes(numbers.device)
+    free = numbers.memory - (4 + live) * weights - held_bytes(numbers.device) - sampler_bytes
     if config.ema_decay is not None:  # in float32 or wider
         itemsize = DTYPES[config.model.policy_dtype].itemsize
         free -= weights * max(4, itemsize) / itemsize

@@ -265,6 +265,10 @@ def test_models_score_text(tmp_path):
         ({"missing_eos": -1}, "reward.missing_eos=-1: is taken off"),
         ({"nosuch": 1}, "reward.nosuch=1: no such knob"),
         (
+            {"terms": {"r": {"rule": {"regex": "a"}}}},
+            "reward.terms.r.rule={'regex': 'a'}: expected text",
+        ),
+        (
             {"overlong": {"free": 8, "most": 8, "penalty": 1}},
             "reward.overlong.free=8: must be below",
         ),

@@ -107,6 +107,7 @@ def source_of(policy, reward, budget=64, **changed):
         sampler=sampler,
         learn=values["learn"] or ByAdvantage(values["rule"], logps),
         packing=packing,
+        rank=0,
         context=None,
         position=lambda: Position(values["number"](), values["number"]()),
         block_at=lambda n_seen: Block(n_seen, source.indices),

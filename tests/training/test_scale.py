@@ -9,17 +9,21 @@ precision at least once.
 import itertools
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, compose_config
-from groups import run_in_group
+from groups import run_in_group, train_until
 from omegaconf import OmegaConf
 from runs import FAST, OF_THE_MACHINE, ROWS, STEADY, records
 from tiny import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
+from plumb.console import rank
+from plumb.errors import UserError
+from plumb.rollouts.rewards import reward
 from plumb.settings.validation import validate
 
 ALL = os.environ.get("SCALE") == "all"
@@ -357,3 +361,77 @@ def test_uneven_rows(n, trainer, sizes, command, tmp_path):
         bound = bound_of("llama", "float64")
         assert max(differences(one, many, bound).values()) <= bound, rows
         assert [r for r in many if "loss/train" in r][-1]["counters/examples"] == rows
+
+
+ON_SAMPLES = [
+    "reward.terms={brief: {rule: shorter}, vowel: {rule: 'regex=[aeiou]'}}",
+    "reward.scale=running",
+    "rollout.n=3",
+    "rollout.max_new_tokens=4",
+    "rollout.batches=2",
+    "rollout.uses=2",
+    "batch_size=3",
+    "n_examples=9",
+    "eval_every=6",
+    "save_every=3",
+    "do_first_eval=false",
+    "warmup_steps=2",
+    "lr=1e-3",
+    "model.policy_dtype=float64",
+    STEADY,
+]
+LEARNED = {
+    "grpo": ["loss=grpo"],
+    "pairs": ["loss=dpo", "loss.beta=0.1", "rollout=pairs"],
+}
+
+
+@reward
+def fails_on_rank_1(answered):
+    if rank() == 1:
+        raise ValueError("no reward today")
+    return 1.0
+
+
+def run_all_and_fail(configs, failing):
+    """In each process: one training after the other, and one that ends everywhere with the line of
+    the process whose reward raises.
+    """
+    run_all(configs)
+    with pytest.raises(UserError, match="reward r: ValueError: no reward today, for the response"):
+        run_all([failing])
+
+
+def test_the_policys_own_samples(command, tmp_path):
+    """Six steps on two blocks of samples: the same responses and rewards, and weights and metrics
+    within rounding; also for a run that is halted in the middle of a block on one process and goes
+    on on two.
+    """
+    fsdp, tp = ["trainer=FSDPTrainer"], ["trainer=TensorParallelTrainer"]
+    failing = "reward.terms={r: {function: fails_on_rank_1}}"
+    cases = {"grpo-fsdp": fsdp, "grpo-tp": tp, "pairs-fsdp": fsdp}
+    run_all(command(loss, "llama", *ON_SAMPLES, *options) for loss, options in LEARNED.items())
+    resumed = ["resumed", "llama", *ON_SAMPLES, *LEARNED["grpo"], "resume=auto"]
+    train_until(partial(command, *resumed), 2)
+    run_in_group(
+        2,
+        run_all_and_fail,
+        [
+            *(
+                command(name, "llama", *ON_SAMPLES, *LEARNED[name.split("-")[0]], *how)
+                for name, how in cases.items()
+            ),
+            command(*resumed, *fsdp),
+        ],
+        command("failing", "llama", *ON_SAMPLES, *LEARNED["grpo"], *fsdp, failing),
+    )
+    for name in (*cases, "resumed"):
+        one = tmp_path / ("pairs" if name.startswith("pairs") else "grpo")
+        two = tmp_path / name
+        assert (one / "rollouts.jsonl").read_text() == (two / "rollouts.jsonl").read_text(), name
+        a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, two))
+        bound = bound_of("llama", "float64")
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= bound for k in a), name
+        worst = differences(records(one), records(two))
+        print(f"{name:12}: {max(worst.values()):.1e}")
+        assert max(worst.values()) <= 4 * bound, (name, worst)
