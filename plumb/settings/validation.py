@@ -228,16 +228,8 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
                 f"{name}={config[name]}: a run on the policy's own responses {why}; set"
                 f" {name}={value}"
             )
-    if config.trainer != "BasicTrainer" and config.adapter != "none":
-        raise UserError(
-            f"adapter={config.adapter}: with trainer={config.trainer}, responses are sampled from a"
-            " copy of the policy without adapters; set trainer=BasicTrainer, or adapter=none"
-        )
-    if config.trainer != "BasicTrainer" and isinstance(rule, GaeRule):
-        raise UserError(
-            f"trainer={config.trainer}: the critic of this loss ({loss.name}) is trained in one"
-            " process; set trainer=BasicTrainer, or take loss=rloo or loss=grpo"
-        )
+    if config.trainer != "BasicTrainer":
+        _check_rollout_over_processes(config, loss)
     build_rewards(to_dict(config.reward))
     if isinstance(rule, GaeRule) and rule.critic != "policy":
         reward_model_of(to_dict(config.reward))
@@ -245,6 +237,22 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
         raise UserError(
             "reference=cached: the responses are sampled while the policy trains, so nothing can be"
             " computed before; set reference=live, or auto"
+        )
+
+
+def _check_rollout_over_processes(config: DictConfig, loss: Loss) -> None:
+    """Refuse what cannot be sampled from, or trained beside, a sharded policy."""
+    from plumb.losses.advantage_rules import GaeRule
+
+    if isinstance(loss.advantages, GaeRule):
+        raise UserError(
+            f"trainer={config.trainer}: the critic of this loss ({loss.name}) is trained in one"
+            " process; set trainer=BasicTrainer, or take loss=rloo or loss=grpo"
+        )
+    if config.adapter != "none":
+        raise UserError(
+            f"adapter={config.adapter}: with trainer={config.trainer}, responses are sampled from a"
+            " copy of the policy without adapters; set trainer=BasicTrainer, or adapter=none"
         )
 
 
