@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
     p.add_argument("--out", type=Path, help="write the metrics to this JSON file")
+    p.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="evaluate all evaluated checkpoints of the run MODEL, in one table; with --out, also"
+        " as curves, in a .png of the same name",
+    )
     return p
 
 
@@ -64,6 +71,9 @@ def main(args: argparse.Namespace) -> None:
     """Print the table of metrics, and write them to a file if --out is given."""
     from plumb.models.find import find_model
 
+    if args.checkpoints:
+        evaluate_checkpoints(args)
+        return
     ref = find_model(args.model, args.base)
     config = config_of(ref, args.overrides)
     with (
@@ -77,9 +87,9 @@ def main(args: argparse.Namespace) -> None:
                 f"--reference {args.reference}: this loss ({loss.name}) needs no reference; leave"
                 " it out"
             )
-        record, counts = evaluate(
-            ref, config, loss, args.reference, args.out.parent if args.out else Path(folder)
-        )
+        tokenizer, examples = held_out(ref, config, loss)
+        plots = args.out.parent if args.out else Path(folder)
+        record, counts = evaluate(ref, config, loss, args.reference, plots, tokenizer, examples)
         print(
             f"\n{args.model}: held-out data of"
             f" {', '.join(config.eval_datasets or config.datasets)}, loss {loss.name}\n"
@@ -99,6 +109,75 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nwritten to {args.out}")
 
 
+def evaluate_checkpoints(args: argparse.Namespace) -> None:
+    """Print a table with a column for each evaluated checkpoint of a run, from the first to the
+    last; write the numbers and their curves if --out is given. The data are read once.
+    """
+    from plumb.models.find import find_model
+    from plumb.runs.checkpoints import listed
+
+    paths = [path for path in reversed(listed(Path(args.model))) if path.name.startswith("step-")]
+    if not paths:
+        raise UserError(
+            f"{args.model}: not a run with checkpoints; give its directory, or leave out"
+            " --checkpoints"
+        )
+    records: dict[int, Record] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        new_file(args.out, "--out") if args.out else nullcontext() as file,
+    ):
+        data = None
+        for path in paths:
+            ref = find_model(str(path), args.base)
+            config = config_of(ref, args.overrides)
+            config.local_run_dir = f"{folder}/eval"
+            loss = validate(config, trains=False)
+            data = data or held_out(ref, config, loss)
+            records[examples_seen(ref)], counts = evaluate(
+                ref, config, loss, args.reference, Path(folder), *data
+            )
+        names = ", ".join(config.eval_datasets or config.datasets)
+        print(f"\n{args.model}: {counts['all']:,} held-out examples of {names}, loss {loss.name}\n")
+        print(table_by_checkpoint(records))
+        if file:
+            by_name = {f"step-{n}": record for n, record in records.items()}
+            json.dump({"model": args.model, "examples": counts, "metrics": by_name}, file, indent=1)
+    if args.out:
+        print(
+            f"\nwritten to {args.out} and {draw_by_checkpoint(Path(args.model), args.out, records)}"
+        )
+
+
+def table_by_checkpoint(records: Mapping[int, Record]) -> str:
+    """Format the metrics over all examples by row and the checkpoints by column, named after the
+    training examples they have seen.
+
+    >>> print(table_by_checkpoint({4: {"loss/eval": 0.7}, 8: {"loss/eval": 0.5, "loss/eval/x": 1}}))
+                4    8
+    loss/eval  0.7  0.5
+    """
+    metrics = dict.fromkeys(name for record in records.values() for name in record)
+    rows = [["", *(f"{n:,}" for n in records)]]
+    for name in metrics:
+        if name.count("/") == 1:  # not that of one data set or length
+            rows.append([name, *(f"{r[name]:.4g}" if name in r else "" for r in records.values())])
+    return aligned(rows)
+
+
+def draw_by_checkpoint(run_dir: Path, out: Path, records: Mapping[int, Record]) -> Path:
+    """Draw the metrics over the training examples as a PNG beside `out`. Return its path."""
+    from plumb.reports.curves import draw_all, named
+    from plumb.runs.history import read_run
+
+    evaluations = [{**record, "step": n} for n, record in records.items()]
+    run = replace(read_run(run_dir), steps=[], evaluations=evaluations, samples=[])
+    path = out.with_suffix(".png")
+    with new_file(path, "--out", "wb") as file:
+        file.write(draw_all([named(run)], further=False))
+    return path
+
+
 def evaluate_on(
     model: str | Path,
     rows: Iterable[Mapping[str, Any]],
@@ -115,15 +194,12 @@ def evaluate_on(
         temporary_jsonl(rows, "test.jsonl") as file,
         tempfile.TemporaryDirectory() as folder,
     ):
-        keep = ("n_eval_examples=null", "data_rules.prompt_in_eval=keep")
-        held_out = (f"datasets=['{file}']", f"eval_datasets=['{file}']", *keep)
-        config = config_of(
-            ref,
-            [*held_out, *overrides],
-        )
+        own = (f"datasets=['{file}']", f"eval_datasets=['{file}']", "n_eval_examples=null")
+        config = config_of(ref, [*own, *overrides])
         config.local_run_dir = f"{folder}/eval"
         loss = validate(config, trains=False)
-        return evaluate(ref, config, loss, reference, Path(folder))[0]
+        data = held_out(ref, config, loss)
+        return evaluate(ref, config, loss, reference, Path(folder), *data)[0]
 
 
 def config_of(ref: ModelRef, overrides: Sequence[str]) -> DictConfig:
@@ -202,17 +278,14 @@ def check_override(override: Override, ref: ModelRef) -> None:
         raise UserError(f"{text}: not applicable to evaluation; leave it out")
 
 
-def evaluate(
-    ref: ModelRef, config: DictConfig, loss: Loss, reference: str | None, folder: Path
-) -> tuple[Record, dict[str, int]]:
-    """Return the record that training would log and the number of examples, overall and by group.
-    Plots of a reward model's scores go to `folder`.
+def held_out(
+    ref: ModelRef, config: DictConfig, loss: Loss
+) -> tuple[PreTrainedTokenizerBase, Examples]:
+    """Return the tokenizer and the examples to evaluate on. The training split is not read. Raises
+    UserError for a model or data that this loss cannot use.
     """
-    from plumb.data.prepare import check_margins, check_soft_labels, load_examples
-    from plumb.models.find import find_model, move_reference, start_of
-    from plumb.models.limits import check_vocabulary
-    from plumb.models.load import check_length, load_policy, load_tokenizer
-    from plumb.reports.score_plots import draw_evaluation
+    from plumb.data.prepare import check_margins, check_soft_labels, load_held_out
+    from plumb.models.load import check_length, load_tokenizer
 
     if ref.scalar != (loss.reads == "scores"):
         kind, wanted = (
@@ -230,21 +303,39 @@ def evaluate(
     tokenizer = load_tokenizer(config)
     # the archive is evaluated; no run starts from it
     data = cast(DictConfig, OmegaConf.merge(config, {"model": {"archive": None}}))
-    _, examples = load_examples(data, tokenizer, loss.group, prefixes=loss.prefixes)
-    if not examples:
-        raise UserError(
-            f"datasets={list(config.datasets)}: nothing is held out; set eval_share or"
-            " eval_datasets"
-        )
+    examples = load_held_out(data, tokenizer, loss.group, prefixes=loss.prefixes)
     # an SFT target is no preference
     if config.soft_labels == "use" and not loss.soft_labels and loss.group != "single":
         check_soft_labels(loss.name, examples)
     if loss.needs_margins:
         check_margins(loss.name, examples)
+    return tokenizer, examples
+
+
+def evaluate(
+    ref: ModelRef,
+    config: DictConfig,
+    loss: Loss,
+    reference: str | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+) -> tuple[Record, dict[str, int]]:
+    """Return the record that training would log and the number of examples, overall and by group.
+    Plots of a reward model's scores go to `folder`.
+    """
+    from plumb.models.find import find_model, move_reference, start_of
+    from plumb.models.limits import check_vocabulary
+    from plumb.models.load import load_policy
+    from plumb.reports.score_plots import draw_evaluation
+
     policy, other = load_policy(config, scalar=ref.scalar), cast("PreTrainedModel | None", None)
     check_vocabulary(policy, tokenizer, examples.highest_id(), ref.name, examples)
     if loss.needs_reference:
         spec = find_model(reference).config if reference else start_of(ref)
+        # an archive is named by load_policy
+        base = "" if spec.model.archive else f", {spec.model.name_or_path}"
+        rank0_print(f"reference: {reference or f'the model that the run started from{base}'}")
         other = load_policy(spec).eval().requires_grad_(False)
         if reference is None:
             move_reference(ref, other)
@@ -345,7 +436,12 @@ def table(record: Record, counts: dict[str, int]) -> str:
         ["", *columns],
         *([m, *(shown(row[c]) if c in row else "" for c in columns)] for m, row in cells.items()),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows as lines, with the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         [x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
         for row in rows

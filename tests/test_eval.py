@@ -4,6 +4,7 @@ evaluate.
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from runs import DPO, FAST, evaluate, records
 from tiny import tiny_tokenizer
 
+from plumb.data import prepare
 from plumb.data.prepare import load_examples
 from plumb.errors import UserError
 from plumb.losses.contract import Mean, Spread
@@ -124,6 +126,39 @@ def test_the_record_by_hand():
     assert hopeless["perplexity/eval"] == pytest.approx(math.exp(700))
 
 
+def test_the_training_split_is_not_read(trained, data, tmp_path, capsys, monkeypatch):
+    """Nor shown: the first example and the tables are of held-out data; the reference is named."""
+    run_dir = trained("dpo")
+    capsys.readouterr()
+    asked = []
+    find = prepare.find_or_make
+    monkeypatch.setattr(
+        prepare, "find_or_make", lambda spec, *rest: asked.append(spec.split) or find(spec, *rest)
+    )
+    evaluate(run_dir)
+    shown = capsys.readouterr().out
+    assert set(asked) == {"test"} and not re.search(r"\(train\)|for train|  train", shown)
+    assert shown.count("reference: the model that the run started from, ") == 1
+
+
+def test_every_checkpoint_in_one_table(trained, tmp_path, capsys):
+    run_dir, out = trained("dpo", "eval_every=8"), tmp_path / "curve.json"
+    capsys.readouterr()
+    evaluate(run_dir, "--checkpoints", "--out", out)
+    shown = capsys.readouterr().out
+    by_name = json.loads(out.read_text())["metrics"]
+    steps = [int(name.removeprefix("step-")) for name in by_name]
+    assert len(steps) == 3 == len(list(run_dir.glob("step-*"))) and steps == sorted(steps)
+    assert re.search(r"\n +" + " +".join(map(str, steps)) + r"\nloss/eval  ", shown)
+    assert shown.count("first example") == 1, "the data are read once"
+    assert out.with_suffix(".png").is_file()
+    said = {r["step"]: r["loss/eval"] for r in records(run_dir, "eval")}
+    for step, name in zip(steps, by_name, strict=True):
+        assert by_name[name]["loss/eval"] == pytest.approx(said[step], rel=1e-4)
+    with pytest.raises(UserError, match="not a run with checkpoints"):
+        evaluate(tmp_path, "--checkpoints")
+
+
 def test_another_loss_data_and_checkpoint(trained, tiny_model, data, tmp_path):
     sft = trained("sft", "eval_every=8")
     first = sorted(sft.glob("step-*"))[0]
@@ -201,6 +236,10 @@ def test_a_group_is_a_data_set_whatever_its_files_are_called(compose, tmp_path):
         (["{tiny}", "model.archive=x"], "model.archive=x: the model is"),
         (["{tiny}", "lr=1,2"], "an evaluation has one value"),
         (["{tiny}", "trainer=FSDPTrainer"], "leave it out"),
+        (["{tiny}", "local_run_dir=x"], "local_run_dir=x: not applicable to evaluation"),
+        (["{tiny}", "minimum_log_interval_secs=3"], "not applicable to evaluation"),
+        (["{tiny}", "model.reference_dtype=float16"], "not applicable to evaluation"),
+        (["{tiny}", "data_rules.prompt_in_eval=drop"], "not applicable to evaluation"),
         (
             ["{tiny}", "loss=sft", "datasets=[{data}]", "--reference", "gpt2"],
             "needs no reference; leave it out",

@@ -101,6 +101,53 @@ def load_examples(
     created for this process only. `prefixes`: of undesirable and desirable responses, what the loss
     has them begin with.
     """
+    train, test = _load_parts(config, tokenizer, group, keep, prefixes, _wanted(config))
+    examples = concatenate([part.examples for part in train.values()])
+    if not examples:
+        raise UserError(
+            f"datasets={list(config.datasets)}: no training example is left; see eval_share and"
+            " data_rules"
+        )
+    rank0_print(show_example(examples[0], tokenizer))
+    held_back = _first(concatenate([part.examples for part in test.values()]), config)
+    check_weights(examples)
+    check_weights(held_back)
+    return examples, held_back
+
+
+def load_held_out(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    group: str,
+    prefixes: tuple[str, str] | None = None,
+) -> Examples:
+    """Return the evaluation examples that `load_examples` returns, without reading the training
+    split. Raise UserError if there are none.
+    """
+    wanted = [(split, name) for split, name in _wanted(config) if split == "test"]
+    _, test = _load_parts(config, tokenizer, group, True, prefixes, wanted)
+    examples = _first(concatenate([part.examples for part in test.values()]), config)
+    if not examples:
+        raise UserError(
+            f"datasets={list(config.datasets)}: nothing is held out; set eval_share or"
+            " eval_datasets"
+        )
+    rank0_print(show_example(examples[0], tokenizer))
+    check_weights(examples)
+    return examples
+
+
+def _load_parts(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    group: str,
+    keep: bool,
+    prefixes: tuple[str, str] | None,
+    wanted: list[tuple[str, str]],
+) -> tuple[dict[str, Part], dict[str, Part]]:
+    """Return the training and the evaluation splits by data set, of these (split, name), after the
+    data rules. Prints their tables.
+    """
     rules = TextRules(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -110,12 +157,12 @@ def load_examples(
     )
     bos = automatic_bos(tokenizer) if rules.add_bos else None
     taking = Taking(config.list_pairs, config.unpair, config.soft_labels)
-    wanted = _wanted(config)
+    only_evaluation = all(split == "test" for split, _ in wanted)
     stores = token_stores(config, tokenizer, rules, wanted, group, keep, prefixes)
     parts: dict[str, dict[str, Part]] = {"train": {}, "test": {}}
     for (split, name), store in zip(wanted, stores, strict=True):
         # or it is the held-out part of a training set
-        separate = split == "train" or config.eval_datasets is not None
+        separate = split == "train" or config.eval_datasets is not None or only_evaluation
         if separate:
             rank0_print(store.form)
         skipped = store.skipped if group != "list" else _check_lists(store, config.data_rules)
@@ -147,17 +194,7 @@ def load_examples(
         own = train[name].examples if name in train and name not in LOADERS else None
         if own and (note := joint_note(name, own, tokenizer)):
             rank0_print(note)
-    examples = concatenate([part.examples for part in train.values()])
-    if not examples:
-        raise UserError(
-            f"datasets={list(config.datasets)}: no training example is left; see eval_share and"
-            " data_rules"
-        )
-    rank0_print(show_example(examples[0], tokenizer))
-    held_back = _first(concatenate([part.examples for part in test.values()]), config)
-    check_weights(examples)
-    check_weights(held_back)
-    return examples, held_back
+    return train, test
 
 
 def _wanted(config: DictConfig) -> list[tuple[str, str]]:

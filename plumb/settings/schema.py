@@ -164,7 +164,7 @@ KNOBS: dict[str, Knob] = {
     "seed": Knob(whole(0)),
     "debug": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=True),
     "local_dirs": Knob(names(1), BOOKKEEPING),
-    "local_run_dir": Knob(TEXT, BOOKKEEPING),
+    "local_run_dir": Knob(TEXT, BOOKKEEPING, TRAIN),
     "resume": Knob(one_of("never", "auto", "must"), BOOKKEEPING, TRAIN, in_eval="never"),
     "resume_allow": Knob(names(0), BOOKKEEPING, TRAIN, in_eval=()),
     "max_hours": Knob(maybe(POSITIVE), BOOKKEEPING, TRAIN, in_eval=None),
@@ -213,7 +213,7 @@ KNOBS: dict[str, Knob] = {
     "data_rules.identical_after_truncation": Knob(RULE),
     "data_rules.duplicate": Knob(RULE),
     "data_rules.contradictory": Knob(RULE),
-    "data_rules.prompt_in_eval": Knob(RULE),
+    "data_rules.prompt_in_eval": Knob(RULE, RESULT, TRAIN),
     "data_rules.bad_row": Knob(one_of("stop", "drop")),
     "eos_in_text": Knob(one_of("strip", "keep")),
     "shuffle": Knob(FLAG),
@@ -321,19 +321,21 @@ KNOBS: dict[str, Knob] = {
     "n_eval_model_samples": Knob(whole(0), RESULT, TRAIN),
     "sample_max_new_tokens": Knob(maybe(whole(1)), RESULT, TRAIN),
     "sample_temperature": Knob(maybe(NOT_NEGATIVE), RESULT, TRAIN),
-    "minimum_log_interval_secs": Knob(number(lambda v: True, "a number of seconds"), BOOKKEEPING),
+    "minimum_log_interval_secs": Knob(
+        number(lambda v: True, "a number of seconds"), BOOKKEEPING, TRAIN
+    ),
     # the model
     "model.name_or_path": Knob(maybe(TEXT), CONTENTS),
     "model.tokenizer_name_or_path": Knob(maybe(TEXT), CONTENTS),
     "model.revision": Knob(maybe(TEXT)),
     "model.trust_remote_code": Knob(FLAG),
     "model.archive": Knob(maybe(TEXT), CONTENTS),
-    "model.block_name": Knob(maybe(TEXT)),
+    "model.block_name": Knob(maybe(TEXT), RESULT, TRAIN),
     "model.policy_dtype": Knob(DTYPE),
     "model.fsdp_policy_mp": Knob(maybe(one_of("bfloat16", "float16"))),
-    "model.reference_dtype": Knob(maybe(DTYPE)),
+    "model.reference_dtype": Knob(maybe(DTYPE), RESULT, TRAIN),
     "model.architecture": Knob(maybe(MAPPING)),
-    "model.tp_plan": Knob(maybe(MAPPING)),
+    "model.tp_plan": Knob(maybe(MAPPING), RESULT, TRAIN),
 }
 # Their keys are names of data sets, including those of plugins: see validation.
 GROUPS: dict[str, Knob] = {"dataset_paths": Knob(maybe(TEXT), CONTENTS)}
