@@ -177,6 +177,23 @@ def _takes_adapter(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in plain)
 
 
+def size_of_adapters(
+    knobs: AdapterKnobs, model: PreTrainedModel, block_name: str | None
+) -> tuple[int, int]:
+    """Return how many numbers the adapters of a model without values would have, and how many would
+    be trained, a scalar head included. Those of an archive are not counted, and one that continues
+    is taken for a new one.
+    """
+    trained = 0
+    for name in target_modules(model, knobs.targets, block_name):
+        module: Any = model.get_submodule(name)
+        out, into = as_matrix(module, module.weight).shape
+        trained += knobs.rank * (out + into) + (out if knobs.kind == "dora" else 0)
+    copies = 1 + (knobs.init != "default" or knobs.previous == "continue")
+    n_head = model.get_output_embeddings().weight.numel() if scores(model) else 0
+    return copies * trained, trained + n_head
+
+
 # ---- values ----
 
 

@@ -26,19 +26,26 @@ def held_bytes(device: torch.device) -> int:
     return (8 if device.type == "cuda" else 1) * (KEPT_BYTES + CHUNK_BYTES)
 
 
-def step_bytes(n: int, width: int, vocab: int, itemsize: int, device: torch.device) -> int:
+def step_bytes(
+    n: int, width: int, vocab: int, itemsize: int, device: torch.device, trained: bool = True
+) -> int:
     """Return what linear_logps holds when its backward pass begins, for [n] positions and the
     head's weight [vocab, width] of `itemsize` bytes.
 
     Softmax of all positions if that may be kept, otherwise two chunks (one is made while the
     previous one still has a name); the gradient of the weight in float32, and of hidden states; in
-    16 bits one chunk and that gradient a second time, rounded.
+    16 bits one chunk and that gradient a second time, rounded. `trained`: false for a weight that
+    gets no gradient.
     """
     scale = 8 if device.type == "cuda" else 1
     full, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
     held = full if full <= scale * KEPT_BYTES else 2 * 4 * rows * vocab
+    of_weight = max(4, itemsize) * vocab * width
     rounded = itemsize * (rows + width) * vocab if itemsize < 4 else 0
-    return held + max(4, itemsize) * vocab * width + rounded + 2 * n * width * itemsize
+    if not trained:
+        of_weight = 0
+        rounded = itemsize * rows * vocab if itemsize < 4 else 0
+    return held + of_weight + rounded + 2 * n * width * itemsize
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -168,7 +175,9 @@ class _LinearKL(torch.autograd.Function):
     def backward(ctx, grad):  # [N, 2]
         hidden, weight, bias, targets = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:  # a head beside adapters is frozen
+            d_weight = torch.zeros_like(weight, dtype=grad.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
@@ -181,10 +190,11 @@ class _LinearKL(torch.autograd.Function):
                 d_bias += d.sum(0)
             d = d.to(weight.dtype)
             torch.mm(d, weight, out=d_hidden[part])
-            d_weight += d.T @ hidden[part]
+            if d_weight is not None:
+                d_weight += d.T @ hidden[part]
         return (
             d_hidden,
-            d_weight.to(weight.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
             None,
             None,
@@ -211,7 +221,9 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:  # a head beside adapters is frozen
+            d_weight = torch.zeros_like(weight, dtype=grad.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
         for i, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
@@ -222,13 +234,13 @@ class _LinearLogps(torch.autograd.Function):
                 d_bias += d.sum(0)
             d = d.to(weight.dtype)
             torch.mm(d, weight, out=d_hidden[part])
-            if d.dtype == d_weight.dtype:
+            if d_weight is not None and d.dtype == d_weight.dtype:
                 d_weight.addmm_(d.T, h)
-            else:
+            elif d_weight is not None:
                 d_weight += d.T @ h
         return (
             d_hidden,
-            d_weight.to(weight.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
             None,
             None,

@@ -28,6 +28,7 @@ from plumb.data.registry import LOADERS, resolve
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
 from plumb.losses.registry import Loss
+from plumb.models.adapters import knobs_of, size_of_adapters
 from plumb.models.blocks import block_class
 from plumb.models.chunked_head import step_bytes
 from plumb.models.forward_path import DTYPES
@@ -152,6 +153,9 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
     within = {id(p) for block in blocks for p in block}
     root = [p.shape for p in model.parameters() if id(p) not in within]
     weights = Weights(root, [[p.shape for p in block] for block in blocks])
+    if (knobs := knobs_of(config)) is not None:
+        adapters, trained = size_of_adapters(knobs, model, config.model.block_name)
+        weights = weights._replace(adapters=adapters, trained=trained)
 
     @cache
     def count(*arguments: Any) -> Held | None:
@@ -271,7 +275,9 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
             spec.reference_dtype or spec.policy_dtype,
         )
     )
-    state, foreach = optimizer_state(config, weights)
+    with_adapter = model.weights.trained is not None
+    of_trained = torch.promote_types(weights, torch.float32) if with_adapter else weights
+    state, foreach = optimizer_state(config, of_trained)
     average = 0 if config.ema_decay is None else max(4, weights.itemsize)
     precision = Precision(
         weights=weights.itemsize,
@@ -283,6 +289,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
 
     room = gb(config) * 1e9
     each = model.weights.n * weights.itemsize / layout.shards / layout.tp_size
+    trained = model.weights.n if model.weights.trained is None else model.weights.trained
     several = (
         (config.n_epochs or 1) > 1
         if data.n is None
@@ -296,7 +303,9 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
             device=GPU,
             memory=room,
             weights=each,
-            n_weights=model.weights.n / layout.tp_size,
+            trained=trained * of_trained.itemsize / layout.shards / layout.tp_size,
+            reference=0.0 if with_adapter else each,
+            n_weights=trained / layout.tp_size,
             ranks=layout.ranks,
             mean_tokens=float(np.mean(lengths_of(data.examples).tokens())),
             repeats=several,
@@ -323,7 +332,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         kept_whole=steps.n_micro > 1 and not summed,
         activations=held.wide + held.within / layout.tp_size if held else assumed,
         head=(
-            step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU)
+            step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU, not with_adapter)
             if model.plain_head
             else n * model.n_out * (2 * compute.itemsize + 2 * 4)
         ),  # logits in two precisions, and their gradients
@@ -490,10 +499,12 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
     if layout.n_gpus > 1:
         on += f", a copy of the model over {layout.shards * layout.tp_size}"
         on += f", {layout.tp_size} of them by tensor parallelism" if layout.tp_size > 1 else ""
+    trained = model.weights.trained
+    share = "" if trained is None else f" and {trained / 1e6:,.1f} M of an adapter"
     examples = UNITS[loss.group]
     each = f"{plan.steps.n_tokens:,.0f} tokens on average"
     return [
-        f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{kind}",
+        f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{share}{kind}",
         f"{'on':<8}{on}",
         f"{'data':<8}{'' if data.n is None else f'{data.n:,} '}{examples} of {each},"
         f" {data.description}",

@@ -142,17 +142,16 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def trained_bytes(policy: nn.Module) -> int:
-    """Return the bytes of gradients and of an optimizer state with two numbers per weight (Adam;
-    RMSprop has one).
-    """
-    return 3 * weights_bytes(policy)
+    """Return the bytes of the weights that are trained."""
+    return sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
 
 
-def short_for_reference(weights: float, trained: float, memory: float) -> bool:
-    """Return whether a second model would take more than a quarter of the memory that the policy's
-    training leaves free, in bytes of one process.
+def short_for_reference(reference: float, policy: float, memory: float) -> bool:
+    """Return whether a live reference would take more than a quarter of the memory that the
+    policy's training leaves free, in bytes of one process. `policy`: what its weights, gradients
+    and optimizer state take.
     """
-    return weights > (memory - weights - trained) / 4
+    return reference > (memory - policy) / 4
 
 
 def sums_each(config: Any, n_weights: float, memory: float) -> bool:
@@ -264,6 +263,8 @@ class Weights(NamedTuple):
     # embeddings, head, final norm: FSDP gathers these together, and keeps them during a step
     root: list[torch.Size]
     blocks: list[list[torch.Size]]
+    adapters: int = 0  # numbers of adapters, in float32 or wider; which are not among the shapes
+    trained: int | None = None  # how many are trained; None: all
 
     @property
     def n(self) -> int:
@@ -340,7 +341,8 @@ def memory(
 
     Always: weights n w, gradients n w, optimizer n s, live reference n r, and n times the bytes of
     the moving average. `foreach` optimizers hold one temporary of the weights' size while they step
-    (PyTorch's documentation): n w.
+    (PyTorch's documentation): n w. With adapters only these have gradients and an optimizer state,
+    and the live reference has no weights of its own.
 
     With FSDP, N0 being the numbers of the root and Nb those of the largest block:
     - gathered weights, (N0 + 2 Nb) c: the root during the whole pass, the block that is computed,
@@ -358,28 +360,38 @@ def memory(
     each = c + (max(4, w) if c != w else w)
     on_host = layout.offload and sharded
     at = 0 if on_host else n
+    t, each_trained, extra, share = n, w, 0.0, 1.0
+    if weights.trained is not None:
+        shards = layout.shards if sharded else 1
+        t = -(-weights.trained // shards)
+        each_trained = max(4, w)
+        extra = weights.adapters / shards * each_trained
+        share = weights.trained / weights.n
+    trained = 0 if on_host else t
+    own = live and weights.trained is None  # the reference's weights
     kinds: dict[str, tuple[float, float, float]] = {
-        "weights": (at * w,) * 3,
-        "gradients": (at * w,) * 3,
-        "optimizer state": (at * precision.state,) * 3,
-        "reference": (at * precision.reference * live,) * 3,
-        "moving average": (at * precision.average,) * 3,
+        "weights": (at * w + (0 if on_host else extra),) * 3,
+        "gradients": (trained * each_trained,) * 3,
+        "optimizer state": (trained * precision.state,) * 3,
+        "reference": (at * precision.reference * own,) * 3,
+        "moving average": (trained * precision.average,) * 3,
         "activations": (activations, 0, 0),
         "head and loss": (head, 0, 0),
         "gathered weights": (
-            (root * (1 + live) + 2 * block) * c,
-            root * (1 + live) * c,
-            root * live * c,
+            (root * (1 + own) + 2 * block) * c,
+            root * (1 + own) * c,
+            root * own * c,
         ),
-        "gradients on their way": (block * each, root * each, 0),
+        "gradients on their way": (share * block * each, share * root * each, 0),
         "gradients not yet summed": (
-            (weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,)
+            (share * weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,)
         ),
-        "optimizer's temporaries": (0, 0, at * w * foreach),
+        "optimizer's temporaries": (0, 0, trained * each_trained * foreach),
     }
     per_node = layout.n_gpus // layout.n_nodes
-    each_on_host = 2 * w + precision.state + precision.reference * live + precision.average
-    host = n * each_on_host * per_node if on_host else 0.0
+    kept = n * (w + precision.reference * own) + extra
+    learned = t * (each_trained + precision.state + precision.average)
+    host = (kept + learned) * per_node if on_host else 0.0
     return Memory({kind: moments for kind, moments in kinds.items() if any(moments)}, host)
 
 

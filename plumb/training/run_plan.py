@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from plumb.distributed import collectives
+from plumb.models.adapters import count_trained, roles_of
 from plumb.models.chunked_head import held_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.training import budget
@@ -20,13 +21,15 @@ from plumb.training import budget
 class Numbers:
     """Hold what the decisions depend on; bytes are those of one process.
 
-    Example: a policy of 1 B parameters in float32 on one card of 80 GB, 64,000 pairs for one epoch:
-    `Numbers(torch.device("cuda"), 80e9, 4e9, 1e9, 1, 310.0, False)`.
+    Example: a policy of 1 B parameters in float32 on one card of 80 GB has weights of 4e9 bytes,
+    as many that are trained, and a reference of as many.
     """
 
     device: torch.device  # only its type matters
     memory: float  # bytes, before a model is loaded
     weights: float  # bytes of the policy's weights, or of its shard
+    trained: float  # bytes of those that are trained
+    reference: float  # bytes of a live reference's own weights, or of its shard
     n_weights: float  # whose gradients are kept until they are reduced
     ranks: int  # that have their own part of a batch
     mean_tokens: float  # of an example
@@ -65,7 +68,8 @@ def plan_run(
     optimizer and a live reference leave free. fsdp_reduce=auto: by the size of all gradients.
     """
     weights = numbers.weights
-    tight = budget.short_for_reference(weights, 3 * weights, numbers.memory)
+    trained = 3 * numbers.trained  # with gradients, and an optimizer state of two numbers
+    tight = budget.short_for_reference(numbers.reference, weights + trained, numbers.memory)
     moves = config.reference_update_every is not None
     pays = _can_be_cached(config) if moves and tight else not moves and (numbers.repeats or tight)
     cached = {"auto": pays and not live_only, "live": False, "cached": True}[config.reference]
@@ -81,10 +85,11 @@ def plan_run(
     elif tight:
         why = "memory is short"
     live = needs_reference and not cached
-    free = numbers.memory - (4 + live) * weights - held_bytes(numbers.device) - sampler_bytes
+    free = numbers.memory - weights - trained - live * numbers.reference
+    free -= held_bytes(numbers.device) + sampler_bytes
     if config.ema_decay is not None:  # in float32 or wider
         itemsize = DTYPES[config.model.policy_dtype].itemsize
-        free -= weights * max(4, itemsize) / itemsize
+        free -= numbers.trained * max(4, itemsize) / itemsize
 
     def tokens(no_logits: bool) -> int:
         return budget.token_budget(
@@ -134,7 +139,9 @@ def numbers_at_hand(
         device=device,
         memory=loaded - least,
         weights=weights,
-        n_weights=sum(p.numel() for p in policy.parameters()) / (layout.tp_size if layout else 1),
+        trained=budget.trained_bytes(policy) / shards,
+        reference=weights if roles_of(policy) is None else 0.0,
+        n_weights=count_trained(policy) / (layout.tp_size if layout else 1),
         ranks=layout.n_rows if layout is not None else 1,
         mean_tokens=mean_tokens,
         repeats=repeats,

@@ -186,3 +186,13 @@ def test_what_does_not_fit_is_refused():
     one = [replace(kept(adapted(source, LORA).whole())[0], modules=("nope",))]
     with pytest.raises(UserError, match="adapter of nope, which this LlamaForCausalLM has not"):
         Merged(source, one, "x").whole()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_is_known_without_values(kind):
+    source = base("gpt2")
+    full = source.whole()
+    policy = adapted(source, KINDS[kind]).whole()
+    extra = sum(p.numel() for p in policy.parameters()) - sum(p.numel() for p in full.parameters())
+    expected = extra, adapters.count_trained(policy)
+    assert adapters.size_of_adapters(KINDS[kind], full, None) == expected

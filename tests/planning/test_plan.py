@@ -85,6 +85,39 @@ def test_memory_by_hand():
     assert got.moments == (2972, 1872, 2288) and got.peak == 2972
 
 
+def test_memory_of_an_adapter_by_hand():
+    """20 numbers of adapters in float32 beside 104 of 2 bytes; 10 are trained. The live reference
+    is part of the policy.
+    """
+    got = budget.memory(
+        TWO._replace(adapters=20, trained=10),
+        ClusterShape(),
+        Precision(2, 2, 2, 8.0),
+        sharded=False,
+        live=True,
+        activations=1000,
+        head=100,
+        foreach=True,
+    )
+    assert got.kinds == {
+        "weights": (288, 288, 288),
+        "gradients": (40, 40, 40),
+        "optimizer state": (80, 80, 80),
+        "activations": (1000, 0, 0),
+        "head and loss": (100, 0, 0),
+        "optimizer's temporaries": (0, 0, 40),
+    }
+
+
+def test_the_plan_of_an_adapter(planned):
+    """2 layers of a 7B model: 4 matrices of 4,096 x 4,096 and 3 of 4,096 x 11,008 get rank 16."""
+    config, loss = planned(*PAIRS, "adapter=lora", "lr=1e-5", "reference=live")
+    shown = plan.show(config, loss)
+    numbers = 2 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert f" and {numbers / 1e6:,.1f} M of an adapter, live reference" in shown
+    assert not re.search("^reference ", shown, re.M)
+
+
 def test_memory_of_shards_by_hand():
     """Over 4 ranks, computing in 16 bits: 10 rows are cut into 3 each, so a rank keeps 3 * 4 + 1 +
     3 * (4 + 1) = 28 numbers.

@@ -104,6 +104,34 @@ def test_another_start_of_the_adapter_is_the_same_policy(init, train):
     assert starts_at_zero(run_dir)
 
 
+def test_recomputed_and_compiled_it_trains_the_same(train, monkeypatch):
+    """The live reference switches the adapter off within the same compiled blocks. They are traced
+    as ever, and not translated, which takes a minute.
+    """
+    traced = lambda block: setattr(
+        block, "_compiled_call_impl", torch.compile(block._call_impl, backend="eager")
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    options = [*SHORT_DPO, *LORA, "reference=live", STEADY]
+    plain = weights(train("plain", *options))
+    for name, option in (("again", "activation_checkpointing=true"), ("compiled", "compile=true")):
+        run_dir = train(name, *options, option)
+        assert starts_at_zero(run_dir)
+        assert distance(weights(run_dir), plain) < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["rloo", "ppo_openai2019"])
+def test_it_learns_from_the_policys_own_samples(loss, train):
+    """The reference of the KL is the start, so that the first KL is 0."""
+    rollout = ["reward.terms={brief: {rule: shorter}}", "rollout.n=2", "rollout.max_new_tokens=4"]
+    options = [f"loss={loss}", *LORA, "lr=1e-2", "warmup_steps=0", "batch_size=4"]
+    run_dir = train(loss, *options, *BRIEF, *rollout)
+    first = next(r for r in records(run_dir) if "rollout_train/reward" in r)
+    kl = [value for name, value in first.items() if "kl" in name.lower() and "train" in name]
+    assert kl and max(map(abs, kl)) < 1e-4
+    assert not any("embed_tokens" in name for name in load_policy_state(str(run_dir)))
+
+
 def test_a_checkpoint_is_small_and_resumes_to_the_bit(train, tmp_path, monkeypatch):
     """It has the adapter, its optimizer state and nothing of the base; what the base is, a run that
     resumes compares.
