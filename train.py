@@ -438,7 +438,7 @@ def decide(
     from plumb.data.examples import lengths_of
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
-    from plumb.training.rollouts import copy_bytes, samples_responses
+    from plumb.training.rollouts import sampler_bytes, samples_responses
     from plumb.training.run_plan import numbers_at_hand, plan_run
 
     n = len(data.train)
@@ -451,8 +451,8 @@ def decide(
     )
     samples = samples_responses(config, loss)
     live_only = loss.needs_reference and (loss.live_reference or samples)
-    sampler_bytes = copy_bytes(config, policy) if samples else 0
-    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only, sampler_bytes)
+    beside = sampler_bytes(config, policy, numbers.memory) if samples else 0
+    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only, beside)
     if plan.reference is not None:
         rank0_print(f"reference: {plan.reference} ({plan.why})")
     return plan

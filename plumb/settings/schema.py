@@ -297,6 +297,8 @@ KNOBS: dict[str, Knob] = {
     "rollout.batches": Knob(whole(1), RESULT, TRAIN),
     "rollout.uses": Knob(whole(1), RESULT, TRAIN),
     "rollout.batch_size": Knob(whole(1), PLACEMENT, TRAIN),
+    "rollout.engine": Knob(one_of("policy", "vllm"), RESULT, TRAIN),
+    "rollout.vllm_memory": Knob(SHARE, PLACEMENT, TRAIN),
     "rollout.tolerance": Knob(POSITIVE, BOOKKEEPING, TRAIN),
     "rollout.eval_n": Knob(whole(1), BOOKKEEPING, TRAIN),
     "rollout.eval_temperature": Knob(POSITIVE, BOOKKEEPING, TRAIN),

@@ -230,6 +230,7 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
             )
     if config.trainer != "BasicTrainer":
         _check_rollout_over_processes(config, loss)
+    _check_engine(config)
     build_rewards(to_dict(config.reward))
     if isinstance(rule, GaeRule) and rule.critic != "policy":
         reward_model_of(to_dict(config.reward))
@@ -254,6 +255,28 @@ def _check_rollout_over_processes(config: DictConfig, loss: Loss) -> None:
             f"adapter={config.adapter}: with trainer={config.trainer}, responses are sampled from a"
             " copy of the policy without adapters; set trainer=BasicTrainer, or adapter=none"
         )
+
+
+def _check_engine(config: DictConfig) -> None:
+    """Refuse rollout.engine=vllm where it is not installed or cannot sample the policy."""
+    at = config.rollout
+    if at.engine != "vllm":
+        if at.vllm_memory != defaults()["rollout.vllm_memory"]:
+            raise UserError(
+                f"rollout.vllm_memory={at.vllm_memory}: is for rollout.engine=vllm; leave it out"
+            )
+        return
+    instead = "set rollout.engine=policy"
+    for name, value, why in (
+        ("trainer", "BasicTrainer", "several processes sample with engine=policy"),
+        ("adapter", "none", "vLLM would sample without the adapter"),
+    ):
+        if config[name] != value:
+            raise UserError(f"rollout.engine=vllm: {name}={config[name]}: {why}; {instead}")
+    if "float64" in (config.model.policy_dtype, config.model.fsdp_policy_mp):
+        raise UserError(f"rollout.engine=vllm: vLLM does not compute in float64; {instead}")
+    if find_spec("vllm") is None:
+        raise UserError(f"rollout.engine=vllm: needs vllm, which is not installed; {instead}")
 
 
 def _check_group_knobs(config: DictConfig, loss: Loss) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from plumb.rollouts.policy_engine import PolicyEngine
 from plumb.rollouts.rewards import Rewards, build_rewards
 from plumb.rollouts.source import Position, RolloutSource, Sampler
 from plumb.rollouts.token_reader import ReadTokens, TokenReader
+from plumb.rollouts.vllm_engine import VllmEngine, VllmModel
 from plumb.training import optimizers
 from plumb.training.budget import cache_bytes
 from plumb.training.critics import make_critic
@@ -58,7 +59,7 @@ class Rollouts:
     is_primary_replica: bool
     scorer: Scorer
     rewards: Rewards
-    copied: UnshardedCopy | None  # what samples in place of a sharded policy
+    engine_of: Callable[[float], Engine]  # from the temperature
 
     def source(
         self,
@@ -95,24 +96,12 @@ class Rollouts:
         )
 
     def _sampler(self, examples: Examples, temperature: float, n: int) -> Sampler:
-        at = self.config.rollout
         policy = self.scorer.policy
-        ends = end_tokens(policy, self.tokenizer)
-        engine: Engine = PolicyEngine(
-            decoding=Decoding("sample", max_new_tokens=at.max_new_tokens, temperature=temperature),
-            ends=ends,
-            pad_token_id=self.packing.pad_token_id,
-            longest=self.config.max_length,
-            batch_size=at.batch_size,
-            precision=self.scorer.precision,
-        )
-        if self.copied is not None:
-            engine = GatheredEngine(engine, self.copied)
         return Sampler(
             examples=examples,
             tokenizer=self.tokenizer,
-            engine=engine,
-            ends=ends,
+            engine=self.engine_of(temperature),
+            ends=end_tokens(policy, self.tokenizer),
             bos=automatic_bos(self.tokenizer) if self.config.add_bos else None,
             n=n,
             seed=self.config.seed,
@@ -176,9 +165,6 @@ def make_rollouts(
     scorer: Scorer,
 ) -> Rollouts:
     """Return the builder of a run's sources. `rank`: among those that see different rows."""
-    copied = None
-    if sharding.sharded_modules(scorer.policy):
-        copied = UnshardedCopy(scorer.device, _dtype(config))
     rank0_print(described(config, scorer.policy))
     return Rollouts(
         config=config,
@@ -188,22 +174,62 @@ def make_rollouts(
         is_primary_replica=is_primary_replica,
         scorer=scorer,
         rewards=build_rewards(to_dict(config.reward), device=str(scorer.device)),
-        copied=copied,
+        engine_of=engines(config, packing, scorer, end_tokens(scorer.policy, tokenizer)),
     )
+
+
+def engines(
+    config: DictConfig, packing: Packing, scorer: Scorer, ends: Sequence[int]
+) -> Callable[[float], Engine]:
+    """Return the function from a temperature to the engine that samples. What these engines need
+    beside the policy, they share.
+    """
+    at = config.rollout
+
+    def decoding(temperature: float) -> Decoding:
+        return Decoding("sample", max_new_tokens=at.max_new_tokens, temperature=temperature)
+
+    def own(temperature: float) -> Engine:
+        return PolicyEngine(
+            decoding=decoding(temperature),
+            ends=ends,
+            pad_token_id=packing.pad_token_id,
+            longest=config.max_length,
+            batch_size=at.batch_size,
+            precision=scorer.precision,
+        )
+
+    if at.engine == "vllm":
+        model = VllmModel(_dtype(config), config.max_length, at.batch_size, at.vllm_memory)
+        return lambda temperature: VllmEngine(decoding(temperature), ends, model)
+    if sharding.sharded_modules(scorer.policy):
+        copied = UnshardedCopy(scorer.device, _dtype(config))
+        return lambda temperature: GatheredEngine(own(temperature), copied)
+    return own
 
 
 def described(config: DictConfig, policy: Any) -> str:
     """Return in one line what a run samples, and the memory that this takes in each process."""
     at = config.rollout
+    line = f"rollouts: {at.n} responses to each of {at.batches * config.batch_size:,} prompts; "
+    if at.engine == "vllm":
+        return line + f"vLLM takes {at.vllm_memory:.0%} of the GPU's memory"
     at_once = max(at.n, at.batch_size)
     cache = at_once * config.max_length * cache_bytes(policy.config, _dtype(config))
-    line = (
-        f"rollouts: {at.n} responses to each of {at.batches * config.batch_size:,} prompts;"
-        f" sampling {at_once} at the same time takes up to {cache / 1e9:.2g} GB for keys and values"
+    line += (
+        f"sampling {at_once} at the same time takes up to {cache / 1e9:.2g} GB for keys and values"
     )
     if held := copy_bytes(config, policy):
         line += f", and the copy of the policy that samples {held / 1e9:.2g} GB"
     return line
+
+
+def sampler_bytes(config: DictConfig, policy: Any, memory: float) -> float:
+    """Return the bytes of what samples in each process, beside the policy itself; `memory`: those
+    of the GPU.
+    """
+    at = config.rollout
+    return at.vllm_memory * memory if at.engine == "vllm" else copy_bytes(config, policy)
 
 
 def copy_bytes(config: DictConfig, policy: Any) -> int:

@@ -466,3 +466,32 @@ def test_the_run_decides_as_the_plan(gb, options, reference, planned, monkeypatc
     assert here == numbers
     assert run_plan.plan_run(config, policy.config, True, here) == decided
     assert decided.reference == reference
+
+
+def test_what_samples_beside_the_policy_counts(planned):
+    """Keys and values of a token by hand; and what 512 tokens take, held by something else, leaves
+    256 tokens less to a microbatch, since half of what is free is for activations.
+    """
+    spec = AutoConfig.for_model("llama", **SIZES | FAMILIES["llama"])
+    heads, head_dim = spec.num_key_value_heads, spec.hidden_size // spec.num_attention_heads
+    by_hand = 2 * spec.num_hidden_layers * heads * head_dim * 2
+    assert budget.cache_bytes(spec, torch.bfloat16) == by_hand
+
+    config, _ = planned(*PAIRS)
+    model_config = plan.read_model(config, build_loss(SFT)).config
+    numbers = run_plan.Numbers(
+        device=torch.device("cuda"),
+        memory=40e9,
+        weights=2e9,
+        trained=2e9,
+        reference=0,
+        n_weights=0.5e9,
+        ranks=1,
+        mean_tokens=310.0,
+        repeats=False,
+    )
+    tokens = [
+        run_plan.plan_run(config, model_config, False, numbers, sampler_bytes=held).budget
+        for held in (20e9, 20e9 + 512 * budget.activation_bytes(model_config, torch.float32, 1))
+    ]
+    assert tokens[0] - tokens[1] == 256
