@@ -73,6 +73,30 @@ def test_every_command_composes(asked, compose, tmp_path, monkeypatch):
     assert done.returncode != 0 and "give DATASETS=" in done.stderr and not lines
 
 
+@pytest.mark.parametrize(
+    ("method", "loss", "preferences"),
+    [("ppo", "ppo", None), ("grpo", "grpo", None), ("online", "dpo", "best-worst")],
+)
+def test_methods_on_own_responses(asked, compose, tmp_path, monkeypatch, method, loss, preferences):
+    """The last stage learns by the rewards of the reward stage; it is evaluated on pairs."""
+    monkeypatch.chdir(ROOT)
+    for environment in ({}, {"MODEL": "gpt2-large", "DATASETS": "hh", "BETA": "0.3"}):
+        done, lines = asked(METHOD=method, MAX_NEW_TOKENS="32", **environment)
+        assert done.returncode == 0, done.stderr
+        stages = [line for line in lines if line[:2] == ["-u", "train.py"]]
+        config = compose(*stages[-1][2:])
+        assert (config.loss.name, config.rollout.preferences) == (loss, preferences)
+        assert config.local_run_dir == f"{tmp_path}/out/{method}" and config.stage == "policy"
+        assert config.rollout.max_new_tokens == 32
+        assert config.reward.terms == {"reward": {"model": f"{tmp_path}/out/reward"}}
+        assert config.loss.beta == 0.3 or not environment
+        evaluated = [line for line in lines if line[0] == "eval.py"][-1]
+        assert evaluated[1] == f"{tmp_path}/out/{method}"
+        assert ("loss=dpo" in evaluated) == (method != "online")
+    done, lines = asked(METHOD="sppo")
+    assert done.returncode == 2 and "METHOD=sppo: expected" in done.stderr and not lines
+
+
 def test_what_is_there_is_not_done_again(asked, tmp_path):
     out = tmp_path / "out"
     for name in ("sft", "reward", "dpo"):
