@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 # Hydra then raises what it would print, and `main` prints it in one line
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -349,7 +349,13 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
             rank0_print(note)
     if loss.needs_margins and not samples:
         check_margins(loss.name, train_examples, eval_examples)
-    return Data(tokenizer, train_examples, eval_examples)
+    ptx = None
+    if config.rollout.ptx_datasets is not None:
+        own = {"datasets": config.rollout.ptx_datasets, "eval_datasets": None}
+        whole = {"data_split": None, "stage": None}
+        of_ptx = cast(DictConfig, OmegaConf.merge(config, own, whole))
+        ptx, _ = load_examples(of_ptx, tokenizer, "single")
+    return Data(tokenizer, train_examples, eval_examples, ptx)
 
 
 def load_checked_policy(
@@ -393,6 +399,7 @@ def fingerprint_of(config: DictConfig, data: Data, digest: str) -> dict[str, Any
         data.train,
         data.evaluation,
         digest,
+        [] if data.ptx is None else [data.ptx],
     )
 
 

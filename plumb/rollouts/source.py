@@ -32,6 +32,7 @@ from plumb.rollouts.advantages import has_spread
 from plumb.rollouts.answered import Answered
 from plumb.rollouts.engine import Engine, Response, Samples
 from plumb.rollouts.learning import Learn
+from plumb.rollouts.ptx import Ptx
 from plumb.rollouts.rewards import Measured, Rewards
 from plumb.rollouts.rollout import Lessons, Rollout
 
@@ -182,6 +183,7 @@ class RolloutSource:
     block_at: Callable[[int], Block]  # from the number of training examples seen
     keep: Callable[[list[dict[str, Any]]], None]  # is given the rows of each rollout
     follower: Follower | None = None
+    ptx: Ptx | None = None
     first: int = -1  # training examples before the present block; -1: there is none
     lessons: Lessons | None = None
 
@@ -218,7 +220,11 @@ class RolloutSource:
             return Step(indices=indices, lengths=none, microbatches=[], counters=counters)
         feed = Feed(self.lessons, self.packing, self.rank, context=self.context)
         step = replace(feed.step(places, at_least), indices=indices, counters=counters)
-        return step if self.follower is None else self.follower.step(step)
+        if self.follower is not None:
+            step = self.follower.step(step)
+        if self.ptx is None or not step.microbatches:
+            return step
+        return replace(step, counters={**step.counters, **self.ptx.add(position.n_updates)})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a run resumes from, by name: the scale of the rewards, and the present block

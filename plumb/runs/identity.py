@@ -37,14 +37,15 @@ def fingerprint(
     train: Examples,
     evaluation: Examples,
     weights: str,
+    others: Sequence[Examples] = (),
 ) -> dict[str, Any]:
     """Return the run's fingerprint: its settings, and digests of data, tokenizer, plugins and the
-    weights it starts from, which are also the reference's.
+    weights it starts from, which are also the reference's. `others`: what else it is trained on.
     """
     plugins = [
         hashlib.sha256(Path(f).expanduser().read_bytes()).hexdigest() for f in config.plugins
     ]
-    data = [digest_of(train), digest_of(evaluation)]
+    data = [digest_of(examples) for examples in (train, evaluation, *others)]
     return {
         "settings": settings(config, may_change),
         "data": data,

@@ -300,6 +300,8 @@ KNOBS: dict[str, Knob] = {
     "rollout.engine": Knob(one_of("policy", "vllm"), RESULT, TRAIN),
     "rollout.vllm_memory": Knob(SHARE, PLACEMENT, TRAIN),
     "rollout.tolerance": Knob(POSITIVE, BOOKKEEPING, TRAIN),
+    "rollout.ptx_datasets": Knob(maybe(names(1)), RESULT, TRAIN),
+    "rollout.ptx_weight": Knob(POSITIVE, RESULT, TRAIN),
     "rollout.eval_n": Knob(whole(1), BOOKKEEPING, TRAIN),
     "rollout.eval_temperature": Knob(POSITIVE, BOOKKEEPING, TRAIN),
     "reward.terms": Knob(maybe(MAPPING), RESULT, TRAIN),

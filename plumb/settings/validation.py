@@ -212,6 +212,7 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
         raise UserError(
             f"rollout.n={at.n}: a response is compared with others to its prompt; set 2 or more"
         )
+    _check_ptx(config)
     if at.max_new_tokens + config.max_prompt_length > config.max_length:
         raise UserError(
             f"rollout.max_new_tokens={at.max_new_tokens}: does not fit with"
@@ -238,6 +239,21 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
         raise UserError(
             "reference=cached: the responses are sampled while the policy trains, so nothing can be"
             " computed before; set reference=live, or auto"
+        )
+
+
+def _check_ptx(config: DictConfig) -> None:
+    """Refuse a weight of no data set, and data sets where gradients are spread over processes."""
+    at = config.rollout
+    if at.ptx_weight != 1 and at.ptx_datasets is None:
+        raise UserError(
+            f"rollout.ptx_weight={at.ptx_weight}: there is no data set to weigh; set"
+            " rollout.ptx_datasets, or leave it out"
+        )
+    if at.ptx_datasets is not None and config.trainer != "BasicTrainer":
+        raise UserError(
+            f"rollout.ptx_datasets={list(at.ptx_datasets)}: are mixed into steps of one process;"
+            " set trainer=BasicTrainer, or leave it out"
         )
 
 
@@ -429,7 +445,8 @@ def _data_sets(config: DictConfig) -> None:
                 f"dataset_paths.{name}={path}: no such data set; known:"
                 f" {', '.join(dataset_names())}"
             )
-    names = [resolve(name) for name in (*config.datasets, *(config.eval_datasets or ()))]
+    ptx = config.rollout.ptx_datasets or ()
+    names = [resolve(name) for name in (*config.datasets, *(config.eval_datasets or ()), *ptx)]
     for name in names:
         check_name(name)
     check_revisions(config.dataset_revisions or {}, names)

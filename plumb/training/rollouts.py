@@ -31,6 +31,7 @@ from plumb.rollouts.hf_engine import end_tokens
 from plumb.rollouts.kl_control import KlControl
 from plumb.rollouts.learning import ByAdvantage, ByPairs, Learn, SampledLogps, by_lists
 from plumb.rollouts.policy_engine import PolicyEngine
+from plumb.rollouts.ptx import Ptx
 from plumb.rollouts.rewards import Rewards, build_rewards
 from plumb.rollouts.source import Position, RolloutSource, Sampler
 from plumb.rollouts.token_reader import ReadTokens, TokenReader
@@ -64,10 +65,13 @@ class Rollouts:
     def source(
         self,
         examples: Examples,
+        ptx: Examples | None,
         state: TrainState,
         keep: Callable[[list[dict[str, Any]]], None],
     ) -> RolloutSource:
-        """Return the source of the run's steps. `keep` is given the rows of each rollout."""
+        """Return the source of the run's steps. `ptx`: what is mixed into them, if anything is.
+        `keep` is given the rows of each rollout.
+        """
         at = self.config.rollout
         check_prompts(examples, self.config.max_length - at.max_new_tokens, at.max_new_tokens)
         learn = self._learn(state)
@@ -81,6 +85,7 @@ class Rollouts:
             block_at=state.schedule.block_at,
             keep=keep,
             follower=learn if isinstance(learn, ByCritic) else None,
+            ptx=None if ptx is None else self._ptx(ptx),
         )
 
     def evaluator(self, examples: Examples, feed: Feed) -> RolloutEvaluator:
@@ -135,6 +140,16 @@ class Rollouts:
         )
         critic = make_critic(self.config, rule, self.scorer, self.tokenizer, lr_factor)
         return ByCritic(rule, logps, critic, KlControl.of(rule))
+
+    def _ptx(self, examples: Examples) -> Ptx:
+        scorer = self.scorer
+        return Ptx(
+            feed=Feed(examples, self.packing, self.rank),
+            batch_size=self.config.batch_size,
+            weight=self.config.rollout.ptx_weight,
+            seed=self.config.seed,
+            logps=lambda batch: scorer.logps(scorer.policy, batch.to(scorer.device)).sum,
+        )
 
     def _logps_of(self, model: Any) -> ReadTokens:
         """Return the function that reads log-probabilities by the training path, at the temperature

@@ -73,6 +73,7 @@ class Data:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     evaluation: Examples
+    ptx: Examples | None = None  # whose cross-entropy is mixed into steps on own responses
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,9 @@ def prepare(
     source = evaluator = None
     if samples_responses(config, run.loss):
         rollouts = make_rollouts(config, tokenizer, packing, rank, is_primary_replica, scorer)
-        source = state.rollouts = rollouts.source(run.data.train, state, run.log.rollouts)
+        source = state.rollouts = rollouts.source(
+            run.data.train, run.data.ptx, state, run.log.rollouts
+        )
         evaluator = rollouts.evaluator(run.data.evaluation, eval_feed)
     cached = None
     if reference.digest is not None:

@@ -9,6 +9,7 @@ from tiny import tiny_tokenizer
 
 from plumb.errors import UserError
 from plumb.rollouts.rewards import reward_model_of
+from plumb.runs import checkpoints
 from plumb.training.critics import of_reward_model
 
 # one with each kind of critic; the others differ from the first in numbers, and in kl_token
@@ -77,3 +78,16 @@ def test_its_run_is_evaluated_with_another_loss(train):
     with pytest.raises(UserError, match="loss.name=ppo: is about the policy's own samples, and"):
         evaluate(run)
     evaluate(run, "loss=sft")
+
+
+def test_a_data_set_is_mixed_into_the_steps(train, data):
+    """Not while the critic warms up alone. The rows are part of what a run is made of."""
+    reward = "reward.terms={brief: {rule: shorter}}"
+    options = ["loss=ppo_openai2019", "loss.critic_warmup=1", reward, *SHORT, "n_examples=8"]
+    run = train("run", *options, f"rollout.ptx_datasets=[{data}]", "rollout.ptx_weight=27.8")
+    rows = [r for r in records(run) if "critic_train/alone" in r]
+    assert [r["critic_train/alone"] for r in rows] == [1, 1, 0, 0]
+    nll = [r.get("ptx_train/nll") for r in rows]
+    assert nll[:2] == [None, None] and 0 < nll[3] < nll[2]
+    train_rows, _, ptx_rows = checkpoints.latest_valid(run).manifest.fingerprint["data"]
+    assert train_rows == ptx_rows  # of the same file

@@ -1,0 +1,48 @@
+"""Mix the cross-entropy of a data set into the steps of a policy, against what it forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from plumb.batching.feed import Feed
+from plumb.batching.layout import Batch
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """Add the gradient of a data set's cross-entropy per token, times a weight, to those of a step
+    that the policy is about to make: PPO-ptx, Eq. 2 of arXiv:2203.02155. Every rank must make each
+    call.
+    """
+
+    feed: Feed  # of prompts with their responses
+    batch_size: int
+    weight: float
+    seed: int
+    logps: Callable[[Batch], Tensor]  # the sums of a batch's responses, with gradients.  -> [R]
+
+    def add(self, number: int) -> dict[str, float]:
+        """Add the gradient of the batch of step `number`, from 0. Return the cross-entropy before
+        the step, in nats per token.
+        """
+        step = self.feed.step(self.indices(number))
+        n = step.lengths.n_scored()
+        total = 0.0
+        for batch, weight, _ in step.microbatches:
+            nll = -weight * self.logps(batch).sum() / n
+            (self.weight * nll).backward()
+            total += float(nll.detach())
+        return {"ptx_train/nll": total}
+
+    def indices(self, number: int) -> np.ndarray:
+        """Return the examples of a step: batches of one epoch after the other, each in an order of
+        its own.
+        """
+        n = len(self.feed.examples)
+        epoch, place = divmod(number, -(-n // self.batch_size))
+        order = np.random.default_rng((self.seed, epoch)).permutation(n)
+        return order[place * self.batch_size :][: self.batch_size]
