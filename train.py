@@ -233,7 +233,9 @@ def train_from(
     from plumb.models.load import describe
     from plumb.models.reference_cache import state_digest
     from plumb.reports.curves import draw_curves
+    from plumb.reports.outcome import reward_line
     from plumb.runs import identity
+    from plumb.runs.history import read_metrics
     from plumb.training.setup import Run
     from trainers import TRAINERS
 
@@ -304,6 +306,8 @@ def train_from(
             f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves:"
             f" {draw_curves([run_dir])}"
         )
+        if change := reward_line(read_metrics(run_dir)):
+            print(change)
 
 
 def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:

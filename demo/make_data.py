@@ -265,6 +265,12 @@ def read_subjects():
         }
 
 
+def slots_of(subject, **facts):
+    """Return what a template's slots are filled with: `topic` and, with a capital, `Topic`."""
+    slots = {k: subject[k] for k in ("task", "topic", "doing")} | facts
+    return slots | {k.capitalize(): v[0].upper() + v[1:] for k, v in slots.items()}
+
+
 def write_response(rng, style, subject, closed):
     """Return one response in a style: opening and core, and in a share `closed` of the cases a
     closing, within RESPONSE_WORDS.
@@ -272,10 +278,7 @@ def write_response(rng, style, subject, closed):
     while True:
         step, reason = rng.choice(subject["facts"])
         vague, vague2 = rng.sample(subject["remarks"], 2)
-        slots = {k: subject[k] for k in ("task", "topic", "doing")} | dict(
-            step=step, reason=reason, vague=vague, vague2=vague2
-        )
-        slots |= {k.capitalize(): v[0].upper() + v[1:] for k, v in slots.items()}
+        slots = slots_of(subject, step=step, reason=reason, vague=vague, vague2=vague2)
         parts = ["open", "core", "close"] if rng.random() < closed else ["open", "core"]
         text = " ".join(rng.choice(style[part]) for part in parts).format(**slots)
         if RESPONSE_WORDS[0] <= len(text.split()) <= RESPONSE_WORDS[1]:

@@ -12,6 +12,8 @@ import pytest
 
 import report
 from plumb.reports import curves
+from plumb.reports.outcome import reward_line
+from plumb.rollouts.answered import Answered
 from plumb.runs import history
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,23 @@ def test_the_generator_makes_these_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
 
 
+def test_the_rewards_know_both_styles(monkeypatch):
+    monkeypatch.syspath_prepend(str(DEMO))
+    import rewards
+
+    for row in SPLITS["test"]:
+        for key, wanted in (("chosen", 1), ("rejected", 0)):
+            answered = Answered(
+                prompt=row["prompt"],
+                response=row[key],
+                target="",
+                n_tokens=9,
+                ended="eos",
+                source="",
+            )
+            assert rewards.courteous(answered) == rewards.helpful(answered) == wanted, row[key]
+
+
 def test_both_stages_and_the_summary(pictures, warm, tmp_path, monkeypatch, capsys):
     """demo/run.py's own steps on a few examples; the whole demo takes minutes."""
     monkeypatch.syspath_prepend(str(DEMO))
@@ -80,6 +99,14 @@ def test_both_stages_and_the_summary(pictures, warm, tmp_path, monkeypatch, caps
         "on 150 held-out pairs" in out and "reward accuracy" in out and out.count("before  ") == 6
     )
     assert (tmp_path / "dpo/LATEST/policy.pt").is_file()
+
+    # the same with rewards in place of pairs
+    own = ["batch_size=4", "n_examples=8", "rollout.n=2", "rollout.max_new_tokens=8"]
+    start = f"model.archive='{tmp_path}/sft'"
+    run.stage("GRPO", "exp=demo_grpo", tmp_path / "grpo", start, *short, *own)
+    assert "held-out reward" in reward_line(history.read_metrics(tmp_path / "grpo"))
+    drawn = curves.panels([curves.named(history.read_run(tmp_path / "grpo"))], further=False)
+    assert drawn[1:] == curves.ROLLOUTS and (tmp_path / "grpo/curves.png").is_file()
 
     # it knows the names and files that training writes
     report.main(report.parser().parse_args([str(tmp_path / "dpo")]))

@@ -34,6 +34,13 @@ LEARNING = [
     Panel("reward accuracy (dotted: chance)", {"": "rewards_{}/accuracies"}, 0.5),
     Panel("log-probability (nats)", {"chosen": "logps_{}/chosen", "rejected": "logps_{}/rejected"}),
 ]
+# of a run on the policy's own responses
+ROLLOUTS = [
+    Panel("reward of the policy's responses", {"": "rollout_{}/reward"}),
+    Panel("KL to the reference (nats per response)", {"": "kl_{}/k1"}, 0.0),
+    Panel("length of a response (tokens)", {"": "rollout_{}/length"}),
+    Panel("entropy (nats per token)", {"": "entropy/{}"}),
+]
 FURTHER = [
     Panel("ranking by log-probability alone (dotted: chance)", {"": "logps_{}/accuracies"}, 0.5),
     Panel(
@@ -110,6 +117,7 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
     losses = dict.fromkeys(key.split("/")[0] for key in present if key.startswith("loss "))
     candidates = (
         [Panel(f"{name[5:]} loss", {"": f"{name}/{{}}"}) for name in losses]
+        + ROLLOUTS
         + LEARNING
         + (FURTHER if further else [])
     )

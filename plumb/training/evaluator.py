@@ -28,7 +28,7 @@ from plumb.scoring.intervals import length_buckets
 from plumb.training.metrics import Record, Split, logged_name, metric_values
 from plumb.training.objective import Scorer
 
-SHOWN_BY_GROUP = ("loss", "rewards/accuracies", "rewards/margins", "perplexity")
+SHOWN_BY_GROUP = ("loss", "rewards/accuracies", "rewards/margins", "perplexity", "rollout/reward")
 
 
 @dataclass(frozen=True)

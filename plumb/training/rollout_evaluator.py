@@ -65,8 +65,8 @@ class RolloutEvaluator:
         )
 
     def record(self, evaluation: Evaluation, split: Split = "eval") -> Record:
-        """Return the metrics that are logged."""
-        return evaluation.record({}, split)
+        """Return the metrics that are logged, overall and by data set."""
+        return evaluation.record(eval_groups(self.feed.examples), split)
 
     def counts(self) -> dict[str, int]:
         """Return the number of prompts, overall ("all") and by group."""
