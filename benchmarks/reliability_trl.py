@@ -733,7 +733,7 @@ the exit code says finished. A malformed file is refused in *one line*, ends in 
 trained on, with a message about it (*said*) or without (*silent*). Not every malformed file must be
 refused, but none should pass unnoticed. The weights, optimizer and state files are TRL's
 model.safetensors, optimizer.pt and trainer_state.json, and Plumb's policy.pt,
-state-0-of-1.safetensors (from which it resumes: weights and optimizer) and manifest.json.
+state-0-of-1.safetensors (optimizer state; it resumes from this and policy.pt) and manifest.json.
 """
 
 

@@ -4,9 +4,10 @@ believed, pruned afterwards.
 A checkpoint is a directory, step-N where it was evaluated and interim-N where it was not, N the
 training examples seen:
 
-    policy.pt, optimizer.pt, scheduler.pt   the original format, {step_idx, state, metrics}, whole
-    state-<rank>-of-<ranks>.safetensors     what training goes on from: this rank's parts of
-                                            weights and optimizer
+    policy.pt, scheduler.pt                 the original format, {step_idx, state, metrics}, whole
+    optimizer.pt                            the same, with save_optimizer_pt
+    state-<rank>-of-<ranks>.safetensors     what else training goes on from: this rank's part of the
+                                            optimizer state, and weights that policy.pt lacks
     manifest.json                           every file's size and sha256, how far the run is, and
                                             what it is made of
 
@@ -23,7 +24,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -379,8 +380,10 @@ class Saver:
         state: Mapping[str, Tensor],
         manifest: Manifest,
         needed: int,
+        in_parts: Container[str] = (),
     ) -> None:
-        """Save; see the function `save`. Every rank must call it.
+        """Save; see the function `save`. Every rank must call it. `in_parts`: the names of tensors
+        that a part holds, which are not stored again.
 
         Raises NonFinite, before anything is written, if a weight is NaN or infinite.
         """
@@ -393,6 +396,7 @@ class Saver:
                 f" {bad.removeprefix('policy.')} holds NaN or infinity; older checkpoints are"
                 " valid; lower lr, and resume with resume=auto"
             )
+        state = {name: tensor for name, tensor in state.items() if name not in in_parts}
         if self.thread is None:
             return self._save(name, parts, parts_of(state, copied=False), manifest, needed)
         made = {part: copied(make()) for part, make in parts.items()}
@@ -440,14 +444,15 @@ class Saver:
         state: Mapping[str, Tensor],
         manifest: Manifest,
         n_saves: int,
+        in_parts: Container[str] = (),
     ) -> int:
         """Write, verify and delete a checkpoint before there is anything to lose. Return the bytes
-        it takes.
+        it takes. `in_parts` as for `save`.
 
         Raises StorageError if that fails, or if there is no room for `n_saves` of them, or for two,
         since one is removed only once the next has been verified.
         """
-        mine = parts_of(state, copied=False)
+        mine = parts_of({n: x for n, x in state.items() if n not in in_parts}, copied=False)
         needed = sum(
             self.group.gather(sum(p.local.numel() * p.local.element_size() for p in mine.values()))
         )
@@ -465,18 +470,18 @@ class Saver:
         if free < 1.1 * size * min(2, n_saves):
             raise StorageError(
                 f"local_run_dir={self.run_dir}: a checkpoint takes {_gb(size)}, two must fit,"
-                f" and {_gb(free)} are free; free some space, or set local_dirs, or"
-                " save_optimizer_pt=false"
+                f" and {_gb(free)} are free; free some space, or set local_dirs"
             )
         rank0_print(
             f"a checkpoint takes {_gb(size)} and {self.secs:.1f} s; written, verified and deleted"
-            + (
-                f"; the {wanted} to come take more than is free ({_gb(free)}): keep_checkpoints"
-                " removes older ones"
-                if free < size * wanted
-                else ""
-            )
         )
+        if free < size * wanted:
+            # the newest, the best, and one that is removed once the next has been verified
+            keep = max(int(free / size) - 2, 1)
+            rank0_print(
+                f"note: the {wanted} checkpoints to come take {_gb(size * wanted)}, and"
+                f" {_gb(free)} are free; set keep_checkpoints={keep}"
+            )
         return size
 
 

@@ -92,14 +92,17 @@ def load_policy_state(archive: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(STALE_BUFFERS)}
 
 
-def load_pickled_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Return the state dict of a model folder's pickle, memory-mapped; its buffers may be of any
-    type. `what` is how to call the file.
+def load_pickled_tensors(path: Path, what: str, of_policy: bool = False) -> dict[str, Tensor]:
+    """Return the state dict of a model folder's pickle, or of a policy.pt (`of_policy`),
+    memory-mapped; its buffers may be of any type. `what` is how to call the file.
 
     Raises UnsafeFile for a file that would run code, is damaged, or holds anything but plain
     tensors.
     """
-    return _tensors(_load_pickle(path, what, "state dict"), what, "state dict")
+    content = _load_pickle(path, what, "state dict")
+    if of_policy and type(content) is dict:
+        content = content.get("state")
+    return _tensors(content, what, "state dict")
 
 
 def _load_pickle(path: Path, what: str, kind: str) -> Any:

@@ -1,5 +1,5 @@
 """Store the tensors a run resumes from, one safetensors file per rank: written by any number of
-ranks, read by any other number.
+ranks, read by any other number. The policy's weights are not stored again if policy.pt has them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from plumb.distributed import sharding
 from plumb.errors import ResumeMismatch, UnsafeFile
 from plumb.runs import durable_files
 from plumb.runs.durable_files import Written
+from plumb.runs.policy_file import load_pickled_tensors
 
 # safetensors' names
 DTYPES = {
@@ -34,6 +35,7 @@ DTYPES = {
 }
 
 
+POLICY = "policy."  # what the names of the policy's weights and buffers begin with
 OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -142,9 +144,10 @@ def restore(
     values: Mapping[str, Mapping[str, Any]],
     others: Mapping[str, Tensor],
 ) -> None:
-    """Load the weights in `own`, optimizer state and `others` (by name) from the files. The
-    optimizer state is created by a step without gradients, so that it has the right type and
-    place, and then overwritten, as the weights are. Raises what `load_state` raises.
+    """Load the weights in `own`, optimizer state and `others` (by name) from the files; weights
+    that these lack come from the policy.pt beside them. The optimizer state is created by a step
+    without gradients, so that it has the right type and place, and then overwritten, as the weights
+    are. Raises what `load_state` raises.
     """
     sharding.reshard(policy)
     parameters, stored = dict(policy.named_parameters()), names(files)
@@ -153,9 +156,41 @@ def restore(
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    load_state(files, tensors_of(policy, optimizer, own) | dict(others))
+    targets = tensors_of(policy, optimizer, own) | dict(others)
+    in_policy = {
+        name.removeprefix(POLICY): targets.pop(name)
+        for name in [*targets]
+        if name.startswith(POLICY) and name not in stored
+    }
+    load_state(files, targets)
+    if in_policy:
+        _load_weights(files[0].parent / "policy.pt", in_policy)
     for name, of_p in values.items():
         optimizer.state[parameters[name]].update(of_p)
+
+
+def _load_weights(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill each tensor (if sharded, this rank's part of it) from a policy.pt. Raises what
+    `load_state` raises.
+    """
+    if not path.is_file():
+        raise ResumeMismatch(
+            f"{path.parent}: has neither {POLICY}{next(iter(targets))} nor a policy.pt; is it of"
+            " another model?"
+        )
+    weights = load_pickled_tensors(path, str(path), of_policy=True)
+    for name, target in targets.items():
+        offset, local = sharding.region(target)
+        full = weights.get(name)
+        if full is None or full.shape != target.shape or full.dtype != local.dtype:
+            what = "none" if full is None else f"{list(full.shape)} {DTYPES.get(full.dtype)}"
+            raise ResumeMismatch(
+                f"{path}: {name} is {what}, and here {list(target.shape)} {DTYPES[local.dtype]}; is"
+                " it of another model?"
+            )
+        there = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+        with torch.no_grad():
+            local.copy_(full[there])
 
 
 def stored(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plumb.console import rank, rank0_print
+from plumb.models.adapters import stored
 from plumb.runs import checkpoints, directory
 from plumb.runs.policy_file import as_in_2023
 from plumb.training.metrics import Record, TrainingLog
@@ -36,6 +37,7 @@ class RunSaver:
     every: int | None  # interval between saves without an evaluation, in examples
     every_minutes: float | None
     writes: bool  # false: the run writes no checkpoints
+    policy_pt_is_complete: bool  # it holds all weights, as they are and under their names
     saved: str = ""  # the name of the last checkpoint
     n_bytes: int = 0  # of a checkpoint
     last_save: float = field(default_factory=time.monotonic)
@@ -77,7 +79,14 @@ class RunSaver:
         manifest = self.manifest(record)
         if name != self.saved:
             self.saved = name
-            self.saver.save(name, self.parts(), self.state.tensors(), manifest, self.n_bytes)
+            self.saver.save(
+                name,
+                self.parts(),
+                self.state.tensors(),
+                manifest,
+                self.n_bytes,
+                self.in_policy_pt(),
+            )
         if rank() == 0:
             directory.write_status(self.run_dir, "running")
 
@@ -85,8 +94,18 @@ class RunSaver:
         """Measure how much a save takes, and check that it works; `n_saves` will follow."""
         if self.writes:
             self.n_bytes = self.saver.rehearse(
-                self.parts(), self.state.tensors(), self.manifest({}), n_saves
+                self.parts(),
+                self.state.tensors(),
+                self.manifest({}),
+                n_saves,
+                self.in_policy_pt(),
             )
+
+    def in_policy_pt(self) -> set[str]:
+        """Return the names of the state's tensors that policy.pt holds."""
+        if not self.policy_pt_is_complete:
+            return set()
+        return {f"policy.{name}" for name in stored(self.state.policy)}
 
     def manifest(self, record: Record) -> checkpoints.Manifest:
         """Return the manifest of a checkpoint that is saved now."""

@@ -361,6 +361,7 @@ def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Place
         every=config.save_every,
         every_minutes=config.save_every_minutes,
         writes=not config.debug,
+        policy_pt_is_complete=config.policy_format == "current" and config.adapter == "none",
     )
 
 

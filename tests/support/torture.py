@@ -252,7 +252,7 @@ def is_complete(directory: Path) -> bool:
     try:
         files = json.loads((directory / "manifest.json").read_bytes())["files"]
         contents = {name: (directory / name).read_bytes() for name in files}
-        expected = {"policy.pt", "optimizer.pt", "scheduler.pt", "state-0-of-1.safetensors"}
+        expected = {"policy.pt", "scheduler.pt", "state-0-of-1.safetensors"}
         return files.keys() == expected and all(
             [len(content), hashlib.sha256(content).hexdigest()] == files[name]
             for name, content in contents.items()

@@ -526,7 +526,7 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_used(train, capsys, t
         shutil.rmtree(newest)
         copy.rename(newest)
         n += 1
-    assert n == 5 * 16  # policy, optimizer, scheduler, state, manifest
+    assert n == 4 * 16  # policy, scheduler, state, manifest
     for name in ("policy.pt", "manifest.json"):  # swapped with another step's
         shutil.copy(newest / name, tmp_path / name)
         shutil.copy(good / name, newest / name)
@@ -535,7 +535,9 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_used(train, capsys, t
 
 
 def test_a_state_file_that_is_a_pickle_is_not_loaded(train, tmp_path):
-    """Even with a manifest that fits it: there is no code that would read it as one."""
+    """Even with a manifest that fits it: there is no code that would read it as one. And a
+    policy.pt that would run code is refused before it is read.
+    """
     import pickle
 
     class Payload:
@@ -548,15 +550,20 @@ def test_a_state_file_that_is_a_pickle_is_not_loaded(train, tmp_path):
         shutil.rmtree(path)
     (path,) = checkpoints.listed(run)
     manifest = checkpoints.read_manifest(path)
-    (path / "state-0-of-1.safetensors").write_bytes(pickle.dumps(Payload()))
-    manifest.files["state-0-of-1.safetensors"] = durable_files.read_back(
-        path / "state-0-of-1.safetensors"
-    )
     manifest.finished = False
-    (path / "manifest.json").write_bytes(checkpoints._dump(manifest))
-    with pytest.raises(UnsafeFile, match="cannot be read") as error:
-        train(*options, "resume=auto")
-    assert error.value.exit_code == 3 and not (tmp_path / "executed").exists()
+    for name, why in (("state-0-of-1.safetensors", "cannot be read"), ("policy.pt", "mkdir")):
+        good = (path / name).read_bytes()
+        if name == "policy.pt":
+            torch.save({"step_idx": 8, "state": Payload(), "metrics": {}}, path / name)
+        else:
+            (path / name).write_bytes(pickle.dumps(Payload()))
+        manifest.files[name] = durable_files.read_back(path / name)
+        (path / "manifest.json").write_bytes(checkpoints._dump(manifest))
+        with pytest.raises(UnsafeFile, match=why) as error:
+            train(*options, "resume=auto")
+        assert error.value.exit_code == 3 and not (tmp_path / "executed").exists()
+        (path / name).write_bytes(good)
+        manifest.files[name] = durable_files.read_back(path / name)
 
 
 def test_after_damage_the_run_goes_on_from_the_one_before_and_never_afresh(

@@ -342,6 +342,7 @@ def test_what_a_run_leaves_behind(train, pictures):
     run = train(
         "left",
         *DPO,
+        "save_optimizer_pt=true",  # for one file more
         "n_examples=8",
         "sample_during_eval=true",
         "n_eval_model_samples=2",
@@ -388,6 +389,10 @@ def test_what_a_run_leaves_behind(train, pictures):
     assert samples[0]["sample"] == samples[2]["sample"]
     environment = json.loads((run / "env.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"])
+    n_bytes = sum(p.stat().st_size for p in (run / "LATEST").iterdir() if p.suffix != ".json")
+    n_bytes -= (run / "LATEST/optimizer.pt").stat().st_size
+    weights = torch.load(run / "LATEST/policy.pt", weights_only=True)["state"]
+    assert n_bytes < 1.1 * 8 * sum(x.numel() for x in weights.values()), "weights and state, once"
     optimizer = torch.load(run / "LATEST/optimizer.pt", weights_only=True)["state"]
     assert optimizer["param_groups"][0]["lr"] == 1e-3 and len(optimizer["state"]) > 0
 
