@@ -71,6 +71,16 @@ def test_kto(benchmark, tmp_path):
     assert "| TRL" in (tmp_path / "kto.md").read_text()
 
 
+def test_adapters(benchmark, tiny_model, tmp_path):
+    """An adapter's checkpoint is smaller. From the tiny model, which saves a run of SFT."""
+    options = ["--smoke", "--model", tiny_model, "--out", tmp_path / "adapters.md"]
+    out = benchmark("adapters.py", *options)
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")][1:]
+    sizes = {row[0].strip(): float(row[-1]) for row in rows}
+    assert sizes["LoRA"] < sizes["all weights"]
+    assert (tmp_path / "adapters.md").read_text() == out
+
+
 def test_rollouts(benchmark, tmp_path):
     out = benchmark("rollouts.py", "--smoke", "--out", tmp_path / "rollouts.md")
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")]
