@@ -7,6 +7,8 @@
 #   METHOD=grpo bash align.sh            the last stage learns from the policy's own responses and the reward model
 #
 # METHOD   dpo: pairs of the data | ppo, grpo: own responses, by their rewards | online: DPO on pairs of own responses
+#          mpo: Mixed Preference Optimization (arXiv:2403.19443): two responses of the SFT policy to each prompt; where their rewards
+#          differ by MARGIN or more they train DPO, and the prompts of the others train PPO, from the DPO policy and with it as reference
 #
 # Run the same command again after any interruption: finished stages are skipped, an interrupted one is resumed.
 # Every variable can be set in the environment; extra arguments are added to each training command, and take precedence.
@@ -19,6 +21,7 @@ DATASETS=${DATASETS:-}                 # one or more, separated by commas
 METHOD=${METHOD:-dpo}                  # how the policy is trained
 DATA_SPLIT=${DATA_SPLIT:-4,1,1}        # shares of the prompts for SFT, reward model and policy
 BETA=${BETA:-}                         # strength of the KL constraint; empty: 0.1 for DPO, the loss's own for others
+MARGIN=${MARGIN:-1}                    # with METHOD=mpo, in units of the reward
 N_PROMPTS=${N_PROMPTS:-100}            # held-out prompts that both policies answer, for the win rate
 PROMPTS=${PROMPTS:-}                   # from this data set; empty: the first in DATASETS
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}   # per answer
@@ -41,16 +44,24 @@ case $METHOD in
     dpo) policy+=" loss=dpo loss.beta=${BETA:-0.1}" own=() ;;
     online) policy+=" loss=dpo loss.beta=${BETA:-0.1} rollout=pairs" ;;
     ppo | grpo) policy+=" loss=$METHOD ${BETA:+loss.beta=$BETA}" as=(loss=dpo "loss.beta=${BETA:-0.1}") ;;
-    *) echo "error: METHOD=$METHOD: expected dpo, ppo, grpo or online" >&2 && exit 2 ;;
+    mpo)
+        first="$policy loss=dpo loss.beta=${BETA:-0.1} rollout=pairs rollout.preferences=margin rollout.pair_margin=$MARGIN"
+        policy+=" loss=ppo_mpo ${BETA:+loss.beta=$BETA}" as=(loss=dpo "loss.beta=${BETA:-0.1}")
+        ;;
+    *) echo "error: METHOD=$METHOD: expected dpo, ppo, grpo, online or mpo" >&2 && exit 2 ;;
 esac
 archive="model.archive='$OUT/sft'"     # the inner quotes are Hydra's
 
-stage() {  # name, share in data_split, settings; further arguments are passed to train.py unchanged
-    local name=$1 slice=$2 settings=$3
-    shift 3
+train() {  # name, settings; further arguments are passed to train.py unchanged
+    local name=$1 settings=$2
+    shift 2
     echo "=== $name"
     # shellcheck disable=SC2086  # settings are words
-    "$PYTHON" -u train.py $settings stage="$slice" data_split="$DATA_SPLIT" local_run_dir="'$OUT/$name'" resume=auto "$@"
+    "$PYTHON" -u train.py $settings local_run_dir="'$OUT/$name'" resume=auto "$@"
+}
+
+stage() {  # name, share in data_split, settings, further arguments
+    train "$1" "$3" stage="$2" data_split="$DATA_SPLIT" "${@:4}"
 }
 
 newer() {  # does the file exist, with no newer checkpoint?
@@ -62,7 +73,14 @@ newer() {  # does the file exist, with no newer checkpoint?
 
 stage sft sft "$sft $SFT_ARGS" "$@"
 stage reward reward "$reward $REWARD_ARGS" "$archive" "$@"
-stage "$METHOD" policy "$policy $POLICY_ARGS" "$archive" "${own[@]}" "$@"
+if [[ $METHOD == mpo ]]; then  # DPO on one rollout of all prompts, which is the SFT policy's
+    stage mpo-dpo policy "$first $POLICY_ARGS n_epochs=1 rollout.n=2 rollout.batches=1000000" "$archive" "${own[@]}" "$@"
+    newer "$OUT/hard.jsonl" "$OUT/mpo-dpo" ||
+        "$PYTHON" score.py split "$OUT/mpo-dpo/rollouts.jsonl" --threshold "$MARGIN" --easy "$OUT/easy.jsonl" --hard "$OUT/hard.jsonl"
+    train mpo "$policy $POLICY_ARGS" "datasets=['$OUT/hard.jsonl']" "model.archive='$OUT/mpo-dpo'" "${own[@]}" "$@"
+else
+    stage "$METHOD" policy "$policy $POLICY_ARGS" "$archive" "${own[@]}" "$@"
+fi
 
 echo "=== evaluation"
 evaluate() {  # name, more options
@@ -78,4 +96,6 @@ newer "$OUT/samples.jsonl" "$OUT/sft" "$OUT/$METHOD" ||
 "$PYTHON" score.py winrate "$OUT/samples.jsonl" --judge "$OUT/reward" --baseline "$OUT/sft" --json "$OUT/winrate.json"
 
 echo "=== report"
-"$PYTHON" report.py "$OUT/sft" "$OUT/reward" "$OUT/$METHOD" --out "$OUT/report.html"
+runs=("$OUT/sft" "$OUT/reward" "$OUT/$METHOD")
+[[ $METHOD != mpo ]] || runs+=("$OUT/mpo-dpo")
+"$PYTHON" report.py "${runs[@]}" --out "$OUT/report.html"

@@ -93,6 +93,33 @@ def test_methods_on_own_responses(asked, compose, tmp_path, monkeypatch, method,
         evaluated = [line for line in lines if line[0] == "eval.py"][-1]
         assert evaluated[1] == f"{tmp_path}/out/{method}"
         assert ("loss=dpo" in evaluated) == (method != "online")
+
+
+def test_mixed_preference_optimization(asked, compose, tmp_path, monkeypatch):
+    """DPO on the pairs of one rollout of all prompts whose margin is large; PPO on the prompts of
+    the others, from the DPO policy, which is also its reference.
+    """
+    monkeypatch.chdir(ROOT)
+    done, lines = asked(METHOD="mpo", MARGIN="0.5", POLICY_ARGS="lr=1e-5")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    first, second = (
+        compose(*line[2:]) for line in [x for x in lines if x[:2] == ["-u", "train.py"]][-2:]
+    )
+    at = first.rollout
+    assert (first.loss.name, at.preferences, at.pair_margin, at.n) == ("dpo", "margin", 0.5, 2)
+    assert first.n_epochs == 1 and at.batches * first.batch_size > 10**6
+    assert first.model.archive == f"{out}/sft" and first.lr == second.lr == 1e-5
+    (split,) = [line for line in lines if line[:2] == ["score.py", "split"]]
+    assert split[2:5] == [f"{out}/mpo-dpo/rollouts.jsonl", "--threshold", "0.5"]
+    assert split[-1] == f"{out}/hard.jsonl" and list(second.datasets) == split[-1:]
+    assert second.loss.name == "ppo" and second.model.archive == f"{out}/mpo-dpo"
+    assert [line for line in lines if line[0] == "report.py"][0][1:5] == [
+        f"{out}/{name}" for name in ("sft", "reward", "mpo", "mpo-dpo")
+    ]
+
+
+def test_an_unknown_method(asked):
     done, lines = asked(METHOD="sppo")
     assert done.returncode == 2 and "METHOD=sppo: expected" in done.stderr and not lines
 

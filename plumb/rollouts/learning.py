@@ -115,7 +115,7 @@ class ByPairs:
     """Make preference pairs of the responses to a prompt:
 
     - best-worst: the response of the highest reward and that of the lowest
-    - margin: any two whose rewards differ by more than `margin`
+    - margin: any two whose rewards differ by `margin` or more
     - bradley-terry: the first and the second response, the third and the fourth, and so on; the
       first of two is preferred with probability sigmoid(its reward - the other's), drawn from
       (seed, the rollout's number, the prompt)
@@ -153,7 +153,8 @@ class ByPairs:
         elif self.rule == "margin":
             for i, j in combinations(range(len(rewards)), 2):
                 better, worse = (i, j) if rewards[i] > rewards[j] else (j, i)
-                if rewards[better] - rewards[worse] > self.margin:
+                difference = rewards[better] - rewards[worse]
+                if difference > 0 and difference >= self.margin:
                     yield better, worse
         else:
             draws = np.random.default_rng(key).random(len(rewards) // 2)

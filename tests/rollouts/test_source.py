@@ -294,7 +294,7 @@ def test_pairs_of_the_policys_own_responses():
     ]
     assert pairs("best-worst") == [(7, 1, 0)]
     assert pairs("margin") == [(7, 1, 0), (7, 2, 0), (7, 1, 2)]
-    assert pairs("margin", 1.5) == [(7, 1, 0), (7, 1, 2)]
+    assert pairs("margin", 2) == [(7, 1, 0), (7, 1, 2)]
     assert ByPairs("margin", 0.0, 0)(rollout).columns.example["margins"].tolist() == [3, 1, 2]
     lists = by_lists(rollout)
     assert lists.prompts.tolist() == [7]
