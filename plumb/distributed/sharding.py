@@ -308,20 +308,22 @@ def gathered(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of all tensors as one vector, on whatever mesh they lie: from each rank's own
-    parts, then one sum over ranks.
+    parts, then one sum over ranks. Plain tensors alone are the same on all ranks, and need none.
 
     Summed in float64: over a million numbers, float32 is off by 1e-5, and by a different amount for
     each number of ranks.
     """
     device = tensors[0].device
-    mine = [part[1] for part in map(local_part, tensors) if part is not None]
+    kind = next((t.device_mesh.device_type for t in tensors if isinstance(t, DTensor)), None)
+    mine = list(tensors)
+    if kind is not None:
+        mine = [part[1] for part in map(local_part, tensors) if part is not None]
     norms = (
         torch._foreach_norm(mine, 2, dtype=torch.float64)
         if mine
         else [torch.zeros((), dtype=torch.float64, device=device)]
     )
     squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
-    kind = next((t.device_mesh.device_type for t in tensors if isinstance(t, DTensor)), None)
     return (squares if kind is None else all_reduce_sum(squares.to(kind))).sqrt()
 
 

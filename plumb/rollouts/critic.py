@@ -27,7 +27,9 @@ from plumb.runs import state_files
 
 @dataclass(frozen=True, eq=False)
 class Critic:
-    """Estimate values and learn from returns. Every rank must make each call."""
+    """Estimate values and learn from returns. Every rank has the same critic and its own rows, and
+    must make each call.
+    """
 
     model: Any  # with a scalar head, in eval mode: old and new values have no noise of dropout
     optimizer: torch.optim.Optimizer
@@ -39,6 +41,7 @@ class Critic:
     value_clip: float | None
     value_weight: float
     max_grad_norm: float
+    n_copies: int  # ranks that see the same rows
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
@@ -65,7 +68,7 @@ class Critic:
             error = returns - values.detach()
             columns = (losses.detach(), beyond, error, error**2, returns, returns**2)
             sums += weight * torch.stack([x.double().sum() for x in columns])
-        means = (sharding.all_reduce_sum(sums) / n).tolist()
+        means = (sharding.all_reduce_sum(sums) / (n * self.n_copies)).tolist()
         return {**_metrics(means), "critic_train/grad_norm": self._step()}
 
     def _step(self) -> float:
@@ -75,7 +78,7 @@ class Critic:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
-            sharding.all_reduce_sum(gradient)
+            sharding.all_reduce_sum(gradient).div_(self.n_copies)
         total = sharding.total_norm(gradients)
         if not math.isfinite(norm := float(total)):
             raise NonFinite(

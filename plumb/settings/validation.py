@@ -229,8 +229,6 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
                 f"{name}={config[name]}: a run on the policy's own responses {why}; set"
                 f" {name}={value}"
             )
-    if config.trainer != "BasicTrainer":
-        _check_rollout_over_processes(config, loss)
     _check_engine(config)
     build_rewards(to_dict(config.reward))
     if isinstance(rule, GaeRule) and rule.critic != "policy":
@@ -257,25 +255,14 @@ def _check_ptx(config: DictConfig) -> None:
         )
 
 
-def _check_rollout_over_processes(config: DictConfig, loss: Loss) -> None:
-    """Refuse what cannot be sampled from, or trained beside, a sharded policy."""
-    from plumb.losses.advantage_rules import GaeRule
-
-    if isinstance(loss.advantages, GaeRule):
-        raise UserError(
-            f"trainer={config.trainer}: the critic of this loss ({loss.name}) is trained in one"
-            " process; set trainer=BasicTrainer, or take loss=rloo or loss=grpo"
-        )
-    if config.adapter != "none":
+def _check_engine(config: DictConfig) -> None:
+    """Refuse what the engine cannot sample, and vLLM where it is not installed."""
+    at = config.rollout
+    if config.trainer != "BasicTrainer" and config.adapter != "none":
         raise UserError(
             f"adapter={config.adapter}: with trainer={config.trainer}, responses are sampled from a"
             " copy of the policy without adapters; set trainer=BasicTrainer, or adapter=none"
         )
-
-
-def _check_engine(config: DictConfig) -> None:
-    """Refuse rollout.engine=vllm where it is not installed or cannot sample the policy."""
-    at = config.rollout
     if at.engine != "vllm":
         if at.vllm_memory != defaults()["rollout.vllm_memory"]:
             raise UserError(

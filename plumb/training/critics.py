@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from plumb.console import rank0_print, to_dict
+from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import GaeRule
 from plumb.models.find import find_model, open_model
@@ -18,6 +19,7 @@ from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attentio
 from plumb.models.load import has_scalar_head
 from plumb.models.scalar_head import put_scalar_head
 from plumb.rollouts.critic import Critic
+from plumb.rollouts.gathered_engine import UnshardedCopy
 from plumb.rollouts.rewards import reward_model_of
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer
@@ -29,14 +31,15 @@ def make_critic(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     lr_factor: Callable[[], float],
+    n_copies: int,
 ) -> Critic:
     """Return the critic, before its first update, and print where it begins. `scorer` has the
-    policy, before its own first; `lr_factor`: see Critic. Raise UserError for a reward model that
-    cannot be one.
+    policy, before its own first; `lr_factor`, `n_copies`: see Critic. Raise UserError for a reward
+    model that cannot be one. Every rank must call it.
     """
     if rule.critic == "policy":
         name = "the policy, with a head of 0"
-        model = _of_policy(scorer.policy)
+        model = _of_policy(scorer.policy, scorer.device)
     else:
         name = reward_model_of(to_dict(config.reward))
         model = of_reward_model(name, tokenizer, str(scorer.device))
@@ -54,11 +57,16 @@ def make_critic(
         value_clip=rule.value_clip,
         value_weight=rule.value_weight,
         max_grad_norm=config.max_grad_norm,
+        n_copies=n_copies,
     )
 
 
-def _of_policy(policy: Any) -> Any:
-    model = copy.deepcopy(policy).eval()
+def _of_policy(policy: Any, device: torch.device) -> Any:
+    """Return a copy of the policy with a head of 0; in one piece, of one that is sharded."""
+    if sharding.sharded_modules(policy):
+        model = UnshardedCopy(device, policy.dtype).updated(policy).requires_grad_(True)
+    else:
+        model = copy.deepcopy(policy).eval()
     put_scalar_head(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()

@@ -138,7 +138,8 @@ class Rollouts:
         lr_factor = lambda: optimizers.lr_factor(self.config, state.n_steps)(
             state.position.n_updates
         )
-        critic = make_critic(self.config, rule, self.scorer, self.tokenizer, lr_factor)
+        n_copies = collectives.world_size() // self.packing.world_size
+        critic = make_critic(self.config, rule, self.scorer, self.tokenizer, lr_factor, n_copies)
         return ByCritic(rule, logps, critic, KlControl.of(rule))
 
     def _ptx(self, examples: Examples) -> Ptx:

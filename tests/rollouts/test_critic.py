@@ -72,6 +72,7 @@ def critic_of(model, lr=1e-2, **changed):
         "value_clip": None,
         "value_weight": 1.0,
         "max_grad_norm": 10.0,
+        "n_copies": 1,
     }
     return Critic(**values | changed)
 

@@ -397,6 +397,7 @@ def by_critic(policy, reference=None, lr=1e-2, **knobs):
         value_clip=loss.advantages.value_clip,
         value_weight=1.0,
         max_grad_norm=10.0,
+        n_copies=1,
     )
     logps = SampledLogps(
         read=TokenReader(

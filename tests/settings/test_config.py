@@ -339,7 +339,6 @@ ON_SAMPLES = {
     ("loss=grpo", "rollout.n=1", REWARD): "rollout.n=1: a response is compared with others",
     ("loss=ppo", REWARD): "loss.critic=reward: begins as the reward model, and reward.terms has no",
     ("loss=grpo", "rollout.max_new_tokens=400", REWARD): "rollout.max_new_tokens=400: does not fit",
-    ("loss=ppo", "trainer=FSDPTrainer", REWARD): "trainer=FSDPTrainer: the critic of this loss",
     ("loss=grpo", "trainer=FSDPTrainer", "adapter=lora", REWARD): "adapter=lora: with trainer=",
     ("loss=grpo", "rollout.engine=vllm", REWARD): "rollout.engine=vllm: needs vllm, which is not",
     ("loss=grpo", "rollout.engine=vllm", "adapter=lora", REWARD): "rollout.engine=vllm: adapter=",
