@@ -89,6 +89,13 @@ def test_rollouts(benchmark, tmp_path):
     assert (tmp_path / "rollouts.md").read_text() == out
 
 
+def test_random_walks(benchmark, tmp_path):
+    out = benchmark(
+        "random_walks.py", "--smoke", "--seeds", 0, "--losses", "rloo", "--out", tmp_path
+    )
+    assert "| rloo | 0 |" in out and (tmp_path / "random_walks.png").is_file()
+
+
 def test_host_work(benchmark, tmp_path):
     assert "digests" in benchmark("host_work.py", "--smoke", "--out", tmp_path)
 

@@ -173,6 +173,24 @@ def _check_loss(config: DictConfig, trains: bool) -> Loss:
     return loss
 
 
+def _check_run_on_rollouts(config: DictConfig) -> None:
+    """Refuse knobs that do not fit a run on the policy's own responses, whatever its loss."""
+    for name, value, why in (
+        ("compile", False, "samples with uncompiled blocks"),
+        ("plan", False, "is not planned yet"),
+    ):
+        if config[name] != value:
+            raise UserError(
+                f"{name}={config[name]}: a run on the policy's own responses {why}; set"
+                f" {name}={value}"
+            )
+    if config.keep_checkpoints and config.keep_best == "loss/eval":
+        raise UserError(
+            "keep_best=loss/eval: a run on the policy's own responses has no held-out loss; set"
+            " keep_best=rollout_eval/reward, or null"
+        )
+
+
 def _check_rollout(config: DictConfig, loss: Loss) -> None:
     """Refuse knobs of the policy's own responses that the loss does not read, and what does not fit
     them.
@@ -220,15 +238,7 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
             f" set max_length={at.max_new_tokens + config.max_prompt_length} or more, or lower"
             " one of the two"
         )
-    for name, value, why in (
-        ("compile", False, "samples with uncompiled blocks"),
-        ("plan", False, "is not planned yet"),
-    ):
-        if config[name] != value:
-            raise UserError(
-                f"{name}={config[name]}: a run on the policy's own responses {why}; set"
-                f" {name}={value}"
-            )
+    _check_run_on_rollouts(config)
     _check_engine(config)
     build_rewards(to_dict(config.reward))
     if isinstance(rule, GaeRule) and rule.critic != "policy":
