@@ -77,11 +77,9 @@ class Result(NamedTuple):
     secs_sampling: float  # of them, in rollouts
 
     def samples_to(self, target: float) -> str:
-        """Return the samples drawn until the first evaluation at which the reward was this, from
-        all nodes and from the unseen ones.
-        """
-        values = zip(self.samples, self.all, self.unseen, strict=True)
-        reached = [n for n, *rewards in values if min(rewards) >= target]
+        """Return the samples drawn until the first evaluation with this reward, from all nodes."""
+        values = zip(self.samples, self.all, strict=True)
+        reached = [n for n, value in values if value >= target]
         return f"{reached[0]:,}" if reached else "never"
 
 
