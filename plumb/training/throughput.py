@@ -27,7 +27,7 @@ class Throughput:
         record: Record = {
             "examples_per_second": len(step.indices) / secs,
             "tokens_per_second": float(step.lengths.tokens().sum()) / secs,
-            "padding": 1 - sum(b.n_tokens for b in batches) / max(processed, 1),
+            "padding": 1 - sum(b.n_tokens for b in batches) / processed if processed else 0.0,
             "data_wait_secs": waited_secs,
         }
         if self.peak_flops is not None:
