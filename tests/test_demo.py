@@ -105,7 +105,7 @@ def test_both_stages_and_the_summary(pictures, warm, tmp_path, monkeypatch, caps
     start = f"model.archive='{tmp_path}/sft'"
     run.stage("GRPO", "exp=demo_grpo", tmp_path / "grpo", start, *short, *own)
     run.stage("PPO", "exp=demo_ppo", tmp_path / "ppo", start, *short, *own)
-    assert any("critic/loss" in record for record in history.read_metrics(tmp_path / "ppo"))
+    assert any("critic_train/loss" in record for record in history.read_metrics(tmp_path / "ppo"))
     assert "held-out reward" in reward_line(history.read_metrics(tmp_path / "grpo"))
     drawn = curves.panels([curves.named(history.read_run(tmp_path / "grpo"))], further=False)
     assert drawn[1:] == curves.ROLLOUTS and (tmp_path / "grpo/curves.png").is_file()
