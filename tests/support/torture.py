@@ -278,7 +278,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         "position": [manifest[k] for k in ("step", "examples", "finished")],
         "metrics": rows,
         "samples": samples.read_text() if samples.exists() else "",
-        "state": hashlib.sha256((last / "state-0-of-1.safetensors").read_bytes()).hexdigest(),
+        "optimizer": hashlib.sha256((last / "state-0-of-1.safetensors").read_bytes()).hexdigest(),
         "status": {
             k: v
             for k, v in json.loads((run_dir / "status.json").read_text()).items()
@@ -291,9 +291,8 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         ),
         "checkpoints": sorted(p.name for p in run_dir.glob("*-*") if p.is_dir()),
     }
-    for name in ("policy", "optimizer"):
-        state = torch.load(last / f"{name}.pt", weights_only=True)["state"]
-        result[name] = hashlib.sha256(b"".join(_bytes(state))).hexdigest()
+    weights = torch.load(last / "policy.pt", weights_only=True)["state"]
+    result["policy"] = hashlib.sha256(b"".join(_bytes(weights))).hexdigest()
     return result
 
 
