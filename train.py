@@ -321,6 +321,7 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
         check_list_pairs,
         check_margins,
         check_soft_labels,
+        check_unweighted,
         load_examples,
     )
     from plumb.distributed import collectives
@@ -351,6 +352,8 @@ def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
     for weights in loss.label_weights:
         if weights.balanced is None and (note := balance_note(train_examples, weights)):
             rank0_print(note)
+    if samples:
+        check_unweighted(train_examples, eval_examples)
     if loss.needs_margins and not samples:
         check_margins(loss.name, train_examples, eval_examples)
     ptx = None

@@ -375,6 +375,19 @@ def check_weights(examples: Examples) -> None:
         )
 
 
+def check_unweighted(*splits: Examples) -> None:
+    """Raise UserError for rows with a weight, for a run on the policy's own responses, in which
+    every prompt counts the same.
+    """
+    for examples in splits:
+        (weighted,) = (~np.isnan(examples.extras().example["weights"])).nonzero()
+        if len(weighted):
+            raise UserError(
+                f"{examples[int(weighted[0])].source}: its row has a weight, and a run on the"
+                " policy's own responses uses none; remove the field 'weight', or repeat prompts"
+            )
+
+
 def check_soft_labels(loss_name: str, *splits: Examples) -> None:
     """Raise UserError for data with soft labels, which this loss would ignore."""
     for examples in splits:

@@ -75,6 +75,14 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_first_step(train):
         )
 
 
+def test_weights_of_rows_are_refused(train, data):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[3]["weight"] = 2
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"pairs.jsonl:\d+: its row has a weight"):
+        train("weighted", "loss=grpo", *FEW)
+
+
 def test_rewards_that_are_all_equal_are_counted(train, capsys):
     """Nothing is learned from them, and the run says so and goes on; with equal_rewards=drop no
     weight moves.
