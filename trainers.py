@@ -65,6 +65,7 @@ class BasicTrainer:
         self.is_primary_replica = ready.evaluator.is_primary_replica
         self.saver = setup.make_run_saver(config, run, ready, self)
         self.state.reference = setup.make_moving_reference(config, ready, self.saver)
+        self.checked = False  # whether the first step that has microbatches has been
         self.stop_rule = StopRule(config.max_hours, self.saver)
         self.between = BetweenSteps(
             state=self.state,
@@ -186,7 +187,7 @@ class BasicTrainer:
         start = time.perf_counter()
         # randomness is a function of seed and step
         torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)
-        is_first = self.n_updates == 0
+        is_first = not self.checked and bool(step.microbatches)
 
         # forward and backward, one microbatch after another
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.lengths)
@@ -207,7 +208,7 @@ class BasicTrainer:
 
         # clip and update; the first time, with checks before and after
         checks = None
-        if is_first and step.microbatches:
+        if is_first:
             checks = first_step.FirstStep(self.scorer, self.computation, batch, first_scored, means)
         grad_norm = self.clip()
         if not math.isfinite(grad_norm):
@@ -224,6 +225,7 @@ class BasicTrainer:
         self.state.update(step.indices)
         if checks is not None:
             checks.check(grad_norm)
+            self.checked = True
             n_left = self.state.schedule.n_examples - self.n_seen
             self.saver.rehearse(n_saves=math.ceil(n_left / self.config.eval_every))
 
@@ -261,6 +263,7 @@ class BasicTrainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, optimizer and position."""
         self.saver.restore(checkpoint)
+        self.checked = True  # a run is checked in its first start
 
 
 class FSDPTrainer(BasicTrainer):

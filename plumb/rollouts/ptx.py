@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from plumb.batching.feed import Feed
@@ -23,6 +24,7 @@ class Ptx:
     batch_size: int
     weight: float
     seed: int
+    device: torch.device
     logps: Callable[[Batch], Tensor]  # the sums of a batch's responses, with gradients.  -> [R]
 
     def add(self, number: int) -> dict[str, float]:
@@ -31,12 +33,12 @@ class Ptx:
         """
         step = self.feed.step(self.indices(number))
         n = step.lengths.n_scored()
-        total = 0.0
+        total = torch.zeros((), device=self.device)  # read once: each reading waits for the device
         for batch, weight, _ in step.microbatches:
             nll = -weight * self.logps(batch).sum() / n
             (self.weight * nll).backward()
-            total += float(nll.detach())
-        return {"ptx_train/nll": total}
+            total += nll.detach()
+        return {"ptx_train/nll": float(total)}
 
     def indices(self, number: int) -> np.ndarray:
         """Return the examples of a step: batches of one epoch after the other, each in an order of

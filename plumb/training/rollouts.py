@@ -149,6 +149,7 @@ class Rollouts:
             batch_size=self.config.batch_size,
             weight=self.config.rollout.ptx_weight,
             seed=self.config.seed,
+            device=scorer.device,
             logps=lambda batch: scorer.logps(scorer.policy, batch.to(scorer.device)).sum,
         )
 

@@ -189,7 +189,7 @@ def prepare(
         precision=computation.autocast,
         device=device,
         routers=routers,
-        temperature=config.rollout.temperature,
+        temperature=config.rollout.temperature if run.loss.group == "rollout" else 1.0,
     )
     rank = layout.rank if layout is not None else 0
     train_feed, eval_feed = (

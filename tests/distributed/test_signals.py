@@ -99,8 +99,8 @@ def errors(text):
 
 
 def the_error(stderr):
-    """Return the one line of a run that has lost a rank. torch's own threads, which notice it, too,
-    may write lines of theirs beside it; a traceback is none of these.
+    """Return the one line of a run that has lost a rank. Threads of torch may log the lost
+    connection as well, but nothing may print a traceback.
     """
     assert "Traceback" not in stderr, stderr
     lines = [line for line in errors(stderr) if line.startswith("error: ")]

@@ -80,11 +80,14 @@ def test_its_run_is_evaluated_with_another_loss(train):
     evaluate(run, "loss=sft")
 
 
-def test_a_data_set_is_mixed_into_the_steps(train, data):
-    """Not while the critic warms up alone. The rows are part of what a run is made of."""
+def test_a_data_set_is_mixed_into_the_steps(train, data, capsys):
+    """Not while the critic warms up alone; the policy's first step is checked as that of any run.
+    The rows are part of what a run is made of.
+    """
     reward = "reward.terms={brief: {rule: shorter}}"
     options = ["loss=ppo_openai2019", "loss.critic_warmup=1", reward, *SHORT, "n_examples=8"]
     run = train("run", *options, f"rollout.ptx_datasets=[{data}]", "rollout.ptx_weight=27.8")
+    assert capsys.readouterr().out.count("step 0: policy and reference agree") == 1
     rows = [r for r in records(run) if "critic_train/alone" in r]
     assert [r["critic_train/alone"] for r in rows] == [1, 1, 0, 0]
     nll = [r.get("ptx_train/nll") for r in rows]
