@@ -65,7 +65,7 @@ class BasicTrainer:
         self.is_primary_replica = ready.evaluator.is_primary_replica
         self.saver = setup.make_run_saver(config, run, ready, self)
         self.state.reference = setup.make_moving_reference(config, ready, self.saver)
-        self.checked = False  # whether the first step that has microbatches has been
+        self.checked = False  # whether a step with microbatches has been, and passed
         self.stop_rule = StopRule(config.max_hours, self.saver)
         self.between = BetweenSteps(
             state=self.state,
