@@ -93,6 +93,8 @@ def run(config: DictConfig) -> None:
         else:
             from plumb.distributed import launch
 
+            if launch.forks():
+                import trainers  # noqa: F401  once, for all processes
             patience = timedelta(minutes=config.timeout_minutes)
             launch.launch(
                 train,

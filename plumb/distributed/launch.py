@@ -38,6 +38,14 @@ PR_SET_PDEATHSIG = 1
 # ---- starting ----
 
 
+def forks() -> bool:
+    """Return whether `launch` forks its processes, so that they share what has been imported. On
+    GPUs they are spawned: CUDA doesn't work in a process forked from one that has called it. Nor do
+    the system's libraries on macOS.
+    """
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
 def launch(
     worker: Callable[..., None],
     arguments: tuple,
@@ -72,9 +80,9 @@ def launch(
     }
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    spawn = torch.multiprocessing.get_context("spawn")
-    run_progress.shared = spawn.Array("q", 3 * n, lock=False)
-    messages = spawn.SimpleQueue()
+    context = torch.multiprocessing.get_context("fork" if forks() else "spawn")
+    run_progress.shared = context.Array("q", 3 * n, lock=False)
+    messages = context.SimpleQueue()
     with socket.create_server(("127.0.0.1", port or 0)) as server:
         store = dist.TCPStore(
             "127.0.0.1",
@@ -93,7 +101,7 @@ def launch(
             run_progress.shared,
             messages,
         )
-        group = [spawn.Process(target=_spawned, args=(i, *common)) for i in range(n)]
+        group = [context.Process(target=_started, args=(i, *common)) for i in range(n)]
         signals.state.waits_for_the_loop = True
         for process in group:
             process.start()
@@ -177,7 +185,7 @@ def _judge(
         )
 
 
-def _spawned(
+def _started(
     index: int,
     n: int,
     port: int,
@@ -191,12 +199,15 @@ def _spawned(
     pid, run_progress.started = parent
     run_progress.shared = shared
     run_progress.index = index
+    signals.reset()  # forked, it has its launcher's
     signals.state.has_launcher = True
     if sys.platform == "linux":  # a launcher that is killed takes its processes with it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != pid:
             os._exit(1)
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index)}
+    if "OMP_NUM_THREADS" in os.environ:  # read by torch when it is imported
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     # its default is a semaphore, which Python reports as leaked when this process is ended
     tqdm.set_lock(threading.RLock())
     signals.listen()

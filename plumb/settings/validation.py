@@ -195,9 +195,6 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
     """Refuse knobs of the policy's own responses that the loss does not read, and what does not fit
     them.
     """
-    from plumb.losses.advantage_rules import GaeRule
-    from plumb.rollouts.rewards import build_rewards, reward_model_of
-
     at = config.rollout
     if loss.group != "rollout" and at.preferences is None:
         for name in KNOBS:
@@ -209,6 +206,10 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
                     " loss=grpo, or add rollout=pairs to a loss on pairs; or leave it out"
                 )
         return
+
+    from plumb.losses.advantage_rules import GaeRule
+    from plumb.rollouts.rewards import build_rewards, reward_model_of
+
     if at.preferences is not None and PREFERENCES[at.preferences] != loss.group:
         raise UserError(
             f"rollout.preferences={at.preferences}: makes {PREFERENCES[at.preferences]}s of the"

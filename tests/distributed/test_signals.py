@@ -39,7 +39,7 @@ def as_on_a_terminal():
 def start(tmp_path, data, tiny_model, here, warm):
     """`start(*overrides)`: the command, running, its steps 0.3 s apart. -> (process, run directory)
 
-    `cold`: by a new interpreter, whose ranks are spawned, and not forked after the imports.
+    `cold`: by a new interpreter, and not forked after the imports.
     """
     plugin = tmp_path / "slow.py"
     plugin.write_text(SLOW_STEPS)
@@ -116,13 +116,8 @@ def children(process):
 
 
 def workers(process, n=2):
-    """The ranks of a launcher, in their order; where they are spawned, multiprocessing has a
-    process of its own beside them.
-    """
-    found = []
-    for pid in children(process):
-        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            found.append(pid)
+    """The ranks of a launcher, in their order, once all have been forked."""
+    found = children(process)
     return found if len(found) == n else []
 
 

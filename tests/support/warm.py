@@ -3,7 +3,7 @@ forks a child for each command.
 
 A child is like `python train.py ...` after its imports: a process with its own arguments,
 environment, working directory, standard streams, signal handlers and process group. It runs the
-script as `__main__`. The ranks of a group are forked as well, where a cold command spawns them.
+script as `__main__`.
 
 As a script, `warm.py ADDRESS train.py ...` lets such a server run the command on the script's own
 standard streams, and ends with its exit code: a `python` for shell scripts.
@@ -284,27 +284,14 @@ def be(request: dict, streams: list[int]) -> None:
 
 
 def started_just_now() -> None:
-    """Replace what Plumb's modules know about the importing process, and fork the ranks."""
+    """Replace what Plumb's modules know about the importing process."""
     import psutil
-    import torch
 
-    from plumb.distributed import launch, signals
     from plumb.distributed.progress import run_progress
     from plumb.reports import curves
 
     run_progress.started = psutil.Process().create_time()
     curves.draw_all = lambda runs, further=True: b""  # takes longer than a tiny run
-    get_context = torch.multiprocessing.get_context
-    torch.multiprocessing.get_context = lambda method=None: get_context(
-        "fork" if method == "spawn" else method
-    )
-    work = launch._spawned
-
-    def fresh(*arguments: object) -> None:
-        signals.state.waits_for_the_loop = False
-        work(*arguments)
-
-    launch._spawned = fresh
 
 
 if __name__ == "__main__":

@@ -450,7 +450,7 @@ def test_two_gloo_processes_give_the_numbers_of_one(
     mp, train, run_train, run_train_from_cold, tmp_path, data, tiny_model
 ):
     """FSDPTrainer on 2 CPU processes; 3 pairs in 2 microbatches leave a rank without any at times.
-    Sampling does not hang. In one of the cases the ranks are spawned, as for a user.
+    Sampling does not hang. One of the cases is a new interpreter, as for a user.
     """
     # below the norms that come
     options = [
