@@ -80,7 +80,8 @@ def launch(
     }
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    context = torch.multiprocessing.get_context("fork" if forks() else "spawn")
+    method = "fork" if forks() else "spawn"
+    context: Any = torch.multiprocessing.get_context(method)
     run_progress.shared = context.Array("q", 3 * n, lock=False)
     messages = context.SimpleQueue()
     with socket.create_server(("127.0.0.1", port or 0)) as server:
