@@ -1,13 +1,14 @@
-"""Compare the memory that plan=true predicts with the peak resident memory of small real runs on a
-CPU.
+"""Compare the memory that plan=true predicts with the peak memory of small real runs: resident on a
+CPU, or with --device cuda allocated on one GPU.
 
-    python benchmarks/plan_memory.py [--only WORD] [--out FOLDER]
+    python benchmarks/plan_memory.py [--device cuda] [--only WORD] [--out FOLDER]
 
 Each run has its own process (two for FSDPTrainer): two steps of several microbatches on synthetic
-texts. The measured value is the peak from the first step on, minus what the process held after all
-imports. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so the peak counts
-what is in use, not what the allocator keeps. The plan is made for a CPU: the head in smaller
-chunks, the optimizer one weight at a time.
+texts. On a CPU, the measured value is the peak from the first step on, minus what the process held
+after all imports. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so the
+peak counts what is in use, not what the allocator keeps. The plan is made for a CPU: the head in
+smaller chunks, the optimizer one weight at a time. On a GPU, the runs are larger, the plan is the
+one that a user gets, and the measured value is the allocator's peak from the first step on.
 """
 
 from __future__ import annotations
@@ -60,6 +61,28 @@ CASES: list[tuple[str, list[str]]] = [
 ]
 
 
+# One GPU: about 0.55 and 0.4 billion parameters.
+GPU_SIZES = {
+    "llama": (
+        "hidden_size: 1536, intermediate_size: 4096, num_hidden_layers: 16,"
+        " num_attention_heads: 12, vocab_size: 32000"
+    ),
+    "gpt_neox": (
+        "hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 24,"
+        " num_attention_heads: 16, vocab_size: 50304"
+    ),
+}
+IN_16_BITS = ["model.fsdp_policy_mp=bfloat16"]
+GPU_CASES: list[tuple[str, list[str]]] = [
+    ("llama", [*DPO, *IN_16_BITS, "optimizer=AdamW", "reference=live"]),
+    ("llama", [*DPO, *IN_16_BITS, "optimizer=AdamW", "activation_checkpointing=true"]),
+    ("gpt_neox", [*DPO, "model.policy_dtype=bfloat16", "optimizer=RMSprop"]),
+    ("llama", [*DPO, *IN_16_BITS, "optimizer=AdamW", "adapter=lora", "lr=1e-5"]),
+    ("llama", [*FSDP, *DPO, *IN_16_BITS, "optimizer=AdamW", "reference=live"]),
+    ("gpt_neox", ["loss=sft", "optimizer=AdamW"]),
+]
+
+
 TINY = (
     "hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,"
     " vocab_size: 16000"
@@ -72,8 +95,12 @@ SMOKE_SIZES = {
 }
 
 
-def overrides(model: str, sizes: str, case: list[str], folder: Path) -> list[str]:
+def overrides(model: str, sizes: str, case: list[str], folder: Path, gpu: bool) -> list[str]:
     """Return the options of a case."""
+    of_device = ["tokens_per_microbatch=8192", "batch_size=128", "n_examples=256"]
+    if not gpu:
+        of_device = ["tokens_per_microbatch=1024", "batch_size=16", "n_examples=32"]
+        of_device.append("optimizer_args={foreach: false}")
     return [
         "exp_name=plan",
         f"model.architecture={{model_type: {model}, {sizes}, max_position_embeddings: 512}}",
@@ -86,17 +113,14 @@ def overrides(model: str, sizes: str, case: list[str], folder: Path) -> list[str
         "debug=true",
         "do_first_eval=false",
         "do_last_eval=false",
-        "batch_size=16",
-        "n_examples=32",
-        "tokens_per_microbatch=1024",
         "warmup_steps=0",
-        "optimizer_args={foreach: false}",
+        *of_device,
         *case,
     ]
 
 
-def write_texts(file: Path) -> None:
-    """Write pairs of random words, of different lengths."""
+def write_texts(file: Path, n: int) -> None:
+    """Write n pairs of random words, of different lengths."""
     rng = random.Random(0)
     words = [
         "what",
@@ -113,7 +137,7 @@ def write_texts(file: Path) -> None:
     text = lambda low, high: " " + " ".join(rng.choices(words, k=rng.randint(low, high)))
     rows = [
         {"prompt": text(40, 160), "chosen": text(20, 80), "rejected": text(20, 80)}
-        for _ in range(48)
+        for _ in range(n)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -129,6 +153,8 @@ def status(field: str) -> int:
 
 def work(config, out: str) -> None:
     """Train, and write the peak beyond what the process held before."""
+    import torch
+
     import train
     import trainers
     from plumb.console import rank
@@ -138,12 +164,18 @@ def work(config, out: str) -> None:
 
     def from_here(self):
         # reset the peak: loading is not part of the plan
-        Path("/proc/self/clear_refs").write_text("5")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
         return loop(self)
 
     trainers.BasicTrainer.train = from_here  # type: ignore[method-assign]
     train.train(config)
-    peak = max(collectives.all_gather_object(status("VmHWM") - before))
+    used = status("VmHWM") - before
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_allocated()
+    peak = max(collectives.all_gather_object(used))
     if rank() == 0:
         Path(out).write_text(json.dumps(peak))
 
@@ -167,8 +199,8 @@ def measure(arguments: list[str], out: str) -> None:
         )
 
 
-def predict(arguments: list[str]) -> dict[str, float]:
-    """Return the GB by kind of the plan made for a CPU."""
+def predict(arguments: list[str], gpu: bool) -> dict[str, float]:
+    """Return the GB by kind of the plan, made for a CPU or for one GPU."""
     import hydra
     import torch
 
@@ -176,8 +208,8 @@ def predict(arguments: list[str]) -> dict[str, float]:
     from plumb.planning import plan
     from plumb.settings.validation import validate
 
-    plan.GPU = torch.device("cpu")
-    several = "trainer=FSDPTrainer" in arguments
+    plan.GPU = torch.device("cuda" if gpu else "cpu")
+    several = "trainer=FSDPTrainer" in arguments and not gpu
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = hydra.compose(
             "config", [*arguments, "plan=true", f"plan_gpus={2 if several else 1}"]
@@ -204,23 +236,25 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny models: tests the code, measures nothing"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    gpu = options.device == "cuda"
     rows = ["| run | GB planned | GB measured | error |", "|---|---|---|---|"]
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
     }
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, (options.out / "plan.jsonl").open("w") as log:
         folder = Path(name)
-        write_texts(folder / "texts.jsonl")
-        for model, case in CASES:
+        write_texts(folder / "texts.jsonl", 384 if gpu else 48)
+        for model, case in GPU_CASES if gpu else CASES:
             text = f"{model} {' '.join(case)}"
             if options.only not in text:
                 continue
-            sizes = (SMOKE_SIZES if options.smoke else SIZES)[model]
-            arguments = overrides(model, sizes, case, folder)
+            sizes = (SMOKE_SIZES if options.smoke else GPU_SIZES if gpu else SIZES)[model]
+            arguments = overrides(model, sizes, case, folder, gpu)
             call = json.dumps([arguments, str(folder / "peak")])
             command = [
                 sys.executable,
@@ -233,11 +267,12 @@ def main() -> None:
                 call,
             ]
             subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
-            measured, planned = json.loads((folder / "peak").read_text()) / 1e9, predict(arguments)
-            rows.append(
-                f"| {text} | {planned['all']:.2f} | {measured:.2f} |"
-                f" {planned['all'] / measured - 1:+.1%} |"
-            )
+            measured = json.loads((folder / "peak").read_text()) / 1e9
+            planned = predict(arguments, gpu)
+            error = planned["all"] / measured - 1
+            rows.append(f"| {text} | {planned['all']:.2f} | {measured:.2f} | {error:+.1%} |")
+            record = {"run": text, "planned_gb": planned["all"], "measured_gb": measured}
+            print(json.dumps(record), file=log, flush=True)
             print(rows[-1], {k: round(v, 3) for k, v in planned.items()}, flush=True)
     (options.out / "plan.md").write_text("\n".join(rows) + "\n")
     print("\n".join(rows))

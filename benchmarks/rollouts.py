@@ -6,7 +6,7 @@ those of a trained policy do: on average, a response has `--mean-tokens` tokens,
 at most. Both sample from the same prompts, sorted by length, in float32, with the batch size of
 {8, 32, 128} responses at which they are fastest. `generate` samples with its own cache and neither
 top-k nor top-p. Runs alternate; a run's speed is the number of sampled tokens, end tokens included,
-per second of this process's CPU time.
+per second of this process's CPU time; with `--device cuda`, in bfloat16 and per second.
 
 Prints both medians with their spread (least and largest), and the tokens that an update computes
 for a prompt's responses: as a tree, and as rows of their own, with and without padding.
@@ -53,23 +53,29 @@ def main() -> None:
     parser.add_argument("--mean-tokens", type=int, default=75)
     parser.add_argument("--max-new-tokens", type=int, default=150)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     at = parser.parse_args()
     if at.smoke:
         small = {"rounds": 1, "prompts": 2, "n": 2, "prompt_tokens": 12, "width": 16}
         vars(at).update(small | {"mean_tokens": 4, "max_new_tokens": 6})
     transformers.logging.set_verbosity_error()
-    model = make_model(at.width)
+    model = make_model(at.width, at.layers, at.device)
     vocabulary = model.config.vocab_size
     ends = list(range(vocabulary - round(vocabulary / at.mean_tokens), vocabulary))
     prompts = make_prompts(at.prompts, at.prompt_tokens, vocabulary - len(ends))
     sizes = SIZES[:1] if at.smoke else SIZES
-    ours = fastest([plumb(model, prompts, at.n, ends, at.max_new_tokens, s) for s in sizes])
-    theirs = fastest([generate(model, prompts, at.n, ends, at.max_new_tokens, s) for s in sizes])
+    # a GPU's work is not CPU time; both contenders end with their tokens on the host
+    clock = time.perf_counter if at.device == "cuda" else time.process_time
+    ours, theirs = (
+        fastest([make(model, prompts, at.n, ends, at.max_new_tokens, s) for s in sizes], clock)
+        for make in (plumb, generate)
+    )
     speeds: dict[str, list[float]] = {"Plumb": [], "transformers' generate": []}
     responses: Lengths = []
     for i in range(at.rounds):
         for name, contender in zip(speeds, (ours, theirs), strict=True):
-            lengths, speed = timed(contender, i)
+            lengths, speed = timed(contender, i, clock)
             speeds[name].append(speed)
             responses += lengths if contender is ours else []
     text = report(at, speeds, [len(p.ids) for p in prompts], responses)
@@ -78,13 +84,13 @@ def main() -> None:
         at.out.write_text(text + "\n", encoding="utf-8")
 
 
-def make_model(width: int) -> Any:
+def make_model(width: int, layers: int, device: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=width,
         intermediate_size=3 * width,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -92,7 +98,8 @@ def make_model(width: int) -> Any:
         eos_token_id=None,
         pad_token_id=PAD,
     )
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval()
+    return model.to(device, torch.bfloat16) if device == "cuda" else model
 
 
 def make_prompts(n: int, tokens: int, highest: int) -> list[NumberedPrompt]:
@@ -141,7 +148,7 @@ def generate(
 ) -> Contender:
     """Return transformers' generate at this batch size."""
     at_once = max(1, size // n)
-    is_end = torch.tensor(ends)
+    is_end = torch.tensor(ends, device=model.device)
 
     def run(i: int) -> Lengths:
         torch.manual_seed(i)
@@ -149,8 +156,8 @@ def generate(
         for first in range(0, len(prompts), at_once):
             ids, mask = padded([p.ids for p in prompts[first : first + at_once]], PAD)
             new = model.generate(
-                ids,
-                attention_mask=mask,
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
@@ -168,16 +175,16 @@ def generate(
     return run
 
 
-def timed(contender: Contender, i: int) -> tuple[Lengths, float]:
+def timed(contender: Contender, i: int, clock: Callable[[], float]) -> tuple[Lengths, float]:
     """Return the lengths of the responses, and tokens per second."""
-    start = time.process_time()
+    start = clock()
     lengths = contender(i)
-    return lengths, sum(map(sum, lengths)) / (time.process_time() - start)
+    return lengths, sum(map(sum, lengths)) / (clock() - start)
 
 
-def fastest(contenders: Sequence[Contender]) -> Contender:
+def fastest(contenders: Sequence[Contender], clock: Callable[[], float]) -> Contender:
     """Return the fastest of them, each timed once."""
-    return max(contenders, key=lambda contender: timed(contender, 0)[1])
+    return max(contenders, key=lambda contender: timed(contender, 0, clock)[1])
 
 
 def report(
@@ -189,11 +196,12 @@ def report(
     """Return both tables; `prompts`: lengths; `responses`: lengths, round after round."""
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ratios = sorted(a / b for a, b in zip(*speeds.values(), strict=True))
+    unit = "" if at.device == "cuda" else " of CPU time"
     lines = [
         f"{len(prompts)} prompts of {min(prompts)} to {max(prompts)} tokens, {at.n} responses to"
         f" each, of {np.mean(sum(responses, [])):.0f} tokens on average and at most"
         f" {at.max_new_tokens}; {at.rounds} rounds\n",
-        "| sampler | tokens per second of CPU time, median | least | largest |",
+        f"| sampler | tokens per second{unit}, median | least | largest |",
         "|---|---|---|---|",
         *(
             f"| {name} | {medians[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |"

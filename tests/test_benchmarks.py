@@ -8,6 +8,10 @@ import gzip
 import json
 import os
 import runpy
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +139,96 @@ def test_make_tokens_and_input(benchmark, hh, tmp_path):
 def test_plan_memory(benchmark, tmp_path):
     out = benchmark("plan_memory.py", "--smoke", "--only", "gpt_neox loss=sft", "--out", tmp_path)
     assert out.count("| gpt_neox ") == 2  # once as it comes, once in the table
+
+
+def test_gpu(benchmark, tmp_path):
+    """All parts on a CPU: each writes its numbers and its log, and the summary has them."""
+    benchmark("gpu.py", "--smoke", "--out", tmp_path / "out")
+    head, *parts = [json.loads(line) for line in (tmp_path / "out/summary.jsonl").open()]
+    assert "numbers mean nothing" in head["head"][1]
+    results = {part["part"]: part["result"] for part in parts}
+    names = ["trees", "steps", "throughput", "fsdp", "memory", "adapters", "sampler"]
+    assert results == dict.fromkeys(names, "ok")
+    assert all(part["rows"] for part in parts)
+    assert len(parts[0]["rows"]) == 8 and all(row["ok"] for row in parts[0]["rows"])
+    page = (tmp_path / "out/summary.md").read_text()
+    assert all(f"## {part['title']}" in page for part in parts)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """benchmarks/gpu.py as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+def part_of(gpu, run, rows, needs=()):
+    return gpu.Part("A part", 1.0, run, rows, needs=needs)
+
+
+@pytest.mark.parametrize(
+    ("run", "row", "result"),
+    [
+        (lambda at: None, {"x": 1.0}, "ok"),
+        (lambda at: None, {"x": 1.0, "ok": False}, "failed"),  # a number is wrong
+        (lambda at: sys.exit("it broke"), {"x": 1.0}, "failed"),
+        (lambda at: time.sleep(60), {"x": 1.0}, "out of time"),
+        (lambda at: None, None, "failed"),  # nothing was measured
+    ],
+)
+def test_how_a_part_of_gpu_ends(run, row, result, gpu, tmp_path):
+    """Whatever happens in it, the run goes on, and what it has written is kept."""
+    part = part_of(gpu, run, lambda at: [row] if row else [])
+    place = gpu.Place(tmp_path / "part", "cpu", True, "synthetic:1")
+    state, why = gpu.run_part(part, place, 0.5)
+    assert gpu.measured(part, place, state) == (result, [row] if row else [])
+    assert why == {"failed": "it broke" if row and "ok" not in row else "", "ok": ""}.get(
+        result, "after 0 s"
+    )
+
+
+def test_a_part_of_gpu_without_its_library(gpu, tmp_path):
+    gpu.NEEDED["nosuch"] = "no-such"
+    part = part_of(gpu, lambda at: None, lambda at: [], ["nosuch"])
+    place = gpu.Place(tmp_path / "part", "cpu", True, "synthetic:1")
+    assert gpu.run_part(part, place, 1.0) == ("skipped", "without no-such")
+    assert "no-such" in gpu.missing_line(tmp_path)
+    del gpu.NEEDED["nosuch"]
+
+
+def test_mfu_of_gpu(gpu, tmp_path, monkeypatch):
+    """Pairs of a known card per second: 4 forward passes' operations with a live reference, 3
+    without.
+    """
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    place = gpu.Place(tmp_path, "cuda", False, "synthetic:1")
+    live, cached = (gpu.mfu(place, 10.0, "1b", live) for live in (True, False))
+    assert live / cached == pytest.approx(4 / 3)
+    import make_tokens  # beside gpu.py
+
+    pairs = make_tokens.synthetic(1024, 50304, scale=1.0).pairs[:512]
+    n_tokens = sum(len(ids) for pair in pairs for ids in pair) / len(pairs)
+    body = 16 * 12 * 2048**2  # and biases; the head and attention add up to a fifth
+    assert 1 < cached * 989e12 / (10 * 3 * 2 * body * n_tokens) < 1.2
+
+
+@pytest.mark.skipif(BASH is None, reason="no bash")
+def test_the_shell_of_gpu(tmp_path):
+    """It starts the script, which refuses a part that it does not have, and a machine without a
+    GPU.
+    """
+    for words, said in ((["--parts", "tree"], "--parts tree: expected some of"), ([], "no GPU")):
+        done = subprocess.run(
+            [BASH, "benchmarks/gpu.sh", *words],
+            cwd=ROOT,
+            env=os.environ | {"PYTHON": sys.executable, "PATH": "/bin:/usr/bin"},
+            capture_output=True,
+            text=True,
+        )
+        if "no GPU" not in said or not shutil.which("nvidia-smi"):
+            assert done.returncode == 1 and said in done.stderr
 
 
 def test_reward_hh(benchmark, hh, tiny_model, tmp_path):
