@@ -228,6 +228,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return cast(DTensor, there).full_tensor()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor lies over several ranks."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, without copying."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -300,8 +300,10 @@ def describe(model: nn.Module, config: DictConfig) -> None:
         f"policy: {kind}, {n / 1e6:,.1f} M parameters{share}, {str(first.dtype)[6:]},"
         f" {config.trainer}"
     )
-    if n_trained == n and first.dtype in (torch.bfloat16, torch.float16):
+    coarse = first.dtype in (torch.bfloat16, torch.float16) and not config.stochastic_rounding
+    if n_trained == n and coarse:
         rank0_print(
             f"note: {str(first.dtype)[6:]} weights round small updates away;"
-            " model.policy_dtype=float32 with model.fsdp_policy_mp=bfloat16 keeps them"
+            " stochastic_rounding=true keeps them on average, and model.policy_dtype=float32 with"
+            " model.fsdp_policy_mp=bfloat16 keeps them"
         )

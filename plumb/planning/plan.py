@@ -39,8 +39,9 @@ from plumb.planning.activations import Held
 from plumb.planning.cards import CARDS
 from plumb.training import budget as sizing
 from plumb.training.budget import ClusterShape, Memory, Precision, Weights
-from plumb.training.optimizers import make_optimizer, make_schedule
+from plumb.training.optimizers import MUON, make_optimizer, make_schedule
 from plumb.training.run_plan import Numbers, plan_run
+from plumb.training.stepwise import Stepwise
 
 GPU = torch.device("cuda")  # planned for, wherever the plan is made
 N_STEPS = 32  # steps that are laid out, evenly spread over the run
@@ -277,7 +278,9 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     )
     with_adapter = model.weights.trained is not None
     of_trained = torch.promote_types(weights, torch.float32) if with_adapter else weights
-    state, foreach = optimizer_state(config, of_trained)
+    state, foreach = optimizer_state(
+        config, of_trained, 1.0 if with_adapter else share_of_matrices(model.weights)
+    )
     average = 0 if config.ema_decay is None else max(4, weights.itemsize)
     precision = Precision(
         weights=weights.itemsize,
@@ -349,22 +352,39 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     )
 
 
-def optimizer_state(config: DictConfig, dtype: torch.dtype) -> tuple[float, bool]:
+def optimizer_state(
+    config: DictConfig, dtype: torch.dtype, matrices: float = 1.0
+) -> tuple[float, bool]:
     """Return (bytes per weight, whether a step on a GPU holds a temporary per weight), from one
-    step on a matrix of 256 x 256.
+    step on a matrix of 256 x 256; `matrices`: the share of the weights in the blocks' matrices,
+    which muon steps otherwise than the rest.
     """
-    layer = nn.Linear(256, 256, bias=False, dtype=dtype)
-    layer.weight.grad = torch.ones_like(layer.weight)
+    layer = nn.Linear(256, 256, dtype=dtype)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
     optimizer = make_optimizer(config, layer, torch.device("cpu"))
     optimizer.step()
-    held = [
-        x for x in optimizer.state[layer.weight].values() if isinstance(x, torch.Tensor) and x.dim()
-    ]
-    foreach = optimizer.defaults.get("foreach", False)  # None: on a GPU, unless the kernel is fused
+
+    def each(p: torch.Tensor) -> float:
+        tensors = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors if x.dim()) / p.numel()
+
+    # None: on a GPU, unless the kernel is fused
+    foreach = optimizer.defaults.get("foreach", False)
+    bytes_each = each(layer.weight)
+    if config.optimizer == MUON:
+        bytes_each = matrices * bytes_each + (1 - matrices) * each(layer.bias)
     return (
-        sum(x.numel() * x.element_size() for x in held) / layer.weight.numel(),
-        foreach is True or (foreach is None and "fused" not in optimizer.defaults),
+        bytes_each,
+        not isinstance(optimizer, Stepwise)
+        and (foreach is True or (foreach is None and "fused" not in optimizer.defaults)),
     )
+
+
+def share_of_matrices(weights: Weights) -> float:
+    """Return the share of all weights that lies in the matrices of the blocks."""
+    matrices = [shape for block in weights.blocks for shape in block if len(shape) == 2]
+    return sum(map(math.prod, matrices)) / weights.n
 
 
 def count_body(

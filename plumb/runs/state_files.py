@@ -124,8 +124,15 @@ def tensors_of(
     return state
 
 
+# What optimizers count for a group of parameters: steps, and the sums of AdamW schedule-free.
+COUNTERS = ("n_steps", "k", "weight_sum", "lr_max")
+GROUPS = "groups."  # what the names of the groups begin with, before their numbers
+
+
 def values_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Return the optimizer state of each parameter that is not a tensor."""
+    """Return the optimizer state of each parameter that is not a tensor, and what it counts for
+    each group of parameters.
+    """
     values = {
         name: {
             k: v for k, v in optimizer.state[p].items() if v is not None and not torch.is_tensor(v)
@@ -133,6 +140,8 @@ def values_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         for name, p in policy.named_parameters()
         if p in optimizer.state
     }
+    for i, group in enumerate(optimizer.param_groups):
+        values[f"{GROUPS}{i}"] = {key: group[key] for key in COUNTERS if key in group}
     return {name: of_p for name, of_p in values.items() if of_p}
 
 
@@ -165,8 +174,9 @@ def restore(
     load_state(files, targets)
     if in_policy:
         _load_weights(files[0].parent / "policy.pt", in_policy)
+    groups = {f"{GROUPS}{i}": group for i, group in enumerate(optimizer.param_groups)}
     for name, of_p in values.items():
-        optimizer.state[parameters[name]].update(of_p)
+        (groups[name] if name in groups else optimizer.state[parameters[name]]).update(of_p)
 
 
 def _load_weights(path: Path, targets: Mapping[str, Tensor]) -> None:

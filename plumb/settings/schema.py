@@ -234,6 +234,9 @@ KNOBS: dict[str, Knob] = {
     "eval_batch_size": Knob(whole(1), PLACEMENT),
     "optimizer": Knob(TEXT, RESULT, TRAIN),  # validation asks torch
     "optimizer_args": Knob(maybe(MAPPING), RESULT, TRAIN),
+    "weight_decay_on": Knob(one_of("all", "matrices"), RESULT, TRAIN),
+    "optimizer_state": Knob(one_of("full", "bfloat16"), RESULT, TRAIN),
+    "stochastic_rounding": Knob(FLAG, RESULT, TRAIN),
     "lr": Knob(POSITIVE, RESULT, TRAIN),
     "head_init": Knob(one_of("fit", "zero", "random"), RESULT, TRAIN, head=True),
     "head_pairs": Knob(whole(1), RESULT, TRAIN, head=True),

@@ -27,6 +27,7 @@ from plumb.runs.history import flatten
 from plumb.runs.identity import CONTENTS
 from plumb.runs.policy_path import resolve_archive
 from plumb.settings.mistakes import hint
+from plumb.settings.optimizer_checks import check_optimizer
 from plumb.settings.plugins import import_plugins
 from plumb.settings.schema import KNOBS, PREFERENCES, defaults, knob_of
 
@@ -51,6 +52,8 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
     `trains`: false for a model that is only evaluated, which may be float16.
     """
     check_knobs(config, trains)
+    from plumb.losses.advantage_rules import GaeRule
+
     loss = _check_loss(config, trains)
     if trains and loss.live_reference and config.reference == "cached":
         raise UserError(
@@ -58,6 +61,8 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
             " reference has only the sum of each response; set reference=live"
         )
     _check_with_torch(config)
+    if trains:
+        check_optimizer(config, has_critic=isinstance(loss.advantages, GaeRule))
     mismatched = loss.context is not None and loss.context.examples == "mismatched"
     if trains and mismatched and config.batch_size < 2:
         raise UserError(
@@ -399,10 +404,8 @@ def _check_moving_reference(config: DictConfig, loss: Loss) -> None:
 
 
 def _check_with_torch(config: DictConfig) -> None:
-    """Refuse a device and an optimizer that torch refuses."""
+    """Refuse a device that torch refuses."""
     import torch
-
-    from plumb.training.optimizers import OPTIMIZERS, make_optimizer
 
     if config.device is not None:
         try:
@@ -412,10 +415,6 @@ def _check_with_torch(config: DictConfig) -> None:
                 f"device={config.device}: not usable here ({str(error).splitlines()[0]}); null"
                 " picks one"
             ) from None
-    if config.optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer={config.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
-    # refuses optimizer_args that torch refuses
-    make_optimizer(config, torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
 def _leaves(config: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from plumb.distributed import collectives
 from plumb.training.metrics import Record, TrainingLog
+from plumb.training.optimizers import averages
 from plumb.training.run_evaluator import RunEvaluator
 from plumb.training.saving import RunSaver
 from plumb.training.stopping import StopRule
@@ -58,4 +59,11 @@ class BetweenSteps:
 
     def evaluate(self) -> Record:
         """Evaluate, log the metrics and return them."""
-        return self.evaluator.evaluate(self.state.position.n_seen, self.stop_rule.check)
+        n_seen, check = self.state.position.n_seen, self.stop_rule.check
+        if not averages(self.state.optimizer):
+            return self.evaluator.evaluate(n_seen, check)
+        # a stop saves the policy, so it waits until the policy has its own weights again
+        with self.state.averaged():
+            record = self.evaluator.evaluate(n_seen, lambda: None)
+        check()
+        return record

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,22 +15,37 @@ from torch import nn
 
 from plumb.console import to_dict
 from plumb.data.order import BlockSchedule
+from plumb.distributed import sharding
 from plumb.errors import UserError
+from plumb.models.blocks import block_class
 from plumb.models.scalar_head import ScalarHead
+from plumb.training.stepwise import Joint, StandIns, Stepwise
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+# Those of torch that take any parameter. SparseAdam takes sparse gradients only; Muon takes
+# matrices only, so that it is part of `muon`.
+OF_TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     name: kind
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind)
     and issubclass(kind, torch.optim.Optimizer)
-    and name
-    not in (
-        "Optimizer",
-        "SparseAdam",
-        "Muon",
-    )  # these two take sparse gradients only, and matrices only
+    and name not in ("Optimizer", "SparseAdam", "Muon")
     and inspect.signature(kind.step).parameters["closure"].default is None
 }
+MUON = "muon"
+# Those that compute with a parameter as a whole, and don't take one that is sharded.
+WHOLE = ("Muon", "Adafactor", "Rprop")
+# optimizer -> where it is from. Its eval() leaves the weights' average in place of the weights.
+SCHEDULE_FREE = {"AdamWScheduleFree": "schedulefree"}
+# Their state is in blocks of 256 numbers of 8 bits, or in pages that move between GPU and RAM.
+OF_BITSANDBYTES = {"AdamW8bit", "PagedAdamW8bit", "PagedAdamW"}
+PACKAGES = {**SCHEDULE_FREE, **dict.fromkeys(sorted(OF_BITSANDBYTES), "bitsandbytes")}
+REQUIREMENTS = {
+    "schedulefree": "requirements-optim.txt",
+    "bitsandbytes": "requirements-quant.txt",
+}
+OPTIMIZERS = (*OF_TORCH, MUON, *PACKAGES)
+IN_BFLOAT16 = ("Adam", "AdamW", "RMSprop", "SGD", MUON)  # whose state may be
+OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 
 
 def make_schedule(config: DictConfig, n: int) -> BlockSchedule:
@@ -48,37 +65,151 @@ def make_schedule(config: DictConfig, n: int) -> BlockSchedule:
 def make_optimizer(
     config: DictConfig, policy: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Return torch.optim.<config.optimizer>, fused on a GPU if torch has such a kernel. Raise
-    UserError if its arguments are refused.
+    """Return the optimizer `config.optimizer` of the trained parameters, fused on a GPU if torch
+    has such a kernel. Raise UserError if its arguments are refused.
     """
-    factory = OPTIMIZERS[config.optimizer]
     arguments = to_dict(config.optimizer_args)
-    fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {
-        "fused",
-        "foreach",
-        "differentiable",
-    }
-    if device.type == "cuda" and fusible:
-        arguments = {"fused": True} | arguments
     try:
-        return factory(_groups(policy, config.head_lr), lr=config.lr, **arguments)
+        if config.optimizer == MUON:
+            return _muon(config, policy, device, arguments)
+        factory = _factory(config.optimizer)
+        trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        return _made(factory, config, policy, trained, _fused(factory, device, arguments))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"optimizer={config.optimizer} optimizer_args={arguments}: {str(error).splitlines()[0]}"
         ) from None
 
 
-def _groups(policy: nn.Module, head_lr: float | None) -> Any:
-    """Return all trained parameters as one group or, if a scalar head has its own learning rate,
-    the head's and the others.
+def _factory(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the class of an optimizer."""
+    if name in OF_TORCH:
+        return OF_TORCH[name]
+    package = importlib.import_module(PACKAGES[name])
+    return getattr(package.optim if name in OF_BITSANDBYTES else package, name)
+
+
+def _fused(
+    factory: Callable[..., Any], device: torch.device, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments with fused=True on a GPU, if torch has such a kernel and nothing else is
+    asked for.
     """
-    heads = [module for module in policy.modules() if isinstance(module, ScalarHead)]
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    if head_lr is None or not heads:
-        return trained
-    apart = {id(p) for p in heads[0].parameters()}
-    rest = [p for p in trained if id(p) not in apart]
-    return [{"params": rest}, {"params": list(heads[0].parameters()), "lr": head_lr}]
+    fusible = "fused" in inspect.signature(factory).parameters and not arguments.keys() & {
+        "fused",
+        "foreach",
+        "differentiable",
+    }
+    return {"fused": True} | arguments if device.type == "cuda" and fusible else arguments
+
+
+def _muon(
+    config: DictConfig, policy: nn.Module, device: torch.device, arguments: dict[str, Any]
+) -> Joint:
+    """Return Muon for the matrices of the blocks and AdamW for the rest. Muon's updates are scaled
+    to the size of AdamW's (arXiv:2502.16982), so that one learning rate is for both.
+    """
+    within = _within_blocks(policy, config.model.block_name)
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in trained if p.ndim == 2 and id(p) in within]
+    rest = [(name, p) for name, p in trained if p.ndim != 2 or id(p) not in within]
+    decay = {k: v for k, v in arguments.items() if k == "weight_decay"}
+    of_muon = {k: v for k, v in arguments.items() if k in OF_MUON}
+    of_adamw = {k: v for k, v in arguments.items() if k not in OF_MUON}
+    of_muon = {"adjust_lr_fn": "match_rms_adamw"} | of_muon | decay
+    of_adamw = _fused(torch.optim.AdamW, device, of_adamw)
+    parts = []
+    if matrices:
+        parts.append(_made(torch.optim.Muon, config, policy, matrices, of_muon))
+    if rest:
+        parts.append(_made(torch.optim.AdamW, config, policy, rest, of_adamw))
+    return Joint(parts)
+
+
+def _within_blocks(policy: nn.Module, block_name: str | None) -> set[int]:
+    """Return the ids of the parameters of the blocks; all of them for what is no language model."""
+    if not hasattr(policy, "_no_split_modules"):
+        return {id(p) for p in policy.parameters()}
+    block = block_class(policy, block_name)
+    return {
+        id(p)
+        for module in policy.modules()
+        if isinstance(module, block)
+        for p in module.parameters()
+    }
+
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def _made(
+    factory: Callable[..., torch.optim.Optimizer],
+    config: DictConfig,
+    policy: nn.Module,
+    trained: Named,
+    arguments: dict[str, Any],
+) -> torch.optim.Optimizer:
+    """Return an optimizer of these parameters, which steps them through stand-ins where it has
+    to.
+    """
+    made = factory(_groups(config, policy, trained), lr=config.lr, **arguments)
+    if config.optimizer in SCHEDULE_FREE:
+        made.train()  # type: ignore[attr-defined]
+    whole = factory.__name__ in WHOLE and any(sharding.is_sharded(p) for _, p in trained)
+    in_bfloat16 = config.optimizer_state == "bfloat16"
+    if not (whole or in_bfloat16 or config.stochastic_rounding):
+        return made
+    how = StandIns(config.seed, whole, torch.bfloat16 if in_bfloat16 else None)
+    return Stepwise(made, {p: name for name, p in trained}, how)
+
+
+def _groups(config: DictConfig, policy: nn.Module, trained: Named) -> list[dict[str, Any]]:
+    """Return the parameters in groups: a scalar head that has its own learning rate, and vectors
+    and embeddings whose weights don't decay.
+    """
+    modules = list(policy.modules())
+    heads = {
+        id(p) for module in modules if isinstance(module, ScalarHead) for p in module.parameters()
+    }
+    tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for _, p in trained:
+        apart = config.head_lr is not None and id(p) in heads
+        constant = config.weight_decay_on == "matrices" and (p.ndim < 2 or id(p) in tables)
+        options = ({"lr": config.head_lr} if apart else {}) | (
+            {"weight_decay": 0.0} if constant else {}
+        )
+        groups.setdefault((apart, constant), {"params": [], **options})["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
+
+
+def averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer trains other weights than it would leave at the end."""
+    return hasattr(optimizer, "eval")
+
+
+@contextmanager
+def averaged_weights(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Give the policy, within the context, the weights that its optimizer would leave at the end:
+    those of AdamW schedule-free are the average of its steps. Nothing may be saved there. Every
+    rank must enter it.
+    """
+    if not averages(optimizer):
+        yield
+        return
+    trained = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    sharding.reshard(policy)
+    own = [p.clone() for p in trained]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        sharding.reshard(policy)
+        with torch.no_grad():
+            for p, before in zip(trained, own, strict=True):
+                p.copy_(before)  # optimizer.train() would round
+        for group in optimizer.param_groups:
+            group["train_mode"] = True
 
 
 def make_scheduler(

@@ -19,6 +19,7 @@ from plumb.runs import checkpoints, directory
 from plumb.runs.policy_file import as_in_2023
 from plumb.training.metrics import Record, TrainingLog
 from plumb.training.moving import PolicyAverage
+from plumb.training.optimizers import averages
 from plumb.training.train_state import TrainState
 
 
@@ -152,8 +153,14 @@ def parts_of_2023(
             return as_in_2023(policy, current)
         return current
 
+    def of_policy() -> dict[str, Tensor]:
+        if not averages(run.optimizer):
+            return state()
+        with run.averaged():
+            return checkpoints.copied(state())
+
     rates = {k: v for k, v in run.scheduler.state_dict().items() if k != "lr_lambdas"}
-    parts: dict[str, Callable[[], Any]] = {"policy": state}
+    parts: dict[str, Callable[[], Any]] = {"policy": of_policy}
     if run.average is not None:
         parts["policy_ema"] = partial(_of_average, run.average, state)
     if optimizer_state is not None:

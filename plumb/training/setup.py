@@ -43,7 +43,7 @@ from plumb.training.evaluator import Evaluator
 from plumb.training.metrics import TrainingLog
 from plumb.training.moving import MovingCache, MovingModel, MovingReference
 from plumb.training.objective import Scorer
-from plumb.training.optimizers import make_optimizer, make_schedule
+from plumb.training.optimizers import averages, make_optimizer, make_schedule
 from plumb.training.rollout_evaluator import RolloutEvaluator
 from plumb.training.rollouts import make_rollouts, samples_responses
 from plumb.training.run_evaluator import EvalSampler, RunEvaluator
@@ -361,7 +361,9 @@ def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Place
         every=config.save_every,
         every_minutes=config.save_every_minutes,
         writes=not config.debug,
-        policy_pt_is_complete=config.policy_format == "current" and config.adapter == "none",
+        policy_pt_is_complete=config.policy_format == "current"
+        and config.adapter == "none"
+        and not averages(ready.state.optimizer),
     )
 
 

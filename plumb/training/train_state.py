@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,7 +22,7 @@ from plumb.rollouts.source import RolloutSource
 from plumb.runs import state_files
 from plumb.runs.checkpoints import Checkpoint
 from plumb.training.moving import MovingReference, PolicyAverage
-from plumb.training.optimizers import make_scheduler
+from plumb.training.optimizers import averaged_weights, make_scheduler
 
 
 @dataclass
@@ -124,6 +125,12 @@ class TrainState:
         """Return whether the reference moves before the next step."""
         n = self.position.n_updates
         return self.reference is not None and n > 0 and n % self.reference.every == 0
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the policy the weights that it is evaluated and saved with, within the context; see
+        `averaged_weights`. Every rank must enter it.
+        """
+        return averaged_weights(self.policy, self.optimizer)
 
     def values(self) -> dict[str, Any]:
         """Return the numbers of the optimizer's state that are not tensors."""

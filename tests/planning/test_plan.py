@@ -200,11 +200,29 @@ def test_traffic_by_hand():
         ("SGD", "null", (0, False)),
         ("SGD", "{momentum: 0.9}", (4, False)),
         ("AdamW", "{foreach: true}", (8, True)),
+        ("Adafactor", "null", (2 * 256 * 4 / 256**2, False)),
+        ("muon", "null", (4, False)),
     ],
 )
 def test_optimizer_state(planned, optimizer, arguments, expected):
     config, _ = planned(f"optimizer={optimizer}", f"optimizer_args={arguments}")
     assert plan.optimizer_state(config, torch.float32) == expected
+
+
+def test_optimizer_state_of_two_kinds_and_in_bfloat16(planned):
+    """muon keeps 4 bytes for a weight in a matrix of a block, and AdamW's 8 for the others; either
+    half of that in bfloat16. Weights of 2 bytes that are rounded stochastically have a state of 4.
+    """
+    muon = planned("optimizer=muon")[0]
+    assert plan.optimizer_state(muon, torch.float32, matrices=0.75) == (0.75 * 4 + 0.25 * 8, False)
+    half = planned("optimizer=muon", "optimizer_state=bfloat16")[0]
+    assert plan.optimizer_state(half, torch.float32, matrices=0.75) == (0.75 * 2 + 0.25 * 4, False)
+    bf16 = "model.policy_dtype=bfloat16"
+    for knobs, expected in ((["stochastic_rounding=true"], 4), ([], 2)):
+        config = planned("optimizer=RMSprop", bf16, *knobs)[0]
+        assert plan.optimizer_state(config, torch.bfloat16)[0] == expected
+    weights = Weights([torch.Size([10, 4])], [[torch.Size([4, 4]), torch.Size([4])]] * 2)
+    assert plan.share_of_matrices(weights) == 32 / (40 + 40)
 
 
 # ---- as real models have it ----
