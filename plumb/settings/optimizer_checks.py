@@ -16,6 +16,7 @@ def check_optimizer(config: DictConfig, has_critic: bool) -> None:
     """
     import torch
 
+    from plumb.models.forward_path import DTYPES
     from plumb.training import optimizers
 
     name = config.optimizer
@@ -35,7 +36,7 @@ def check_optimizer(config: DictConfig, has_critic: bool) -> None:
         _check_critic(config, name in optimizers.PACKAGES)
     _check_precision(config, name in optimizers.PACKAGES)
     # refuses optimizer_args that the optimizer refuses
-    layer = torch.nn.Linear(1, 1, dtype=getattr(torch, config.model.policy_dtype))
+    layer = torch.nn.Linear(1, 1, dtype=DTYPES[config.model.policy_dtype])
     made = optimizers.make_optimizer(config, layer, torch.device("cpu"))
     if config.weight_decay_on != "all" and not any(
         group.get("weight_decay") for group in made.param_groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -85,8 +84,14 @@ def _factory(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Return the class of an optimizer."""
     if name in OF_TORCH:
         return OF_TORCH[name]
-    package = importlib.import_module(PACKAGES[name])
-    return getattr(package.optim if name in OF_BITSANDBYTES else package, name)
+    if name in SCHEDULE_FREE:
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
+
+    of_bitsandbytes = (AdamW8bit, PagedAdamW8bit, PagedAdamW)
+    return {kind.__name__: kind for kind in of_bitsandbytes}[name]
 
 
 def _fused(
