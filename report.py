@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 def main(options: argparse.Namespace) -> None:
     """Read the runs, print the summary, and write the page."""
     runs = read_runs(options.runs, schema.bookkeeping)
-    out = options.out or options.runs[0] / "report.html"
+    out = options.out or runs[0].path / "report.html"
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={out}: expected a name that ends in .html")
     findings = [diagnose(run) for run in runs]

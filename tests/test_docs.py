@@ -3,8 +3,10 @@ docs/options.md is what config/ and the schema say, docs/losses.md what the loss
 """
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 import threading
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from runs import records
+from shell import BASH
 
 from plumb.losses.registry import LOSSES
 from plumb.settings import schema
@@ -186,3 +189,31 @@ def test_the_readmes_own_loss_trains(run_train, tmp_path):
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").glob("*/squared_*")
     assert len(records(run_dir, "train")) == 20
+
+
+def shell_blocks(page):
+    """The bash blocks of a page, as one script."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+
+
+@pytest.mark.skipif(BASH is None, reason="no bash")
+def test_the_quickstart(warm, tmp_path):
+    """Every command of the page in its order, with the demo's model and a handful of pairs in the
+    place of a pretrained model and all of them; the chat is asked one question.
+    """
+    script = shell_blocks("quickstart.md").replace("model=smollm2-135m", "model=demo")
+    script = script.replace("cp demo/train.jsonl", "head -n 60 demo/train.jsonl >")
+    script = script.replace("n_eval_model_samples=4", "n_eval_model_samples=1 device=cpu")
+    script = script.replace("--chat", "--chat --max-new-tokens 8 <<< 'Hello?\nquit'")
+    for name in ("config", "demo", "train.py", "report.py", "sample.py", "export.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [BASH, "-euc", f"python() {{ '{warm.python}' \"$@\"; }}\n{script}"],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "mine.html").is_file() and (tmp_path / "mine-hf/config.json").is_file()

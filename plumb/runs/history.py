@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +101,17 @@ def read_run(path: Path) -> Run:
         silent_secs=time.time() - written if written else 0.0,
         notes=notes,
     )
+
+
+def newest_match(path: Path) -> Path:
+    """Return the newest run directory that a quoted pattern matches, as model.archive takes it; a
+    path that exists, or matches none, is returned as it is.
+    """
+    if path.exists():
+        return path
+    found = [Path(match) for match in glob(str(path.expanduser()))]
+    runs = [match for match in found if (match / "config.yaml").is_file()]
+    return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime, default=path)
 
 
 def _wall_secs(environment: Mapping[str, Any], ended: Mapping[str, Any], written: float) -> float:
@@ -227,7 +239,8 @@ def read_runs(paths: Sequence[Path], bookkeeping: Callable[[str], bool]) -> list
     """Read each run once, under a unique name: its directory's; in a sweep, with the varied option;
     otherwise its path. `bookkeeping`: as for `differences`.
     """
-    runs = [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
+    found = map(newest_match, paths)
+    runs = [read_run(path) for path in {path.resolve(): path for path in found}.values()]
     knobs = differences(runs, bookkeeping)
     for name in (
         lambda i, run: run.name,
