@@ -3,6 +3,7 @@ docs/options.md is what config/ and the schema say, docs/losses.md what the loss
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -217,3 +218,16 @@ def test_the_quickstart(warm, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "mine.html").is_file() and (tmp_path / "mine-hf/config.json").is_file()
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells run in their order, with a handful of pairs; run directories lie under tmp_path."""
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert any("[:1000]" in cell for cell in code)
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    for cell in code:
+        small = f'small = ["local_dirs=[{tmp_path}]", "device=cpu", '
+        exec(cell.replace("[:1000]", "[:40]").replace("small = [", small), namespace)
+    assert namespace["scores"].shape == (5, 2) and namespace["dpo"].is_relative_to(tmp_path)

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from plumb.console import quiet, rank0_print, to_dict
-from plumb.errors import StorageError, UnsafeFile, UserError
+from plumb.errors import UnsafeFile, UserError
 from plumb.losses.registry import build_loss
 from plumb.models.adapters import UNMERGED, holds_adapters
 from plumb.models.find import ModelRef, find_model, open_model, template_of
@@ -104,11 +104,9 @@ def export(
     set_template(tokenizer, template_of(ref, chat_template, tokenizer))
     pad = use_pad_of_its_own(tokenizer) if ref.scalar else 0
     stored = DTYPES[dtype] if dtype else stored_dtype(state)
-    partial_out = out.with_name(f".{out.name}.partial")
     with _opened(ref, hf_config, state, stored) as source:
         weights = [*weights_of(ref, hf_config, source, stored, pad)]
-        try:
-            durable_files.begin(partial_out)
+        with durable_files.new_folder(out, "--out") as partial_out:
             hf_config.save_pretrained(partial_out)
             tokenizer.save_pretrained(partial_out)
             if not ref.scalar:
@@ -118,17 +116,6 @@ def export(
             write_shards(partial_out, weights, max_shard_gb * GB)
             if check:
                 compare(ref, partial_out, dtype)
-            if out.exists():
-                durable_files.remove(out)
-            durable_files.rename(partial_out, out)
-        except OSError as error:
-            raise StorageError(
-                f"--out {out}: cannot be written ({error.strerror or error}); give another folder,"
-                " or free some space"
-            ) from None
-        finally:
-            with suppress(OSError):
-                durable_files.remove(partial_out)
     rank0_print(
         f"exported {ref.archive} to {out}: {hf_config.architectures[0]},"
         f" {sum(w.bytes for w in weights) / GB:.2f} GB"

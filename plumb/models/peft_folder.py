@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from plumb.console import rank0_print
-from plumb.errors import StorageError, UnsafeFile, UserError
+from plumb.errors import UnsafeFile, UserError
 from plumb.models.adapters import Adapter, Factors, read_adapters
 from plumb.models.find import ModelRef, open_model
 from plumb.models.load import load_config, load_tokenizer
@@ -42,24 +41,11 @@ def export_adapter(ref: ModelRef, out: Path, *, overwrite: bool, check: bool) ->
         fix = "; --overwrite replaces such a folder only" if overwrite else ", or --overwrite"
         raise UserError(f"--peft {out}: already exists; give another name{fix}")
     tokenizer = load_tokenizer(ref.config)
-    partial_out = out.with_name(f".{out.name}.partial")
-    try:
-        durable_files.begin(partial_out)
+    with durable_files.new_folder(out, "--peft") as partial_out:
         _write(partial_out, ref, adapters, base)
         tokenizer.save_pretrained(partial_out)
         if check:
             _compare(ref, partial_out, base, tokenizer)
-        if out.exists():
-            durable_files.remove(out)
-        durable_files.rename(partial_out, out)
-    except OSError as error:
-        raise StorageError(
-            f"--peft {out}: cannot be written ({error.strerror or error}); give another folder, or"
-            " free some space"
-        ) from None
-    finally:
-        with suppress(OSError):
-            durable_files.remove(partial_out)
     rank0_print(f"exported the adapter of {ref.archive} to {out}; its base is {base}")
 
 

@@ -152,20 +152,20 @@ def draw_all(runs: Sequence[Run], further: bool = True) -> bytes:
     shown = panels(runs, further)
     n_columns = min(4 if len(shown) > 6 else 3, max(1, len(shown)))
     n_rows = -(-len(shown) // n_columns) or 1
-    with _figure(n_rows, n_columns) as (figure, axes):
-        for axis, panel in zip(axes.flat, shown, strict=False):
-            _draw(axis, panel, runs)
-        for axis in axes.flat[len(shown) :]:
-            axis.axis("off")
-        if len(runs) > 1:
-            from matplotlib.lines import Line2D
+    figure, axes = _figure(n_rows, n_columns)
+    for axis, panel in zip(axes.flat, shown, strict=False):
+        _draw(axis, panel, runs)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    if len(runs) > 1:
+        from matplotlib.lines import Line2D
 
-            handles = [Line2D([], [], color=colour(i), linewidth=3) for i in range(len(runs))]
-            labels = [_safe(run.name) for run in runs]
-            figure.legend(
-                handles, labels, fontsize=8, loc="outside lower center", ncols=min(4, len(runs))
-            )
-        return _png(figure, dpi=110)
+        handles = [Line2D([], [], color=colour(i), linewidth=3) for i in range(len(runs))]
+        labels = [_safe(run.name) for run in runs]
+        figure.legend(
+            handles, labels, fontsize=8, loc="outside lower center", ncols=min(4, len(runs))
+        )
+    return _png(figure, dpi=110)
 
 
 def draw_each(runs: Sequence[Run]) -> Iterator[tuple[Panel, str, str]]:
@@ -173,10 +173,9 @@ def draw_each(runs: Sequence[Run]) -> Iterator[tuple[Panel, str, str]]:
     runs (as `named`).
     """
     for panel in tqdm(panels(runs), desc="drawing", unit="panel", leave=False, disable=quiet()):
-        with _figure(1, 1) as (figure, axes):
-            _draw(axes[0, 0], panel, runs)
-            png = _png(figure, dpi=140)
-        yield panel, data_address(png), in_words(panel, runs)
+        figure, axes = _figure(1, 1)
+        _draw(axes[0, 0], panel, runs)
+        yield panel, data_address(_png(figure, dpi=140)), in_words(panel, runs)
 
 
 def _png(figure: Any, dpi: int) -> bytes:
@@ -225,26 +224,15 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (total[n] - total[np.maximum(0, n - width)]) / np.minimum(n, width)
 
 
-class _figure:
-    """Open a figure and close it again, since pyplot would keep it."""
+def _figure(n_rows: int, n_columns: int) -> tuple[Any, Any]:
+    """Return a figure and its axes [n_rows, n_columns], without pyplot: a notebook's own figures
+    are shown as before.
+    """
+    from matplotlib.figure import Figure
 
-    def __init__(self, n_rows: int, n_columns: int):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        self.plt = plt
-        size = (4.6 * n_columns, 3.2 * n_rows + 0.3)
-        self.figure, self.axes = plt.subplots(
-            n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
-        )
-
-    def __enter__(self) -> tuple[Any, Any]:
-        return self.figure, self.axes
-
-    def __exit__(self, *error: object) -> None:
-        self.plt.close(self.figure)
+    size = (4.6 * n_columns, 3.2 * n_rows + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
 def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:

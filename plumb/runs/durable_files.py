@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from plumb.errors import StorageError
 from plumb.paths import sync_directory
 
 
@@ -77,6 +79,30 @@ def begin(directory: Path) -> None:
     """Create an empty directory."""
     remove(directory)
     directory.mkdir(parents=True)
+
+
+@contextmanager
+def new_folder(out: Path, knob: str) -> Iterator[Path]:
+    """Give an empty folder to write to. It becomes `out`, in place of what had that name, when the
+    block has ended, and is removed if that raises.
+
+    Raises StorageError, which names the knob, for an OSError within.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        begin(partial)
+        yield partial
+        if out.exists():
+            remove(out)
+        rename(partial, out)
+    except OSError as error:
+        raise StorageError(
+            f"{knob} {out}: cannot be written ({error.strerror or error}); give another folder,"
+            " or free some space"
+        ) from None
+    finally:
+        with suppress(OSError):
+            remove(partial)
 
 
 def rename(old: Path, new: Path) -> None:
