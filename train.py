@@ -454,7 +454,8 @@ def decide(
     from plumb.data.examples import lengths_of
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
-    from plumb.training.rollouts import sampler_bytes, samples_responses
+    from plumb.training.rollout_memory import PolicySize, beside_policy
+    from plumb.training.rollouts import samples_responses
     from plumb.training.run_plan import numbers_at_hand, plan_run
 
     n = len(data.train)
@@ -467,8 +468,11 @@ def decide(
     )
     samples = samples_responses(config, loss)
     live_only = loss.needs_reference and (loss.live_reference or samples)
-    beside = sampler_bytes(config, policy, numbers.memory) if samples else 0
-    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only, beside)
+    taken = 0.0
+    if samples:
+        beside = beside_policy(config, loss, PolicySize.of(policy), numbers.memory)
+        taken = beside.taken(numbers.trained)
+    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only, taken)
     if plan.reference is not None:
         rank0_print(f"reference: {plan.reference} ({plan.why})")
     return plan

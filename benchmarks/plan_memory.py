@@ -42,6 +42,13 @@ SIZES = {
 }
 DPO = ["loss=dpo", "loss.beta=0.1"]
 FSDP = ["trainer=FSDPTrainer"]
+# long responses, and no one to end them: a random model ends one token in 32,000
+ROLLOUT = [
+    "reward.terms={brief: {rule: shorter}}",
+    "rollout.n=8",
+    "rollout.max_new_tokens=64",
+    "max_prompt_length=256",
+]
 CASES: list[tuple[str, list[str]]] = [
     ("llama", ["loss=sft", "optimizer=RMSprop"]),
     ("llama", ["loss=sft", "optimizer=AdamW", "activation_checkpointing=true"]),
@@ -58,6 +65,11 @@ CASES: list[tuple[str, list[str]]] = [
         [*FSDP, *DPO, "optimizer=AdamW", "reference=cached", "activation_checkpointing=true"],
     ),
     ("gpt_neox", [*FSDP, "loss=sft", "optimizer=RMSprop", "model.fsdp_policy_mp=bfloat16"]),
+    ("llama", [*ROLLOUT, "loss=rloo", "optimizer=AdamW"]),
+    ("llama", [*ROLLOUT, "loss=rloo", "optimizer=SGD", "rollout.batch_size=128"]),
+    ("llama", [*ROLLOUT, "loss=ppo", "loss.critic=policy", "optimizer=AdamW"]),
+    ("gpt_neox", [*ROLLOUT, "loss=ppo", "loss.critic=policy", "optimizer=RMSprop"]),
+    ("llama", [*FSDP, *ROLLOUT, "loss=ppo", "loss.critic=policy", "optimizer=AdamW"]),
 ]
 
 

@@ -17,7 +17,12 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from plumb.console import rank0_print
 from plumb.data.tokenization import template_text
@@ -192,6 +197,16 @@ def open_model(
     tokenizer = load_tokenizer(ref.config)
     model: Any = load_policy(ref.config, scalar=ref.scalar, adapter=adapter)
     return Opened(ref, model.to(pick_device(ref.config)).eval().requires_grad_(False), tokenizer)
+
+
+def n_parameters(ref: ModelRef) -> int:
+    """Return the number of a model's parameters, from its config alone; without a head of one row.
+    Raise UserError for a config that cannot be read.
+    """
+    kind = AutoModel if ref.scalar else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(copy.deepcopy(load_config(ref.config)))
+    return sum(p.numel() for p in model.parameters())
 
 
 def check_device(device: str | None) -> None:

@@ -27,6 +27,7 @@ from plumb.data.prepare import UNITS, load_examples
 from plumb.data.registry import LOADERS, resolve
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
+from plumb.losses.advantage_rules import GaeRule
 from plumb.losses.registry import Loss
 from plumb.models.adapters import knobs_of, size_of_adapters
 from plumb.models.blocks import block_class
@@ -34,12 +35,20 @@ from plumb.models.chunked_head import step_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
 from plumb.models.scalar_head import put_scalar_head
-from plumb.planning import activations
+from plumb.planning import activations, rollouts
 from plumb.planning.activations import Held
 from plumb.planning.cards import CARDS
 from plumb.training import budget as sizing
 from plumb.training.budget import ClusterShape, Memory, Precision, Weights
 from plumb.training.optimizers import MUON, make_optimizer, make_schedule
+from plumb.training.rollout_memory import (
+    REWARD_ITEMSIZE,
+    Beside,
+    PolicySize,
+    beside_policy,
+    computing_dtype,
+)
+from plumb.training.rollouts import check_prompts, samples_responses
 from plumb.training.run_plan import Numbers, plan_run
 from plumb.training.stepwise import Stepwise
 
@@ -64,15 +73,19 @@ class Model:
     packed: bool  # can compute trees in a row
     plain_head: bool  # its logits are hidden states times a matrix
     n_out: int  # rows of that matrix: the vocabulary, or one score
+    own_head: int  # numbers of that matrix, 0 if it is the embedding
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True)
+class Data:
     """Hold the examples of a plan."""
 
     examples: Sequence[Example]  # all training examples, or one of assumed lengths
     n: int | None  # examples of an epoch, None if unknown
     description: str  # how they were obtained, for the plan's text
+    lengths: Lengths  # of the trees that steps are made of
     n_held_out: int = 0  # where they are known
+    n_trees: int = 1  # of an example
 
 
 class Part(NamedTuple):
@@ -104,6 +117,7 @@ class Plan:
     counted: bool  # activations were counted, not assumed
     steps: Steps
     memory: Memory
+    rollout: rollouts.Rollout | None = None  # where the policy samples what it learns from
 
 
 def show(config: DictConfig, loss: Loss) -> str:
@@ -170,6 +184,8 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
     capped = getattr(hf_config.get_text_config(), "final_logit_softcapping", None)
     plain_head = isinstance(model.get_output_embeddings(), nn.Linear) and not capped
     n_out = 1 if loss.reads == "scores" else hf_config.get_text_config().vocab_size
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
     return Model(
         name=type(model).__name__,
         config=hf_config,
@@ -179,6 +195,7 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
         packed=packed,
         plain_head=plain_head,
         n_out=n_out,
+        own_head=0 if tied else head.numel(),
     )
 
 
@@ -191,25 +208,51 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
         for name in map(resolve, config.datasets)
         if name in LOADERS and not config.dataset_paths.get(name)
     ]
+    samples = samples_responses(config, loss)
+    group = "rollout" if samples else loss.group
     try:
         with _offline(bool(remote)), redirect_stdout(io.StringIO()):
             train, held_out = load_examples(
-                config, load_tokenizer(config), loss.group, keep=False, prefixes=loss.prefixes
+                config, load_tokenizer(config), group, keep=False, prefixes=loss.prefixes
             )
+        if samples:
+            room = config.max_length - config.rollout.max_new_tokens
+            check_prompts(train, room, config.rollout.max_new_tokens)
         description = f"read here: {', '.join(map(str, config.datasets))}"
-        return Data(train, len(train), description, len(held_out))
+        lengths, n_trees = _lengths(config, samples, train)
+        return Data(
+            examples=train,
+            n=len(train),
+            description=description,
+            lengths=lengths,
+            n_held_out=len(held_out),
+            n_trees=n_trees,
+        )
     except UserError as problem:
         if not remote:
             raise
         why = f"{', '.join(remote)} not on this machine" if "hub" in str(problem) else str(problem)
     quarter = max(1, config.max_length // 4)
     text = np.zeros(quarter, np.int32)
-    example = Example(text, (text,) * ASSUMED_RESPONSES[loss.group], "")
+    examples = [Example(text, (text,) * ASSUMED_RESPONSES[group], "")]
+    lengths, n_trees = _lengths(config, samples, examples)
+    what = "prompts of" if samples else "prompt and response of"
+    each = "" if samples else " each"
     return Data(
-        [example],
-        None,
-        f"assumed: prompt and response of {quarter} tokens each, a quarter of max_length ({why})",
+        examples=examples,
+        n=None,
+        description=f"assumed: {what} {quarter} tokens{each}, a quarter of max_length ({why})",
+        lengths=lengths,
+        n_trees=n_trees,
     )
+
+
+def _lengths(config: DictConfig, samples: bool, examples: Sequence[Example]) -> tuple[Lengths, int]:
+    """Return the lengths of the examples' trees, and how many are made of one; `samples`: of the
+    policy's own responses.
+    """
+    lengths = lengths_of(examples)
+    return rollouts.trees_of(config, lengths.prompts[:, 0]) if samples else (lengths, 1)
 
 
 @contextmanager
@@ -298,21 +341,35 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         if data.n is None
         else make_schedule(config, data.n).n_examples > data.n
     )
+    numbers = Numbers(
+        device=GPU,
+        memory=room,
+        weights=each,
+        trained=trained * of_trained.itemsize / layout.shards / layout.tp_size,
+        reference=0.0 if with_adapter else each,
+        n_weights=trained / layout.tp_size,
+        ranks=layout.ranks,
+        mean_tokens=float(np.mean(lengths_of(data.examples).tokens())),
+        repeats=several,
+    )
+    samples = samples_responses(config, loss)
+    beside = None
+    if samples:
+        size = PolicySize(
+            n=model.weights.n,
+            weights=model.weights.n * weights.itemsize,
+            trained=trained * of_trained.itemsize,
+            head=model.own_head * weights.itemsize,
+            sharded=sharded,
+        )
+        beside = beside_policy(config, loss, size, room)
     decided = plan_run(
         config,
         model.config,
         loss.needs_reference,
-        Numbers(
-            device=GPU,
-            memory=room,
-            weights=each,
-            trained=trained * of_trained.itemsize / layout.shards / layout.tp_size,
-            reference=0.0 if with_adapter else each,
-            n_weights=trained / layout.tp_size,
-            ranks=layout.ranks,
-            mean_tokens=float(np.mean(lengths_of(data.examples).tokens())),
-            repeats=several,
-        ),
+        numbers,
+        loss.needs_reference and (loss.live_reference or samples),
+        0.0 if beside is None else beside.taken(numbers.trained),
     )
     live = decided.reference == "live"
     budget = decided.tokens(model.plain_head)
@@ -325,6 +382,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(
         model.config, compute, sizing.kept(config)
     )
+    activations = held.wide + held.within / layout.tp_size if held else assumed
     total = sizing.memory(
         model.weights,
         layout,
@@ -333,13 +391,30 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         live=live,
         foreach=foreach,
         kept_whole=steps.n_micro > 1 and not summed,
-        activations=held.wide + held.within / layout.tp_size if held else assumed,
+        activations=activations,
         head=(
             step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU, not with_adapter)
             if model.plain_head
             else n * model.n_out * (2 * compute.itemsize + 2 * 4)
         ),  # logits in two precisions, and their gradients
     )
+    rollout = None
+    if beside is not None:
+        # FSDP casts its own modules only, and a critic is none of them
+        of_critic = count_body(
+            model, steps.fullest, weights, None if sharded else autocast, sizing.kept(config)
+        )
+        rollout = plan_rollout(
+            config,
+            loss,
+            model,
+            data,
+            layout,
+            beside,
+            activations=sum(of_critic) if of_critic else assumed,
+            of_trained=of_trained,
+        )
+        total = rollout.moments.added_to(total)
     return Plan(
         layout=layout,
         precision=precision,
@@ -349,6 +424,57 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         counted=held is not None,
         steps=steps,
         memory=total,
+        rollout=rollout,
+    )
+
+
+def plan_rollout(  # noqa: PLR0913
+    config: DictConfig,
+    loss: Loss,
+    model: Model,
+    data: Data,
+    layout: ClusterShape,
+    beside: Beside,
+    *,
+    activations: float,
+    of_trained: torch.dtype,
+) -> rollouts.Rollout:
+    """Return what sampling, rewards and a critic take. `activations`: of the policy's passes in the
+    critic's precision; `of_trained`: the type of the policy's trained weights.
+    """
+    dtype = computing_dtype(config)
+    sampled = rollouts.at_once(config, data.lengths.prompts[:, 0], layout)
+    cache, computing = rollouts.sampling_bytes(model.config, dtype, sampled, model.n_out)
+    scores = beside.rewards
+    itemsize = DTYPES[config.model.policy_dtype].itemsize
+    critic = beside.critic / (model.weights.n * itemsize)
+    of_critic = of_trained
+    if isinstance(loss.advantages, GaeRule) and loss.advantages.critic != "policy":
+        of_critic = torch.float32
+        critic *= itemsize / REWARD_ITEMSIZE
+    matrices = 1.0 if model.weights.trained is not None else share_of_matrices(model.weights)
+    state, foreach = optimizer_state(config, of_critic, matrices)
+    scoring = sizing.activation_bytes(model.config, torch.float32, 0) * rollouts.SCORING_TOKENS
+    in_critic = max(critic * activations, beside.critic_trained * foreach)
+    if config.rollout.engine == "vllm":
+        cache = computing = 0.0  # part of vLLM's share
+    moments = rollouts.Moments(
+        beside=beside,
+        critic_state=beside.critic_trained / of_critic.itemsize * state,
+        cache=cache,
+        computing=computing,
+        scoring=scoring if scores else 0.0,
+        critic=beside.critic_trained + in_critic if beside.critic else 0.0,
+    )
+    return rollouts.Rollout(
+        sampled=sampled,
+        moments=moments,
+        weights=model.weights.n * dtype.itemsize,
+        cache=sizing.cache_bytes(model.config, dtype),
+        operations=2.0 * (model.cost.body + model.cost.head),
+        of_rewards=sum(scores.values()) / REWARD_ITEMSIZE,
+        with_advantages=loss.group == "rollout",
+        critic=critic,
     )
 
 
@@ -412,7 +538,9 @@ def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: in
         steps = list(make_schedule(config, data.n))
         some = sorted({int(i) for i in np.linspace(0, len(steps) - 1, N_STEPS)})
         batches = [steps[k] for k in some]
-    lengths = lengths_of(data.examples)
+    n = sum(map(len, batches))
+    batches = [np.repeat(batch, data.n_trees) for batch in batches]
+    lengths = data.lengths
     packing = Packing(
         packed=model.packed,
         budget=budget,
@@ -436,8 +564,8 @@ def lay_out(config: DictConfig, model: Model, data: Data, ranks: int, budget: in
     return Steps(
         max(parts, key=lambda part: math.prod(part.shape)),
         float(np.mean([len(plan) / ranks for plan in plans])),
-        float(np.mean(planned.tokens())),
-        model.cost.forward(planned) / len(planned),
+        float(planned.tokens().sum()) / n,
+        model.cost.forward(planned) / n,
     )
 
 
@@ -464,7 +592,11 @@ def alternatives(
     changes: list[dict[str, Any]] = (
         [{"activation_checkpointing": True}] if config.activation_checkpointing is not True else []
     )
-    if loss.needs_reference and config.reference != "cached":
+    samples = samples_responses(config, loss)
+    if samples and config.rollout.batch_size > config.rollout.n:
+        fewer = max(config.rollout.n, config.rollout.batch_size // 4)
+        changes.append({"rollout.batch_size": fewer})
+    if loss.needs_reference and config.reference != "cached" and not samples:
         changes.append({"reference": "cached"})
     if (
         config.tokens_per_microbatch is not None
@@ -523,11 +655,14 @@ def _what(config: DictConfig, loss: Loss, model: Model, data: Data, plan: Plan) 
     share = "" if trained is None else f" and {trained / 1e6:,.1f} M of an adapter"
     examples = UNITS[loss.group]
     each = f"{plan.steps.n_tokens:,.0f} tokens on average"
+    if plan.rollout is not None:
+        examples, each = "prompts", f"{each}, with the responses that are trained"
     return [
         f"{loss.name} of {model.name}, {n / 1e6:,.1f} M parameters{share}{kind}",
         f"{'on':<8}{on}",
         f"{'data':<8}{'' if data.n is None else f'{data.n:,} '}{examples} of {each},"
         f" {data.description}",
+        *([] if plan.rollout is None else [f"{'samples':<8}{plan.rollout.in_words(config)}"]),
     ]
 
 
@@ -556,7 +691,10 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
             f"{'run':<8}{n:,} examples in {schedule.n_steps:,} steps,"
             f" {n * steps.n_tokens / 1e6:,.1f} M tokens"
         )
+    uses = config.rollout.uses
     passes = n * (3 + plan.live + 1 - sizing.kept(config))
+    if plan.rollout is not None:
+        passes = n / uses * plan.rollout.passes(uses, plan.live, sizing.kept(config))
     if plan.cached:
         every = config.reference_update_every
         passes += reference_passes(schedule, every, data.n_held_out) or n
@@ -571,10 +709,23 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
             ),
         ]
     secs = passes * steps.forward / (layout.n_gpus * peak * config.plan_mfu)
+    before = ""
+    if plan.rollout is not None:
+        rates = rollouts.Rates(
+            peak * config.plan_mfu, card.flops32 * config.plan_mfu, card.bytes_per_sec
+        )
+        sampling, scoring = (
+            n / uses / layout.n_gpus * each(rates)
+            for each in (plan.rollout.sampling_secs, plan.rollout.scoring_secs)
+        )
+        before = f", of which sampling {_duration(sampling)} at least"
+        before += f", rewards {_duration(scoring)}" if scoring else ""
+        secs += sampling + scoring
     unknown = "" if schedule.n_examples else " per 1,000 examples (set n_examples for the total)"
     at = f"plan_mfu={config.plan_mfu:g} of {layout.n_gpus} x {peak / 1e12:g} TFLOP/s"
     lines.append(
-        f"{'time':<8}{_duration(secs)}{unknown} at {at}, without evaluation, sampling and saving"
+        f"{'time':<8}{_duration(secs)}{before}{unknown} at {at}, without evaluation"
+        f"{'' if plan.rollout else ', sampling'} and saving"
     )
     sent = sizing.traffic(
         model.weights,
@@ -612,7 +763,7 @@ def reference_passes(schedule: Schedule, every: int | None, n_held_out: int) -> 
 def _table(memory: Memory) -> list[str]:
     rows = [*memory.kinds.items(), ("in all", memory.moments)]
     width = max(len(kind) for kind, _ in rows)
-    titles = ("backward starts", "backward ends", "optimizer steps")
+    titles = memory.titles
     lines = [f"{'GB per GPU':<{width}}  {'  '.join(titles)}"]
     lines += [
         "  ".join(

@@ -31,7 +31,7 @@ class Critic:
     must make each call.
     """
 
-    model: Any  # with a scalar head, in eval mode: old and new values have no noise of dropout
+    model: Any  # with a scalar head, without dropout: old and new values have no noise
     optimizer: torch.optim.Optimizer
     lr: float
     lr_factor: Callable[[], float]  # of the next update, by the schedule of the policy's

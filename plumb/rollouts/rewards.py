@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plumb.data.rows import Row
 from plumb.errors import UserError
-from plumb.models.find import find_model
+from plumb.models.find import ModelRef, find_model
 from plumb.rollouts import reward_rules
 from plumb.rollouts.answered import Answered, Reward
 from plumb.scoring.scorers import Scorer, knobs_of, load_scorer
@@ -154,11 +154,13 @@ class Rewards:
         return Measured(final, raw, terms)
 
 
-def build_rewards(config: Mapping[str, Any], device: str | None = None) -> Rewards:
+def build_rewards(
+    config: Mapping[str, Any], device: str | None = None, find: bool = True
+) -> Rewards:
     """Return the rewards of {"terms": {name: {"weight": w, and "rule", "function" or "model"}},
     "scale": "running" or None, "clip": c or None, "missing_eos": p, "overlong": {"free": n, "most":
     m, "penalty": p} or None}. A model may be given "reference" and "beta", for its implicit reward.
-    A model is found here, and loaded onto `device` when it is needed.
+    A model is found here, or with find=False where it is needed, and loaded onto `device` then.
 
     Raises UserError, in one line, for a knob that is unknown, missing or out of range.
     """
@@ -178,7 +180,7 @@ def build_rewards(config: Mapping[str, Any], device: str | None = None) -> Rewar
     if not missing_eos >= 0:
         raise UserError(f"reward.missing_eos={missing_eos}: is taken off; must not be negative")
     return Rewards(
-        terms=[_term(name, spec, device) for name, spec in terms.items()],
+        terms=[_term(name, spec, device, find) for name, spec in terms.items()],
         scale=RunningScale() if scale == "running" else None,
         clip=clip,
         missing_eos=missing_eos,
@@ -281,7 +283,7 @@ def _finite(term: Term, answered: Sequence[Answered]) -> np.ndarray:
     return values
 
 
-def _term(name: str, spec: Any, device: str | None) -> Term:
+def _term(name: str, spec: Any, device: str | None, find: bool) -> Term:
     where = f"reward.terms.{name}"
     if not isinstance(spec, Mapping):
         raise UserError(f"{where}={spec}: expected one of {', '.join(KINDS)}, and a weight")
@@ -309,10 +311,12 @@ def _term(name: str, spec: Any, device: str | None) -> Term:
                 " file in plugins=[...]"
             )
         return Term(name, weight, by_one(name, REWARDS[value]))
-    return Term(name, weight, by_scorer(_loading(spec, where, device)))
+    return Term(name, weight, by_scorer(_loading(spec, where, device, find)))
 
 
-def _loading(spec: Mapping[str, Any], where: str, device: str | None) -> Callable[[], Scorer]:
+def _loading(
+    spec: Mapping[str, Any], where: str, device: str | None, find: bool
+) -> Callable[[], Scorer]:
     """Return the function that loads a model. Raise UserError, here or there, if it cannot be."""
 
     @contextmanager
@@ -322,10 +326,16 @@ def _loading(spec: Mapping[str, Any], where: str, device: str | None) -> Callabl
         except UserError as error:
             raise type(error)(f"{where}.model: {error}") from None
 
-    with named():
-        ref = find_model(str(spec["model"]))
+    @cache
+    def found() -> ModelRef:
+        with named():
+            return find_model(str(spec["model"]))
+
+    if find:
+        found()
 
     def load() -> Scorer:
+        ref = found()
         with named():
             options = spec.get("reference"), spec.get("beta")
             return load_scorer(ref, knobs_of(ref, {}), *options, device=device)

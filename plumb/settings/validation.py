@@ -180,15 +180,11 @@ def _check_loss(config: DictConfig, trains: bool) -> Loss:
 
 def _check_run_on_rollouts(config: DictConfig) -> None:
     """Refuse knobs that do not fit a run on the policy's own responses, whatever its loss."""
-    for name, value, why in (
-        ("compile", False, "samples with uncompiled blocks"),
-        ("plan", False, "is not planned yet"),
-    ):
-        if config[name] != value:
-            raise UserError(
-                f"{name}={config[name]}: a run on the policy's own responses {why}; set"
-                f" {name}={value}"
-            )
+    if config.compile:
+        raise UserError(
+            "compile=true: a run on the policy's own responses samples with uncompiled blocks; set"
+            " compile=false"
+        )
     if config.keep_checkpoints and config.keep_best == "loss/eval":
         raise UserError(
             "keep_best=loss/eval: a run on the policy's own responses has no held-out loss; set"
@@ -246,7 +242,8 @@ def _check_rollout(config: DictConfig, loss: Loss) -> None:
         )
     _check_run_on_rollouts(config)
     _check_engine(config)
-    build_rewards(to_dict(config.reward))
+    # the run that writes a model of rewards may not have started
+    build_rewards(to_dict(config.reward), find=not config.plan)
     if isinstance(rule, GaeRule) and rule.critic != "policy":
         reward_model_of(to_dict(config.reward))
     if config.reference == "cached":

@@ -312,8 +312,9 @@ class Memory(NamedTuple):
     ends, and as the optimizer steps.
     """
 
-    kinds: dict[str, tuple[float, float, float]]
+    kinds: dict[str, tuple[float, ...]]
     host: float  # of one node's RAM, for what is offloaded
+    titles: tuple[str, ...] = ("backward starts", "backward ends", "optimizer steps")
 
     @property
     def moments(self) -> tuple[float, ...]:
@@ -369,7 +370,7 @@ def memory(
         share = weights.trained / weights.n
     trained = 0 if on_host else t
     own = live and weights.trained is None  # the reference's weights
-    kinds: dict[str, tuple[float, float, float]] = {
+    kinds: dict[str, tuple[float, ...]] = {
         "weights": (at * w + (0 if on_host else extra),) * 3,
         "gradients": (trained * each_trained,) * 3,
         "optimizer state": (trained * precision.state,) * 3,

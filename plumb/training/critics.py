@@ -14,6 +14,7 @@ from plumb.console import rank0_print, to_dict
 from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import GaeRule
+from plumb.models.draws import run_without_draws
 from plumb.models.find import find_model, open_model
 from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
 from plumb.models.load import has_scalar_head
@@ -44,6 +45,8 @@ def make_critic(
         name = reward_model_of(to_dict(config.reward))
         model = of_reward_model(name, tokenizer, str(scorer.device))
     rank0_print(f"critic: from {name}")
+    if config.activation_checkpointing is True:
+        _recompute(model, scorer.device)
     own = OmegaConf.merge(config, {"lr": rule.critic_lr, "head_lr": None})
     assert isinstance(own, DictConfig)
     return Critic(
@@ -91,6 +94,15 @@ def of_reward_model(name: str, tokenizer: PreTrainedTokenizerBase, device: str) 
         )
     use_tree_attention(model)
     return model.requires_grad_(True)
+
+
+def _recompute(model: Any, device: torch.device) -> None:
+    """Make a critic compute its activations again in its backward pass. transformers does so in
+    train mode only, in which nothing of the critic may draw random numbers.
+    """
+    run_without_draws(model, device)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
 
 
 def _path(model: Any, scorer: Scorer) -> ForwardPath:

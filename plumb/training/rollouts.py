@@ -21,7 +21,6 @@ from plumb.distributed import collectives, sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import AdvantageRule
 from plumb.losses.registry import Loss
-from plumb.models.forward_path import DTYPES
 from plumb.models.logps import response_token_logps
 from plumb.rollouts.by_critic import ByCritic
 from plumb.rollouts.decoding import Decoding
@@ -41,6 +40,7 @@ from plumb.training.budget import cache_bytes
 from plumb.training.critics import make_critic
 from plumb.training.objective import Scorer
 from plumb.training.rollout_evaluator import RolloutEvaluator
+from plumb.training.rollout_memory import PolicySize, computing_dtype, copy_bytes
 from plumb.training.train_state import TrainState
 
 
@@ -217,10 +217,10 @@ def engines(
         )
 
     if at.engine == "vllm":
-        model = VllmModel(_dtype(config), config.max_length, at.batch_size, at.vllm_memory)
+        model = VllmModel(computing_dtype(config), config.max_length, at.batch_size, at.vllm_memory)
         return lambda temperature: VllmEngine(decoding(temperature), ends, model)
     if sharding.sharded_modules(scorer.policy):
-        copied = UnshardedCopy(scorer.device, _dtype(config))
+        copied = UnshardedCopy(scorer.device, computing_dtype(config))
         return lambda temperature: GatheredEngine(own(temperature), copied)
     return own
 
@@ -232,35 +232,13 @@ def described(config: DictConfig, policy: Any) -> str:
     if at.engine == "vllm":
         return line + f"vLLM takes {at.vllm_memory:.0%} of the GPU's memory"
     at_once = max(at.n, at.batch_size)
-    cache = at_once * config.max_length * cache_bytes(policy.config, _dtype(config))
+    cache = at_once * config.max_length * cache_bytes(policy.config, computing_dtype(config))
     line += (
         f"sampling {at_once} at the same time takes up to {cache / 1e9:.2g} GB for keys and values"
     )
-    if held := copy_bytes(config, policy):
+    if held := copy_bytes(config, PolicySize.of(policy)):
         line += f", and the copy of the policy that samples {held / 1e9:.2g} GB"
     return line
-
-
-def sampler_bytes(config: DictConfig, policy: Any, memory: float) -> float:
-    """Return the bytes of what samples in each process, beside the policy itself; `memory`: those
-    of the GPU.
-    """
-    at = config.rollout
-    return at.vllm_memory * memory if at.engine == "vllm" else copy_bytes(config, policy)
-
-
-def copy_bytes(config: DictConfig, policy: Any) -> int:
-    """Return the bytes of the copy from which a sharded policy is sampled in each process; 0 for a
-    policy that is not sharded, and is sampled from itself.
-    """
-    if not sharding.sharded_modules(policy):
-        return 0
-    return sum(p.numel() for p in policy.parameters()) * _dtype(config).itemsize
-
-
-def _dtype(config: DictConfig) -> torch.dtype:
-    """Return the type in which the policy computes."""
-    return DTYPES[config.model.fsdp_policy_mp or config.model.policy_dtype]
 
 
 def check_prompts(examples: Examples, room: int, max_new_tokens: int) -> None:

@@ -57,10 +57,11 @@ def plan_run(
     needs_reference: bool,
     numbers: Numbers,
     live_only: bool = False,
-    sampler_bytes: float = 0,
+    beside: float = 0,
 ) -> RunPlan:
     """Return the decisions of a run, where the config leaves a choice. `live_only`: the loss needs
-    what a cached reference has not. `sampler_bytes`: of what samples, beside the policy itself.
+    what a cached reference has not. `beside`: the bytes of what samples, gives rewards and values,
+    in a run on the policy's own responses.
 
     reference=auto: cached if examples are used more than once, or if a second model would take more
     than a quarter of the memory that the policy's training leaves free; for a moving reference,
@@ -86,7 +87,7 @@ def plan_run(
         why = "memory is short"
     live = needs_reference and not cached
     free = numbers.memory - weights - trained - live * numbers.reference
-    free -= held_bytes(numbers.device) + sampler_bytes
+    free -= held_bytes(numbers.device) + beside
     if config.ema_decay is not None:  # in float32 or wider
         itemsize = DTYPES[config.model.policy_dtype].itemsize
         free -= numbers.trained * max(4, itemsize) / itemsize

@@ -465,7 +465,7 @@ def test_the_run_decides_as_the_plan(gb, options, reference, planned, monkeypatc
     made = []
 
     def noting(*arguments):
-        made.append((arguments[-1], run_plan.plan_run(*arguments)))
+        made.append((arguments[3], run_plan.plan_run(*arguments)))
         return made[-1][1]
 
     monkeypatch.setattr(plan, "plan_run", noting)
@@ -509,7 +509,7 @@ def test_what_samples_beside_the_policy_counts(planned):
         repeats=False,
     )
     tokens = [
-        run_plan.plan_run(config, model_config, False, numbers, sampler_bytes=held).budget
+        run_plan.plan_run(config, model_config, False, numbers, beside=held).budget
         for held in (20e9, 20e9 + 512 * budget.activation_bytes(model_config, torch.float32, 1))
     ]
     assert tokens[0] - tokens[1] == 256

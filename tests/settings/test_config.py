@@ -354,7 +354,6 @@ ON_SAMPLES = {
         REWARD,
     ): "rollout.ptx_datasets=['demo/train.jsonl']: are mixed into steps of one process",
     ("loss=grpo", "compile=true", REWARD): "compile=True: a run on the policy's own responses",
-    ("loss=grpo", "plan=true", REWARD): "plan=True: a run on the policy's own responses",
     ("loss=grpo", "reference=cached", REWARD): "reference=cached: the responses are sampled while",
     ("loss=grpo", "reward.terms={a: {model: /none}}"): "reward.terms.a.model: ",
     ("loss=grpo", "reward.terms={a: {rule: shorte}}"): "reward.terms.a.rule=shorte",
