@@ -21,6 +21,7 @@ from plumb.losses import (  # noqa: F401  registers the losses
 from plumb.losses.contract import (
     BatchContext,
     Labelled,
+    Largest,
     Lists,
     Logps,
     LogpsAndKL,
@@ -40,6 +41,7 @@ from plumb.losses.registry import loss
 __all__ = [
     "BatchContext",
     "Labelled",
+    "Largest",
     "Lists",
     "Logps",
     "LogpsAndKL",

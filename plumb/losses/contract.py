@@ -67,6 +67,9 @@ class TokenLogps(NamedTuple):
     each: Tensor  # [N] log pi(y_t | x, y_<t), nats
     response: Tensor  # [N] int64: the response that the token belongs to, 0 .. n - 1
     n: int  # number of responses
+    # [N] entropy of the distribution that the token is drawn from, nats, detached: of the policy,
+    # in a loss on its own samples; None elsewhere
+    entropy: Tensor | None = None
 
     def of(self, responses: Tensor) -> TokenLogps:
         """Return the tokens of these responses ([M] int64), renumbered 0 .. M - 1."""
@@ -74,7 +77,8 @@ class TokenLogps(NamedTuple):
         number[responses] = torch.arange(len(responses), device=number.device)
         mine = number[self.response]  # [N]
         selected = mine >= 0
-        return TokenLogps(self.each[selected], mine[selected], len(responses))
+        entropy = None if self.entropy is None else self.entropy[selected]
+        return TokenLogps(self.each[selected], mine[selected], len(responses), entropy)
 
     def sum(self, values: Tensor | None = None) -> Tensor:
         """Return the sum of `values` [N], or of the log-probabilities, over each response.  [n]
@@ -293,7 +297,22 @@ class Spread(NamedTuple):
         return max(0.0, squares / number - (total / number) ** 2) ** 0.5 if number else None
 
 
-Metric = Mean | Spread
+class Largest(NamedTuple):
+    """A metric that is logged as the largest value of a batch."""
+
+    values: Tensor  # [B]
+
+    def columns(self) -> Tensor:
+        """Return what is compared over examples.  [B, 1] float64"""
+        return self.values.detach().double()[:, None]
+
+    @staticmethod
+    def value(largest: Sequence[float]) -> float | None:
+        """Return the largest value."""
+        return largest[0]
+
+
+Metric = Mean | Spread | Largest
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from plumb.losses.advantage_rules import (
     check_kl_weight,
 )
 from plumb.losses.bound import AverageOver, Usual
-from plumb.losses.contract import LossOutput, Mean, Metric, Rollouts, TokenLogps
+from plumb.losses.contract import Largest, LossOutput, Mean, Metric, Rollouts, TokenLogps
 from plumb.losses.ratios import check_not_negative, check_positive
 from plumb.losses.registry import loss
 
@@ -340,6 +340,11 @@ def _by_example(policy: Rollouts[TokenLogps], surrogate: Surrogate, each: Tensor
     return of_examples if surrogate.normalizer == "token" else of_examples / policy.n_responses()
 
 
+def _largest(values: Tensor, example: Tensor, n: int) -> Tensor:
+    """Return the largest of the values [M] of each example, 0 of one without values.  [n]"""
+    return values.new_zeros(n).scatter_reduce(0, example.to(values.device), values, "amax")
+
+
 def _metrics(
     policy: Rollouts[TokenLogps],
     reference: Rollouts[TokenLogps] | None,
@@ -347,7 +352,8 @@ def _metrics(
     ratios: Ratios,
 ) -> dict[str, Metric]:
     """Return the metrics: of ratios, and by response the KL to the policy that sampled (old) and to
-    the reference, in nats. The entropy is estimated by -log pi of the sampled tokens.
+    the reference, in nats. The entropy is exact where it was read, else estimated by -log pi of the
+    sampled tokens.
     """
     tokens = policy.responses
     each = tokens.each.detach()
@@ -361,15 +367,20 @@ def _metrics(
         return Mean(policy.sum(values), n_responses)
 
     per_response = lambda values: Mean(policy.sum(tokens.sum(values)), n_responses)
+    surprise = -each if tokens.entropy is None else tokens.entropy.to(each)  # [N]
+    by_token = surrogate.ratio == "token"
+    of_ratios = policy.example[tokens.response] if by_token else policy.example  # [M]
     metrics: dict[str, Metric] = {
         "ratio/mean": mean_ratio(ratios.values),
+        "ratio/max": Largest(_largest(ratios.values.detach(), of_ratios, policy.n)),
         "clip/low": mean_ratio(ratios.below),
         "clip/high": mean_ratio(ratios.above),
         "kl/old": per_response(k3(policy.old.to(each), each)),
-        "entropy": Mean(policy.sum(tokens.sum(-each)), n_tokens),
+        "entropy": Mean(policy.sum(tokens.sum(surprise)), n_tokens),
     }
     if reference is not None:
         theirs = reference.responses.each.to(each)
         metrics["kl/k1"] = per_response(k1(each, theirs))
         metrics["kl/k3"] = per_response(k3(each, theirs))
+        metrics["kl/k3_token"] = Mean(policy.sum(tokens.sum(k3(each, theirs))), n_tokens)
     return metrics

@@ -32,6 +32,7 @@ from plumb.losses.bound import (
 from plumb.losses.contract import (
     BatchContext,
     Group,
+    Largest,
     LogpsAndKL,
     LogpsAndSquares,
     LossOutput,
@@ -334,7 +335,7 @@ def _try_on_zeros(bound: Loss) -> None:
 def _check_metrics(name: str, output: LossOutput) -> None:
     """Raise ValueError for a metric that could not be logged."""
     for metric, value in output.metrics.items():
-        if not isinstance(value, (Mean, Spread)):
+        if not isinstance(value, (Mean, Spread, Largest)):
             raise ValueError(
                 f"loss.name={name}: its metric {metric!r} is a {type(value).__name__}; write"
                 " Mean(values, counts)"

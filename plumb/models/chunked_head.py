@@ -5,6 +5,7 @@ Shapes: N scored positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,13 +79,50 @@ def linear_logps(
     Computed in chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The
     backward pass computes them again, unless their softmax fits in KEPT_BYTES.
     """
+    return _linear(hidden, weight, bias, targets, temperature)
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    beside: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return linear_logps, [N], or with a number `beside` it, [N, 2]: of the same distributions,
+    from their log-probabilities [rows, V], without a gradient.
+    """
     hidden, weight = _autocast(hidden, weight)
     scale = 8 if hidden.is_cuda else 1
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = differentiated and 4 * len(hidden) * len(weight) <= scale * KEPT_BYTES
     return _LinearLogps.apply(
-        hidden, weight, bias, targets, temperature, _rows(hidden, weight), keep
+        hidden, weight, bias, targets, temperature, _rows(hidden, weight), keep, beside
     )
+
+
+def linear_logps_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the log-probabilities of linear_logps beside the entropy of the distribution that they
+    are of, which no gradient flows through.  -> [N, 2] nats
+    """
+    return _linear(hidden, weight, bias, targets, temperature, entropy_of)
+
+
+def entropy_of(logps: Tensor) -> Tensor:
+    """Return -sum_v p_v log p_v of log-probabilities over the vocabulary; a token that cannot come
+    has no part in it.  [N, V] -> [N] nats
+
+    >>> entropy_of(torch.tensor([[0.5, 0.5, 0.0]]).log()).exp().tolist()
+    [2.0]
+    """
+    return torch.special.entr(logps.exp()).sum(1)
 
 
 def log_squares(logps: Tensor) -> Tensor:
@@ -100,13 +138,7 @@ def linear_logps_and_squares(
     """Return the log-probabilities of linear_logps beside log_squares of the same positions, which
     no gradient flows through.  -> [N, 2]
     """
-    logps = linear_logps(hidden, weight, bias, targets)
-    with torch.no_grad():
-        hidden, weight = _autocast(hidden, weight)
-        squares = [
-            log_squares(_log_softmax(h, weight, bias)) for h in hidden.split(_rows(hidden, weight))
-        ]
-    return torch.stack([logps, torch.cat(squares)], 1)
+    return _linear(hidden, weight, bias, targets, 1.0, log_squares)
 
 
 class Head(NamedTuple):
@@ -203,23 +235,29 @@ class _LinearKL(torch.autograd.Function):
 
 
 class _LinearLogps(torch.autograd.Function):
-    """Compute log-probabilities with d logp / d logits = (onehot(target) - p) / temperature."""
+    """Compute log-probabilities with d logp / d logits = (onehot(target) - p) / temperature, and
+    perhaps a number beside each, without a gradient.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, rows, keep):
+    def forward(ctx, hidden, weight, bias, targets, temperature, rows, keep, beside):
         ctx.rows, ctx.temperature = rows, temperature
         kept = []
         logps = []
+        others = []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             of_chunk = _log_softmax(h, weight, bias, temperature)
             kept = [*kept, of_chunk] if keep else [of_chunk]
             logps.append(kept[-1].gather(1, t[:, None])[:, 0])
+            others += [] if beside is None else [beside(kept[-1])]
         ctx.save_for_backward(hidden, weight, bias, targets, *(kept if keep else []))
-        return torch.cat(logps)
+        each = torch.cat(logps)
+        return torch.stack([each, torch.cat(others)], 1) if others else each
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # [N], or [N, 2]
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        grad = grad if grad.dim() == 1 else grad[:, 0]
         d_hidden = torch.empty_like(hidden)
         d_weight = None
         if ctx.needs_input_grad[1]:  # a head beside adapters is frozen
@@ -242,6 +280,7 @@ class _LinearLogps(torch.autograd.Function):
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

@@ -24,8 +24,10 @@ from plumb.models import tree_attention
 from plumb.models.chunked_head import (
     Head,
     at_temperature,
+    entropy_of,
     kl_between,
     linear_logps,
+    linear_logps_and_entropy,
     linear_logps_and_kl,
     linear_logps_and_squares,
     log_softmax,
@@ -45,17 +47,19 @@ def read_responses(
     forward_path: ForwardPath,
     reference: Any = None,
     temperature: float = 1.0,
+    entropy: bool = False,
 ) -> Outputs:
     """Return what a loss reads of a model, for the R responses of a batch. `reference`: the model
     from which the divergence is, where that is read. `temperature`: that of the samples, for
-    losses on token log-probabilities.
+    losses on token log-probabilities; `entropy`: whether these come with the entropies.
     """
+    by_token = response_token_logps_and_entropy if entropy else response_token_logps
     if reads == "logps_and_kl":
         return response_logps_and_kl(model, reference, batch, forward_path)
     read: dict[str, Callable[[Any, Batch, ForwardPath], Outputs]] = {
         "logps": response_logps,
         "logps_and_squares": response_logps_and_squares,
-        "token_logps": partial(response_token_logps, temperature=temperature),
+        "token_logps": partial(by_token, temperature=temperature),
         "scores": response_scores,
     }
     return read[reads](model, batch, forward_path)
@@ -113,6 +117,17 @@ def response_token_logps(
     return TokenLogps(each, batch.response.to(each.device), len(batch.spans))
 
 
+def response_token_logps_and_entropy(
+    model: Any, batch: Batch, forward_path: ForwardPath, temperature: float = 1.0
+) -> TokenLogps:
+    """Return response_token_logps with the entropy of the distribution that each token is drawn
+    from.
+    """
+    each = head_values(model, batch, forward_path, with_entropy(temperature))  # [N, 2]
+    response = batch.response.to(each.device)
+    return TokenLogps(each[:, 0], response, len(batch.spans), each[:, 1].detach())
+
+
 def sums_of(logps: Tensor, batch: Batch) -> Logps:
     """Return the sums of [N] log-probabilities over responses, and how many they sum.  [R]"""
     tokens = torch.from_numpy(batch.n_scored_each()).to(logps.device, non_blocking=True)
@@ -147,6 +162,17 @@ def logps_at(temperature: float) -> HeadRead:
         partial(linear_logps, temperature=temperature),
         lambda logits, targets: token_logps(at_temperature(logits, temperature), targets),
     )
+
+
+def with_entropy(temperature: float) -> HeadRead:
+    """Return how log-probabilities and entropies at this temperature are read."""
+
+    def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+        scaled = at_temperature(logits, temperature)
+        entropies = entropy_of(log_softmax(scaled.detach()))
+        return torch.stack([token_logps(scaled, targets), entropies], 1)
+
+    return HeadRead(partial(linear_logps_and_entropy, temperature=temperature), of_logits)
 
 
 LOGPS = HeadRead(linear_logps, token_logps)

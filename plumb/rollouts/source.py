@@ -277,6 +277,8 @@ def counters_of(rollout: Rollout) -> dict[str, float]:
         "rollout_train/reward_std": float(final.std()),
         "rollout_train/equal_rewards": 1 - float(has_spread(final).mean()),
         "rollout_train/length": rollout.samples.n_tokens / len(responses),
+        "rollout_train/shortest": float(min(len(r.ids) for r in responses)),
+        "rollout_train/longest": float(max(len(r.ids) for r in responses)),
         "rollout_train/eos": float(np.mean([r.ended == "eos" for r in responses])),
         "rollout_train/sampled_tokens_per_second": rollout.samples.tokens_per_sec,
         "rollout_train/sampling_secs": rollout.samples.secs,

@@ -172,6 +172,7 @@ KNOBS: dict[str, Knob] = {
     "wandb.enabled": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=False),
     "wandb.entity": Knob(maybe(TEXT), BOOKKEEPING, TRAIN),
     "wandb.project": Knob(TEXT, BOOKKEEPING, TRAIN),
+    "wandb.aliases": Knob(one_of(None, "trl"), BOOKKEEPING, TRAIN),
     "plan": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=False),
     "plan_gpus": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
     "plan_nodes": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),

@@ -182,8 +182,8 @@ def _check_run_on_rollouts(config: DictConfig) -> None:
     """Refuse knobs that do not fit a run on the policy's own responses, whatever its loss."""
     if config.compile:
         raise UserError(
-            "compile=true: a run on the policy's own responses samples with uncompiled blocks; set"
-            " compile=false"
+            "compile=True: a run on the policy's own responses samples with uncompiled blocks; set"
+            " compile=False"
         )
     if config.keep_checkpoints and config.keep_best == "loss/eval":
         raise UserError(
@@ -548,6 +548,11 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
         raise UserError(
             f"local_run_dir={config.local_run_dir}: holds a run already; give another directory, or"
             " resume=auto"
+        )
+    if config.wandb.aliases is not None and not config.wandb.enabled:
+        raise UserError(
+            f"wandb.aliases={config.wandb.aliases}: is about what wandb gets, and"
+            " wandb.enabled=False; leave it out"
         )
     for name, off, why in (
         ("resume", "never", "would resume a run and not save it"),

@@ -21,7 +21,7 @@ from plumb.console import quiet
 from plumb.data.examples import Examples
 from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
-from plumb.losses.contract import Metric
+from plumb.losses.contract import Largest, Metric
 from plumb.models.logps import read_hidden
 from plumb.models.scalar_head import FOLDS
 from plumb.scoring.intervals import length_buckets
@@ -56,6 +56,11 @@ class Evaluation:
         weighted = {name: own * self.weights for name, own in self.columns.items()}
         sums = [[float(column.sum()) for column in own] for own in weighted.values()]
         values = metric_values(self.kinds, sums)
+        values |= {
+            name: float(own.max())
+            for name, own in self.columns.items()
+            if self.kinds[name] is Largest
+        }
         if "logps/chosen" in values:
             logps, weights = weighted["logps/chosen"]
             nats = -logps.sum() / max((self.tokens * weights).sum(), 1)

@@ -12,7 +12,7 @@ import netrc
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from plumb.console import rank, rank0_print
 from plumb.errors import StorageError
-from plumb.losses.contract import Metric
+from plumb.losses.contract import Largest, Metric
+from plumb.training import trl_names
 
 Record = dict[str, float]
 
@@ -63,7 +64,11 @@ class Means:
             if weights is not None:
                 columns = columns * weights[:, None].to(columns)
             self.kinds[name] = type(metric)
-            self.sums[name] = self.sums.get(name, 0) + weight * columns.sum(0)
+            if isinstance(metric, Largest):
+                of_batch = metric.columns().amax(0)
+                self.sums[name] = torch.maximum(self.sums.get(name, of_batch), of_batch)
+            else:
+                self.sums[name] = self.sums.get(name, 0) + weight * columns.sum(0)
 
     def pack(self) -> Tensor:
         """Return the sums of all metrics, in a row.  [C] float64"""
@@ -82,13 +87,20 @@ def metric_values(kinds: Mapping[str, type[Metric]], sums: Sequence[Sequence[flo
 
 def _reduced(steps: Sequence[Means]) -> list[Record]:
     """Return {name: value} for each step, with one all-reduce and one copy to the host for all. A
-    mean over nothing is left out. All steps have the same metrics.
+    mean over nothing is left out. All steps have the same metrics; their largest values take a
+    second all-reduce.
     """
     if not steps:
         return []
     packed = torch.stack([means.pack() for means in steps])  # [S, C]
     if dist.is_initialized():
+        kinds, of_step = steps[0].kinds, steps[0].sums
+        places = [kinds[name] is Largest for name, own in of_step.items() for _ in own]
+        largest = packed[:, places].clone()
         dist.all_reduce(packed)
+        if any(places):
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            packed[:, places] = largest
     widths = [len(sums) for sums in steps[0].sums.values()]
     return [
         metric_values(steps[0].kinds, [sums.tolist() for sums in row.split(widths)])
@@ -307,6 +319,13 @@ def _quoted(text: str, depth: int = 1) -> str:
     return "\n".join("> " * depth + line for line in (fence, *text.strip("\n").split("\n"), fence))
 
 
+# what wandb gets beside a record, by wandb.aliases
+ALIASES: dict[str | None, Callable[[Record], Record]] = {
+    None: lambda record: {},
+    "trl": trl_names.in_trl,
+}
+
+
 class Wandb:
     """Log to Weights & Biases: online if this machine is logged in, offline otherwise. Never
     prompts, and never stops a run.
@@ -320,6 +339,7 @@ class Wandb:
 
         self.wandb = wandb
         options = config["wandb"]
+        self.aliases = ALIASES[options["aliases"]]
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         arguments = {
             "entity": options["entity"],
@@ -347,7 +367,7 @@ class Wandb:
         rank0_print(f"wandb: {attempt}{hint}")
 
     def write(self, record: Record, examples: int) -> None:
-        self.run.log(record, step=examples)
+        self.run.log({**record, **self.aliases(record)}, step=examples)
 
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
         table = self.wandb.Table(

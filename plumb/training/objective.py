@@ -140,6 +140,7 @@ class Scorer:
                 self.forward_path,
                 self.reference,
                 self.temperature,
+                entropy=self.loss.group == "rollout",
             )
         summed = of_policy if isinstance(of_policy, Scores) else per_response(of_policy, batch)
         reference = self.reference_outputs(batch, summed)

@@ -1,5 +1,6 @@
 """The losses on the policy's own samples, by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from losses import knobs_of
 
 from plumb.losses import registry
-from plumb.losses.contract import LossOutput, Rollouts, TokenLogps
+from plumb.losses.contract import Largest, LossOutput, Rollouts, TokenLogps
 from plumb.losses.policy_gradient import k1, k3
 from plumb.losses.registry import build_loss
+from plumb.training.metrics import Means
 
 # ratios to the policy that sampled: of one prompt's samples of 2 tokens and 1, and of another's
 # of 1; advantages 1, -1 and 2
@@ -177,20 +179,49 @@ def test_with_the_ratio_its_gradient_is_that_of_the_kl():
 def test_metrics_by_hand():
     policy = policy_at()
     reference = rollouts(policy.responses.each.detach() + math.log(2))
-    value = lambda metric: metric.value(metric.columns().sum(0).tolist())
+
+    def value(metric):
+        columns = metric.columns()
+        over = columns.amax(0) if isinstance(metric, Largest) else columns.sum(0)
+        return metric.value(over.tolist())
+
     got = {k: value(m) for k, m in bound("grpo").compute(policy, reference).metrics.items()}
     old = [r - 1 - math.log(r) for r in RATIOS]
     assert got == pytest.approx(
         {
             "ratio/mean": sum(RATIOS) / 4,
+            "ratio/max": max(RATIOS),
             "clip/low": 1 / 4,
             "clip/high": 1 / 4,
             "kl/old": sum(old) / 3,
             "entropy": (10 - sum(map(math.log, RATIOS))) / 4,
             "kl/k1": -4 * math.log(2) / 3,
             "kl/k3": 4 * (1 - math.log(2)) / 3,
+            "kl/k3_token": 1 - math.log(2),
         }
     )
+
+
+def test_the_entropy_that_was_read_is_logged():
+    """As a mean over tokens, in place of the estimate."""
+    policy = policy_at()
+    entropy = torch.tensor([0.1, 0.2, 0.3, 0.6])
+    read = dataclasses.replace(policy, responses=policy.responses._replace(entropy=entropy))
+    metric = bound("grpo", kl="none", beta=None).compute(read, None).metrics["entropy"]
+    assert metric.value(metric.columns().sum(0).tolist()) == pytest.approx(1.2 / 4)
+
+
+def test_the_largest_ratio_of_a_sequence_and_of_a_step():
+    """Of a prompt's responses, the product of 1.5 and 1 and the ratio 0.5; of two microbatches, the
+    larger one.
+    """
+    whole = {"ratio": "sequence", "normalizer": 1, "kl": "none", "beta": None}
+    metric = bound("grpo", **whole).compute(policy_at(), None).metrics["ratio/max"]
+    assert metric.values.tolist() == pytest.approx([1.5, 1.1])
+    means = Means()
+    for largest in (0.9, 1.7, 1.2):
+        means.add({"ratio/max": Largest(torch.tensor([largest, 0.1], dtype=torch.float64))})
+    assert means.reduce() == {"ratio/max": 1.7}
 
 
 def test_a_ratio_that_would_overflow_stays_finite():

@@ -143,6 +143,24 @@ def test_what_a_head_computes_beside_log_probabilities(family, chunk, monkeypatc
         torch.testing.assert_close(squares.sum, logps.sum)
         torch.testing.assert_close(squares.squares, expected.detach(), atol=1e-3, rtol=1e-4)
         assert not squares.squares.requires_grad
+        for temperature in (1.0, 0.7):
+            of_tokens, both = (
+                read(model, b, candidate, temperature)
+                for read in (
+                    models.response_token_logps,
+                    models.response_token_logps_and_entropy,
+                )
+            )
+            logits = models.head_values(model, b, PLAIN_PATH, models.RAW) / temperature
+            entropies = torch.distributions.Categorical(logits=logits).entropy()
+            torch.testing.assert_close(both.each, of_tokens.each, atol=0, rtol=0)
+            torch.testing.assert_close(both.entropy, entropies, atol=1e-4, rtol=1e-4)
+            assert not both.entropy.requires_grad
+            grads = [
+                torch.autograd.grad(found.each.square().sum(), model.get_input_embeddings().weight)
+                for found in (of_tokens, both)
+            ]
+            torch.testing.assert_close(*grads, atol=0, rtol=0)
 
         def weighed(of_sum, of_kl, path=candidate):
             found = models.response_logps_and_kl(model, reference, b, path)

@@ -358,6 +358,12 @@ ON_SAMPLES = {
     ("loss=grpo", "reward.terms={a: {model: /none}}"): "reward.terms.a.model: ",
     ("loss=grpo", "reward.terms={a: {rule: shorte}}"): "reward.terms.a.rule=shorte",
     ("loss=grpo", REWARD, "reward.overlong={free: 9}"): "reward.overlong.most",
+    (
+        "loss=grpo",
+        REWARD,
+        "wandb.enabled=false",
+        "wandb.aliases=trl",
+    ): "wandb.aliases=trl: is about what wandb gets",
 }
 
 
