@@ -7,34 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# ours, with {} for train or eval, -> theirs. The values are the same numbers, but for reward_std,
+# ours -> theirs, with {} for train or eval. The values are the same numbers, but for reward_std,
 # which is theirs before reward.scale, reward.clip and penalties, and over one response less.
 SAME = {
-    "loss/{}": ("loss", "loss/policy_avg"),
-    "grad_norm": ("grad_norm",),
-    "lr": ("learning_rate", "lr"),
-    "rewards_{}/chosen": ("rewards/chosen",),
-    "rewards_{}/rejected": ("rewards/rejected",),
-    "rewards_{}/accuracies": ("rewards/accuracies",),
-    "rewards_{}/margins": ("rewards/margins",),
-    "logps_{}/chosen": ("logps/chosen",),
-    "logps_{}/rejected": ("logps/rejected",),
-    "rollout_{}/reward": ("reward",),
-    "rollout_{}/reward_std": ("reward_std",),
-    "rollout_{}/equal_rewards": ("frac_reward_zero_std",),
-    "rollout_{}/length": ("completions/mean_length",),
-    "rollout_{}/shortest": ("completions/min_length",),
-    "rollout_{}/longest": ("completions/max_length",),
-    "rollout_{}/logps_difference": ("sampling/sampling_logp_difference/mean",),
-    "rollout_{}/reward_final": ("objective/scores",),
-    "rollout_{}/kl": ("objective/kl",),
-    "kl_{}/k3_token": ("kl",),
-    "entropy/{}": ("entropy", "policy/entropy_avg"),
-    "clip_{}/low": ("clip_ratio/low_mean",),
-    "clip_{}/high": ("clip_ratio/high_mean",),
-    "ratio_{}/mean": ("val/ratio",),
-    "critic_{}/loss": ("loss/value_avg",),
-    "critic_{}/clip": ("val/clipfrac_avg",),
+    "loss/{}": ("{}/loss", "{}/loss/policy_avg"),
+    "grad_norm": ("{}/grad_norm",),
+    "lr": ("{}/learning_rate", "{}/lr"),
+    "rewards_{}/chosen": ("{}/rewards/chosen",),
+    "rewards_{}/rejected": ("{}/rewards/rejected",),
+    "rewards_{}/accuracies": ("{}/rewards/accuracies",),
+    "rewards_{}/margins": ("{}/rewards/margins",),
+    "logps_{}/chosen": ("{}/logps/chosen",),
+    "logps_{}/rejected": ("{}/logps/rejected",),
+    "rollout_{}/reward": ("{}/reward",),
+    "rollout_{}/reward_std": ("{}/reward_std",),
+    "rollout_{}/equal_rewards": ("{}/frac_reward_zero_std",),
+    "rollout_{}/length": ("{}/completions/mean_length",),
+    "rollout_{}/shortest": ("{}/completions/min_length",),
+    "rollout_{}/longest": ("{}/completions/max_length",),
+    "rollout_{}/logps_difference": ("{}/sampling/sampling_logp_difference/mean",),
+    "rollout_{}/reward_final": ("{}/objective/scores",),
+    "rollout_{}/kl": ("{}/objective/kl",),
+    "kl_{}/k3_token": ("{}/kl",),
+    "entropy/{}": ("{}/entropy", "{}/policy/entropy_avg"),
+    "clip_{}/low": ("{}/clip_ratio/low_mean",),
+    "clip_{}/high": ("{}/clip_ratio/high_mean",),
+    "ratio_{}/mean": ("{}/val/ratio",),
+    "critic_{}/loss": ("{}/loss/value_avg",),
+    "critic_{}/clip": ("{}/val/clipfrac_avg",),
 }
 PPO = ("loss/policy_avg", "lr", "policy/entropy_avg", "val/ratio", "policy/clipfrac_avg")
 
@@ -48,12 +48,15 @@ def in_trl(record: Mapping[str, float]) -> dict[str, float]:
     split = "train" if "counters/updates" in record else "eval"
     found = {name.format(split): theirs for name, theirs in SAME.items()}
     named = {
-        name: record[ours] for ours in found if ours in record for name in found[ours]
-    } | _computed(record, split)
-    with_critic = "critic_train/loss" in record
-    return {
-        f"{split}/{name}": value for name, value in named.items() if with_critic or name not in PPO
+        name.format(split): record[ours]
+        for ours, theirs in found.items()
+        if ours in record
+        for name in theirs
     }
+    named |= {f"{split}/{name}": value for name, value in _computed(record, split).items()}
+    if "critic_train/loss" in record:
+        return named
+    return {name: value for name, value in named.items() if name.partition("/")[2] not in PPO}
 
 
 def _computed(record: Mapping[str, float], split: str) -> dict[str, float]:
