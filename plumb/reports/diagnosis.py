@@ -17,6 +17,8 @@ import numpy as np
 
 from plumb.reports.rollout_diagnosis import (
     all_equal,
+    critic_explains_nothing,
+    critic_explodes,
     disagrees,
     entropy_falls,
     far_from_reference,
@@ -681,6 +683,27 @@ RULES = [
         (
             "model.policy_dtype=float32 and model.fsdp_policy_mp=null, for comparison",
             "a lower rollout.tolerance stops a run that goes too far",
+        ),
+    ),
+    Rule(
+        "warning",
+        "The critic explains nothing",
+        critic_explains_nothing,
+        (
+            "advantages are then rewards less a constant, and noisier than need be",
+            "a larger loss.critic_lr, or loss.critic_warmup=2 and more",
+            "loss.critic=reward, if a reward model is among reward.terms",
+            "otherwise loss.gae_lambda=1, which leaves no error of the critic in the policy",
+        ),
+    ),
+    Rule(
+        "problem",
+        "The critic's loss explodes",
+        critic_explodes,
+        (
+            "a smaller loss.critic_lr, or more warmup_steps",
+            "bounded rewards: reward.clip, or reward.scale=running",
+            "fewer rollout.uses",
         ),
     ),
     Rule(

@@ -18,6 +18,8 @@ LEFT = 0.1  # of the entropy at the beginning
 ENDED = 0.1  # share of responses that end by themselves
 DISTANCE = 0.02  # nats per token between sampler and trainer; bfloat16 has less
 BOUNDED = 0.3  # share of the ratios that a bound stops
+EXPLAINED = 0.1  # share of the returns' variance that a critic explains
+EXPLODED = 10.0  # times the least mean loss of a critic in any fifth
 
 
 def learns_from_samples(run: Run) -> bool:
@@ -105,3 +107,35 @@ def used_too_often(run: Run) -> str:
         return ""
     share = sum(fifths(x)[-1].mean() for x in shares)
     return f"{share:.0%} of the ratios are beyond their bounds" if share > BOUNDED else ""
+
+
+def critic_explains_nothing(run: Run) -> str:
+    """Detect that a critic explains less than a tenth of the variance of the returns in the last
+    fifth, after fifty steps or more.
+    """
+    explained = values_of(run.steps, "critic_train/explained_variance")
+    if len(explained) < 5 * MIN_STEPS:
+        return ""
+    parts = np.array([part.mean() for part in fifths(explained)])
+    if parts[-1] >= EXPLAINED:
+        return ""
+    return (
+        f"its values explain {parts[-1]:.0%} of the returns' variance in the last fifth,"
+        f" {parts.max():.0%} at best"
+    )
+
+
+def critic_explodes(run: Run) -> str:
+    """Detect a critic's loss in the last fifth that is ten times that of its best fifth, and above
+    it by three standard errors.
+    """
+    losses = values_of(run.steps, "critic_train/loss")
+    if len(losses) < 5 * MIN_STEPS:
+        return ""
+    parts = fifths(losses)
+    best = min(parts, key=lambda part: part.mean())
+    rise = parts[-1].mean() - best.mean()
+    error = math.hypot(*(part.std() / math.sqrt(len(part)) for part in (parts[-1], best)))
+    if parts[-1].mean() <= EXPLODED * best.mean() or rise <= 3 * error:
+        return ""
+    return f"its loss is {parts[-1].mean():.3g} in the last fifth, {best.mean():.3g} in the best"

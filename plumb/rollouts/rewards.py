@@ -119,6 +119,8 @@ class Rewards:
     """The weighted sum of terms; rescaled, kept within +-clip, and then less the penalties."""
 
     terms: Sequence[Term]
+    # in place of the sum of a response that did not end by itself; None: the sum counts
+    without_eos: float | None = None
     scale: RunningScale | None = None
     clip: float | None = None
     missing_eos: float = 0.0  # taken off a response that did not end by itself
@@ -143,12 +145,13 @@ class Rewards:
         raw = np.zeros(len(answered))
         for term in self.terms:
             raw = raw + term.weight * terms[term.name]
-        final = raw
+        open_end = np.array([x.ended != "eos" for x in answered], bool)
+        final = raw if self.without_eos is None else np.where(open_end, self.without_eos, raw)
         if self.scale is not None:
-            final = (self.scale if learns else replace(self.scale))(raw)
+            final = (self.scale if learns else replace(self.scale))(final)
         if self.clip is not None:
             final = final.clip(-self.clip, self.clip)
-        final = final - self.missing_eos * np.array([x.ended != "eos" for x in answered], float)
+        final = final - self.missing_eos * open_end
         if self.overlong is not None:
             final = final - self.overlong.of(np.array([x.n_tokens for x in answered]))
         return Measured(final, raw, terms)
@@ -158,13 +161,14 @@ def build_rewards(
     config: Mapping[str, Any], device: str | None = None, find: bool = True
 ) -> Rewards:
     """Return the rewards of {"terms": {name: {"weight": w, and "rule", "function" or "model"}},
-    "scale": "running" or None, "clip": c or None, "missing_eos": p, "overlong": {"free": n, "most":
-    m, "penalty": p} or None}. A model may be given "reference" and "beta", for its implicit reward.
-    A model is found here, or with find=False where it is needed, and loaded onto `device` then.
+    "without_eos": s or None, "scale": "running" or None, "clip": c or None, "missing_eos": p,
+    "overlong": {"free": n, "most": m, "penalty": p} or None}. A model may be given "reference" and
+    "beta", for its implicit reward. A model is found here, or with find=False where it is needed,
+    and loaded onto `device` then.
 
     Raises UserError, in one line, for a knob that is unknown, missing or out of range.
     """
-    known = ("terms", "scale", "clip", "missing_eos", "overlong")
+    known = ("terms", "without_eos", "scale", "clip", "missing_eos", "overlong")
     _only("reward.", config, known)
     terms = config.get("terms") or {}
     if not terms:
@@ -179,7 +183,15 @@ def build_rewards(
         raise UserError(f"reward.clip={clip}: must be above 0, or null for no bound")
     if not missing_eos >= 0:
         raise UserError(f"reward.missing_eos={missing_eos}: is taken off; must not be negative")
+    without_eos = config.get("without_eos")
+    if without_eos is not None and missing_eos:
+        raise UserError(
+            f"reward.without_eos={without_eos}: takes the place of the score of a response that"
+            f" does not end, from which reward.missing_eos={missing_eos} would take more; give one"
+            " of them"
+        )
     return Rewards(
+        without_eos=without_eos,
         terms=[_term(name, spec, device, find) for name, spec in terms.items()],
         scale=RunningScale() if scale == "running" else None,
         clip=clip,

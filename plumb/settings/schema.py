@@ -112,6 +112,7 @@ PREFERENCES = {
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 DTYPE = one_of(*DTYPE_NAMES)
 POSITIVE = number(lambda v: v > 0, "a number above 0")
+FINITE = number(lambda v: True, "a number")
 NOT_NEGATIVE = number(lambda v: v >= 0, "a number of at least 0")
 SHARE = number(lambda v: 0 < v <= 1, "a number in (0, 1]")
 KEPT: Check = (
@@ -311,6 +312,7 @@ KNOBS: dict[str, Knob] = {
     "reward.terms": Knob(maybe(MAPPING), RESULT, TRAIN),
     "reward.scale": Knob(maybe(one_of("running")), RESULT, TRAIN),
     "reward.clip": Knob(maybe(POSITIVE), RESULT, TRAIN),
+    "reward.without_eos": Knob(maybe(FINITE), RESULT, TRAIN),
     "reward.missing_eos": Knob(NOT_NEGATIVE, RESULT, TRAIN),
     "reward.overlong": Knob(maybe(MAPPING), RESULT, TRAIN),
     # evaluating, logging and saving

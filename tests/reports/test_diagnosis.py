@@ -17,6 +17,7 @@ ON_SAMPLES = {
     "rollout_{}/reward": falling(0.0, 2.0),
     "kl_{}/k1": falling(0.0, 6.0),
 }
+EXPLAINED = "critic_{}/explained_variance"
 LENGTH = "rewards_{}/accuracies/length "
 TWICE = "To {prompt} is fine. To {prompt} is fine, I think, but look around."
 WRONG = {  # rule -> runs that it is for
@@ -91,6 +92,11 @@ WRONG = {  # rule -> runs that it is for
     "never_ends": [run(train={"rollout_{}/eos": falling(0.3, 0.0)})],
     "disagrees": [run(train={"rollout_{}/logps_difference": ALWAYS(0.04)})],
     "used_too_often": [run(train={"clip_{}/low": ALWAYS(0.2), "clip_{}/high": ALWAYS(0.2)})],
+    "critic_explains_nothing": [
+        run(train={EXPLAINED: falling(-0.3, 0.05)}),
+        run(train={EXPLAINED: bent(0.0, 0.6, -2.0)}),
+    ],
+    "critic_explodes": [run(train={"critic_{}/loss": bent(1.0, 0.4, 40.0)})],
     "not_held_out": [run(held_out={})],
     "too_short": [run(n=5, config={"warmup_steps": 2}), run(n=0)],
 }
@@ -105,6 +111,15 @@ RIGHT = {  # rule -> runs that are not to be confused with those; the healthy on
     "never_ends": [run(train={"rollout_{}/eos": falling(0.0, 0.9)})],
     "disagrees": [run(train={"rollout_{}/logps_difference": ALWAYS(0.004)})],
     "used_too_often": [run(train={"clip_{}/low": ALWAYS(0.1), "clip_{}/high": ALWAYS(0.1)})],
+    "critic_explains_nothing": [
+        run(train={EXPLAINED: falling(-0.5, 0.6)}),  # it begins with a head of 0
+        run(n=40, train={EXPLAINED: ALWAYS(0.0)}),  # and has had few steps
+    ],
+    "critic_explodes": [
+        run(train={"critic_{}/loss": falling(4.0, 0.1)}),
+        run(train={"critic_{}/loss": falling(1.0, 2.0)}),
+        run(train={"critic_{}/loss": lambda t: 50.0 if 0.85 < t < 0.87 else 1.0}),
+    ],
     "stopped": [run(status={"state": "running"})],
     "silent": [run(status={"state": "running"}, silent_secs=60), run(silent_secs=10**6)],
     "not_finite": [

@@ -154,6 +154,17 @@ def test_terms_are_weighed_bounded_and_less_the_penalties():
     assert made([]).final.shape == (0,)
 
 
+def test_a_score_without_the_end_takes_the_place_of_the_sum():
+    """Before the bound and the scale; what was scored is kept."""
+    given = [answered("4", "4"), answered("4", "4", n_tokens=8, ended="length")]
+    measured = build_rewards({"terms": TWO, "without_eos": -1.0})(given)
+    assert measured.raw.tolist() == [3, 2.5] and measured.final.tolist() == [3, -1]
+    bounded = build_rewards({"terms": TWO, "without_eos": -1.0, "clip": 0.5})(given)
+    assert bounded.final.tolist() == [0.5, -0.5]
+    scaled = build_rewards({"terms": TWO, "without_eos": -1.0, "scale": "running"})(given)
+    assert scaled.final.tolist() == [1, -1]
+
+
 def test_a_running_scale_is_that_of_all_rewards_so_far():
     """In three parts, with the state kept between them; equal rewards become 0."""
     values = np.random.default_rng(0).normal(3.0, 2.0, 30)
@@ -263,6 +274,7 @@ def test_models_score_text(tmp_path):
         ({"scale": "batch"}, "reward.scale=batch: expected running or null"),
         ({"clip": 0}, "reward.clip=0: must be above 0"),
         ({"missing_eos": -1}, "reward.missing_eos=-1: is taken off"),
+        ({"missing_eos": 1, "without_eos": -1}, "reward.without_eos=-1: takes the place"),
         ({"nosuch": 1}, "reward.nosuch=1: no such knob"),
         (
             {"terms": {"r": {"rule": {"regex": "a"}}}},
