@@ -65,7 +65,6 @@ class BasicTrainer:
         self.is_primary_replica = ready.evaluator.is_primary_replica
         self.saver = setup.make_run_saver(config, run, ready, self)
         self.state.reference = setup.make_moving_reference(config, ready, self.saver)
-        self.checked = False  # whether a step with microbatches has been, and passed
         self.stop_rule = StopRule(config.max_hours, self.saver)
         self.between = BetweenSteps(
             state=self.state,
@@ -187,7 +186,7 @@ class BasicTrainer:
         start = time.perf_counter()
         # randomness is a function of seed and step
         torch.manual_seed(hash((self.config.seed, self.n_updates)) % 2**63)
-        is_first = not self.checked and bool(step.microbatches)
+        is_first = not self.state.position.checked and bool(step.microbatches)
 
         # forward and backward, one microbatch after another
         n = step.lengths.n_scored() if self.loss.average_over == "tokens" else len(step.lengths)
@@ -222,10 +221,10 @@ class BasicTrainer:
                 self.run.run_dir,
             )
         lr = float(self.state.scheduler.get_last_lr()[0])
-        self.state.update(step.indices)
+        self.state.update(step.indices, trained=bool(step.microbatches))
         if checks is not None:
             checks.check(grad_norm)
-            self.checked = True
+            self.state.position.checked = True
             n_left = self.state.schedule.n_examples - self.n_seen
             self.saver.rehearse(n_saves=math.ceil(n_left / self.config.eval_every))
 
@@ -263,7 +262,6 @@ class BasicTrainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, optimizer and position."""
         self.saver.restore(checkpoint)
-        self.checked = True  # a run is checked in its first start
 
 
 class FSDPTrainer(BasicTrainer):

@@ -342,7 +342,7 @@ class Plumb(Contender):
         )
         # The reference is another model on purpose, so that the loss depends on it; the check of
         # the first step would refuse that.
-        trainer.checked = True
+        trainer.state.position.checked = True
         return trainer
 
     def ready(self, pairs: Sequence[Pair]) -> Any:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers or datasets
@@ -224,3 +225,26 @@ def train(tmp_path, data, tiny_model, train_here):
         return run_dir
 
     return run
+
+
+@pytest.fixture
+def halted_at(monkeypatch):
+    """`halted_at(n)`: within, the process is gone after update n."""
+    from groups import Halt
+
+    import trainers
+
+    step = trainers.BasicTrainer.step
+
+    @contextmanager
+    def install(n):
+        def failing(self, *arguments):
+            step(self, *arguments)
+            if self.n_updates == n:
+                raise Halt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainers.BasicTrainer, "step", failing)
+            yield
+
+    return install

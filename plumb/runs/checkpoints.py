@@ -68,6 +68,9 @@ class Manifest:
     logs: dict[str, int]  # bytes of each log at this moment
     order: str  # a digest of the indices of all examples seen, in their order
     wandb: str | None = None
+    # whether a step has trained the policy and passed the checks of the first one; it had, before
+    # this was recorded
+    checked: bool = True
     # of the optimizer's state, what is no tensor
     values: dict[str, Any] = field(default_factory=dict)
     save_secs: float = 0.0  # that a save took

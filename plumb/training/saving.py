@@ -122,6 +122,7 @@ class RunSaver:
             logs=self.logs if position.evaluation_due else self.log.mark(),
             order=position.order,
             wandb=self.log.wandb_id(),
+            checked=position.checked,
             values=self.state.values(),
             save_secs=self.saver.secs,
         )

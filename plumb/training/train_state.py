@@ -37,6 +37,9 @@ class Position:
     order: str = ""  # a chained digest of the indices of all examples seen
     evaluation_due: bool = False  # the evaluation at this position has not been done
     finished: bool = False
+    # whether the first step that trained the policy has been, and passed its checks; those before
+    # it may have trained a critic only
+    checked: bool = False
 
     def advance(self, indices: np.ndarray) -> None:
         """Count one step on the examples `indices`."""
@@ -79,14 +82,14 @@ class TrainState:
         self.reference: MovingReference | None = None
         self.rollouts: RolloutSource | None = None  # where the policy samples what it learns from
 
-    def update(self, indices: np.ndarray) -> None:
+    def update(self, indices: np.ndarray, trained: bool = True) -> None:
         """Update the weights by the gradients of a step on the examples `indices`, and then their
-        average.
+        average. `trained`: whether there are gradients; without any, both stay as they are.
         """
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        if self.average is not None:
+        if self.average is not None and trained:
             self.average.update()
         self.position.advance(indices)
         run_progress.report(self.position.n_updates, self.position.n_seen)
@@ -145,6 +148,7 @@ class TrainState:
             n_seen=manifest.examples,
             order=manifest.order,
             evaluation_due=manifest.evaluation_due,
+            checked=manifest.checked,
         )
         if self.rollouts is not None:  # it gets the shapes of the others from the files
             self.rollouts.restore(state_files.stored(files, "rollout."))

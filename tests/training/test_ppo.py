@@ -1,9 +1,12 @@
 """PPO in complete runs: its presets, where its critic begins, and what cannot be one."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from groups import Halt
 from runs import evaluate, records, state_of
 from tiny import tiny_tokenizer
 
@@ -94,3 +97,29 @@ def test_a_data_set_is_mixed_into_the_steps(train, data, capsys):
     assert nll[:2] == [None, None] and 0 < nll[3] < nll[2]
     train_rows, _, ptx_rows = checkpoints.latest_valid(run).manifest.fingerprint["data"]
     assert train_rows == ptx_rows  # of the same file
+
+
+def test_a_run_that_is_halted_in_the_critics_warmup_is_checked(train, halted_at, capsys):
+    """The policy's first step comes after it, in a second start; a third one checks nothing."""
+    reward = "reward.terms={brief: {rule: shorter}}"
+    options = ["loss=ppo_openai2019", "loss.critic_warmup=1", reward, *SHORT, "n_examples=8"]
+    checks = []
+    for n in (2, 4, None):
+        with halted_at(n) if n else nullcontext(), pytest.raises(Halt) if n else nullcontext():
+            train("run", *options, "save_every=4", "resume=auto")
+        checks.append(capsys.readouterr().out.count("step 0: policy and reference agree"))
+    assert checks == [0, 1, 0]
+
+
+def test_an_average_stays_where_the_policy_does(train):
+    """After the first step, stop_kl leaves the second to the critic: one step of the average."""
+    reward = "reward.terms={brief: {rule: shorter}}"
+    options = ["loss=ppo_openai2019", reward, *SHORT, "loss.stop_kl=1e-30", "ema_decay=0.9"]
+    once, twice = (train(f"uses{n}", *options, f"rollout.uses={n}") for n in (1, 2))
+    assert [r["critic_train/alone"] for r in records(twice, "train")] == [0]
+    assert len(records(twice)) == 2
+    a, b = (
+        torch.load(run / "LATEST/policy_ema.pt", weights_only=True)["state"]
+        for run in (once, twice)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)

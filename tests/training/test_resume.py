@@ -24,28 +24,6 @@ from plumb.training.between_steps import BetweenSteps
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_scheduler
 
-
-@pytest.fixture
-def halted_at(monkeypatch):
-    """`halted_at(n)`: within, the process is gone after update n."""
-    import trainers
-
-    step = trainers.BasicTrainer.step
-
-    @contextmanager
-    def install(n):
-        def failing(self, *arguments):
-            step(self, *arguments)
-            if self.n_updates == n:
-                raise Halt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(trainers.BasicTrainer, "step", failing)
-            yield
-
-    return install
-
-
 OPTIONS = {
     "dpo": [*DPO, "n_epochs=2", "save_every=4", "eval_every=12"],
     "cached": [
