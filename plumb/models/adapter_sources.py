@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from plumb.errors import UserError
 from plumb.models import adapters as low_rank
 from plumb.models.adapters import START, Adapter, AdapterKnobs, Factors
+from plumb.models.quantized_base import quantize
 from plumb.models.scalar_head import head_name, put_scalar_head, scores
 from plumb.models.sharded_load import Parts, ReadPart, WeightSource, Where
 
@@ -86,6 +87,43 @@ def _not_of_this_model(origin: str, model: PreTrainedModel, name: str) -> UserEr
 
 
 @dataclass(frozen=True)
+class SameBase:
+    """Refuse another source than the one that adapters were trained on."""
+
+    source: WeightSource
+    names: Sequence[str]  # of the adapters' modules
+    expected: Tensor  # what `sampled` gave for that one
+    origin: str  # how to call the adapters' file in an error
+
+    def whole(self, device_map: Any = None) -> PreTrainedModel:
+        model = self.source.whole(device_map)
+        self._check(model, lambda name: _weight(model, name)[0])
+        return model
+
+    def in_parts(self) -> Parts:
+        parts = self.source.in_parts()
+        first = (slice(0, 1),)
+        self._check(parts.skeleton, lambda name: parts.part(f"{name}.weight", first))
+        return parts
+
+    def _check(self, model: PreTrainedModel, first_row: Any) -> None:
+        modules = dict(model.named_modules())
+        if any(name not in modules for name in self.names):
+            return  # which one is missing is said where the adapters are put on
+        if not low_rank.of_one_model(low_rank.sampled(self.names, first_row), self.expected):
+            raise UserError(
+                f"{self.origin}: its adapter was trained on other weights than those of"
+                f" {model.name_or_path or type(model).__name__}; give the model it was trained from"
+            )
+
+
+def _weight(model: PreTrainedModel, name: str) -> Tensor:
+    """Return the weight of a module."""
+    module: Any = model.get_submodule(name)
+    return module.weight
+
+
+@dataclass(frozen=True)
 class WithHead:
     """Put a scalar head with these values on a model, or give its own these values."""
 
@@ -110,6 +148,11 @@ class WithHead:
         return replace(parts, part=part)
 
 
+def _names(adapters: Sequence[Adapter]) -> list[str]:
+    """Return the modules of the adapters that take part in the policy, which its file holds."""
+    return sorted({name for adapter in adapters if adapter.in_policy for name in adapter.modules})
+
+
 @dataclass(frozen=True)
 class Adapted:
     """Put adapters on a model: those of `previous`, frozen or continued, and a new one."""
@@ -122,15 +165,25 @@ class Adapted:
 
     def whole(self, device_map: Any = None) -> PreTrainedModel:
         model = self.source.whole(device_map)
-        modules: dict[str, Any] = dict(model.named_modules())  # before peft wraps them
+        modules: dict[str, Any] = {}
 
         def weight(name: str) -> Tensor:
             module = modules[name]
             return low_rank.as_matrix(module, module.weight.detach())
 
         adapters = self._adapters(model, weight)
+        if self.knobs.quantize is not None:
+            if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+                raise UserError(
+                    f"model.quantize={self.knobs.quantize}: is for one GPU, and this model is"
+                    " spread over several; choose one by device=cuda:0"
+                )
+            quantize(model, self.knobs.quantize, self.block_name)
+        modules |= model.named_modules()  # before peft wraps them
+        base = low_rank.sampled(_names(adapters), lambda name: modules[name].weight[0])
         low_rank.inject(model, adapters)
         low_rank.fill_adapters(model, adapters)
+        model.adapter_base = base  # type: ignore[assignment]
         return model
 
     def in_parts(self) -> Parts:
@@ -144,6 +197,11 @@ class Adapted:
             return low_rank.as_matrix(module, read)
 
         adapters = self._adapters(model, weight)
+        first = (slice(0, 1),)
+        model.adapter_base = low_rank.sampled(  # type: ignore[assignment]
+            _names(adapters),
+            lambda name: parts.part(f"{name}.weight", first).to(modules[name].weight.dtype),
+        )
         low_rank.inject(model, adapters)
         value = low_rank.values_of(adapters)
 

@@ -9,6 +9,7 @@ A policy.pt of such a model holds its adapters only, each with a number, and the
 reward model:
 
     adapters.0.scaling                                        s
+    adapters.base                    some numbers of the weights that they were trained on
     model.layers.3.self_attn.q_proj.lora_A.0.weight           A  [r, in]
     model.layers.3.self_attn.q_proj.lora_B.0.weight           B  [out, r]
     model.layers.3.self_attn.q_proj.lora_magnitude_vector.0.weight    m  [out], of DoRA
@@ -36,11 +37,13 @@ from transformers.pytorch_utils import Conv1D
 from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.models.blocks import block_class
+from plumb.models.quantized_base import quantized_layers
 from plumb.models.scalar_head import head_name, scores
 
 START = "start"  # the name of the frozen copy of an adapter whose training continues
 PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{PARTS})\.(?P<adapter>\w+)(\.weight)?")
+BASE = "adapters.base"
 SCALING = re.compile(r"adapters\.(?P<adapter>\d+)\.scaling")
 
 
@@ -58,6 +61,7 @@ class AdapterKnobs:
     init: str  # default | pissa | olora
     targets: Sequence[str] | None  # names of modules; None: all linear layers of the blocks
     previous: str  # merge | continue | stack: what becomes of the adapters of model.archive
+    quantize: str | None = None  # nf4 | int8: how the weights beside them are kept
 
     @property
     def scaling(self) -> float:
@@ -89,6 +93,7 @@ def knobs_of(config: Any) -> AdapterKnobs | None:
         init=config.adapter_init,
         targets=None if targets is None else tuple(targets),
         previous=config.adapter_previous,
+        quantize=config.model.quantize,
     )
 
 
@@ -308,6 +313,41 @@ class _Stored:
         return Factors(parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector"))
 
 
+# ---- what adapters belong to ----
+
+N_SAMPLED = 16  # numbers of the first row of each weight
+ALIKE = (
+    0.01  # how far they may be from those of the same weights, rounded to 16 bits: of their size
+)
+MOST_APART = 0.05  # the share of them that may be further, where sums have cancelled
+
+
+def sampled(names: Sequence[str], first_row: Callable[[str], Tensor]) -> Tensor:
+    """Return some numbers of the weights of modules, by which their model is known.  [modules, 16]
+
+    `first_row` gives that of a module's weight.
+    """
+    rows = []
+    for name in sorted(names):
+        row = first_row(name).detach().reshape(-1).float().cpu()
+        rows.append(row[torch.linspace(0, len(row) - 1, N_SAMPLED).long()])
+    return torch.stack(rows)
+
+
+def of_one_model(some: Tensor, others: Tensor) -> bool:
+    """Return whether two samples are of the same weights, up to rounding to 16 bits.  [n, 16]
+
+    >>> of_one_model(torch.ones(1, 16), torch.full((1, 16), 1.002))
+    True
+    >>> of_one_model(torch.ones(1, 16), torch.full((1, 16), 1.02))
+    False
+    """
+    if some.shape != others.shape:
+        return False
+    apart = (some - others).abs() > ALIKE * others.abs()
+    return float(apart.float().mean()) <= MOST_APART
+
+
 # ---- a model with adapters ----
 
 
@@ -427,7 +467,7 @@ def stored(policy: PreTrainedModel) -> dict[str, Tensor]:
         return state
     own = own_names(policy)
     numbers = {name: str(i) for i, name in enumerate(roles.policy)}
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {BASE: policy.adapter_base}  # type: ignore[dict-item]
     for name, number in numbers.items():
         scaling = next(layer.scaling[name] for layer in _layers(policy) if name in layer.scaling)
         kept[f"adapters.{number}.scaling"] = torch.tensor(scaling, dtype=torch.float64)
@@ -447,7 +487,12 @@ def starting_state(policy: PreTrainedModel) -> dict[str, Tensor]:
     if roles is None:
         return state
     matches = {name: KEY.fullmatch(name) for name in state}
-    return {
+    quantized = {
+        base_name(f"{name}.{key}"): x
+        for name, layer in quantized_layers(policy).items()
+        for key, x in layer.tensors().items()
+    }
+    return quantized | {
         base_name(name): tensor
         for name, tensor in state.items()
         if (match := matches[name]) is None or match["adapter"] in roles.start

@@ -113,6 +113,7 @@ def find_model(
         )
     config.model.archive = str(archive) if archive else None
     config.model.policy_dtype = dtype or "float32"
+    config.model.quantize = None  # that is about what its run started from
     if tokenizer is not None:
         config.model.tokenizer_name_or_path = tokenizer
     scalar = (
@@ -167,7 +168,9 @@ def start_of(ref: ModelRef) -> DictConfig:
             f"{ref.name}: its run is unknown, and so is its reference; give --reference MODEL"
         )
     config = copy.deepcopy(ref.config)
-    config.model.archive = _config_of(ref.run_dir).model.get("archive")
+    start = _config_of(ref.run_dir).model
+    config.model.archive = start.get("archive")
+    config.model.quantize = start.get("quantize")
     return config
 
 

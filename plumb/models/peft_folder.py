@@ -73,6 +73,11 @@ def _base(ref: ModelRef) -> str:
     model: Any = ref.config.model if start is None else start.model
     archive = None if start is None else model.get("archive")
     name = model.get("name_or_path")
+    if model.get("quantize"):
+        raise UserError(
+            f"{ref.name}: its adapter belongs to weights of model.quantize={model['quantize']},"
+            " which peft would not compute with; write the merged model with --out"
+        )
     if archive or not name or str(name).endswith(".gguf"):
         what = archive or name or "a model of random weights"
         raise UserError(

@@ -26,9 +26,10 @@ from transformers import (
 
 from plumb.errors import UserError
 from plumb.models import source_trust
-from plumb.models.adapter_sources import Adapted, Merged, WithHead
-from plumb.models.adapters import Adapter, AdapterKnobs, holds_adapters, read_adapters
+from plumb.models.adapter_sources import Adapted, Merged, SameBase, WithHead
+from plumb.models.adapters import BASE, Adapter, AdapterKnobs, holds_adapters, read_adapters
 from plumb.models.forward_path import DTYPES
+from plumb.models.quantized_base import Dequantized, check_bitsandbytes
 from plumb.models.scalar_head import (
     HEADS,
     holds_scores,
@@ -101,6 +102,8 @@ def open_adapted(
     """
     with ExitStack() as stack:
         previous: list[Adapter] = []
+        # what is quantized here stays so
+        spec = cast(DictConfig, OmegaConf.merge(spec, {"quantize": None}))
         if knobs.previous == "merge":
             source = _source_of(spec, hf_config, scalar, seed, stack)
         else:
@@ -125,7 +128,19 @@ def open_adapted(
 def _source_of(
     spec: DictConfig, hf_config: Any, scalar: bool, seed: int, stack: ExitStack
 ) -> WeightSource:
-    """Return the source of a model's own weights; `stack` closes its files."""
+    """Return the source of a model's own weights, as quantized layers compute with them where
+    `spec` says so; `stack` closes its files.
+    """
+    source = _full_source_of(spec, hf_config, scalar, seed, stack)
+    if spec.get("quantize"):
+        check_bitsandbytes(spec.quantize)
+        return Dequantized(source, spec.quantize, spec.block_name)
+    return source
+
+
+def _full_source_of(
+    spec: DictConfig, hf_config: Any, scalar: bool, seed: int, stack: ExitStack
+) -> WeightSource:
     blueprint = blueprint_of(spec, hf_config)
     if spec.archive:  # if it holds every weight, the base model's are not read
         state = load_archive(spec.archive, scalar)
@@ -170,16 +185,20 @@ def _base_of(
     that file's, which `spec` names as its archive.
     """
     start = start_of_archive(spec.archive)
-    base = cast(DictConfig, OmegaConf.merge(spec, {"archive": None}))
+    base = cast(DictConfig, OmegaConf.merge(spec, {"archive": None, "quantize": None}))
     if start is not None:
         base = cast(DictConfig, OmegaConf.merge(base, start.model))
         seed = start.seed
     origin = f"model.archive={spec.archive}"
     source = _source_of(base, hf_config, scalar, seed, stack)
+    adapters = read_adapters(state, origin)
+    if BASE in state:  # files of earlier versions have none
+        names = sorted({name for adapter in adapters for name in adapter.modules})
+        source = SameBase(source, names, state[BASE], origin)
     if holds_scores(state):
         (head,) = (tensor for name, tensor in state.items() if is_head(name))
         source = WithHead(source, head)
-    return source, read_adapters(state, origin)
+    return source, adapters
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from plumb.models.blocks import block_class
 from plumb.models.chunked_head import step_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
+from plumb.models.quantized_base import BYTES
 from plumb.models.scalar_head import put_scalar_head
 from plumb.planning import activations, rollouts
 from plumb.planning.activations import Held
@@ -326,7 +327,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     )
     average = 0 if config.ema_decay is None else max(4, weights.itemsize)
     precision = Precision(
-        weights=weights.itemsize,
+        weights=weight_bytes(config, model.weights, weights.itemsize),
         compute=compute.itemsize,
         reference=reference.itemsize,
         state=state,
@@ -505,6 +506,16 @@ def optimizer_state(
         not isinstance(optimizer, Stepwise)
         and (foreach is True or (foreach is None and "fused" not in optimizer.defaults)),
     )
+
+
+def weight_bytes(config: DictConfig, weights: Weights, itemsize: int) -> float:
+    """Return the mean bytes of a weight, of which those in the matrices of the blocks may be
+    quantized.
+    """
+    if config.model.quantize is None:
+        return itemsize
+    share = share_of_matrices(weights)
+    return share * BYTES[config.model.quantize] + (1 - share) * itemsize
 
 
 def share_of_matrices(weights: Weights) -> float:

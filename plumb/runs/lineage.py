@@ -24,7 +24,8 @@ from plumb.runs.safe_yaml import check_config_file
 class Start(NamedTuple):
     """Hold a model that weights can be read from."""
 
-    model: dict[str, Any]  # name_or_path, revision, architecture and archive, as in model.*
+    # name_or_path, revision, architecture, archive and quantize, as in model.*
+    model: dict[str, Any]
     seed: int  # of its random values, if it has such
 
 
@@ -40,7 +41,7 @@ def start_of_archive(archive: str) -> Start | None:
     check_config_file(file)  # it came with the archive and is not trusted
     try:
         config = yaml.safe_load(file.read_text("utf-8"))
-        names = ("name_or_path", "revision", "architecture", "archive")
+        names = ("name_or_path", "revision", "architecture", "archive", "quantize")
         model = {name: config["model"].get(name) for name in names}
         seed = int(config.get("seed", 0))
         keeps = config.get("adapter_previous", "merge") != "merge"

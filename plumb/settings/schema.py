@@ -340,6 +340,7 @@ KNOBS: dict[str, Knob] = {
     "model.revision": Knob(maybe(TEXT)),
     "model.trust_remote_code": Knob(FLAG),
     "model.archive": Knob(maybe(TEXT), CONTENTS),
+    "model.quantize": Knob(maybe(one_of("nf4", "int8")), RESULT, TRAIN, in_eval=None),
     "model.block_name": Knob(maybe(TEXT), RESULT, TRAIN),
     "model.policy_dtype": Knob(DTYPE),
     "model.fsdp_policy_mp": Knob(maybe(one_of("bfloat16", "float16"))),

@@ -313,6 +313,8 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
     """Refuse options of an adapter that do not fit each other or the rest, and print a note on a
     learning rate of full fine-tuning.
     """
+    if config.model.quantize is not None:
+        _check_quantized(config)
     options = [name for name, knob in KNOBS.items() if knob.of_adapter]
     changed = [name for name in options if config[name] != defaults()[name]]
     if config.adapter == "none":
@@ -363,6 +365,35 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
             f"note: lr={config.lr:g} is one of full fine-tuning; adapters usually take at least"
             f" {ADAPTER_LR} times as much, for loss={loss.name} {ADAPTER_LR * least:g} or more"
         )
+
+
+def _check_quantized(config: DictConfig) -> None:
+    """Refuse quantized weights without an adapter, and where they are not made for the rest."""
+    from plumb.models.quantized_base import check_bitsandbytes
+
+    kind = config.model.quantize
+    for name, fits, why in (
+        ("adapter", config.adapter != "none", "only an adapter can be trained on them; set lora"),
+        (
+            "trainer",
+            config.trainer == "BasicTrainer",
+            "quantized weights are not sharded; set BasicTrainer",
+        ),
+        ("compile", not config.compile, "quantized layers are not compiled; set false"),
+        (
+            "adapter_previous",
+            config.adapter_previous == "merge",
+            "what was trained before is quantized as well; set merge",
+        ),
+    ):
+        if not fits:
+            raise UserError(f"model.quantize={kind}: {name}={config[name]}: {why}")
+    if config.model.policy_dtype == "float64":
+        raise UserError(
+            f"model.quantize={kind}: model.policy_dtype=float64: bitsandbytes quantizes float32 and"
+            " bfloat16; set one of them"
+        )
+    check_bitsandbytes(kind)
 
 
 def _check_moving_reference(config: DictConfig, loss: Loss) -> None:

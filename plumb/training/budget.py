@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from plumb.data.examples import Lengths
+from plumb.models.quantized_base import quantized_bytes, quantized_numbers
 
 # Dense 16-bit operations per second of a card, by its full name, from its data sheet.
 PEAK = {
@@ -60,6 +61,7 @@ def cost_of(model: Any) -> Cost:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     n = (
         sum(p.numel() for p in model.parameters())
+        + quantized_numbers(model)
         - embedding.numel()
         - (head.numel() if head is not embedding else 0)
     )
@@ -138,7 +140,9 @@ def memory_at_hand(device: torch.device) -> int:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Return the bytes of a model's weights, quantized ones included."""
+    full = sum(p.numel() * p.element_size() for p in model.parameters())
+    return full + quantized_bytes(model)
 
 
 def trained_bytes(policy: nn.Module) -> int:
@@ -300,7 +304,7 @@ class Weights(NamedTuple):
 class Precision:
     """Hold the bytes per number of each kind."""
 
-    weights: int  # and of gradients
+    weights: float  # and of gradients; the mean, where some are quantized
     compute: int  # of gathered weights, and of gradients before they are summed
     reference: int
     state: float  # of the optimizer's state per weight

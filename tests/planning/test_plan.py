@@ -225,6 +225,17 @@ def test_optimizer_state_of_two_kinds_and_in_bfloat16(planned):
     assert plan.share_of_matrices(weights) == 32 / (40 + 40)
 
 
+def test_quantized_weights(compose):
+    """Half a byte and the scales in the matrices of the blocks, the full size elsewhere."""
+    weights = Weights([torch.Size([10, 4])], [[torch.Size([4, 4]), torch.Size([8])]] * 2)
+    for kind, each in (("nf4", 0.5 + 1 / 64 + 4 / 256 / 64), ("int8", 1 + 4 / 256)):
+        config = compose("exp_name=x", f"model.quantize={kind}")
+        expected = (32 * each + 56 * 2) / 88
+        assert plan.weight_bytes(config, weights, 2) == pytest.approx(expected)
+    config = compose("exp_name=x")
+    assert plan.weight_bytes(config, weights, 2) == 2
+
+
 # ---- as real models have it ----
 
 

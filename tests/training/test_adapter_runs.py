@@ -8,10 +8,13 @@ import pytest
 import torch
 from groups import Halt, run_in_group, train_until
 from peft import PeftModel
-from runs import DPO, FAST, STEADY, evaluate, outcome, records, same, state_of
+from runs import DPO, FAST, ROWS, STEADY, evaluate, outcome, records, same, state_of
 from transformers import AutoModelForCausalLM
 
 import export as export_command
+import report
+import sample
+import score
 import trainers
 from plumb.errors import UserError
 from plumb.models.find import find_model, open_model
@@ -164,7 +167,7 @@ def test_a_reward_model_keeps_its_head(train, sft):
     run_dir = train("rm", *options, *LORA, f"model.archive={start}", "do_last_eval=true")
     assert find_model(str(run_dir)).scalar
     state = load_policy_state(str(run_dir))
-    assert state["lm_head.weight"].shape[0] == 1 and len(state) == 1 + 1 + 2 * 14
+    assert state["lm_head.weight"].shape[0] == 1 and len(state) == 1 + 2 + 2 * 14
     out = run_dir.parent / "eval.json"
     evaluate(run_dir, "--out", out)
     found = json.loads(out.read_text())["metrics"]["loss/eval"]
@@ -253,6 +256,67 @@ def test_an_archive_without_what_it_belongs_to_is_refused(train, sft, tmp_path):
             open_model(find_model(str(run_dir)))
     finally:
         moved.rename(start)
+
+
+def test_an_adapter_on_another_base_is_refused(train, sft, tiny_model, tmp_path):
+    """Two training steps make another base; the same weights in 16 bits are the same one."""
+    start = shutil.copytree(sft_once(train, sft), tmp_path / "moved", symlinks=True)
+    halves = ["model.policy_dtype=bfloat16", f"model.archive={start}"]
+    train("halves", *SHORT_DPO, "adapter=lora", *halves)
+    other = tmp_path / "other"
+    export(train("full", *SFT), "--out", other)
+    config = (start / "config.yaml").read_text()
+    (start / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
+    with pytest.raises(UserError, match="its adapter was trained on other weights than those of"):
+        open_model(find_model(str(start)))
+
+
+def command(module, *words):
+    module.main(module.parser().parse_args(list(map(str, words))))
+
+
+def answers(model, out):
+    """Return the greedy answers of a model to two prompts."""
+    command(sample, model, "--prompts", out.parent / "prompts.jsonl", "--out", out, *GREEDY)
+    return [json.loads(line)["answers"] for line in out.read_text().splitlines()]
+
+
+def found_in(figures, name):
+    """Return the figure of this name, at whatever depth."""
+    if name in figures:
+        return figures[name]
+    return next(found_in(x, name) for x in figures.values() if isinstance(x, dict))
+
+
+GREEDY = ["--mode", "greedy", "--max-new-tokens", 8]
+
+
+def test_it_is_sampled_scored_and_reported(train, sft, tiny_model, tmp_path):
+    """sample.py, score.py and report.py read a run with an adapter as any other: answers and
+    rewards are those of the exported model, whose adapter is merged.
+    """
+    start = sft_once(train, sft)
+    rows = [json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS[:2]]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    export(start, "--out", tmp_path / "merged")
+    texts = [
+        answers(model, tmp_path / f"{i}.jsonl")
+        for i, model in enumerate((start, tmp_path / "merged", tiny_model))
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    pairs = tmp_path / "held_out.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    scores = {}
+    for name, model in (("run", start), ("merged", tmp_path / "merged")):
+        out = tmp_path / f"{name}.json"
+        reference = ["--reference", tiny_model, "--beta", 0.1]
+        command(score, "pairs", model, pairs, "--json", out, *reference)
+        scores[name] = json.loads(out.read_text())
+    assert found_in(scores["run"], "chosen_score") == pytest.approx(
+        found_in(scores["merged"], "chosen_score"), abs=1e-4
+    )
+    command(report, start, "--out", tmp_path / "page.html")
+    assert "lora" in (tmp_path / "page.html").read_text()
 
 
 def test_a_learning_rate_of_full_training_gets_a_note(train, capsys):
