@@ -67,6 +67,10 @@ if TYPE_CHECKING:
     from plumb.training.setup import Data, Reference
     from trainers import BasicTrainer
 
+WEIGHTS_DO_NOT_FIT = (
+    "the weights alone do not fit; plan=true says what would: trainer=FSDPTrainer on more GPUs,"
+    " reference=cached, or a smaller model"
+)
 OmegaConf.register_new_resolver(
     "get_local_run_dir", get_local_run_dir, use_cache=True, replace=True
 )
@@ -228,8 +232,7 @@ def train_from(
     config: DictConfig, owner: directory.RunLock, checkpoint: checkpoints.Checkpoint | None
 ) -> None:
     """Train from a checkpoint of this run, or from the start."""
-    import torch
-
+    from plumb.distributed.device import out_of_memory_in_one_line
     from plumb.losses.registry import build_loss
     from plumb.models.adapters import starting_state
     from plumb.models.load import describe
@@ -248,7 +251,8 @@ def train_from(
     # data and policy
     data = load_data(config, loss, run_dir)
     layout = TRAINERS[config.trainer].make_layout(config)
-    policy = load_checked_policy(config, loss, data, layout)
+    with out_of_memory_in_one_line(lambda: WEIGHTS_DO_NOT_FIT):
+        policy = load_checked_policy(config, loss, data, layout)
     describe(policy, config)
     digest = state_digest(starting_state(policy))
 
@@ -265,41 +269,44 @@ def train_from(
 
     # the decisions that depend on memory, and the reference
     plan = decide(config, loss, policy, data, layout)
-    reference = load_reference_for(config, plan, policy, digest, layout)
+    with out_of_memory_in_one_line(lambda: WEIGHTS_DO_NOT_FIT):
+        reference = load_reference_for(config, plan, policy, digest, layout)
 
     # train
     owner.claim()
     log = open_log(config, run_dir, checkpoint, changed)
     failed = True
     budget = config.tokens_per_microbatch
-    try:
-        trainer = TRAINERS[config.trainer](
-            config,
-            policy,
-            reference,
-            Run(
-                loss=loss,
-                data=data,
-                plan=plan,
-                fingerprint=fingerprint,
-                run_dir=run_dir,
-                log=log,
-                layout=layout,
-            ),
+
+    def smaller() -> str:
+        return (
+            f"set tokens_per_microbatch below {budget or 'the automatic value'} (the result stays"
+            " the same), or activation_checkpointing=true, or model.fsdp_policy_mp=bfloat16"
         )
-        del policy, reference  # the trainer has them; a reference that runs only once is freed
-        budget = trainer.packing.budget
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        print_schedule(config, trainer)
-        trainer.train()
-        failed = False
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of GPU memory: set tokens_per_microbatch below {budget or 'the automatic value'}"
-            " (the result stays the same), or activation_checkpointing=true, or"
-            " model.fsdp_policy_mp=bfloat16"
-        ) from None
+
+    try:
+        with out_of_memory_in_one_line(smaller):
+            trainer = TRAINERS[config.trainer](
+                config,
+                policy,
+                reference,
+                Run(
+                    loss=loss,
+                    data=data,
+                    plan=plan,
+                    fingerprint=fingerprint,
+                    run_dir=run_dir,
+                    log=log,
+                    layout=layout,
+                ),
+            )
+            del policy, reference  # the trainer has them; a reference that runs only once is freed
+            budget = trainer.packing.budget
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+            print_schedule(config, trainer)
+            trainer.train()
+            failed = False
     finally:
         log.close(failed)
     if rank() == 0:

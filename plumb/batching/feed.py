@@ -153,9 +153,7 @@ class Feed:
         self, batches: Iterable[np.ndarray], device: torch.device, at_least: int = 1
     ) -> Prefetcher:
         """Return the steps of these batches, prepared for `device` in a thread."""
-        return Prefetcher(
-            (self.step(indices, at_least) for indices in batches), pin=device.type == "cuda"
-        )
+        return Prefetcher((self.step(indices, at_least) for indices in batches), device)
 
 
 def relative_weights(weights: np.ndarray) -> np.ndarray:
@@ -172,15 +170,24 @@ def relative_weights(weights: np.ndarray) -> np.ndarray:
 class Prefetcher(Iterator[Step]):
     """Yield the items of an iterator, each made in a thread while the one before is used.
 
+    For a GPU they lie in page-locked memory. Whoever copies a step to the GPU need not keep it: the
+    allocator of that memory gives none of it away before the copies from it are done, and they run
+    on the stream that computes.
+
     `waited_secs`: how long the last was waited for. An error in the thread is raised where its item
     would have come.
     """
 
-    def __init__(self, items: Iterable[Step], pin: bool):
+    def __init__(self, items: Iterable[Step], device: torch.device):
         self.items = iter(items)
-        self.pin = pin
+        self.pin = device.type == "cuda"
         self.waited_secs = 0.0
-        self.thread = ThreadPoolExecutor(1)
+
+        def take_gpu() -> None:  # a new thread has GPU 0, where each process would open a context
+            if self.pin and device.index is not None:
+                torch.cuda.set_device(device)
+
+        self.thread = ThreadPoolExecutor(1, initializer=take_gpu)
         self.coming = self.thread.submit(self._make)
 
     def _make(self) -> Step:

@@ -93,6 +93,9 @@ def response_logps_and_kl(
     """
     with torch.no_grad():
         raw = head_values(reference, batch, forward_path, RAW)
+    # weights that autocast has cast without a gradient; those of an adapter's reference are the
+    # policy's own
+    torch.clear_autocast_cache()
     if forward_path.plain_head:
         head = reference.get_output_embeddings()
         weight, bias = (

@@ -11,6 +11,7 @@ order of their positions.
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from plumb.batching.layout import Segments
+from plumb.console import rank0_print
 
 NAME = "tree"
+MOST_IN_HEAD = 256  # numbers in a head that flash attention takes, in steps of 8
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -61,8 +64,57 @@ def tree_attention(
     query = query[0].to(value.dtype)
     keys = keys.to(value.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    attend = _varlen if query.is_cuda and query.dtype.itemsize == 2 else _loop
+    attend = _varlen if has_flash(query) and not refused(query, values) else _loop
     return attend(query, keys, values, segments, scale, sliding_window)[None], None
+
+
+def has_flash(query: Tensor) -> bool:
+    """Return whether flash attention exists for tensors of this kind: on a GPU, in 16 bits."""
+    return query.is_cuda and query.dtype.itemsize == 2
+
+
+def refused(query: Tensor, values: Tensor) -> bool:
+    """Return whether flash attention cannot take heads of these sizes, [..., D], on their device.
+    The first time it cannot, a line says why.
+    """
+    size = max(query.shape[-1], values.shape[-1])
+    return _refused(query.device, query.dtype, -(-size // 8) * 8)
+
+
+@torch.compiler.assume_constant_result
+def _refused(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    return _tried(device, dtype, size)
+
+
+@cache
+def _tried(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    why = f"it takes heads of up to {MOST_IN_HEAD} numbers, not of {size}"
+    if size <= MOST_IN_HEAD:
+        why = _error_of_trial(device, dtype, size)
+    if why:
+        rank0_print(f"attention over trees runs segment by segment, without flash attention: {why}")
+    return bool(why)
+
+
+def _error_of_trial(device: torch.device, dtype: torch.dtype, size: int) -> str:
+    """Return the first line of the error that flash attention over segments raises, forward or
+    backward, on an older GPU or in a build without it; an empty text if it raises none.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return ""  # tensors without data
+    x = torch.zeros(1, 8, size, device=device, dtype=dtype, requires_grad=True)
+    ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    segments = Segments([8], [8], ends, query_ends=ends, key_ends=ends, longest=8)
+    # with hooks of its own, so that those of a checkpointed block don't see it
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    try:
+        with torch.enable_grad(), as_it_is:
+            torch.autograd.grad(_varlen(x, x, x, segments, 1.0, None).sum(), x)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        return str(error).splitlines()[0][:150]
+    return ""
 
 
 def _varlen(
@@ -73,7 +125,11 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Compute flash attention over all segments in one call.  -> [T, H, D]"""
+    """Compute flash attention over all segments in one call.  -> [T, H, D]
+
+    Zeros are appended to heads of other sizes than it takes: they change no score, and the output
+    behind them is cut off.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     # their window does not count the token itself
@@ -84,11 +140,16 @@ def _varlen(
     # torch 2.11 accepts fewer key heads without an option
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
-    queries, keys, values = (x.transpose(0, 1) for x in (query, keys, values))
-    n = segments.longest
+    n, width = segments.longest, values.shape[-1]
+    size = -(-max(query.shape[-1], width) // 8) * 8
+    queries, keys, values = (
+        (x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))).transpose(0, 1)
+        for x in (query, keys, values)
+    )
     query_ends = segments.query_ends.to(query.device)
     key_ends = segments.key_ends.to(query.device)
-    return cast(Tensor, varlen_attn(queries, keys, values, query_ends, key_ends, n, n, **options))
+    out = cast(Tensor, varlen_attn(queries, keys, values, query_ends, key_ends, n, n, **options))
+    return out[..., :width]
 
 
 @torch.compiler.disable

@@ -15,8 +15,8 @@ from golden import load, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plumb.batching.feed import Feed, Prefetcher, Step
-from plumb.batching.layout import pack, unfold
+from plumb.batching.feed import Feed, Microbatch, Prefetcher, Step
+from plumb.batching.layout import Batch, pack, unfold
 from plumb.batching.microbatches import Packing, by_tokens, split_into_microbatches
 from plumb.data.examples import Examples, Table, lengths_of
 from plumb.data.order import Schedule
@@ -356,16 +356,28 @@ def test_the_thread_ahead_keeps_order_and_passes_errors_on():
             yield Step(np.array([i]), lengths_of([example([i], [i])]), [])
         raise OSError("the disk is gone")
 
-    ahead = Prefetcher(steps(), pin=False)
+    ahead = Prefetcher(steps(), torch.device("cpu"))
     assert [int(next(ahead).indices[0]) for _ in range(5)] == list(range(5))
     for _ in range(2):  # again and again, as of an iterator
         with pytest.raises(OSError, match="the disk is gone"):
             next(ahead)
     slow = Prefetcher(
-        (time.sleep(0.2) or Step(np.arange(0), lengths_of([]), []) for _ in range(1)), pin=False
+        (time.sleep(0.2) or Step(np.arange(0), lengths_of([]), []) for _ in range(1)),
+        torch.device("cpu"),
     )
     next(slow)
     assert slow.waited_secs > 0.1 and next(slow, None) is next(slow, None) is None
+
+
+def test_the_thread_ahead_of_a_gpu_is_on_that_gpu(monkeypatch):
+    """It pins the tensors of each microbatch, and has taken the process's GPU before."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(Batch, "pin", lambda batch: calls.append("pin") or batch)
+    made = pack([example([1], [2])], pad_token_id=0, longest=8)
+    steps = [Step(np.array([0]), lengths_of([example([1], [2])]), [Microbatch(made, 1.0, [0])])]
+    ahead = Prefetcher(steps, torch.device("cuda:3"))
+    assert len(next(ahead).microbatches) == 1 and calls == ["cuda:3", "pin"]
 
 
 @given(

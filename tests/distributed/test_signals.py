@@ -328,6 +328,33 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
         assert directory.status(run_dir)["code"] == 6
 
 
+OUT_OF_MEMORY = """
+import torch, torch.distributed as dist
+import trainers
+calls, real = 0, trainers.Scorer.__call__
+def full(self, *arguments):
+    global calls
+    calls += 1
+    if dist.get_rank() == 1 and calls == 6:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    return real(self, *arguments)
+trainers.Scorer.__call__ = full
+"""
+
+
+def test_a_rank_without_memory_says_which_knob_and_holds_up_nobody(start, tmp_path):
+    """In a microbatch of one of two ranks, while the other waits for its gradients."""
+    (tmp_path / "full.py").write_text(OUT_OF_MEMORY)
+    process, _ = start(*TWO, f"plugins=[{tmp_path}/full.py]")
+    ranks = []
+    wait_for(lambda: ranks or ranks.extend(workers(process)) or process.poll() is not None)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    line = the_error(stderr)
+    assert process.returncode == 2, stderr
+    assert line.startswith("error: out of GPU memory: set tokens_per_microbatch below "), stderr
+    assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
+
+
 SLOW_DISK = """
 import time
 from plumb.runs import durable_files as storage

@@ -225,37 +225,6 @@ def test_sampling_and_plain_calls_are_as_without_trees():
     assert torch.equal(*texts)
 
 
-def test_varlen_attention_gets_what_the_loop_computes(monkeypatch):
-    """The GPU's call, with a plain stand-in for its kernel (there is no GPU here): bottom-right
-    causal over cu_seqlens.
-    """
-    from plumb.models import tree_attention
-
-    def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-        assert q.dim() == 3 and ends_q.dtype == ends_k.dtype == torch.int32
-        out = torch.full_like(q, float("nan"))
-        for a, b, c, d in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
-            assert 0 < b - a <= max_q and d - c <= max_k
-            keys, values = (x[c:d].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            behind = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
-            back, ahead = (w if w >= 0 else torch.inf for w in window_size)  # -1: without a limit
-            seen = (behind <= back) & (behind >= -ahead)
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-            out[a:b] = torch.einsum(
-                "hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values
-            )
-        return out
-
-    b = batch(row_length=300)
-    q, k, v = torch.randn(4, 300, 8), *torch.randn(2, 2, len(b.segments.gather), 8)
-    loops = [tree_attention._loop(q, k, v, b.segments, 0.3, window) for window in (None, 8)]
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    for window, expected in zip((None, 8), loops, strict=True):
-        torch.testing.assert_close(
-            tree_attention._varlen(q, k, v, b.segments, 0.3, window), expected, atol=1e-5, rtol=1e-5
-        )
-
-
 @needs_golden
 def test_token_log_probabilities_equal_the_2023_code():
     """_get_batch_logps at three logit scales: sums, averages, and the gradient of the sum; a fully
