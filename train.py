@@ -33,7 +33,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import YAMLError
 
 import preference_datasets  # noqa: F401  registers its sets
-from plumb.console import one_line, rank, rank0_print, redacted, to_dict, under_torchrun
+from plumb.console import as_shown, one_line, rank, rank0_print, redacted, to_dict, under_torchrun
 from plumb.distributed import signals
 from plumb.distributed.progress import run_progress
 from plumb.errors import UserError
@@ -179,7 +179,7 @@ def end(run_dir: Path | None, state: str, code: int, text: str) -> int:
     if under_torchrun() and rank() != 0:
         signals.end_quietly()
         time.sleep(5)
-    print(text, file=sys.stderr)
+    print(as_shown(text, sys.stderr), file=sys.stderr)
     return code
 
 
@@ -311,12 +311,12 @@ def train_from(
         log.close(failed)
     if rank() == 0:
         secs = time.monotonic() - start
-        print(
+        rank0_print(
             f"done in {secs:,.0f} s, peak memory {peak_memory_gb():.1f} GB; curves:"
             f" {draw_curves([run_dir])}"
         )
         if change := reward_line(read_metrics(run_dir)):
-            print(change)
+            rank0_print(change)
 
 
 def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
@@ -601,7 +601,7 @@ def main() -> None:
 
 def fail(error: object, code: int) -> int:
     """Print the error in one line. Return the exit code."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    print(as_shown(f"error: {one_line(error)}", sys.stderr), file=sys.stderr)
     return code
 
 

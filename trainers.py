@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from plumb.batching.feed import Feed, Step
-from plumb.console import quiet
 from plumb.distributed import sharding
 from plumb.distributed.device import pick_device
 from plumb.distributed.signals import stop_requested
@@ -31,6 +29,7 @@ from plumb.training.between_steps import BetweenSteps
 from plumb.training.head_init import start_head
 from plumb.training.metrics import Means
 from plumb.training.stopping import StopRule
+from plumb.training.throughput import Pace
 from utils import peak_memory_gb
 
 
@@ -66,6 +65,7 @@ class BasicTrainer:
         self.saver = setup.make_run_saver(config, run, ready, self)
         self.state.reference = setup.make_moving_reference(config, ready, self.saver)
         self.stop_rule = StopRule(config.max_hours, self.saver)
+        self.pace = Pace()
         self.between = BetweenSteps(
             state=self.state,
             log=self.log,
@@ -74,6 +74,7 @@ class BasicTrainer:
             stop_rule=self.stop_rule,
             eval_every=config.eval_every,
             do_last_eval=config.do_last_eval,
+            pace=self.pace,
         )
 
     # ---- what other trainers change ----
@@ -123,29 +124,20 @@ class BasicTrainer:
         """
         state = self.state
         self.policy.train()
-        self.started = time.monotonic()
         self.saver.mark()
         stop_requested()  # from here on a signal waits for the end of its step
-        if self.n_updates == 0:
-            self.start()
-        if state.position.evaluation_due:  # the run was stopped before this evaluation
-            self.between.evaluate_and_save()
-        progress = tqdm(
-            total=state.n_steps,
-            initial=self.n_updates,
-            desc=self.loss.name,
-            unit="step",
-            disable=quiet(),
-        )
-        for step, waited_secs in self.steps():
-            self.step(step, waited_secs)
-            progress.update()
-            self.between.after_step(len(step.indices))
-        progress.close()
-        if not state.position.finished:  # changed settings left nothing to train
-            self.saver.mark()
-            self.between.evaluate_and_save()
-        self.saver.wait()
+        with self.log.training(self.loss, self.n_updates, state.n_steps):
+            if self.n_updates == 0:
+                self.start()
+            if state.position.evaluation_due:  # the run was stopped before this evaluation
+                self.between.evaluate_and_save()
+            for step, waited_secs in self.steps():
+                self.step(step, waited_secs)
+                self.between.after_step(len(step.indices))
+            if not state.position.finished:  # changed settings left nothing to train
+                self.saver.mark()
+                self.between.evaluate_and_save()
+            self.saver.wait()
 
     def start(self) -> None:
         """Make what precedes the first step: the values of a new scalar head, the policy's average
@@ -160,7 +152,8 @@ class BasicTrainer:
         if self.state.average is not None:
             self.state.average.start()
         if config.do_first_eval:
-            self.between.evaluate()
+            with self.pace.evaluation():
+                self.between.evaluate()
 
     def steps(self) -> Iterator[tuple[Step, float]]:
         """Yield the remaining steps, each with the seconds spent waiting for it. A moving reference
@@ -231,13 +224,14 @@ class BasicTrainer:
         # log
         secs = time.perf_counter() - start
         self.stop_rule.longest_step_secs = max(self.stop_rule.longest_step_secs, secs)
+        self.pace.step(secs + waited_secs)
         live = self.scorer.reference is not None
         counters = {
             **self.throughput.of(step, secs + waited_secs, waited_secs, live),
             "peak_memory_gb": peak_memory_gb(),
             "grad_norm": grad_norm,
             "lr": lr,
-            "seconds_left": self.state.seconds_left(time.monotonic() - self.started),
+            "seconds_left": self.between.seconds_left(),
             "counters/examples": self.n_seen,
             "counters/updates": self.n_updates,
             **step.counters,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
-from typing import Any, cast
+import textwrap
+from functools import partial
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
@@ -77,14 +80,91 @@ def rank() -> int:
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
+def significant(value: float, digits: int = 4) -> str:
+    """Return a number in the digits that one reads at a glance, and no fewer than its whole ones.
+
+    >>> significant(0.693147), significant(-0.00012), significant(31457.2)
+    ('0.6931', '-0.00012', '31,457')
+    """
+    if abs(value) < 10 ** (digits - 1):
+        return f"{value:.{digits}g}"
+    return f"{value:,.0f}"
+
+
+def duration(secs: float) -> str:
+    """Return a time in one or two units.
+
+    >>> duration(41.3), duration(754), duration(19_000), duration(200_000)
+    ('41 s', '13 min', '5 h 17 min', '2 d 8 h')
+    """
+    if secs < 90:
+        return f"{secs:.0f} s"
+    minutes = round(secs / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = round(secs / 3600)
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    )
+
+
+def shortened(text: str, width: int, end: bool = False) -> str:
+    """Return a text in one line of at most `width` characters, without a part of a word; `end`: its
+    last words. A word that is longer than the width is cut.
+
+    >>> shortened("How can I\\nlearn to knit?", 15)
+    'How can I ...'
+    >>> shortened("How can I\\nlearn to knit?", 15, end=True)
+    '... to knit?'
+    """
+    words = "".join(c if c.isprintable() else " " for c in text).split()
+    if len(line := " ".join(words)) <= width:
+        return line
+    room, kept = width - 4, ""
+    for word in reversed(words) if end else words:
+        longer = f"{word} {kept}" if end else f"{kept} {word}"
+        if len(longer.strip()) > room:
+            break
+        kept = longer.strip()
+    if end:
+        return f"... {kept or line[-room:]}"
+    return f"{kept or line[:room]} ..."
+
+
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank0_print(text: str) -> None:
-    """Print a line on rank 0 only, above a progress bar if there is one."""
+    """Print a line on rank 0 only, above a progress bar if there is one. On a terminal, lines that
+    are too long for it break between words.
+    """
     if rank() == 0:
-        tqdm.write(text)
+        tqdm.write(as_shown(text, sys.stdout))
+        sys.stdout.flush()  # into a file, it would wait until there is much to write
+
+
+def as_shown(text: str, stream: TextIO) -> str:
+    """Return a text as it is written to a stream: for a terminal, lines that are too long for it
+    are broken between words; paths stay whole.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    wrap = partial(
+        textwrap.fill,
+        width=width,
+        subsequent_indent="  ",
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(line if len(line) <= width else wrap(line) for line in text.split("\n"))
+
+
+def on_terminal() -> bool:
+    """Return whether both streams go to a terminal, so that a progress bar disturbs no log."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def quiet() -> bool | None:

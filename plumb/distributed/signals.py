@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +75,19 @@ def _handle(number: int, _frame: Any) -> None:
         and time.monotonic() - state.at > (REPEAT_SECS if under_torchrun() else 0)
         and not state.has_launcher
     ):
+        _tell(b"")
         os._exit(exit_code(again))
+    if not again and not state.has_launcher:
+        _tell(b"stopping after this step; Ctrl-C again quits at once\n")
     state.at = time.monotonic()
+
+
+def _tell(text: bytes) -> None:
+    """Write to a terminal in place of a progress bar, and not by print, in which the signal may
+    have come.
+    """
+    if sys.stderr.isatty():
+        os.write(2, b"\r\x1b[J" + text)
 
 
 def end_quietly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from plumb.distributed import collectives
@@ -10,6 +11,7 @@ from plumb.training.optimizers import averages
 from plumb.training.run_evaluator import RunEvaluator
 from plumb.training.saving import RunSaver
 from plumb.training.stopping import StopRule
+from plumb.training.throughput import Pace
 from plumb.training.train_state import TrainState
 
 
@@ -24,6 +26,7 @@ class BetweenSteps:
     stop_rule: StopRule
     eval_every: int  # training examples
     do_last_eval: bool
+    pace: Pace
 
     def after_step(self, n: int) -> None:
         """Do what all ranks agree is due after a step of `n` examples. Raise Stopped when
@@ -53,9 +56,16 @@ class BetweenSteps:
         position = self.state.position
         position.evaluation_due = True
         position.finished = position.n_updates >= self.state.n_steps
-        record = self.evaluate() if not position.finished or self.do_last_eval else {}
-        position.evaluation_due = False
-        self.saver.save(record)
+        with self.pace.evaluation():
+            record = self.evaluate() if not position.finished or self.do_last_eval else {}
+            position.evaluation_due = False
+            self.saver.save(record)
+
+    def seconds_left(self) -> float:
+        """Return the estimated time to the end of the run, after a step of this start."""
+        n_examples = self.state.schedule.n_examples - self.state.position.n_seen
+        n_evaluations = max(1, math.ceil(n_examples / self.eval_every))  # the last one is to come
+        return self.pace.seconds_left(self.state.n_steps_left(), n_evaluations)
 
     def evaluate(self) -> Record:
         """Evaluate, log the metrics and return them."""

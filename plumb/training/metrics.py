@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
@@ -21,12 +21,13 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from plumb.console import rank, rank0_print
 from plumb.errors import StorageError
+from plumb.losses.bound import Loss
 from plumb.losses.contract import Largest, Metric
 from plumb.training import trl_names
+from plumb.training.run_console import Console
 
 Record = dict[str, float]
 
@@ -145,6 +146,12 @@ class TrainingLog:
         self.waiting = []
         self.last_flush = time.monotonic()
 
+    def training(self, loss: Loss, done: int, n_steps: int) -> AbstractContextManager[None]:
+        """Show the steps that are made inside on the console; `done` were made before."""
+        consoles = (sink for sink in self.sinks if isinstance(sink, Console))
+        console = next(consoles, None)
+        return nullcontext() if console is None else console.training(loss, done, n_steps)
+
     def evaluation(self, record: Record, examples: int) -> None:
         self.flush()
         for sink in self.sinks:
@@ -195,54 +202,6 @@ class Sink(Protocol):
     def write(self, record: Record, examples: int) -> None: ...
     def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None: ...
     def close(self, failed: bool) -> None: ...
-
-
-class Console:
-    """Print one readable line per record, above the progress bar."""
-
-    every_step = False
-    SHOWN = {
-        "loss": "loss/{}",
-        "mean reward": "rollout_{}/reward",
-        "length": "rollout_{}/length",
-        "reward acc": "rewards_{}/accuracies",
-        "margin": "rewards_{}/margins",
-        "chosen": "rewards_{}/chosen",
-        "rejected": "rewards_{}/rejected",
-        "logp": "logps_{}/chosen",
-        "grad norm": "grad_norm",
-        "ex/s": "examples_per_second",
-        "tok/s": "tokens_per_second",
-        "padding": "padding",
-        "MFU": "mfu",
-        "GB": "peak_memory_gb",
-        "waited": "data_wait_secs",
-    }
-
-    def write(self, record: Record, examples: int) -> None:
-        split = "train" if "counters/updates" in record else "eval"
-        shown = {label: record.get(key.format(split)) for label, key in self.SHOWN.items()}
-        line = "  ".join(
-            f"{label} {_brief(value)}" for label, value in shown.items() if value is not None
-        )
-        left = (
-            f"  {tqdm.format_interval(record['seconds_left'])} left"
-            if "seconds_left" in record
-            else ""
-        )
-        tqdm.write(f"{split:>5} {examples:>7,}  {line}{left}")
-
-    def table(self, name: str, rows: list[tuple[int, str, str]], examples: int) -> None:
-        # the rest is in samples.jsonl
-        for _, prompt, sample in rows[:2] if name == "policy_samples" else []:
-            tqdm.write(f"      sample  ...{prompt[-60:]!r} -> {sample[:160]!r}")
-
-    def close(self, failed: bool) -> None:
-        pass
-
-
-def _brief(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 class JsonLines:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumb.console import rank, rank0_print
+from plumb.console import on_terminal, rank, rank0_print
 from plumb.data.token_text import decode
 from plumb.data.tokenization import Example
 from plumb.rollouts.hf_engine import sample
@@ -86,7 +86,10 @@ class RunEvaluator:
         evaluator = self.evaluator
         if not len(evaluator):
             return {}
-        rank0_print(f"evaluating {len(evaluator)} examples after {n_seen:,} training examples")
+        if not on_terminal():  # where a bar says so
+            rank0_print(
+                f"evaluating {len(evaluator):,} examples after {n_seen:,} training examples"
+            )
         evaluation = evaluator.evaluate(between)
         record = evaluator.record(evaluation)
         if self.average is not None:

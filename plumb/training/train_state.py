@@ -75,7 +75,6 @@ class TrainState:
         self.scheduler = make_scheduler(config, optimizer, schedule.n_steps)
         self.position = Position()
         self.n_steps = schedule.n_steps
-        self.first_update = 0  # updates before this start
         self.average: PolicyAverage | None = None
         if config.ema_decay is not None:
             self.average = PolicyAverage(policy, config.ema_decay)
@@ -94,12 +93,9 @@ class TrainState:
         self.position.advance(indices)
         run_progress.report(self.position.n_updates, self.position.n_seen)
 
-    def seconds_left(self, elapsed_secs: float) -> float:
-        """Return the estimated time of the rest of the run, `elapsed_secs` after its start and
-        after at least one update.
-        """
-        done = self.position.n_updates
-        return elapsed_secs * (self.n_steps - done) / (done - self.first_update)
+    def n_steps_left(self) -> int:
+        """Return the number of updates to come."""
+        return self.n_steps - self.position.n_updates
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a run resumes from, by name."""
@@ -160,7 +156,6 @@ class TrainState:
             manifest.values,
             self.followers(),
         )
-        self.first_update = manifest.step
         self.n_steps = manifest.step + self.schedule.n_steps_after(manifest.examples)
         self.scheduler = make_scheduler(self.config, self.optimizer, self.n_steps, manifest.step)
         run_progress.report(manifest.step, manifest.examples)

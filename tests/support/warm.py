@@ -253,6 +253,8 @@ def be(request: dict, streams: list[int]) -> None:
         for stream, handle in zip(streams, (0, 1, 2), strict=True):
             os.dup2(stream, handle)
             os.close(stream)
+        for stream in (sys.stdout, sys.stderr):  # as Python begins on a terminal
+            stream.reconfigure(line_buffering=stream.isatty())
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

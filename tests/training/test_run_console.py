@@ -1,0 +1,122 @@
+"""What a person sees of a run: at a terminal of 80 columns, read from its screen."""
+
+import os
+import re
+
+import pytest
+from conftest import PATIENCE, ROOT
+from runs import DPO, FAST, records
+from terminal import Terminal
+
+SLOW = """
+import time, trainers
+step = trainers.BasicTrainer.step
+def slow(self, *arguments):
+    time.sleep(0.1)
+    step(self, *arguments)
+trainers.BasicTrainer.step = slow
+"""
+
+
+@pytest.fixture
+def terminal(tmp_path, data, tiny_model, here, warm):
+    """`terminal(*overrides)`: a DPO run of 12 steps in a terminal, its directory tmp_path/run."""
+    plugin = tmp_path / "slow.py"
+    plugin.write_text(SLOW)
+    opened = []
+
+    def start(*overrides):
+        command = [
+            "train.py",
+            *here,
+            "exp_name=run",
+            f"local_run_dir={tmp_path}/run",
+            f"model.name_or_path={tiny_model}",
+            f"datasets=[{data}]",
+            *FAST,
+            *DPO,
+            "n_epochs=3",
+            "n_examples=48",
+            "eval_every=24",
+            f"plugins=[{plugin}]",
+            *overrides,
+        ]
+        opened.append(Terminal(warm, command, ROOT, os.environ))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def without_numbers(lines):
+    """
+    >>> without_numbers(["loss 0.6931  lr 5.0e-7", "|███   |  50%"])
+    ['loss N  lr N', '|BAR|  N%']
+    """
+    lines = [re.sub(r"\|[^|]*\|", "|BAR|", line) for line in lines]
+    return [re.sub(r"((?<!\w)-)?\d+([.,]\d+)*(e-?\d+)?", "N", line) for line in lines]
+
+
+def plain(lines, tmp_path):
+    """Return the lines without numbers, as they were before they were broken for the terminal."""
+    text = re.sub(r"\n  (?=\S)", " ", "\n".join(lines)).replace(str(tmp_path), "PATH")
+    return "\n".join(without_numbers(text.split("\n")))
+
+
+TRAINED = """\
+eval before training  loss N  accuracy N%  margin N  perplexity N
+step N: policy and reference agree (rewards N, dpo loss N)
+a checkpoint takes N MB and N s; written, verified and deleted
+eval at N pairs  loss N  accuracy N%  margin N  perplexity N
+saved PATH/run/step-N
+eval at N pairs  loss N  accuracy N%  margin N  perplexity N
+saved PATH/run/step-N
+dpo  N/N steps |BAR| N%  in N s
+loss N  accuracy N%  margin N  N pairs/s  lr N"""
+
+
+def test_the_screen_of_a_run(terminal, tmp_path):
+    """One bar and one line of metrics below it, both steady: no snapshot has a second one, and no
+    line of ours is cut by the edge. At the end stand the evaluations, and the last step.
+    """
+    run, fullest = terminal(), []
+    for lines in run.screens(PATIENCE):
+        bars = [line for line in lines if " steps |" in line]
+        assert len(bars) <= 1, lines
+        if bars and "left" in bars[0]:
+            fullest = lines
+    assert run.exit_code() == 0
+    place = next(i for i, line in enumerate(fullest) if " steps |" in line)
+    bar, below = without_numbers(fullest[place : place + 2])
+    assert bar == "dpo  N/N steps |BAR| N%  N s left"
+    assert below == "loss N  accuracy N%  margin N  N pairs/s  lr N"
+    lines = run.lines()
+    begin, end = (
+        next(i for i, line in enumerate(lines) if line.startswith(words))
+        for words in ("eval before", "done in")
+    )
+    assert plain(lines[begin:end], tmp_path) == TRAINED
+    last = records(tmp_path / "run", "train")[-1]
+    assert f"  margin {last['rewards_train/margins']:.3g}  " in "\n".join(lines)
+    assert run.screen.cursor.x == 0
+
+
+def test_ctrl_c_leaves_a_clean_screen(terminal, tmp_path):
+    """The answer comes at once, the run ends after its step, and neither ^C nor a part of the bar
+    is left.
+    """
+    run = terminal("n_epochs=30", "n_examples=null")
+    pressed = False
+    for lines in run.screens(PATIENCE):
+        if not pressed and any(re.match(r"dpo +3/", line) for line in lines):
+            run.press_ctrl_c()
+            pressed = True
+    assert run.exit_code() == 130
+    lines = run.lines()
+    said = lines.index("stopping after this step; Ctrl-C again quits at once")
+    assert plain(lines[said + 1 :], tmp_path) == (
+        "saved PATH/run/interim-N\n"
+        "stopped by SIGINT after step N of N, N examples; resume with resume=auto"
+    )
+    assert run.screen.cursor.x == 0
