@@ -391,7 +391,7 @@ def make_evaluator(
             ranks=1,
         )
 
-    path = setup.find_forward_path(policy, tokenizer, computation, config.max_length, row_tokens)
+    path, _ = setup.find_forward_path(policy, tokenizer, computation, config.max_length, row_tokens)
     packing = Packing(
         packed=path.packed,
         budget=row_tokens(path),

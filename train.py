@@ -232,16 +232,18 @@ def train_from(
     config: DictConfig, owner: directory.RunLock, checkpoint: checkpoints.Checkpoint | None
 ) -> None:
     """Train from a checkpoint of this run, or from the start."""
+    from plumb.distributed import collectives
     from plumb.distributed.device import out_of_memory_in_one_line
     from plumb.losses.registry import build_loss
     from plumb.models.adapters import starting_state
-    from plumb.models.load import describe
+    from plumb.models.load import note_coarse_weights
     from plumb.models.reference_cache import state_digest
     from plumb.reports.curves import draw_curves
     from plumb.reports.outcome import reward_line
     from plumb.runs import identity
     from plumb.runs.history import read_metrics
     from plumb.training.setup import Run
+    from plumb.training.summary import next_commands
     from trainers import TRAINERS
 
     start = time.monotonic()
@@ -253,7 +255,7 @@ def train_from(
     layout = TRAINERS[config.trainer].make_layout(config)
     with out_of_memory_in_one_line(lambda: WEIGHTS_DO_NOT_FIT):
         policy = load_checked_policy(config, loss, data, layout)
-    describe(policy, config)
+    note_coarse_weights(policy, config.stochastic_rounding)
     digest = state_digest(starting_state(policy))
 
     # the fingerprint, which must match that of the checkpoint
@@ -304,7 +306,9 @@ def train_from(
             budget = trainer.packing.budget
             if checkpoint is not None:
                 trainer.restore(checkpoint)
-            print_schedule(config, trainer)
+            else:
+                collectives.from_rank0(partial(record_layout, trainer, digest))
+            print_start(config, trainer)
             trainer.train()
             failed = False
     finally:
@@ -317,6 +321,7 @@ def train_from(
         )
         if change := reward_line(read_metrics(run_dir)):
             rank0_print(change)
+        print(next_commands(config, loss, run_dir))
 
 
 def load_data(config: DictConfig, loss: Loss, run_dir: Path) -> Data:
@@ -457,7 +462,7 @@ def decide(
     data: Data,
     layout: sharding.Layout | None,
 ) -> RunPlan:
-    """Return the decisions that depend on memory; print whether the reference is live or cached."""
+    """Return the decisions that depend on memory."""
     from plumb.data.examples import lengths_of
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
@@ -479,10 +484,7 @@ def decide(
     if samples:
         beside = beside_policy(config, loss, PolicySize.of(policy), numbers.memory)
         taken = beside.taken(numbers.trained)
-    plan = plan_run(config, policy.config, loss.needs_reference, numbers, live_only, taken)
-    if plan.reference is not None:
-        rank0_print(f"reference: {plan.reference} ({plan.why})")
-    return plan
+    return plan_run(config, policy.config, loss.needs_reference, numbers, live_only, taken)
 
 
 def load_reference_for(
@@ -514,24 +516,38 @@ def load_reference_for(
     return Reference(model, digest if cached else None)
 
 
-def print_schedule(config: DictConfig, trainer: BasicTrainer) -> None:
-    """Print how long the run will be, and warn about an odd length."""
+def record_layout(trainer: BasicTrainer, digest: str) -> None:
+    """Add to env.json how the models compute, which the console does not show; `digest`: of the
+    policy's weights.
+    """
+    from plumb.runs import directory
+
+    run = trainer.run
+    directory.add_to_environment(
+        run.run_dir,
+        {
+            "weights": digest,
+            "layout": trainer.layout_found,
+            "tokens_per_microbatch": trainer.packing.budget,
+            "reference": run.plan.reference and f"{run.plan.reference} ({run.plan.why})",
+        },
+    )
+
+
+def print_start(config: DictConfig, trainer: BasicTrainer) -> None:
+    """Print what the run trains, and notes on what it will probably not do as meant."""
+    from plumb.training.summary import notes, start_summary
+
     n = trainer.state.schedule.n_examples
     n_steps = trainer.state.n_steps
+    rank0_print(start_summary(config, trainer.run, trainer.policy, trainer.state.schedule, n_steps))
     if config.n_examples and config.n_examples > n:
         rank0_print(
             f"n_examples={config.n_examples}: n_epochs={config.n_epochs} ends after {n}; set"
             " n_epochs=null to continue"
         )
-    rank0_print(
-        f"{trainer.loss.name}: {n:,} examples in {n_steps:,} steps -> {trainer.run.run_dir}"
-    )
-    if config.warmup_steps >= n_steps > 0:
-        rank0_print(
-            "note: the run ends within its warmup, at"
-            f" {n_steps / (config.warmup_steps + 1):.0%} of lr;"
-            f" warmup_steps={n_steps // 10} would be a tenth of its steps"
-        )
+    for note in notes(config, trainer.run, n_steps):
+        rank0_print(f"note: {note}")
 
 
 def open_log(

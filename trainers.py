@@ -54,6 +54,7 @@ class BasicTrainer:
         self.device = ready.device
         self.computation = ready.computation
         self.packing = ready.packing
+        self.layout_found = ready.layout_found
         self.state = ready.state
         self.policy = ready.state.policy
         self.optimizer = ready.state.optimizer

@@ -167,9 +167,7 @@ def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, 
     if place and place.exists():
         try:
             store = TokenStore(place, made_of)
-            rank0_print(
-                f"{what}: {len(store.ids):,}, of {store.n_rows:,} rows, from the cache {place}"
-            )
+            rank0_print(f"{what}: {len(store.ids):,}, of {store.n_rows:,} rows, from the cache")
             return place, True
         except ValueError as problem:
             rank0_print(f"{what}: {place} is damaged ({problem}); making them again")
@@ -190,13 +188,13 @@ def find_or_make(spec: StoreSpec, root: Path, keep: bool = True) -> tuple[Path, 
         raise
     secs = time.monotonic() - start
     kept = (
-        f"in {place}"
+        "kept"
         if place
-        else "for this run only, since it is unknown what the loader reads (see docs/data.md)"
+        else "kept for this run only, since it is unknown what the loader reads (see docs/data.md)"
     )
     rank0_print(
         f"{what}: {meta['columns']['ids'][1]:,}, of {meta['n_rows']:,} rows, made in {secs:,.1f} s "
-        f"({meta['n_rows'] / max(secs, 1e-3):,.0f} rows/s), kept {kept}"
+        f"({meta['n_rows'] / max(secs, 1e-3):,.0f} rows/s), {kept}"
     )
     return place or folder, place is not None
 

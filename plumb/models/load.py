@@ -30,11 +30,10 @@ from plumb.console import rank0_print, to_dict
 from plumb.distributed import sharding, tensor_parallel
 from plumb.errors import UnsafeFile, UserError
 from plumb.models import source_trust
-from plumb.models.adapters import AdapterKnobs, count_trained
+from plumb.models.adapters import AdapterKnobs
 from plumb.models.blocks import block_class
 from plumb.models.forward_path import use_tree_attention
 from plumb.models.limits import check_positions
-from plumb.models.quantized_base import quantized_bytes, quantized_numbers
 from plumb.models.scalar_head import ScalarHead
 from plumb.models.sharded_load import WeightSource, fill
 from plumb.models.weight_files import locate
@@ -290,25 +289,12 @@ def check_length(config: DictConfig) -> None:
     check_positions(model, config.max_length, "max_length")
 
 
-def describe(model: nn.Module, config: DictConfig) -> None:
-    """Print what is trained, and a note on weights that are too coarse for small learning rates."""
-    n_quantized = quantized_numbers(model)
-    n = sum(p.numel() for p in model.parameters()) + n_quantized
-    n_trained = count_trained(model)
-    share = f" ({n_trained / n:.2g} of them trained)" if n_trained < n else ""
+def note_coarse_weights(model: nn.Module, stochastic_rounding: bool) -> None:
+    """Print a note on weights that are too coarse for small learning rates."""
     first = next(model.parameters())
-    kind = type(model).__name__.removeprefix("FSDP")
-    rank0_print(
-        f"policy: {kind}, {n / 1e6:,.1f} M parameters{share}, {str(first.dtype)[6:]},"
-        f" {config.trainer}"
-    )
-    if n_quantized:
-        rank0_print(
-            f"{n_quantized / n:.0%} of them as {config.model.quantize}, in"
-            f" {quantized_bytes(model) / 1e6:,.1f} MB; the reference is this model, too"
-        )
-    coarse = first.dtype in (torch.bfloat16, torch.float16) and not config.stochastic_rounding
-    if n_trained == n and coarse:
+    whole = all(p.requires_grad for p in model.parameters())
+    coarse = first.dtype in (torch.bfloat16, torch.float16) and not stochastic_rounding
+    if whole and coarse:
         rank0_print(
             f"note: {str(first.dtype)[6:]} weights round small updates away;"
             " stochastic_rounding=true keeps them on average, and model.policy_dtype=float32 with"

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -172,6 +173,13 @@ def record(
                 json.dumps({"step": step, "changed": list(changed), **json.loads(environment)})
                 + "\n"
             )
+
+
+def add_to_environment(run_dir: Path, more: Mapping[str, Any]) -> None:
+    """Add entries to env.json."""
+    path = run_dir / "env.json"
+    before = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**before, **more}, indent=2) + "\n", encoding="utf-8")
 
 
 def cut_logs(run_dir: Path, lengths: Mapping[str, int]) -> None:

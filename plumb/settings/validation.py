@@ -95,7 +95,12 @@ def unusual_values(loss: Loss, values: Mapping[str, Any], lr_factor: float = 1) 
         if not least / FAR <= values[knob] <= largest * FAR:
             name = knob if knob == "lr" else f"loss.{knob}"
             unusual.append(f"{name}={values[knob]} ({least:g} to {largest:g})")
-    return f"unusual for loss={loss.name}: {', '.join(unusual)}" if unusual else ""
+    if not unusual:
+        return ""
+    return (
+        f"unusual for loss={loss.name}: {', '.join(unusual)}; in brackets is what its authors and"
+        " later work used"
+    )
 
 
 def check_knobs(config: DictConfig, trains: bool = True) -> None:

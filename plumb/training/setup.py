@@ -122,6 +122,7 @@ class Prepared:
     throughput: Throughput
     device: torch.device
     computation: first_step.Computation
+    layout_found: str  # how the models compute, and how exact that is
     cached: CachedReference | None = None
 
 
@@ -164,11 +165,10 @@ def prepare(
 
     routers = watch_routers(policy, config.router_aux_loss)
     stop_draws(policy, device)
-    forward_path = find_forward_path(
+    forward_path, layout_found = find_forward_path(
         policy, tokenizer, computation, config.max_length, token_budget
     )
     budget = token_budget(forward_path)
-    rank0_print(f"microbatches of up to {budget:,} tokens")
     packing = Packing(
         packed=forward_path.packed,
         budget=budget,
@@ -233,6 +233,7 @@ def prepare(
         computation=first_step.Computation(
             computation.dtype, None if same else spec.reference_dtype, config.lr
         ),
+        layout_found=layout_found,
         cached=cached,
     )
 
@@ -306,9 +307,10 @@ def find_forward_path(
     computation: Computation,
     max_length: int,
     row_tokens: Callable[[ForwardPath], int],
-) -> ForwardPath:
-    """Choose how the models compute, by trying, and print why. `row_tokens` gives the length of a
-    microbatch's row on a path. Every rank must call it.
+) -> tuple[ForwardPath, str]:
+    """Choose how the models compute, by trying, and return it with a line that says why; a slower
+    path than packed rows is printed. `row_tokens` gives the length of a microbatch's row on a path.
+    Every rank must call it.
     """
     autocast = computation.autocast
     precisions = [Precision(autocast, computation.dtype)]
@@ -323,8 +325,9 @@ def find_forward_path(
         precisions=precisions,
         gradients=True,
     )
-    rank0_print(line)
-    return forward_path
+    if not forward_path.packed:
+        rank0_print(line)
+    return forward_path, line
 
 
 def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Placement) -> RunSaver:

@@ -418,7 +418,7 @@ def test_pairs_and_sft_sets_blend(train_here, tmp_path, tiny_model, capsys):
         "device=cpu",
     )
     out = capsys.readouterr().out
-    assert "sft: 9 examples in 3 steps" in out  # half of 4 + 8 + 6 prompts
+    assert "3 of 4 examples; 9 in all, 1 epochs" in out  # half of 4 + 8 + 6 prompts
     assert "data_split=5,0,5 stage=sft" in out and "first example (rm_static:" in out
 
 

@@ -301,7 +301,7 @@ def test_what_a_run_finds_of_another(before, after, found, train, monkeypatch, c
     if after == "trainer":
         monkeypatch.setitem(trainers.TRAINERS, "BasicTrainer", AnotherTrainer)
     if after == "way":
-        monkeypatch.setattr(trainers.setup, "find_forward_path", lambda *_: PLAIN_PATH)
+        monkeypatch.setattr(trainers.setup, "find_forward_path", lambda *_: (PLAIN_PATH, ""))
     train("second", *options, *([after] if "=" in after else []))
     assert f"reference: {4 if found else 0} of 4 examples" in capsys.readouterr().out
 
@@ -423,13 +423,13 @@ step = trainers.BasicTrainer.step
 )
 def test_the_default_is_the_better_one_and_is_said(options, expected, train, capsys):
     train("auto", *DPO, *options)
-    assert f"reference: {expected}" in capsys.readouterr().out
+    assert f"reference  the policy as it starts, {expected}\n" in capsys.readouterr().out
 
 
 def test_short_memory_caches(train, capsys, monkeypatch):
     monkeypatch.setattr("plumb.training.budget.memory_at_hand", lambda device: 0)
     train("short", *DPO, "n_examples=4")
-    assert "reference: cached (memory is short)" in capsys.readouterr().out
+    assert "the policy as it starts, cached (memory is short)" in capsys.readouterr().out
 
 
 def test_two_processes_share_the_pass(run_train, tmp_path, data, tiny_model):

@@ -406,7 +406,8 @@ def test_a_value_far_outside_of_what_is_usual_is_named_once(validated, capsys):
     validated(*base, "loss.beta=0.1", "lr=2e-5")
     lines = [x for x in capsys.readouterr().out.splitlines() if "unusual" in x]
     assert lines == [
-        "note: unusual for loss=simpo: lr=2e-05 (3e-07 to 1e-06), loss.beta=0.1 (2 to 10)"
+        "note: unusual for loss=simpo: lr=2e-05 (3e-07 to 1e-06), loss.beta=0.1 (2 to 10); in"
+        " brackets is what its authors and later work used"
     ]
 
 

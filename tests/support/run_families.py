@@ -108,8 +108,8 @@ def caught(work: Callable[[], str]) -> str:
         return f"**{type(error).__name__}** {text[:160]}{where}"
 
 
-def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
-    """Run train.py once. Return its directory and its output."""
+def run(name: str, folder: Path, *options: str) -> Path:
+    """Run train.py once, silently. Return its directory."""
     import train
     from plumb.runs import directory
     from plumb.settings.validation import validate
@@ -121,8 +121,7 @@ def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
         f"datasets=[{folder}/pairs.jsonl]",
     ]
     config = compose_config(*base, f"model.name_or_path={folder}/model", *SETTINGS, *options)
-    output = io.StringIO()
-    with redirect_stdout(output), redirect_stderr(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         validate(config)
         config.local_run_dir = directory.find(config)
         OmegaConf.resolve(config)
@@ -130,7 +129,7 @@ def run(name: str, folder: Path, *options: str) -> tuple[Path, str]:
             train.train(config)
         else:
             run_in_group(2, train.train, config, timeout=240)
-    return folder / name, output.getvalue()
+    return folder / name
 
 
 def one(family: str) -> Row:
@@ -145,7 +144,7 @@ def one(family: str) -> Row:
         first: list[dict[str, float]] = []
 
         def sft() -> str:
-            path, _ = run(
+            path = run(
                 "sft",
                 folder,
                 "loss=sft",
@@ -164,7 +163,7 @@ def one(family: str) -> Row:
                 "sample_during_eval=false",
                 "do_last_eval=false",
             ]
-            path, _ = run("fsdp", folder, *options)
+            path = run("fsdp", folder, *options)
             there = records(path, "train")[0]
             off = max(
                 abs(there[key] - first[0][key]) / abs(first[0][key])
@@ -181,8 +180,8 @@ def one(family: str) -> Row:
                 "export=hf",
                 "do_first_eval=true",
             ]
-            path, output = run("dpo", folder, *options)
-            layout = next(line for line in output.splitlines() if line.startswith("batches: "))
+            path = run("dpo", folder, *options)
+            layout = json.loads((path / "env.json").read_text())["layout"]
             off = re.search(r"(equal to|off from) each response alone to (\S+)", layout)
             batches = re.sub(r" \(.*|;.*", "", layout.removeprefix("batches: "))
             row = row._replace(batches=batches, to=off[2] if off else "")

@@ -120,3 +120,47 @@ def test_ctrl_c_leaves_a_clean_screen(terminal, tmp_path):
         "stopped by SIGINT after step N of N, N examples; resume with resume=auto"
     )
     assert run.screen.cursor.x == 0
+
+
+START = """\
+run        PATH/run
+model      MODEL: LlamaForCausalLM, N M parameters
+data       N pairs of PATH/pairs.jsonl; N held out
+steps      N of N pairs; N in all, N epochs
+loss       dpo, beta=N
+lr         N (RMSprop), N steps of warm-up, then constant
+precision  weights in floatN, computed in floatN on cpu by BasicTrainer
+reference  the policy as it starts, cached (examples are used more than once)
+note: loss=dpo starts from a model without a chat template, and compares answers that this model\
+ may never give: train it with loss=sft first, and start from that run with model.archive=RUN
+"""
+NEXT = """\
+next:
+  python eval.py PATH/run
+  python sample.py PATH/run --chat
+  python report.py PATH/run
+  python export.py PATH/run --out FOLDER
+"""
+
+
+def test_what_is_said_at_the_start_and_at_the_end(train, tmp_path, tiny_model, capsys):
+    train("run", *DPO, "n_epochs=3")
+    out = capsys.readouterr().out.replace(str(tmp_path), "PATH").replace(str(tiny_model), "MODEL")
+    assert START in "\n".join(without_numbers(out.split("\n")))
+    assert out.endswith(NEXT)
+
+
+def test_a_run_within_its_warmup_is_told_the_fix(train, tmp_path, capsys):
+    """The warm-up of 150 steps leaves 4 steps at 3 % of lr, as when AmberSafe's settings are tried
+    on 64 pairs. From a checkpoint of SFT there is no note on a missing SFT.
+    """
+    train("sft", "loss=sft", "n_examples=4", "batch_size=4", "lr=1e-5")
+    capsys.readouterr()
+    train("dpo", "loss=dpo", "loss.beta=0.1", "batch_size=4", f"model.archive={tmp_path}/sft")
+    out = capsys.readouterr().out
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: the run ends within its warmup, at 3% of lr; warmup_steps=0 would be a tenth of its"
+        " steps"
+    ]
+    assert "(RMSprop), all of it warm-up\n" in out

@@ -563,7 +563,7 @@ def test_ties_alone_in_the_held_out_part_stop_nothing(train, tmp_path):
     assert records(train("ties", *DPO, f"datasets=[{path}]", "eval_share=0.1"), "train")
 
 
-def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
+def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, tmp_path):
     """Packed, padded, with the model's own head; one row or many; rows with padding at the end;
     examples permuted in a batch: the same losses and gradient norms within float32 rounding. For
     pairs, and for SFT (one response to a tree).
@@ -603,7 +603,9 @@ def test_how_a_batch_is_laid_out_changes_nothing(train, monkeypatch, capsys):
             for a, b in zip(first, other, strict=True):
                 assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-5)
                 assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert "packed trees" in capsys.readouterr().out
+        found = json.loads((tmp_path / f"{loss}_packed/env.json").read_text())
+        assert found["layout"].startswith("batches: packed trees, head in chunks; equal to")
+        assert found["tokens_per_microbatch"] > 96
 
 
 def test_compiled_blocks_compute_the_same(train):
