@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
+
 import preference_datasets  # noqa: F401  registers its sets
+from plumb.console import to_dict
 from plumb.data import prompts
-from plumb.data.tokenization import HH_TEMPLATE, own_template
+from plumb.data.registry import Reading, get_dataset
+from plumb.data.tokenization import own_template
 from plumb.errors import UserError
 from plumb.paths import get_local_dir, new_file
 from plumb.rollouts.decoding import MODES, Decoding, flag
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         default="english",
         help="language of the built-in prompts",
     )
-    source.add_argument("--chat", action="store_true", help="chat with one model in the terminal")
+    source.add_argument("--chat", action="store_true", help="chat with the models in the terminal")
     p.add_argument(
         "--field", default="prompt", help="field of --prompts that holds a string or messages"
     )
@@ -67,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
         help="use strings from --prompts verbatim, not as a user's turn",
     )
     p.add_argument("--split", choices=("train", "test"), default="test", help="split of --dataset")
+    p.add_argument(
+        "--plain-prompts",
+        choices=("verbatim", "chat"),
+        help="how strings of --dataset are read (default: as by the model's run, or verbatim)",
+    )
     p.add_argument("--dataset-path", metavar="PATH", help="local copy of a named --dataset")
     p.add_argument(
         "--eval-share",
@@ -196,18 +202,59 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     ).checked()
 
 
-def prompts_of(options: argparse.Namespace) -> list[prompts.Prompt]:
+def prompts_of(options: argparse.Namespace, models: list[ModelRef]) -> list[prompts.Prompt]:
     """Return the prompts that the options select; see data/prompts.py for the errors."""
     if options.prompts:
         available: Any = prompts.of_file(options.prompts, options.field, options.raw)
     elif options.dataset:
         cache = str(get_local_dir([".cache"]))
-        available = prompts.of_dataset(
-            options.dataset, options.split, options.dataset_path, options.eval_share, cache
+        reading, field_map = reading_of(models, options)
+        data = get_dataset(
+            options.dataset,
+            options.split,
+            path=options.dataset_path,
+            field_map=field_map,
+            reading=reading,
+            eval_share=options.eval_share,
+            cache_dir=cache,
         )
+        available = prompts.of_dataset(data)
     else:
         available = prompts.built_in(options.language)
     return prompts.some_of(available, options.n_prompts, options.seed)
+
+
+def reading_of(
+    models: list[ModelRef], options: argparse.Namespace
+) -> tuple[Reading, dict[str, str] | None]:
+    """Return how --dataset is read, and its field_map: as by the runs that the models come from.
+    Raise UserError if these differ, since all models answer the same prompts.
+    """
+    by_run = {}
+    for ref in models:
+        if ref.run_dir is not None:
+            knobs = ["plain_prompts", "role_map"]
+            if options.dataset in (ref.config.get("datasets") or []):
+                knobs += ["split_names", "field_map", "dataset_revisions"]
+            by_run[ref.name] = {
+                knob: to_dict(value) if isinstance(value, DictConfig) else value
+                for knob in knobs
+                if (value := ref.config.get(knob)) is not None
+            }
+    first, of_run = next(iter(by_run.items()), ("", {}))
+    for name, other in by_run.items():
+        if other != of_run:
+            raise UserError(
+                f"--dataset {options.dataset}: {first} and {name} read it in different ways,"
+                f" {of_run} and {other}; sample from them one at a time"
+            )
+    reading = Reading(
+        role_map=of_run.get("role_map"),
+        split_names=of_run.get("split_names"),
+        plain_prompts=options.plain_prompts or of_run.get("plain_prompts", "verbatim"),
+        revisions=of_run.get("dataset_revisions"),
+    )
+    return reading, of_run.get("field_map")
 
 
 def answered(
@@ -222,6 +269,8 @@ def answered(
     from plumb.rollouts.hf_engine import answers
     from plumb.rollouts.sampling import longest_prompt, open_policy, read_prompts
 
+    if ref.name != options.models[0]:
+        say_loading(ref.name)
     model = open_policy(ref, options.device)
     template = template_of(ref, options.chat_template, model.tokenizer)
     add_bos = bool(ref.config.get("add_bos", True))
@@ -299,7 +348,9 @@ def line(about: dict[str, Any], some: list[Answer], form: str) -> dict[str, Any]
 
 def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str:
     """Return a block of text for each prompt: the prompt, then each model's answers."""
-    width = min(shutil.get_terminal_size().columns, 120)
+    from plumb.rollouts.chat import terminal_width, wrapped
+
+    width = terminal_width()
     blocks = []
     for i, of_prompt in enumerate(zip(*shown, strict=True), 1):
         prompt = of_prompt[0][0]["prompt"]
@@ -323,61 +374,32 @@ def table(shown: list[list[tuple[dict[str, Any], list[Answer]]]], n: int) -> str
     return "\n\n".join(blocks)
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Return the text as lines for a terminal, without control characters."""
-    clean = [
-        "".join(c if c.isprintable() else " " for c in part) for part in text.strip().splitlines()
-    ]
-    pieces = [
-        textwrap.wrap(part, width - 2, initial_indent="  ", subsequent_indent="  ") or [""]
-        for part in clean
-    ]
-    return [piece for some in pieces for piece in some]
+def chat(refs: list[ModelRef], decoding: Decoding, options: argparse.Namespace) -> None:
+    """Chat turn by turn, until /quit or the end of the input."""
+    from plumb.rollouts.chat import Chat, speaker
+    from plumb.rollouts.sampling import open_policy
 
-
-def chat(ref: ModelRef, decoding: Decoding, options: argparse.Namespace) -> None:
-    """Chat turn by turn, until `quit` or the end of the input; `clear` forgets the conversation."""
-    from plumb.models.find import template_of
-    from plumb.rollouts.hf_engine import answers
-    from plumb.rollouts.sampling import longest_prompt, open_policy
-
-    model = open_policy(ref, options.device)
-    template = template_of(ref, options.chat_template, model.tokenizer)
-    tokenizer, room = model.tokenizer, longest_prompt(model, decoding)
-    add_bos = bool(ref.config.get("add_bos", True))
-    if (template or own_template(tokenizer)) == HH_TEMPLATE:
-        # otherwise a model continues and speaks for both
-        decoding = replace(decoding, stop=(*decoding.stop, "\n\nHuman:"))
-    messages: list[dict[str, str]] = []
-    print(f"{ref.name}; quit ends, clear forgets", flush=True)
-    for turn in range(2**31):
+    speakers = []
+    for ref in refs:
+        if ref is not refs[0]:
+            say_loading(ref.name)
+        speakers.append(speaker(open_policy(ref, options.device), decoding, options.chat_template))
+    conversation = Chat(speakers, options.seed)
+    print(conversation.greeting(), flush=True)
+    while True:
         print("> ", end="", flush=True)
         text = sys.stdin.readline()
-        if not text or text.strip() == "quit":
+        reply = conversation.reply(text) if text else None
+        if reply is None:
             print(end="" if text else "\n")
             return
-        if text.strip() in ("", "clear"):
-            messages = [] if text.strip() else messages
-            continue
-        messages += prompts.user_turn(text.strip())
-        for dropped in range(0, len(messages), 2):
-            text = prompts.rendered(prompts.Prompt(messages[dropped:], "chat"), tokenizer, template)
-            ids, cut = prompts.token_ids(text, tokenizer, add_bos, room)
-            if not cut:
-                break
-        messages = messages[dropped:]
-        if dropped:
-            print(f"(only {room} tokens fit; the oldest turns are dropped: {dropped // 2})")
-        if cut:
-            print(f"(too long: only {room} tokens fit; only its end is read)")
-        ((answer,),) = answers(
-            model.model, tokenizer, [ids], decoding, batch_size=1, seed=options.seed + turn
-        )
-        messages.append({"role": "assistant", "content": answer.text.strip()})
-        print(
-            "\n".join(wrapped(answer.text, min(shutil.get_terminal_size().columns, 120))),
-            flush=True,
-        )
+        if reply:
+            print(reply, flush=True)
+
+
+def say_loading(name: str) -> None:
+    """Print what takes the first seconds."""
+    print(f"loading {name}", file=sys.stderr, flush=True)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -388,6 +410,7 @@ def check(options: argparse.Namespace) -> None:
         ("split", "test", options.dataset, "--dataset"),
         ("dataset_path", None, options.dataset, "--dataset"),
         ("eval_share", 0.1, options.dataset, "--dataset"),
+        ("plain_prompts", None, options.dataset, "--dataset"),
         ("format", "answers", options.out, "--out"),
         ("out", None, not options.chat, "all but --chat"),
         ("n_prompts", None, not options.chat, "all but --chat"),
@@ -406,10 +429,6 @@ def check(options: argparse.Namespace) -> None:
             f"{twice[0]}: given twice, so its answers could not be distinguished; give it once,"
             " and --n for more"
         )
-    if options.chat and len(options.models) > 1:
-        raise UserError(
-            f"--chat: talks to one model, but {len(options.models)} are given; give one"
-        )
     if options.format == "pairs" and (options.n != 2 or len(options.models) > 1):
         raise UserError(
             "--format pairs: needs --n 2 and one model, whose two answers form a line; set them"
@@ -420,7 +439,7 @@ def main(options: argparse.Namespace) -> None:
     """Run the command."""
     check(options)
     decoding = decoding_of(options)
-    prompt_list = [] if options.chat else prompts_of(options)
+    say_loading(options.models[0])  # and torch, which takes as long
 
     from plumb.models.find import find_model
 
@@ -433,7 +452,8 @@ def main(options: argparse.Namespace) -> None:
                 f"{ref.name}: a reward model, which gives scores, not answers; give a policy"
             )
     if options.chat:
-        return chat(models[0], decoding, options)
+        return chat(models, decoding, options)
+    prompt_list = prompts_of(options, models)
     shown: list[list[tuple[dict[str, Any], list[Answer]]]] = [[] for _ in models]
     with new_file(options.out, "--out") if options.out else nullcontext() as file:
         for ref, rows in zip(models, shown, strict=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from plumb.data.files import Text, read_file
-from plumb.data.registry import get_dataset
+from plumb.data.registry import DataSet
 from plumb.data.token_text import encode_prompt
 from plumb.data.tokenization import automatic_bos, render
 from plumb.errors import UserError
@@ -108,11 +108,9 @@ def of_file(path: Path, field: str, raw: bool) -> Iterator[Prompt]:
         yield Prompt(text if rendered else user_turn(str(text)), row.source, more or None)
 
 
-def of_dataset(
-    name: str, split: str, path: str | None, eval_share: float, cache_dir: str
-) -> Iterator[Prompt]:
+def of_dataset(data: DataSet) -> Iterator[Prompt]:
     """Return a data set's prompts as in training: strings verbatim, or messages."""
-    for row in get_dataset(name, split, path=path, eval_share=eval_share, cache_dir=cache_dir).rows:
+    for row in data.rows:
         yield Prompt(row.prompt, row.source, row.more)
 
 

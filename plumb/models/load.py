@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -76,12 +77,23 @@ def load_config(config: DictConfig) -> Any:
         if spec.architecture:
             hf_config = AutoConfig.for_model(**to_dict(spec.architecture))
         else:
-            hf_config = AutoConfig.from_pretrained(
-                **locate(name), **source_trust.pinned(spec, name)
-            )
+            place = locate(name)
+            read = _config_of_gguf if "gguf_file" in place else AutoConfig.from_pretrained
+            hf_config = read(**place, **source_trust.pinned(spec, name))
         source_trust.check_settings(hf_config, _origin(config))
     no_dropout(hf_config)
     return hf_config
+
+
+def _config_of_gguf(pretrained_model_name_or_path: str, gguf_file: str, **_: Any) -> Any:
+    """Return what AutoConfig.from_pretrained does; it parses the file's vocabulary: here, once."""
+    changed = Path(pretrained_model_name_or_path, gguf_file).stat().st_mtime_ns
+    return copy.deepcopy(_parsed_gguf(pretrained_model_name_or_path, gguf_file, changed))
+
+
+@lru_cache(maxsize=4)
+def _parsed_gguf(folder: str, file: str, changed_ns: int) -> Any:
+    return AutoConfig.from_pretrained(folder, gguf_file=file)
 
 
 def load_policy(

@@ -10,11 +10,12 @@ from typing import Any
 
 from plumb.errors import UserError
 
-# The options of each mode besides n, max_new_tokens and stop, with their defaults.
+# The options of each mode besides n, max_new_tokens and stop, with their defaults. Sampling leaves
+# out the unlikely tokens, which small models give too much probability (arXiv:1904.09751).
 DRAW: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sample": DRAW,
+    "sample": {"temperature": 0.7, "top_k": 0, "top_p": 0.9},
     "beam": {"num_beams": 4},
     "beam-sample": {"num_beams": 4} | DRAW,
     "diverse-beam": {"num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0},

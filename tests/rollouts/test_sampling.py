@@ -4,12 +4,14 @@ definitions; sample.py.
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from omegaconf import OmegaConf
 from runs import run_of
 from tiny import CHAT, save_tiny_llama, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM
 import sample as command
 from plumb.data import prompts
 from plumb.errors import UserError
+from plumb.models.find import ModelRef, Opened
+from plumb.rollouts.chat import Chat, speaker
 from plumb.rollouts.hf_engine import Decoding, answers
 
 PROMPTS = [np.array(ids) for ids in ([40, 41, 42, 43, 44, 45, 46], [50, 51], [60, 61, 62, 60, 61])]
@@ -283,7 +287,7 @@ def test_models_side_by_side(tmp_path, capsys):
     settings = rows[0]["settings"]
     assert (
         settings["top_p"] == 0.9
-        and settings["temperature"] == 1.0
+        and settings["temperature"] == 0.7
         and settings["seed"] == 0
         and settings["transformers"]
     )
@@ -368,10 +372,69 @@ def test_a_chat(tiny_model, monkeypatch, capsys):
     run(tiny_model, "--chat", "--max-new-tokens", "60", "--device", "cpu", "--mode", "greedy")
     out = capsys.readouterr().out
     assert "oldest turns are dropped" in out and "(too long" in out and out.count("> ") == 7
+    assert "(begun again)" in out
     assert "never" not in str(read)
     # as they were answered
     lengths = {messages[-1]["content"][0]: len(messages) for messages in read}
     assert lengths["a"] == 1 and lengths["b"] == 3 and lengths["c"] < 5 and lengths["d"] == 1
+
+
+def chats(models, *lines):
+    """-> what is shown after each line"""
+    made = [speaker(one, Decoding("greedy", max_new_tokens=4).checked(), None) for one in models]
+    conversation = Chat(made, seed=0)
+    return conversation, [conversation.reply(line) for line in lines]
+
+
+def opened(name, model, tokenizer):
+    config = OmegaConf.create({"add_bos": False})
+    ref = ModelRef(name=name, config=config, archive=None, run_dir=None, scalar=False)
+    return Opened(ref, model, tokenizer)
+
+
+def test_a_chat_with_two_models(model, monkeypatch):
+    """Each continues its own conversation; /model chooses, /system begins again with a prompt,
+    and one that the template refuses is reported and changes nothing.
+    """
+    refuses = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}"
+    refuses += "{% endif %}" + CHAT.removeprefix("{% for m in messages %}")
+    two = [
+        opened(name, model, tiny_tokenizer(chat_template=template))
+        for name, template in (("a", CHAT), ("b", refuses))
+    ]
+    lines = ["hi", "/model b", "ho", "/model 3", "/model all", "/system be kind", "hey", "/what"]
+    conversation, shown = chats(two, *lines)
+    a, b = conversation.speakers
+    assert re.fullmatch(r"---- a\n(.*\n)*---- b(\n.*)*", shown[0])
+    assert shown[1] == "(b will answer)" and "---- a" not in shown[2]
+    assert shown[3] == "/model N, or /model all:\n  1  a\n  2  b"
+    assert shown[5] == "(begun again, with the system prompt: be kind)"
+    assert [m["content"] for m in a.messages[::2]] == ["hey"] and b.messages == []
+    assert "---- b\n(" in shown[6] and "none" in shown[6]
+    assert "/reset" in shown[7]
+    assert conversation.reply("/quit") is None and conversation.reply("") == ""
+
+
+@pytest.mark.parametrize("flags", [[], ["--plain-prompts", "verbatim"]])
+def test_a_data_set_is_read_as_by_the_run(tmp_path, capsys, flags):
+    """plain_prompts=chat makes a string a user's turn; two runs that differ are refused."""
+    base = save_tiny_llama(tmp_path / "base")
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    plain = run_of(tmp_path, base, weights, "plain")
+    chatty = run_of(tmp_path, base, weights, "chatty")
+    with open(chatty / "config.yaml", "a") as file:
+        file.write("plain_prompts: chat\nrole_map: {model: assistant}\n")
+    rows = [{"prompt": f"Say {i}", "chosen": " a", "rejected": " b"} for i in range(2)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = ["--dataset", data, "--eval-share", 1, "--max-new-tokens", 2, "--device", "cpu"]
+    out = tmp_path / "out.jsonl"
+    run(chatty, *how, *flags, "--out", out)
+    read = [json.loads(line) for line in out.read_text().splitlines()]
+    turn = read[0]["prompt"] == [{"role": "user", "content": "Say 0"}]
+    assert turn == (not flags) and (turn or read[0]["prompt"] == "Say 0")
+    with pytest.raises(UserError, match="chatty and .*plain read it in different ways"):
+        run(chatty, plain, *how)
 
 
 def test_the_tokenizers_own_template_comes_before_hh():

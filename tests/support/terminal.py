@@ -16,7 +16,7 @@ from warm import WarmServer, ask, read_number
 class Terminal:
     """A command that runs in a terminal of `columns` x 300 places."""
 
-    def __init__(self, warm: WarmServer, command, cwd, env, columns=80):
+    def __init__(self, warm: WarmServer, command, cwd, env, columns):
         master, slave = pty.openpty()
         size = array.array("H", [300, columns, 0, 0])
         fcntl.ioctl(slave, termios.TIOCSWINSZ, size)

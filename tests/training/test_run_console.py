@@ -8,6 +8,7 @@ from conftest import PATIENCE, ROOT
 from runs import DPO, FAST, records
 from terminal import Terminal
 
+COLUMNS = 80
 SLOW = """
 import time, trainers
 step = trainers.BasicTrainer.step
@@ -41,7 +42,7 @@ def terminal(tmp_path, data, tiny_model, here, warm):
             f"plugins=[{plugin}]",
             *overrides,
         ]
-        opened.append(Terminal(warm, command, ROOT, os.environ))
+        opened.append(Terminal(warm, command, ROOT, os.environ, COLUMNS))
         return opened[-1]
 
     yield start
@@ -59,8 +60,9 @@ def without_numbers(lines):
 
 
 def plain(lines, tmp_path):
-    """Return the lines without numbers, as they were before they were broken for the terminal."""
-    text = re.sub(r"\n  (?=\S)", " ", "\n".join(lines)).replace(str(tmp_path), "PATH")
+    """Return the lines without numbers, as they were before the terminal's edge broke them."""
+    text = "".join(line if len(line) == COLUMNS else f"{line}\n" for line in lines).strip()
+    text = re.sub(r"\n  (?=\S)", " ", text).replace(str(tmp_path), "PATH")
     return "\n".join(without_numbers(text.split("\n")))
 
 
