@@ -98,4 +98,5 @@ newer "$OUT/samples.jsonl" "$OUT/sft" "$OUT/$METHOD" ||
 echo "=== report"
 runs=("$OUT/sft" "$OUT/reward" "$OUT/$METHOD")
 [[ $METHOD != mpo ]] || runs+=("$OUT/mpo-dpo")
-"$PYTHON" report.py "${runs[@]}" --out "$OUT/report.html"
+"$PYTHON" report.py "${runs[@]}" --out "$OUT/report.html" --samples "$OUT/samples.jsonl" \
+    --figures "$OUT/winrate.json" "$OUT/sft.json" "$OUT/reward.json" "$OUT/$METHOD.json"

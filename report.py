@@ -21,6 +21,7 @@ from plumb.console import one_line, redact
 from plumb.errors import UserError
 from plumb.paths import new_file
 from plumb.reports import curves
+from plumb.reports.comparison import Figure, read_figures, read_side_by_side, short
 from plumb.reports.curves import colour, data_address, draw_each, named
 from plumb.reports.diagnosis import (
     Finding,
@@ -46,6 +47,20 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     options.add_argument(
+        "--figures",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="JSON of eval.py --out, score.py winrate --json or score.py pairs --json",
+    )
+    options.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="answers of several models to the same prompts, as sample.py --out writes them",
+    )
+    options.add_argument(
         "--out",
         type=Path,
         help=(
@@ -63,6 +78,10 @@ def main(options: argparse.Namespace) -> None:
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={out}: expected a name that ends in .html")
     findings = [diagnose(run) for run in runs]
+    figures = read_figures(options.figures)
+    answers = read_side_by_side(options.samples, MAX_SAMPLES) if options.samples else None
+    for figure in figures:
+        print(one_line(f"{short(figure.model)}: {figure.what}: {figure}"))
     for run, of_run in zip(runs, findings, strict=True):
         print(one_line(f"{run.name}: {verdict(run)}"))
         for line in (*run.notes, healthy(of_run)):
@@ -74,7 +93,7 @@ def main(options: argparse.Namespace) -> None:
                 one_line(f"      try: {f.remedy}"),
                 sep="\n",
             )
-    page = render(runs, findings)
+    page = render(runs, findings, figures, answers)
     with new_file(out, "--out", "wb") as file:
         # half a surrogate pair in a sample must not fail the report
         file.write(page.encode("utf-8", errors="replace"))
@@ -84,8 +103,15 @@ def main(options: argparse.Namespace) -> None:
     print(one_line(f"report: {out}"), one_line(f"curves: {picture}"), sep="\n")
 
 
-def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
-    """Return the page. All text is escaped when inserted, since samples may contain anything."""
+def render(
+    runs: Sequence[Run],
+    findings: Sequence[Sequence[Finding]],
+    figures: Sequence[Figure] = (),
+    answers: dict[str, Any] | None = None,
+) -> str:
+    """Return the page. `figures` and `answers` are what other commands measured, and come first.
+    All text is escaped when inserted, since samples may contain anything.
+    """
     folder = FileSystemLoader(Path(curves.__file__).parent)
     templates = Environment(
         loader=folder,
@@ -114,6 +140,8 @@ def render(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> str:
         evaluations=evaluations(table),
         parts=parts(table),
         samples=side_by_side(at_the_end(runs)),
+        figures=[(short(figure.model), figure.what, str(figure)) for figure in figures],
+        answers=answers,
         comparable=len(runs) > 1 and same_data(runs),
         several=len(runs) > 1,
     )
@@ -280,6 +308,7 @@ def side_by_side(titled: Sequence[tuple[str, list[Sample]]]) -> dict[str, Any]:
         "titles": [title for title, _ in titled],
         "rows": rows,
         "left_out": len(prompts) - len(rows),
+        "file": "samples.jsonl",
     }
 
 

@@ -186,3 +186,6 @@ def test_the_whole_chain(tmp_path, warm):
     page = (out / "report.html").read_text()
     assert all(f"{out}/{name}" in page for name in ("sft", "reward", "dpo"))
     assert "win rate" in done.stdout
+    assert f"dpo: wins against sft, as judged by reward: {figures['value']:.1%} [" in done.stdout
+    assert "The same prompts, answered by each" in page and "as judged by reward" in page
+    assert "accuracy: the chosen answer has the larger reward" in page

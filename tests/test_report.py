@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import report
-from plumb.reports import curves, diagnosis
+from plumb.errors import UserError
+from plumb.reports import comparison, curves, diagnosis
 from plumb.runs import history
 from plumb.settings import schema
 
@@ -137,6 +138,54 @@ def write(*runs, **options):
         report.parser().parse_args([*map(str, runs), *(f"--{k}={v}" for k, v in options.items())])
     )
     return Page(Path(options.get("out", runs[0] / "report.html")))
+
+
+def test_what_other_commands_measured_comes_first(tmp_path, runs, capsys):
+    """Win rates before accuracies, each with its interval: 8 of 10 by Wilson's formula; the same
+    prompts in one row, escaped like all text; a file that is something else is refused.
+    """
+    files = {
+        "winrate": {
+            "judge": "out/reward",
+            "baseline": "out/sft",
+            "win_rates": {
+                "out/dpo": {"value": 0.625, "low": 0.5, "high": 0.74, "n_prompts": 100, "wins": 60}
+            },
+        },
+        "dpo": {
+            "model": "out/dpo",
+            "examples": {"all": 10, "length 8-15": 4},
+            "metrics": {"rewards_eval/accuracies": 0.8, "loss/eval": 0.3},
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    answers = tmp_path / "answers.jsonl"
+    lines = [
+        {"prompt": prompt, "model": f"out/{model}", "answers": [f"{model} {HOSTILE[:20]}{i}"]}
+        for model in ("sft", "dpo")
+        for i, prompt in enumerate(["Why?", [{"role": "user", "content": "How?"}]])
+    ]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = runs[0] / "both.html"
+    words = [runs[0], "--out", out, "--samples", answers, "--figures"]
+    words += [tmp_path / f"{name}.json" for name in ("dpo", "winrate")]
+    report.main(report.parser().parse_args([*map(str, words)]))
+    page, said = Page(out), capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "dpo: wins against sft, as judged by reward: 62.5% [50.0%, 74.0%] of 100 prompts",
+        "dpo: accuracy: the chosen answer has the larger reward: 80.0% [49.0%, 94.3%] of 10"
+        " held-out examples",
+    ]
+    shown = " ".join(" ".join(page.text).split())
+    assert shown.index("What came of it") < shown.index("wins against sft") < shown.index("Diagn")
+    assert "prompt sft dpo Why? sft <script>alert(1)</sc0 dpo <script>alert(1)</sc0 How?" in shown
+    pairs = {"pairs": 4, "accuracy": 0.75, "accuracy_low": 0.3, "accuracy_high": 0.95}
+    (tmp_path / "pairs.json").write_text(json.dumps({"scorer": "rm", "figures": {"hh": pairs}}))
+    (figure,) = comparison.read_figures([tmp_path / "pairs.json"])
+    assert str(figure) == "75.0% [30.0%, 95.0%] of 4 pairs" and figure.what == "accuracy on hh"
+    with pytest.raises(UserError, match="--figures .*config.yaml: not what eval.py --out"):
+        write(runs[0], figures=runs[0] / "config.yaml")
 
 
 def test_a_page_that_stands_by_itself(runs, capsys, pictures):
