@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plumb.console import one_line, redact
 from plumb.errors import UserError
 from plumb.paths import new_file
-from plumb.reports import curves
+from plumb.reports import curves, interactive
 from plumb.reports.comparison import Figure, read_figures, read_side_by_side, short
 from plumb.reports.curves import colour, data_address, draw_each, named
 from plumb.reports.diagnosis import (
@@ -123,11 +123,23 @@ def render(
     templates.filters |= {"brief": brief}
     renamed = [named(run) for run in runs]
     table = columns(renamed)
+    plotly = interactive.library()
+    allowed, charts, scripts = "", [], []
+    if plotly is not None:
+        charts = interactive.charts(renamed)
+        scripts, allowed = interactive.scripts(plotly)
     return templates.get_template("report.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         made=datetime.now().astimezone().isoformat(timespec="seconds"),
         runs=[_of_run(i, run, findings[i]) for i, run in enumerate(runs)],
-        panels=[{"image": image, "alt": alt} for _, image, alt in draw_each(renamed)],
+        panels=[{"image": image, "alt": alt} for _, image, alt in draw_each(renamed)]
+        if plotly is None
+        else [],
+        charts=charts,
+        dashed=any(line["dash"] == "dash" for chart in charts for line in chart["traces"]),
+        chart_data=interactive.as_json({"panels": charts}),
+        scripts=scripts,
+        allowed_scripts=allowed,
         ratio=any(
             key.startswith("ratio_")
             for run in renamed

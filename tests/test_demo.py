@@ -114,7 +114,7 @@ def test_both_stages_and_the_summary(pictures, warm, tmp_path, monkeypatch, caps
     report.main(report.parser().parse_args([str(tmp_path / "dpo")]))
     page = (tmp_path / "dpo/report.html").read_text()
     missing = [
-        p.title for p in (*curves.LEARNING, *curves.FURTHER) if f'alt="{p.title} over' not in page
+        p.title for p in (*curves.LEARNING, *curves.FURTHER) if f'="{p.title} over' not in page
     ]
     assert not missing and "policy, after 32 examples" in page and "no metrics" not in page
     chain = history.lineage(history.read_run(tmp_path / "dpo"))

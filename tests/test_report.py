@@ -2,6 +2,8 @@
 trained, see test_demo.py.
 """
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -10,18 +12,20 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import made_up_runs as made_up
 import numpy as np
 import pytest
 
 import report
 from plumb.errors import UserError
-from plumb.reports import comparison, curves, diagnosis
+from plumb.reports import comparison, curves, diagnosis, interactive
 from plumb.runs import history
 from plumb.settings import schema
 
 ROOT = Path(__file__).parents[1]
+library = interactive.library
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\ud800\u202e\x00"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 def write_run(folder, loss="dpo", beta=0.1, archive=None, records=None, **files):
@@ -91,6 +95,12 @@ def write_run(folder, loss="dpo", beta=0.1, archive=None, records=None, **files)
 @pytest.fixture
 def runs(tmp_path):
     return [write_run(tmp_path / name, beta=beta) for name, beta in (("low", 0.05), ("high", 0.1))]
+
+
+@pytest.fixture(autouse=True)
+def without_plotly(monkeypatch):
+    """Pages have pictures; what is about curves with scripts brings plotly back."""
+    monkeypatch.setattr(interactive, "library", lambda: None)
 
 
 class Page(HTMLParser):
@@ -214,6 +224,43 @@ def test_a_page_that_stands_by_itself(runs, capsys, pictures):
     assert not re.search(r"https?://|<script|<link|@import|url\(", html), (
         "it would ask the network for something, or run it"
     )
+
+
+def test_curves_to_hover_over(runs, tmp_path, monkeypatch):
+    """The page holds plotly, its own script, and the numbers, and its policy allows these two
+    scripts by their digests: what a name or a sample holds stays text, and asks no network.
+    """
+    monkeypatch.setattr(interactive, "library", library)
+    hostile = write_run(tmp_path / "x<script>&", beta=0.2)
+    page = write(runs[0], hostile, out=tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = lambda script: base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = " ".join(f"'sha256-{digest(script)}'" for script in scripts)
+    assert len(scripts) == 2 and policy.endswith(f"; script-src {allowed}")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert page.tags.count("script") == 3 and not page.images
+    data = re.search(r'<script type="application/json" id="curves">(.*?)</script>', text, re.S)[1]
+    assert "<" not in data and "&" not in data
+    panels = json.loads(data)["panels"]
+    assert text.count("data-panel=") == len(panels) and text.count("data-run=") == 2
+    accuracy = next(p for p in panels if p["title"].startswith("reward accuracy"))
+    assert accuracy["level"] == 0.5 and not accuracy["log"]
+    raw, line, held_out = accuracy["traces"][:3]
+    assert [t["kind"] for t in accuracy["traces"]] == ["raw", "line", "held-out"] * 2
+    assert raw["x"][-1] == line["x"][-1] == 320 and line["share"][-1] == 100
+    assert line["y"][-1] == 0.9 and held_out["y"] == [0.85, 0.85]
+    assert accuracy["traces"][-1]["name"] == "x&lt;script&gt;&amp; held-out"
+    assert line["color"] == curves.colour(0) and accuracy["traces"][4]["color"] == curves.colour(1)
+
+
+def test_a_long_line_keeps_its_last_point():
+    run = made_up.run(n=5000)
+    loss, *_ = interactive.charts([curves.named(run)])
+    raw = loss["traces"][0]
+    assert len(raw["x"]) <= interactive.MAX_POINTS and raw["x"][-1] == run.steps[-1]["step"]
+    assert raw["y"][-1] == pytest.approx(run.steps[-1]["loss/train"], rel=1e-5)
 
 
 def test_what_samples_hold_is_shown_and_not_run(runs):
@@ -415,6 +462,40 @@ def test_what_is_drawn(runs):
     assert {"kl/policy", "learning rate"}.isdisjoint(
         p.title for p in curves.panels([run], further=False)
     )
+
+
+def test_a_legend_names_only_what_is_drawn(runs):
+    """Log-probabilities of the chosen answers alone, as of SFT beside a list loss."""
+    run = curves.named(history.read_run(runs[0]))
+    for step in run.steps:
+        step["logps_train/chosen"] = -40.0
+    with curves._figure(1, 1) as (_, axes):
+        curves._draw(axes[0, 0], curves.LOGPS, [run])
+        legend = axes[0, 0].get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == ["chosen"]
+
+
+def test_learning_rate_and_memory_are_drawn_as_they_are():
+    run = made_up.run(n=100)
+    for i, step in enumerate(run.steps):
+        step["lr"] = 1e-5 * (i >= 50)
+    rate = next(p for p in curves.FURTHER if p.title == "learning rate")
+    with curves._figure(1, 1) as (_, axes):
+        curves._draw(axes[0, 0], rate, [run])
+        (line,) = axes[0, 0].get_lines()
+    assert line.get_ydata().tolist() == [1e-5 * (i >= 50) for i in range(100)]
+
+
+def test_sft_has_its_loss_once(tmp_path):
+    """Its loss is the negative log-probability of its answers, unless averaged over tokens."""
+    records = [
+        {"step": 8 * i, "loss/train": 9.0 - i, "logps_train/chosen": i - 9.0} for i in (1, 2)
+    ]
+    run = history.read_run(write_run(tmp_path / "sft", loss="sft", records=records))
+    titles = lambda run: [p.title for p in curves.panels([curves.named(run)])]
+    assert titles(run) == ["sft loss"]
+    run.steps[1]["loss/train"] = 0.5
+    assert titles(run) == ["sft loss", "log-probability (nats)"]
 
 
 def test_the_moving_average_stands_in_the_panels_of_the_policy(tmp_path, pictures):

@@ -26,13 +26,17 @@ class Panel(NamedTuple):
     lines: Mapping[str, str]  # label of a line -> its metric, `{}` stands for train or eval
     level: float | None = None  # a value to compare with, as a dotted line
     log: str = ""  # logarithmic if the "values" differ tenfold, or those of the "runs" do
+    raw: bool = False  # each value as it is: no running mean
 
 
+LOGPS = Panel(
+    "log-probability (nats)", {"chosen": "logps_{}/chosen", "rejected": "logps_{}/rejected"}
+)
 LEARNING = [
     Panel("rewards", {"chosen": "rewards_{}/chosen", "rejected": "rewards_{}/rejected"}, 0.0),
     Panel("reward margin", {"": "rewards_{}/margins"}, 0.0),
     Panel("reward accuracy (dotted: chance)", {"": "rewards_{}/accuracies"}, 0.5),
-    Panel("log-probability (nats)", {"chosen": "logps_{}/chosen", "rejected": "logps_{}/rejected"}),
+    LOGPS,
 ]
 # of a run on the policy's own responses
 ROLLOUTS = [
@@ -49,12 +53,12 @@ FURTHER = [
         0,
     ),
     Panel("gradient norm, before clipping", {"": "grad_norm"}, log="values"),
-    Panel("learning rate", {"": "lr"}, log="runs"),
+    Panel("learning rate", {"": "lr"}, log="runs", raw=True),
     Panel("tokens per second", {"": "tokens_per_second"}),
-    Panel("peak memory (GB)", {"": "peak_memory_gb"}),
+    Panel("peak memory (GB)", {"": "peak_memory_gb"}, raw=True),
 ]
-# Colour-blind readers can distinguish them (Okabe and Ito). In a single run, chosen is green and
-# rejected red.
+# Colour-blind readers can distinguish them (Okabe and Ito). In a single run, chosen is blue and
+# rejected vermilion.
 COLOURS = (
     "#0072B2",
     "#E69F00",
@@ -67,7 +71,7 @@ COLOURS = (
     "#000000",
     "#7B3294",
 )
-CHOSEN, REJECTED = "#009E73", "#D55E00"
+CHOSEN, REJECTED = "#0072B2", "#D55E00"
 STYLES: tuple[Any, Any] = ("-", (0, (4, 2)))
 # share of the steps that a running mean covers, so that the trend shows through the noise of single
 # batches
@@ -134,7 +138,24 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
             metric = f"{head}/{{}}" if tail == "eval" else f"{head[:-5]}_{{}}/{tail}"
             candidates.append(Panel(metric.format("").replace("_/", "/").strip("/"), {"": metric}))
     has = lambda metric: metric.format("train") in present or metric.format("eval") in present
-    return [p for p in candidates if any(map(has, p.lines.values()))]
+    shown = [p for p in candidates if any(map(has, p.lines.values()))]
+    if all(map(_loss_is_logp, runs)):  # of SFT: the two panels would be each other's mirror image
+        shown = [panel for panel in shown if panel is not LOGPS]
+    return shown
+
+
+def _loss_is_logp(run: Run) -> bool:
+    """Return whether a run (as `named`) has no other loss than the negative log-probability of its
+    answers.
+    """
+    name = f"loss {run.setting('loss.name', 'of unknown kind')}"
+    both = [
+        (record[f"{name}/{split}"], record[logp])
+        for record in (*run.steps, *run.evaluations)
+        for split in ("train", "eval")
+        if (logp := f"logps_{split}/chosen") in record and f"{name}/{split}" in record
+    ]
+    return bool(both) and all(abs(loss + logp) <= 1e-6 * abs(loss) for loss, logp in both)
 
 
 def draw_curves(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
@@ -236,7 +257,6 @@ def _figure(n_rows: int, n_columns: int) -> tuple[Any, Any]:
 
 
 def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
-    lows, highs = [], []
     for i, run in enumerate(runs):
         for (label, metric), style in zip(panel.lines.items(), STYLES, strict=False):
             own = (
@@ -247,16 +267,17 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
             steps, values = points(run.steps, metric.format("train"))
             stride = -(-len(steps) // MAX_POINTS) or 1
             if len(steps):
-                axis.plot(steps[::stride], values[::stride], color=own, alpha=0.25, linewidth=0.8)
+                if not panel.raw:
+                    axis.plot(
+                        steps[::stride], values[::stride], color=own, alpha=0.25, linewidth=0.8
+                    )
                 axis.plot(
                     steps[::stride],
-                    running_mean(values)[::stride],
+                    (values if panel.raw else running_mean(values))[::stride],
                     color=own,
                     linewidth=1.8,
                     linestyle=style,
                 )
-                lows.append(values.min())
-                highs.append(values.max())
             for name, (marker, _) in HELD_OUT.items():
                 steps, values = points(run.evaluations, metric.format(name))
                 if not len(steps):
@@ -273,8 +294,7 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
                 )
     if panel.level is not None:
         axis.axhline(panel.level, color="#777777", linewidth=0.9, linestyle=":", zorder=0)
-    low = min({"values": lows, "runs": highs}.get(panel.log, []), default=0)
-    if low > 0 and max(highs) > 10 * low:
+    if logarithmic(panel, runs):
         axis.set_yscale("log")
     _legend(axis, panel, runs)
     axis.set_title(panel.title, fontsize=10)
@@ -284,12 +304,27 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
     axis.grid(alpha=0.25)
 
 
+def logarithmic(panel: Panel, runs: Sequence[Run]) -> bool:
+    """Return whether a panel has a logarithmic scale: see `Panel.log`."""
+    lines = [
+        values
+        for run in runs
+        for metric in panel.lines.values()
+        if len(values := points(run.steps, metric.format("train"))[1])
+    ]
+    lows, highs = [v.min() for v in lines], [v.max() for v in lines]
+    low = min({"values": lows, "runs": highs}.get(panel.log, []), default=0)
+    return bool(low > 0 and max(highs) > 10 * low)
+
+
 def _legend(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
     """Draw the legend of the line styles; the runs' colours are explained elsewhere."""
     from matplotlib.lines import Line2D
 
     entries: dict[str, Any] = {}
-    for (label, _), style in zip(panel.lines.items(), STYLES, strict=False):
+    for (label, metric), style in zip(panel.lines.items(), STYLES, strict=False):
+        if not any(_has(run, metric) for run in runs):
+            continue
         own = (
             {"chosen": CHOSEN, "rejected": REJECTED}.get(label, colour(0))
             if len(runs) == 1
@@ -313,6 +348,12 @@ def _legend(axis: Any, panel: Panel, runs: Sequence[Run]) -> None:
             )
     if entries:
         axis.legend(entries.values(), entries.keys(), fontsize=7, loc="best", framealpha=0.6)
+
+
+def _has(run: Run, metric: str) -> bool:
+    """Return whether a run has a value of a metric to draw, of its steps or evaluations."""
+    of_splits = [(run.steps, "train"), *((run.evaluations, split) for split in HELD_OUT)]
+    return any(len(points(records, metric.format(split))[0]) for records, split in of_splits)
 
 
 def _safe(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from plumb.reports.curves import CHOSEN, REJECTED
 from plumb.scoring.intervals import calibration, wilson
 
 
@@ -21,24 +22,25 @@ def draw_evaluation(chosen: np.ndarray, rejected: np.ndarray, folder: Path, n_se
     finite = np.isfinite(chosen) & np.isfinite(rejected)
     if not finite.any():
         return
+    title = f"{finite.sum():,} held-out pairs, after {n_seen:,} training pairs"
     for name, draw in (("scores", draw_scores), ("calibration", draw_calibration)):
         draw(
             chosen[finite],
             rejected[finite],
             folder / f"{name}-{n_seen}.png",
-            f"after {n_seen:,} training pairs",
+            title,
         )
 
 
 def draw_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
-    """Draw a histogram of the scores [n] as a PNG: chosen green, rejected red, dashed lines at
-    their means.
+    """Draw a histogram of the scores [n] as a PNG: chosen blue, rejected vermilion, dashed
+    lines at their means.
     """
     figure, axis = _figure(title)
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=40)
     for scores, colour, label in (
-        (chosen, "tab:green", "chosen"),
-        (rejected, "tab:red", "rejected"),
+        (chosen, CHOSEN, "chosen"),
+        (rejected, REJECTED, "rejected"),
     ):
         axis.hist(
             scores, edges, color=colour, alpha=0.5, label=f"{label}, mean {scores.mean():.3g}"
