@@ -33,6 +33,7 @@ from plumb.reports.diagnosis import (
 )
 from plumb.runs.history import Record, Run, Sample, differences, lineage, read_runs
 from plumb.settings import cli, schema
+from plumb.settings.plugins import import_plugins
 
 # Which value is better, by the start of the metric's name; of others (a margin, a reward), more is
 # not better.
@@ -55,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
         help="JSON of eval.py --out, score.py winrate --json or score.py pairs --json",
     )
     options.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="import your own file with the runs' @loss; may be repeated",
+    )
+    options.add_argument(
         "--samples",
         type=Path,
         metavar="FILE",
@@ -73,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace) -> None:
     """Read the runs, print the summary, and write the page."""
+    import_plugins(options.plugin)
     runs = read_runs(options.runs, schema.bookkeeping)
     out = options.out or runs[0].path / "report.html"
     if out.suffix not in (".html", ".htm"):
@@ -124,10 +133,8 @@ def render(
     renamed = [named(run) for run in runs]
     table = columns(renamed)
     plotly = interactive.library()
-    allowed, charts, scripts = "", [], []
-    if plotly is not None:
-        charts = interactive.charts(renamed)
-        scripts, allowed = interactive.scripts(plotly)
+    charts = interactive.charts(renamed) if plotly is not None else []
+    scripts, allowed = interactive.scripts(plotly) if plotly is not None else ([], "")
     return templates.get_template("report.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         made=datetime.now().astimezone().isoformat(timespec="seconds"),

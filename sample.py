@@ -230,7 +230,7 @@ def reading_of(
     """Return how --dataset is read, and its field_map: as by the runs that the models come from.
     Raise UserError if these differ, since all models answer the same prompts.
     """
-    by_run = {}
+    by_run: dict[str, dict[str, Any]] = {}
     for ref in models:
         if ref.run_dir is not None:
             knobs = ["plain_prompts", "role_map"]

@@ -41,6 +41,7 @@ from plumb.scoring.winrates import (
 )
 from plumb.settings import cli
 from plumb.settings.cli import Parser, write_jsonl
+from plumb.settings.plugins import import_plugins
 from plumb.settings.schema import DTYPE_NAMES
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ OF_SCORERS = (
     "dtype",
     "device",
     "tokens_per_microbatch",
+    "plugin",
     *KNOBS,
 )
 OF_ENDPOINTS = ("judge_model", "judge_template", "key_env", "verdicts", "parallel", "timeout")
@@ -208,6 +210,12 @@ def _scorer_options(p: argparse.ArgumentParser) -> None:
         help="template for messages (default: the tokenizer's)",
     )
     g.add_argument("--tokens-per-microbatch", type=_count, metavar="N", help="(default: 8192)")
+    g.add_argument(
+        "--plugin",
+        action="append",
+        metavar="FILE",
+        help="import your own file with its @loss or @dataset; may be repeated",
+    )
 
 
 def _endpoint_options(p: argparse.ArgumentParser) -> None:
@@ -265,6 +273,7 @@ def scorer_of(options: argparse.Namespace, name: str) -> tuple[ModelRef, DictCon
     from plumb.models.find import find_model
     from plumb.scoring.scorers import knobs_of
 
+    import_plugins(options.plugin or [])
     ref = find_model(name, options.base, options.tokenizer, options.dtype)
     return ref, knobs_of(ref, {knob: getattr(options, knob, None) for knob in KNOBS})
 

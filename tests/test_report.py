@@ -18,6 +18,7 @@ import pytest
 
 import report
 from plumb.errors import UserError
+from plumb.losses import registry
 from plumb.reports import comparison, curves, diagnosis, interactive
 from plumb.runs import history
 from plumb.settings import schema
@@ -286,6 +287,30 @@ def test_several_runs_side_by_side(runs):
     assert "rewards_eval/accuracies 0.85 0.9 (best)" in page
     assert "rewards_eval/chosen 0.15 0.3 (best)" not in page  # more reward is not better
     assert "length 32-63 0.75 0.75" in page and "Samples at the end of each run" in page
+
+
+PLUGIN = """
+from plumb.losses import LossOutput, Pairs, loss
+
+@loss(group="pair", needs_reference=True)
+def from_a_plugin(policy: Pairs, reference: Pairs, *, beta: float) -> LossOutput:
+    '''A line.
+
+    Rewards: beta times a log-ratio.
+    '''
+    chosen = beta * (policy.chosen.sum - reference.chosen.sum)
+    rejected = beta * (policy.rejected.sum - reference.rejected.sum)
+    return LossOutput(rejected - chosen, chosen.detach(), rejected.detach())
+"""
+
+
+def test_the_loss_of_a_plugin_is_known_where_the_plugin_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "LOSSES", dict(registry.LOSSES))
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    run = write_run(tmp_path / "run", loss="from_a_plugin")
+    meaning = "Accuracy: the share of pairs whose chosen response has the larger reward"
+    assert meaning not in write(run)
+    assert meaning in write(run, plugin=tmp_path / "mine.py")
 
 
 def test_best_only_where_it_can_be_compared(tmp_path, runs):

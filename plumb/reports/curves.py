@@ -138,10 +138,10 @@ def panels(runs: Sequence[Run], further: bool = True) -> list[Panel]:
             metric = f"{head}/{{}}" if tail == "eval" else f"{head[:-5]}_{{}}/{tail}"
             candidates.append(Panel(metric.format("").replace("_/", "/").strip("/"), {"": metric}))
     has = lambda metric: metric.format("train") in present or metric.format("eval") in present
-    shown = [p for p in candidates if any(map(has, p.lines.values()))]
+    filled = [p for p in candidates if any(map(has, p.lines.values()))]
     if all(map(_loss_is_logp, runs)):  # of SFT: the two panels would be each other's mirror image
-        shown = [panel for panel in shown if panel is not LOGPS]
-    return shown
+        filled = [panel for panel in filled if panel is not LOGPS]
+    return filled
 
 
 def _loss_is_logp(run: Run) -> bool:
