@@ -494,10 +494,10 @@ def test_a_legend_names_only_what_is_drawn(runs):
     run = curves.named(history.read_run(runs[0]))
     for step in run.steps:
         step["logps_train/chosen"] = -40.0
-    with curves._figure(1, 1) as (_, axes):
-        curves._draw(axes[0, 0], curves.LOGPS, [run])
-        legend = axes[0, 0].get_legend()
-        assert [text.get_text() for text in legend.get_texts()] == ["chosen"]
+    _, axes = curves._figure(1, 1)
+    curves._draw(axes[0, 0], curves.LOGPS, [run])
+    legend = axes[0, 0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["chosen"]
 
 
 def test_learning_rate_and_memory_are_drawn_as_they_are():
@@ -505,9 +505,9 @@ def test_learning_rate_and_memory_are_drawn_as_they_are():
     for i, step in enumerate(run.steps):
         step["lr"] = 1e-5 * (i >= 50)
     rate = next(p for p in curves.FURTHER if p.title == "learning rate")
-    with curves._figure(1, 1) as (_, axes):
-        curves._draw(axes[0, 0], rate, [run])
-        (line,) = axes[0, 0].get_lines()
+    _, axes = curves._figure(1, 1)
+    curves._draw(axes[0, 0], rate, [run])
+    (line,) = axes[0, 0].get_lines()
     assert line.get_ydata().tolist() == [1e-5 * (i >= 50) for i in range(100)]
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from plumb.data.files import Text
 from plumb.errors import UserError
@@ -21,7 +22,8 @@ ACCURACIES = {
 }
 
 
-class Figure(NamedTuple):
+@dataclass(frozen=True)
+class Figure:
     """Hold a share that was measured, and of how many it is one."""
 
     model: str
@@ -58,19 +60,34 @@ def _figures(content: Mapping[str, Any]) -> list[Figure]:
     if "win_rates" in content:
         how = f"wins against {short(content['baseline'])}, as judged by {short(content['judge'])}"
         return [
-            Figure(name, how, Interval(w["value"], w["low"], w["high"]), w["n_prompts"], "prompts")
-            for name, w in content["win_rates"].items()
+            Figure(
+                model=name,
+                what=how,
+                share=Interval(rate["value"], rate["low"], rate["high"]),
+                n=rate["n_prompts"],
+                unit="prompts",
+            )
+            for name, rate in content["win_rates"].items()
         ]
     if "figures" in content:  # by data set
-        scorer = content["scorer"]
         return [
-            Figure(scorer, f"accuracy on {name}", _accuracy(f), f["pairs"], "pairs")
-            for name, f in content["figures"].items()
+            Figure(
+                model=content["scorer"],
+                what=f"accuracy on {name}",
+                share=_accuracy(of_set),
+                n=of_set["pairs"],
+                unit="pairs",
+            )
+            for name, of_set in content["figures"].items()
         ]
     n = content["examples"]["all"]
     return [
         Figure(
-            content["model"], what, wilson(content["metrics"][name] * n, n), n, "held-out examples"
+            model=content["model"],
+            what=what,
+            share=wilson(content["metrics"][name] * n, n),
+            n=n,
+            unit="held-out examples",
         )
         for name, what in ACCURACIES.items()
         if name in content["metrics"]

@@ -18,6 +18,8 @@ from plumb.console import quiet
 from plumb.paths import new_file
 from plumb.runs.history import Record, Run, is_evaluation, read_run
 
+WITHOUT_NOISE = {"lr", "peak_memory_gb"}
+
 
 class Panel(NamedTuple):
     """Describe one panel of the curves."""
@@ -26,7 +28,11 @@ class Panel(NamedTuple):
     lines: Mapping[str, str]  # label of a line -> its metric, `{}` stands for train or eval
     level: float | None = None  # a value to compare with, as a dotted line
     log: str = ""  # logarithmic if the "values" differ tenfold, or those of the "runs" do
-    raw: bool = False  # each value as it is: no running mean
+
+    @property
+    def raw(self) -> bool:
+        """Return whether each value is drawn as it is, without a running mean."""
+        return set(self.lines.values()) <= WITHOUT_NOISE
 
 
 LOGPS = Panel(
@@ -53,9 +59,9 @@ FURTHER = [
         0,
     ),
     Panel("gradient norm, before clipping", {"": "grad_norm"}, log="values"),
-    Panel("learning rate", {"": "lr"}, log="runs", raw=True),
+    Panel("learning rate", {"": "lr"}, log="runs"),
     Panel("tokens per second", {"": "tokens_per_second"}),
-    Panel("peak memory (GB)", {"": "peak_memory_gb"}, raw=True),
+    Panel("peak memory (GB)", {"": "peak_memory_gb"}),
 ]
 # Colour-blind readers can distinguish them (Okabe and Ito). In a single run, chosen is blue and
 # rejected vermilion.

@@ -71,7 +71,7 @@ def speaker(model: Opened, decoding: Decoding, chat_template: str | None) -> Spe
         # otherwise a model continues and speaks for both
         decoding = replace(decoding, stop=(*decoding.stop, "\n\nHuman:"))
     add_bos = bool(model.ref.config.get("add_bos", True))
-    return Speaker(model, template, decoding, room, add_bos)
+    return Speaker(model=model, template=template, decoding=decoding, room=room, add_bos=add_bos)
 
 
 class Chat:
