@@ -8,8 +8,12 @@ at most. Both sample from the same prompts, sorted by length, in float32, with t
 top-k nor top-p. Runs alternate; a run's speed is the number of sampled tokens, end tokens included,
 per second of this process's CPU time; with `--device cuda`, in bfloat16 and per second.
 
-Prints both medians with their spread (least and largest), and the tokens that an update computes
-for a prompt's responses: as a tree, and as rows of their own, with and without padding.
+Then, on a CPU, whole steps of GRPO, Plumb's train.py beside TRL's GRPOTrainer (whole_step.py): a
+rollout and an optimizer step on all its responses, without a reference. `--trl PYTHON` is an
+interpreter whose environment has trl 1.16.0; where there is none, TRL is skipped.
+
+Prints medians with their spread (least and largest), and the tokens that an update computes for a
+prompt's responses: as a tree, and as rows of their own, with and without padding.
 `--out FILE` also writes this to a file. `--smoke`: smaller.
 """
 
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,6 +35,8 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import whole_step
 
 from plumb.data.prompts import NumberedPrompt
 from plumb.rollouts.decoding import Decoding
@@ -55,6 +62,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--trl", default=sys.executable, help="Python with trl 1.16.0")
     at = parser.parse_args()
     if at.smoke:
         small = {"rounds": 1, "prompts": 2, "n": 2, "prompt_tokens": 12, "width": 16}
@@ -79,6 +87,8 @@ def main() -> None:
             speeds[name].append(speed)
             responses += lengths if contender is ours else []
     text = report(at, speeds, [len(p.ids) for p in prompts], responses)
+    if at.device == "cpu":
+        text += "\n\n" + whole_steps(at, model, ends, prompts)
     print(text)
     if at.out:
         at.out.write_text(text + "\n", encoding="utf-8")
@@ -173,6 +183,22 @@ def generate(
         return lengths
 
     return run
+
+
+def whole_steps(
+    at: argparse.Namespace, model: Any, ends: list[int], prompts: Sequence[NumberedPrompt]
+) -> str:
+    """Return the table of whole steps of GRPO."""
+    task = whole_step.Task(
+        model=model,
+        ends=ends,
+        prompts=[p.ids.tolist() for p in prompts],
+        n=at.n,
+        max_new_tokens=at.max_new_tokens,
+        rounds=at.rounds,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return whole_step.compare(task, Path(folder), at.trl, (at.n, len(prompts) * at.n))
 
 
 def timed(contender: Contender, i: int, clock: Callable[[], float]) -> tuple[Lengths, float]:

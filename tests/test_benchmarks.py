@@ -86,18 +86,41 @@ def test_adapters(benchmark, tiny_model, tmp_path):
 
 
 def test_rollouts(benchmark, tmp_path):
+    """Sampling, and whole steps of GRPO; TRL is skipped where it is not installed."""
     out = benchmark("rollouts.py", "--smoke", "--out", tmp_path / "rollouts.md")
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")]
-    named = {row[0].strip(): row[1] for row in rows}
-    assert float(named["Plumb"].replace(",", "")) > 0 and "transformers' generate" in named
+    sampling, step = (row for row in rows if row[0].strip() == "Plumb")
+    assert float(sampling[1].replace(",", "")) > 0 and float(step[4]) > 0
+    assert "| transformers' generate |" in out
+    assert "| TRL, microbatches of 2 |" in out or "TRL is not installed" in out
     assert (tmp_path / "rollouts.md").read_text() == out
 
 
 def test_random_walks(benchmark, tmp_path):
+    """Plumb learns; TRL is skipped where it is not installed."""
     out = benchmark(
         "random_walks.py", "--smoke", "--seeds", 0, "--losses", "rloo", "--out", tmp_path
     )
-    assert "| rloo | 0 |" in out and (tmp_path / "random_walks.png").is_file()
+    assert "| rloo | Plumb | 0 |" in out and (tmp_path / "random_walks.png").is_file()
+    assert "| rloo | TRL 1" in out or "TRL's rloo is skipped" in out
+
+
+def test_walks_from_held_out_nodes_are_taught(monkeypatch):
+    """All shortest walks from some prompt of the training pass through each of them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import walks
+
+    left = walks.nodes_to_goal()
+
+    def shortest(walk):
+        if walk[-1] == walks.GOAL:
+            return [walk]
+        near = [there for there in walks.graph()[walk[-1]] if left[there] < left[walk[-1]]]
+        return [further for there in near for further in shortest(walk + there)]
+
+    prompts = set(walks.NODES[1:]) - set(walks.HELD_OUT)
+    for node in walks.HELD_OUT:
+        assert any(all(node in walk for walk in shortest(prompt)) for prompt in prompts)
 
 
 def test_host_work(benchmark, tmp_path):
