@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,7 +87,6 @@ class Result(NamedTuple):
     # CPU time of each rollout (sampling, rewards, what the update needs of them), and of its steps
     rollout_secs: list[float]
     update_secs: list[float]
-    secs: float  # of the whole process, on the clock
 
     def samples_to(self, target: float) -> str:
         """Return the samples drawn until the first evaluation with this reward, from all nodes."""
@@ -195,7 +193,6 @@ def imitate(data: Path, seed: int, size: Size) -> Path:
 
 def learn(data: Path, sft: Path, loss: str, seed: int, size: Size, lr: float) -> Result:
     """Train an SFT run's policy on the reward of its own walks."""
-    start = time.perf_counter()
     run_dir = train(
         data,
         f"{loss}_{seed}",
@@ -240,7 +237,6 @@ def learn(data: Path, sft: Path, loss: str, seed: int, size: Size, lr: float) ->
         unseen=[r[unseen] for r in evaluations],
         rollout_secs=rollout_secs,
         update_secs=[a - b for a, b in zip(step_secs, rollout_secs, strict=True)],
-        secs=time.perf_counter() - start,
     )
 
 
@@ -265,9 +261,7 @@ def learn_trl(
     }
     given, out = data / f"trl_{loss}_{seed}.json", data / f"trl_{loss}_{seed}_out.json"
     given.write_text(json.dumps(setting), encoding="utf-8")
-    start = time.perf_counter()
     command(python, "benchmarks/trl_walks.py", loss, given, out)
-    secs = time.perf_counter() - start
     learned = json.loads(out.read_text(encoding="utf-8"))
     return Result(
         trainer=f"TRL {learned['version']}",
@@ -278,7 +272,6 @@ def learn_trl(
         unseen=[statistics.mean(of[node] for node in HELD_OUT) for of in learned["rewards"]],
         rollout_secs=learned["rollout_secs"],
         update_secs=learned["update_secs"],
-        secs=secs,
     )
 
 
@@ -318,13 +311,13 @@ def rewards_table(results: Sequence[Result]) -> str:
     """Return what each run has learned."""
     lines = [
         f"| loss | trainer | seed | reward before | after | from unseen nodes, before | after"
-        f" | samples to {TARGET} | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f" | samples to {TARGET} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(results, key=lambda r: (list(LOSSES).index(r.loss), r.trainer)):
         rewards = (r.all[0], r.all[-1], r.unseen[0], r.unseen[-1])
         cells = [r.loss, r.trainer, str(r.seed), *(f"{x:.2f}" for x in rewards)]
-        lines.append(f"| {' | '.join([*cells, r.samples_to(TARGET), f'{r.secs:.0f}'])} |")
+        lines.append(f"| {' | '.join([*cells, r.samples_to(TARGET)])} |")
     return "\n".join(lines)
 
 

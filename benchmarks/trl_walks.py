@@ -78,8 +78,9 @@ class Learned(NamedTuple):
     version: str
     rollouts: list[int]  # made until each evaluation
     rewards: list[dict[str, float]]  # of each first node then
-    rollout_secs: list[float]  # of each rollout: sampling, rewards, what the update needs of them
-    update_secs: list[float]  # of the optimizer steps on it
+    # CPU time of each rollout (sampling, rewards, what the update needs of them), and of its steps
+    rollout_secs: list[float]
+    update_secs: list[float]
 
 
 def main() -> None:
@@ -172,7 +173,11 @@ class Record(TrainerCallback):
         import trl
 
         return Learned(
-            trl.__version__, self.rollouts, self.rewards, self.rollout_secs, self.update_secs
+            version=trl.__version__,
+            rollouts=self.rollouts,
+            rewards=self.rewards,
+            rollout_secs=self.rollout_secs,
+            update_secs=self.update_secs,
         )
 
 
