@@ -1,14 +1,19 @@
 """Compare DPO of all weights with DPO of an adapter: `python benchmarks/adapters.py`.
 
-Trains the demo's model by SFT, then from its policy.pt by DPO: all weights, LoRA, rsLoRA, PiSSA and
-DoRA, each in a process of its own. `--model PATH --data FILE` takes another model, as it is, and
-other pairs instead. Prints a table of held-out accuracy and margin, trained weights, seconds, peak
-memory and the size of a checkpoint. `--out FILE` also writes it to a file; `--smoke`: smaller.
+Trains the demo's model by SFT, then from its policy.pt by DPO: all weights, LoRA, rsLoRA, PiSSA,
+DoRA, and LoRA on quantized weights if bitsandbytes is installed, each in a process of its own.
+`--model PATH --data FILE` takes another model, as it is, and other pairs instead. Prints a table of
+the loss of the first step, held-out accuracy and margin, trained weights, seconds, peak memory and
+the size of a checkpoint. `--only KIND` (as often as needed) leaves out the others; `--trl` adds
+TRL's DPOTrainer with peft (see trl_adapter.py). `--out FILE` also writes the table to a file;
+`--smoke`: smaller.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
@@ -33,7 +38,10 @@ KINDS = {
     ),
     "LoRA, PiSSA": (10, ["adapter=lora", "adapter_init=pissa"]),
     "DoRA": (10, ["adapter=dora"]),
+    "LoRA on nf4": (10, ["adapter=lora", "model.quantize=nf4"]),
+    "LoRA on int8": (10, ["adapter=lora", "model.quantize=int8"]),
 }
+TRL = "LoRA by TRL and peft"
 
 
 class Row(NamedTuple):
@@ -41,9 +49,10 @@ class Row(NamedTuple):
 
     kind: str
     lr: float
+    first_loss: float  # log 2 if the reference is the model that the run starts from
     accuracy: float
     margin: float
-    trained: int  # numbers in policy.pt
+    trained: int  # numbers that a checkpoint holds of the model
     secs: float
     memory_gb: float
     checkpoint_mb: float
@@ -56,9 +65,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="pairs (default: the demo's)")
     parser.add_argument("--lr", type=float, default=3e-5, help="of all weights")
     parser.add_argument("--pairs", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--held-out", type=int, default=256, help="most held-out pairs")
+    parser.add_argument("--only", action="append", choices=KINDS, help="kinds of runs")
+    parser.add_argument("--trl", action="store_true", help="needs --model, --data, and trl")
     parser.add_argument("--out", type=Path)
     at = parser.parse_args()
-    kinds = ["all weights", "LoRA"] if at.smoke else [*KINDS]
+    kinds = at.only or (["all weights", "LoRA"] if at.smoke else kinds_here())
     with tempfile.TemporaryDirectory() as folder:
         start = start_of(at.model, Path(folder), at.smoke)
         if at.data is not None:
@@ -67,11 +80,24 @@ def main() -> None:
         if at.smoke:
             n = 16
             start.append("n_eval_examples=16")
+        else:
+            start.append(f"n_eval_examples={at.held_out}")
+        warmup = min(10, n // at.batch_size // 4)
+        start += [f"batch_size={at.batch_size}", f"warmup_steps={warmup}"]
         rows = [measure(kind, at.lr, start, n, Path(folder)) for kind in kinds]
+        if at.trl:
+            factor, _ = KINDS["LoRA"]
+            rows.append(by_trl(factor * at.lr, start, n, Path(folder)))
     text = table(rows, n)
     print(text)
     if at.out:
         at.out.write_text(text + "\n", encoding="utf-8")
+
+
+def kinds_here() -> list[str]:
+    """Return the kinds of runs, without quantized ones where bitsandbytes is not installed."""
+    can = importlib.util.find_spec("bitsandbytes") is not None
+    return [kind for kind, (_, options) in KINDS.items() if can or "quantize" not in str(options)]
 
 
 def start_of(model: Path | None, folder: Path, smoke: bool) -> list[str]:
@@ -103,6 +129,7 @@ def measure(kind: str, lr: float, start: Sequence[str], n: int, folder: Path) ->
     return Row(
         kind=kind,
         lr=factor * lr,
+        first_loss=next(r["loss/train"] for r in metrics if "loss/train" in r),
         accuracy=last["rewards_eval/accuracies"],
         margin=last["rewards_eval/margins"],
         trained=sum(x.numel() for x in load_policy_state(str(run_dir)).values()),
@@ -112,18 +139,29 @@ def measure(kind: str, lr: float, start: Sequence[str], n: int, folder: Path) ->
     )
 
 
+def by_trl(lr: float, start: Sequence[str], n: int, folder: Path) -> Row:
+    """Train with TRL and peft on the examples of such a run, and return what that shows."""
+    overrides = [*start, f"lr={lr:g}", f"n_examples={n}", f"local_run_dir='{folder}/by_trl'"]
+    command = [sys.executable, "benchmarks/trl_adapter.py", str(folder), *overrides]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    secs = time.monotonic() - began
+    return Row(kind=TRL, lr=lr, secs=secs, **json.loads(done.stdout.splitlines()[-1]))
+
+
 def table(rows: Sequence[Row], n: int) -> str:
     """Return the rows as Markdown."""
     lines = [
         f"DPO on {n:,} pairs, live reference",
         "",
-        "| trained | lr | held-out accuracy | margin | numbers in policy.pt | seconds | peak GB |"
-        " checkpoint, MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trained | lr | loss of the first step | held-out accuracy | margin | numbers saved |"
+        " seconds | peak GB | checkpoint, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.kind} | {row.lr:g} | {row.accuracy:.3f} | {row.margin:.2f} | {row.trained:,} |"
-        f" {row.secs:.0f} | {row.memory_gb:.2f} | {row.checkpoint_mb:.2f} |"
+        f"| {row.kind} | {row.lr:g} | {row.first_loss:.6f} | {row.accuracy:.3f} |"
+        f" {row.margin:.2f} | {row.trained:,} | {row.secs:.0f} | {row.memory_gb:.2f} |"
+        f" {row.checkpoint_mb:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)
