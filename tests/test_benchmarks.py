@@ -85,6 +85,14 @@ def test_adapters(benchmark, tiny_model, tmp_path):
     assert (tmp_path / "adapters.md").read_text() == out
 
 
+def test_rounding(benchmark, tmp_path):
+    out = benchmark("rounding.py", "--smoke", "--out", tmp_path / "rounding.md")
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")][1:]
+    ends = {row[0].strip(): float(row[-1]) for row in rows}
+    assert len(ends) == 4 and all(0 < x < 1e4 for x in ends.values())
+    assert (tmp_path / "rounding.md").read_text() == out
+
+
 def test_rollouts(benchmark, tmp_path):
     """Sampling, and whole steps of GRPO; TRL is skipped where it is not installed."""
     out = benchmark("rollouts.py", "--smoke", "--out", tmp_path / "rollouts.md")
