@@ -338,7 +338,7 @@ def rows_of_fsdp(at: Place) -> list[Row]:
 ADAPTER_RUNS = {
     "all weights": ["lr=1e-5"],
     "LoRA": ["adapter=lora", "lr=1e-4"],
-    "QLoRA": ["adapter=lora", "lr=1e-4", "model.quantization=nf4"],
+    "QLoRA": ["adapter=lora", "lr=1e-4", "model.quantize=nf4"],
 }
 
 
@@ -346,7 +346,7 @@ def has_quantization() -> bool:
     from plumb.settings.schema import KNOBS
 
     library = importlib.util.find_spec("bitsandbytes") is not None
-    return "model.quantization" in KNOBS and library
+    return "model.quantize" in KNOBS and library
 
 
 def run_adapters(at: Place) -> None:
