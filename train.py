@@ -188,8 +188,10 @@ def train(config: DictConfig) -> None:
     it.
     """
     from plumb.distributed import collectives
+    from plumb.losses.registry import build_loss
     from plumb.models.export import export_run
     from plumb.runs import checkpoints, directory, identity
+    from plumb.training.saving import best_by
 
     import_plugins(config.plugins)
     config.local_run_dir = collectives.broadcast_object(config.local_run_dir)
@@ -208,7 +210,7 @@ def train(config: DictConfig) -> None:
                 run_dir,
                 checkpoint.path.name,
                 config.keep_checkpoints,
-                config.keep_best,
+                best_by(config, build_loss(to_dict(config.loss))),
             )
             # a kill may have prevented this
             collectives.from_rank0(finish)

@@ -108,7 +108,7 @@ def load_examples(
             f"datasets={list(config.datasets)}: no training example is left; see eval_share and"
             " data_rules"
         )
-    rank0_print(show_example(examples[0], tokenizer))
+    rank0_print(show_example(examples[0], tokenizer, sampled=group == "rollout"))
     held_back = _first(concatenate([part.examples for part in test.values()]), config)
     check_weights(examples)
     check_weights(held_back)
@@ -132,7 +132,7 @@ def load_held_out(
             f"datasets={list(config.datasets)}: nothing is held out; set eval_share or"
             " eval_datasets"
         )
-    rank0_print(show_example(examples[0], tokenizer))
+    rank0_print(show_example(examples[0], tokenizer, sampled=group == "rollout"))
     check_weights(examples)
     return examples
 
@@ -188,7 +188,13 @@ def _load_parts(
         stage = f"data_split={config.data_split} stage={config.stage}"
         rank0_print(
             describe(
-                name, train.get(name), test.get(name), config.data_rules, config.eos_in_text, stage
+                name,
+                train.get(name),
+                test.get(name),
+                config.data_rules,
+                config.eos_in_text,
+                stage,
+                sampled=group == "rollout",
             )
         )
         own = train[name].examples if name in train and name not in LOADERS else None
@@ -539,14 +545,19 @@ def describe(
     rules: Mapping[str, str],
     eos: str,
     stage: str = "",
+    sampled: bool = False,
 ) -> str:
     """Return the table printed once per data set before training: what is used, and how many
-    examples each case has.
+    examples each case has. `sampled`: responses are yet to be sampled.
     """
     columns = [(title, part) for title, part in (("train", train), ("eval", test)) if part]
     parts = [part for _, part in columns]
     examples = [part.examples for part in parts]
     unit = next((unit_of(some) for some in examples if some), "examples")
+    labels = {"response_truncated": "response truncated (EOS lost)"}
+    if sampled:
+        unit = UNITS["rollout"]
+        labels = {"empty_response": "without an answer", "response_truncated": "answer truncated"}
     rows = [(name, *(title for title, _ in columns), "")]
 
     def add(label: str, values: Iterable[int], rule: str = "") -> None:
@@ -555,11 +566,12 @@ def describe(
             rows.append((label, *(f"{n:,}" for n in numbers), rule))
 
     add(f"{unit} used", (len(some) for some in examples))
-    add("prompts", (len(np.unique(some.digest(0))) for some in examples))
+    add("different prompts" if sampled else "prompts", map(_n_prompts, examples))
     if any(part.n_prompts is not None for part in parts):
         add("  of all stages'", (part.n_prompts or 0 for part in parts), stage)
     add("prompt tokens", (int(some.lengths[:, 0].sum()) for some in examples))
-    add("response tokens", (int(some.lengths[:, 1:].sum()) for some in examples))
+    if not sampled:
+        add("response tokens", (int(some.lengths[:, 1:].sum()) for some in examples))
     stores = [part.store for part in parts if part.store]
     taken = [store.taken for store in stores]
     if any(taken):
@@ -567,14 +579,13 @@ def describe(
             ("split", *(name.partition(" ")[0] for name in taken), taken[0].partition(" ")[2])
         )
     for case, rule in rules.items():
-        note = " (EOS lost)" if case == "response_truncated" else ""
         kept = (
             {"strip": "kept, without the EOS", "keep": "kept"}[eos]
             if case == "eos_in_text"
             else "kept"
         )
         add(
-            f"  {case.replace('_', ' ')}{note}",
+            f"  {labels.get(case, case.replace('_', ' '))}",
             (part.cases[case] for part in parts),
             kept if rule == "keep" else "dropped",
         )
@@ -596,6 +607,10 @@ def describe(
         (f"the first bad row: {store.first_bad}" for store in stores if store.first_bad), ""
     )
     return "\n".join([*lines, *(f"  {note}" for note in (first_bad, unused_of(parts)) if note)])
+
+
+def _n_prompts(examples: Examples) -> int:
+    return len(np.unique(examples.digest(0)))
 
 
 def distributions(splits: Sequence[Examples]) -> list[tuple[str, list[str]]]:
@@ -686,21 +701,25 @@ def joint_note(name: str, examples: Examples, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+def show_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, sampled: bool = False
+) -> str:
     """Return the example as the model sees it: the text its ids decode to, including special
-    tokens.
+    tokens. `sampled`: its responses are yet to be sampled, so its own is only for rewards.
 
     The trained part is green on a terminal, and between [[ and ]] elsewhere.
     """
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    lines = [
-        f"first example ({example.source}), {len(example.prompt)} prompt tokens; trained:"
-        f" {on}marked{off}"
-    ]
+    first = f"first example ({example.source}), {len(example.prompt)} prompt tokens; "
+    if sampled:
+        on = off = ""
+    lines = [f"{first}{'responses are sampled' if sampled else f'trained: {on}marked{off}'}"]
     prompt = example.prompt.tolist()
     responses = [response.tolist() for response in example.responses]
+    if sampled:  # an end token alone is no answer
+        responses = [response for response in responses if len(response) > 1]
     lines.append("  " + decode([prompt], tokenizer)[0].replace("\n", "\n  "))
-    names = {1: ["target"], 2: ["chosen", "rejected"]}.get(
+    names = {1: ["answer, for rewards" if sampled else "target"], 2: ["chosen", "rejected"]}.get(
         len(responses), [f"rank {i}" for i, _ in enumerate(responses, 1)]
     )
     texts = continued(prompt, responses, tokenizer)

@@ -30,15 +30,16 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def rule(spec: str, where: str) -> OfOne:
-    """Return the reward of a rule, such as `length=200`. Raise UserError, which begins with
-    `where`, the knob, for a rule that does not exist.
+    """Return the reward of a rule, such as `length=200`, or `length:200`, which the command line
+    takes without quotation marks. Raise UserError, which begins with `where`, the knob, for a rule
+    that does not exist.
 
     >>> rule("number", "")(Answered("2 + 2 =", "It is 4.0.", "4", 5, "eos", "sums.jsonl:1"))
     1.0
     """
-    name, equals, text = spec.removeprefix("rule:").partition("=")
+    name, equals, text = (re.split("([=:])", spec.removeprefix("rule:"), maxsplit=1) + ["", ""])[:3]
     if name in ("contains", "longer", "shorter"):
-        score = judges.rule(f"rule:{name}{equals}{text}")
+        score = judges.rule(f"rule:{name}{equals and '='}{text}")
         return lambda answered: score(answered.response)
     if name in WITHOUT_TEXT and not equals:
         return WITHOUT_TEXT[name]

@@ -205,6 +205,11 @@ def in_one_line(error: Exception) -> str:
         known = f"no such file in config/{group}; it has: {', '.join(lines[2:])}"
         advice = f"; for a model of the hub, model.name_or_path={name}" if group == "model" else ""
         return f"{group}={name}: {known}{advice}"
+    if "no viable alternative at input" in lines[0] and "rule:" in lines[0]:
+        return (
+            f"{lines[0]}: inside braces, = needs quotation marks, {{rule: 'length=200'}}; or write"
+            " {rule: length:200}"
+        )
     kept = [
         line
         for line in lines

@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from plumb.console import rank, rank0_print
+from plumb.losses.registry import Loss
 from plumb.models.adapters import stored
 from plumb.runs import checkpoints, directory
 from plumb.runs.policy_file import as_in_2023
 from plumb.training.metrics import Record, TrainingLog
 from plumb.training.moving import PolicyAverage
 from plumb.training.optimizers import averages
+from plumb.training.rollouts import samples_responses
 from plumb.training.train_state import TrainState
 
 
@@ -134,6 +137,13 @@ class RunSaver:
         self.saved = checkpoint.path.name
         self.saver.secs = manifest.save_secs
         self.n_bytes = sum(file.bytes for file in manifest.files.values())
+
+
+def best_by(config: DictConfig, loss: Loss) -> str | None:
+    """Return the metric that decides which checkpoint is best; None: none does."""
+    if config.keep_best != "auto":
+        return config.keep_best
+    return "rollout_eval/reward" if samples_responses(config, loss) else "loss/eval"
 
 
 def parts_of_2023(

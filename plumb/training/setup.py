@@ -48,7 +48,7 @@ from plumb.training.rollout_evaluator import RolloutEvaluator
 from plumb.training.rollouts import make_rollouts, samples_responses
 from plumb.training.run_evaluator import EvalSampler, RunEvaluator
 from plumb.training.run_plan import RunPlan
-from plumb.training.saving import RunSaver, parts_of_2023
+from plumb.training.saving import RunSaver, best_by, parts_of_2023
 from plumb.training.throughput import Throughput
 from plumb.training.train_state import TrainState
 
@@ -351,7 +351,7 @@ def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Place
         run.run_dir,
         in_background=config.async_save,
         keep=config.keep_checkpoints,
-        best_by=config.keep_best,
+        best_by=best_by(config, run.loss),
     )
     return RunSaver(
         run_dir=run.run_dir,

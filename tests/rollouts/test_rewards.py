@@ -40,6 +40,8 @@ def answered(response, target="", n_tokens=4, ended="eos", prompt="2 + 2 =", sou
     [
         ("length=8", answered("", n_tokens=8), 0),
         ("length=8", answered("", n_tokens=6), -0.25),
+        ("length:8", answered("", n_tokens=6), -0.25),
+        ("contains:a=b:c", answered("so a=b:c."), 1),
         ("length=8", answered("", n_tokens=40), -1),
         (r"regex=^\s*\d+$", answered(" 12"), 1),
         (r"regex=^\s*\d+$", answered("twelve"), 0),

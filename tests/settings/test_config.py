@@ -338,7 +338,12 @@ ON_SAMPLES = {
     ("loss=grpo", "rollout=pairs", REWARD): "rollout.preferences=best-worst: makes pairs",
     ("loss=reward", "rollout=pairs", REWARD): "rollout.preferences=best-worst: this loss (reward)",
     ("loss=grpo", "rollout.pair_margin=1", REWARD): "rollout.pair_margin=1: is for",
-    ("loss=grpo", "keep_checkpoints=1", REWARD): "keep_best=loss/eval: a run on the policy's own",
+    (
+        "loss=grpo",
+        "keep_checkpoints=1",
+        "keep_best=loss/eval",
+        REWARD,
+    ): "keep_best=loss/eval: a run on the policy's own",
     ("loss=grpo", "rollout.n=1", REWARD): "rollout.n=1: a response is compared with others",
     ("loss=ppo", REWARD): "loss.critic=reward: begins as the reward model, and reward.terms has no",
     ("loss=grpo", "rollout.max_new_tokens=400", REWARD): "rollout.max_new_tokens=400: does not fit",

@@ -1,6 +1,7 @@
 """Runs that learn from the policy's own responses, through train.py."""
 
 import json
+import re
 
 import pytest
 from runs import records
@@ -95,3 +96,39 @@ def test_rewards_that_are_all_equal_are_counted(train, capsys):
     dropped = train("dropped", "loss=rloo", "loss.kl=none", "loss.beta=null", drop, *few)
     steps = [r for r in records(dropped) if "counters/updates" in r]
     assert len(steps) == 2 and all(r["grad_norm"] == 0 and "loss/train" not in r for r in steps)
+
+
+def test_the_best_checkpoint_is_that_of_the_held_out_reward(train):
+    """By default; of three checkpoints, the last and the best are kept."""
+    run = train(
+        "run",
+        "loss=rloo",
+        "reward.terms={long: {rule: longer}}",
+        "rollout.n=2",
+        "rollout.max_new_tokens=4",
+        "batch_size=4",
+        "n_examples=12",
+        "eval_every=4",
+        "lr=1e-2",
+        "warmup_steps=0",
+        "keep_checkpoints=1",
+    )
+    held_out = [r for r in records(run) if "rollout_eval/reward" in r and r["step"]]
+    rewards = {r["step"]: r["rollout_eval/reward"] for r in held_out}
+    best = max(rewards, key=rewards.get)
+    assert len(rewards) == 3 and best != 12
+    kept = {int(folder.name.removeprefix("step-")) for folder in run.glob("step-*")}
+    assert kept == {best, 12}
+
+
+def test_prompts_alone_are_shown_as_such(train, tmp_path, capsys):
+    """No target of an end token alone, and no empty response that was kept."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {i}."}}\n' for i in range(12)))
+    options = ["loss=rloo", "reward.terms={brief: {rule: length:2}}", "rollout.n=2"]
+    train("run", *options, f"datasets=[{file}]", "rollout.max_new_tokens=4", "n_examples=2")
+    out = capsys.readouterr().out
+    assert re.search(r"^prompts used +\d+ +\d+$", out, re.M), out
+    assert re.search(r"without an answer +\d+ +\d+ +kept", out)
+    assert "prompt tokens; responses are sampled\n" in out
+    assert "target" not in out and "empty response" not in out
