@@ -72,26 +72,15 @@ def linear_logps(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float = 1.0,
+    beside: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return log softmax((hidden @ weight.T + bias) / temperature)[target], with the softmax in
     float32.  [N, d], [V, d], [V], [N] -> [N], nats
 
     Computed in chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The
-    backward pass computes them again, unless their softmax fits in KEPT_BYTES.
-    """
-    return _linear(hidden, weight, bias, targets, temperature)
-
-
-def _linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    beside: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Return linear_logps, [N], or with a number `beside` it, [N, 2]: of the same distributions,
-    from their log-probabilities [rows, V], without a gradient.
+    backward pass computes them again, unless their softmax fits in KEPT_BYTES. With `beside`, a
+    number of each distribution from its log-probabilities [rows, V], the result is [N, 2]; the
+    second has no gradient.
     """
     hidden, weight = _autocast(hidden, weight)
     scale = 8 if hidden.is_cuda else 1
@@ -112,7 +101,7 @@ def linear_logps_and_entropy(
     """Return the log-probabilities of linear_logps beside the entropy of the distribution that they
     are of, which no gradient flows through.  -> [N, 2] nats
     """
-    return _linear(hidden, weight, bias, targets, temperature, entropy_of)
+    return linear_logps(hidden, weight, bias, targets, temperature, entropy_of)
 
 
 def entropy_of(logps: Tensor) -> Tensor:
@@ -138,7 +127,7 @@ def linear_logps_and_squares(
     """Return the log-probabilities of linear_logps beside log_squares of the same positions, which
     no gradient flows through.  -> [N, 2]
     """
-    return _linear(hidden, weight, bias, targets, 1.0, log_squares)
+    return linear_logps(hidden, weight, bias, targets, 1.0, log_squares)
 
 
 class Head(NamedTuple):
