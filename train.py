@@ -87,9 +87,10 @@ def run(config: DictConfig) -> None:
     try:
         loss = validate(config)
         if config.plan:
-            from plumb.planning import plan
+            from plumb.planning import answers, plan
 
-            rank0_print(plan.show(config, loss))
+            shown = plan.show if config.plan is True else answers.answer
+            rank0_print(shown(config, loss))
             return
         run_dir = prepare(config)
         if config.trainer == "BasicTrainer":

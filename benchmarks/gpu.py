@@ -342,7 +342,7 @@ ADAPTER_RUNS = {
 }
 
 
-def has_quantization() -> bool:
+def has_quantized_base() -> bool:
     from plumb.settings.schema import KNOBS
 
     library = importlib.util.find_spec("bitsandbytes") is not None
@@ -351,7 +351,7 @@ def has_quantization() -> bool:
 
 def run_adapters(at: Place) -> None:
     for name, options in ADAPTER_RUNS.items():
-        if name != "QLoRA" or has_quantization():
+        if name != "QLoRA" or has_quantized_base():
             run_train(at, name.replace(" ", "_"), *architecture(at), *options)
 
 
@@ -360,7 +360,7 @@ def rows_of_adapters(at: Place) -> list[Row]:
     rows = [row for name in ADAPTER_RUNS if (row := speed_and_memory(at, name.replace(" ", "_")))]
     for row in rows:
         row["ok"] = abs(row["first loss"] - math.log(2)) < 1e-6
-    if rows and not has_quantization():
+    if rows and not has_quantized_base():
         rows.append({"run": "QLoRA", "note": "not run: no quantized base, or no bitsandbytes here"})
     return rows
 

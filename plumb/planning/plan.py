@@ -144,10 +144,7 @@ def show(config: DictConfig, loss: Loss) -> str:
         else f"no change tried here makes it fit on up to {MOST_GPUS} GPUs"
     )
     lines.append(f"does not fit: needs {peak:.1f} of {limit:g} GB; {what}")
-    rows = [
-        (" ".join(f"{k}={_value(v)}" for k, v in change.items()), fix.memory.peak / 1e9)
-        for change, fix in fixes
-    ]
+    rows = [(as_options(change), fix.memory.peak / 1e9) for change, fix in fixes]
     width = max((len(text) for text, _ in rows), default=0)
     return "\n".join(
         lines
@@ -234,17 +231,23 @@ def read_data(config: DictConfig, loss: Loss) -> Data:
             raise
         why = f"{', '.join(remote)} not on this machine" if "hub" in str(problem) else str(problem)
     quarter = max(1, config.max_length // 4)
-    text = np.zeros(quarter, np.int32)
-    examples = [Example(text, (text,) * ASSUMED_RESPONSES[group], "")]
-    lengths, n_trees = _lengths(config, samples, examples)
     what = "prompts of" if samples else "prompt and response of"
     each = "" if samples else " each"
+    description = f"assumed: {what} {quarter} tokens{each}, a quarter of max_length ({why})"
+    return assumed_data(config, loss, quarter, quarter, description)
+
+
+def assumed_data(
+    config: DictConfig, loss: Loss, n_prompt: int, n_response: int, description: str
+) -> Data:
+    """Return examples whose prompts and responses all have these many tokens."""
+    samples = samples_responses(config, loss)
+    ids = np.zeros(n_prompt, np.int32), np.zeros(n_response, np.int32)
+    group = "rollout" if samples else loss.group
+    examples = [Example(ids[0], (ids[1],) * ASSUMED_RESPONSES[group], "")]
+    lengths, n_trees = _lengths(config, samples, examples)
     return Data(
-        examples=examples,
-        n=None,
-        description=f"assumed: {what} {quarter} tokens{each}, a quarter of max_length ({why})",
-        lengths=lengths,
-        n_trees=n_trees,
+        examples=examples, n=None, description=description, lengths=lengths, n_trees=n_trees
     )
 
 
@@ -600,6 +603,29 @@ def alternatives(
     """Return changes that make the run fit, each planned again: single changes, otherwise the first
     that suffice together, otherwise more GPUs.
     """
+    changes = savers(config, loss)
+
+    def fitting(some: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan]]:
+        plans = ((change, make_plan(changed(config, change), loss, model, data)) for change in some)
+        return [(change, plan) for change, plan in plans if plan.memory.peak <= gb(config) * 1e9]
+
+    together = [*accumulate(changes, lambda a, b: a | b)]
+    fixes = fitting(changes) or fitting(together)[:1]
+    n = layout_of(config).n_gpus
+    trainer = {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
+    nodes = {"plan_nodes": None} if config.plan_nodes else {}
+    sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
+    for base in ({}, *together[-1:]):  # as configured, or with all changes
+        more = next(
+            iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None
+        )
+        if more:
+            return [*fixes, more]
+    return fixes
+
+
+def savers(config: DictConfig, loss: Loss) -> list[dict[str, Any]]:
+    """Return the changes that save memory on the same GPUs, where the config leaves them."""
     changes: list[dict[str, Any]] = (
         [{"activation_checkpointing": True}] if config.activation_checkpointing is not True else []
     )
@@ -618,29 +644,10 @@ def alternatives(
         changes.append({"fsdp_reduce": "each"})
     if config.model.fsdp_policy_mp is None and config.model.policy_dtype == "float32":
         changes.append({"model.fsdp_policy_mp": "bfloat16"})
-
-    def fitting(some: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan]]:
-        plans = (
-            (change, make_plan(_changed(config, change), loss, model, data)) for change in some
-        )
-        return [(change, plan) for change, plan in plans if plan.memory.peak <= gb(config) * 1e9]
-
-    together = [*accumulate(changes, lambda a, b: a | b)]
-    fixes = fitting(changes) or fitting(together)[:1]
-    n = layout_of(config).n_gpus
-    trainer = {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
-    nodes = {"plan_nodes": None} if config.plan_nodes else {}
-    sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
-    for base in ({}, *together[-1:]):  # as configured, or with all changes
-        more = next(
-            iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None
-        )
-        if more:
-            return [*fixes, more]
-    return fixes
+    return changes
 
 
-def _changed(config: DictConfig, change: dict[str, Any]) -> DictConfig:
+def changed(config: DictConfig, change: dict[str, Any]) -> DictConfig:
     config = copy.deepcopy(config)
     for knob, value in change.items():
         OmegaConf.update(config, knob, value)
@@ -786,6 +793,11 @@ def _table(memory: Memory) -> list[str]:
         for kind, values in rows
     ]
     return lines + ([f"and {memory.host / 1e9:,.1f} GB of each node's RAM"] if memory.host else [])
+
+
+def as_options(change: dict[str, Any]) -> str:
+    """Return a change as it is added to a command."""
+    return " ".join(f"{knob}={_value(value)}" for knob, value in change.items())
 
 
 def _value(value: Any) -> str:

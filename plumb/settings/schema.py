@@ -101,6 +101,7 @@ SHARES: Check = (
     "three numbers, of which one is above 0, such as 5,0,5; or '{hh: [5,0,5]}'",
 )
 RULE = one_of("keep", "drop", "stop")
+QUESTIONS = ("fewest_gpus", "longest_rows", "largest_model")
 # what a loss of each group learns from the policy's own responses
 PREFERENCES = {
     "best-worst": "pair",
@@ -115,6 +116,10 @@ POSITIVE = number(lambda v: v > 0, "a number above 0")
 FINITE = number(lambda v: True, "a number")
 NOT_NEGATIVE = number(lambda v: v >= 0, "a number of at least 0")
 SHARE = number(lambda v: 0 < v <= 1, "a number in (0, 1]")
+PLAN: Check = (
+    lambda v: isinstance(v, bool) or v in QUESTIONS,
+    "true, false, " + ", ".join(QUESTIONS),
+)
 KEPT: Check = (
     lambda v: isinstance(v, bool) or (_is_number(v) and 0 < v < 1),
     "true, false, or a share in (0, 1)",
@@ -174,7 +179,7 @@ KNOBS: dict[str, Knob] = {
     "wandb.entity": Knob(maybe(TEXT), BOOKKEEPING, TRAIN),
     "wandb.project": Knob(TEXT, BOOKKEEPING, TRAIN),
     "wandb.aliases": Knob(one_of(None, "trl"), BOOKKEEPING, TRAIN),
-    "plan": Knob(FLAG, BOOKKEEPING, TRAIN, in_eval=False),
+    "plan": Knob(PLAN, BOOKKEEPING, TRAIN, in_eval=False),
     "plan_gpus": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
     "plan_nodes": Knob(maybe(whole(1)), BOOKKEEPING, TRAIN),
     "plan_gpu": Knob(one_of(*CARDS), BOOKKEEPING, TRAIN),

@@ -106,6 +106,8 @@ def unusual_values(loss: Loss, values: Mapping[str, Any], lr_factor: float = 1) 
 
 def check_knobs(config: DictConfig, trains: bool = True) -> None:
     """Check everything that does not need torch (a plugin may import it). Raises UserError."""
+    if config.plan == "largest_model" and OmegaConf.is_missing(config.model, "name_or_path"):
+        config.model.name_or_path = "any"  # the question is which
     # local_run_dir contains exp_name, which may be missing
     composed = OmegaConf.masked_copy(config, [str(k) for k in config if k != "local_run_dir"])
     missing = sorted(OmegaConf.missing_keys(composed))
