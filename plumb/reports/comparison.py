@@ -12,6 +12,7 @@ from typing import Any
 
 from plumb.data.files import Text
 from plumb.errors import UserError
+from plumb.runs.history import STAMP
 from plumb.scoring.intervals import Interval, wilson
 from plumb.scoring.sample_files import read_answers
 
@@ -130,11 +131,12 @@ def plain(prompt: Text) -> str:
 
 
 def short(model: str) -> str:
-    """Return a model's name without the folders before it; a checkpoint with its run.
+    """Return a model's name without the folders before it and the time in it; a checkpoint with
+    its run.
 
-    >>> short("runs/dpo"), short("runs/dpo/step-800/policy.pt"), short("gpt2")
+    >>> short("runs/dpo_2026-01-31_12-00-00"), short("runs/dpo/step-800/policy.pt"), short("gpt2")
     ('dpo', 'dpo/step-800', 'gpt2')
     """
-    parts = [part for part in model.split("/") if part not in ("", "policy.pt")]
+    parts = [STAMP.sub("", part) for part in model.split("/") if part not in ("", "policy.pt")]
     of_run = len(parts) > 1 and (parts[-1].startswith("step-") or parts[-1] == "LATEST")
     return "/".join(parts[-2:] if of_run else parts[-1:]) or model

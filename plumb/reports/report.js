@@ -28,7 +28,8 @@ function draw(axis) {
       hovermode: "x unified",
       hoverlabel: { namelength: 40, font: { size: 11 } },
       xaxis: { title: { text: axes[axis], font: { size: 11 } }, gridcolor: "#e6e8eb", zeroline: false },
-      yaxis: { type: panel.log ? "log" : "linear", gridcolor: "#e6e8eb", zeroline: false },
+      yaxis: { type: panel.log ? "log" : "linear", gridcolor: "#e6e8eb", zeroline: false,
+               exponentformat: "e" },
       shapes: panel.level === null ? [] : [level],
     }, { displayModeBar: false, responsive: true });
   });
