@@ -205,7 +205,6 @@ KNOBS = {
     "tokens_per_microbatch=0": ("tokens_per_microbatch=0", "at least 1", "null"),
     "compile=maybe": ("compile=maybe", "true or false"),
     "activation_checkpointing=2": ("activation_checkpointing=2", "a share in (0, 1)"),
-    "activation_checkpointing=0.5": ("activation_checkpointing=0.5", "compile=true"),
     "reference=never": ("reference=never", "auto, live, cached"),
     "reference=cached": (
         "reference=cached",

@@ -1,9 +1,12 @@
-"""Find a model's transformer blocks, and compile them."""
+"""Find a model's transformer blocks, compile them, and recompute them in the backward pass."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumb.errors import UserError
 
@@ -44,3 +47,32 @@ def compile_blocks(model: nn.Module, block: type[nn.Module], recompute: bool | f
     for module in model.modules():
         if isinstance(module, block):
             module.compile()
+
+
+def recompute_blocks(model: Any, kept: float) -> None:
+    """Let the model compute the activations of its blocks again in the backward pass, but those of
+    a share `kept` of the blocks, in [0, 1), evenly spread.
+
+    Raises UserError if there is a share, and the model's blocks cannot be told apart.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    if kept and not blocks:
+        raise UserError(
+            f"activation_checkpointing={kept}: the blocks of {type(model).__name__} are recomputed"
+            " all or none; set true or false"
+        )
+    for i, block in enumerate(blocks):
+        if int((i + 1) * kept) > int(i * kept):
+            block.gradient_checkpointing = False
+
+
+def recomputes_blocks(recompute: bool | float, compiled: bool) -> bool:
+    """Return whether activation_checkpointing means whole blocks: of compiled ones, a share is
+    chosen within each (see compile_blocks).
+    """
+    return recompute is True or (bool(recompute) and not compiled)

@@ -402,11 +402,6 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
         raise UserError(
             "n_epochs=null and n_examples=null: give one of them, or training would never end"
         )
-    if not isinstance(config.activation_checkpointing, bool) and not config.compile:
-        raise UserError(
-            f"activation_checkpointing={config.activation_checkpointing}: a share needs"
-            " compile=true"
-        )
     if config.trainer == "TensorParallelTrainer" and config.compile:
         raise UserError(
             "compile=true: trainer=TensorParallelTrainer does not compile; set it to false"

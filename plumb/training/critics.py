@@ -14,6 +14,7 @@ from plumb.console import rank0_print, to_dict
 from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import GaeRule
+from plumb.models.blocks import recompute_blocks, recomputes_blocks
 from plumb.models.draws import run_without_draws
 from plumb.models.find import find_model, open_model
 from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
@@ -22,6 +23,7 @@ from plumb.models.scalar_head import put_scalar_head
 from plumb.rollouts.critic import Critic
 from plumb.rollouts.gathered_engine import UnshardedCopy
 from plumb.rollouts.rewards import reward_model_of
+from plumb.training import budget
 from plumb.training.objective import Scorer
 from plumb.training.optimizers import make_optimizer
 
@@ -45,8 +47,8 @@ def make_critic(
         name = reward_model_of(to_dict(config.reward))
         model = of_reward_model(name, tokenizer, str(scorer.device))
     rank0_print(f"critic: from {name}")
-    if config.activation_checkpointing is True:
-        _recompute(model, scorer.device)
+    if recomputes_blocks(config.activation_checkpointing, config.compile):
+        _recompute(model, scorer.device, budget.kept(config))
     own = OmegaConf.merge(config, {"lr": rule.critic_lr, "head_lr": None})
     assert isinstance(own, DictConfig)
     return Critic(
@@ -96,12 +98,13 @@ def of_reward_model(name: str, tokenizer: PreTrainedTokenizerBase, device: str) 
     return model.requires_grad_(True)
 
 
-def _recompute(model: Any, device: torch.device) -> None:
-    """Make a critic compute its activations again in its backward pass. transformers does so in
+def _recompute(model: Any, device: torch.device, kept: float) -> None:
+    """Make a critic compute its activations again in its backward pass, but those of a share of its
+    blocks. transformers does so in
     train mode only, in which nothing of the critic may draw random numbers.
     """
     run_without_draws(model, device)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_blocks(model, kept)
     model.train()
 
 

@@ -26,7 +26,7 @@ from plumb.distributed import collectives, sharding
 from plumb.losses.registry import Loss
 from plumb.models import reference_cache
 from plumb.models.adapters import StartingPolicy
-from plumb.models.blocks import block_class, compile_blocks
+from plumb.models.blocks import block_class, compile_blocks, recompute_blocks, recomputes_blocks
 from plumb.models.draws import run_without_draws
 from plumb.models.forward_path import DTYPES, ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
@@ -143,8 +143,8 @@ def prepare(
     schedule = make_schedule(config, len(run.data.train))
     cost = sizing.cost_of(policy)
     block = block_class(policy, config.model.block_name) if config.compile else None
-    if config.activation_checkpointing is True:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recomputes_blocks(config.activation_checkpointing, config.compile):
+        recompute_blocks(policy, sizing.kept(config))
     policy = trainer.place(policy)
     reference_model = reference.model
     if reference_model is not None and not isinstance(reference_model, StartingPolicy):

@@ -1,0 +1,60 @@
+"""Blocks that are recomputed in the backward pass."""
+
+import pytest
+import torch
+from tiny import LLAMA, SIZES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from plumb.errors import UserError
+from plumb.models.blocks import recompute_blocks
+
+
+def llama(n_layers=6):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **(SIZES | LLAMA | {"num_hidden_layers": n_layers}))
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def saved_bytes(model):
+    """What autograd saves for the backward pass; and the gradients."""
+    size = 0
+
+    def keep(x):
+        nonlocal size
+        size += x.numel() * x.element_size()
+        return x
+
+    ids = torch.arange(40)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
+    loss.backward()
+    return size, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("kept", "blocks"),
+    [(0.0, []), (0.5, [1, 3, 5]), (1 / 3, [2, 5]), (0.25, [3]), (0.9, [1, 2, 3, 4, 5])],
+)
+def test_a_share_of_the_blocks_is_kept(kept, blocks):
+    """Evenly spread; what is saved grows by the same amount with each, and gradients stay."""
+    model = llama()
+    truth, gradients = saved_bytes(model)
+    model.zero_grad()
+    recompute_blocks(model, kept)
+    layers = model.model.layers
+    assert [i for i, b in enumerate(layers) if not b.gradient_checkpointing] == blocks
+    size, same = saved_bytes(model)
+    recompute_blocks(model, 0.0)
+    model.zero_grad()
+    least, _ = saved_bytes(model)
+    assert (size - least) * len(layers) == (truth - least) * len(blocks)
+    for a, b in zip(gradients, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_that_cannot_be_told_apart(monkeypatch):
+    model = llama(2)
+    monkeypatch.setattr(model, "gradient_checkpointing_enable", lambda **_: None)
+    with pytest.raises(UserError, match="activation_checkpointing=0.5: the blocks of LlamaFor"):
+        recompute_blocks(model, 0.5)
+    recompute_blocks(model, 0.0)
