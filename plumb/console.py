@@ -162,6 +162,13 @@ def as_shown(text: str, stream: TextIO) -> str:
     return "\n".join(line if len(line) <= width else wrap(line) for line in text.split("\n"))
 
 
+def bar_width() -> int:
+    """Return the columns of a progress bar. A typed ^C needs two places after it, or it would begin
+    a new line.
+    """
+    return shutil.get_terminal_size().columns - 4
+
+
 def on_terminal() -> bool:
     """Return whether both streams go to a terminal, so that a progress bar disturbs no log."""
     return sys.stdout.isatty() and sys.stderr.isatty()

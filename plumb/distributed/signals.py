@@ -67,6 +67,8 @@ def _handle(number: int, _frame: Any) -> None:
                 os._exit(exit_code(again))
             return
         state.at = time.monotonic()
+        if not state.has_launcher:
+            _tell(b"")
         raise Stopped(
             exit_code(number), f"stopped by {signal.Signals(number).name} before the first step"
         )

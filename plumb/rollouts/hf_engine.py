@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation import StoppingCriteriaList
 
-from plumb.console import quiet
+from plumb.console import bar_width, quiet
 from plumb.data.token_text import continued
 from plumb.errors import UserError
 from plumb.models.limits import positions_of
@@ -72,6 +72,7 @@ def answers(
             unit="batch",
             leave=False,
             disable=quiet(),
+            ncols=bar_width(),
         ):
             between()
             # [B, P]

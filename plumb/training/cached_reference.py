@@ -79,7 +79,7 @@ def _logps(
             " weights they came from are not kept; resume with the reference_cache of the"
             " run's start, or start a new run with reference=live"
         )
-    progress = tqdm(total=len(new), desc="reference", unit="example", disable=quiet())
+    progress = tqdm(total=len(new), desc="reference", unit="example", leave=False, disable=quiet())
     # an interrupted pass keeps the chunks that are done; each rewrites the file
     size = max(4096, len(new) // 64)
     for start in range(0, len(new), size):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch, by_example
-from plumb.console import quiet
+from plumb.console import bar_width, quiet
 from plumb.data.examples import Examples
 from plumb.data.tokenization import Example, trees_of
 from plumb.distributed import sharding
@@ -120,6 +120,7 @@ def evaluate(
         unit="batch",
         leave=False,
         disable=quiet(),
+        ncols=bar_width(),
     )
     for i, step in enumerate(shown):
         between()

@@ -45,7 +45,7 @@ def _fitted(
     scorer: Scorer, feed: Feed, indices: np.ndarray, is_primary_replica: bool
 ) -> torch.Tensor:
     """Return the head's weight that ranks these pairs best, and print how well it does."""
-    progress = tqdm(total=len(indices), desc="head", unit="pair", disable=quiet())
+    progress = tqdm(total=len(indices), desc="head", unit="pair", leave=False, disable=quiet())
     hidden = all_hidden(scorer, feed, indices, is_primary_replica, progress)  # [n, 2, d]
     progress.close()
     folds = torch.from_numpy(folds_of(feed.examples, indices))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from plumb.console import duration, on_terminal, rank0_print, shortened, significant
+from plumb.console import bar_width, duration, on_terminal, rank0_print, shortened, significant
 from plumb.losses.bound import Loss
 
 # what a loss's group calls one example
@@ -78,8 +78,11 @@ class Console:
         if loss.group == "single":
             self.unit_of_loss = f" nats/{'token' if loss.average_over == 'tokens' else 'answer'}"
         if on_terminal():
-            self.bar = tqdm(total=n_steps, initial=done, desc=loss.name, bar_format=HEAD)
-            self.below = tqdm(bar_format="{desc}")
+            width = bar_width()
+            self.bar = tqdm(
+                total=n_steps, initial=done, desc=loss.name, bar_format=HEAD, ncols=width
+            )
+            self.below = tqdm(bar_format="{desc}", ncols=width)
         start = time.monotonic()
         finished = False
         try:
@@ -109,8 +112,7 @@ class Console:
             fields = [f"step {done:,}/{self.n_steps:,}", *fields]
             rank0_print("  ".join((*fields, f"grad norm {significant(record['grad_norm'])}", left)))
             return
-        # a typed ^C needs two places after the bar, or it would begin a new line
-        width = shutil.get_terminal_size().columns - 4
+        width = bar_width()
         while len(fields) > 1 and len("  ".join(fields)) > width:
             fields.pop()
         self.bar.ncols = self.below.ncols = width

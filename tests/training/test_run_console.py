@@ -124,6 +124,20 @@ def test_ctrl_c_leaves_a_clean_screen(terminal, tmp_path):
     assert run.screen.cursor.x == 0
 
 
+def test_ctrl_c_before_the_first_step(terminal):
+    """During the first evaluation, whose bar is a third one: no part of any is left."""
+    run = terminal("n_epochs=30", "n_examples=null")
+    pressed = False
+    for lines in run.screens(PATIENCE):
+        if not pressed and any(" steps |" in line for line in lines):
+            run.press_ctrl_c()
+            pressed = True
+    assert run.exit_code() == 130
+    lines = run.lines()
+    assert not [line for line in lines if "█" in line or "^" in line or " steps |" in line]
+    assert any(line.startswith("stopped by SIGINT after step ") for line in lines)
+
+
 START = """\
 run        PATH/run
 model      MODEL: LlamaForCausalLM, N M parameters
