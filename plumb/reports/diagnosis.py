@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from plumb.console import shortened
 from plumb.reports.rollout_diagnosis import (
     all_equal,
     critic_explains_nothing,
@@ -484,7 +485,7 @@ def alike(run: Run) -> str:
         return ""
     return (
         f"{n} of {len(after)} prompts get"
-        f" {f'the same answer: {text[:60]!r}' if text else 'an empty answer'}"
+        f" {f'the same answer: {shortened(text, 60)!r}' if text else 'an empty answer'}"
     )
 
 

@@ -1,5 +1,6 @@
 """Log-probabilities, dropout, loading: on real tiny models of every family that has a config."""
 
+import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -367,3 +368,23 @@ def test_a_gguf_file_is_a_model(tmp_path, compose):
             policy.eval()(ids).logits, source(ids).logits, atol=1e-4, rtol=1e-4
         )
         policy.save_pretrained(tmp_path / "plain")  # no trace of quantisation is left
+
+
+def test_the_config_of_a_gguf_file_is_parsed_once(tmp_path, compose, monkeypatch):
+    """Each time anew it would take as long as its vocabulary is large; a file that has changed is
+    another one, and a caller may change what it gets.
+    """
+    from gguf_writer import write_gguf
+
+    write_gguf(tiny_model(), tmp_path / "tiny.gguf")
+    config = compose(f"model.name_or_path={tmp_path}/tiny.gguf")
+    parsed = []
+    parse = load.AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        load.AutoConfig, "from_pretrained", lambda *a, **k: parsed.append(a) or parse(*a, **k)
+    )
+    load.load_config(config).vocab_size = 1
+    assert load.load_config(config).vocab_size == 259 and len(parsed) == 1
+    os.utime(tmp_path / "tiny.gguf", (1, 1))
+    load.load_config(config)
+    assert len(parsed) == 2
