@@ -7,43 +7,33 @@ Groups have k = 2 samples, so the expectation over all 144^2 groups is exact: no
 chance. Steps follow the natural gradient, which changes the way to a fixed point but not the point.
 """
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from bandit import (
     BETA,
     REACHED,
     REFERENCE,
-    RESPONSE,
     REWARDS,
+    RIGHT,
     VOCABULARY,
     A,
+    Broken,
     by_token,
     distance,
     gibbs,
+    log_policy,
+    natural_step,
     random,
+    samples,
     tables,
+    to_learn,
 )
 from losses import knobs_of
 from torch import Tensor
 
 from plumb.losses import policy_gradient
-from plumb.losses.contract import Rollouts, TokenLogps
 from plumb.losses.registry import build_loss
 from plumb.rollouts.advantages import EPSILON, advantages
-
-
-class Broken(NamedTuple):
-    """Hold what a test breaks on purpose.
-
-    Example: advantages with the wrong sign: Broken(sign=-1.0).
-    """
-
-    sign: float = 1.0
-    temperature: float = 1.0  # of the sampling, not of the log-probabilities
-    mask: int = 2  # number of tokens of an answer that are trained
-    kl_scale: float = 1.0  # of what is taken off the reward
 
 
 def expected_advantages(bound, log_pi: Tensor, drawn: Tensor, kl_scale: float) -> Tensor:
@@ -55,9 +45,6 @@ def expected_advantages(bound, log_pi: Tensor, drawn: Tensor, kl_scale: float) -
     return torch.from_numpy(made.values)[:, 0].view(A, A) @ drawn.exp()
 
 
-RIGHT = Broken()
-
-
 def learned(name: str, broken: Broken = RIGHT, n_steps: int = 18, **knobs) -> Tensor:
     """Return log pi [A] after the loss's exact gradients of n_steps policies, each of which draws
     its own samples.
@@ -66,7 +53,7 @@ def learned(name: str, broken: Broken = RIGHT, n_steps: int = 18, **knobs) -> Te
     first, second = tables(REFERENCE)
     beta = bound.knobs["beta"]
     for _ in range(n_steps):
-        first, second = (x.detach().log_softmax(-1).requires_grad_() for x in (first, second))
+        first, second = to_learn(first, second)
         log_p = by_token(first.log_softmax(-1), second.log_softmax(-1))
         log_pi = log_p.detach().view(2, A).sum(0)
         drawn = (log_pi / broken.temperature).log_softmax(0)
@@ -76,31 +63,13 @@ def learned(name: str, broken: Broken = RIGHT, n_steps: int = 18, **knobs) -> Te
             samples(by_token(*tables(REFERENCE)), log_p.detach(), a, broken.mask),
         )
         (loss.losses * drawn.exp()).sum().backward()
-        p_first, p_second = first.detach().exp(), second.detach().exp()
-        rate = 0.5 / beta * len(log_p) / A / divisor(bound)
-        with torch.no_grad():
-            first -= rate * first.grad / p_first
-            second -= rate * second.grad / (p_first[:, None] * p_second)
-    return (
-        by_token(first.detach().log_softmax(-1), second.detach().log_softmax(-1)).view(2, A).sum(0)
-    )
+        natural_step((first, second), 0.5 / beta * len(log_p) / A / divisor(bound))
+    return log_policy(first.detach(), second.detach())
 
 
 def divisor(bound) -> float:
     """Return what makes steps of all normalizers as long as those of a sum over tokens."""
     return 2.0 if bound.knobs["normalizer"] == 1 else 1.0
-
-
-def samples(each: Tensor, old: Tensor, a: Tensor, mask: int = 2) -> Rollouts:
-    """Return every answer as one sample of a prompt of its own."""
-    n = mask * A
-    return Rollouts(
-        responses=TokenLogps(each[:n], RESPONSE[:n], A),
-        example=torch.arange(A),
-        n=A,
-        old=old[:n],
-        advantages=a,
-    )
 
 
 # the KL of the whole answer counts for each of its tokens

@@ -6,8 +6,6 @@ chance; the policy's steps follow the natural gradient, the critic's are half th
 returned on average. Both learn at once: at the end of the steps both are exact.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
@@ -16,40 +14,29 @@ from bandit import (
     FIRST,
     REACHED,
     REFERENCE,
-    RESPONSE,
     REWARDS,
+    RIGHT,
     VOCABULARY,
     A,
+    Broken,
     by_token,
     distance,
     gibbs,
+    log_policy,
+    natural_step,
+    samples,
     tables,
+    to_learn,
 )
 from losses import knobs_of
 from torch import Tensor
 
-from plumb.losses.contract import Rollouts, TokenLogps
 from plumb.losses.policy_gradient import k3
 from plumb.losses.registry import build_loss
 from plumb.rollouts import gae
 from plumb.rollouts.critic import value_losses
 
 LENGTHS = np.full(A, 2)
-
-
-class Broken(NamedTuple):
-    """Hold what a test breaks on purpose.
-
-    Example: advantages with the wrong sign: Broken(sign=-1.0).
-    """
-
-    sign: float = 1.0
-    mask: int = 2  # number of tokens of an answer that are trained
-    kl_scale: float = 1.0
-    critic: str = "learns"  # or "fixed", or "late": it has seen the token that it is to judge
-
-
-RIGHT = Broken()
 
 
 def interleaved(of_tokens: Tensor) -> np.ndarray:
@@ -65,7 +52,7 @@ def learned(broken: Broken = RIGHT, n_steps: int = 40, **knobs) -> Tensor:
     reference = by_token(first, second)
     values = torch.zeros(1 + VOCABULARY, dtype=torch.float64)
     for _ in range(n_steps):
-        first, second = (x.detach().log_softmax(-1).requires_grad_() for x in (first, second))
+        first, second = to_learn(first, second)
         log_p = by_token(first.log_softmax(-1), second.log_softmax(-1))
         old = log_p.detach()
         drawn = old.view(2, A).sum(0).exp()
@@ -82,14 +69,11 @@ def learned(broken: Broken = RIGHT, n_steps: int = 40, **knobs) -> Tensor:
             samples(reference, old, advantages, broken.mask),
         )
         (loss.losses * drawn).sum().backward()
-        p_first, p_second = first.detach().exp(), second.detach().exp()
-        with torch.no_grad():
-            first -= 0.5 / BETA * first.grad / p_first
-            second -= 0.5 / BETA * second.grad / (p_first[:, None] * p_second)
+        p_first = first.detach().exp()
+        natural_step((first, second), 0.5 / BETA)
         if broken.critic != "fixed":
             values = regressed(values, returns, drawn, p_first)
-    both = (x.detach().log_softmax(-1) for x in (first, second))
-    return by_token(*both).view(2, A).sum(0)
+    return log_policy(first.detach(), second.detach())
 
 
 def regressed(values: Tensor, returns: Tensor, drawn: Tensor, p_first: Tensor) -> Tensor:
@@ -100,19 +84,6 @@ def regressed(values: Tensor, returns: Tensor, drawn: Tensor, p_first: Tensor) -
     (losses * drawn.repeat(2)).sum().backward()
     often = torch.cat([torch.ones(1), p_first])
     return (values - 0.5 * values.grad / often).detach()
-
-
-def samples(each: Tensor, old: Tensor, advantages: Tensor, mask: int) -> Rollouts:
-    """Return every answer as one sample of a prompt of its own."""
-    n = mask * A
-    return Rollouts(
-        responses=TokenLogps(each[:n], RESPONSE[:n], A),
-        example=torch.arange(A),
-        n=A,
-        old=old[:n],
-        advantages=torch.zeros(A),
-        token_advantages=advantages[:n],
-    )
 
 
 @pytest.mark.parametrize("knobs", [{}, {"gae_lambda": 1.0}, {"gae_lambda": 0.5}])

@@ -3,11 +3,16 @@
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 from runs import records
 
 import score
+import trainers
+from plumb.batching.feed import Feed
 from plumb.errors import UserError
+from plumb.models.logps import response_token_logps
 
 REWARD = "reward.terms={brief: {rule: shorter, weight: 0.5}, exact: {rule: exact}}"
 FEW = [
@@ -132,3 +137,75 @@ def test_prompts_alone_are_shown_as_such(train, tmp_path, capsys):
     assert re.search(r"without an answer +\d+ +\d+ +kept", out)
     assert "prompt tokens; responses are sampled\n" in out
     assert "target" not in out and "empty response" not in out
+
+
+@pytest.fixture
+def trainer_of(train, monkeypatch):
+    """`trainer_of(name, *overrides)`: the trainer of a run, which has ended."""
+    made = []
+    init = trainers.BasicTrainer.__init__
+
+    def keeping(self, *arguments):
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "__init__", keeping)
+
+    def run(name, *overrides):
+        run_dir = train(name, *overrides)
+        return made[-1], run_dir
+
+    return run
+
+
+def test_the_temperature_divides_what_policy_gradients_read(trainer_of):
+    """A loss on pairs reads log-probabilities at temperature 1, whatever pairs are sampled at."""
+    few = [*FEW, "rollout.temperature=0.5", "n_examples=4", "lr=1e-6", "do_first_eval=false"]
+    trainer, run = trainer_of("pairs", *DPO_ONLINE, *few)
+    (record,) = records(run, "train")
+    lessons, scorer = trainer.train_feed.lessons, trainer.scorer
+    feed = Feed(lessons, trainer.packing, 0)
+    step = feed.step(np.arange(len(lessons)))
+    at = {1.0: 0.0, 0.5: 0.0}
+    for batch, _, _ in step.microbatches:
+        for temperature in at:
+            each = response_token_logps(scorer.policy, batch, scorer.forward_path, temperature)
+            at[temperature] += float(each.sum()[: len(batch.n_responses)].sum()) / len(lessons)
+    assert record["logps_train/chosen"] == pytest.approx(at[1.0], rel=1e-4)
+    assert abs(at[0.5] - at[1.0]) > 0.01
+    assert trainer_of("rloo", "loss=rloo", *few)[0].scorer.temperature == 0.5
+
+
+def test_a_prompt_without_tokens_is_refused(train, tmp_path):
+    """By its file and row, before the first step."""
+    file = tmp_path / "prompts.jsonl"
+    prompts = ["Say a.", "", *(f"Say {i}." for i in range(12))]
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    few = [REWARD, *FEW[1:], f"datasets=[{file}]", "eval_share=0.2", "add_bos=false"]
+    with pytest.raises(UserError, match="prompts.jsonl:2: the prompt has no tokens; write one"):
+        train("empty", "loss=rloo", *few)
+
+
+def test_a_reward_model_with_nan_is_refused(train):
+    """By the term's name, before anything is learned; nothing but the line is lost."""
+    model = train("rm", "loss=reward", "lr=1e-3", "batch_size=6", "n_examples=12")
+    file = (model / "LATEST/policy.pt").resolve()
+    stored = torch.load(file, weights_only=True)
+    stored["state"]["lm_head.weight"][0, 0] = float("nan")
+    torch.save(stored, file)
+    with pytest.raises(
+        UserError, match=r"^reward.terms.rm.model: .* holds NaN or infinity"
+    ) as line:
+        train("run", "loss=rloo", *FEW[1:], f"reward.terms={{rm: {{model: {model}}}}}")
+    assert "\n" not in str(line.value)
+
+
+def test_a_policy_that_never_ends(train):
+    """Each response has max_new_tokens tokens and no end; the penalty is taken off, and the run
+    goes on.
+    """
+    run = train("open", "loss=rloo", *FEW, "reward.missing_eos=5", "rollout.max_new_tokens=2")
+    rows = [r for r in records(run, "train") if "rollout_train/eos" in r]
+    assert all(r["rollout_train/eos"] == 0 and r["rollout_train/length"] == 2 for r in rows)
+    for r in rows:
+        assert r["rollout_train/reward_final"] == pytest.approx(r["rollout_train/reward"] - 5)
