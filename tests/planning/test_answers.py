@@ -106,12 +106,18 @@ def test_the_shapes_are_those_of_their_names():
             assert n / 1e9 == pytest.approx(published[shape.name], abs=1e-3)
 
 
+def of_docs(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_the_table_of_the_docs():
     """One cell of it, for all take minutes; `python docs/list_plans.py` writes it anew."""
     kind, n = "LoRA", 1
-    spec = importlib.util.spec_from_file_location("list_plans", ROOT / "docs/list_plans.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = of_docs("list_plans")
     page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
     table = page.partition(script.BEGIN)[2].partition(script.END)[0]
     model = script.MODELS[0]
@@ -119,3 +125,16 @@ def test_the_table_of_the_docs():
     cells = row.strip("| ").split(" | ")[2:]
     assert cells[script.GPUS.index(n)] == script.cell(model, kind, n)
     assert len(table.splitlines()) == 2 + len(script.MODELS) * len(script.KINDS)
+
+
+def test_the_recipes_of_the_docs(capsys):
+    """All commands, and the smallest recipe as it is planned; `python docs/list_recipes.py` writes
+    them anew.
+    """
+    script = of_docs("list_recipes")
+    page = (ROOT / "docs/hardware.md").read_text(encoding="utf-8").partition(script.MARK)[2]
+    recipes = [(machine, recipe) for machine in script.MACHINES for recipe in machine.recipes]
+    assert page.count("```bash") == len(recipes)
+    for _, recipe in recipes:
+        assert script.wrapped(recipe.options) in page
+    assert script.text(*recipes[0]) in page
