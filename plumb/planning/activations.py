@@ -15,7 +15,7 @@ import copy
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
+
+from plumb.models.offload import LEAST_BYTES
 
 NAME = "counted"
 PATIENCE_SECS = 30  # most models take 1 to 3; those that process a row token by token take minutes
@@ -45,11 +47,13 @@ def count(
     dtype: torch.dtype,
     autocast: torch.dtype | None,
     recompute: bool,
+    offload: bool = False,
 ) -> Held:
     """Return the most bytes that the body's forward and backward passes hold besides weights and
     gradients, which exist since an earlier microbatch. `shape`: rows, and tokens in each; `n_keys`:
     the keys of one row of trees, each prompt's counted once per response, or None for padded rows
-    through the model's own attention; `dtype`: the type in which the weights compute.
+    through the model's own attention; `dtype`: the type in which the weights compute;
+    `offload`: what autograd saves is elsewhere until the backward pass (see models/offload.py).
 
     Raises whatever the model's code raises where it reads data, or where its attention cannot be
     exchanged.
@@ -81,7 +85,10 @@ def count(
             row,
         ]
         with _Counter(present, hf_config.get_text_config().hidden_size) as counter:
-            with torch.autocast("cpu", autocast) if autocast else nullcontext():
+            with (
+                torch.autocast("cpu", autocast) if autocast else nullcontext(),
+                _elsewhere(present) if offload else nullcontext(),
+            ):
                 hidden = body(input_ids=row, use_cache=False, **trees)[0]
             hidden.backward(torch.empty_like(hidden))
     return counter.most
@@ -92,6 +99,30 @@ def blank_model(hf_config: Any, dtype: torch.dtype) -> Any:
     # a copy of the config, since a model writes the attention it uses into it
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
+
+
+class _Shape(NamedTuple):
+    """Hold what is left of an offloaded tensor on the device."""
+
+    size: torch.Size
+    dtype: torch.dtype
+
+
+def _elsewhere(present: Iterable[Tensor]) -> AbstractContextManager:
+    """Return a context in which tensors that autograd saves take no memory, but those of weights
+    and small ones.
+    """
+    weights = {id(x.untyped_storage()) for x in present}
+
+    def pack(x: Tensor) -> Tensor | _Shape:
+        if x.nbytes < LEAST_BYTES or id(x.untyped_storage()) in weights:
+            return x
+        return _Shape(x.size(), x.dtype)
+
+    def unpack(kept: Tensor | _Shape) -> Tensor:
+        return kept if isinstance(kept, Tensor) else torch.empty(kept.size, dtype=kept.dtype)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class _Counter(TorchDispatchMode):

@@ -382,6 +382,11 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     summed = decided.reduce_each
     dtype, autocast = (compute, None) if sharded or compute == weights else (weights, compute)
     held = count_body(model, steps.fullest, dtype, autocast, sizing.kept(config))
+    offloaded = 0.0
+    if config.activation_offload and held:
+        on_host = sum(held)
+        held = model.held(steps.fullest.shape, steps.fullest.n_keys, dtype, autocast, False, True)
+        offloaded = on_host - sum(held or ())
     text, n = model.config.get_text_config(), steps.fullest.n_scored
     assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(
         model.config, compute, sizing.kept(config)
@@ -402,6 +407,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
             else n * model.n_out * (2 * compute.itemsize + 2 * 4)
         ),  # logits in two precisions, and their gradients
     )
+    total = total._replace(host=total.host + offloaded)
     rollout = None
     if beside is not None:
         # FSDP casts its own modules only, and a critic is none of them

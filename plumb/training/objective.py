@@ -85,6 +85,8 @@ class Scorer:
     precision: Callable[[], AbstractContextManager]  # autocast, or nothing
     device: torch.device
     routers: Routers | None = None  # of the policy, if their balancing loss is part of the loss
+    # entered around the policy's forward pass: where its activations are kept
+    saving: Callable[[], AbstractContextManager] = nullcontext
     temperature: float = 1.0  # at which responses were sampled; divides log-probabilities by token
 
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
@@ -132,7 +134,7 @@ class Scorer:
         watched: AbstractContextManager[list[Tensor]] = (
             self.routers.watched() if self.routers else nullcontext([])
         )
-        with watched as logits, self.precision():
+        with watched as logits, self.precision(), self.saving():
             of_policy = read_responses(
                 self.loss.reads,
                 self.policy,

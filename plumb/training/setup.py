@@ -30,6 +30,7 @@ from plumb.models.blocks import block_class, compile_blocks, recompute_blocks, r
 from plumb.models.draws import run_without_draws
 from plumb.models.forward_path import DTYPES, ForwardPath
 from plumb.models.layout_probe import Precision, choose_forward_path, ordinary_ids
+from plumb.models.offload import activations_on_host
 from plumb.models.reference_cache import ReferenceCache
 from plumb.models.routers import Routers, routers_of
 from plumb.models.scalar_head import scores
@@ -189,6 +190,7 @@ def prepare(
         precision=computation.autocast,
         device=device,
         routers=routers,
+        saving=partial(activations_on_host, policy) if config.activation_offload else nullcontext,
         temperature=config.rollout.temperature if run.loss.group == "rollout" else 1.0,
     )
     rank = layout.rank if layout is not None else 0
