@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch
+from plumb.distributed import sharding
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Ptx:
     batch_size: int
     weight: float
     seed: int
-    device: torch.device
     logps: Callable[[Batch], Tensor]  # the sums of a batch's responses, with gradients.  -> [R]
+    backward: Callable[[Tensor], None]  # adds to the gradients, which a later pass reduces
+    n_copies: int = 1  # ranks that see the same rows
 
     def add(self, number: int) -> dict[str, float]:
         """Add the gradient of the batch of step `number`, from 0. Return the cross-entropy before
@@ -33,12 +35,13 @@ class Ptx:
         """
         step = self.feed.step(self.indices(number))
         n = step.lengths.n_scored()
-        total = torch.zeros((), device=self.device)  # read once: each reading waits for the device
+        parts = []  # read once: each reading waits for the device
         for batch, weight, _ in step.microbatches:
             nll = -weight * self.logps(batch).sum() / n
-            (self.weight * nll).backward()
-            total += nll.detach()
-        return {"ptx_train/nll": float(total)}
+            self.backward(self.weight * nll)
+            parts.append(nll.detach())
+        total = sharding.all_reduce_sum(torch.stack(parts).sum())
+        return {"ptx_train/nll": float(total) / self.n_copies}
 
     def indices(self, number: int) -> np.ndarray:
         """Return the examples of a step: batches of one epoch after the other, each in an order of

@@ -93,17 +93,12 @@ def _check_run_on_rollouts(config: DictConfig) -> None:
 
 
 def _check_ptx(config: DictConfig) -> None:
-    """Refuse a weight of no data set, and data sets where gradients are spread over processes."""
+    """Refuse a weight of no data set."""
     at = config.rollout
     if at.ptx_weight != 1 and at.ptx_datasets is None:
         raise UserError(
             f"rollout.ptx_weight={at.ptx_weight}: there is no data set to weigh; set"
             " rollout.ptx_datasets, or leave it out"
-        )
-    if at.ptx_datasets is not None and config.trainer != "BasicTrainer":
-        raise UserError(
-            f"rollout.ptx_datasets={list(at.ptx_datasets)}: are mixed into steps of one process;"
-            " set trainer=BasicTrainer, or leave it out"
         )
 
 

@@ -61,6 +61,8 @@ class Rollouts:
     scorer: Scorer
     rewards: Rewards
     engine_of: Callable[[float], Engine]  # from the temperature
+    # the trainer's: of a loss, and whether it is the last microbatch of a step
+    backward: Callable[[Tensor, bool], None]
 
     def source(
         self,
@@ -149,8 +151,9 @@ class Rollouts:
             batch_size=self.config.batch_size,
             weight=self.config.rollout.ptx_weight,
             seed=self.config.seed,
-            device=scorer.device,
             logps=lambda batch: scorer.logps(scorer.policy, batch.to(scorer.device)).sum,
+            backward=lambda loss: self.backward(loss, False),
+            n_copies=collectives.world_size() // self.packing.world_size,
         )
 
     def _logps_of(self, model: Any) -> ReadTokens:
@@ -180,8 +183,11 @@ def make_rollouts(
     rank: int,
     is_primary_replica: bool,
     scorer: Scorer,
+    backward: Callable[[Tensor, bool], None],
 ) -> Rollouts:
-    """Return the builder of a run's sources. `rank`: among those that see different rows."""
+    """Return the builder of a run's sources. `rank`: among those that see different rows;
+    `backward`: see Rollouts.
+    """
     rank0_print(described(config, scorer.policy))
     return Rollouts(
         config=config,
@@ -192,6 +198,7 @@ def make_rollouts(
         scorer=scorer,
         rewards=build_rewards(to_dict(config.reward), device=str(scorer.device)),
         engine_of=engines(config, packing, scorer, end_tokens(scorer.policy, tokenizer)),
+        backward=backward,
     )
 
 

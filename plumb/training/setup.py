@@ -107,6 +107,7 @@ class Placement(Protocol):
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel: ...
     def autocast(self, device: torch.device) -> Callable[[], Any]: ...
+    def backward(self, loss: torch.Tensor, last: bool) -> None: ...
     def policy_state(self) -> dict[str, torch.Tensor]: ...
     def optimizer_state(self) -> dict[str, Any]: ...
 
@@ -200,7 +201,9 @@ def prepare(
     )
     source = evaluator = None
     if samples_responses(config, run.loss):
-        rollouts = make_rollouts(config, tokenizer, packing, rank, is_primary_replica, scorer)
+        rollouts = make_rollouts(
+            config, tokenizer, packing, rank, is_primary_replica, scorer, trainer.backward
+        )
         source = state.rollouts = rollouts.source(
             run.data.train, run.data.ptx, state, run.log.rollouts
         )

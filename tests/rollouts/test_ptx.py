@@ -24,8 +24,8 @@ def ptx_of(model, weight=27.8, budget=512, batch_size=2):
         batch_size=batch_size,
         weight=weight,
         seed=0,
-        device=torch.device("cpu"),
         logps=lambda batch: response_logps(model, batch, PATH).sum,
+        backward=lambda loss: loss.backward(),
     )
 
 

@@ -352,12 +352,6 @@ ON_SAMPLES = {
     ("loss=grpo", "rollout.engine=vllm", "adapter=lora", REWARD): "rollout.engine=vllm: adapter=",
     ("loss=grpo", "rollout.vllm_memory=0.5", REWARD): "rollout.vllm_memory=0.5: is for",
     ("loss=grpo", "rollout.ptx_weight=2", REWARD): "rollout.ptx_weight=2: there is no data set to",
-    (
-        "loss=grpo",
-        "rollout.ptx_datasets=[demo/train.jsonl]",
-        "trainer=FSDPTrainer",
-        REWARD,
-    ): "rollout.ptx_datasets=['demo/train.jsonl']: are mixed into steps of one process",
     ("loss=grpo", "compile=true", REWARD): "compile=True: a run on the policy's own responses",
     ("loss=grpo", "reference=cached", REWARD): "reference=cached: the responses are sampled while",
     ("loss=grpo", "reward.terms={a: {model: /none}}"): "reward.terms.a.model: ",

@@ -385,6 +385,8 @@ LEARNED = {
     "grpo": ["loss=grpo", BY_RULE],
     "pairs": ["loss=dpo", "loss.beta=0.1", "rollout=pairs", BY_RULE],
     "ppo": ["loss=ppo", "loss.critic=policy", "loss.critic_lr=1e-3", BY_RULE],
+    # beside rows of a data set, in several microbatches
+    "ptx": ["loss=rloo", "rollout.ptx_weight=2", "tokens_per_microbatch=64", BY_RULE],
 }
 
 
@@ -406,13 +408,18 @@ def run_all_and_fail(configs, failing):
 
 def test_the_policys_own_samples(command, tmp_path):
     """Six steps on two blocks of samples: the same responses and rewards, and weights and metrics
-    within rounding; also for a run that is halted in the middle of a block on one process and goes
-    on on two.
+    within rounding, also with a data set that is mixed in; and for a run that is halted in the
+    middle of a block on one process and goes on on two.
     """
     fsdp, tp = ["trainer=FSDPTrainer"], ["trainer=TensorParallelTrainer"]
     failing = "reward.terms={r: {function: fails_on_rank_1}}"
     cases = {"grpo-fsdp": fsdp, "pairs-fsdp": fsdp, "ppo-fsdp": fsdp, "ppo-tp": tp}
-    run_all(command(loss, "llama", *ON_SAMPLES, *options) for loss, options in LEARNED.items())
+    cases |= {"ptx-fsdp": [*fsdp, "fsdp_reduce=each"], "ptx-tp": tp}
+    mixed = {"ptx": [f"rollout.ptx_datasets=[{tmp_path}/pairs.jsonl]"]}
+    run_all(
+        command(loss, "llama", *ON_SAMPLES, *options, *mixed.get(loss, []))
+        for loss, options in LEARNED.items()
+    )
     resumed = ["resumed", "llama", *ON_SAMPLES, *LEARNED["ppo"], "resume=auto"]
     train_until(partial(command, *resumed), 2)
     run_in_group(
@@ -420,7 +427,14 @@ def test_the_policys_own_samples(command, tmp_path):
         run_all_and_fail,
         [
             *(
-                command(name, "llama", *ON_SAMPLES, *LEARNED[name.split("-")[0]], *how)
+                command(
+                    name,
+                    "llama",
+                    *ON_SAMPLES,
+                    *LEARNED[loss := name.split("-")[0]],
+                    *mixed.get(loss, []),
+                    *how,
+                )
                 for name, how in cases.items()
             ),
             command(*resumed, *fsdp),
