@@ -25,6 +25,7 @@ from plumb.batching.layout import Batch, pack, unfold
 from plumb.data.examples import lengths_of
 from plumb.data.tokenization import Example
 from plumb.distributed import collectives, sharding
+from plumb.distributed.device import is_out_of_memory
 from plumb.errors import UserError
 from plumb.models import tree_attention
 from plumb.models.chunked_head import token_logps
@@ -405,9 +406,9 @@ def choose_forward_path(
             rows = synthetic_rows(longest, row_tokens(packed), vocabulary, seed)
             try:
                 worst, within = try_layout(model, packed, rows, device, precisions, gradients)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # any error of a model for an argument that it does not know
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
                 why = str(error).splitlines()[0][:100]
                 break
             if within:

@@ -125,6 +125,19 @@ def attend():
     AttentionInterface.register(tree_attention.NAME, original)
 
 
+@pytest.mark.parametrize("words", ["CUDA out of memory", "CUDA error: out of memory"])
+def test_a_gpu_without_memory_is_no_reason_for_padding(attend, words):
+    """The run ends, and its one line names the knob; any other error would mean padded rows."""
+    kind = torch.OutOfMemoryError if words.startswith("CUDA out") else RuntimeError
+
+    def full(*arguments, **options):
+        raise kind(words)
+
+    attend(full)
+    with pytest.raises(RuntimeError, match=words):
+        choose(made("llama", torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_neighbour_that_is_seen_is_found(attend, dtype):
     """A function that looks at the whole row, whatever the segments say."""
