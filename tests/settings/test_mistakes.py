@@ -85,6 +85,15 @@ def test_the_fifteen_mistakes(command):
         assert line.endswith(": ") or printed == f"error: {line}\n"
 
 
+def test_an_equals_sign_within_braces_is_explained(command):
+    """Hydra alone says only where it stopped to understand; a colon needs no quotation marks."""
+    code, _, printed = command(*START, "loss=rloo", "reward.terms={a: {rule: length=40}}")
+    assert code == 2 and printed.count("\n") == 1
+    assert "= needs quotation marks, {rule: 'length=200'}; or write {rule: length:200}" in printed
+    terms = train.compose([*START, "loss=rloo", "reward.terms={a: {rule: length:40}}"]).reward.terms
+    assert terms.a.rule == "length:40"
+
+
 def test_every_name_of_others_leads_to_a_knob_of_ours():
     from plumb.settings.mistakes import OTHERWISE, SAME_VALUE, _loss_knobs
 
