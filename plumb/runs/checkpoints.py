@@ -184,9 +184,13 @@ def _gb(n: int) -> str:
 
 
 def _dump(manifest: Manifest) -> bytes:
-    """Return JSON that contains a digest of itself, in a canonical form."""
+    """Return the manifest as JSON that contains a digest of itself."""
     content = asdict(manifest) | {"files": {k: list(v) for k, v in manifest.files.items()}}
-    content = {ON_DISK.get(name, name): value for name, value in content.items()}
+    return _sealed({ON_DISK.get(name, name): value for name, value in content.items()})
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """Return JSON that contains a digest of itself, in a canonical form."""
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f'{text[:-2]},\n "this": "{digest}"\n}}\n'.encode()
@@ -221,7 +225,8 @@ def read_manifest(directory: Path) -> Manifest:
         manifest.files = {
             name: Written(*size_and_sum) for name, size_and_sum in manifest.files.items()
         }
-        if _dump(manifest) != text or any(Path(name).name != name for name in manifest.files):
+        # of what the file holds: one of an earlier version lacks fields that came later
+        if _sealed(content) != text or any(Path(name).name != name for name in manifest.files):
             raise Damaged("manifest.json has changed since it was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Damaged):

@@ -103,9 +103,10 @@ def compare(
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return {knob: default} of the config tree for a run with these settings."""
-    files = [CONFIG / "config.yaml", CONFIG / f"loss/{settings.get('loss.name')}.yaml"]
+    loss = f"loss/{settings.get('loss.name')}.yaml"
+    files = [CONFIG / name for name in ("config.yaml", loss, "model/blank_model.yaml")]
     known = [yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {} for file in files]
-    return dict(flatten(known[0] | {"loss": known[1]}))
+    return dict(flatten(known[0] | {"loss": known[1], "model": known[2]}))
 
 
 def _short(name: str, value: Any) -> str:
