@@ -505,8 +505,10 @@ def optimizer_state(
         tensors = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors if x.dim()) / p.numel()
 
-    # None: on a GPU, unless the kernel is fused
+    # None: on a GPU, unless the kernel is fused, or torch has it off as for Adafactor
     foreach = optimizer.defaults.get("foreach", False)
+    if config.optimizer == "Adafactor":
+        foreach = bool(foreach)
     bytes_each = each(layer.weight)
     if config.optimizer == MUON:
         bytes_each = matrices * bytes_each + (1 - matrices) * each(layer.bias)
