@@ -1,4 +1,4 @@
-"""Quantize the matrices that adapters are trained on (QLoRA, arXiv:2305.14314), with bitsandbytes.
+"""Quantize the linear layers under adapters (QLoRA, arXiv:2305.14314), with bitsandbytes.
 
 A quantized layer keeps its weight in 4 or 8 bits, and computes with it as it is when it is spread
 out again: y = x W'^T, for a W' that exists while the layer computes, forward or backward. What a

@@ -109,10 +109,11 @@ def the_error(stderr):
 
 
 def children(process):
-    return [
-        int(pid)
-        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+    try:
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    except FileNotFoundError:  # it has ended
+        return []
+    return [int(pid) for pid in listed.split()]
 
 
 def workers(process, n=2):
@@ -273,7 +274,7 @@ def test_ranks_meet_on_the_loopback_only(start):
 PHASES = {
     "data": "plumb.data.prepare.token_stores",
     "building": "plumb.training.setup.choose_forward_path",
-    "forward": "trainers.Scorer.__call__",
+    "forward": "plumb.training.objective.Scorer.__call__",
     "backward": "trainers.FSDPTrainer.backward",
     "clip": "trainers.BasicTrainer.clip",
     "update": "torch.optim.RMSprop.step",
@@ -286,7 +287,7 @@ PHASES = {
 DYING = """
 import os, torch, torch.distributed as dist
 import plumb.data.prepare, plumb.distributed.collectives, plumb.distributed.sharding
-import plumb.runs.durable_files, trainers
+import plumb.runs.durable_files, plumb.training.objective, trainers
 calls = 0
 def dying(real):
     def call(*arguments, **options):
@@ -330,15 +331,15 @@ def test_a_rank_killed_in_each_phase(phase, rank, start, tmp_path):
 
 OUT_OF_MEMORY = """
 import torch, torch.distributed as dist
-import trainers
-calls, real = 0, trainers.Scorer.__call__
+from plumb.training.objective import Scorer
+calls, real = 0, Scorer.__call__
 def full(self, *arguments):
     global calls
     calls += 1
     if dist.get_rank() == 1 and calls == 6:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     return real(self, *arguments)
-trainers.Scorer.__call__ = full
+Scorer.__call__ = full
 """
 
 
