@@ -90,7 +90,7 @@ def run(config: DictConfig) -> None:
             from plumb.planning import answers, plan
 
             shown = plan.show if config.plan is True else answers.answer
-            rank0_print(shown(config, loss))
+            rank0_print(shown(config, loss, validate))
             return
         run_dir = prepare(config)
         if config.trainer == "BasicTrainer":

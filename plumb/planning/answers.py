@@ -7,7 +7,6 @@ Each is found by planning one size after another, each with as few changes as ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -16,16 +15,20 @@ from plumb.errors import UserError
 from plumb.losses.registry import Loss
 from plumb.planning.plan import (
     MOST_GPUS,
+    Check,
     Data,
     Model,
+    accept,
     as_options,
     assumed_data,
     changed,
     gb,
+    in_turn,
     layout_of,
     make_plan,
     read_data,
     read_model,
+    refusal,
     savers,
 )
 from plumb.training.rollouts import samples_responses
@@ -85,27 +88,31 @@ SHAPES = [
 ]
 
 
-def answer(config: DictConfig, loss: Loss) -> str:
+def answer(config: DictConfig, loss: Loss, check: Check = accept) -> str:
     """Return the answer to the question in config.plan as text. Raise UserError if it cannot be
-    given.
+    given. `check`: what a change that is proposed must pass.
     """
     rows = {
         "fewest_gpus": fewest_gpus,
         "longest_rows": longest_rows,
         "largest_model": largest_model,
-    }[config.plan](config, loss)
+    }[config.plan](config, loss, check)
     title, *lines = _aligned(rows)
     return "\n".join([_what(config, loss), "", title, *lines])
 
 
 def least(
-    config: DictConfig, loss: Loss, model: Model, data: Data, more: Sequence[Change] = ()
+    config: DictConfig,
+    loss: Loss,
+    model: Model,
+    data: Data,
+    more: Sequence[Change] = (),
+    check: Check = accept,
 ) -> Fit | None:
     """Return the fewest changes with which the run fits, in the order of plan.savers and then
-    `more`; None if all together do not suffice.
+    `more`, without those that are refused; None if all together do not suffice.
     """
-    every = [{}, *savers(config, loss), *more]
-    for change in accumulate(every, lambda a, b: a | b):
+    for change in in_turn(config, [{}, *savers(config, loss), *more], check):
         peak = make_plan(changed(config, change), loss, model, data).memory.peak
         if peak <= gb(config) * 1e9:
             return Fit(change, peak / 1e9)
@@ -119,26 +126,29 @@ def on(config: DictConfig, n: int) -> Change:
     return change | {"plan_gpus": n} | ({"plan_nodes": None} if config.plan_nodes else {})
 
 
-def fewest_gpus(config: DictConfig, loss: Loss) -> Iterator[Sequence[str]]:
+def fewest_gpus(config: DictConfig, loss: Loss, check: Check = accept) -> Iterator[Sequence[str]]:
     """Yield the rows of a table: the numbers of GPUs that suffice, up to the first that needs no
-    other change.
+    other change. Raise UserError if the run is refused on each number of them.
     """
+    sizes = [2**i for i in range(MOST_GPUS.bit_length())]
+    runs = {n: changed(config, on(config, n)) for n in sizes}
+    refusals = {n: refusal(run, check) for n, run in runs.items()}
+    if all(refusals.values()):
+        raise list(filter(None, refusals.values()))[-1]
     model, data = read_model(config, loss), read_data(config, loss)
     yield "GPUs", "GB on each", "add to the command"
-    n, found = 1, False
-    while n <= MOST_GPUS:
-        moved = changed(config, on(config, n))
-        if fit := least(moved, loss, model, data):
+    found = False
+    for n, run in runs.items():
+        if refusals[n] is None and (fit := least(run, loss, model, data, check=check)):
             found = True
             yield str(n), f"{fit.gigabytes:.1f}", as_options(on(config, n) | fit.changes)
             if not fit.changes:
                 return
-        n *= 2
     if not found:
         yield f"up to {MOST_GPUS}", "", "no change tried here makes it fit"
 
 
-def longest_rows(config: DictConfig, loss: Loss) -> Iterator[Sequence[str]]:
+def longest_rows(config: DictConfig, loss: Loss, check: Check = accept) -> Iterator[Sequence[str]]:
     """Yield the rows of a table: lengths that fit, where prompt and response share the row evenly,
     up to the model's number of positions.
     """
@@ -160,23 +170,24 @@ def longest_rows(config: DictConfig, loss: Loss) -> Iterator[Sequence[str]]:
         moved = changed(config, rows)
         data = assumed_data(moved, loss, half, length - half, "")
         one: Change = {"tokens_per_microbatch": length}
-        fit = least(moved, loss, model, data, [one])
+        fit = least(moved, loss, model, data, [one], check)
         if fit is None:
             yield f"{length:,}", "", "does not fit"
             return
         yield f"{length:,}", f"{fit.gigabytes:.1f}", as_options(rows | fit.changes)
 
 
-def largest_model(config: DictConfig, loss: Loss) -> Iterator[Sequence[str]]:
+def largest_model(config: DictConfig, loss: Loss, check: Check = accept) -> Iterator[Sequence[str]]:
     """Yield the rows of a table: published models by size, up to the first that does not fit."""
     quarter = max(1, config.max_length // 4)
     data = assumed_data(config, loss, quarter, quarter, "")
+    named = {"model.name_or_path": "any", "model.architecture": None}  # of no shape to be planned
     yield "model", "parameters", "GB on each", "add to the command"
     for shape in SHAPES:
         moved = of_shape(config, shape)
         model = read_model(moved, loss)
         size = f"{model.weights.n / 1e9:.2f} B"
-        fit = least(moved, loss, model, data)
+        fit = least(moved, loss, model, data, check=lambda run: check(changed(run, named)))
         if fit is None:
             yield shape.name, size, "", "does not fit"
             return
@@ -191,8 +202,7 @@ def of_shape(config: DictConfig, shape: Shape) -> DictConfig:
 
 
 def _what(config: DictConfig, loss: Loss) -> str:
-    n = layout_of(config).n_gpus
-    gpus = "" if config.plan == "fewest_gpus" else f"{n} x "
+    gpus = "" if config.plan == "fewest_gpus" else f"{layout_of(config).n_gpus} x "
     return f"{loss.name} on {gpus}{config.plan_gpu} of {gb(config):g} GB, {config.plan}:"
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from plumb.models.blocks import block_class
 from plumb.models.chunked_head import step_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
-from plumb.models.quantized_base import BYTES
+from plumb.models.quantized_base import BYTES, layers_to_quantize
 from plumb.models.scalar_head import put_scalar_head
 from plumb.planning import activations, rollouts
 from plumb.planning.activations import Held
@@ -59,6 +58,8 @@ GPUS_PER_NODE = 8
 MOST_GPUS = 64  # the most that an alternative may need
 # of an example, where the data is not available
 ASSUMED_RESPONSES = {"single": 1, "labelled": 1, "pair": 2, "list": 4, "rollout": 1}
+
+Check = Callable[[DictConfig], object]  # raises UserError for a config that no run can have
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,13 @@ class Plan:
     rollout: rollouts.Rollout | None = None  # where the policy samples what it learns from
 
 
-def show(config: DictConfig, loss: Loss) -> str:
+def accept(config: DictConfig) -> None:
+    """Accept every config."""
+
+
+def show(config: DictConfig, loss: Loss, check: Check = accept) -> str:
     """Return the plan of this run as one screen of text. Raise UserError if it cannot be
-    planned.
+    planned. `check`: what a change that is proposed must pass.
     """
     model, data = read_model(config, loss), read_data(config, loss)
     plan, limit = make_plan(config, loss, model, data), gb(config)
@@ -137,7 +142,7 @@ def show(config: DictConfig, loss: Loss) -> str:
     peak = plan.memory.peak / 1e9
     if peak <= limit:
         return "\n".join([*lines, f"fits: {peak:.1f} of {limit:g} GB"])
-    fixes = alternatives(config, loss, model, data)
+    fixes = alternatives(config, loss, model, data, check)
     what = (
         "these would fit:"
         if fixes
@@ -161,6 +166,8 @@ def read_model(config: DictConfig, loss: Loss) -> Model:
     model = activations.blank_model(hf_config, DTYPES[config.model.policy_dtype])
     if loss.reads == "scores":
         put_scalar_head(model)
+    if config.model.quantize is not None:
+        layers_to_quantize(model, config.model.block_name)  # refuses those that can't be
     kind = block_class(model, config.model.block_name)
     blocks = [list(m.parameters()) for m in model.modules() if isinstance(m, kind)]
     within = {id(p) for block in blocks for p in block}
@@ -338,7 +345,8 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     )
 
     room = gb(config) * 1e9
-    each = model.weights.n * weights.itemsize / layout.shards / layout.tp_size
+    of_policy = model.weights.n * precision.weights + model.weights.adapters * of_trained.itemsize
+    each = of_policy / layout.shards / layout.tp_size
     trained = model.weights.n if model.weights.trained is None else model.weights.trained
     several = (
         (config.n_epochs or 1) > 1
@@ -361,7 +369,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     if samples:
         size = PolicySize(
             n=model.weights.n,
-            weights=model.weights.n * weights.itemsize,
+            weights=of_policy,
             trained=trained * of_trained.itemsize,
             head=model.own_head * weights.itemsize,
             sharded=sharded,
@@ -423,6 +431,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
             beside,
             activations=sum(of_critic) if of_critic else assumed,
             of_trained=of_trained,
+            of_policy=of_policy,
         )
         total = rollout.moments.added_to(total)
     return Plan(
@@ -448,20 +457,20 @@ def plan_rollout(  # noqa: PLR0913
     *,
     activations: float,
     of_trained: torch.dtype,
+    of_policy: float,
 ) -> rollouts.Rollout:
     """Return what sampling, rewards and a critic take. `activations`: of the policy's passes in the
-    critic's precision; `of_trained`: the type of the policy's trained weights.
+    critic's precision; `of_trained`: the type of the policy's trained weights; `of_policy`: the
+    bytes of all of them.
     """
     dtype = computing_dtype(config)
     sampled = rollouts.at_once(config, data.lengths.prompts[:, 0], layout)
     cache, computing = rollouts.sampling_bytes(model.config, dtype, sampled, model.n_out)
     scores = beside.rewards
-    itemsize = DTYPES[config.model.policy_dtype].itemsize
-    critic = beside.critic / (model.weights.n * itemsize)
-    of_critic = of_trained
+    critic, of_critic = beside.critic / of_policy, of_trained
     if isinstance(loss.advantages, GaeRule) and loss.advantages.critic != "policy":
         of_critic = torch.float32
-        critic *= itemsize / REWARD_ITEMSIZE
+        critic = beside.critic / (model.weights.n * REWARD_ITEMSIZE)
     matrices = 1.0 if model.weights.trained is not None else share_of_matrices(model.weights)
     state, foreach = optimizer_state(config, of_critic, matrices)
     scoring = sizing.activation_bytes(model.config, torch.float32, 0) * rollouts.SCORING_TOKENS
@@ -606,30 +615,58 @@ def measure(lengths: Lengths, packed: bool, at_least: int) -> Part:
 
 
 def alternatives(
-    config: DictConfig, loss: Loss, model: Model, data: Data
+    config: DictConfig, loss: Loss, model: Model, data: Data, check: Check = accept
 ) -> list[tuple[dict[str, Any], Plan]]:
     """Return changes that make the run fit, each planned again: single changes, otherwise the first
-    that suffice together, otherwise more GPUs.
+    that suffice together, otherwise more GPUs. None of them is refused.
     """
+
+    def fitting(some: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Plan]]:
+        for change in some:
+            new = changed(config, change)
+            if refusal(new, check) is None:
+                plan = make_plan(new, loss, model, data)
+                if plan.memory.peak <= gb(config) * 1e9:
+                    yield change, plan
+
     changes = savers(config, loss)
-
-    def fitting(some: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan]]:
-        plans = ((change, make_plan(changed(config, change), loss, model, data)) for change in some)
-        return [(change, plan) for change, plan in plans if plan.memory.peak <= gb(config) * 1e9]
-
-    together = [*accumulate(changes, lambda a, b: a | b)]
-    fixes = fitting(changes) or fitting(together)[:1]
+    together = list(in_turn(config, changes, check))
+    fixes = list(fitting(changes)) or list(fitting(together))[:1]
     n = layout_of(config).n_gpus
     trainer = {"trainer": "FSDPTrainer"} if config.trainer == "BasicTrainer" else {}
     nodes = {"plan_nodes": None} if config.plan_nodes else {}
     sizes = [2**i for i in range(1, 7) if n < 2**i <= MOST_GPUS]
     for base in ({}, *together[-1:]):  # as configured, or with all changes
         more = next(
-            iter(fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes)), None
+            fitting({**base, **trainer, "plan_gpus": size, **nodes} for size in sizes), None
         )
         if more:
             return [*fixes, more]
     return fixes
+
+
+def refusal(config: DictConfig, check: Check) -> UserError | None:
+    """Return why a run can't be as configured, or its planned GPUs not be laid out; None if all can
+    be.
+    """
+    try:
+        with redirect_stdout(io.StringIO()):  # without its notes
+            check(config)
+        layout_of(config)
+    except UserError as error:
+        return error
+    return None
+
+
+def in_turn(
+    config: DictConfig, changes: Iterable[dict[str, Any]], check: Check
+) -> Iterator[dict[str, Any]]:
+    """Yield each change together with those before it, leaving out what would be refused."""
+    together: dict[str, Any] = {}
+    for change in changes:
+        if refusal(changed(config, together | change), check) is None:
+            together = together | change
+            yield together
 
 
 def savers(config: DictConfig, loss: Loss) -> list[dict[str, Any]]:

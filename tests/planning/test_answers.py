@@ -53,7 +53,7 @@ def peak_with(compose, options, *overrides):
 def test_the_fewest_gpus(asked, compose):
     """Of 2 GB each. Each row is a command of its own: planned by itself, it needs as much."""
     limit = [*RANDOM, "plan_gpu_gb=2", "reference=live", "tokens_per_microbatch=2048"]
-    rows = rows_of(answers.answer(*asked("fewest_gpus", *limit)))
+    rows = rows_of(answers.answer(*asked("fewest_gpus", *limit), validate))
     assert len(rows) >= 2
     for n, gigabytes, options in rows:
         options = options.strip()
@@ -62,6 +62,16 @@ def test_the_fewest_gpus(asked, compose):
         assert f"{needed:.1f}" == gigabytes.strip() and needed <= 2
     n_changes = [len(row[-1].split()) for row in rows]
     assert n_changes[-1] == 2, "the last has no other change than trainer and plan_gpus"
+
+
+def test_numbers_of_gpus_that_are_not_laid_out_are_left_out(asked):
+    """A shard over 4 takes 4 or more; one over 3, none of them."""
+    sharded = [*RANDOM, "trainer=FSDPTrainer"]
+    config, loss = asked("fewest_gpus", *sharded, "fsdp_shard_size=4")
+    rows = rows_of(answers.answer(config, loss, validate))
+    assert [row[0].strip() for row in rows] == ["4"]
+    with pytest.raises(UserError, match="fsdp_shard_size=3: does not divide the 64 processes"):
+        answers.answer(*asked("fewest_gpus", *sharded, "fsdp_shard_size=3"))
 
 
 def test_the_longest_rows(asked):
@@ -82,7 +92,7 @@ def test_the_largest_model(asked):
     rows = rows_of(answers.answer(*asked("largest_model", "plan_gpu_gb=0.8")))
     assert [row[0].strip() for row in rows] == ["small", "larger"]
     assert rows[1][-1].strip() == "does not fit"
-    rows = rows_of(answers.answer(*asked("largest_model")))
+    rows = rows_of(answers.answer(*asked("largest_model"), validate))
     assert rows[1][-1].strip() == "nothing"
 
 

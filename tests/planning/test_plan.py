@@ -4,17 +4,21 @@ models.
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, SIZES, tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from plumb.data.examples import lengths_of
 from plumb.data.tokenization import Example
 from plumb.errors import UserError
 from plumb.losses.registry import build_loss
+from plumb.models.adapter_sources import Adapted
+from plumb.models.adapters import knobs_of
 from plumb.models.blocks import block_class
 from plumb.models.load import no_dropout
 from plumb.planning import activations, plan
@@ -363,6 +367,46 @@ def test_alternatives_fit(planned):
         ), change
 
 
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (["loss=tdpo1", "optimizer=AdamW8bit", "plan_gpu_gb=7"], "reference"),
+        (
+            ["loss=dpo", "activation_offload=true", "reference=live", "plan_gpu_gb=12"],
+            "activation_checkpointing",
+        ),
+        (
+            [
+                "loss=dpo",
+                "trainer=FSDPTrainer",
+                "fsdp_shard_size=3",
+                "plan_gpus=3",
+                "plan_gpu_gb=2",
+            ],
+            None,
+        ),
+    ],
+)
+def test_no_change_is_proposed_that_is_refused(options, refused, planned, capsys):
+    """Neither a reference nor a trainer that the rest does not go with, nor GPUs that are not laid
+    out evenly. The proposals' notes are not printed.
+    """
+    if "optimizer=AdamW8bit" in options:
+        pytest.importorskip("bitsandbytes")
+    limited = [*options, "loss.beta=0.1", "n_examples=64", "lr=1"]
+    config, loss = planned(*limited)
+    model, data = plan.read_model(config, loss), plan.read_data(config, loss)
+    assert "note: unusual" in capsys.readouterr().out
+    proposals = plan.alternatives(config, loss, model, data, validate)
+    assert not capsys.readouterr().out
+    for change, _ in proposals:
+        planned(*limited, *plan.as_options(change).split())
+    if refused:
+        assert refused in {knob for change in plan.savers(config, loss) for knob in change}
+        assert all(refused not in change for change, _ in proposals)
+        assert bool(proposals) == (refused == "activation_checkpointing")
+
+
 def test_a_fitting_size_is_the_edge(planned):
     same = [*PAIRS, "reference=live", "tokens_per_microbatch=2048", "activation_checkpointing=true"]
     needs = float(re.search(r"fits: ([\d.]+) of", plan.show(*planned(*same)))[1])
@@ -471,8 +515,17 @@ def test_a_cached_reference_that_moves_is_computed_again(planned):
 def test_the_run_decides_as_the_plan(gb, options, reference, planned, monkeypatch):
     """On a card with as much memory, from the model itself."""
     config, loss = planned(*PAIRS, f"plan_gpu_gb={gb}", *options)
-    model = plan.read_model(config, loss)
-    data = plan.read_data(config, loss)
+    model, mean_tokens, numbers, decided = decisions(config, loss, monkeypatch)
+    policy = activations.blank_model(model.config, torch.float32)
+    here = numbers_of_run(policy, numbers, mean_tokens, monkeypatch)
+    assert here == numbers
+    assert run_plan.plan_run(config, policy.config, True, here) == decided
+    assert decided.reference == reference
+
+
+def decisions(config, loss, monkeypatch):
+    """-> the model, mean tokens, the plan's numbers, and what it decides from them."""
+    model, data = plan.read_model(config, loss), plan.read_data(config, loss)
     made = []
 
     def noting(*arguments):
@@ -482,19 +535,53 @@ def test_the_run_decides_as_the_plan(gb, options, reference, planned, monkeypatc
     monkeypatch.setattr(plan, "plan_run", noting)
     plan.make_plan(config, loss, model, data)
     ((numbers, decided),) = made
+    return model, float(lengths_of(data.examples).tokens().mean()), numbers, decided
 
-    monkeypatch.setattr("plumb.training.budget.memory_at_hand", lambda device: gb * 1e9)
-    policy = activations.blank_model(model.config, torch.float32)
-    here = run_plan.numbers_at_hand(
+
+def numbers_of_run(policy, numbers, mean_tokens, monkeypatch):
+    monkeypatch.setattr("plumb.training.budget.memory_at_hand", lambda device: numbers.memory)
+    return run_plan.numbers_at_hand(
         policy,
         torch.device("cuda"),
         None,
-        mean_tokens=float(lengths_of(data.examples).tokens().mean()),
+        mean_tokens=mean_tokens,
         repeats=numbers.repeats,
     )
-    assert here == numbers
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_run_decides_as_the_plan_on_a_quantized_base(kind, planned, monkeypatch):
+    """The tables of codes, which are left out of the plan, are some kB of each matrix."""
+    pytest.importorskip("bitsandbytes")
+    small = ARCHITECTURE.replace("4096", "512").replace("11008", "1536").replace("32000", "512")
+    config, loss = planned(
+        *PAIRS,
+        f"model.architecture={{{small}, num_attention_heads: 8}}",
+        "plan_gpu_gb=0.6",
+        "adapter=lora",
+        "lr=1e-5",
+        "max_length=128",
+        "max_prompt_length=64",
+        "model.policy_dtype=bfloat16",
+        f"model.quantize={kind}",
+    )
+    model, mean_tokens, numbers, decided = decisions(config, loss, monkeypatch)
+    made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    base = SimpleNamespace(whole=lambda device_map: made.requires_grad_(False))
+    policy = Adapted(base, knobs_of(config), None, seed=0).whole()
+    here = numbers_of_run(policy, numbers, mean_tokens, monkeypatch)
+    assert here.weights == pytest.approx(numbers.weights, rel=0.01)
+    assert here == replace(numbers, weights=here.weights)
     assert run_plan.plan_run(config, policy.config, True, here) == decided
-    assert decided.reference == reference
+
+
+def test_what_cannot_be_quantized_is_refused(planned):
+    """As the run refuses it: the layers of GPT-2 are no linear layers."""
+    pytest.importorskip("bitsandbytes")
+    config, loss = planned(*PAIRS, "adapter=lora", "lr=1e-5", "model.quantize=nf4")
+    config.model.architecture = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2}
+    with pytest.raises(UserError, match="model.quantize: the layers of GPT2LMHeadModel are not"):
+        plan.show(config, loss)
 
 
 def test_what_samples_beside_the_policy_counts(planned):
