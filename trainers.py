@@ -28,6 +28,8 @@ from plumb.training import first_step, setup
 from plumb.training.between_steps import BetweenSteps
 from plumb.training.head_init import start_head
 from plumb.training.metrics import Means
+from plumb.training.rollouts import samples_responses
+from plumb.training.run_console import unit_of
 from plumb.training.stopping import StopRule
 from plumb.training.throughput import Pace
 from utils import peak_memory_gb
@@ -127,7 +129,8 @@ class BasicTrainer:
         self.policy.train()
         self.saver.mark()
         stop_requested()  # from here on a signal waits for the end of its step
-        with self.log.training(self.loss, self.n_updates, state.n_steps):
+        unit = unit_of(self.loss, samples_responses(self.config, self.loss))
+        with self.log.training(self.loss, unit, self.n_updates, state.n_steps):
             if self.n_updates == 0:
                 self.start()
             if state.position.evaluation_due:  # the run was stopped before this evaluation

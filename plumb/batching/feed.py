@@ -167,6 +167,14 @@ def relative_weights(weights: np.ndarray) -> np.ndarray:
     return filled / filled.mean()
 
 
+def _take_gpu(device: torch.device) -> None:
+    """Let a thread work on this process's GPU: a new one has GPU 0, where each process would open a
+    context.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 class Prefetcher(Iterator[Step]):
     """Yield the items of an iterator, each made in a thread while the one before is used.
 
@@ -182,12 +190,8 @@ class Prefetcher(Iterator[Step]):
         self.items = iter(items)
         self.pin = device.type == "cuda"
         self.waited_secs = 0.0
-
-        def take_gpu() -> None:  # a new thread has GPU 0, where each process would open a context
-            if self.pin and device.index is not None:
-                torch.cuda.set_device(device)
-
-        self.thread = ThreadPoolExecutor(1, initializer=take_gpu)
+        # the thread ends with the prefetcher, so it may not refer to it
+        self.thread = ThreadPoolExecutor(1, initializer=_take_gpu, initargs=(device,))
         self.coming = self.thread.submit(self._make)
 
     def _make(self) -> Step:

@@ -85,12 +85,17 @@ def _check_schedule_free(config: DictConfig) -> None:
 
 
 def _check_bitsandbytes(config: DictConfig, gpu: bool) -> None:
-    """Refuse sharded weights, and pages without a GPU to move them from."""
+    """Refuse sharded weights, float64, and pages without a GPU to move them from."""
     name = config.optimizer
     if config.trainer != "BasicTrainer":
         raise UserError(
             f"optimizer={name}: bitsandbytes does not take weights that are sharded; set"
             " trainer=BasicTrainer, or optimizer_state=bfloat16 with AdamW"
+        )
+    if config.model.policy_dtype == "float64":
+        raise UserError(
+            f"optimizer={name}: bitsandbytes does not take float64, the model.policy_dtype of this"
+            " run; set float32"
         )
     if name.startswith("Paged") and not gpu and not config.plan:
         raise UserError(

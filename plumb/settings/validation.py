@@ -63,7 +63,13 @@ def validate(config: DictConfig, trains: bool = True) -> Loss:
         )
     _check_with_torch(config)
     if trains:
-        check_optimizer(config, has_critic=isinstance(loss.advantages, GaeRule))
+        has_critic = isinstance(loss.advantages, GaeRule)
+        check_optimizer(config, has_critic)
+        if has_critic and config.activation_offload:
+            raise UserError(
+                f"activation_offload=true: is not made for the critic of this loss ({loss.name});"
+                " set activation_checkpointing=true in its place"
+            )
     mismatched = loss.context is not None and loss.context.examples == "mismatched"
     if trains and mismatched and config.batch_size < 2:
         raise UserError(
@@ -472,10 +478,11 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
             f"local_run_dir={config.local_run_dir}: holds a run already; give another directory, or"
             " resume=auto"
         )
-    if config.wandb.aliases is not None and not config.wandb.enabled:
+    if config.wandb.aliases is not None and (config.debug or not config.wandb.enabled):
+        reason = "debug=true" if config.debug else "wandb.enabled=False"
         raise UserError(
-            f"wandb.aliases={config.wandb.aliases}: is about what wandb gets, and"
-            " wandb.enabled=False; leave it out"
+            f"wandb.aliases={config.wandb.aliases}: is about what wandb gets, and {reason}; leave"
+            " it out"
         )
     for name, off, why in (
         ("resume", "never", "would resume a run and not save it"),

@@ -146,11 +146,15 @@ class TrainingLog:
         self.waiting = []
         self.last_flush = time.monotonic()
 
-    def training(self, loss: Loss, done: int, n_steps: int) -> AbstractContextManager[None]:
-        """Show the steps that are made inside on the console; `done` were made before."""
+    def training(
+        self, loss: Loss, unit: str, done: int, n_steps: int
+    ) -> AbstractContextManager[None]:
+        """Show the steps that are made inside on the console; `done` were made before, and `unit`
+        is what an example is called.
+        """
         consoles = (sink for sink in self.sinks if isinstance(sink, Console))
         console = next(consoles, None)
-        return nullcontext() if console is None else console.training(loss, done, n_steps)
+        return nullcontext() if console is None else console.training(loss, unit, done, n_steps)
 
     def evaluation(self, record: Record, examples: int) -> None:
         self.flush()

@@ -91,7 +91,7 @@ class Scorer:
 
     def logps(self, model: PreTrainedModel, batch: Batch) -> Logps:
         """Return the log-probabilities of a batch on the device, [R]."""
-        with self.precision():
+        with self.precision(), self.saving():
             return response_logps(model, batch, self.forward_path)
 
     @torch.no_grad()

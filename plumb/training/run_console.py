@@ -18,6 +18,15 @@ from plumb.losses.bound import Loss
 
 # what a loss's group calls one example
 UNITS = {"single": "examples", "labelled": "responses", "pair": "pairs", "list": "lists"}
+
+
+def unit_of(loss: Loss, own_responses: bool) -> str:
+    """Return what a run's examples are called: prompts, if it learns from the policy's own
+    responses.
+    """
+    return "prompts" if own_responses else UNITS.get(loss.group, "examples")
+
+
 HEAD = "{desc}  {n_fmt}/{total_fmt} steps |{bar}| {percentage:.0f}%"
 
 
@@ -56,7 +65,7 @@ class Console:
     """Show the training steps in a bar (on a terminal) or in lines, and each evaluation and two of
     its samples in lines.
 
-    Example: `with Console().training(loss, done=0, n_steps=400): ...`
+    Example: `with Console().training(loss, "pairs", done=0, n_steps=400): ...`
     """
 
     every_step = False
@@ -69,12 +78,12 @@ class Console:
         self.below: tqdm | None = None  # metrics of the last step
 
     @contextmanager
-    def training(self, loss: Loss, done: int, n_steps: int) -> Iterator[None]:
-        """Show the steps that are made inside; `done` were made before. The bar stays on the screen
-        at the end of the run, and is removed where the run stops early.
+    def training(self, loss: Loss, unit: str, done: int, n_steps: int) -> Iterator[None]:
+        """Show the steps that are made inside; `done` were made before. `unit`: see `unit_of`. The
+        bar stays on the screen at the end of the run, and is removed where the run stops early.
         """
         self.n_steps = n_steps
-        self.unit = UNITS.get(loss.group, "examples")
+        self.unit = unit
         if loss.group == "single":
             self.unit_of_loss = f" nats/{'token' if loss.average_over == 'tokens' else 'answer'}"
         if on_terminal():

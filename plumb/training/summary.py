@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -14,7 +15,8 @@ from plumb.data.order import BlockSchedule
 from plumb.losses.bound import Loss
 from plumb.models.adapters import count_trained
 from plumb.models.quantized_base import quantized_bytes, quantized_numbers
-from plumb.training.run_console import UNITS, learning_rate
+from plumb.training.rollouts import samples_responses
+from plumb.training.run_console import learning_rate, unit_of
 from plumb.training.setup import Run
 
 
@@ -25,7 +27,7 @@ def start_summary(
     steps before a resumption.
     """
     loss = run.loss
-    unit = UNITS.get(loss.group, "prompts")
+    unit = unit_of(loss, samples_responses(config, loss))
     examples = run.data.train
     n = schedule.n_examples
     rows = {
@@ -88,9 +90,11 @@ def rate_of(config: DictConfig, n_steps: int) -> str:
 def precision_of(config: DictConfig, policy: nn.Module) -> str:
     parameter = next(policy.parameters())
     weights = str(parameter.dtype)[6:]
+    on_gpu = config.fsdp_cpu_offload and torch.cuda.is_available()  # and the weights are in RAM
+    device = "cuda" if on_gpu else parameter.device.type
     return (
         f"weights in {weights}, computed in {config.model.fsdp_policy_mp or weights}"
-        f" on {parameter.device.type} by {config.trainer}"
+        f" on {device} by {config.trainer}"
     )
 
 

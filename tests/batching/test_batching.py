@@ -1,5 +1,6 @@
 """Order, microbatches, and the layout of trees."""
 
+import gc
 import hashlib
 import runpy
 import sys
@@ -367,6 +368,17 @@ def test_the_thread_ahead_keeps_order_and_passes_errors_on():
     )
     next(slow)
     assert slow.waited_secs > 0.1 and next(slow, None) is next(slow, None) is None
+
+
+def test_the_thread_ahead_ends_with_its_prefetcher():
+    steps = [Step(np.arange(0), lengths_of([]), [])] * 3
+    ahead = Prefetcher(steps, torch.device("cpu"))
+    next(ahead)
+    (thread,) = ahead.thread._threads
+    del ahead
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_the_thread_ahead_of_a_gpu_is_on_that_gpu(monkeypatch):

@@ -192,6 +192,9 @@ def test_halted_and_resumed_it_ends_the_same(case, train, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Halt):
         patch.setattr(trainers.BasicTrainer, "step", gone)
         train("halted", *options)
+    if case == "AdamW, state":  # whose steps are counted for each group of parameters
+        with pytest.raises(UserError, match="counts the steps of 1 groups of parameters, and here"):
+            train("halted", *options, "weight_decay_on=matrices", "resume_allow=[weight_decay_on]")
     assert same(outcome(train("halted", *options)), whole)
 
 
@@ -235,6 +238,14 @@ REFUSED = {
         "max_length=512",
         "max_prompt_length=128",
     ],
+    "activation_offload=true: is not made for the critic": [
+        "activation_offload=true",
+        "loss=ppo",
+        "loss.critic=policy",
+        "reward.terms={brief: {rule: shorter}}",
+        "max_length=512",
+        "max_prompt_length=128",
+    ],
 }
 OF_SCHEDULE_FREE = {
     "lr_schedule=cosine: optimizer=AdamWScheduleFree takes the place of a schedule; set"
@@ -249,6 +260,10 @@ OF_BITSANDBYTES = {
         "trainer=FSDPTrainer",
     ],
     "there is no GPU here; set optimizer=AdamW8bit": ["optimizer=PagedAdamW8bit"],
+    "optimizer=AdamW8bit: bitsandbytes does not take float64": [
+        "optimizer=AdamW8bit",
+        "model.policy_dtype=float64",
+    ],
 }
 
 

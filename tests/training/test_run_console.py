@@ -28,10 +28,10 @@ def terminal(tmp_path, data, tiny_model, here, warm):
 
     def start(*overrides):
         command = [
-            "train.py",
+            f"{ROOT}/train.py",
             *here,
             "exp_name=run",
-            f"local_run_dir={tmp_path}/run",
+            "local_run_dir=run",  # a longer path may end at the edge of the terminal
             f"model.name_or_path={tiny_model}",
             f"datasets=[{data}]",
             *FAST,
@@ -42,7 +42,7 @@ def terminal(tmp_path, data, tiny_model, here, warm):
             f"plugins=[{plugin}]",
             *overrides,
         ]
-        opened.append(Terminal(warm, command, ROOT, os.environ, COLUMNS))
+        opened.append(Terminal(warm, command, tmp_path, os.environ, COLUMNS))
         return opened[-1]
 
     yield start
@@ -76,9 +76,9 @@ eval before training  loss N  accuracy N%  margin N  perplexity N
 step N: policy and reference agree (rewards N, dpo loss N)
 a checkpoint takes N MB and N s; written, verified and deleted
 eval at N pairs  loss N  accuracy N%  margin N  perplexity N
-saved PATH/run/step-N
+saved run/step-N
 eval at N pairs  loss N  accuracy N%  margin N  perplexity N
-saved PATH/run/step-N
+saved run/step-N
 dpo  N/N steps |BAR| N%  in N s
 loss N  accuracy N%  margin N  N pairs/s  lr N"""
 
@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_a_clean_screen(terminal, tmp_path):
     lines = run.lines()
     said = lines.index("stopping after this step; Ctrl-C again quits at once")
     assert plain(lines[said + 1 :], tmp_path) == (
-        "saved PATH/run/interim-N\n"
+        "saved run/interim-N\n"
         "stopped by SIGINT after step N of N, N examples; resume with resume=auto"
     )
     assert run.screen.cursor.x == 0
