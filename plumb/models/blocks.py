@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def recompute_blocks(model: Any, kept: float) -> None:
     """Let the model compute the activations of its blocks again in the backward pass, but those of
     a share `kept` of the blocks, in [0, 1), evenly spread.
 
-    Raises UserError if there is a share, and the model's blocks cannot be told apart.
+    Raises UserError if there is a share, and the model's blocks cannot be told apart or are too few
+    for it.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     blocks = [
@@ -66,9 +68,24 @@ def recompute_blocks(model: Any, kept: float) -> None:
             f"activation_checkpointing={kept}: the blocks of {type(model).__name__} are recomputed"
             " all or none; set true or false"
         )
+    if blocks:
+        share_of_blocks(len(blocks), kept)
     for i, block in enumerate(blocks):
         if int((i + 1) * kept) > int(i * kept):
             block.gradient_checkpointing = False
+
+
+def share_of_blocks(n: int, kept: float) -> float:
+    """Return the share of n blocks that is kept where `kept` is asked for, which is in whole
+    blocks. Raise UserError if these are none, and a share is asked for.
+    """
+    if kept and not int(n * kept):
+        least = math.ceil(1000 / n) / 1000
+        raise UserError(
+            f"activation_checkpointing={kept}: keeps none of the {n} blocks; give {least:g} or more"
+            f" (1/{n}), or true to recompute all"
+        )
+    return int(n * kept) / n
 
 
 def recomputes_blocks(recompute: bool | float, compiled: bool) -> bool:

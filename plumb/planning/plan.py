@@ -29,7 +29,7 @@ from plumb.errors import UserError
 from plumb.losses.advantage_rules import GaeRule
 from plumb.losses.registry import Loss
 from plumb.models.adapters import knobs_of, size_of_adapters
-from plumb.models.blocks import block_class
+from plumb.models.blocks import block_class, recomputes_blocks, share_of_blocks
 from plumb.models.chunked_head import step_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
@@ -40,7 +40,7 @@ from plumb.planning.activations import Held
 from plumb.planning.cards import CARDS
 from plumb.training import budget as sizing
 from plumb.training.budget import ClusterShape, Memory, Precision, Weights
-from plumb.training.optimizers import MUON, make_optimizer, make_schedule
+from plumb.training.optimizers import MUON, WHOLE, make_optimizer, make_schedule
 from plumb.training.rollout_memory import (
     REWARD_ITEMSIZE,
     Beside,
@@ -50,7 +50,7 @@ from plumb.training.rollout_memory import (
 )
 from plumb.training.rollouts import check_prompts, samples_responses
 from plumb.training.run_plan import Numbers, plan_run
-from plumb.training.stepwise import Stepwise
+from plumb.training.stepwise import Joint, Stepwise
 
 GPU = torch.device("cuda")  # planned for, wherever the plan is made
 N_STEPS = 32  # steps that are laid out, evenly spread over the run
@@ -387,18 +387,16 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     budget = decided.tokens(model.plain_head)
     steps = lay_out(config, model, data, layout.ranks, budget)
 
-    summed = decided.reduce_each
+    summed, kept = decided.reduce_each, kept_share(config, model)
     dtype, autocast = (compute, None) if sharded or compute == weights else (weights, compute)
-    held = count_body(model, steps.fullest, dtype, autocast, sizing.kept(config))
+    held = count_body(model, steps.fullest, dtype, autocast, kept)
     offloaded = 0.0
     if config.activation_offload and held:
         on_host = sum(held)
         held = model.held(steps.fullest.shape, steps.fullest.n_keys, dtype, autocast, False, True)
         offloaded = on_host - sum(held or ())
     text, n = model.config.get_text_config(), steps.fullest.n_scored
-    assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(
-        model.config, compute, sizing.kept(config)
-    )
+    assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(model.config, compute, kept)
     activations = held.wide + held.within / layout.tp_size if held else assumed
     total = sizing.memory(
         model.weights,
@@ -407,6 +405,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         sharded=sharded,
         live=live,
         foreach=foreach,
+        stand_ins=stand_in_bytes(config, model.weights, layout, weights),
         kept_whole=steps.n_micro > 1 and not summed,
         activations=activations,
         head=(
@@ -419,9 +418,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     rollout = None
     if beside is not None:
         # FSDP casts its own modules only, and a critic is none of them
-        of_critic = count_body(
-            model, steps.fullest, weights, None if sharded else autocast, sizing.kept(config)
-        )
+        of_critic = count_body(model, steps.fullest, weights, None if sharded else autocast, kept)
         rollout = plan_rollout(
             config,
             loss,
@@ -504,11 +501,7 @@ def optimizer_state(
     step on a matrix of 256 x 256; `matrices`: the share of the weights in the blocks' matrices,
     which muon steps otherwise than the rest.
     """
-    layer = nn.Linear(256, 256, dtype=dtype)
-    for p in layer.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer = make_optimizer(config, layer, torch.device("cpu"))
-    optimizer.step()
+    optimizer, layer = after_a_step(config, dtype)
 
     def each(p: torch.Tensor) -> float:
         tensors = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
@@ -528,6 +521,48 @@ def optimizer_state(
     )
 
 
+def after_a_step(config: DictConfig, dtype: torch.dtype) -> tuple[torch.optim.Optimizer, nn.Linear]:
+    """Return the optimizer of a matrix of 256 x 256 and its bias after one step, and both."""
+    layer = nn.Linear(256, 256, dtype=dtype)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = make_optimizer(config, layer, torch.device("cpu"))
+    optimizer.step()
+    return optimizer, layer
+
+
+def stand_in_bytes(
+    config: DictConfig, weights: Weights, layout: ClusterShape, dtype: torch.dtype
+) -> float:
+    """Return the bytes of the largest stand-in that an optimizer's step makes of a parameter (see
+    training/stepwise.py): its weight, gradient and moments in float32 or wider, as far as they
+    are in bfloat16; all of them where it is the full tensor of one that is sharded. Those of an
+    adapter are too small to count.
+    """
+    if weights.trained is not None:
+        return 0.0
+    optimizer, layer = after_a_step(config, dtype)
+    matrices = [s for block in weights.blocks for s in block if len(s) == 2]
+    others = [s for block in weights.blocks for s in block if len(s) != 2] + weights.root
+    groups: list[tuple[Any, torch.Tensor, list[Any]]]
+    groups = [(optimizer, layer.weight, [*matrices, *others])]
+    if isinstance(optimizer, Joint):
+        of_matrices, of_others = optimizer.parts
+        groups = [(of_matrices, layer.weight, matrices), (of_others, layer.bias, others)]
+    itemsize = torch.promote_types(dtype, torch.float32).itemsize
+    most = 0.0
+    for part, p, shapes in groups:
+        kind = type(part.inner if isinstance(part, Stepwise) else part).__name__
+        whole = kind in WHOLE and layout.shards * layout.tp_size > 1
+        if not (whole or isinstance(part, Stepwise)):
+            continue
+        moments = [x for x in part.state[p].values() if getattr(x, "shape", None) == p.shape]
+        n = sum(whole or x.dtype == torch.bfloat16 for x in (p, p.grad, *moments) if x is not None)
+        largest = max((s.numel() if whole else layout.part(s) for s in shapes), default=0)
+        most = max(most, float(n * itemsize * largest))
+    return most
+
+
 def weight_bytes(config: DictConfig, weights: Weights, itemsize: int) -> float:
     """Return the mean bytes of a weight, of which those in the matrices of the blocks may be
     quantized.
@@ -542,6 +577,14 @@ def share_of_matrices(weights: Weights) -> float:
     """Return the share of all weights that lies in the matrices of the blocks."""
     matrices = [shape for block in weights.blocks for shape in block if len(shape) == 2]
     return sum(map(math.prod, matrices)) / weights.n
+
+
+def kept_share(config: DictConfig, model: Model) -> float:
+    """Return the share of activations that is kept, of whole blocks unless they are compiled."""
+    kept = sizing.kept(config)
+    if recomputes_blocks(config.activation_checkpointing, config.compile):
+        return share_of_blocks(len(model.weights.blocks), kept)
+    return kept
 
 
 def count_body(
@@ -755,9 +798,10 @@ def _run(config: DictConfig, model: Model, data: Data, plan: Plan) -> list[str]:
             f" {n * steps.n_tokens / 1e6:,.1f} M tokens"
         )
     uses = config.rollout.uses
-    passes = n * (3 + plan.live + 1 - sizing.kept(config))
+    kept = kept_share(config, model)
+    passes = n * (3 + plan.live + 1 - kept)
     if plan.rollout is not None:
-        passes = n / uses * plan.rollout.passes(uses, plan.live, sizing.kept(config))
+        passes = n / uses * plan.rollout.passes(uses, plan.live, kept)
     if plan.cached:
         every = config.reference_update_every
         passes += reference_passes(schedule, every, data.n_held_out) or n

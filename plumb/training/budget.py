@@ -260,6 +260,15 @@ class ClusterShape:
     def shards(self) -> int:
         return self.shard_size or self.ranks
 
+    def part(self, shape: torch.Size, split: int = 1) -> int:
+        """Return how many numbers of a tensor a rank keeps. Sharding cuts along the first dimension
+        and pads the last part to the length of the others; `split`: over how many ranks tensor
+        parallelism splits it.
+        """
+        if not shape:
+            return 1
+        return -(-shape[0] // (split * self.shards)) * (shape.numel() // shape[0])
+
 
 class Weights(NamedTuple):
     """Hold the shapes of all parameters; a tied one counts once."""
@@ -275,20 +284,15 @@ class Weights(NamedTuple):
         return sum(shape.numel() for part in (self.root, *self.blocks) for shape in part)
 
     def on_one(self, layout: ClusterShape) -> int:
-        """Return how many numbers a rank keeps. Sharding cuts along the first dimension and pads
-        the last part to the length of the others; tensor parallelism splits the matrices of blocks,
+        """Return how many numbers a rank keeps. Tensor parallelism splits the matrices of blocks,
         whatever its plan does with the head.
         """
-
-        def part(shape: torch.Size, split: int) -> int:
-            if not shape:
-                return 1
-            return -(-shape[0] // (split * layout.shards)) * (shape.numel() // shape[0])
-
         blocks = sum(
-            part(s, layout.tp_size if len(s) > 1 else 1) for block in self.blocks for s in block
+            layout.part(s, layout.tp_size if len(s) > 1 else 1)
+            for block in self.blocks
+            for s in block
         )
-        return blocks + sum(part(s, 1) for s in self.root)
+        return blocks + sum(map(layout.part, self.root))
 
     def gathered(self, layout: ClusterShape) -> tuple[int, int]:
         """Return how many numbers of the root, and of the largest block, undoing the sharding would
@@ -339,6 +343,7 @@ def memory(
     activations: float,
     head: float,
     foreach: bool,
+    stand_ins: float = 0.0,
     kept_whole: bool = False,
 ) -> Memory:
     """Return the memory of a training step. n: the numbers of a rank (all of them in BasicTrainer);
@@ -346,8 +351,9 @@ def memory(
 
     Always: weights n w, gradients n w, optimizer n s, live reference n r, and n times the bytes of
     the moving average. `foreach` optimizers hold one temporary of the weights' size while they step
-    (PyTorch's documentation): n w. With adapters only these have gradients and an optimizer state,
-    and the live reference has no weights of its own.
+    (PyTorch's documentation): n w; those that step through stand-ins hold `stand_ins` bytes. With
+    adapters only these have gradients and an optimizer state, and the live reference has no weights
+    of its own.
 
     With FSDP, N0 being the numbers of the root and Nb those of the largest block:
     - gathered weights, (N0 + 2 Nb) c: the root during the whole pass, the block that is computed,
@@ -391,7 +397,11 @@ def memory(
         "gradients not yet summed": (
             (share * weights.n / layout.tp_size * max(4, w) * (kept_whole and sharded),) * 2 + (0,)
         ),
-        "optimizer's temporaries": (0, 0, trained * each_trained * foreach),
+        "optimizer's temporaries": (
+            0,
+            0,
+            trained * each_trained * foreach + (0 if on_host else stand_ins),
+        ),
     }
     per_node = layout.n_gpus // layout.n_nodes
     kept = n * (w + precision.reference * own) + extra

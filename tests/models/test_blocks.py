@@ -1,12 +1,14 @@
 """Blocks that are recomputed in the backward pass."""
 
+import math
+
 import pytest
 import torch
 from tiny import LLAMA, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plumb.errors import UserError
-from plumb.models.blocks import recompute_blocks
+from plumb.models.blocks import recompute_blocks, share_of_blocks
 
 
 def llama(n_layers=6):
@@ -58,3 +60,11 @@ def test_blocks_that_cannot_be_told_apart(monkeypatch):
     with pytest.raises(UserError, match="activation_checkpointing=0.5: the blocks of LlamaFor"):
         recompute_blocks(model, 0.5)
     recompute_blocks(model, 0.0)
+
+
+def test_a_share_of_less_than_a_block_is_refused():
+    with pytest.raises(UserError, match="=0.1: keeps none of the 6 blocks; give 0.167 or more"):
+        recompute_blocks(llama(), 0.1)
+    assert share_of_blocks(6, 0.167) == 1 / 6
+    assert all(share_of_blocks(n, math.ceil(1000 / n) / 1000) == 1 / n for n in range(2, 127))
+    assert share_of_blocks(6, 0.0) == 0

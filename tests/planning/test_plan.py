@@ -229,6 +229,43 @@ def test_optimizer_state_of_two_kinds_and_in_bfloat16(planned):
     assert plan.share_of_matrices(weights) == 32 / (40 + 40)
 
 
+@pytest.mark.parametrize(
+    ("options", "n_gpus", "expected"),
+    [
+        # a weight, its gradient and a moment of bfloat16, of half the embedding
+        (["optimizer_state=bfloat16", "model.policy_dtype=bfloat16"], 2, 3 * 4 * 64 * 8),
+        (["optimizer_state=bfloat16"], 1, 4 * 128 * 8),  # a moment only
+        (["stochastic_rounding=true", "model.policy_dtype=bfloat16"], 1, 2 * 4 * 128 * 8),
+        (["model.policy_dtype=bfloat16"], 1, 0),
+        (["optimizer=muon"], 2, 3 * 4 * 20 * 20),  # the full matrix, which has one moment
+        (["optimizer=muon"], 1, 0),
+        (["optimizer=Adafactor"], 2, 2 * 4 * 128 * 8),
+    ],
+)
+def test_stand_ins_of_a_step(options, n_gpus, expected, planned):
+    config, _ = planned("optimizer=RMSprop", *options)
+    dtype = getattr(torch, config.model.policy_dtype)
+    weights = Weights([torch.Size([128, 8])], [[torch.Size([20, 20]), torch.Size([20])]])
+    assert plan.stand_in_bytes(config, weights, ClusterShape(n_gpus), dtype) == expected
+
+
+def test_stand_ins_count_as_the_optimizer_steps(planned):
+    config, loss = planned(*PAIRS, "optimizer=AdamW", "optimizer_state=bfloat16")
+    made = plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss))
+    assert made.memory.kinds["optimizer's temporaries"] == (0, 0, 2 * 4 * 32000 * 4096)
+
+
+def test_a_share_of_blocks_is_planned_in_whole_ones(planned):
+    """Of two blocks."""
+    for share, expected in ((0.7, 0.5), (0.5, 0.5)):
+        config, loss = planned(*PAIRS, f"activation_checkpointing={share}")
+        model = plan.read_model(config, loss)
+        assert plan.kept_share(config, model) == expected
+        assert plan.kept_share(plan.changed(config, {"compile": True}), model) == share
+    with pytest.raises(UserError, match="activation_checkpointing=0.3: keeps none of the 2"):
+        plan.show(*planned(*PAIRS, "activation_checkpointing=0.3"))
+
+
 def test_quantized_weights(compose):
     """Half a byte and the scales in the matrices of the blocks, the full size elsewhere."""
     weights = Weights([torch.Size([10, 4])], [[torch.Size([4, 4]), torch.Size([8])]] * 2)
