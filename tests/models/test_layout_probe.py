@@ -1,5 +1,6 @@
 """The layout that a run chooses: what each fault looks like, and that none depends on the data."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -247,16 +248,14 @@ def test_a_head_with_a_computation_of_its_own_stays_the_models_own():
     assert forward_path == ForwardPath(True, False) and "its head is not a plain matrix" in line
 
 
-def test_the_choice_knows_no_data(train, data, capsys):
-    """The same line, whichever rows come first."""
+def test_the_choice_knows_no_data(train, data):
+    """The same line in env.json, whichever rows come first."""
     lines = []
     for order in (1, -1):
         data.write_text("".join(data.read_text().splitlines(keepends=True)[::order]))
-        train(f"order{order}", "loss=sft", "n_examples=4", "do_first_eval=false")
-        lines += [
-            line for line in capsys.readouterr().out.splitlines() if line.startswith("batches:")
-        ]
-    assert len(lines) == 2 and lines[0] == lines[1]
+        run_dir = train(f"order{order}", "loss=sft", "n_examples=4", "do_first_eval=false")
+        lines.append(json.loads((run_dir / "env.json").read_text())["layout"])
+    assert lines[0].startswith("batches: packed") and lines[0] == lines[1]
 
 
 def test_a_reward_model_is_tried_by_its_scores():

@@ -443,7 +443,10 @@ class Torture:
         otherwise they show nothing.
         """
         self.spoil = forget_position
-        tally = self.kills(4)
+        for _ in range(6):  # by chance, none of the kills may come after a checkpoint
+            tally = self.kills(4)
+            if tally.wrong:
+                break
         self.spoil = None
         problems = [] if tally.wrong else ["it was not noticed"]
         return Tally(
