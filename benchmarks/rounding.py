@@ -63,7 +63,7 @@ def table(losses: dict[str, list[float]], n: int, lr: float) -> str:
     parts = len(next(iter(losses.values())))
     seen = [n * i // (parts - 1) for i in range(parts)]
     rows = [
-        f"SFT of the demo's model, lr {lr:g}: held-out loss after so many examples",
+        f"SFT of the demo's model, lr {lr:g}: held-out loss by the number of training examples",
         "",
         f"| weights | {' | '.join(f'{k:,}' for k in seen)} |",
         f"|---|{'---|' * parts}",

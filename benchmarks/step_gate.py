@@ -50,7 +50,7 @@ class Gate:
         self.began = time.process_time()
 
     def reward(self, n_tokens: int) -> float:
-        """Return the reward of a response of so many tokens."""
+        """Return the reward of a response of this many tokens."""
         if self.seen % self.n_responses == 0:
             self.wait()
         self.seen += 1

@@ -160,9 +160,10 @@ class Rollout:
     critic: float  # the critic's size relative to the policy's; 0: there is none
 
     def sampling_secs(self, rates: Rates) -> float:
-        """Return the least seconds that the responses to a prompt take on a GPU, with as many
-        others as run at the same time: each token of theirs reads all weights, and the keys and
-        values there are on average; or computes, if that takes longer.
+        """Return the least seconds that the responses to a prompt take on a GPU, shared among all
+        that are sampled at the same time. Each token reads all weights once, and for each response
+        the keys and values of its prompt and, on average, of half of itself; or it computes, if
+        that takes longer.
         """
         at = self.sampled
         read = self.weights + at.rows * (at.prompt + at.response / 2) * self.cache

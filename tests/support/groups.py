@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -67,19 +67,29 @@ class Halt(BaseException):
     """End a run at once, in this process, without any cleanup: the disk is as after a kill."""
 
 
-def train_until(config_of, halt):
-    """Train, in each process of a group, to the end or until update `halt`."""
-    import train
+@contextmanager
+def halted_after(n_updates):
+    """End a run within the context after this update, if it has one."""
     import trainers
 
     step = trainers.BasicTrainer.step
 
     def failing(self, *arguments):
         step(self, *arguments)
-        if self.n_updates == halt:
+        if self.n_updates == n_updates:
             raise Halt
 
     trainers.BasicTrainer.step = failing
-    with suppress(Halt):
+    try:
+        with suppress(Halt):
+            yield
+    finally:
+        trainers.BasicTrainer.step = step
+
+
+def train_until(config_of, halt):
+    """Train, in each process of a group, to the end or until update `halt`."""
+    import train
+
+    with halted_after(halt):
         train.train(config_of())
-    trainers.BasicTrainer.step = step

@@ -8,13 +8,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed as dist
-from groups import Halt, run_in_group
+from groups import halted_after, run_in_group
 from runs import DPO, evaluate, outcome, records, same, state_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import trainers
 from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.runs.policy_file import load_policy_state
@@ -177,21 +176,14 @@ def test_a_second_moment_in_bfloat16_follows_that_in_float32(knobs):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("Rprop", "decay")])
-def test_halted_and_resumed_it_ends_the_same(case, train, monkeypatch):
+def test_halted_and_resumed_it_ends_the_same(case, train):
     skip_without_package(case)
     options = [*DPO, *CASES[case], "n_examples=12", "save_every=4", "warmup_steps=0", "lr=1e-4"]
     options += ["n_eval_examples=1", "do_first_eval=false", "resume=auto"]
     whole = outcome(train("whole", *options))
-    step = trainers.BasicTrainer.step
-
-    def gone(self, *arguments):
-        step(self, *arguments)
-        if self.n_updates == 2:
-            raise Halt
-
-    with monkeypatch.context() as patch, pytest.raises(Halt):
-        patch.setattr(trainers.BasicTrainer, "step", gone)
+    with halted_after(2):
         train("halted", *options)
+        pytest.fail("it was not halted")
     if case == "AdamW, state":  # whose steps are counted for each group of parameters
         with pytest.raises(UserError, match="counts the steps of 1 groups of parameters, and here"):
             train("halted", *options, "weight_decay_on=matrices", "resume_allow=[weight_decay_on]")

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from groups import Halt
+from groups import halted_after
 from runs import DPO, evaluate, outcome, records, same, state_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import export as export_command
-import trainers
 from plumb.errors import UserError
 from plumb.models.find import find_model, open_model
 from plumb.models.quantized_base import BYTES, QuantizedLinear, quantize, quantized_bytes, rounded
@@ -104,20 +103,13 @@ def test_one_run_after_another(train):
         assert records(run_dir, "train")[0]["loss/train"] == pytest.approx(0.693147, abs=1e-4)
 
 
-def test_it_resumes_to_the_bit(train, monkeypatch):
+def test_it_resumes_to_the_bit(train):
     options = [*DPO, *QLORA, "adapter=dora", "model.quantize=nf4", *BRIEF, "resume=auto"]
     options += ["save_every=4", "n_examples=12", "optimizer=AdamW8bit"]
     whole = outcome(train("whole", *options))
-    step = trainers.BasicTrainer.step
-
-    def gone(self, *arguments):
-        step(self, *arguments)
-        if self.n_updates == 2:
-            raise Halt
-
-    with monkeypatch.context() as patch, pytest.raises(Halt):
-        patch.setattr(trainers.BasicTrainer, "step", gone)
+    with halted_after(2):
         train("halted", *options)
+        pytest.fail("it was not halted")
     assert same(outcome(train("halted", *options)), whole)
 
 
