@@ -532,6 +532,7 @@ def record_layout(trainer: BasicTrainer, digest: str) -> None:
             "weights": digest,
             "layout": trainer.layout_found,
             "tokens_per_microbatch": trainer.packing.budget,
+            "head_chunk_mb": run.plan.head_chunk_mb,
             "reference": run.plan.reference and f"{run.plan.reference} ({run.plan.why})",
         },
     )

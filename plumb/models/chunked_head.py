@@ -5,6 +5,7 @@ Shapes: N scored positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,23 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of float32 logits on a CPU; a GPU takes eight times as much, for its matrix products want
-# thousands of rows.
-CHUNK_BYTES = 1 << 26  # computed at once; 64 MB was fastest of 16, 64 and 128 (V = 49,152)
-KEPT_BYTES = (
-    1 << 28
-    # softmax kept for the backward pass, which is otherwise computed again: a third more work in
-    # the head
-)
+# Bytes of float32 logits that are computed at once. On a CPU 64 MB was fastest of 16, 64 and 128
+# (V = 49,152); a GPU's matrix products want thousands of rows.
+STANDARD_CHUNK = {"cpu": 1 << 26, "cuda": 1 << 29}
+LEAST_CHUNK = 1 << 24
+# Softmax of so many chunks is kept for the backward pass; more of it is computed again there, which
+# is a third more work in the head.
+KEPT_CHUNKS = 4
 
 
-def held_bytes(device: torch.device) -> int:
+def standard_chunk(device: torch.device) -> int:
+    """Return the bytes of a chunk where memory is no matter."""
+    return STANDARD_CHUNK.get(device.type, STANDARD_CHUNK["cpu"])
+
+
+def chunk_for(free: float, device: torch.device) -> int:
+    """Return the bytes of a chunk where so many are `free`: a 64th of them, as a power of two, but
+    no more than is standard. With what is kept, the head then takes a twelfth of them at most.
+
+    >>> chunk_for(3e9, torch.device("cuda")) // 2**20
+    32
+    """
+    share = 2 ** int(math.log2(max(free, 64) / 64))
+    return min(standard_chunk(device), max(LEAST_CHUNK, share))
+
+
+def held_bytes(chunk: int) -> int:
     """Return the most that linear_logps holds beside its inputs and gradients."""
-    return (8 if device.type == "cuda" else 1) * (KEPT_BYTES + CHUNK_BYTES)
+    return (1 + KEPT_CHUNKS) * chunk
 
 
 def step_bytes(
-    n: int, width: int, vocab: int, itemsize: int, device: torch.device, trained: bool = True
+    n: int, width: int, vocab: int, itemsize: int, chunk: int, trained: bool = True
 ) -> int:
     """Return what linear_logps holds when its backward pass begins, for [n] positions and the
     head's weight [vocab, width] of `itemsize` bytes.
@@ -38,9 +54,8 @@ def step_bytes(
     16 bits one chunk and that gradient a second time, rounded. `trained`: false for a weight that
     gets no gradient.
     """
-    scale = 8 if device.type == "cuda" else 1
-    full, rows = 4 * n * vocab, min(n, max(1, scale * CHUNK_BYTES // (4 * vocab)))
-    held = full if full <= scale * KEPT_BYTES else 2 * 4 * rows * vocab
+    full, rows = 4 * n * vocab, min(n, _rows(chunk, vocab))
+    held = full if full <= KEPT_CHUNKS * chunk else 2 * 4 * rows * vocab
     of_weight = max(4, itemsize) * vocab * width
     rounded = itemsize * (rows + width) * vocab if itemsize < 4 else 0
     if not trained:
@@ -73,22 +88,22 @@ def linear_logps(
     targets: Tensor,
     temperature: float = 1.0,
     beside: Callable[[Tensor], Tensor] | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return log softmax((hidden @ weight.T + bias) / temperature)[target], with the softmax in
     float32.  [N, d], [V, d], [V], [N] -> [N], nats
 
-    Computed in chunks of rows, so that no more than CHUNK_BYTES of logits exist at a time. The
-    backward pass computes them again, unless their softmax fits in KEPT_BYTES. With `beside`, a
-    number of each distribution from its log-probabilities [rows, V], the result is [N, 2]; the
-    second has no gradient.
+    Computed in chunks of rows, so that no more than `chunk` bytes of logits exist at a time (None:
+    what is standard for the device). The backward pass computes them again, unless the softmax of
+    all is no more than KEPT_CHUNKS of them. With `beside`, a number of each distribution from its
+    log-probabilities [rows, V], the result is [N, 2]; the second has no gradient.
     """
     hidden, weight = _autocast(hidden, weight)
-    scale = 8 if hidden.is_cuda else 1
+    chunk = chunk or standard_chunk(hidden.device)
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = differentiated and 4 * len(hidden) * len(weight) <= scale * KEPT_BYTES
-    return _LinearLogps.apply(
-        hidden, weight, bias, targets, temperature, _rows(hidden, weight), keep, beside
-    )
+    keep = differentiated and 4 * len(hidden) * len(weight) <= KEPT_CHUNKS * chunk
+    rows = _rows(chunk, len(weight))
+    return _LinearLogps.apply(hidden, weight, bias, targets, temperature, rows, keep, beside)
 
 
 def linear_logps_and_entropy(
@@ -97,11 +112,12 @@ def linear_logps_and_entropy(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float = 1.0,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the log-probabilities of linear_logps beside the entropy of the distribution that they
     are of, which no gradient flows through.  -> [N, 2] nats
     """
-    return linear_logps(hidden, weight, bias, targets, temperature, entropy_of)
+    return linear_logps(hidden, weight, bias, targets, temperature, entropy_of, chunk)
 
 
 def entropy_of(logps: Tensor) -> Tensor:
@@ -122,12 +138,16 @@ def log_squares(logps: Tensor) -> Tensor:
 
 
 def linear_logps_and_squares(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the log-probabilities of linear_logps beside log_squares of the same positions, which
     no gradient flows through.  -> [N, 2]
     """
-    return linear_logps(hidden, weight, bias, targets, 1.0, log_squares)
+    return linear_logps(hidden, weight, bias, targets, 1.0, log_squares, chunk)
 
 
 class Head(NamedTuple):
@@ -139,7 +159,12 @@ class Head(NamedTuple):
 
 
 def linear_logps_and_kl(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reference: Head
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    reference: Head,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the log-probabilities of linear_logps beside KL(reference || policy) at the same
     positions, in nats.  -> [N, 2]
@@ -151,7 +176,8 @@ def linear_logps_and_kl(
     other = reference._replace(
         hidden=reference.hidden.to(hidden.dtype), weight=reference.weight.to(weight.dtype)
     )
-    return _LinearKL.apply(hidden, weight, bias, targets, other, _rows(hidden, weight))
+    rows = _rows(chunk or standard_chunk(hidden.device), len(weight))
+    return _LinearKL.apply(hidden, weight, bias, targets, other, rows)
 
 
 def kl_between(reference: Tensor, policy: Tensor) -> Tensor:
@@ -167,9 +193,9 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def _rows(hidden: Tensor, weight: Tensor) -> int:
+def _rows(chunk: int, vocab: int) -> int:
     """Return the number of positions that are computed at one time."""
-    return max(1, (8 if hidden.is_cuda else 1) * CHUNK_BYTES // (4 * len(weight)))
+    return max(1, chunk // (4 * vocab))
 
 
 class _LinearKL(torch.autograd.Function):

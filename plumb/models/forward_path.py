@@ -22,6 +22,8 @@ class ForwardPath(NamedTuple):
     packed: bool  # trees in one row, or one response to a padded row
     # log-probabilities directly from the head's weight, in chunks, or through the model's own head
     plain_head: bool
+    # bytes of float32 logits that such a head computes at once; None: the device's standard
+    chunk: int | None = None
 
     def __str__(self) -> str:
         return (

@@ -140,11 +140,11 @@ def sums_of(logps: Tensor, batch: Batch) -> Logps:
 class HeadRead(NamedTuple):
     """Hold the two functions that compute a number at each scored position, [N], or m, [N, m]."""
 
-    linear: Callable[..., Tensor]  # from hidden, weight, bias, targets
+    linear: Callable[..., Tensor]  # from hidden, weight, bias, targets, and the bytes of a chunk
     logits: Callable[..., Tensor]  # from logits, targets
 
 
-def no_logits(*_: Any) -> NoReturn:
+def no_logits(*_: Any, **__: Any) -> NoReturn:
     """Raise AssertionError: the other of the two functions of a HeadRead must be called."""
     raise AssertionError("internal error: a head is read in another way than it was decided")
 
@@ -180,7 +180,9 @@ def with_entropy(temperature: float) -> HeadRead:
 
 LOGPS = HeadRead(linear_logps, token_logps)
 SQUARES = HeadRead(linear_logps_and_squares, _logps_and_squares)
-RAW = HeadRead(lambda hidden, *_: hidden, lambda logits, _: logits)  # what enters, or leaves, it
+RAW = HeadRead(
+    lambda hidden, *_, **__: hidden, lambda logits, _: logits
+)  # what enters, or leaves, it
 
 
 def head_values(model: Any, batch: Batch, forward_path: ForwardPath, read: HeadRead) -> Tensor:
@@ -193,7 +195,8 @@ def head_values(model: Any, batch: Batch, forward_path: ForwardPath, read: HeadR
     positions = batch.scored if padded is None else padded.scored
     plain = forward_path.plain_head
     targets = batch.targets if plain else None
-    with lm_head_at_positions(model, positions, targets, linear=read.linear):
+    linear = partial(read.linear, chunk=forward_path.chunk)
+    with lm_head_at_positions(model, positions, targets, linear=linear):
         values = model(**inputs, use_cache=False).logits[0]  # [N, 1 or m], or [N, V]
     return values.squeeze(1) if plain else read.logits(values, batch.targets)
 

@@ -409,7 +409,14 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         kept_whole=steps.n_micro > 1 and not summed,
         activations=activations,
         head=(
-            step_bytes(n, text.hidden_size, model.n_out, compute.itemsize, GPU, not with_adapter)
+            step_bytes(
+                n,
+                text.hidden_size,
+                model.n_out,
+                compute.itemsize,
+                decided.head_chunk,
+                not with_adapter,
+            )
             if model.plain_head
             else n * model.n_out * (2 * compute.itemsize + 2 * 4)
         ),  # logits in two precisions, and their gradients

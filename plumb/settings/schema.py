@@ -232,6 +232,7 @@ KNOBS: dict[str, Knob] = {
     "batch_size": Knob(whole(1), RESULT, TRAIN),
     "gradient_accumulation_steps": Knob(whole(1), PLACEMENT, TRAIN),
     "tokens_per_microbatch": Knob(maybe(whole(1)), PLACEMENT, in_eval=None),
+    "head_chunk_mb": Knob(maybe(whole(1)), PLACEMENT, TRAIN, in_eval=None),
     "reference": Knob(one_of("auto", "live", "cached"), PLACEMENT, TRAIN, in_eval="auto"),
     "reference_update_every": Knob(maybe(whole(1)), RESULT, TRAIN),
     "reference_update_weight": Knob(SHARE, RESULT, TRAIN),

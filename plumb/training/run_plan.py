@@ -12,9 +12,11 @@ from torch import nn
 
 from plumb.distributed import collectives
 from plumb.models.adapters import count_trained, roles_of
-from plumb.models.chunked_head import held_bytes
+from plumb.models.chunked_head import chunk_for, held_bytes
 from plumb.models.forward_path import DTYPES
 from plumb.training import budget
+
+MB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,13 @@ class RunPlan:
     why: str  # the reason
     budget: int  # tokens of a microbatch, where the head's logits never exist at once
     budget_with_logits: int
+    head_chunk_mb: int  # MB of float32 logits that the head computes at once
     reduce_each: bool  # gradients are reduced after each microbatch, not after the step's last
+
+    @property
+    def head_chunk(self) -> int:
+        """Return the bytes of float32 logits that the head computes at once."""
+        return self.head_chunk_mb * MB
 
     def tokens(self, no_logits: bool) -> int:
         """Return the tokens of a microbatch."""
@@ -65,8 +73,9 @@ def plan_run(
 
     reference=auto: cached if examples are used more than once, or if a second model would take more
     than a quarter of the memory that the policy's training leaves free; for a moving reference,
-    only the latter counts. tokens_per_microbatch=null: by the memory that weights, gradients,
-    optimizer and a live reference leave free. fsdp_reduce=auto: by the size of all gradients.
+    only the latter counts. tokens_per_microbatch=null and head_chunk_mb=null: by the memory that
+    weights, gradients, optimizer and a live reference leave free. fsdp_reduce=auto: by the size of
+    all gradients.
     """
     weights = numbers.weights
     trained = 3 * numbers.trained  # with gradients, and an optimizer state of two numbers
@@ -87,10 +96,12 @@ def plan_run(
         why = "memory is short"
     live = needs_reference and not cached
     free = numbers.memory - weights - trained - live * numbers.reference
-    free -= held_bytes(numbers.device) + beside
+    free -= beside
     if config.ema_decay is not None:  # in float32 or wider
         itemsize = DTYPES[config.model.policy_dtype].itemsize
         free -= numbers.trained * max(4, itemsize) / itemsize
+    chunk_mb = config.head_chunk_mb or chunk_for(free, numbers.device) // MB
+    free -= held_bytes(chunk_mb * MB)
 
     def tokens(no_logits: bool) -> int:
         return budget.token_budget(
@@ -109,6 +120,7 @@ def plan_run(
         why=why,
         budget=tokens(True),
         budget_with_logits=tokens(False),
+        head_chunk_mb=chunk_mb,
         reduce_each=budget.sums_each(config, numbers.n_weights, numbers.memory),
     )
 

@@ -170,6 +170,7 @@ def prepare(
     forward_path, layout_found = find_forward_path(
         policy, tokenizer, computation, config.max_length, token_budget
     )
+    forward_path = forward_path._replace(chunk=plan.head_chunk)
     budget = token_budget(forward_path)
     packing = Packing(
         packed=forward_path.packed,
@@ -347,7 +348,10 @@ def make_run_saver(config: DictConfig, run: Run, ready: Prepared, trainer: Place
             config.policy_format,
         )
 
-    decisions: dict[str, Any] = {"tokens_per_microbatch": ready.packing.budget}
+    decisions: dict[str, Any] = {
+        "tokens_per_microbatch": ready.packing.budget,
+        "head_chunk_mb": run.plan.head_chunk_mb,
+    }
     if run.plan.reference is not None:
         decisions["reference"] = run.plan.reference
     if run.layout is not None:

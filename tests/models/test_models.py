@@ -1,7 +1,9 @@
 """Log-probabilities, dropout, loading: on real tiny models of every family that has a config."""
 
+import math
 import os
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -112,12 +114,10 @@ def test_every_way_equals_the_plain_computation(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("chunk", [1, None])
-def test_what_a_head_computes_beside_log_probabilities(family, chunk, monkeypatch):
+def test_what_a_head_computes_beside_log_probabilities(family, chunk):
     """log sum p^2, and KL(reference || policy) with its gradient, are those of the whole logits, in
     chunks of one position too; the log-probabilities beside them are those of response_logps.
     """
-    if chunk:
-        monkeypatch.setattr(chunked_head, "CHUNK_BYTES", chunk)
     model, reference = tiny_model(family).eval(), tiny_model(family).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_what_a_head_computes_beside_log_probabilities(family, chunk, monkeypatc
             parameter += 0.05 * torch.randn_like(parameter)
     use_tree_attention(model)
     use_tree_attention(reference)
-    path, _ = choose_forward_path(model)
+    path = choose_forward_path(model)[0]._replace(chunk=chunk)
     b = batch()
 
     def plain_kl():
@@ -244,18 +244,14 @@ def test_token_log_probabilities_equal_the_2023_code():
         np.testing.assert_allclose(logits.grad, golden[f"{i}_sum_grad"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [None, 1, 7])
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("rows", "kept"), [(20, True), (7, True), (4, False), (1, False)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
-    """Values and gradients of hidden states, weight and bias, with and without keeping the softmax.
-    Logits of +-100 too.
+def test_the_head_in_chunks_equals_the_whole(rows, kept, dtype):
+    """Values and gradients of hidden states, weight and bias, with and without keeping the softmax,
+    which is kept if it takes no more than four chunks. Logits of +-100 too.
     """
     torch.manual_seed(0)
     n, d, v = 20, 8, 50
-    if rows:
-        monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * v * rows)
-    monkeypatch.setattr(chunked_head, "KEPT_BYTES", 1 << 30 if keep else 0)
     leaves = [
         x.to(dtype).requires_grad_()
         for x in (10 * torch.randn(n, d), torch.randn(v, d), torch.randn(v))
@@ -264,9 +260,11 @@ def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
 
     def run(f):
         out = f(*leaves, targets)
-        return out.detach(), torch.autograd.grad((out * upstream).sum(), leaves)
+        saved = getattr(out.grad_fn, "saved_tensors", ())
+        return out.detach(), torch.autograd.grad((out * upstream).sum(), leaves), len(saved)
 
-    ours = run(chunked_head.linear_logps)
+    ours = run(partial(chunked_head.linear_logps, chunk=4 * v * rows))
+    assert ours[2] == 4 + kept * math.ceil(n / rows)
     plain = run(lambda h, w, b, t: chunked_head.token_logps(torch.nn.functional.linear(h, w, b), t))
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
@@ -275,17 +273,16 @@ def test_the_head_in_chunks_equals_the_whole(rows, keep, dtype, monkeypatch):
         assert (a - b).norm() <= tolerance * b.norm()
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_the_head_under_autocast(keep, monkeypatch):
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_the_head_under_autocast(chunk):
     """Float32 weights with a bias, computed in bfloat16: the gradients come back in float32, and
     near those of float32.
     """
-    monkeypatch.setattr(chunked_head, "KEPT_BYTES", 1 << 30 if keep else 0)
     torch.manual_seed(0)
     leaves = [x.requires_grad_() for x in (torch.randn(20, 8), torch.randn(50, 8), torch.randn(50))]
     targets = torch.randint(0, 50, (20,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = chunked_head.linear_logps(*leaves, targets)
+        ours = chunked_head.linear_logps(*leaves, targets, chunk=chunk)
     gradients = torch.autograd.grad(ours.sum(), leaves)
     plain = torch.autograd.grad(chunked_head.linear_logps(*leaves, targets).sum(), leaves)
     for a, b in zip(gradients, plain, strict=True):

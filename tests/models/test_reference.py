@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from groups import run_in_group
+from groups import halted_after, run_in_group
 from runs import DPO, FAST, STEADY, records
 from safetensors import SafetensorError
 from tiny import tiny_model as random_model
@@ -31,6 +31,7 @@ from plumb.models.reference_cache import (
     response_digests,
     weights_digest,
 )
+from plumb.runs.checkpoints import read_manifest
 
 
 def example(prompt, *responses):
@@ -426,10 +427,26 @@ def test_the_default_is_the_better_one_and_is_said(options, expected, train, cap
     assert f"reference  the policy as it starts, {expected}\n" in capsys.readouterr().out
 
 
-def test_short_memory_caches(train, capsys, monkeypatch):
-    monkeypatch.setattr("plumb.training.budget.memory_at_hand", lambda device: 0)
-    train("short", *DPO, "n_examples=4")
+def test_short_memory_caches_and_keeps_less_of_the_head(train, tmp_path, capsys, monkeypatch):
+    """And a run that resumes where there is more memory goes on as it began."""
+    memory_at_hand = "plumb.training.budget.memory_at_hand"
+    options = [*DPO, "n_examples=12", "save_every=4", "resume=auto"]
+
+    def decided(name):
+        return read_manifest((tmp_path / name / "LATEST").resolve()).decisions
+
+    monkeypatch.setattr(memory_at_hand, lambda device: 0)
+    with halted_after(2):
+        train("short", *options)
     assert "the policy as it starts, cached (memory is short)" in capsys.readouterr().out
+    short = decided("short")
+    monkeypatch.setattr(memory_at_hand, lambda device: 1 << 40)
+    train("short", *options)
+    assert "resuming from" in capsys.readouterr().out
+    assert decided("short") == short
+    train("ample", *options)
+    assert short["head_chunk_mb"] == 16 and decided("ample")["head_chunk_mb"] == 64
+    assert short["tokens_per_microbatch"] < decided("ample")["tokens_per_microbatch"] == 1024
 
 
 def test_two_processes_share_the_pass(run_train, tmp_path, data, tiny_model):

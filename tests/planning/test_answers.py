@@ -82,7 +82,7 @@ def test_the_longest_rows(asked):
     lengths = [row[0].strip() for row in rows]
     assert lengths == ["256", "384", "512", "768", "1,024", "1,536"]
     assert rows[-1][-1].strip() == "more than the model's 1,024 positions"
-    rows = rows_of(answers.answer(*asked("longest_rows", *RANDOM, "plan_gpu_gb=1.9")))
+    rows = rows_of(answers.answer(*asked("longest_rows", *RANDOM, "plan_gpu_gb=1.3")))
     assert rows[-1][-1].strip() == "does not fit" and len(rows) < 6
     assert "max_length=256 max_prompt_length=128" in rows[0][-1] or len(rows) == 1
 
