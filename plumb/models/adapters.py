@@ -480,22 +480,23 @@ def stored(policy: PreTrainedModel) -> dict[str, Tensor]:
 
 def starting_state(policy: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights that a run starts from, by their names without adapters: those of the
-    base, and of the adapters that it starts from. Their digest is that of the reference. Every rank
-    must call it.
+    base, and of the adapters that it starts from. Their digest is that of the reference.
     """
     state = policy.state_dict(keep_vars=True)
     roles = roles_of(policy)
     if roles is None:
         return state
     matches = {name: KEY.fullmatch(name) for name in state}
-    start = {
+    quantized = {
+        base_name(f"{name}.{key}"): x
+        for name, layer in quantized_layers(policy).items()
+        for key, x in layer.tensors().items()
+    }
+    return quantized | {
         base_name(name): tensor
         for name, tensor in state.items()
         if (match := matches[name]) is None or match["adapter"] in roles.start
     }
-    for name, layer in quantized_layers(policy).items():
-        start |= {base_name(f"{name}.{key}"): x for key, x in layer.tensors().items()}
-    return start
 
 
 def count_trained(policy: nn.Module) -> int:

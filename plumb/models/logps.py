@@ -180,9 +180,8 @@ def with_entropy(temperature: float) -> HeadRead:
 
 LOGPS = HeadRead(linear_logps, token_logps)
 SQUARES = HeadRead(linear_logps_and_squares, _logps_and_squares)
-RAW = HeadRead(
-    lambda hidden, *_, **__: hidden, lambda logits, _: logits
-)  # what enters, or leaves, it
+# what enters, or leaves, it
+RAW = HeadRead(lambda hidden, *_, **__: hidden, lambda logits, _: logits)
 
 
 def head_values(model: Any, batch: Batch, forward_path: ForwardPath, read: HeadRead) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from plumb.data.examples import Lengths
-from plumb.models.quantized_base import count_weights
+from plumb.models.quantized_base import quantized_bytes, quantized_numbers
 
 # Dense 16-bit operations per second of a card, by its full name, from its data sheet.
 PEAK = {
@@ -59,7 +59,12 @@ class Cost(NamedTuple):
 def cost_of(model: Any) -> Cost:
     """Return the cost of a causal language model of transformers that is not sharded yet."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    n = count_weights(model) - embedding.numel() - (head.numel() if head is not embedding else 0)
+    n = (
+        sum(p.numel() for p in model.parameters())
+        + quantized_numbers(model)
+        - embedding.numel()
+        - (head.numel() if head is not embedding else 0)
+    )
     return Cost(n, head.numel(), attention_width(model.config.get_text_config()))
 
 
@@ -135,8 +140,9 @@ def memory_at_hand(device: torch.device) -> int:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights, of which some may be quantized."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Return the bytes of a model's weights, quantized ones included."""
+    full = sum(p.numel() * p.element_size() for p in model.parameters())
+    return full + quantized_bytes(model)
 
 
 def trained_bytes(policy: nn.Module) -> int:

@@ -19,7 +19,6 @@ from plumb.losses.advantage_rules import GaeRule
 from plumb.losses.registry import Loss
 from plumb.models.find import find_model, n_parameters
 from plumb.models.forward_path import DTYPES
-from plumb.models.quantized_base import count_weights
 from plumb.training.budget import trained_bytes, weights_bytes
 
 REWARD_ITEMSIZE = 4  # models that give rewards compute in float32
@@ -42,7 +41,7 @@ class PolicySize:
     @classmethod
     def of(cls, policy: Any) -> PolicySize:
         """Return the size of a policy that is loaded."""
-        n = count_weights(policy)
+        n = sum(p.numel() for p in policy.parameters())
         head = policy.get_output_embeddings().weight
         own = head is not policy.get_input_embeddings().weight
         return cls(
