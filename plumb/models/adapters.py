@@ -446,6 +446,78 @@ def roles_of(model: Any) -> Roles | None:
     return getattr(model, "adapter_roles", None)
 
 
+def adapters_of(model: Any) -> list[Adapter]:
+    """Return the adapters of a model, with the factors that they have when these are asked for."""
+    roles = roles_of(model)
+    if roles is None:
+        return []
+    layers = {module: layer for module, layer in model.named_modules() if _is_layer(layer)}
+    adapters = []
+    for name in dict.fromkeys((*roles.policy, *roles.start)):
+        own = {module: layer for module, layer in layers.items() if name in layer.scaling}
+        some = next(iter(own.values()))
+        adapters.append(
+            Adapter(
+                name=name,
+                rank=some.r[name],
+                scaling=some.scaling[name],
+                dora=name in some.lora_magnitude_vector,
+                modules=list(own),
+                factors=_Present(own, name),
+                trained=name == roles.trained,
+                in_policy=name in roles.policy,
+                in_start=name in roles.start,
+            )
+        )
+    return adapters
+
+
+@dataclass(frozen=True)
+class _Present:
+    """Give the factors of one adapter that the layers of a model have."""
+
+    layers: Mapping[str, Any]
+    name: str
+
+    def __call__(self, module: str) -> Factors:
+        layer = self.layers[module]
+        magnitude = None
+        if self.name in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[self.name].weight
+        if self.name in layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A[self.name], layer.lora_embedding_B[self.name]
+        else:
+            a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+        return Factors(a, b, magnitude)
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight of a model in one piece by its name without adapters: merged with those of
+    its policy, and as a quantized layer computes with it. There is one merged weight at a time.
+    """
+    by_module: dict[str, list[Adapter]] = {}
+    for adapter in adapters_of(model):
+        for module in adapter.modules if adapter.in_policy else ():
+            by_module.setdefault(module, []).append(adapter)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        yield from model.named_parameters()
+        for name, layer in quantized_layers(model).items():
+            yield f"{name}.weight", layer.weight
+
+    for name, weight in weights():
+        if KEY.fullmatch(name):
+            continue
+        name = base_name(name)
+        module = name.removesuffix(".weight")
+        if module in by_module:
+            layer = model.get_submodule(module).get_base_layer()
+            factors = [(each.scaling, each.factors(module)) for each in by_module[module]]
+            weight = as_matrix(layer, merged(as_matrix(layer, weight), factors))
+        yield name, weight.detach()
+
+
 def own_names(policy: PreTrainedModel) -> set[str]:
     """Return the names of the parameters that belong to a run: all of them or, with adapters, all
     but the base weights.
@@ -546,10 +618,14 @@ class StartingPolicy:
             sharding.reshard(self.policy)
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def _is_layer(module: nn.Module) -> bool:
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return isinstance(module, LoraLayer)
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if _is_layer(module)]
 
 
 def _activate(layers: Sequence[Any], names: Sequence[str]) -> None:

@@ -27,7 +27,15 @@ from transformers import (
 from plumb.errors import UserError
 from plumb.models import source_trust
 from plumb.models.adapter_sources import Adapted, Merged, SameBase, WithHead
-from plumb.models.adapters import BASE, Adapter, AdapterKnobs, holds_adapters, read_adapters
+from plumb.models.adapters import (
+    BASE,
+    Adapter,
+    AdapterKnobs,
+    adapters_of,
+    holds_adapters,
+    inject,
+    read_adapters,
+)
 from plumb.models.forward_path import DTYPES
 from plumb.models.quantized_base import Dequantized, check_bitsandbytes
 from plumb.models.scalar_head import (
@@ -521,16 +529,22 @@ class FrozenCopy:
 
     def in_parts(self) -> Parts:
         """Return the parts that this rank has of a sharded model, whatever `where` says."""
-        made = frozen_skeleton(self.model, self.dtype or self.model.dtype)
+        made = frozen_skeleton(self.model, self.dtype)
         return Parts(made, sharded_parts(self.model))
 
 
-def frozen_skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a frozen model like this one, which may be sharded: parameters of this dtype on the
-    meta device, and copies of its buffers.
+def frozen_skeleton(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return a frozen model like this one, adapters included, which may be sharded: parameters on
+    the meta device, of this dtype or with None of those that they have, and copies of its buffers.
     """
     with parameters_on_meta():
-        made = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
+        made = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), dtype=dtype or model.dtype
+        )
+    if adapters := adapters_of(model):
+        inject(made, adapters)
+        for p in made.parameters():
+            p.data = p.data.to(dtype or p.dtype)
     made.generation_config = model.generation_config
     made.eval().requires_grad_(False)
     buffers = dict(model.named_buffers())

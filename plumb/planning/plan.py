@@ -369,6 +369,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     if samples:
         size = PolicySize(
             n=model.weights.n,
+            adapters=model.weights.adapters,
             weights=of_policy,
             trained=trained * of_trained.itemsize,
             head=model.own_head * weights.itemsize,

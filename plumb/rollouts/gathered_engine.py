@@ -2,7 +2,8 @@
 
 A sharded policy cannot be sampled from rank by rank, since each of its forward passes needs all
 ranks, and responses have different lengths. So every rank holds a copy of the policy in one piece,
-of the precision in which it computes, and samples from that.
+of the precision in which it computes, and samples from that. A policy with adapters has them in the
+copy, too: merged into weights of 16 bits, small ones would be rounded away.
 """
 
 from __future__ import annotations
@@ -25,23 +26,26 @@ class UnshardedCopy:
     """Hold a sharded policy in one piece. Several engines may share it."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # of its weights; None: those that the policy's have
     model: Any = None  # made when it is needed
 
     @torch.no_grad()
     def updated(self, policy: Any) -> Any:
         """Return the copy with the weights and buffers that the policy has now. They are gathered
-        one by one, so that there is never a second full model. Every rank must call it.
+        one by one, so that there is never a second full model; those that are not trained, such as
+        the base of adapters, only once. Every rank must call it.
         """
         # FSDP leaves some parameters gathered after a forward pass
         sharding.reshard(policy)
-        if self.model is None:
+        first = self.model is None
+        if first:
             self.model = frozen_skeleton(policy, self.dtype)
             use_tree_attention(self.model)
             sharding.allocate(self.model, self.device)
         weights = dict(policy.named_parameters(remove_duplicate=False))
         for name, p in self.model.named_parameters():
-            p.copy_(sharding.full_tensor(weights[name].detach()))
+            if first or weights[name].requires_grad:
+                p.copy_(sharding.full_tensor(weights[name].detach()))
         buffers = dict(policy.named_buffers())
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])

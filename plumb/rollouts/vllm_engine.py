@@ -20,6 +20,7 @@ import torch
 
 from plumb.data.prompts import NumberedPrompt
 from plumb.errors import UserError
+from plumb.models.adapters import merged_weights
 from plumb.rollouts.decoding import Decoding
 from plumb.rollouts.engine import NOT_FINITE, Response, Samples, check_lengths, check_untruncated
 
@@ -36,11 +37,12 @@ class VllmModel:
 
     @torch.no_grad()
     def update(self, policy: Any) -> None:
-        """Take over the weights that the policy has now. Raise UserError where vLLM raises."""
-        weights = [(name, p.detach()) for name, p in policy.named_parameters()]
+        """Take over the weights that the policy has now, its adapters merged into them. Raise
+        UserError where vLLM raises.
+        """
         try:
             self.llm = self.llm or self._started(policy)
-            self.llm.apply_model(lambda model: model.load_weights(weights))
+            self.llm.apply_model(lambda model: model.load_weights(merged_weights(policy)))
             self.llm.reset_prefix_cache()  # its keys and values are of other weights
         except Exception as error:
             why, _, _ = f"{type(error).__name__}: {error}".partition("\n")

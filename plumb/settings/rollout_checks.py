@@ -105,11 +105,6 @@ def _check_ptx(config: DictConfig) -> None:
 def _check_engine(config: DictConfig) -> None:
     """Refuse what the engine cannot sample, and vLLM where it is not installed."""
     at = config.rollout
-    if config.trainer != "BasicTrainer" and config.adapter != "none":
-        raise UserError(
-            f"adapter={config.adapter}: with trainer={config.trainer}, responses are sampled from a"
-            " copy of the policy without adapters; set trainer=BasicTrainer, or adapter=none"
-        )
     if at.engine != "vllm":
         if at.vllm_memory != defaults()["rollout.vllm_memory"]:
             raise UserError(
@@ -117,12 +112,11 @@ def _check_engine(config: DictConfig) -> None:
             )
         return
     instead = "set rollout.engine=policy"
-    for name, value, why in (
-        ("trainer", "BasicTrainer", "several processes sample with engine=policy"),
-        ("adapter", "none", "vLLM would sample without the adapter"),
-    ):
-        if config[name] != value:
-            raise UserError(f"rollout.engine=vllm: {name}={config[name]}: {why}; {instead}")
+    if config.trainer != "BasicTrainer":
+        raise UserError(
+            f"rollout.engine=vllm: trainer={config.trainer}: several processes sample with"
+            f" engine=policy; {instead}"
+        )
     if "float64" in (config.model.policy_dtype, config.model.fsdp_policy_mp):
         raise UserError(f"rollout.engine=vllm: vLLM does not compute in float64; {instead}")
     if find_spec("vllm") is None:

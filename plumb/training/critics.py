@@ -69,7 +69,10 @@ def make_critic(
 def _of_policy(policy: Any, device: torch.device) -> Any:
     """Return a copy of the policy with a head of 0; in one piece, of one that is sharded."""
     if sharding.sharded_modules(policy):
-        model = UnshardedCopy(device, policy.dtype).updated(policy).requires_grad_(True)
+        model = UnshardedCopy(device, None).updated(policy)
+        own = dict(policy.named_parameters(remove_duplicate=False))
+        for name, p in model.named_parameters():
+            p.requires_grad_(own[name].requires_grad)
     else:
         model = copy.deepcopy(policy).eval()
     put_scalar_head(model)

@@ -17,6 +17,7 @@ from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import GaeRule
 from plumb.losses.registry import Loss
+from plumb.models.adapters import KEY
 from plumb.models.find import find_model, n_parameters
 from plumb.models.forward_path import DTYPES
 from plumb.training.budget import trained_bytes, weights_bytes
@@ -29,11 +30,13 @@ class PolicySize:
     """Hold the size of a policy in one piece.
 
     Example: 1 M parameters in bfloat16, all trained, 0.2 M of them in a head that is not tied to
-    the embedding: PolicySize(n=1_000_000, weights=2e6, trained=2e6, head=4e5, sharded=False).
+    the embedding: PolicySize(n=1_000_000, adapters=0, weights=2e6, trained=2e6, head=4e5,
+    sharded=False).
     """
 
-    n: int  # parameters
-    weights: float
+    n: int  # parameters without adapters
+    adapters: int  # numbers of these
+    weights: float  # with them
     trained: float  # the bytes of the weights that are trained
     head: float  # the bytes of a head of its own, which a critic has not; 0: it is the embedding
     sharded: bool  # over processes
@@ -42,10 +45,12 @@ class PolicySize:
     def of(cls, policy: Any) -> PolicySize:
         """Return the size of a policy that is loaded."""
         n = sum(p.numel() for p in policy.parameters())
+        adapters = sum(p.numel() for name, p in policy.named_parameters() if KEY.fullmatch(name))
         head = policy.get_output_embeddings().weight
         own = head is not policy.get_input_embeddings().weight
         return cls(
-            n=n,
+            n=n - adapters,
+            adapters=adapters,
             weights=weights_bytes(policy),
             trained=trained_bytes(policy),
             head=own * head.numel() * head.element_size(),
@@ -121,7 +126,18 @@ def copy_bytes(config: DictConfig, policy: PolicySize) -> int:
     """Return the bytes of the copy from which a sharded policy is sampled in each process; 0 for a
     policy that is not sharded, and is sampled from itself.
     """
-    return policy.n * computing_dtype(config).itemsize if policy.sharded else 0
+    if not policy.sharded:
+        return 0
+    dtype = DTYPES[config.model.policy_dtype]
+    of_adapters = copy_dtype(config) or torch.promote_types(dtype, torch.float32)
+    of_base = copy_dtype(config) or dtype
+    return policy.n * of_base.itemsize + policy.adapters * of_adapters.itemsize
+
+
+def copy_dtype(config: DictConfig) -> torch.dtype | None:
+    """Return the type of that copy's weights; None: those that the policy's have."""
+    name = config.model.fsdp_policy_mp
+    return None if name is None else DTYPES[name]
 
 
 def computing_dtype(config: DictConfig) -> torch.dtype:

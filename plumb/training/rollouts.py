@@ -40,7 +40,7 @@ from plumb.training.budget import cache_bytes
 from plumb.training.critics import make_critic
 from plumb.training.objective import Scorer
 from plumb.training.rollout_evaluator import RolloutEvaluator
-from plumb.training.rollout_memory import PolicySize, computing_dtype, copy_bytes
+from plumb.training.rollout_memory import PolicySize, computing_dtype, copy_bytes, copy_dtype
 from plumb.training.train_state import TrainState
 
 
@@ -227,7 +227,7 @@ def engines(
         model = VllmModel(computing_dtype(config), config.max_length, at.batch_size, at.vllm_memory)
         return lambda temperature: VllmEngine(decoding(temperature), ends, model)
     if sharding.sharded_modules(scorer.policy):
-        copied = UnshardedCopy(scorer.device, computing_dtype(config))
+        copied = UnshardedCopy(scorer.device, copy_dtype(config))
         return lambda temperature: GatheredEngine(own(temperature), copied)
     return own
 

@@ -13,6 +13,7 @@ from plumb.models.adapter_sources import Adapted, Merged
 from plumb.models.adapters import AdapterKnobs, Factors, StartingPolicy
 from plumb.models.sharded_load import fill
 from plumb.models.weight_sources import Blueprint, Seeded
+from plumb.rollouts.gathered_engine import UnshardedCopy
 
 IDS = torch.arange(12)[None] * 7 % 250
 LORA = AdapterKnobs(
@@ -92,6 +93,9 @@ def test_start_effect_and_reference(family, kind):
     assert off(policy, model) > 1e-3
     assert torch.equal(logits(StartingPolicy(policy)), logits(model))
     assert off(Merged(source, kept(policy), "x").whole(), policy) < 1e-12
+    merged = source.whole()
+    merged.load_state_dict(dict(adapters.merged_weights(policy)))
+    assert off(merged, policy) < 1e-12
     frozen = {
         adapters.base_name(name): p for name, p in policy.named_parameters() if not p.requires_grad
     }
@@ -111,9 +115,31 @@ def test_adapters_that_a_run_starts_from(kind, previous):
     after_training(policy)
     assert off(policy, start) > 1e-3
     assert off(StartingPolicy(policy), start) < 1e-12
+    merged = source.whole()
+    merged.load_state_dict(dict(adapters.merged_weights(policy)))
+    assert off(merged, policy) < 1e-12
     second = kept(policy)
     assert len(second) == len(first) + (previous == "stack")
     assert off(Merged(source, second, "x").whole(), policy) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_has_the_adapters(kind):
+    """In one piece, to be sampled from: it computes the same, to the bit, before and after a step,
+    and its base is copied once only.
+    """
+    source = base("gpt2")
+    first = kept(adapted(source, KINDS[kind]).whole())
+    policy = adapted(source, replace(LORA, previous="continue"), first).whole()
+    copied = UnshardedCopy(torch.device("cpu"), None)
+    assert torch.equal(logits(copied.updated(policy)), logits(policy))
+    after_training(policy)
+    model = copied.updated(policy)
+    assert torch.equal(logits(model), logits(policy))
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        policy.get_input_embeddings().weight.zero_()
+    assert copied.updated(policy).get_input_embeddings().weight.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from tiny import tiny_model
 
 import trainers
 from plumb.data.prompts import NumberedPrompt
+from plumb.models.adapters import knobs_of
+from plumb.models.load import load_policy
 from plumb.planning import activations, plan, rollouts
 from plumb.planning.rollouts import AtOnce
 from plumb.rollouts.decoding import Decoding
+from plumb.rollouts.gathered_engine import UnshardedCopy
 from plumb.rollouts.policy_engine import PolicyEngine
 from plumb.training import run_plan
-from plumb.training.rollout_memory import Beside
+from plumb.training.rollout_memory import Beside, PolicySize, copy_bytes, copy_dtype
 
 SHORT = ["rollout.max_new_tokens=4", "do_first_eval=false", "do_last_eval=false"]
 BY_RULE = "reward.terms={brief: {rule: shorter}}"
@@ -66,6 +70,22 @@ def built(train, monkeypatch):
         return made[-1]
 
     return run
+
+
+@pytest.mark.parametrize("precision", ["policy_dtype=float64", "fsdp_policy_mp=bfloat16"])
+def test_a_copy_with_adapters_holds_what_is_planned(precision, tiny_model, planned):  # noqa: F811
+    """That which is sampled from, where the policy is sharded: in the plan, and in the run's own
+    count.
+    """
+    own = [f"model.name_or_path={tiny_model}", "model.architecture=null", "max_length=256"]
+    adapter = ["adapter=lora", "adapter_init=pissa", f"model.{precision}", "max_prompt_length=64"]
+    config, loss = planned("loss=grpo", BY_RULE, "trainer=FSDPTrainer", *own, *adapter)
+    policy = load_policy(config, adapter=knobs_of(config))
+    copied = UnshardedCopy(torch.device("cpu"), copy_dtype(config)).updated(policy)
+    held = sum(p.numel() * p.element_size() for p in copied.parameters())
+    made = plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss))
+    assert made.memory.kinds["what samples"][0] == held
+    assert copy_bytes(config, replace(PolicySize.of(policy), sharded=True)) == held
 
 
 def test_a_critic_holds_what_is_planned(built, tiny_model, planned, data):  # noqa: F811

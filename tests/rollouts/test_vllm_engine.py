@@ -3,16 +3,20 @@ transformers: vLLM itself is not installed where the tests run.
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import FAMILIES, SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plumb.data.prompts import NumberedPrompt
 from plumb.errors import UserError
+from plumb.models.adapter_sources import Adapted
+from plumb.models.adapters import UNMERGED
+from plumb.models.weight_sources import Blueprint, Seeded
 from plumb.rollouts.decoding import Decoding
 from plumb.rollouts.vllm_engine import VllmEngine, VllmModel
 
@@ -72,6 +76,19 @@ def ids_of(samples):
     return [[response.ids.tolist() for response in group] for group in samples.responses]
 
 
+@torch.no_grad()
+def are_of(policy, samples):
+    """Whether the log-probabilities of responses are those of the policy, to 1e-5."""
+    for prompt, group in zip(PROMPTS, samples.responses, strict=True):
+        for response in group:
+            row = torch.tensor([[*prompt.ids, *response.ids]])
+            logps = (policy(row).logits[0, :-1] / TEMPERATURE).log_softmax(1)
+            own = logps[range(len(prompt.ids) - 1, row.shape[1] - 1), response.ids]
+            if response.logps != pytest.approx(own.tolist(), abs=1e-5):
+                return False
+    return True
+
+
 def test_responses_are_the_policys(engine):
     """Log-probabilities are those of the present weights at the temperature, the end token is part
     of a response, and draws depend on seed, prompt and number, not on the other prompts.
@@ -86,17 +103,31 @@ def test_responses_are_the_policys(engine):
     assert ids_of(samples) != ids_of(before)
     assert engine.model.llm.n_resets == 2
     assert {"eos", "length"} == {r.ended for group in samples.responses for r in group}
-    for prompt, group in zip(PROMPTS, samples.responses, strict=True):
+    assert are_of(policy, samples)
+    for group in samples.responses:
         assert len({tuple(response.ids) for response in group}) > 1
-        for response in group:
-            row = torch.tensor([[*prompt.ids, *response.ids]])
-            with torch.no_grad():
-                logps = (policy(row).logits[0, :-1] / TEMPERATURE).log_softmax(1)
-            own = logps[range(len(prompt.ids) - 1, row.shape[1] - 1), response.ids]
-            assert response.logps == pytest.approx(own.tolist(), abs=1e-5)
-            assert (response.ended == "eos") == (response.ids[-1] in ENDS)
+        assert all((r.ended == "eos") == (r.ids[-1] in ENDS) for r in group)
     assert ids_of(engine.sample(PROMPTS[1:2], 2, (5, 1)))[0] == ids_of(samples)[1][:2]
     assert ids_of(engine.sample(PROMPTS, 4, (5, 2))) != ids_of(samples)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_are_merged(quantize, engine):
+    """Into the weights that vLLM gets, which are those that quantized layers compute with."""
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    config = AutoConfig.for_model("llama", **SIZES | FAMILIES["llama"] | {"attention_dropout": 0.0})
+    source = Seeded(Blueprint(config, torch.float32), 0)
+    knobs = replace(UNMERGED, rank=4, init="olora", previous="merge", quantize=quantize)
+    policy = Adapted(source=source, knobs=knobs, block_name=None, seed=0).whole()
+    engine.load(policy)
+    before = engine.sample(PROMPTS, 2, (5, 1))
+    assert are_of(policy, before)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(p.requires_grad * 0.1)
+    engine.load(policy)
+    assert are_of(policy, engine.sample(PROMPTS, 2, (5, 1))) and not are_of(policy, before)
 
 
 def test_what_vllm_refuses_ends_in_one_line(engine, monkeypatch):

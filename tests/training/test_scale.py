@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, compose_config
 from groups import run_in_group, train_until
 from omegaconf import OmegaConf
-from runs import FAST, OF_THE_MACHINE, ROWS, STEADY, records
+from runs import FAST, OF_THE_MACHINE, ROWS, STEADY, outcome, records, same
 from tiny import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -385,6 +385,17 @@ LEARNED = {
     "grpo": ["loss=grpo", BY_RULE],
     "pairs": ["loss=dpo", "loss.beta=0.1", "rollout=pairs", BY_RULE],
     "ppo": ["loss=ppo", "loss.critic=policy", "loss.critic_lr=1e-3", BY_RULE],
+    # what pissa puts into the adapter is taken off by a frozen one; the critic has both, too
+    "adapter": [
+        "loss=ppo",
+        "loss.critic=policy",
+        "loss.critic_lr=1e-3",
+        "loss.critic_warmup=0",
+        "adapter=lora",
+        "adapter_rank=4",
+        "adapter_init=pissa",
+        BY_RULE,
+    ],
     # beside rows of a data set, in several microbatches
     "ptx": ["loss=rloo", "rollout.ptx_weight=2", "tokens_per_microbatch=64", BY_RULE],
 }
@@ -397,23 +408,25 @@ def fails_on_rank_1(answered):
     return 1.0
 
 
-def run_all_and_fail(configs, failing):
-    """In each process: one training after the other, and one that ends everywhere with the line of
-    the process whose reward raises.
+def run_all_and_fail(configs, halted, failing):
+    """In each process: one training after the other, one that is halted after its third update, and
+    one that ends everywhere with the line of the process whose reward raises.
     """
     run_all(configs)
+    train_until(lambda: halted, 3)
     with pytest.raises(UserError, match="reward r: ValueError: no reward today, for the response"):
         run_all([failing])
 
 
 def test_the_policys_own_samples(command, tmp_path):
     """Six steps on two blocks of samples: the same responses and rewards, and weights and metrics
-    within rounding, also with a data set that is mixed in; and for a run that is halted in the
-    middle of a block on one process and goes on on two.
+    within rounding, also with adapters and with a data set that is mixed in; and for a run that is
+    halted in the middle of a block on one process and goes on on two. One that is halted on two
+    processes goes on to the same bits.
     """
     fsdp, tp = ["trainer=FSDPTrainer"], ["trainer=TensorParallelTrainer"]
     failing = "reward.terms={r: {function: fails_on_rank_1}}"
-    cases = {"grpo-fsdp": fsdp, "pairs-fsdp": fsdp, "ppo-fsdp": fsdp, "ppo-tp": tp}
+    cases = {"grpo-fsdp": fsdp, "pairs-fsdp": fsdp, "ppo-tp": tp, "adapter-fsdp": fsdp}
     cases |= {"ptx-fsdp": [*fsdp, "fsdp_reduce=each"], "ptx-tp": tp}
     mixed = {"ptx": [f"rollout.ptx_datasets=[{tmp_path}/pairs.jsonl]"]}
     run_all(
@@ -422,6 +435,7 @@ def test_the_policys_own_samples(command, tmp_path):
     )
     resumed = ["resumed", "llama", *ON_SAMPLES, *LEARNED["ppo"], "resume=auto"]
     train_until(partial(command, *resumed), 2)
+    halted = ["halted", "llama", *ON_SAMPLES, *LEARNED["adapter"], *fsdp, "resume=auto"]
     run_in_group(
         2,
         run_all_and_fail,
@@ -439,8 +453,11 @@ def test_the_policys_own_samples(command, tmp_path):
             ),
             command(*resumed, *fsdp),
         ],
+        command(*halted),
         command("failing", "llama", *ON_SAMPLES, "loss=grpo", *fsdp, failing),
     )
+    run_in_group(2, run_all, [command(*halted)])
+    assert same(outcome(tmp_path / "halted"), outcome(tmp_path / "adapter-fsdp"))
     for name in (*cases, "resumed"):
         one = tmp_path / ("ppo" if name == "resumed" else name.split("-")[0])
         two = tmp_path / name
