@@ -18,19 +18,17 @@ class OnHost(NamedTuple):
     device: torch.device
 
 
-def activations_on_host(model: nn.Module) -> AbstractContextManager:
-    """Return the context of a forward pass in which what autograd saves, less the model's weights,
-    is copied to the host and freed on the device; the backward pass copies it back.
+def activations_on_host() -> AbstractContextManager:
+    """Return the context of a forward pass in which what autograd saves, but for weights, is copied
+    to the host and freed on the device; the backward pass copies it back. Of blocks that are
+    recomputed these are the inputs.
 
     On a GPU the copies go through page-locked memory, on the stream that computes, so nothing is
     read before it is there.
     """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(x: Tensor) -> Tensor | OnHost:
-        if x.nbytes < LEAST_BYTES or x.untyped_storage().data_ptr() in weights:
-            return x
-        return OnHost(to_host(x), x.device)
+        return x if x.nbytes < LEAST_BYTES or is_weight(x) else OnHost(to_host(x), x.device)
 
     def unpack(kept: Tensor | OnHost) -> Tensor:
         if isinstance(kept, Tensor):
@@ -38,6 +36,11 @@ def activations_on_host(model: nn.Module) -> AbstractContextManager:
         return kept.copy.to(kept.device, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def is_weight(x: Tensor) -> bool:
+    """Return whether this is a weight or a view of one; FSDP's gathered ones are, too."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def to_host(x: Tensor) -> Tensor:

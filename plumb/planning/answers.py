@@ -169,8 +169,8 @@ def longest_rows(config: DictConfig, loss: Loss, check: Check = accept) -> Itera
         rows: Change = {"max_length": length, "max_prompt_length": half}
         moved = changed(config, rows)
         data = assumed_data(moved, loss, half, length - half, "")
-        one: Change = {"tokens_per_microbatch": length}
-        fit = least(moved, loss, model, data, [one], check)
+        last: list[Change] = [{"tokens_per_microbatch": length}, {"activation_offload": True}]
+        fit = least(moved, loss, model, data, last, check)
         if fit is None:
             yield f"{length:,}", "", "does not fit"
             return

@@ -394,7 +394,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
     offloaded = 0.0
     if config.activation_offload and held:
         on_host = sum(held)
-        held = model.held(steps.fullest.shape, steps.fullest.n_keys, dtype, autocast, False, True)
+        held = count_body(model, steps.fullest, dtype, autocast, kept, offload=True)
         offloaded = on_host - sum(held or ())
     text, n = model.config.get_text_config(), steps.fullest.n_scored
     assumed = math.prod(steps.fullest.shape) * sizing.activation_bytes(model.config, compute, kept)
@@ -596,13 +596,19 @@ def kept_share(config: DictConfig, model: Model) -> float:
 
 
 def count_body(
-    model: Model, part: Part, dtype: torch.dtype, autocast: torch.dtype | None, kept: float
+    model: Model,
+    part: Part,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    kept: float,
+    offload: bool = False,
 ) -> Held | None:
     """Return the bytes that the body's passes hold, interpolated if a share of activations is kept;
     None if unknown.
     """
+    what = part.shape, part.n_keys, dtype, autocast
     least, most = (
-        model.held(part.shape, part.n_keys, dtype, autocast, recompute) if share else Held(0, 0)
+        model.held(*what, recompute, offload) if share else Held(0, 0)
         for recompute, share in ((True, 1 - kept), (False, kept))
     )
     if least is None or most is None:

@@ -267,7 +267,7 @@ KNOBS: dict[str, Knob] = {
     "router_aux_loss": Knob(NOT_NEGATIVE, trainers=("BasicTrainer", "FSDPTrainer")),
     "max_grad_norm": Knob(POSITIVE, RESULT, TRAIN),
     "activation_checkpointing": Knob(KEPT, PLACEMENT, TRAIN, in_eval=False),
-    "activation_offload": Knob(FLAG, PLACEMENT, TRAIN, in_eval=False, trainers=TRAINERS[:1]),
+    "activation_offload": Knob(FLAG, PLACEMENT, TRAIN, in_eval=False, trainers=TRAINERS[:2]),
     "compile": Knob(FLAG, PLACEMENT, TRAIN, in_eval=False),
     "device": Knob(maybe(TEXT), PLACEMENT),
     "fsdp_shard_size": Knob(

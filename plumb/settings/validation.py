@@ -408,11 +408,9 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
         raise UserError(
             "n_epochs=null and n_examples=null: give one of them, or training would never end"
         )
-    if config.activation_offload and (config.activation_checkpointing or config.compile):
-        other = "activation_checkpointing" if config.activation_checkpointing else "compile"
+    if config.activation_offload and config.compile:
         raise UserError(
-            f"activation_offload=true: cannot be combined with {other}={config[other]}; set one of"
-            " them to false"
+            "activation_offload=true: compiled blocks keep their own activations; set compile=False"
         )
     if config.trainer == "TensorParallelTrainer" and config.compile:
         raise UserError(

@@ -192,7 +192,7 @@ def prepare(
         precision=computation.autocast,
         device=device,
         routers=routers,
-        saving=partial(activations_on_host, policy) if config.activation_offload else nullcontext,
+        saving=activations_on_host if config.activation_offload else nullcontext,
         temperature=config.rollout.temperature if run.loss.group == "rollout" else 1.0,
     )
     rank = layout.rank if layout is not None else 0

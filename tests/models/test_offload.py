@@ -1,7 +1,11 @@
 """Activations in the host's RAM: the same gradients, from copies; the plan counts what stays."""
 
+from functools import partial
+
 import pytest
 import torch
+from groups import run_in_group, train_until
+from runs import DPO, FAST, STEADY, outcome, records, same
 from test_blocks import llama
 from tiny import LLAMA, SIZES
 from transformers import AutoConfig
@@ -27,7 +31,7 @@ def test_gradients_come_from_the_copies(monkeypatch):
     def gradients(damage=1.0):
         model.zero_grad()
         copies.clear()
-        with offload.activations_on_host(model):
+        with offload.activations_on_host():
             loss = model(input_ids=torch.arange(30)[None], use_cache=False).logits.logsumexp(-1)
         for copy in copies:
             if copy.is_floating_point():
@@ -45,38 +49,84 @@ def test_gradients_come_from_the_copies(monkeypatch):
 
 
 def test_the_plan_counts_what_stays():
-    """Of 8 layers, all of whose activations would be kept, less stays than with recomputation."""
+    """Of 8 layers, all of whose activations would be kept, less stays than with recomputation;
+    blocks that are recomputed leave their inputs, which would stay.
+    """
     config = AutoConfig.for_model("llama", **(SIZES | LLAMA | {"hidden_size": 512}))
     config.num_hidden_layers = 8
-    kept, recomputed, elsewhere = (
+    kept, recomputed, elsewhere, both = (
         sum(activations.count(config, (1, 2048), 2500, torch.float32, None, *how))
-        for how in ((False, False), (True, False), (False, True))
+        for how in ((False, False), (True, False), (False, True), (True, True))
     )
     assert 0 < elsewhere < recomputed < kept
+    inputs = 8 * 2048 * 512 * 4
+    assert recomputed - inputs <= both < recomputed - inputs * 6 / 8
 
 
-def test_a_run_is_the_same(train, monkeypatch):
-    from runs import DPO, records
-
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_run_is_the_same(recompute, train, monkeypatch):
+    """To the bit. Of recomputed blocks only the inputs are copied."""
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
+    copies, real = [], offload.to_host
+    monkeypatch.setattr(offload, "to_host", lambda x: copies.append(x.shape) or real(x))
+    options = [*DPO, f"activation_checkpointing={recompute}", "n_examples=8"]
     a, b = (
-        records(train(f"off{x}", *DPO, f"activation_offload={x}"), "train")[-1]
+        records(train(f"off{x}", *options, f"activation_offload={x}"), "train")[-1]
         for x in ("false", "true")
     )
     assert a["loss/train"] == b["loss/train"] and a["grad_norm"] == b["grad_norm"]
+    wide = {shape[-1] for shape in copies if len(shape) == 3}
+    assert LLAMA["hidden_size"] in wide
+    assert (LLAMA["intermediate_size"] in wide) != recompute
+
+
+def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_path, monkeypatch):
+    """And copy none of the weights that FSDP has gathered."""
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
+    options = [*DPO, STEADY, "model.policy_dtype=float64", "n_examples=8", "reference=live"]
+    options += ["activation_offload=true"]
+    overrides = [
+        *here,
+        "exp_name=two",
+        f"local_run_dir={tmp_path / 'two'}",
+        f"model.name_or_path={tiny_model}",
+        f"datasets=[{data}]",
+        *FAST,
+        *options,
+        "trainer=FSDPTrainer",
+        "n_cpu_processes=2",
+    ]
+    run_in_group(2, train_and_see_copies, partial(compose, *overrides))
+    assert same(outcome(tmp_path / "two"), outcome(train("one", *options)), tolerance=1e-8)
+
+
+def train_and_see_copies(config_of):
+    """Train, in each process of a group, and fail for a copy of what is trained itself."""
+    of_weights, real = [], offload.to_host
+
+    def noting(x):
+        source = x if x._base is None else x._base
+        of_weights.append(source.is_leaf and source.requires_grad)
+        return real(x)
+
+    offload.to_host = noting
+    train_until(config_of, None)
+    assert of_weights and not any(of_weights)
 
 
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("activation_checkpointing=true", "activation_offload=true: cannot be combined with"),
-        ("compile=true", "activation_offload=true: cannot be combined with compile=True"),
-        ("trainer=FSDPTrainer", "is for trainer=BasicTrainer"),
+        ("compile=true", "activation_offload=true: compiled blocks keep their own"),
+        (
+            "trainer=TensorParallelTrainer",
+            "activation_offload=True: is for trainer=BasicTrainer and trainer=FSDPTrainer",
+        ),
     ],
 )
 def test_what_is_refused(option, said, compose):
     options = ["exp_name=x", "model.name_or_path=x", "loss=sft", "n_cpu_processes=2"]
-    if "FSDP" not in option:
+    if "Parallel" not in option:
         options.pop()
     with pytest.raises(UserError, match=said):
         validate(compose(*options, "activation_offload=true", option))
