@@ -39,6 +39,8 @@ class Style(NamedTuple):
     sums_gradients: bool = False  # of parameters that are whole, but see a part of the activations
 
 
+# The module's own weight beside adapters, and the matrices of a LoRA adapter, as peft names them.
+ADAPTER_PART = re.compile(r"\.(?:base_layer|(lora_A|lora_B)\.\w+)$")
 GATHERED = Style("vocabulary")  # embedding and head, whatever the plan says
 STYLES = {
     "colwise": Style("out"),
@@ -86,6 +88,7 @@ def shard_tensor_parallel(
     """Make every parameter a DTensor on `mesh`, split as the plan says, or replicated, as are those
     in `apart`. In place, before FSDP.
     """
+    _check_adapters(model)
     plan, n = plan_of(model, tp_plan), mesh.size()
     patterns = [
         (re.compile(re.escape(name).replace(r"\*", r"\d+") + "$"), style)
@@ -103,21 +106,55 @@ def shard_tensor_parallel(
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     used = set()
     for name, module in model.named_modules():
-        matches = [(pattern, style) for pattern, style in patterns if pattern.match(name)]
+        matches = [(pattern, style) for pattern, style in patterns if pattern.match(owner_of(name))]
         used |= {pattern for pattern, _ in matches}
         style = (
             GATHERED
             if module in ends - one_row
-            else STYLES[matches[0][1]]
+            else style_of_part(name, STYLES[matches[0][1]])
             if matches and module not in one_row
             else Style(None)
         )
         if any(p is not None for p in module._parameters.values()):
             _cut(module, name, style, mesh, shared)
-        elif style.cut:
+        elif style.cut and not hasattr(module, "base_layer"):
             raise UserError(f"model.tp_plan: {name} has no weights to split")
     if missing := [pattern.pattern for pattern, _ in patterns if pattern not in used]:
         raise UserError(f"model.tp_plan: {type(model).__name__} has no module {missing[0]}")
+
+
+def _check_adapters(model: Any) -> None:
+    """Raise UserError for adapters that are not split here."""
+    if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
+        raise UserError(
+            "adapter=dora: needs whole rows of the weights, which trainer=TensorParallelTrainer"
+            " splits; set trainer=FSDPTrainer, or adapter=lora"
+        )
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(hasattr(end, "base_layer") for end in ends):
+        raise UserError(
+            "adapter_targets: the embedding and the head take no adapter with"
+            " trainer=TensorParallelTrainer; leave them out, or set trainer=FSDPTrainer"
+        )
+
+
+def owner_of(name: str) -> str:
+    """Return the name that a module would have without adapters: of its own weight, or of one of
+    an adapter's matrices, that of the module which they belong to.
+
+    >>> owner_of("model.layers.0.self_attn.q_proj.lora_A.0")
+    'model.layers.0.self_attn.q_proj'
+    """
+    return ADAPTER_PART.sub("", name)
+
+
+def style_of_part(name: str, style: Style) -> Style:
+    """Return how this part of a module of the `style` is split: of B A x, the matrix that meets
+    what is split. B has the module's outputs, A its inputs; the other one is whole on every rank.
+    """
+    part = ADAPTER_PART.search(name)
+    whole_in = {"lora_A": "out", "lora_B": "in"}.get(part[1] or "") if part else None
+    return Style(None) if whole_in and style.cut == whole_in else style
 
 
 def _cut(

@@ -254,7 +254,6 @@ KNOBS: dict[str, Knob] = {
         check=one_of("none", "lora", "dora"),
         commands=TRAIN,
         in_eval="none",
-        trainers=TRAINERS[:2],
     ),
     "adapter_rank": Knob(whole(1), RESULT, TRAIN, of_adapter=True),
     "adapter_alpha": Knob(POSITIVE, RESULT, TRAIN, of_adapter=True),

@@ -237,6 +237,11 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
             f"adapter_previous={config.adapter_previous}: is for a model.archive with an adapter;"
             " leave it as it is"
         )
+    if config.adapter == "dora" and config.trainer == "TensorParallelTrainer":
+        raise UserError(
+            "adapter=dora: needs whole rows of the weights, which trainer=TensorParallelTrainer"
+            " splits; set trainer=FSDPTrainer, or adapter=lora"
+        )
     if config.adapter == "dora" and config.adapter_init != "default":
         raise UserError(
             f"adapter_init={config.adapter_init}: is for adapter=lora; leave it as it is"

@@ -7,6 +7,7 @@ import torch
 from tiny import FAMILIES, SIZES
 from transformers import AutoConfig
 
+from plumb.distributed.tensor_parallel import shard_tensor_parallel
 from plumb.errors import UserError
 from plumb.models import adapters
 from plumb.models.adapter_sources import Adapted, Merged
@@ -212,6 +213,23 @@ def test_what_does_not_fit_is_refused():
     one = [replace(kept(adapted(source, LORA).whole())[0], modules=("nope",))]
     with pytest.raises(UserError, match="adapter of nope, which this LlamaForCausalLM has not"):
         Merged(source, one, "x").whole()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (KINDS["dora"], "adapter=dora: needs whole rows"),
+        (
+            replace(LORA, targets=("lm_head", "q_proj")),
+            "the embedding and the head take no adapter",
+        ),
+        (replace(LORA, targets=("embed_tokens",)), "the embedding and the head take no adapter"),
+    ],
+)
+def test_what_tensor_parallelism_does_not_split(knobs, message):
+    model = adapted(base("llama"), knobs).in_parts().skeleton
+    with pytest.raises(UserError, match=message):
+        shard_tensor_parallel(model, None, None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

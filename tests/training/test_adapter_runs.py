@@ -219,8 +219,8 @@ def test_what_has_no_peft_folder_is_refused(train, sft, tmp_path):
 
 REFUSED = {
     "adapter_rank=4: is for adapter=lora and adapter=dora": ["adapter_rank=4"],
-    "is for trainer=BasicTrainer and trainer=FSDPTrainer": [
-        "adapter=lora",
+    "adapter=dora: needs whole rows of the weights": [
+        "adapter=dora",
         "trainer=TensorParallelTrainer",
     ],
     "adapter_previous=stack: is for a model.archive": ["adapter=lora", "adapter_previous=stack"],

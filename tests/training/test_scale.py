@@ -6,6 +6,7 @@ tests/training/test_scale.py` runs every combination; the suite runs each layout
 precision at least once.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -89,6 +90,13 @@ def run_all(configs):
         validate(config)
         OmegaConf.resolve(config)
         train.train(config)
+
+
+def run_all_and_resume(configs, halted):
+    """In each process: trainings, and one that is halted after its third step and resumed."""
+    run_all(configs)
+    train_until(lambda: halted, 3)
+    run_all([halted])
 
 
 @pytest.fixture(scope="session")
@@ -305,6 +313,51 @@ def test_other_families(layout, command, tmp_path):
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= bound for k in a), family
 
 
+def test_adapters_over_split_matrices(command, tmp_path):
+    """Four processes, of which two share each matrix: of B A, each has its part of what meets the
+    split. With another start of the adapter, whose frozen copy is the reference, and with matrices
+    that lie the other way round. Halted and resumed it ends the same, to the bit.
+    """
+    families = {
+        "llama": [],
+        "gpt2": [f"model.tp_plan={json.dumps(GPT2_PLAN).replace(chr(34), '')}"],
+    }
+    options = [
+        *MATRIX,
+        *LOSSES["live"],
+        "adapter=lora",
+        "adapter_init=pissa",
+        "adapter_rank=4",
+        "lr=1e-3",
+        "model.policy_dtype=float64",
+        "n_examples=17",
+        "save_every=8",
+        "resume=auto",
+    ]
+    run_all(command(f"one-{family}", family, *options) for family in families)
+    split = {
+        f"four-{family}": command(
+            f"four-{family}",
+            family,
+            *options,
+            *more,
+            "trainer=TensorParallelTrainer",
+            "tp_size=2",
+        )
+        for family, more in families.items()
+    }
+    halted = copy.deepcopy(split["four-llama"])
+    halted.local_run_dir = f"{tmp_path}/halted"
+    run_in_group(4, run_all_and_resume, list(split.values()), halted)
+    for family in families:
+        one, four = tmp_path / f"one-{family}", tmp_path / f"four-{family}"
+        bound = bound_of(family, "float64")
+        assert max(differences(records(one), records(four), bound).values()) <= bound, family
+        a, b = (torch.load(d / "LATEST/policy.pt", weights_only=True)["state"] for d in (one, four))
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= bound for k in a), family
+    assert same(outcome(tmp_path / "halted"), outcome(tmp_path / "four-llama"))
+
+
 @pytest.mark.parametrize(
     "n, trainer, sizes",
     [
@@ -427,7 +480,7 @@ def test_the_policys_own_samples(command, tmp_path):
     fsdp, tp = ["trainer=FSDPTrainer"], ["trainer=TensorParallelTrainer"]
     failing = "reward.terms={r: {function: fails_on_rank_1}}"
     cases = {"grpo-fsdp": fsdp, "pairs-fsdp": fsdp, "ppo-tp": tp, "adapter-fsdp": fsdp}
-    cases |= {"ptx-fsdp": [*fsdp, "fsdp_reduce=each"], "ptx-tp": tp}
+    cases |= {"ptx-fsdp": [*fsdp, "fsdp_reduce=each"], "ptx-tp": tp, "adapter-tp": tp}
     mixed = {"ptx": [f"rollout.ptx_datasets=[{tmp_path}/pairs.jsonl]"]}
     run_all(
         command(loss, "llama", *ON_SAMPLES, *options, *mixed.get(loss, []))
