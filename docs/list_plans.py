@@ -30,6 +30,7 @@ COMMON = [
 KINDS = {
     "all weights": ["model.fsdp_policy_mp=bfloat16"],
     "LoRA": ["model.policy_dtype=bfloat16", "adapter=lora", "lr=5e-6"],
+    "LoRA on nf4": ["model.policy_dtype=bfloat16", "adapter=lora", "lr=5e-6", "model.quantize=nf4"],
 }
 MODELS = ("Llama 3.2 1B", "Llama 3.1 8B", "Llama 3.1 70B")
 GPUS = (1, 2, 8)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from plumb.errors import UserError
 from plumb.models import adapters as low_rank
 from plumb.models.adapters import START, Adapter, AdapterKnobs, Factors
-from plumb.models.quantized_base import quantize
+from plumb.models.quantized_base import quantize, quantized_parts
 from plumb.models.scalar_head import head_name, put_scalar_head, scores
 from plumb.models.sharded_load import Parts, ReadPart, WeightSource, Where
 
@@ -189,7 +189,7 @@ class Adapted:
     def in_parts(self) -> Parts:
         parts = self.source.in_parts()
         model = parts.skeleton
-        modules: dict[str, Any] = dict(model.named_modules())  # before peft wraps them
+        modules: dict[str, Any] = dict(model.named_modules())  # before others take their places
 
         def weight(name: str) -> Tensor:
             module = modules[name]
@@ -197,6 +197,8 @@ class Adapted:
             return low_rank.as_matrix(module, read)
 
         adapters = self._adapters(model, weight)
+        if self.knobs.quantize is not None:
+            parts = quantized_parts(parts, self.knobs.quantize, self.block_name)
         first = (slice(0, 1),)
         model.adapter_base = low_rank.sampled(  # type: ignore[assignment]
             _names(adapters),

@@ -502,7 +502,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             by_module.setdefault(module, []).append(adapter)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
-        yield from model.named_parameters()
+        yield from ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
         for name, layer in quantized_layers(model).items():
             yield f"{name}.weight", layer.weight
 
@@ -552,23 +552,22 @@ def stored(policy: PreTrainedModel) -> dict[str, Tensor]:
 
 def starting_state(policy: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights that a run starts from, by their names without adapters: those of the
-    base, and of the adapters that it starts from. Their digest is that of the reference.
+    base, and of the adapters that it starts from. Their digest is that of the reference. Every rank
+    must call it.
     """
     state = policy.state_dict(keep_vars=True)
     roles = roles_of(policy)
     if roles is None:
         return state
     matches = {name: KEY.fullmatch(name) for name in state}
-    quantized = {
-        base_name(f"{name}.{key}"): x
-        for name, layer in quantized_layers(policy).items()
-        for key, x in layer.tensors().items()
-    }
-    return quantized | {
+    start = {
         base_name(name): tensor
         for name, tensor in state.items()
         if (match := matches[name]) is None or match["adapter"] in roles.start
     }
+    for name, layer in quantized_layers(policy).items():
+        start |= {base_name(f"{name}.{key}"): x for key, x in layer.tensors().items()}
+    return start
 
 
 def count_trained(policy: nn.Module) -> int:

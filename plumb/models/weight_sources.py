@@ -32,12 +32,18 @@ from plumb.models.adapters import (
     Adapter,
     AdapterKnobs,
     adapters_of,
+    base_name,
     holds_adapters,
     inject,
     read_adapters,
 )
 from plumb.models.forward_path import DTYPES
-from plumb.models.quantized_base import Dequantized, check_bitsandbytes
+from plumb.models.quantized_base import (
+    Dequantized,
+    check_bitsandbytes,
+    quantize_layer,
+    quantized_layers,
+)
 from plumb.models.scalar_head import (
     HEADS,
     holds_scores,
@@ -534,17 +540,23 @@ class FrozenCopy:
 
 
 def frozen_skeleton(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Return a frozen model like this one, adapters included, which may be sharded: parameters on
-    the meta device, of this dtype or with None of those that they have, and copies of its buffers.
+    """Return a frozen model like this one, adapters and quantized layers included, which may be
+    sharded: parameters on the meta device, of this dtype or with None of those that they have, and
+    copies of its buffers.
     """
     with parameters_on_meta():
         made = AutoModelForCausalLM.from_config(
             copy.deepcopy(model.config), dtype=dtype or model.dtype
         )
+    for name, layer in quantized_layers(model).items():
+        # spread out in the type that it has in the model, and then rounded as there
+        own = base_name(f"{name}.weight").removesuffix(".weight")
+        quantize_layer(made, own, layer.kind).dtype = layer.dtype
     if adapters := adapters_of(model):
         inject(made, adapters)
         for p in made.parameters():
-            p.data = p.data.to(dtype or p.dtype)
+            if p.is_floating_point():
+                p.data = p.data.to(dtype or p.dtype)
     made.generation_config = model.generation_config
     made.eval().requires_grad_(False)
     buffers = dict(model.named_buffers())

@@ -342,6 +342,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         reference=reference.itemsize,
         state=state,
         average=average,
+        in_blocks=gathered_bytes(config, model.weights, compute.itemsize),
     )
 
     room = gb(config) * 1e9
@@ -374,6 +375,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
             trained=trained * of_trained.itemsize,
             head=model.own_head * weights.itemsize,
             sharded=sharded,
+            **packed_size(config, model.weights),
         )
         beside = beside_policy(config, loss, size, room)
     decided = plan_run(
@@ -407,6 +409,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         live=live,
         foreach=foreach,
         stand_ins=stand_in_bytes(config, model.weights, layout, weights),
+        spread_out=spread_out_bytes(config, model.weights, weights, compute),
         kept_whole=steps.n_micro > 1 and not summed,
         activations=activations,
         head=(
@@ -579,6 +582,36 @@ def weight_bytes(config: DictConfig, weights: Weights, itemsize: int) -> float:
         return itemsize
     share = share_of_matrices(weights)
     return share * BYTES[config.model.quantize] + (1 - share) * itemsize
+
+
+def packed_size(config: DictConfig, weights: Weights) -> dict[str, Any]:
+    """Return how many weights are quantized, and the bytes of these, as PolicySize has them."""
+    if config.model.quantize is None:
+        return {}
+    n = round(share_of_matrices(weights) * weights.n)
+    return {"quantized": n, "packed": n * BYTES[config.model.quantize]}
+
+
+def gathered_bytes(config: DictConfig, weights: Weights, itemsize: int) -> float | None:
+    """Return the mean bytes of a block's weight when FSDP has gathered it, where the matrices are
+    quantized, which are gathered as they are; None where not. `itemsize`: of the others.
+    """
+    if config.model.quantize is None:
+        return None
+    return weight_bytes(config, weights._replace(root=[]), itemsize)
+
+
+def spread_out_bytes(
+    config: DictConfig, weights: Weights, dtype: torch.dtype, compute: torch.dtype
+) -> float:
+    """Return the bytes of the largest quantized weight, as its layer computes with it: in the type
+    that the weight had and, if it is another, in that of the computation.
+    """
+    if config.model.quantize is None:
+        return 0.0
+    matrices = [shape for block in weights.blocks for shape in block if len(shape) == 2]
+    largest = max(map(math.prod, matrices), default=0)
+    return float(largest * sum(each.itemsize for each in {dtype, compute}))
 
 
 def share_of_matrices(weights: Weights) -> float:

@@ -271,16 +271,11 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
 
 def _check_quantized(config: DictConfig) -> None:
     """Refuse quantized weights without an adapter, and where they are not made for the rest."""
-    from plumb.models.quantized_base import check_bitsandbytes
+    from plumb.models.quantized_base import check_bitsandbytes, check_torch
 
     kind = config.model.quantize
     for name, fits, why in (
         ("adapter", config.adapter != "none", "only an adapter can be trained on them; set lora"),
-        (
-            "trainer",
-            config.trainer == "BasicTrainer",
-            "quantized weights are not sharded; set BasicTrainer",
-        ),
         ("compile", not config.compile, "quantized layers are not compiled; set false"),
         (
             "adapter_previous",
@@ -296,6 +291,8 @@ def _check_quantized(config: DictConfig) -> None:
             " bfloat16; set one of them"
         )
     check_bitsandbytes(kind)
+    if config.trainer == "FSDPTrainer":
+        check_torch(kind)
 
 
 def _check_moving_reference(config: DictConfig, loss: Loss) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from plumb.data.examples import Lengths
-from plumb.models.quantized_base import quantized_bytes, quantized_numbers
+from plumb.models.quantized_base import count_weights
 
 # Dense 16-bit operations per second of a card, by its full name, from its data sheet.
 PEAK = {
@@ -59,12 +59,7 @@ class Cost(NamedTuple):
 def cost_of(model: Any) -> Cost:
     """Return the cost of a causal language model of transformers that is not sharded yet."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    n = (
-        sum(p.numel() for p in model.parameters())
-        + quantized_numbers(model)
-        - embedding.numel()
-        - (head.numel() if head is not embedding else 0)
-    )
+    n = count_weights(model) - embedding.numel() - (head.numel() if head is not embedding else 0)
     return Cost(n, head.numel(), attention_width(model.config.get_text_config()))
 
 
@@ -140,9 +135,8 @@ def memory_at_hand(device: torch.device) -> int:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights, quantized ones included."""
-    full = sum(p.numel() * p.element_size() for p in model.parameters())
-    return full + quantized_bytes(model)
+    """Return the bytes of a model's weights, of which some may be quantized."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def trained_bytes(policy: nn.Module) -> int:
@@ -313,6 +307,13 @@ class Precision:
     reference: int
     state: float  # of the optimizer's state per weight
     average: int = 0  # of the moving average of the weights, if there is one
+    # of a block's gathered weights: the mean, where some are quantized; None: as `compute`
+    in_blocks: float | None = None
+
+    @property
+    def gathered(self) -> float:
+        """Return the bytes of a block's gathered weight."""
+        return self.compute if self.in_blocks is None else self.in_blocks
 
 
 class Memory(NamedTuple):
@@ -344,6 +345,7 @@ def memory(
     head: float,
     foreach: bool,
     stand_ins: float = 0.0,
+    spread_out: float = 0.0,
     kept_whole: bool = False,
 ) -> Memory:
     """Return the memory of a training step. n: the numbers of a rank (all of them in BasicTrainer);
@@ -353,12 +355,12 @@ def memory(
     the moving average. `foreach` optimizers hold one temporary of the weights' size while they step
     (PyTorch's documentation): n w; those that step through stand-ins hold `stand_ins` bytes. With
     adapters only these have gradients and an optimizer state, and the live reference has no weights
-    of its own.
+    of its own. `spread_out`: the largest weight that is quantized, as it is computed with.
 
     With FSDP, N0 being the numbers of the root and Nb those of the largest block:
-    - gathered weights, (N0 + 2 Nb) c: the root during the whole pass, the block that is computed,
-      and the next one, which is prefetched; and N0 c for the root of a live reference, which
-      nothing frees after its forward pass;
+    - gathered weights, (N0 + 2 Nb) c, where quantized ones have their own bytes in place of c: the
+      root during the whole pass, the block that is computed, and the next one, which is prefetched;
+      and N0 c for the root of a live reference, which nothing frees after its forward pass;
     - gradients on their way: a block's gradients Nb c and a copy to be summed, in float32 or wider,
       of which each rank gets its part. The root's come last, when the embedding's exist, and take
       the same with N0 (until then the head's gradient counts with the head).
@@ -388,8 +390,9 @@ def memory(
         "moving average": (trained * precision.average,) * 3,
         "activations": (activations, 0, 0),
         "head and loss": (head, 0, 0),
+        "a weight spread out": (spread_out, 0, 0),
         "gathered weights": (
-            (root * (1 + own) + 2 * block) * c,
+            root * (1 + own) * c + 2 * block * precision.gathered,
             root * (1 + own) * c,
             root * own * c,
         ),
@@ -421,15 +424,17 @@ def traffic(
 ) -> float:
     """Return the bytes that a GPU sends in one step, with ring collectives: if s ranks share a
     copy, each sends (s - 1) / s of what is gathered or scattered. Each microbatch gathers all
-    blocks twice (forward, backward), and those of a live reference once; gradients are scattered
-    once per step, or with `each` after every microbatch; r replicas of a copy then sum their shards
-    once, 2 (r - 1) / r of a shard.
+    blocks twice (forward, backward), and those of a live reference once; gradients of what is
+    trained are scattered once per step, or with `each` after every microbatch; r replicas of a copy
+    then sum their shards once, 2 (r - 1) / r of a shard.
     """
     s = layout.shards
     w = precision.weights
     c = precision.compute
-    n = weights.n / layout.tp_size
     replicas = layout.ranks // s
-    sums = max(4, w) if c != w else w
-    gathered, scattered = n_micro * (2 * c + c * live), (n_micro if each else 1) * sums
-    return n * (s - 1) / s * (gathered + scattered) + 2 * (replicas - 1) / replicas * n / s * sums
+    root = sum(shape.numel() for shape in weights.root)
+    copy = (root * c + (weights.n - root) * precision.gathered) / layout.tp_size
+    trained = weights.n if weights.trained is None else weights.trained
+    sums = trained / layout.tp_size * (max(4, w) if c != w else w)
+    gathered, scattered = n_micro * (2 + live) * copy, (n_micro if each else 1) * sums
+    return (s - 1) / s * (gathered + scattered) + 2 * (replicas - 1) / replicas / s * sums

@@ -20,6 +20,7 @@ from plumb.losses.registry import Loss
 from plumb.models.adapters import KEY
 from plumb.models.find import find_model, n_parameters
 from plumb.models.forward_path import DTYPES
+from plumb.models.quantized_base import count_weights, packed_bytes, quantized_numbers
 from plumb.training.budget import trained_bytes, weights_bytes
 
 REWARD_ITEMSIZE = 4  # models that give rewards compute in float32
@@ -40,11 +41,13 @@ class PolicySize:
     trained: float  # the bytes of the weights that are trained
     head: float  # the bytes of a head of its own, which a critic has not; 0: it is the embedding
     sharded: bool  # over processes
+    quantized: int = 0  # how many of the parameters are
+    packed: float = 0.0  # the bytes of these
 
     @classmethod
     def of(cls, policy: Any) -> PolicySize:
         """Return the size of a policy that is loaded."""
-        n = sum(p.numel() for p in policy.parameters())
+        n = count_weights(policy)
         adapters = sum(p.numel() for name, p in policy.named_parameters() if KEY.fullmatch(name))
         head = policy.get_output_embeddings().weight
         own = head is not policy.get_input_embeddings().weight
@@ -55,6 +58,8 @@ class PolicySize:
             trained=trained_bytes(policy),
             head=own * head.numel() * head.element_size(),
             sharded=bool(sharding.sharded_modules(policy)),
+            quantized=quantized_numbers(policy),
+            packed=packed_bytes(policy),
         )
 
 
@@ -131,7 +136,8 @@ def copy_bytes(config: DictConfig, policy: PolicySize) -> int:
     dtype = DTYPES[config.model.policy_dtype]
     of_adapters = copy_dtype(config) or torch.promote_types(dtype, torch.float32)
     of_base = copy_dtype(config) or dtype
-    return policy.n * of_base.itemsize + policy.adapters * of_adapters.itemsize
+    of_others = (policy.n - policy.quantized) * of_base.itemsize
+    return int(policy.packed) + of_others + policy.adapters * of_adapters.itemsize
 
 
 def copy_dtype(config: DictConfig) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from torch import nn
 from plumb.data.order import BlockSchedule
 from plumb.losses.bound import Loss
 from plumb.models.adapters import count_trained
-from plumb.models.quantized_base import quantized_bytes, quantized_numbers
+from plumb.models.quantized_base import count_weights, quantized_bytes, quantized_numbers
 from plumb.training.rollouts import samples_responses
 from plumb.training.run_console import learning_rate, unit_of
 from plumb.training.setup import Run
@@ -65,7 +65,7 @@ def sizes(policy: nn.Module, quantize: str | None) -> str:
     fewer bits (`quantize`).
     """
     n_quantized = quantized_numbers(policy)
-    n = sum(p.numel() for p in policy.parameters()) + n_quantized
+    n = count_weights(policy)
     n_trained = count_trained(policy)
     share = f" ({n_trained / n:.2g} of them trained)" if n_trained < n else ""
     if n_quantized:

@@ -72,10 +72,12 @@ def built(train, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("precision", ["policy_dtype=float64", "fsdp_policy_mp=bfloat16"])
+@pytest.mark.parametrize(
+    "precision", ["policy_dtype=float64", "fsdp_policy_mp=bfloat16", "quantize=nf4"]
+)
 def test_a_copy_with_adapters_holds_what_is_planned(precision, tiny_model, planned):  # noqa: F811
     """That which is sampled from, where the policy is sharded: in the plan, and in the run's own
-    count.
+    count. A block of scales counts in full in each of the small matrices, beside one number.
     """
     own = [f"model.name_or_path={tiny_model}", "model.architecture=null", "max_length=256"]
     adapter = ["adapter=lora", "adapter_init=pissa", f"model.{precision}", "max_prompt_length=64"]
@@ -84,7 +86,8 @@ def test_a_copy_with_adapters_holds_what_is_planned(precision, tiny_model, plann
     copied = UnshardedCopy(torch.device("cpu"), copy_dtype(config)).updated(policy)
     held = sum(p.numel() * p.element_size() for p in copied.parameters())
     made = plan.make_plan(config, loss, plan.read_model(config, loss), plan.read_data(config, loss))
-    assert made.memory.kinds["what samples"][0] == held
+    quantized = "quantize" in precision
+    assert made.memory.kinds["what samples"][0] == pytest.approx(held, rel=0.01 * quantized)
     assert copy_bytes(config, replace(PolicySize.of(policy), sharded=True)) == held
 
 

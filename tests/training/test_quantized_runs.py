@@ -1,18 +1,34 @@
 """Runs whose adapters are trained on quantized weights (QLoRA)."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from groups import halted_after
-from runs import DPO, evaluate, outcome, records, same, state_of
+from groups import halted_after, run_in_group, train_until
+from runs import DPO, FAST, STEADY, evaluate, outcome, records, same, state_of
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
 
 import export as export_command
+import trainers
+from plumb.distributed import sharding
 from plumb.errors import UserError
+from plumb.models.adapters import knobs_of
 from plumb.models.find import find_model, open_model
-from plumb.models.quantized_base import BYTES, QuantizedLinear, quantize, quantized_bytes, rounded
+from plumb.models.load import load_policy
+from plumb.models.quantized_base import (
+    BYTES,
+    QuantizedLinear,
+    quantize,
+    quantized,
+    quantized_bytes,
+    quantized_layers,
+    rounded,
+)
+from plumb.rollouts.gathered_engine import UnshardedCopy
+from plumb.runs.checkpoints import latest_valid
 
 pytest.importorskip("bitsandbytes")
 
@@ -29,19 +45,24 @@ def test_a_layer_computes_with_its_rounded_weight(kind):
     """Forward and backward; in nf4 the errors are a tenth of the weights, in int8 a hundredth."""
     torch.manual_seed(0)
     layer = nn.Linear(128, 96)
-    quantized = QuantizedLinear(layer, kind)
+    made = QuantizedLinear(layer, kind)
     weight = rounded(layer.weight.detach(), kind)
     error = float((weight - layer.weight).abs().mean() / layer.weight.abs().mean())
     assert error < {"nf4": 0.1, "int8": 0.01}[kind]
     x = torch.randn(3, 128, requires_grad=True)
     other = x.detach().clone().requires_grad_(True)
-    y = quantized(x)
+    y = made(x)
     expected = nn.functional.linear(other, weight, layer.bias)
     torch.testing.assert_close(y, expected)
     for out in (y, expected):
         out.square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
-    assert list(dict(quantized.named_parameters())) == ["bias"]
+    floating = [name for name, p in made.named_parameters() if p.is_floating_point()]
+    assert floating == ["bias"]  # FSDP would cast any other
+    own = quantized(layer.weight.detach(), kind)
+    assert made.tensors().keys() == own.keys()
+    for name, tensor in made.tensors().items():  # of whose bytes the digest of a start is made
+        assert tensor.dtype == own[name].dtype and torch.equal(tensor, own[name])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -55,6 +76,23 @@ def test_its_bytes(kind, tiny_model):
     codes = {"nf4": 16 * 4 + 256 * 4 + 4, "int8": 256 * 4}[kind]
     spare = n_layers * (codes + 2 * 4)  # the last block of each matrix may be cut
     assert 0 <= quantized_bytes(model) - numbers * BYTES[kind] <= spare
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_copy_to_sample_from_is_quantized(dtype, tiny_model, compose):
+    """It computes with the same weights, in the precision of the copy."""
+    options = [*QLORA, "adapter=dora", "model.quantize=nf4", f"model.name_or_path={tiny_model}"]
+    config = compose("exp_name=x", *options)
+    policy = load_policy(config, adapter=knobs_of(config))
+    copied = UnshardedCopy(torch.device("cpu"), dtype).updated(policy)
+    layers = quantized_layers(policy)
+    assert layers.keys() == quantized_layers(copied).keys()
+    for name, layer in quantized_layers(copied).items():
+        assert torch.equal(layer.weight, layers[name].weight)
+    ids = torch.arange(8)[None]
+    if dtype is None:
+        assert torch.equal(copied(ids).logits, policy(ids).logits)
+    assert copied(ids).logits.dtype == (dtype or torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -115,10 +153,6 @@ def test_it_resumes_to_the_bit(train):
 
 REFUSED = {
     "adapter=none: only an adapter can be trained on them": [],
-    "trainer=FSDPTrainer: quantized weights are not sharded": [
-        *QLORA,
-        "trainer=FSDPTrainer",
-    ],
     "compile=True: quantized layers are not compiled": [*QLORA, "compile=true"],
     "policy_dtype=float64": [*QLORA, "model.policy_dtype=float64"],
 }
@@ -128,3 +162,81 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(message, train):
     with pytest.raises(UserError, match=f"model.quantize=nf4: .*{message}"):
         train("refused", *DPO, "model.quantize=nf4", *REFUSED[message])
+
+
+def in_halves(base, *runs):
+    """Train these runs, (config, halt) each, in the processes of a group. Each process must have
+    loaded about half of what is packed, and compute with the rounded weights of `base`.
+    """
+    place = trainers.FSDPTrainer.place
+    full = AutoModelForCausalLM.from_pretrained(base)
+
+    def measured(self, model):
+        layers = quantized_layers(model)
+        kept = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
+        mine, whole = (sum(x.nbytes for x in some) for some in (map(sharding.local, kept), kept))
+        assert 0.48 < mine / whole < 0.52
+        for name, layer in layers.items():
+            weight = full.get_submodule(name.removesuffix(".base_layer")).weight
+            expected = rounded(weight.detach(), layer.kind)
+            layer.register_forward_pre_hook(partial(computes_with, expected))
+        return place(self, model)
+
+    trainers.FSDPTrainer.place = measured
+    for config_of, halt in runs:
+        train_until(config_of, halt)
+
+
+def computes_with(expected, layer, inputs):
+    assert torch.equal(layer.weight, expected)
+
+
+def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_path):
+    """Each of two gloo ranks has half of what is packed. The adapters are those of one process, up
+    to rounding in float32, and to the bit those of the two when they are killed and resumed. The
+    digest of the start is the same, so that either can continue the other's run.
+    """
+    options = [*DPO, *QLORA, STEADY, *BRIEF, "adapter=dora", "model.quantize=nf4", "resume=auto"]
+    options += ["reference=live", "save_every=4"]
+    mixed = ["model.quantize=int8", "reference=cached", "model.fsdp_policy_mp=bfloat16"]
+
+    def in_two(name, *more):
+        return partial(
+            compose,
+            *here,
+            f"exp_name={name}",
+            f"local_run_dir={tmp_path / name}",
+            f"model.name_or_path={tiny_model}",
+            f"datasets=[{data}]",
+            *FAST,
+            *options,
+            "trainer=FSDPTrainer",
+            "n_cpu_processes=2",
+            *more,
+        )
+
+    runs = [("two", None), ("halted", 2), ("halted", None)]
+    runs = [(in_two(name), halt) for name, halt in runs]
+    runs.append((in_two("mixed", *mixed, "n_examples=4"), None))
+    run_in_group(2, in_halves, tiny_model, *runs)
+    one = train("one", *options)
+    two = outcome(tmp_path / "two")
+    assert same(two, outcome(one), tolerance=1e-6)
+    assert same(outcome(tmp_path / "halted"), two)
+    starts = [latest_valid(run).manifest.fingerprint["weights"] for run in (one, tmp_path / "two")]
+    assert starts[0] == starts[1]
+    for name, rounding in (("two", 0), ("mixed", 1e-3)):
+        first = records(tmp_path / name, "train")[0]
+        assert abs(first["rewards_train/chosen"]) <= rounding
+        assert abs(first["rewards_train/rejected"]) <= rounding
+    out = tmp_path / "eval.json"
+    evaluate(tmp_path / "two", "--out", out)
+    assert json.loads(out.read_text())["metrics"]["loss/eval"] == pytest.approx(
+        records(tmp_path / "two", "eval")[-1]["loss/eval"], abs=1e-4
+    )
+
+
+def test_a_torch_that_does_not_shard_them_is_refused(train, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    with pytest.raises(UserError, match="torch 2.11.0 shards no quantized weights; install torch"):
+        train("old", *DPO, *QLORA, "model.quantize=nf4", "trainer=FSDPTrainer")
