@@ -39,7 +39,7 @@ from plumb.models.scalar_head import ScalarHead
 from plumb.models.sharded_load import WeightSource, fill
 from plumb.models.weight_files import locate
 from plumb.models.weight_sources import (
-    CutFromWhole,
+    CutIfNeeded,
     FrozenCopy,
     blueprint_of,
     fill_by_transformers,
@@ -183,11 +183,7 @@ def _sharded(source: WeightSource, spec: DictConfig, layout: sharding.Layout) ->
     """Return the source's model sharded over the ranks, each of which reads its own part only;
     `spec`: the options model.*.
     """
-    try:
-        parts = source.in_parts()
-    except NotImplementedError as error:
-        rank0_print(f"every process reads the whole model before it keeps its part: {error}")
-        parts = CutFromWhole(source).in_parts()
+    parts = CutIfNeeded(source).in_parts()
     model = parts.skeleton
     use_tree_attention(model)
     apart = [module for module in model.modules() if isinstance(module, ScalarHead)]

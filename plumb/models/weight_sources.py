@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from plumb.console import rank0_print
 from plumb.errors import UserError
 from plumb.models import source_trust
 from plumb.models.adapter_sources import Adapted, Merged, SameBase, WithHead
@@ -131,7 +132,7 @@ def open_adapted(
         if scalar:
             source = NewHead(source, seed)
         yield Adapted(
-            source=source,
+            source=CutIfNeeded(source),
             knobs=knobs,
             block_name=spec.block_name,
             seed=seed,
@@ -586,6 +587,25 @@ class CutFromWhole:
         model.generation_config = full.generation_config
         state = Weights(full.state_dict(), archive=True)
         return Parts(model, stored_parts(model, state, strict=True))
+
+
+@dataclass(frozen=True)
+class CutIfNeeded:
+    """Give the parts of any source: cut from the whole model where it cannot give them, with a note
+    that says so.
+    """
+
+    source: WeightSource
+
+    def whole(self, device_map: Any = None) -> PreTrainedModel:
+        return self.source.whole(device_map)
+
+    def in_parts(self) -> Parts:
+        try:
+            return self.source.in_parts()
+        except NotImplementedError as error:
+            rank0_print(f"every process reads the whole model before it keeps its part: {error}")
+            return CutFromWhole(self.source).in_parts()
 
 
 def parts_of(source: WeightSource) -> Parts:

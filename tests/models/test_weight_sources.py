@@ -8,6 +8,7 @@ from runs import run_of
 from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification
 
+from plumb.models.adapters import knobs_of
 from plumb.models.load import load_config
 from plumb.models.scalar_head import head_name, initial_weight, put_scalar_head, scores
 from plumb.models.weight_sources import (
@@ -17,6 +18,7 @@ from plumb.models.weight_sources import (
     Parts,
     QuantizedFiles,
     WeightSource,
+    open_adapted,
     open_source,
 )
 
@@ -104,6 +106,20 @@ def test_whole_and_in_parts(kind, kinds, compose):
         if scalar:
             drawn = parts.skeleton.get_output_embeddings().drawn
             assert drawn == whole.get_output_embeddings().drawn == ("new head" in kind)
+
+
+@pytest.mark.parametrize("quantize", ["null", "nf4"])
+def test_adapters_on_what_is_read_as_a_whole(quantize, kinds, compose):
+    """A GGUF file with an adapter is cut into the parts of the whole model."""
+    pytest.importorskip("bitsandbytes")
+    config = compose("adapter=dora", f"model.quantize={quantize}", *kinds["GGUF"][0])
+    how = (config.model, load_config(config), False, 7, knobs_of(config))
+    with open_adapted(*how) as source:
+        state, parts = source.whole().state_dict(), source.in_parts()
+    assert parts.skeleton.state_dict(keep_vars=True).keys() == state.keys()
+    for name, tensor in state.items():
+        part = parts.part(name, (slice(1, 2),))
+        assert torch.equal(part.to(tensor.dtype), tensor[1:2]), name
 
 
 @dataclass
