@@ -379,6 +379,8 @@ def make_evaluator(
     routers = setup.watch_routers(policy, config.router_aux_loss)
     setup.stop_draws(policy, device)
 
+    lengths = lengths_of(examples).tokens()
+
     def row_tokens(path: ForwardPath) -> int:
         return budget.token_budget(
             config,
@@ -387,7 +389,8 @@ def make_evaluator(
             computation.dtype,
             free=budget.memory_at_hand(device),
             plain_head=path.plain_head or scores(policy),
-            mean=float(lengths_of(examples).tokens().mean()),
+            mean=float(lengths.mean()),
+            longest=int(lengths.max()),
             ranks=1,
         )
 

@@ -470,18 +470,21 @@ def decide(
     from plumb.distributed.device import pick_device
     from plumb.training.optimizers import make_schedule
     from plumb.training.rollout_memory import PolicySize, beside_policy
-    from plumb.training.rollouts import samples_responses
+    from plumb.training.rollouts import samples_responses, trees_of
     from plumb.training.run_plan import numbers_at_hand, plan_run
 
     n = len(data.train)
+    samples = samples_responses(config, loss)
+    lengths = lengths_of(data.train)
+    trees = trees_of(config, lengths.prompts[:, 0])[0] if samples else lengths
     numbers = numbers_at_hand(
         policy,
         layout.device if layout is not None else pick_device(config),
         layout,
-        mean_tokens=float(lengths_of(data.train).tokens().mean()),
+        mean_tokens=float(lengths.tokens().mean()),
+        longest=int(trees.tokens().max()),
         repeats=make_schedule(config, n).n_examples > n,
     )
-    samples = samples_responses(config, loss)
     live_only = loss.needs_reference and (loss.live_reference or samples)
     taken = 0.0
     if samples:

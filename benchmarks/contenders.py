@@ -325,8 +325,15 @@ class Plumb(Contender):
         tokenizer: Any = PlainIds(self.policy.config.vocab_size)
         loss = build_loss(knobs)
         data: Any = (examples, [])
-        mean = float(lengths_of(examples).tokens().mean())
-        numbers = numbers_at_hand(self.policy, self.device, None, mean, repeats=False)
+        lengths = lengths_of(examples).tokens()
+        numbers = numbers_at_hand(
+            self.policy,
+            self.device,
+            None,
+            mean_tokens=float(lengths.mean()),
+            longest=int(lengths.max()),
+            repeats=False,
+        )
         trainer = BasicTrainer(
             config,
             self.policy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumb.errors import UserError
+
+GRAPHS = 64  # more of one function would not be compiled
 
 
 def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
@@ -37,17 +40,28 @@ def block_class(model: nn.Module, block_name: str | None) -> type[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, block: type[nn.Module], recompute: bool | float) -> None:
-    """Compile each block in place: one graph serves all, since they differ in weights only.
+    """Compile each block in place: one graph serves all, since they differ in weights only. There
+    is one for each way to compute, of which torch would compile 8: with and without gradients,
+    adapters or an input that has a gradient, of policy, reference and critic.
 
     `recompute` between 0 and 1: the share of activations that is kept for the backward pass, the
     cheapest being recomputed. In place, for a wrapper would hide the module from FSDP. On a CPU the
     attention stays as it is, between two graphs.
     """
+    torch._dynamo.config.recompile_limit = GRAPHS
     if not isinstance(recompute, bool):
         torch._functorch.config.activation_memory_budget = recompute
     for module in model.modules():
         if isinstance(module, block):
             module.compile()
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Let compiled blocks compute as they are within the context. For sampling, whose rows grow by
+    a token at a time: each shape would be compiled anew, until the compiler gave the blocks up, in
+    training, too.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def recompute_blocks(model: Any, kept: float) -> None:

@@ -48,7 +48,7 @@ from plumb.training.rollout_memory import (
     beside_policy,
     computing_dtype,
 )
-from plumb.training.rollouts import check_prompts, samples_responses
+from plumb.training.rollouts import check_prompts, samples_responses, trees_of
 from plumb.training.run_plan import Numbers, plan_run
 from plumb.training.stepwise import Joint, Stepwise
 
@@ -263,7 +263,7 @@ def _lengths(config: DictConfig, samples: bool, examples: Sequence[Example]) -> 
     policy's own responses.
     """
     lengths = lengths_of(examples)
-    return rollouts.trees_of(config, lengths.prompts[:, 0]) if samples else (lengths, 1)
+    return trees_of(config, lengths.prompts[:, 0]) if samples else (lengths, 1)
 
 
 @contextmanager
@@ -363,6 +363,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         n_weights=trained / layout.tp_size,
         ranks=layout.ranks,
         mean_tokens=float(np.mean(lengths_of(data.examples).tokens())),
+        longest=int(data.lengths.tokens().max()),
         repeats=several,
     )
     samples = samples_responses(config, loss)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from plumb.data.examples import Lengths
 from plumb.training.budget import ClusterShape, Memory, activation_bytes, cache_bytes
 from plumb.training.rollout_memory import Beside
 
@@ -45,28 +44,6 @@ def at_once(config: DictConfig, prompts: np.ndarray, layout: ClusterShape) -> At
     of_gpu = -(-at.batches * config.batch_size // layout.n_gpus)
     n_prompts = max(1, min(at.batch_size // n, of_gpu))
     return AtOnce(n_prompts, n, int(prompts.max()), at.max_new_tokens)
-
-
-def trees_of(config: DictConfig, prompts: np.ndarray) -> tuple[Lengths, int]:
-    """Return the lengths of a tree for each prompt [n], and how many trees are made of a prompt at
-    most.
-    """
-    at = config.rollout
-    k, n_trees = {
-        None: (at.n, 1),
-        "ranks": (at.n, 1),
-        "best-worst": (2, 1),
-        "margin": (2, at.n * (at.n - 1) // 2),
-        "bradley-terry": (2, at.n // 2),
-    }[at.preferences]
-    shape = (len(prompts), k)
-    lengths = Lengths(
-        prompts=np.broadcast_to(prompts[:, None], shape),
-        responses=np.full(shape, at.max_new_tokens),
-        roots=np.broadcast_to(np.arange(k) == 0, shape),
-        counts=np.full(len(prompts), k),
-    )
-    return lengths, n_trees
 
 
 def sampling_bytes(

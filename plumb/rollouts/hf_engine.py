@@ -26,6 +26,7 @@ from transformers.generation import StoppingCriteriaList
 from plumb.console import bar_width, quiet
 from plumb.data.token_text import continued
 from plumb.errors import UserError
+from plumb.models.blocks import uncompiled
 from plumb.models.limits import positions_of
 from plumb.rollouts.decoding import Decoding
 
@@ -87,7 +88,8 @@ def answers(
                 "eos_token_id": ends,
                 "stopping_criteria": stopping,
             } | decoding.arguments()
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            devices = [device] if device.type == "cuda" else []
+            with uncompiled(), torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed + start)
                 if decoding.mode == "contrastive":
                     new = _contrastive(model, ids, mask, decoding, n_new, ends, pad, stopping)

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from plumb.data.prompts import NumberedPrompt
 from plumb.errors import UserError
+from plumb.models.blocks import uncompiled
 from plumb.models.logps import lm_head_at_positions
 from plumb.rollouts.decoding import Decoding
 from plumb.rollouts.engine import (
@@ -74,7 +75,8 @@ class PolicyEngine:
         was_training = self.policy.training
         self.policy.eval()
         try:
-            responses = self._responses(prompts, n, seed)
+            with uncompiled():
+                responses = self._responses(prompts, n, seed)
         finally:
             self.policy.train(was_training)
         return Samples(responses, time.perf_counter() - start)

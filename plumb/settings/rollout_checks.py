@@ -80,11 +80,6 @@ def check_rollout(config: DictConfig, loss: Loss) -> None:
 
 def _check_run_on_rollouts(config: DictConfig) -> None:
     """Refuse knobs that do not fit a run on the policy's own responses, whatever its loss."""
-    if config.compile:
-        raise UserError(
-            "compile=True: a run on the policy's own responses samples with uncompiled blocks; set"
-            " compile=False"
-        )
     if config.keep_checkpoints and config.keep_best == "loss/eval":
         raise UserError(
             "keep_best=loss/eval: a run on the policy's own responses has no held-out loss; set"

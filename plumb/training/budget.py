@@ -208,25 +208,23 @@ def token_budget(
     free: float,
     plain_head: bool,
     mean: float,
+    longest: int,
     ranks: int,
 ) -> int:
     """Return the tokens of a microbatch: as configured, or chosen from the `free` bytes, but enough
     for two examples.
 
     Compiled blocks need rows of one length, so with compile=true the rows are no longer than a step
-    needs: `mean` is the mean length of an example.
+    needs, and long enough for any example: `mean` and `longest` are the mean and the largest length
+    of one.
     """
+    least = max(2 * config.max_length, longest if config.compile else 0)
     default = default_budget(model_config, device, dtype, free, kept(config), plain_head)
-    budget = config.tokens_per_microbatch or max(default, 2 * config.max_length)
+    budget = config.tokens_per_microbatch or max(default, least)
     if config.compile:
         parts = ranks * config.gradient_accumulation_steps
-        budget = min(
-            budget,
-            max(
-                2 * config.max_length,
-                math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256,
-            ),
-        )
+        needed = math.ceil(1.25 * mean * config.batch_size / parts / 256) * 256
+        budget = min(budget, max(least, needed))
     return budget
 
 

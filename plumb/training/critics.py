@@ -14,7 +14,12 @@ from plumb.console import rank0_print, to_dict
 from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.losses.advantage_rules import GaeRule
-from plumb.models.blocks import recompute_blocks, recomputes_blocks
+from plumb.models.blocks import (
+    block_class,
+    compile_blocks,
+    recompute_blocks,
+    recomputes_blocks,
+)
 from plumb.models.draws import run_without_draws
 from plumb.models.find import find_model, open_model
 from plumb.models.forward_path import PLAIN_PATH, ForwardPath, use_tree_attention
@@ -49,6 +54,9 @@ def make_critic(
     rank0_print(f"critic: from {name}")
     if recomputes_blocks(config.activation_checkpointing, config.compile):
         _recompute(model, scorer.device, budget.kept(config))
+    if config.compile:
+        block_name = config.model.block_name if _is_like(model, scorer.policy) else None
+        compile_blocks(model, block_class(model, block_name), config.activation_checkpointing)
     own = OmegaConf.merge(config, {"lr": rule.critic_lr, "head_lr": None})
     assert isinstance(own, DictConfig)
     return Critic(
@@ -113,6 +121,11 @@ def _recompute(model: Any, device: torch.device, kept: float) -> None:
 
 def _path(model: Any, scorer: Scorer) -> ForwardPath:
     """Return how the critic computes: as the policy, if both are of one family."""
-    if model.config.model_type != scorer.policy.config.model_type:
+    if not _is_like(model, scorer.policy):
         return PLAIN_PATH
     return ForwardPath(packed=scorer.forward_path.packed, plain_head=False)
+
+
+def _is_like(model: Any, policy: Any) -> bool:
+    """Return whether a critic is of the policy's family."""
+    return bool(model.config.model_type == policy.config.model_type)

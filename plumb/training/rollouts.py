@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -15,7 +16,7 @@ from plumb.batching.feed import Feed
 from plumb.batching.layout import Batch
 from plumb.batching.microbatches import Packing
 from plumb.console import rank, rank0_print, to_dict
-from plumb.data.examples import Examples, lengths_of
+from plumb.data.examples import Examples, Lengths, lengths_of
 from plumb.data.tokenization import automatic_bos
 from plumb.distributed import collectives, sharding
 from plumb.errors import UserError
@@ -246,6 +247,28 @@ def described(config: DictConfig, policy: Any) -> str:
     if held := copy_bytes(config, PolicySize.of(policy)):
         line += f", and the copy of the policy that samples {held / 1e9:.2g} GB"
     return line
+
+
+def trees_of(config: DictConfig, prompts: np.ndarray) -> tuple[Lengths, int]:
+    """Return the lengths of a tree for each prompt [n], and how many trees are made of a prompt at
+    most.
+    """
+    at = config.rollout
+    k, n_trees = {
+        None: (at.n, 1),
+        "ranks": (at.n, 1),
+        "best-worst": (2, 1),
+        "margin": (2, at.n * (at.n - 1) // 2),
+        "bradley-terry": (2, at.n // 2),
+    }[at.preferences]
+    shape = (len(prompts), k)
+    lengths = Lengths(
+        prompts=np.broadcast_to(prompts[:, None], shape),
+        responses=np.full(shape, at.max_new_tokens),
+        roots=np.broadcast_to(np.arange(k) == 0, shape),
+        counts=np.full(len(prompts), k),
+    )
+    return lengths, n_trees
 
 
 def check_prompts(examples: Examples, room: int, max_new_tokens: int) -> None:

@@ -35,6 +35,7 @@ class Numbers:
     n_weights: float  # whose gradients are kept until they are reduced
     ranks: int  # that have their own part of a batch
     mean_tokens: float  # of an example
+    longest: int  # tokens of the longest example, with the responses that are yet to be sampled
     repeats: bool  # examples are used more than once
 
 
@@ -112,6 +113,7 @@ def plan_run(
             free,
             no_logits,
             numbers.mean_tokens,
+            numbers.longest,
             numbers.ranks,
         )
 
@@ -135,11 +137,17 @@ def _can_be_cached(config: Any) -> bool:
 
 
 def numbers_at_hand(
-    policy: nn.Module, device: torch.device, layout: Any, mean_tokens: float, repeats: bool
+    policy: nn.Module,
+    device: torch.device,
+    layout: Any,
+    *,
+    mean_tokens: float,
+    longest: int,
+    repeats: bool,
 ) -> Numbers:
     """Return the numbers of this run, the same on all ranks: the memory is that of the rank with
-    least. `layout`: that of several processes, over which the policy is already laid out. Every
-    rank must call it.
+    least. `layout`: that of several processes, over which the policy is already laid out; the
+    others: see Numbers. Every rank must call it.
     """
     shards = layout.n_shards if layout is not None else 1
     weights = budget.weights_bytes(policy) / shards
@@ -157,5 +165,6 @@ def numbers_at_hand(
         n_weights=count_trained(policy) / (layout.tp_size if layout else 1),
         ranks=layout.n_rows if layout is not None else 1,
         mean_tokens=mean_tokens,
+        longest=longest,
         repeats=repeats,
     )

@@ -626,6 +626,7 @@ def numbers_of_run(policy, numbers, mean_tokens, monkeypatch, ranks=None):
         torch.device("cuda"),
         ranks and SimpleNamespace(n_shards=ranks, tp_size=1, n_rows=ranks),
         mean_tokens=mean_tokens,
+        longest=numbers.longest,
         repeats=numbers.repeats,
     )
 
@@ -669,7 +670,8 @@ def test_what_cannot_be_quantized_is_refused(planned):
 
 def test_what_samples_beside_the_policy_counts(planned):
     """Keys and values of a token by hand; and what 512 tokens take, held by something else, leaves
-    256 tokens less to a microbatch, since half of what is free is for activations.
+    256 tokens less to a microbatch, since half of what is free is for activations. Rows of compiled
+    blocks, which have one length, hold the longest tree.
     """
     spec = AutoConfig.for_model("llama", **SIZES | FAMILIES["llama"])
     heads, head_dim = spec.num_key_value_heads, spec.hidden_size // spec.num_attention_heads
@@ -687,6 +689,7 @@ def test_what_samples_beside_the_policy_counts(planned):
         n_weights=0.5e9,
         ranks=1,
         mean_tokens=310.0,
+        longest=3000,
         repeats=False,
     )
     tokens = [
@@ -694,3 +697,5 @@ def test_what_samples_beside_the_policy_counts(planned):
         for held in (20e9, 20e9 + 512 * budget.activation_bytes(model_config, torch.float32, 1))
     ]
     assert tokens[0] - tokens[1] == 256
+    compiled = plan.changed(config, {"compile": True, "batch_size": 1})
+    assert run_plan.plan_run(compiled, model_config, False, numbers).budget == 3000

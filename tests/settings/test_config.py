@@ -356,7 +356,6 @@ ON_SAMPLES = {
     ): "rollout.engine=vllm: trainer=FSDPTrainer: several processes",
     ("loss=grpo", "rollout.vllm_memory=0.5", REWARD): "rollout.vllm_memory=0.5: is for",
     ("loss=grpo", "rollout.ptx_weight=2", REWARD): "rollout.ptx_weight=2: there is no data set to",
-    ("loss=grpo", "compile=true", REWARD): "compile=True: a run on the policy's own responses",
     ("loss=grpo", "reference=cached", REWARD): "reference=cached: the responses are sampled while",
     ("loss=grpo", "reward.terms={a: {model: /none}}"): "reward.terms.a.model: ",
     ("loss=grpo", "reward.terms={a: {rule: shorte}}"): "reward.terms.a.rule=shorte",

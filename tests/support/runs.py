@@ -113,6 +113,14 @@ def same(a, b, tolerance=0.0):
     return True
 
 
+def trace_only(monkeypatch):
+    """Let compiled blocks be traced as ever, and not translated, which takes a minute."""
+    traced = lambda block: setattr(
+        block, "_compiled_call_impl", torch.compile(block._call_impl, backend="eager")
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+
+
 def evaluate(*words):
     eval_command.main(eval_command.parser().parse_args(list(map(str, words))))
 

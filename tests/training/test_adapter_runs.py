@@ -8,7 +8,18 @@ import pytest
 import torch
 from groups import Halt, run_in_group, train_until
 from peft import PeftModel
-from runs import DPO, FAST, ROWS, STEADY, evaluate, outcome, records, same, state_of
+from runs import (
+    DPO,
+    FAST,
+    ROWS,
+    STEADY,
+    evaluate,
+    outcome,
+    records,
+    same,
+    state_of,
+    trace_only,
+)
 from transformers import AutoModelForCausalLM
 
 import export as export_command
@@ -111,10 +122,7 @@ def test_recomputed_and_compiled_it_trains_the_same(train, monkeypatch):
     """The live reference switches the adapter off within the same compiled blocks. They are traced
     as ever, and not translated, which takes a minute.
     """
-    traced = lambda block: setattr(
-        block, "_compiled_call_impl", torch.compile(block._call_impl, backend="eager")
-    )
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    trace_only(monkeypatch)
     options = [*SHORT_DPO, *LORA, "reference=live", STEADY]
     plain = weights(train("plain", *options))
     for name, option in (("again", "activation_checkpointing=true"), ("compiled", "compile=true")):

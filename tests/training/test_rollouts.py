@@ -6,13 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from runs import records
+from groups import halted_after
+from runs import STEADY, outcome, records, same, trace_only
+from torch._dynamo.utils import counters
 
 import score
 import trainers
 from plumb.batching.feed import Feed
 from plumb.errors import UserError
 from plumb.models.logps import response_token_logps
+from plumb.rollouts.policy_engine import PolicyEngine
+from plumb.training.run_evaluator import EvalSampler
 
 REWARD = "reward.terms={brief: {rule: shorter, weight: 0.5}, exact: {rule: exact}}"
 FEW = [
@@ -156,6 +160,63 @@ def trainer_of(train, monkeypatch):
         return made[-1], run_dir
 
     return run
+
+
+def graphs_of(kind, name, monkeypatch):
+    """A list, to which each call of the method adds how many graphs it has compiled."""
+    made = []
+    method = getattr(kind, name)
+
+    def counting(self, *arguments, **options):
+        before = counters["stats"]["unique_graphs"]
+        result = method(self, *arguments, **options)
+        made.append(counters["stats"]["unique_graphs"] - before)
+        return result
+
+    monkeypatch.setattr(kind, name, counting)
+    return made
+
+
+COMPARED = {"loss/train", "grad_norm", "critic_train/loss", "rollout_train/reward"}
+
+
+def test_compiled_blocks_learn_the_same(train, monkeypatch):
+    """They are traced for the first steps, and never again: not for a rollout, nor for the samples
+    of an evaluation, nor for a critic. A run that is halted within a rollout goes on to its bits.
+    """
+    trace_only(monkeypatch)
+    torch.compiler.reset()
+    steps, sampling, samples_of_evals = (
+        graphs_of(kind, name, monkeypatch)
+        for kind, name in (
+            (trainers.BasicTrainer, "step"),
+            (PolicyEngine, "sample"),
+            (EvalSampler, "rows"),
+        )
+    )
+    options = [
+        "loss=ppo",
+        "loss.critic=policy",
+        "loss.critic_lr=1e-3",
+        "rollout.uses=2",
+        *FEW,
+        STEADY,
+    ]
+    options += ["eval_every=8", "save_every=4", "resume=auto"]
+    options += ["sample_during_eval=true", "n_eval_model_samples=2", "sample_max_new_tokens=6"]
+    plain = records(train("plain", *options))
+    compiled = train("compiled", *options, "compile=true")
+    assert len(steps) == 8 and sum(steps[:4]) == 0 < steps[4] and not any(steps[6:])
+    assert sampling and not any(sampling)
+    assert samples_of_evals and not any(samples_of_evals)
+    for a, b in zip(plain, records(compiled), strict=True):
+        assert a.keys() <= b.keys()
+        of_both = {k: x for k, x in a.items() if k in COMPARED}
+        assert of_both == pytest.approx({k: b[k] for k in of_both}, rel=1e-3, abs=1e-5)
+    with halted_after(3):
+        train("halted", *options, "compile=true")
+        pytest.fail("it was not halted")
+    assert same(outcome(train("halted", *options, "compile=true")), outcome(compiled))
 
 
 def test_the_temperature_divides_what_policy_gradients_read(trainer_of):
