@@ -187,12 +187,14 @@ def size_of_adapters(
 ) -> tuple[int, int]:
     """Return how many numbers the adapters of a model without values would have, and how many would
     be trained, a scalar head included. Those of an archive are not counted, and one that continues
-    is taken for a new one.
+    is taken for a new one. Raise UserError for a rank that a matrix cannot have.
     """
     trained = 0
     for name in target_modules(model, knobs.targets, block_name):
         module: Any = model.get_submodule(name)
-        out, into = as_matrix(module, module.weight).shape
+        out, into = shape = as_matrix(module, module.weight).shape
+        if knobs.previous != "continue":
+            _check_rank(knobs.rank, name, shape)
         trained += knobs.rank * (out + into) + (out if knobs.kind == "dora" else 0)
     copies = 1 + (knobs.init != "default" or knobs.previous == "continue")
     n_head = model.get_output_embeddings().weight.numel() if scores(model) else 0
@@ -212,11 +214,7 @@ def first_factors(knobs: AdapterKnobs, seed: int, module: str, weight: Tensor) -
     """
     rank = knobs.rank
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if rank > min(wide.shape):
-        raise UserError(
-            f"adapter_rank={rank}: {module} is a matrix of {' x '.join(map(str, wide.shape))};"
-            f" give {min(wide.shape)} or less, or leave it out of adapter_targets"
-        )
+    _check_rank(rank, module, wide.shape)
     if knobs.init == "pissa":
         u, s, vh = torch.linalg.svd(wide, full_matrices=False)
         root = (s[:rank] / knobs.scaling).sqrt()
@@ -232,6 +230,15 @@ def first_factors(knobs: AdapterKnobs, seed: int, module: str, weight: Tensor) -
         b = torch.zeros(wide.shape[0], rank)
     magnitude = torch.linalg.norm(wide, dim=1) if knobs.kind == "dora" else None
     return Factors(a.to(wide.dtype), b.to(wide.dtype), magnitude)
+
+
+def _check_rank(rank: int, module: str, shape: torch.Size) -> None:
+    """Raise UserError if an adapter of this rank has more rows than its matrix can have a rank."""
+    if rank > min(shape):
+        raise UserError(
+            f"adapter_rank={rank}: {module} is a matrix of {' x '.join(map(str, shape))};"
+            f" give {min(shape)} or less, or leave it out of adapter_targets"
+        )
 
 
 def merged(weight: Tensor, adapters: Sequence[tuple[float, Factors]]) -> Tensor:

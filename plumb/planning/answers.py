@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
+from tqdm import tqdm
 
+from plumb.console import bar_width, quiet
 from plumb.errors import UserError
 from plumb.losses.registry import Loss
 from plumb.planning.plan import (
@@ -207,8 +209,14 @@ def _what(config: DictConfig, loss: Loss) -> str:
 
 
 def _aligned(rows: Iterator[Sequence[str]]) -> list[str]:
-    """Return rows as lines whose columns begin below each other."""
-    table = [*rows]
+    """Return rows as lines whose columns begin below each other; while they are found, a terminal
+    shows the last one.
+    """
+    table: list[tuple[str, ...]] = []
+    with tqdm(rows, bar_format="{desc}", ncols=bar_width(), disable=quiet(), leave=False) as found:
+        for row in found:
+            table.append((*row,))
+            found.set_description_str("trying what fits; last " + ", ".join(row[:1] + row[-1:]))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

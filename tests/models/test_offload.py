@@ -16,8 +16,11 @@ from plumb.planning import activations
 from plumb.settings.validation import validate
 
 
-def test_gradients_come_from_the_copies(monkeypatch):
-    """Bit for bit; no copy of a weight; and a copy that is changed changes the gradients."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_come_from_the_copies(autocast, monkeypatch):
+    """Bit for bit; no copy of a weight, nor of what autocast makes of one; and a copy that is
+    changed changes the gradients.
+    """
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     model = llama(2)
     copies, real = [], offload.to_host
@@ -31,7 +34,8 @@ def test_gradients_come_from_the_copies(monkeypatch):
     def gradients(damage=1.0):
         model.zero_grad()
         copies.clear()
-        with offload.activations_on_host():
+        precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with offload.activations_on_host(), precision:
             loss = model(input_ids=torch.arange(30)[None], use_cache=False).logits.logsumexp(-1)
         for copy in copies:
             if copy.is_floating_point():
@@ -40,7 +44,7 @@ def test_gradients_come_from_the_copies(monkeypatch):
         return [p.grad.clone() for p in model.parameters()]
 
     same, other = gradients(), gradients(damage=1.5)
-    weights = {p.shape for p in model.parameters()}
+    weights = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
     assert copies and not any(copy.shape in weights for copy in copies if copy.dim() == 2)
     monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 60)
     truth = gradients()

@@ -659,6 +659,14 @@ def test_the_run_decides_as_the_plan_on_a_quantized_base(kind, ranks, planned, m
     assert run_plan.plan_run(config, policy.config, True, here) == decided
 
 
+def test_a_rank_that_a_matrix_cannot_have_is_refused(planned):
+    """As the run refuses it."""
+    pytest.importorskip("peft")
+    config, loss = planned(*PAIRS, "adapter=lora", "lr=1e-5", "adapter_rank=5000")
+    with pytest.raises(UserError, match="adapter_rank=5000: model.layers.0.* give 4096 or less"):
+        plan.show(config, loss)
+
+
 def test_what_cannot_be_quantized_is_refused(planned):
     """As the run refuses it: the layers of GPT-2 are no linear layers."""
     pytest.importorskip("bitsandbytes")
