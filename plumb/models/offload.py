@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class CastWeight(NamedTuple):
 
     weight: nn.Parameter
     dtype: torch.dtype
-    view: tuple[torch.Size, tuple[int, ...], int]  # sizes, strides, offset
+    view: tuple[Any, ...]  # sizes, strides, offset
 
     def again(self) -> Tensor:
         """Return the tensor, cast from the weight."""
