@@ -228,6 +228,27 @@ def train(tmp_path, data, tiny_model, train_here):
 
 
 @pytest.fixture
+def trainer_of(train, monkeypatch):
+    """`trainer_of(name, *overrides)`: the trainer of a run, which has ended, and its directory."""
+    import trainers
+
+    made = []
+    init = trainers.BasicTrainer.__init__
+
+    def keeping(self, *arguments):
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "__init__", keeping)
+
+    def run(name, *overrides):
+        run_dir = train(name, *overrides)
+        return made[-1], run_dir
+
+    return run
+
+
+@pytest.fixture
 def halted_at(monkeypatch):
     """`halted_at(n)`: within, the process is gone after update n."""
     from groups import Halt

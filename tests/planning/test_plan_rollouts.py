@@ -10,7 +10,6 @@ import torch
 from test_plan import planned  # noqa: F401  a fixture
 from tiny import tiny_model
 
-import trainers
 from plumb.data.prompts import NumberedPrompt
 from plumb.models.adapters import knobs_of
 from plumb.models.load import load_policy
@@ -54,22 +53,10 @@ def test_sampling_holds_what_is_planned(family, longest):
 
 
 @pytest.fixture
-def built(train, monkeypatch):
-    """`built(*overrides)`: the trainer of a run that has ended."""
-    made = []
-    init = trainers.BasicTrainer.__init__
-
-    def keeping(self, *arguments):
-        init(self, *arguments)
-        made.append(self)
-
-    monkeypatch.setattr(trainers.BasicTrainer, "__init__", keeping)
-
-    def run(name, *overrides):
-        train(name, BY_RULE, "batch_size=2", "n_examples=2", "rollout.n=2", *SHORT, *overrides)
-        return made[-1]
-
-    return run
+def built(trainer_of):
+    """`built(name, *overrides)`: the trainer of a short run that has ended."""
+    few = [BY_RULE, "batch_size=2", "n_examples=2", "rollout.n=2", *SHORT]
+    return lambda name, *overrides: trainer_of(name, *few, *overrides)[0]
 
 
 @pytest.mark.parametrize(

@@ -143,25 +143,6 @@ def test_prompts_alone_are_shown_as_such(train, tmp_path, capsys):
     assert "target" not in out and "empty response" not in out
 
 
-@pytest.fixture
-def trainer_of(train, monkeypatch):
-    """`trainer_of(name, *overrides)`: the trainer of a run, which has ended."""
-    made = []
-    init = trainers.BasicTrainer.__init__
-
-    def keeping(self, *arguments):
-        init(self, *arguments)
-        made.append(self)
-
-    monkeypatch.setattr(trainers.BasicTrainer, "__init__", keeping)
-
-    def run(name, *overrides):
-        run_dir = train(name, *overrides)
-        return made[-1], run_dir
-
-    return run
-
-
 def graphs_of(kind, name, monkeypatch):
     """A list, to which each call of the method adds how many graphs it has compiled."""
     made = []

@@ -462,11 +462,10 @@ def fails_on_rank_1(answered):
 
 
 def run_all_and_fail(configs, halted, failing):
-    """In each process: one training after the other, one that is halted after its third update, and
-    one that ends everywhere with the line of the process whose reward raises.
+    """In each process: trainings, one that is halted after its third step and resumed, and one that
+    ends everywhere with the line of the process whose reward raises.
     """
-    run_all(configs)
-    train_until(lambda: halted, 3)
+    run_all_and_resume(configs, halted)
     with pytest.raises(UserError, match="reward r: ValueError: no reward today, for the response"):
         run_all([failing])
 
@@ -509,7 +508,6 @@ def test_the_policys_own_samples(command, tmp_path):
         command(*halted),
         command("failing", "llama", *ON_SAMPLES, "loss=grpo", *fsdp, failing),
     )
-    run_in_group(2, run_all, [command(*halted)])
     assert same(outcome(tmp_path / "halted"), outcome(tmp_path / "adapter-fsdp"))
     for name in (*cases, "resumed"):
         one = tmp_path / ("ppo" if name == "resumed" else name.split("-")[0])
