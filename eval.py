@@ -56,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--reference", help="reference for a DPO loss (default: that of the policy's run)"
     )
-    p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
+    p.add_argument(
+        "--base",
+        help="base model of a policy.pt that has no config.yaml, or of a run whose base has moved",
+    )
     p.add_argument("--out", type=Path, help="write the metrics to this JSON file")
     p.add_argument(
         "--checkpoints",

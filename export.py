@@ -43,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="with --out: maximum size of a safetensors file, in 1e9 bytes (default: 5)",
     )
-    p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
+    p.add_argument(
+        "--base",
+        help="base model of a policy.pt that has no config.yaml, or of a run whose base has moved",
+    )
     p.add_argument("--tokenizer", help="with --out: tokenizer to use in place of the model's own")
     p.add_argument(
         "--chat-template",

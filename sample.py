@@ -109,7 +109,10 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=seed, default=0, help="seed for sampling answers and choosing prompts"
     )
     p.add_argument("--batch-size", type=positive, default=8, help="prompts per batch")
-    p.add_argument("--base", help="base model of a policy.pt that has no config.yaml")
+    p.add_argument(
+        "--base",
+        help="base model of a policy.pt that has no config.yaml, or of a run whose base has moved",
+    )
     p.add_argument("--tokenizer", help="tokenizer to use in place of the model's own")
     p.add_argument(
         "--chat-template",

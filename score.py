@@ -184,7 +184,9 @@ def _scorer_options(p: argparse.ArgumentParser) -> None:
         " / reference), whatever its run's loss",
     )
     g.add_argument(
-        "--base", metavar="MODEL", help="base model of a policy.pt that has no config.yaml"
+        "--base",
+        metavar="MODEL",
+        help="base model of a policy.pt that has no config.yaml, or of a run whose base has moved",
     )
     g.add_argument(
         "--tokenizer", metavar="NAME", help="tokenizer to use in place of the model's own"

@@ -4,6 +4,7 @@ with adapters beside it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,36 +92,88 @@ class SameBase:
     """Refuse another source than the one that adapters were trained on."""
 
     source: WeightSource
-    names: Sequence[str]  # of the adapters' modules
+    adapters: Sequence[Adapter]
     expected: Tensor  # what `sampled` gave for that one
     origin: str  # how to call the adapters' file in an error
+    base: str  # how to call the source
 
     def whole(self, device_map: Any = None) -> PreTrainedModel:
         model = self.source.whole(device_map)
-        self._check(model, lambda name: _weight(model, name)[0])
+        self._check(model, _present(model))
         return model
 
     def in_parts(self) -> Parts:
         parts = self.source.in_parts()
-        first = (slice(0, 1),)
-        self._check(parts.skeleton, lambda name: parts.part(f"{name}.weight", first))
+        self._check(parts.skeleton, parts.part)
         return parts
 
-    def _check(self, model: PreTrainedModel, first_row: Any) -> None:
+    def _check(self, model: PreTrainedModel, read: ReadPart) -> None:
         modules = dict(model.named_modules())
-        if any(name not in modules for name in self.names):
+        if any(name not in modules for each in self.adapters for name in each.modules):
             return  # which one is missing is said where the adapters are put on
-        if not low_rank.of_one_model(low_rank.sampled(self.names, first_row), self.expected):
+        shapes = low_rank.shapes_of_base(model)
+        found = low_rank.sampled(shapes, self.expected.dtype, read)
+        if not low_rank.of_one_model(found, self.expected):
             raise UserError(
                 f"{self.origin}: its adapter was trained on other weights than those of"
-                f" {model.name_or_path or type(model).__name__}; give the model it was trained from"
+                f" {self.base}; give the model it was trained from"
             )
 
 
-def _weight(model: PreTrainedModel, name: str) -> Tensor:
-    """Return the weight of a module."""
-    module: Any = model.get_submodule(name)
-    return module.weight
+def _present(model: PreTrainedModel) -> ReadPart:
+    """Return the function that reads parts of the weights that a model has, or that its quantized
+    layers compute with.
+    """
+
+    def read(name: str, where: Where) -> Tensor:
+        owner, _, own = name.rpartition(".")
+        return getattr(model.get_submodule(owner), own)[where or ...]
+
+    return read
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Give the weights of another source in another type; those that have a type of their own keep
+    it.
+    """
+
+    source: WeightSource
+    dtype: torch.dtype
+
+    def whole(self, device_map: Any = None) -> PreTrainedModel:
+        model = self.source.whole(device_map)
+        self._round(model)
+        return model
+
+    def in_parts(self) -> Parts:
+        parts = self.source.in_parts()
+        # that of the source stays: its parts are made in the types that it has
+        model = copy.deepcopy(parts.skeleton)
+        self._round(model)
+        types = {
+            name: (p.dtype, made.dtype)
+            for (name, p), made in zip(
+                parts.skeleton.named_parameters(remove_duplicate=False),
+                (made for _, made in model.named_parameters(remove_duplicate=False)),
+                strict=True,
+            )
+        }
+
+        def part(name: str, where: Where) -> Tensor:
+            tensor = parts.part(name, where)
+            for dtype in types.get(name, ()):
+                tensor = tensor.to(dtype)
+            return tensor
+
+        return Parts(model, part)
+
+    def _round(self, model: PreTrainedModel) -> None:
+        before = model.dtype
+        for p in model.parameters():
+            if p.dtype == before:
+                p.data = p.data.to(self.dtype)
+        model.config.dtype = self.dtype
 
 
 @dataclass(frozen=True)
@@ -148,11 +201,6 @@ class WithHead:
         return replace(parts, part=part)
 
 
-def _names(adapters: Sequence[Adapter]) -> list[str]:
-    """Return the modules of the adapters that take part in the policy, which its file holds."""
-    return sorted({name for adapter in adapters if adapter.in_policy for name in adapter.modules})
-
-
 @dataclass(frozen=True)
 class Adapted:
     """Put adapters on a model: those of `previous`, frozen or continued, and a new one."""
@@ -172,6 +220,7 @@ class Adapted:
             return low_rank.as_matrix(module, module.weight.detach())
 
         adapters = self._adapters(model, weight)
+        shapes, dtype = low_rank.shapes_of_base(model), model.dtype
         if self.knobs.quantize is not None:
             if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
                 raise UserError(
@@ -179,8 +228,8 @@ class Adapted:
                     " spread over several; choose one by device=cuda:0"
                 )
             quantize(model, self.knobs.quantize, self.block_name)
+        base = low_rank.sampled(shapes, dtype, _present(model))
         modules |= model.named_modules()  # before peft wraps them
-        base = low_rank.sampled(_names(adapters), lambda name: modules[name].weight[0])
         low_rank.inject(model, adapters)
         low_rank.fill_adapters(model, adapters)
         model.adapter_base = base  # type: ignore[assignment]
@@ -197,13 +246,11 @@ class Adapted:
             return low_rank.as_matrix(module, read)
 
         adapters = self._adapters(model, weight)
+        shapes, dtype = low_rank.shapes_of_base(model), model.dtype
         if self.knobs.quantize is not None:
             parts = quantized_parts(parts, self.knobs.quantize, self.block_name)
-        first = (slice(0, 1),)
-        model.adapter_base = low_rank.sampled(  # type: ignore[assignment]
-            _names(adapters),
-            lambda name: parts.part(f"{name}.weight", first).to(modules[name].weight.dtype),
-        )
+        base = low_rank.sampled(shapes, dtype, parts.part)
+        model.adapter_base = base  # type: ignore[assignment]
         low_rank.inject(model, adapters)
         value = low_rank.values_of(adapters)
 

@@ -9,7 +9,8 @@ A policy.pt of such a model holds its adapters only, each with a number, and the
 reward model:
 
     adapters.0.scaling                                        s
-    adapters.base                    some numbers of the weights that they were trained on
+    adapters.base                    some numbers of the weights that they were trained on, in the
+                                     type of these
     model.layers.3.self_attn.q_proj.lora_A.0.weight           A  [r, in]
     model.layers.3.self_attn.q_proj.lora_B.0.weight           B  [out, r]
     model.layers.3.self_attn.q_proj.lora_magnitude_vector.0.weight    m  [out], of DoRA
@@ -39,6 +40,7 @@ from plumb.errors import UserError
 from plumb.models.blocks import block_class
 from plumb.models.quantized_base import quantized_layers
 from plumb.models.scalar_head import head_name, scores
+from plumb.models.sharded_load import ReadPart
 
 START = "start"  # the name of the frozen copy of an adapter whose training continues
 PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
@@ -269,19 +271,30 @@ def as_matrix(module: nn.Module, weight: Any) -> Tensor:
 
 
 def holds_adapters(state: Mapping[str, Tensor]) -> bool:
-    """Return whether this is the state dict of a model with adapters."""
-    return any(SCALING.fullmatch(name) for name in state)
+    """Return whether this is the state dict of a model with adapters, complete or not."""
+    return any(SCALING.fullmatch(name) or KEY.fullmatch(name) for name in state)
 
 
 def read_adapters(state: Mapping[str, Tensor], what: str) -> list[Adapter]:
     """Return the adapters of a policy.pt, in their order, all of them part of a run's start. Raise
-    UserError for one that is not complete; `what`: how to call the file.
+    UserError for one that is not complete, or whose parts do not fit each other; `what`: how to
+    call the file.
     """
     tables: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in state.items():
         if match := KEY.fullmatch(name):
             of_module = tables.setdefault(match["adapter"], {}).setdefault(match["module"], {})
             of_module[match["part"].replace("embedding_", "")] = tensor
+    if tables and BASE not in state:
+        raise UserError(
+            f"{what}: lacks {BASE}, by which the model that its adapter was trained on is known;"
+            " take another checkpoint"
+        )
+    if odd := next((name for name in tables if not name.isdigit()), None):
+        raise UserError(
+            f"{what}: its adapter {odd!r} has no number, so that no run has written it; take the"
+            " policy.pt of a run"
+        )
     adapters = []
     for number in sorted(tables, key=int):
         modules = tables[number]
@@ -293,10 +306,20 @@ def read_adapters(state: Mapping[str, Tensor], what: str) -> list[Adapter]:
                 f" ({broken or 'its scaling is missing'}); take another checkpoint"
             )
         some = next(iter(modules.values()))
+        rank, dora = some["lora_A"].shape[0], len(some)
+        for module, parts in modules.items():
+            a, b, size = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
+            fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == rank
+            if not fits or len(parts) != dora or (size is not None and len(size) != b.shape[0]):
+                shapes = ", ".join(f"{key} {list(x.shape)}" for key, x in sorted(parts.items()))
+                raise UserError(
+                    f"{what}: the parts of its adapter {number} do not fit each other: {module} has"
+                    f" {shapes}, and the rank is {rank}; take another checkpoint"
+                )
         adapters.append(
             Adapter(
                 name=number,
-                rank=some["lora_A"].shape[0],
+                rank=rank,
                 scaling=float(scaling),
                 dora="lora_magnitude_vector" in some,
                 modules=sorted(modules),
@@ -322,37 +345,46 @@ class _Stored:
 
 # ---- what adapters belong to ----
 
-N_SAMPLED = 16  # numbers of the first row of each weight
-ALIKE = (
-    0.01  # how far they may be from those of the same weights, rounded to 16 bits: of their size
-)
-MOST_APART = 0.05  # the share of them that may be further, where sums have cancelled
+N_SAMPLED = 16  # numbers of each weight, of the row in its middle
+# Sums of another order than where they were taken: how far, of their size, and what share of them
+# may be further. A step of full training moves nearly all of them further.
+ALIKE = 1e-5
+MOST_APART = 0.01
 
 
-def sampled(names: Sequence[str], first_row: Callable[[str], Tensor]) -> Tensor:
-    """Return some numbers of the weights of modules, by which their model is known.  [modules, 16]
+def shapes_of_base(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return the names and shapes of the weights by which a model is known: all but its head's,
+    which a reward model replaces.
+    """
+    head = head_name(model)
+    return {name: p.shape for name, p in model.named_parameters() if name != head}
 
-    `first_row` gives that of a module's weight.
+
+def sampled(shapes: Mapping[str, torch.Size], dtype: torch.dtype, read: ReadPart) -> Tensor:
+    """Return some numbers of weights of these names and shapes, by which their model is known.
+    [weights, 16] `dtype`
     """
     rows = []
-    for name in sorted(names):
-        row = first_row(name).detach().reshape(-1).float().cpu()
+    for name, shape in sorted(shapes.items()):
+        middle = shape[0] // 2
+        row = read(name, (slice(middle, middle + 1),) if len(shape) > 1 else ())
+        row = row.detach().reshape(-1).to("cpu", dtype)
         rows.append(row[torch.linspace(0, len(row) - 1, N_SAMPLED).long()])
     return torch.stack(rows)
 
 
 def of_one_model(some: Tensor, others: Tensor) -> bool:
-    """Return whether two samples are of the same weights, up to rounding to 16 bits.  [n, 16]
+    """Return whether two samples are of the same weights.  [n, 16], of one type
 
-    >>> of_one_model(torch.ones(1, 16), torch.full((1, 16), 1.002))
+    >>> of_one_model(torch.ones(1, 16), torch.full((1, 16), 1 + 1e-6))
     True
-    >>> of_one_model(torch.ones(1, 16), torch.full((1, 16), 1.02))
+    >>> of_one_model(torch.ones(1, 16), torch.full((1, 16), 1 + 1e-4))
     False
     """
     if some.shape != others.shape:
         return False
-    apart = (some - others).abs() > ALIKE * others.abs()
-    return float(apart.float().mean()) <= MOST_APART
+    apart = (some.double() - others.double()).abs() > ALIKE * others.double().abs()
+    return float(apart.double().mean()) <= MOST_APART
 
 
 # ---- a model with adapters ----

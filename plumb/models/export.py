@@ -36,7 +36,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from plumb.console import quiet, rank0_print, to_dict
 from plumb.errors import UnsafeFile, UserError
 from plumb.losses.registry import build_loss
-from plumb.models.adapters import UNMERGED, holds_adapters
+from plumb.models.adapters import BASE, UNMERGED, holds_adapters
 from plumb.models.find import ModelRef, find_model, open_model, template_of
 from plumb.models.forward_path import DTYPES
 from plumb.models.load import load_config, load_tokenizer
@@ -296,8 +296,9 @@ def weights_of(
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype of the largest tensor, since a head may have a precision of its own."""
-    return max(state.values(), key=torch.numel).dtype
+    """Return the dtype of the largest weight, since a head may have a precision of its own."""
+    weights = (x for name, x in state.items() if name != BASE)
+    return max(weights, key=torch.numel).dtype
 
 
 def _read(part: ReadPart, name: str, dtype: torch.dtype, shape: list[int] | None) -> Tensor:

@@ -108,6 +108,8 @@ def find_model(
                 " it was trained from: --base NAME_OR_PATH"
             )
     if base is not None or archive is None:
+        if (base or name) != config.model.get("name_or_path"):  # they are of what it was
+            config.model.revision, config.model.trust_remote_code = None, False
         config.model = OmegaConf.merge(
             config.model, {"name_or_path": base or name, "architecture": None}
         )
@@ -168,9 +170,14 @@ def start_of(ref: ModelRef) -> DictConfig:
             f"{ref.name}: its run is unknown, and so is its reference; give --reference MODEL"
         )
     config = copy.deepcopy(ref.config)
-    start = _config_of(ref.run_dir).model
-    config.model.archive = start.get("archive")
-    config.model.quantize = start.get("quantize")
+    run = _config_of(ref.run_dir)
+    config.model.archive = run.model.get("archive")
+    config.model.quantize = run.model.get("quantize")
+    # it had the precision of the run; where adapters went on, or had others put beside them, only
+    # what they belong to had
+    dtype = run.model.get("reference_dtype") or run.model.get("policy_dtype")
+    kept = run.get("adapter_previous", "merge") != "merge"
+    config.model["base_dtypes" if kept else "dtypes"] = [dtype] if dtype else []
     return config
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from plumb.console import rank0_print
 from plumb.errors import UnsafeFile, UserError
-from plumb.models.adapters import Adapter, Factors, read_adapters
+from plumb.models.adapters import BASE, Adapter, Factors, read_adapters
 from plumb.models.find import ModelRef, open_model
 from plumb.models.load import load_config, load_tokenizer
 from plumb.models.sharded_load import parameters_on_meta
@@ -70,12 +70,11 @@ def _base(ref: ModelRef) -> str:
     UserError if it is neither.
     """
     start = start_of_archive(str(ref.archive))
-    model: Any = ref.config.model if start is None else start.model
-    archive = None if start is None else model.get("archive")
-    name = model.get("name_or_path")
-    if model.get("quantize"):
+    archive = None if start is None else start.archive
+    name = None if ref.config.model.architecture else ref.config.model.name_or_path
+    if start is not None and start.quantize:
         raise UserError(
-            f"{ref.name}: its adapter belongs to weights of model.quantize={model['quantize']},"
+            f"{ref.name}: its adapter belongs to weights of model.quantize={start.quantize},"
             " which peft would not compute with; write the merged model with --out"
         )
     if archive or not name or str(name).endswith(".gguf"):
@@ -155,7 +154,9 @@ def _compare(ref: ModelRef, folder: Path, base: str, tokenizer: PreTrainedTokeni
     del merged
     gc.collect()
     revision = ref.config.model.revision
-    own: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, revision=revision)
+    # as its run read it
+    dtype = load_policy_state(str(ref.archive))[BASE].dtype
+    own: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision).float()
     read: Any = PeftModel.from_pretrained(own, str(folder)).eval()
     off, largest = float((read(ids).logits - expected).abs().max()), float(expected.abs().max())
     if not off <= TOLERANCE * max(largest, 1):

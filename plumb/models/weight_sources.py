@@ -8,9 +8,10 @@ kind. A source can wrap another one: NewHead, CutFromWhole, and those of adapter
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from plumb.console import rank0_print
+from plumb.console import rank0_print, to_dict
 from plumb.errors import UserError
 from plumb.models import source_trust
-from plumb.models.adapter_sources import Adapted, Merged, SameBase, WithHead
+from plumb.models.adapter_sources import Adapted, Merged, Rounded, SameBase, WithHead
 from plumb.models.adapters import (
     BASE,
     Adapter,
@@ -65,7 +66,7 @@ from plumb.models.sharded_load import (
     stored_parts,
 )
 from plumb.models.weight_files import Weights, locate, open_weights
-from plumb.runs.lineage import start_of_archive
+from plumb.runs.lineage import Start, start_of_archive
 from plumb.runs.policy_file import load_policy_state
 
 
@@ -145,11 +146,38 @@ def _source_of(
 ) -> WeightSource:
     """Return the source of a model's own weights, as quantized layers compute with them where
     `spec` says so; `stack` closes its files.
+
+    `spec.dtypes`, if it has such: the types that the weights had before `policy_dtype`, one after
+    the other.
     """
+    first, *others = [*_types(spec, "dtypes"), spec.policy_dtype]
+    spec = _with(spec, policy_dtype=first, dtypes=())
     source = _full_source_of(spec, hf_config, scalar, seed, stack)
     if spec.get("quantize"):
         check_bitsandbytes(spec.quantize)
-        return Dequantized(source, spec.quantize, spec.block_name)
+        source = Dequantized(source, spec.quantize, spec.block_name)
+    return _rounded(source, first, others)
+
+
+def _types(spec: DictConfig, name: str) -> list[str]:
+    """Return what `spec` has as `dtypes` or `base_dtypes`: the types that its weights, or those
+    that its adapters belong to, had before.
+    """
+    return list(spec.get(name) or [])
+
+
+def _with(spec: DictConfig, **values: Any) -> DictConfig:
+    """Return the options `spec` (model.*) with these values, some of which may be no options."""
+    return OmegaConf.create(to_dict(spec) | values)
+
+
+def _rounded(source: WeightSource, dtype: str, others: Sequence[str]) -> WeightSource:
+    """Return a source whose weights are of the type `dtype`, rounded to each of the others in
+    turn.
+    """
+    for before, after in pairwise((dtype, *others)):
+        if before != after:
+            source = Rounded(source, DTYPES[after])
     return source
 
 
@@ -198,18 +226,32 @@ def _base_of(
 ) -> tuple[WeightSource, list[Adapter]]:
     """Return the source of what the adapters of a policy.pt belong to, and these adapters. `state`:
     that file's, which `spec` names as its archive.
+
+    The root of all runs that led to it is the model that `spec` names, wherever it was at the time.
+    The base is read in the type that it had in the run, and is compared in it.
     """
-    start = start_of_archive(spec.archive)
-    base = cast(DictConfig, OmegaConf.merge(spec, {"archive": None, "quantize": None}))
-    if start is not None:
-        base = cast(DictConfig, OmegaConf.merge(base, start.model))
-        seed = start.seed
     origin = f"model.archive={spec.archive}"
-    source = _source_of(base, hf_config, scalar, seed, stack)
     adapters = read_adapters(state, origin)
-    if BASE in state:  # files of earlier versions have none
-        names = sorted({name for adapter in adapters for name in adapter.modules})
-        source = SameBase(source, names, state[BASE], origin)
+    dtype = str(state[BASE].dtype).removeprefix("torch.")
+    start = start_of_archive(spec.archive) or Start(None, None, (dtype,), seed)
+    base = _with(
+        spec,
+        archive=start.archive,
+        quantize=start.quantize,
+        policy_dtype=dtype,
+        dtypes=start.dtypes,
+        base_dtypes=(),
+    )
+    source = _source_of(base, hf_config, scalar, start.seed, stack)
+    name = start.archive or (None if spec.architecture else spec.name_or_path)
+    source = SameBase(
+        source,
+        adapters,
+        expected=state[BASE],
+        origin=origin,
+        base=name or f"random weights of seed {start.seed}",
+    )
+    source = _rounded(source, dtype, [*_types(spec, "base_dtypes"), spec.policy_dtype])
     if holds_scores(state):
         (head,) = (tensor for name, tensor in state.items() if is_head(name))
         source = WithHead(source, head)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from omegaconf import DictConfig
@@ -24,8 +24,11 @@ from plumb.runs.safe_yaml import check_config_file
 class Start(NamedTuple):
     """Hold a model that weights can be read from."""
 
-    # name_or_path, revision, architecture, archive and quantize, as in model.*
-    model: dict[str, Any]
+    archive: str | None  # as model.archive: a run's; None: the model at the root of all runs
+    quantize: str | None  # as model.quantize
+    # the types that its weights were rounded to, one after the other, as model.policy_dtype; none
+    # where it is not known
+    dtypes: tuple[str, ...]
     seed: int  # of its random values, if it has such
 
 
@@ -41,8 +44,9 @@ def start_of_archive(archive: str) -> Start | None:
     check_config_file(file)  # it came with the archive and is not trusted
     try:
         config = yaml.safe_load(file.read_text("utf-8"))
-        names = ("name_or_path", "revision", "architecture", "archive", "quantize")
-        model = {name: config["model"].get(name) for name in names}
+        archived = config["model"].get("archive")
+        quantize = config["model"].get("quantize")
+        dtype = config["model"].get("policy_dtype")
         seed = int(config.get("seed", 0))
         keeps = config.get("adapter_previous", "merge") != "merge"
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -50,21 +54,22 @@ def start_of_archive(archive: str) -> Start | None:
             f"{file}: cannot be read ({str(error).splitlines()[0]}), and only it says what the"
             f" adapter of {archive} belongs to"
         ) from None
-    for knob in ("name_or_path", "archive"):  # relative to where the run was started
-        path = model[knob]
-        if path and not Path(path).exists() and (ROOT / path).exists():
-            model[knob] = str(ROOT / path)
-    if model["archive"]:
+    dtypes = (str(dtype),) if dtype else ()
+    if archived:
+        # relative to where the run was started
+        if not Path(archived).exists() and (ROOT / archived).exists():
+            archived = str(ROOT / archived)
         try:
-            resolve_archive(model["archive"])
+            resolve_archive(archived)
         except UserError:
             raise UserError(
                 f"model.archive={archive}: holds an adapter, and what it was trained on,"
-                f" {model['archive']}, is no longer there; put it back"
+                f" {archived}, is no longer there; put it back"
             ) from None
         if keeps:
-            return start_of_archive(model["archive"])
-    return Start(model, seed)
+            start = start_of_archive(archived)
+            return None if start is None else start._replace(dtypes=(*start.dtypes, *dtypes))
+    return Start(archived, quantize, dtypes, seed)
 
 
 def config_beside(policy: Path) -> Path | None:

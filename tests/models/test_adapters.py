@@ -207,9 +207,18 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="are one matrix"):
         adapted(tied_source, replace(LORA, targets=("lm_head",))).whole()
     state = adapters.stored(adapted(source, LORA).whole())
-    del state["adapters.0.scaling"]
-    with pytest.raises(UserError, match="its adapter 0 is not complete"):
-        adapters.read_adapters(state, "x")
+    name = "model.layers.0.self_attn.q_proj.lora_A.0.weight"
+    wrong = [
+        ({"adapters.0.scaling": None}, "its adapter 0 is not complete"),
+        ({"adapters.base": None}, "lacks adapters.base"),
+        ({name: torch.ones(3, 32)}, r"q_proj has lora_A \[3, 32\], lora_B \[32, 4\], and"),
+        ({name: None, name.replace(".0.w", ".default.w"): state[name]}, "'default' has no number"),
+    ]
+    for change, message in wrong:
+        changed = {key: x for key, x in (state | change).items() if x is not None}
+        assert adapters.holds_adapters(changed)
+        with pytest.raises(UserError, match=message):
+            adapters.read_adapters(changed, "x")
     one = [replace(kept(adapted(source, LORA).whole())[0], modules=("nope",))]
     with pytest.raises(UserError, match="adapter of nope, which this LlamaForCausalLM has not"):
         Merged(source, one, "x").whole()

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ import score
 import trainers
 from plumb.errors import UserError
 from plumb.models.find import find_model, open_model
+from plumb.models.load import load_config
+from plumb.models.weight_sources import open_source
 from plumb.runs.policy_file import load_policy_state
 
 LORA = ["adapter=lora", "adapter_rank=4", "adapter_alpha=8"]
@@ -37,6 +41,7 @@ SFT = ["loss=sft", "lr=1e-2", "warmup_steps=0", "batch_size=4", *BRIEF]
 SHORT_DPO = [*DPO, "lr=1e-2", "warmup_steps=0", *BRIEF]
 
 
+KEPT = {"config.json", "generation_config.json", "model.safetensors"}  # which a model writes
 NAMED = ["adapter_targets=[lm_head,embed_tokens,q_proj]", "adapter_rslora=true"]
 
 
@@ -267,16 +272,60 @@ def test_an_archive_without_what_it_belongs_to_is_refused(train, sft, tmp_path):
 
 
 def test_an_adapter_on_another_base_is_refused(train, sft, tiny_model, tmp_path):
-    """Two training steps make another base; the same weights in 16 bits are the same one."""
-    start = shutil.copytree(sft_once(train, sft), tmp_path / "moved", symlinks=True)
-    halves = ["model.policy_dtype=bfloat16", f"model.archive={start}"]
-    train("halves", *SHORT_DPO, "adapter=lora", *halves)
-    other = tmp_path / "other"
-    export(train("full", *SFT), "--out", other)
-    config = (start / "config.yaml").read_text()
-    (start / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
-    with pytest.raises(UserError, match="its adapter was trained on other weights than those of"):
-        open_model(find_model(str(start)))
+    """Two steps of full training with a low learning rate make another base, and so do other norms
+    alone; in 16 bits, and read in parts, the same weights are the same one.
+    """
+    start = sft_once(train, sft)
+    lora = ["adapter=lora", f"model.archive={start}"]
+    halves = train("halves", *SHORT_DPO, *lora, "model.policy_dtype=bfloat16")
+    export(train("full", *SFT, "lr=5e-7"), "--out", tmp_path / "trained")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "same", max_shard_size="20KB")
+    for name, p in model.named_parameters():
+        p.data *= 1.5 if "norm" in name else 1.0
+    model.save_pretrained(tmp_path / "norms")
+    for folder in ("same", "norms"):  # the tokenizer
+        own = lambda _, files: KEPT & {*files}
+        shutil.copytree(tiny_model, tmp_path / folder, ignore=own, dirs_exist_ok=True)
+    for run_dir in (start, halves):
+        for base, dtype in product(("same", "norms", "trained"), (None, "bfloat16")):
+            ref = find_model(str(run_dir), str(tmp_path / base), dtype=dtype)
+            how = (ref.config.model, load_config(ref.config), ref.scalar, 0)
+            refused = lambda base=base: pytest.raises(UserError, match=f"other weights .*{base}")
+            for read in ("whole", "in_parts"):
+                with open_source(*how) as source, nullcontext() if base == "same" else refused():
+                    getattr(source, read)()
+    bare = load_policy_state(str(start))
+    del bare["adapters.base"]
+    torch.save({"state": bare}, tmp_path / "policy.pt")
+    with pytest.raises(UserError, match="lacks adapters.base, by which the model"):
+        open_model(find_model(str(tmp_path / "policy.pt"), str(tiny_model)))
+
+
+def test_a_base_that_has_moved(train, tiny_model, tmp_path):
+    """--base says where it is now, for the policy and its reference, also at the root of several
+    runs.
+    """
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    named = f"model.name_or_path={base}"
+    first = train("first", *SFT, *LORA, named, "model.policy_dtype=bfloat16")
+    run_dir = train("run", *SHORT_DPO, *LORA, named, f"model.archive={first}", "do_last_eval=true")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="base: no such folder"):
+        evaluate(run_dir)
+    out = tmp_path / "eval.json"
+    evaluate(run_dir, "--base", tmp_path / "moved", "--out", out)
+    found = json.loads(out.read_text())["metrics"]["loss/eval"]
+    assert found == pytest.approx(records(run_dir, "eval")[-1]["loss/eval"], abs=1e-5)
+    export(first, "--base", tmp_path / "moved", "--peft", tmp_path / "peft")
+    # and a run that starts from there
+    train(
+        "again",
+        *SHORT_DPO,
+        *LORA,
+        f"model.name_or_path={tmp_path / 'moved'}",
+        f"model.archive={first}",
+    )
 
 
 def command(module, *words):

@@ -16,7 +16,7 @@ import trainers
 from plumb.distributed import sharding
 from plumb.errors import UserError
 from plumb.models.adapters import knobs_of
-from plumb.models.find import find_model, open_model
+from plumb.models.find import find_model, open_model, start_of
 from plumb.models.load import load_policy
 from plumb.models.quantized_base import (
     BYTES,
@@ -29,6 +29,7 @@ from plumb.models.quantized_base import (
 )
 from plumb.rollouts.gathered_engine import UnshardedCopy
 from plumb.runs.checkpoints import latest_valid
+from plumb.runs.policy_file import load_policy_state
 
 pytest.importorskip("bitsandbytes")
 
@@ -127,6 +128,33 @@ def test_the_reference_is_the_quantized_start(kind, train, tiny_model, tmp_path)
         export_command.main(
             export_command.parser().parse_args([str(run_dir), "--peft", str(tmp_path / "peft")])
         )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[*QLORA, "model.quantize=nf4"], [*QLORA], []],
+    ids=["quantized", "adapter", "full"],
+)
+def test_other_commands_round_the_base_as_the_run_did(options, train, tiny_model, tmp_path):
+    """A base that is stored in float32 was rounded to bfloat16 before it was quantized. What the
+    adapter is merged into is that, to the bit, and so is the reference, whatever they are read in.
+    """
+    run_dir = train("run", *DPO, *options, *BRIEF, "model.policy_dtype=bfloat16")
+    ref = find_model(str(run_dir))
+    reference = load_policy(start_of(ref)).state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    expected = kept(tiny_model)[name].bfloat16()
+    if "model.quantize=nf4" in options:
+        expected = rounded(expected, "nf4")
+    assert torch.equal(reference[name], expected.float())
+    if not options:
+        return
+    state = load_policy_state(str(run_dir))
+    state |= {key: torch.zeros_like(x) for key, x in state.items() if "lora_B" in key}
+    torch.save({"state": state}, tmp_path / "policy.pt")  # not over a file that is mapped
+    (tmp_path / "policy.pt").replace(ref.archive)
+    assert torch.equal(kept(run_dir)["lm_head.weight"], reference["lm_head.weight"])
+    torch.testing.assert_close(kept(run_dir)[name], expected.float(), rtol=1e-6, atol=1e-8)
 
 
 def test_one_run_after_another(train):
