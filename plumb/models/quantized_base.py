@@ -130,9 +130,13 @@ class _Product(torch.autograd.Function):
 
 
 def quantized(weight: Tensor, kind: str) -> dict[str, Tensor]:
-    """Return a weight's packed numbers, their scales and the tables of both, by name."""
+    """Return a weight's packed numbers, their scales and the tables of both, by name. Raise
+    ValueError for NaN and infinity; int8 would make a number of NaN.
+    """
     from bitsandbytes import functional as bnb
 
+    if not weight.is_meta and not weight.isfinite().all():
+        raise ValueError("a weight that is to be quantized holds NaN or infinity")
     if kind == "int8":
         packed, state = bnb.quantize_blockwise(weight, blocksize=BLOCK[kind])
         return {"packed": packed, "absmax": state.absmax, "code": state.code}

@@ -1,6 +1,7 @@
 """Runs whose adapters are trained on quantized weights (QLoRA)."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -262,6 +263,17 @@ def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_pat
     assert json.loads(out.read_text())["metrics"]["loss/eval"] == pytest.approx(
         records(tmp_path / "two", "eval")[-1]["loss/eval"], abs=1e-4
     )
+
+
+def test_weights_that_are_not_finite_are_refused(train, tiny_model, tmp_path):
+    """As without quantization; int8 has no NaN, and would hide it."""
+    path = shutil.copytree(tiny_model, tmp_path / "damaged")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(path)
+    with pytest.raises(UserError, match="damaged: .* that is to be quantized holds NaN"):
+        train("x", *DPO, *QLORA, "model.quantize=int8", f"model.name_or_path={path}")
 
 
 def test_a_torch_that_does_not_shard_them_is_refused(train, monkeypatch):
