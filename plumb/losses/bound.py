@@ -14,6 +14,7 @@ from plumb.losses.contract import BatchContext, Group, LossOutput
 AverageOver = Literal["examples", "tokens"]
 Reads = Literal["logps", "logps_and_squares", "logps_and_kl", "token_logps", "scores"]
 Read = Literal["last", "mean"]
+Entropy = Literal["shown", "trained"]  # a metric, or part of the loss
 # knob of the loss, or "lr" -> the least and the largest value that its authors or later work used
 Usual = Mapping[str, tuple[float, float]]
 
@@ -70,6 +71,15 @@ class Loss:
         has one for each term.
         """
         return {f"loss.{knob}": self.knobs[knob]} if knob in self.knobs else {}
+
+    @property
+    def reads_entropy(self) -> Entropy | None:
+        """Return for what it reads the entropy of the distribution that each token is drawn from,
+        if for anything. It is trained where the loss has a knob `entropy` above 0.
+        """
+        if self.group != "rollout":
+            return None
+        return "trained" if any(self.values_of("entropy").values()) else "shown"
 
     @property
     def context_examples(self) -> Literal["own", "mismatched"] | None:

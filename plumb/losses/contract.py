@@ -67,8 +67,8 @@ class TokenLogps(NamedTuple):
     each: Tensor  # [N] log pi(y_t | x, y_<t), nats
     response: Tensor  # [N] int64: the response that the token belongs to, 0 .. n - 1
     n: int  # number of responses
-    # [N] entropy of the distribution that the token is drawn from, nats, detached: of the policy,
-    # in a loss on its own samples; None elsewhere
+    # [N] entropy of the distribution that the token is drawn from, nats, with a gradient where the
+    # loss has a knob `entropy` above 0: of the policy, in a loss on its own samples; None elsewhere
     entropy: Tensor | None = None
 
     def of(self, responses: Tensor) -> TokenLogps:

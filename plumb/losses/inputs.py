@@ -33,13 +33,14 @@ Two = tuple[Any, Any]
 def responses(reads: Reads, sums: Tensor, tokens: Tensor) -> Any:
     """Return B responses as a loss reads them, from their summed log-probabilities, or scores, [B]
     and their lengths [B] int64. Each token has an equal share; the divergence from the reference is
-    0, and the policy finds each token as likely as one that it would draw.
+    0, and the policy finds each token as likely as one that it would draw, which is its entropy.
     """
     if reads == "scores":
         return Scores(sums, sums[:, None].expand(-1, int(tokens.max())), tokens)
     if reads == "token_logps":
         response = torch.arange(len(sums), device=sums.device).repeat_interleave(tokens)
-        return TokenLogps((sums / tokens.clamp(min=1))[response], response, len(sums))
+        each = (sums / tokens.clamp(min=1))[response]
+        return TokenLogps(each, response, len(sums), -each)
     if reads == "logps_and_squares":
         return LogpsAndSquares(sums, tokens, sums.detach())
     if reads == "logps_and_kl":

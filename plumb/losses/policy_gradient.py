@@ -223,8 +223,7 @@ def ppo(
     (arXiv:1506.02438, Eq. 16); the critic's V_t, from before the token, is trained towards A_t +
     V_t. What follows the last token is worth 0.
 
-    `normalizer` as in `rloo`. The entropy is estimated by -s log pi of the sampled tokens, whose
-    gradient is that of the entropy in expectation.
+    `normalizer` as in `rloo`. H is exact, over the whole vocabulary, and so is its gradient.
 
     The KL of each later token is part of a token's return, so with gamma = 1 the optimum is pi_ref
     exp(r / beta): with gae_lambda = 1 whatever the critic has learned, with less once the critic
@@ -239,7 +238,9 @@ def ppo(
     ratios = _ratios(policy, surrogate)
     each = ratios.losses
     if entropy:
-        each = each - entropy * _weighted_surprise(policy)
+        exact = policy.responses.entropy
+        assert exact is not None  # is read for a loss on own samples
+        each = each - entropy * exact.to(each)
     losses = _by_example(policy, surrogate, each)
     return LossOutput(losses, metrics=_metrics(policy, reference, surrogate, ratios))
 
@@ -325,13 +326,6 @@ def _weighted_k3(
     return factor * tokens.sum(estimate) / _divisor(policy, surrogate)
 
 
-def _weighted_surprise(policy: Rollouts[TokenLogps]) -> Tensor:
-    """Return -log pi times pi / pi_old of each token, whose mean is the entropy.  [N]"""
-    each = policy.responses.each
-    ratio = (each - policy.old.to(each)).clamp(-FARTHEST, FARTHEST).exp()
-    return -ratio * each
-
-
 def _by_example(policy: Rollouts[TokenLogps], surrogate: Surrogate, each: Tensor) -> Tensor:
     """Return the loss of each example from those of its tokens or responses, [M].  [B]"""
     if surrogate.ratio == "token":
@@ -367,7 +361,7 @@ def _metrics(
         return Mean(policy.sum(values), n_responses)
 
     per_response = lambda values: Mean(policy.sum(tokens.sum(values)), n_responses)
-    surprise = -each if tokens.entropy is None else tokens.entropy.to(each)  # [N]
+    surprise = -each if tokens.entropy is None else tokens.entropy.detach().to(each)  # [N]
     by_token = surrogate.ratio == "token"
     of_ratios = policy.example[tokens.response] if by_token else policy.example  # [M]
     metrics: dict[str, Metric] = {

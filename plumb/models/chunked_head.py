@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plumb.losses.bound import Entropy
+
 # Bytes of float32 logits that are computed at once. On a CPU 64 MB was fastest of 16, 64 and 128
 # (V = 49,152); a GPU's matrix products want thousands of rows.
 STANDARD_CHUNK = {"cpu": 1 << 26, "cuda": 1 << 29}
@@ -43,8 +45,14 @@ def held_bytes(chunk: int) -> int:
     return (1 + KEPT_CHUNKS) * chunk
 
 
-def step_bytes(
-    n: int, width: int, vocab: int, itemsize: int, chunk: int, trained: bool = True
+def step_bytes(  # noqa: PLR0913
+    n: int,
+    width: int,
+    vocab: int,
+    itemsize: int,
+    chunk: int,
+    trained: bool = True,
+    entropy: Entropy | None = None,
 ) -> int:
     """Return what linear_logps holds when its backward pass begins, for [n] positions and the
     head's weight [vocab, width] of `itemsize` bytes.
@@ -52,16 +60,23 @@ def step_bytes(
     Softmax of all positions if that may be kept, otherwise two chunks (one is made while the
     previous one still has a name); the gradient of the weight in float32, and of hidden states; in
     16 bits one chunk and that gradient a second time, rounded. `trained`: false for a weight that
-    gets no gradient.
+    gets no gradient; `entropy`: which takes two chunks as long as it, or its gradient, is made.
     """
-    full, rows = 4 * n * vocab, min(n, _rows(chunk, vocab))
-    held = full if full <= KEPT_CHUNKS * chunk else 2 * 4 * rows * vocab
+    rows = min(n, _rows(chunk, vocab))
+    full, one = 4 * n * vocab, 4 * rows * vocab
+    kept = full <= KEPT_CHUNKS * chunk
+    held = full if kept else 2 * one
     of_weight = max(4, itemsize) * vocab * width
     rounded = itemsize * (rows + width) * vocab if itemsize < 4 else 0
     if not trained:
         of_weight = 0
         rounded = itemsize * rows * vocab if itemsize < 4 else 0
-    return held + of_weight + rounded + 2 * n * width * itemsize
+    held += of_weight + rounded + 2 * n * width * itemsize
+    if entropy == "trained":
+        held += 2 * one
+    if entropy == "shown":  # forward, where there are no gradients yet
+        held = max(held, (full if kept else one) + 2 * one)
+    return held
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -81,13 +96,21 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return _wide(logits) if temperature == 1 else _wide(logits) / temperature
 
 
+class Beside(NamedTuple):
+    """Describe a number of each distribution that is computed beside a log-probability."""
+
+    value: Callable[[Tensor], Tensor]  # from log-probabilities over the vocabulary.  [N, V] -> [N]
+    # from both, d value / d logits; None: no gradient flows through it.  [N, V], [N] -> [N, V]
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     temperature: float = 1.0,
-    beside: Callable[[Tensor], Tensor] | None = None,
+    beside: Beside | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Return log softmax((hidden @ weight.T + bias) / temperature)[target], with the softmax in
@@ -95,8 +118,7 @@ def linear_logps(
 
     Computed in chunks of rows, so that no more than `chunk` bytes of logits exist at a time (None:
     what is standard for the device). The backward pass computes them again, unless the softmax of
-    all is no more than KEPT_CHUNKS of them. With `beside`, a number of each distribution from its
-    log-probabilities [rows, V], the result is [N, 2]; the second has no gradient.
+    all is no more than KEPT_CHUNKS of them. With `beside`, the result is [N, 2].
     """
     hidden, weight = _autocast(hidden, weight)
     chunk = chunk or standard_chunk(hidden.device)
@@ -112,12 +134,14 @@ def linear_logps_and_entropy(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float = 1.0,
+    gradient: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
     """Return the log-probabilities of linear_logps beside the entropy of the distribution that they
-    are of, which no gradient flows through.  -> [N, 2] nats
+    are of. `gradient`: whether one flows through the entropy.  -> [N, 2] nats
     """
-    return linear_logps(hidden, weight, bias, targets, temperature, entropy_of, chunk)
+    beside = Beside(entropy_of, entropy_gradient if gradient else None)
+    return linear_logps(hidden, weight, bias, targets, temperature, beside, chunk)
 
 
 def entropy_of(logps: Tensor) -> Tensor:
@@ -127,7 +151,25 @@ def entropy_of(logps: Tensor) -> Tensor:
     >>> entropy_of(torch.tensor([[0.5, 0.5, 0.0]]).log()).exp().tolist()
     [2.0]
     """
-    return torch.special.entr(logps.exp()).sum(1)
+    return torch.special.entr(_finite(logps).exp()).sum(1)
+
+
+def entropy_gradient(logps: Tensor, entropies: Tensor) -> Tensor:
+    """Return dH / d logits_v = -p_v (log p_v + H) of distributions with the entropies H.  [N, V],
+    [N] -> [N, V]
+
+    >>> logps = torch.tensor([[0.25, 0.75, 0.0]]).log()
+    >>> entropy_gradient(logps, entropy_of(logps))
+    tensor([[ 0.2060, -0.2060,  0.0000]])
+    """
+    return _finite(logps).add_(entropies[:, None]).mul_(logps.exp()).neg_()
+
+
+def _finite(logps: Tensor) -> Tensor:
+    """Return log-probabilities of which none is below that of the smallest number: p log p and its
+    gradient are 0 where p is.
+    """
+    return logps.clamp(min=math.log(torch.finfo(logps.dtype).tiny))
 
 
 def log_squares(logps: Tensor) -> Tensor:
@@ -147,7 +189,7 @@ def linear_logps_and_squares(
     """Return the log-probabilities of linear_logps beside log_squares of the same positions, which
     no gradient flows through.  -> [N, 2]
     """
-    return linear_logps(hidden, weight, bias, targets, 1.0, log_squares, chunk)
+    return linear_logps(hidden, weight, bias, targets, 1.0, Beside(log_squares), chunk)
 
 
 class Head(NamedTuple):
@@ -251,12 +293,13 @@ class _LinearKL(torch.autograd.Function):
 
 class _LinearLogps(torch.autograd.Function):
     """Compute log-probabilities with d logp / d logits = (onehot(target) - p) / temperature, and
-    perhaps a number beside each, without a gradient.
+    perhaps a number beside each.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, rows, keep, beside):
         ctx.rows, ctx.temperature = rows, temperature
+        ctx.gradient = None if beside is None else beside.gradient
         kept = []
         logps = []
         others = []
@@ -264,15 +307,18 @@ class _LinearLogps(torch.autograd.Function):
             of_chunk = _log_softmax(h, weight, bias, temperature)
             kept = [*kept, of_chunk] if keep else [of_chunk]
             logps.append(kept[-1].gather(1, t[:, None])[:, 0])
-            others += [] if beside is None else [beside(kept[-1])]
-        ctx.save_for_backward(hidden, weight, bias, targets, *(kept if keep else []))
-        each = torch.cat(logps)
-        return torch.stack([each, torch.cat(others)], 1) if others else each
+            others += [] if beside is None else [beside.value(kept[-1])]
+        each, *other = (torch.cat(x) for x in (logps, others) if x)  # [N] each
+        needed = other if ctx.gradient else []
+        needed = [*needed, *kept] if keep else needed
+        ctx.save_for_backward(hidden, weight, bias, targets, *needed)
+        return torch.stack([each, *other], 1) if other else each
 
     @staticmethod
     def backward(ctx, grad):  # [N], or [N, 2]
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
-        grad = grad if grad.dim() == 1 else grad[:, 0]
+        others = kept.pop(0) if ctx.gradient else None
+        grad, of_others = grad.unbind(1) if grad.dim() == 2 else (grad, None)
         d_hidden = torch.empty_like(hidden)
         d_weight = None
         if ctx.needs_input_grad[1]:  # a head beside adapters is frozen
@@ -282,7 +328,10 @@ class _LinearLogps(torch.autograd.Function):
             part = slice(start, start + ctx.rows)
             h, g = hidden[part], grad[part, None] / ctx.temperature
             d = kept[i] if kept else _log_softmax(h, weight, bias, ctx.temperature)
+            other = None if others is None else ctx.gradient(d, others[part])
             d.exp_().mul_(-g).scatter_add_(1, targets[part, None], g)  # [rows, V]
+            if other is not None:
+                d += other.mul_(of_others[part, None] / ctx.temperature)
             if d_bias is not None:
                 d_bias += d.sum(0)
             d = d.to(weight.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from plumb.batching.layout import Batch, Padded, unfold
 from plumb.data.examples import ranges
 from plumb.distributed import sharding
-from plumb.losses.bound import Reads
+from plumb.losses.bound import Entropy, Reads
 from plumb.losses.contract import Logps, LogpsAndKL, LogpsAndSquares, Scores, TokenLogps
 from plumb.models import tree_attention
 from plumb.models.chunked_head import (
@@ -47,13 +47,15 @@ def read_responses(
     forward_path: ForwardPath,
     reference: Any = None,
     temperature: float = 1.0,
-    entropy: bool = False,
+    entropy: Entropy | None = None,
 ) -> Outputs:
     """Return what a loss reads of a model, for the R responses of a batch. `reference`: the model
     from which the divergence is, where that is read. `temperature`: that of the samples, for
-    losses on token log-probabilities; `entropy`: whether these come with the entropies.
+    losses on token log-probabilities; `entropy`: with what entropies these come, if with any.
     """
-    by_token = response_token_logps_and_entropy if entropy else response_token_logps
+    by_token: Callable[..., Outputs] = response_token_logps
+    if entropy is not None:
+        by_token = partial(response_token_logps_and_entropy, entropy=entropy)
     if reads == "logps_and_kl":
         return response_logps_and_kl(model, reference, batch, forward_path)
     read: dict[str, Callable[[Any, Batch, ForwardPath], Outputs]] = {
@@ -121,14 +123,20 @@ def response_token_logps(
 
 
 def response_token_logps_and_entropy(
-    model: Any, batch: Batch, forward_path: ForwardPath, temperature: float = 1.0
+    model: Any,
+    batch: Batch,
+    forward_path: ForwardPath,
+    temperature: float = 1.0,
+    entropy: Entropy = "shown",
 ) -> TokenLogps:
     """Return response_token_logps with the entropy of the distribution that each token is drawn
-    from.
+    from, through which a gradient flows if it is trained.
     """
-    each = head_values(model, batch, forward_path, with_entropy(temperature))  # [N, 2]
-    response = batch.response.to(each.device)
-    return TokenLogps(each[:, 0], response, len(batch.spans), each[:, 1].detach())
+    read = with_entropy(temperature, gradient=entropy == "trained")
+    logps, entropies = head_values(model, batch, forward_path, read).unbind(1)  # [N] each
+    if entropy == "shown":
+        entropies = entropies.detach()
+    return TokenLogps(logps, batch.response.to(logps.device), len(batch.spans), entropies)
 
 
 def sums_of(logps: Tensor, batch: Batch) -> Logps:
@@ -167,15 +175,18 @@ def logps_at(temperature: float) -> HeadRead:
     )
 
 
-def with_entropy(temperature: float) -> HeadRead:
-    """Return how log-probabilities and entropies at this temperature are read."""
+def with_entropy(temperature: float, gradient: bool) -> HeadRead:
+    """Return how log-probabilities and entropies at this temperature are read. `gradient`: whether
+    one flows through the entropies.
+    """
 
     def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
         scaled = at_temperature(logits, temperature)
-        entropies = entropy_of(log_softmax(scaled.detach()))
+        entropies = entropy_of(log_softmax(scaled if gradient else scaled.detach()))
         return torch.stack([token_logps(scaled, targets), entropies], 1)
 
-    return HeadRead(partial(linear_logps_and_entropy, temperature=temperature), of_logits)
+    linear = partial(linear_logps_and_entropy, temperature=temperature, gradient=gradient)
+    return HeadRead(linear, of_logits)
 
 
 LOGPS = HeadRead(linear_logps, token_logps)

@@ -421,6 +421,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
                 compute.itemsize,
                 decided.head_chunk,
                 not with_adapter,
+                loss.reads_entropy,
             )
             if model.plain_head
             else n * model.n_out * (2 * compute.itemsize + 2 * 4)

@@ -142,7 +142,7 @@ class Scorer:
                 self.forward_path,
                 self.reference,
                 self.temperature,
-                entropy=self.loss.group == "rollout",
+                entropy=self.loss.reads_entropy,
             )
         summed = of_policy if isinstance(of_policy, Scores) else per_response(of_policy, batch)
         reference = self.reference_outputs(batch, summed)

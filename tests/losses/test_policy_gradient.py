@@ -104,23 +104,16 @@ def test_advantages_of_tokens_by_hand():
     assert policy.responses.each.grad.tolist() == pytest.approx([-1, -3, 2, -0.5])
 
 
-def test_the_entropy_has_the_exact_gradient_in_expectation():
-    """Over samples of another policy, of a vocabulary of 3."""
-    gradient = lambda value, logits: torch.autograd.grad(value, logits)[0]
-    logits = PI.log().requires_grad_()
-    log_pi = logits.log_softmax(0)
-    exact = gradient((log_pi.exp() * log_pi).sum(), logits)
-    log_pi = logits.log_softmax(0)
-    every = Rollouts(
-        responses=TokenLogps(log_pi, torch.arange(3), 3),
-        example=torch.arange(3),
-        n=3,
-        old=REFERENCE.log(),
-        advantages=torch.zeros(3),
-    )
-    free = {"clip_low": None, "clip_high": None, "kl": "none", "beta": None}
-    losses = bound("ppo", entropy=1.0, **free).compute(every).losses
-    torch.testing.assert_close(gradient(REFERENCE @ losses, logits), exact)
+def test_the_entropy_is_taken_off_token_by_token():
+    """0.5 times each token's own, beside no advantage: as it was read, and so is its gradient."""
+    policy = policy_at(by_token=[0.0] * 4)
+    entropy = torch.tensor([0.1, 0.2, 0.3, 0.6], requires_grad=True)
+    read = dataclasses.replace(policy, responses=policy.responses._replace(entropy=entropy))
+    output = bound("ppo", entropy=0.5, kl="none", beta=None).compute(read)
+    assert output.losses.tolist() == pytest.approx([-0.5 * 0.6, -0.5 * 0.6])
+    output.losses.sum().backward()
+    assert entropy.grad.tolist() == [-0.5] * 4
+    assert not output.metrics["entropy"].columns().requires_grad
 
 
 def test_the_kl_in_the_loss_by_hand():

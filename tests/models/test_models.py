@@ -162,6 +162,21 @@ def test_what_a_head_computes_beside_log_probabilities(family, chunk):
                 for found in (of_tokens, both)
             ]
             torch.testing.assert_close(*grads, atol=0, rtol=0)
+            trained = models.response_token_logps_and_entropy(
+                model, b, candidate, temperature, "trained"
+            )
+            upstream = torch.linspace(-1, 1, len(entropies))
+            grads = [
+                torch.autograd.grad(
+                    (upstream * each - upstream.flip(0) * entropy).sum(),
+                    model.get_input_embeddings().weight,
+                )
+                for each, entropy in (
+                    (trained.each, trained.entropy),
+                    (models.token_logps(logits, b.targets), entropies),
+                )
+            ]
+            torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
         def weighed(of_sum, of_kl, path=candidate):
             found = models.response_logps_and_kl(model, reference, b, path)
@@ -261,16 +276,28 @@ def test_the_head_in_chunks_equals_the_whole(rows, kept, dtype):
     def run(f):
         out = f(*leaves, targets)
         saved = getattr(out.grad_fn, "saved_tensors", ())
-        return out.detach(), torch.autograd.grad((out * upstream).sum(), leaves), len(saved)
+        loss = (upstream * out.T).sum() if out.dim() == 2 else (upstream * out).sum()
+        return out.detach(), torch.autograd.grad(loss, leaves), len(saved)
 
     ours = run(partial(chunked_head.linear_logps, chunk=4 * v * rows))
     assert ours[2] == 4 + kept * math.ceil(n / rows)
-    plain = run(lambda h, w, b, t: chunked_head.token_logps(torch.nn.functional.linear(h, w, b), t))
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    with_entropy = run(
+        partial(chunked_head.linear_logps_and_entropy, gradient=True, chunk=4 * v * rows)
+    )
+
+    def plain(h, w, b, t):
+        return chunked_head.token_logps(torch.nn.functional.linear(h, w, b), t)
+
+    def plain_with_entropy(h, w, b, t):
+        logps = chunked_head.log_softmax(torch.nn.functional.linear(h, w, b))
+        return torch.stack([plain(h, w, b, t), -(logps.exp() * logps).sum(1)], 1)
+
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-    torch.testing.assert_close(ours[0], plain[0], atol=tolerance * 10, rtol=tolerance)
-    for a, b in zip(ours[1], plain[1], strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
+    for found, expected in ((ours, run(plain)), (with_entropy, run(plain_with_entropy))):
+        torch.testing.assert_close(found[0], expected[0], atol=tolerance * 10, rtol=tolerance)
+        for a, b in zip(found[1], expected[1], strict=True):
+            assert (a - b).norm() <= tolerance * b.norm()
 
 
 @pytest.mark.parametrize("chunk", [None, 4])

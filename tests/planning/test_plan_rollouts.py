@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 from plumb.data.prompts import NumberedPrompt
 from plumb.models.adapters import knobs_of
+from plumb.models.chunked_head import linear_logps_and_entropy, step_bytes
 from plumb.models.load import load_policy
 from plumb.planning import activations, plan, rollouts
 from plumb.planning.rollouts import AtOnce
@@ -50,6 +51,23 @@ def test_sampling_holds_what_is_planned(family, longest):
     sampled = AtOnce(n_prompts=3, n=8, prompt=longest, response=20)
     by_plan = rollouts.sampling_bytes(model.config, torch.float32, sampled, 259)
     assert 0.88 <= sum(counter.most) / sum(by_plan) <= 1.0
+
+
+@pytest.mark.parametrize("entropy", ["shown", "trained"])
+@pytest.mark.parametrize("n", [64, 512])  # positions; in one chunk, and in more than are kept
+def test_the_entropy_holds_what_is_planned(entropy, n):
+    """Beside the log-probabilities, in the head, forward and backward."""
+    width, vocabulary, chunk = 64, 4096, 2**20
+    hidden = torch.randn(n, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    targets = torch.zeros(n, dtype=torch.int64)
+    with activations._Counter([hidden, weight], 0) as counter:
+        both = linear_logps_and_entropy(
+            hidden, weight, None, targets, gradient=entropy == "trained", chunk=chunk
+        )
+        both.sum().backward()
+    by_plan = step_bytes(n, width, vocabulary, 4, chunk, entropy=entropy)
+    assert sum(counter.most) == pytest.approx(by_plan, rel=0.04)
 
 
 @pytest.fixture

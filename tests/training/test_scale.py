@@ -437,7 +437,7 @@ BY_RULE = "reward.terms={brief: {rule: shorter}, vowel: {rule: 'regex=[aeiou]'}}
 LEARNED = {
     "grpo": ["loss=grpo", BY_RULE],
     "pairs": ["loss=dpo", "loss.beta=0.1", "rollout=pairs", BY_RULE],
-    "ppo": ["loss=ppo", "loss.critic=policy", "loss.critic_lr=1e-3", BY_RULE],
+    "ppo": ["loss=ppo", "loss.critic=policy", "loss.critic_lr=1e-3", "loss.entropy=0.1", BY_RULE],
     # what pissa puts into the adapter is taken off by a frozen one; the critic has both, too
     "adapter": [
         "loss=ppo",
