@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -87,13 +88,15 @@ def _base(ref: ModelRef) -> str:
 
 
 def _write(folder: Path, ref: ModelRef, adapters: Sequence[Adapter], base: str) -> None:
+    """Write the folder's files: all modules with one rank and scaling 1, since vLLM reads the rank
+    and the scaling of all of them together, and none of a single module.
+    """
     from peft import LoraConfig
 
     modules = sorted({name for adapter in adapters for name in adapter.modules})
     ones = {name: _as_one(name, adapters) for name in modules}
-    ranks = {name: factors.a.shape[0] for name, (_, factors) in ones.items()}
-    alphas = {name: scaling * ranks[name] for name, (scaling, _) in ones.items()}
-    rank, alpha = ranks[modules[0]], alphas[modules[0]]
+    rank = max(factors.a.shape[0] for factors in ones.values())
+    ones = {name: _of_rank(rank, factors) for name, factors in ones.items()}
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(load_config(ref.config))
     linear = [name for name in modules if isinstance(model.get_submodule(name), nn.Linear)]
@@ -103,17 +106,15 @@ def _write(folder: Path, ref: ModelRef, adapters: Sequence[Adapter], base: str) 
         base_model_name_or_path=base,
         revision=ref.config.model.revision,
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=rank,
         lora_dropout=0.0,
         use_dora=adapters[0].dora,
         target_modules=modules,
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
         fan_in_fan_out=len(linear) + len(tables) < len(modules),
         inference_mode=True,
     ).save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {}
-    for name, (_, factors) in ones.items():
+    for name, factors in ones.items():
         stem = f"base_model.model.{name}"
         if name in tables:
             tensors |= {
@@ -128,16 +129,21 @@ def _write(folder: Path, ref: ModelRef, adapters: Sequence[Adapter], base: str) 
     save_file(contiguous, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _as_one(module: str, adapters: Sequence[Adapter]) -> tuple[float, Factors]:
-    """Return the scaling and factors of the one adapter that has the effect of all those of a
+def _as_one(module: str, adapters: Sequence[Adapter]) -> Factors:
+    """Return the factors of the one adapter of scaling 1 that has the effect of all those of a
     module: sum of s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...].
     """
     own = [(a.scaling, a.factors(module)) for a in adapters if module in a.modules]
-    if len(own) == 1:
-        return own[0]
     a = torch.cat([factors.a for _, factors in own])
     b = torch.cat([scaling * factors.b for scaling, factors in own], 1)
-    return 1.0, Factors(a, b, None)
+    return Factors(a, b, own[0][1].magnitude)
+
+
+def _of_rank(rank: int, factors: Factors) -> Factors:
+    """Return factors with the same effect and this rank, which is no lower: the rest is 0."""
+    more = rank - factors.a.shape[0]
+    a, b = F.pad(factors.a, (0, 0, 0, more)), F.pad(factors.b, (0, more))
+    return Factors(a, b, factors.magnitude)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from runs import (
     state_of,
     trace_only,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import export as export_command
@@ -215,6 +216,25 @@ def test_both_exports_compute_the_same(knobs, train, tiny_model, tmp_path, capsy
     other = PeftModel.from_pretrained(base, tmp_path / "peft")(ids).logits
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     assert (before - one).abs().max() > 1e-3
+
+
+def test_a_peft_folder_has_one_rank_and_one_scaling(train, sft, tiny_model, tmp_path):
+    """All that vLLM reads of its config is r and lora_alpha, whatever single modules have: q_proj,
+    of rank 4 with scaling 2 and of rank 2 with scaling 16, and the others, of rank 4.
+    """
+    stacked = ["adapter_previous=stack", f"model.archive={sft_once(train, sft)}"]
+    more = ["adapter=lora", "adapter_rank=2", "adapter_targets=[q_proj]", *stacked]
+    run_dir = train("run", *SHORT_DPO, *more)
+    export(run_dir, "--peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    base, expected = weights(tiny_model), weights(run_dir)
+    for module in config["target_modules"]:
+        stem = f"base_model.model.{module}.lora_"
+        a, b = tensors[f"{stem}A.weight"], tensors[f"{stem}B.weight"]
+        assert a.shape[0] == config["r"] == 6
+        found = base[f"{module}.weight"] + config["lora_alpha"] / config["r"] * b @ a
+        torch.testing.assert_close(found, expected[f"{module}.weight"])
 
 
 def test_what_has_no_peft_folder_is_refused(train, sft, tmp_path):
