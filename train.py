@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
     from plumb.distributed import sharding
     from plumb.losses.registry import Loss
-    from plumb.runs import checkpoints, directory
+    from plumb.runs import checkpoints, directory, identity
     from plumb.training.metrics import TrainingLog
     from plumb.training.run_plan import RunPlan
     from plumb.training.setup import Data, Reference
@@ -204,7 +204,8 @@ def train(config: DictConfig) -> None:
         if checkpoint is not None:
             before = {"settings": checkpoint.manifest.fingerprint["settings"]}
             now = {"settings": identity.settings(config, schema.may_change)}
-            changed = identity.compare(run_dir, before, now, config.resume_allow)
+            rules = rules_of_resuming()
+            changed = identity.compare(run_dir, before, now, config.resume_allow, rules)
         if checkpoint is not None and checkpoint.manifest.finished and not changed:
             finish = partial(
                 checkpoints.finish_save,
@@ -229,6 +230,13 @@ def train(config: DictConfig) -> None:
             directory.write_status(run_dir, "finished", 0)
     finally:
         owner.release()
+
+
+def rules_of_resuming() -> identity.Rules:
+    """Return which settings may change in a run that resumes."""
+    from plumb.runs import identity
+
+    return identity.Rules(schema.owner_of, schema.in_state)
 
 
 def train_from(
@@ -265,9 +273,8 @@ def train_from(
     fingerprint = fingerprint_of(config, data, digest)
     changed: list[str] = []
     if checkpoint is not None:
-        changed = identity.compare(
-            run_dir, checkpoint.manifest.fingerprint, fingerprint, config.resume_allow
-        )
+        before, rules = checkpoint.manifest.fingerprint, rules_of_resuming()
+        changed = identity.compare(run_dir, before, fingerprint, config.resume_allow, rules)
         config = with_decisions(config, checkpoint.manifest.decisions, sharded=layout is not None)
     config = with_balanced_weights(config, loss, data)
     loss = build_loss(to_dict(config.loss))

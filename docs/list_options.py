@@ -22,6 +22,7 @@ ON_RESUME = {
     Kind.PLACEMENT: "may change",
     Kind.CONTENTS: "contents",
     Kind.RESULT: "fixed",
+    Kind.STATE: "never",
 }
 MARK = "<!-- From here on written by docs/list_options.py: begin -->\n"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -73,13 +73,27 @@ def digest_of(examples: Examples) -> str:
     return digest.hexdigest()
 
 
+class Rules(NamedTuple):
+    """Say what a setting is, by its dotted name."""
+
+    # the option that it is, or is part of; None: one that no longer exists
+    owner_of: Callable[[str], str | None]
+    # (name, before, after) -> whether what a checkpoint holds would not fit afterwards
+    in_state: Callable[[str, Any, Any], bool]
+
+
 def compare(
-    run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence[str]
+    run_dir: Path,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    allow: Sequence[str],
+    rules: Rules,
 ) -> list[str]:
     """Return the differences between two fingerprints or two `settings`, each as "name: old ->
     new".
 
-    Raises ResumeMismatch, with the differences, if something differs that `allow` does not name.
+    Raises ResumeMismatch, with the differences, if something differs that `allow` does not name,
+    alone or with its option, or that cannot change.
     """
     flat = lambda r: r.get("settings", {}) | {name: r[name] for name in CONTENTS if name in r}
     a, b = flat(old), flat(new)
@@ -87,18 +101,25 @@ def compare(
     differing = [
         name
         for name in sorted(a.keys() | b.keys())
-        if name in b and a.get(name, "unset") != b[name]
+        if (name in b or rules.owner_of(name) not in (None, name))
+        and a.get(name, "unset") != b.get(name, "unset")
     ]
-    differences = [f"{n}: {_short(n, a.get(n, 'unset'))} -> {_short(n, b[n])}" for n in differing]
-    refused = [line for name, line in zip(differing, differences, strict=True) if name not in allow]
+    values = {n: (a.get(n, "unset"), b.get(n, "unset")) for n in differing}
+    lines = {n: f"{n}: {_short(n, x)} -> {_short(n, y)}" for n, (x, y) in values.items()}
+    never = [n for n, (x, y) in values.items() if rules.in_state(n, x, y)]
+    refused = never or [n for n in differing if not {n, rules.owner_of(n)} & {*allow}]
     if refused:
-        names = ",".join(name for name in differing)
-        raise ResumeMismatch(
-            f"{run_dir}: checkpoint does not match this configuration: {'; '.join(refused)};"
-            f" restore these, or set"
-            f" resume_allow=[{names}] to apply the change, or resume=never for a new run"
+        fix = (
+            f"set resume_allow=[{','.join(differing)}] to apply the change, or resume=never for a"
+            " new run"
         )
-    return differences
+        if never:  # what the checkpoint holds would not fit
+            fix = f"start another run from this one, with model.archive={run_dir}"
+        raise ResumeMismatch(
+            f"{run_dir}: checkpoint does not match this configuration:"
+            f" {'; '.join(lines[name] for name in refused)}; restore these, or {fix}"
+        )
+    return [*lines.values()]
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

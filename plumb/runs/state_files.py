@@ -258,7 +258,8 @@ def load_state(files: Sequence[Path], targets: Mapping[str, Tensor]) -> None:
             what = "lacks" if missing[0] in targets else "has, and this run does not,"
             raise ResumeMismatch(
                 f"{directory}: {what} {missing[0]} ({len(missing)} such); is it of another model or"
-                " optimizer?"
+                " optimizer? restore the options of its run, or start another one from it with"
+                f" model.archive={directory}"
             )
         with torch.no_grad():
             for name, target in targets.items():

@@ -136,9 +136,10 @@ class Kind(StrEnum):
     PLACEMENT = "placement"  # may change: where and in what pieces to compute, up to rounding
     CONTENTS = "contents"  # a path, which may change; the contents are compared
     RESULT = "result"  # must not change, unless resume_allow names it
+    STATE = "state"  # must not change: what a checkpoint holds is of it
 
 
-BOOKKEEPING, PLACEMENT, CONTENTS, RESULT = Kind
+BOOKKEEPING, PLACEMENT, CONTENTS, RESULT, STATE = Kind
 TRAIN = ("train",)
 TRAIN_AND_EVAL = ("train", "eval")
 SHARDED = ("FSDPTrainer", "TensorParallelTrainer")
@@ -240,10 +241,10 @@ KNOBS: dict[str, Knob] = {
         maybe(number(lambda v: 0 < v < 1, "a number in (0, 1)")), RESULT, TRAIN, in_eval=None
     ),
     "eval_batch_size": Knob(whole(1), PLACEMENT),
-    "optimizer": Knob(TEXT, RESULT, TRAIN),  # validation asks torch
+    "optimizer": Knob(TEXT, STATE, TRAIN),  # validation asks torch
     "optimizer_args": Knob(maybe(MAPPING), RESULT, TRAIN),
     "weight_decay_on": Knob(one_of("all", "matrices"), RESULT, TRAIN),
-    "optimizer_state": Knob(one_of("full", "bfloat16"), RESULT, TRAIN),
+    "optimizer_state": Knob(one_of("full", "bfloat16"), STATE, TRAIN),
     "stochastic_rounding": Knob(FLAG, RESULT, TRAIN),
     "lr": Knob(POSITIVE, RESULT, TRAIN),
     "head_init": Knob(one_of("fit", "zero", "random"), RESULT, TRAIN, head=True),
@@ -252,15 +253,16 @@ KNOBS: dict[str, Knob] = {
     "warmup_steps": Knob(whole(0), RESULT, TRAIN),
     "adapter": Knob(
         check=one_of("none", "lora", "dora"),
+        kind=STATE,
         commands=TRAIN,
         in_eval="none",
     ),
-    "adapter_rank": Knob(whole(1), RESULT, TRAIN, of_adapter=True),
-    "adapter_alpha": Knob(POSITIVE, RESULT, TRAIN, of_adapter=True),
-    "adapter_rslora": Knob(FLAG, RESULT, TRAIN, of_adapter=True),
-    "adapter_init": Knob(one_of("default", "pissa", "olora"), RESULT, TRAIN, of_adapter=True),
-    "adapter_targets": Knob(maybe(names(1)), RESULT, TRAIN, of_adapter=True),
-    "adapter_previous": Knob(one_of("merge", "continue", "stack"), RESULT, TRAIN, of_adapter=True),
+    "adapter_rank": Knob(whole(1), STATE, TRAIN, of_adapter=True),
+    "adapter_alpha": Knob(POSITIVE, STATE, TRAIN, of_adapter=True),
+    "adapter_rslora": Knob(FLAG, STATE, TRAIN, of_adapter=True),
+    "adapter_init": Knob(one_of("default", "pissa", "olora"), STATE, TRAIN, of_adapter=True),
+    "adapter_targets": Knob(maybe(names(1)), STATE, TRAIN, of_adapter=True),
+    "adapter_previous": Knob(one_of("merge", "continue", "stack"), STATE, TRAIN, of_adapter=True),
     "lr_schedule": Knob(one_of("constant", "linear", "cosine"), RESULT, TRAIN),
     "min_lr_ratio": Knob(number(lambda v: 0 <= v <= 1, "a number in [0, 1]"), RESULT, TRAIN),
     "router_aux_loss": Knob(NOT_NEGATIVE, trainers=("BasicTrainer", "FSDPTrainer")),
@@ -348,11 +350,19 @@ KNOBS: dict[str, Knob] = {
     "model.archive": Knob(maybe(TEXT), CONTENTS),
     "model.quantize": Knob(maybe(one_of("nf4", "int8")), RESULT, TRAIN, in_eval=None),
     "model.block_name": Knob(maybe(TEXT), RESULT, TRAIN),
-    "model.policy_dtype": Knob(DTYPE),
+    "model.policy_dtype": Knob(DTYPE, STATE),
     "model.fsdp_policy_mp": Knob(maybe(one_of("bfloat16", "float16"))),
     "model.reference_dtype": Knob(maybe(DTYPE), RESULT, TRAIN),
-    "model.architecture": Knob(maybe(MAPPING)),
+    "model.architecture": Knob(maybe(MAPPING), STATE),
     "model.tp_plan": Knob(maybe(MAPPING), RESULT, TRAIN),
+}
+# A checkpoint holds something of each if it is used.
+HELD_IF_USED = {
+    "ema_decay",
+    "reference_update_every",
+    "optimizer_args.momentum",
+    "optimizer_args.amsgrad",
+    "optimizer_args.centered",
 }
 # Their keys are names of data sets, including those of plugins: see validation.
 GROUPS: dict[str, Knob] = {"dataset_paths": Knob(maybe(TEXT), CONTENTS)}
@@ -374,7 +384,36 @@ def may_change(name: str) -> bool:
     (True, True, False)
     """
     knob = knob_of(name)
-    return knob is not None and knob.kind is not RESULT
+    return knob is not None and knob.kind not in (RESULT, STATE)
+
+
+def owner_of(name: str) -> str | None:
+    """Return the knob whose value a dotted name is, or is part of; a loss's are not in the table.
+
+    >>> owner_of("lr"), owner_of("optimizer_args.betas"), owner_of("loss.beta"), owner_of("lrr")
+    ('lr', 'optimizer_args', 'loss.beta', None)
+    """
+    if name.startswith("loss."):
+        return name
+    parts = name.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((each for each in names if each in KNOBS), None)
+
+
+def in_state(name: str, before: Any, after: Any) -> bool:
+    """Return whether what a checkpoint holds would not fit after this change of a knob, or of a
+    part of one.
+
+    >>> in_state("optimizer", "SGD", "AdamW"), in_state("ema_decay", None, 0.99)
+    (True, True)
+    >>> in_state("lr", 1e-6, 1e-5), in_state("ema_decay", 0.9, 0.99)
+    (False, False)
+    """
+    owner = owner_of(name)
+    if owner in KNOBS and KNOBS[owner].kind is STATE:
+        return True
+    unused = (None, False, 0, "unset")
+    return name in HELD_IF_USED and (before in unused) != (after in unused)
 
 
 def bookkeeping(name: str) -> bool:

@@ -30,7 +30,7 @@ from plumb.settings.mistakes import hint
 from plumb.settings.optimizer_checks import check_optimizer
 from plumb.settings.plugins import import_plugins
 from plumb.settings.rollout_checks import check_rollout
-from plumb.settings.schema import KNOBS, defaults, knob_of
+from plumb.settings.schema import KNOBS, Kind, defaults, knob_of, owner_of
 
 if TYPE_CHECKING:
     from plumb.losses.registry import Loss
@@ -496,9 +496,15 @@ def _across(config: DictConfig) -> None:  # noqa: C901  one check after the othe
             " resume=auto"
         )
     for name in config.resume_allow:
-        if name not in KNOBS and name not in CONTENTS and not name.startswith("loss."):
+        owner = owner_of(name)
+        if owner is None and name not in CONTENTS:
             others = ", ".join(CONTENTS)
             raise UserError(
                 f"resume_allow={list(config.resume_allow)}: {name} is neither a knob nor one of"
                 f" {others}"
+            )
+        if owner in KNOBS and KNOBS[owner].kind is Kind.STATE:
+            raise UserError(
+                f"resume_allow={list(config.resume_allow)}: {name} cannot change within a run,"
+                " whose checkpoints would not fit; start another run from it with model.archive=RUN"
             )

@@ -290,14 +290,23 @@ CHANGES = {
     "batch_size=5": "batch_size: 4 -> 5",
     "seed=1": "seed: 0 -> 1",
     "loss=ipo": "loss.name: dpo -> ipo",
-    "optimizer=AdamW": "optimizer: RMSprop -> AdamW",
     "max_length=90": "max_length: 96 -> 90",
     "n_epochs=2": "n_epochs: 1 -> 2",
     "eval_every=4": "eval_every: 8 -> 4",
-    "model.policy_dtype=bfloat16": "model.policy_dtype: float32 -> bfloat16",
     "shuffle=false": "shuffle: True -> False",
     "optimizer_args={alpha: 0.9}": "optimizer_args.alpha: unset -> 0.9",
     "max_grad_norm=1": "max_grad_norm: 10.0 -> 1",
+}
+
+
+# Of these, what a checkpoint holds would not fit.
+NEVER = {
+    "optimizer=AdamW": "optimizer: RMSprop -> AdamW",
+    "optimizer_state=bfloat16": "optimizer_state: full -> bfloat16",
+    "optimizer_args={momentum: 0.5}": "optimizer_args.momentum: unset -> 0.5",
+    "adapter=lora": "adapter: none -> lora",
+    "ema_decay=0.9": "ema_decay: None -> 0.9",
+    "model.policy_dtype=bfloat16": "model.policy_dtype: float32 -> bfloat16",
 }
 
 
@@ -309,10 +318,29 @@ def test_a_changed_setting_is_refused_with_the_difference(begun, train):
         ) as refused:
             train(*options, change, "resume=auto")
         assert said in str(refused.value) and "resume_allow=[" in str(refused.value), change
+    for change, said in NEVER.items():
+        with pytest.raises(ResumeMismatch, match=f"{said}; restore these, or start another run fr"):
+            train(*options, change, "resume=auto", "resume_allow=[lr,optimizer_args]")
+    with pytest.raises(UserError, match="optimizer cannot change within a run, whose checkpoints"):
+        train(*options, "resume=auto", "resume_allow=[optimizer]")
     # these change no number
     train(
         *options, "resume=auto", "save_every=null", "max_hours=99", "gradient_accumulation_steps=2"
     )
+
+
+def test_a_part_of_an_option_may_be_allowed_to_change(begun, train):
+    """By the name that the refusal gives it, and with the option as a whole."""
+    options = [*begun(), "resume=auto"]
+    run_dir = train(*options, "optimizer_args={alpha: 0.9}", "resume_allow=[optimizer_args.alpha]")
+    with pytest.raises(ResumeMismatch, match="optimizer_args.alpha: 0.9 -> unset"):
+        train(*options)
+    train(*options, "resume_allow=[optimizer_args]")
+    rows = [json.loads(line) for line in (run_dir / "resumes.jsonl").read_text().splitlines()]
+    assert [row["changed"] for row in rows] == [
+        ["optimizer_args.alpha: unset -> 0.9"],
+        ["optimizer_args.alpha: 0.9 -> unset"],
+    ]
 
 
 def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_path):
@@ -323,9 +351,14 @@ def test_a_knob_that_a_run_did_not_know_yet_counts_as_its_default(compose, tmp_p
         if knob not in ("loss.nll", "split_seed", "stage")
     }
     assert len(now) - len(before) == 3
-    assert identity.compare(tmp_path, {"settings": before}, {"settings": now}, []) == []
+    rules = identity.Rules(schema.owner_of, schema.in_state)
+    compare = lambda a, b: identity.compare(tmp_path, {"settings": a}, {"settings": b}, [], rules)
+    assert compare(before, now) == []
     with pytest.raises(ResumeMismatch, match="loss.nll: 0.0 -> 1"):
-        identity.compare(tmp_path, {"settings": before}, {"settings": now | {"loss.nll": 1}}, [])
+        compare(before, now | {"loss.nll": 1})
+    assert compare(before | {"gone": 1}, now) == []
+    with pytest.raises(ResumeMismatch, match="optimizer_args.eps: 1e-05 -> unset"):
+        compare(before | {"optimizer_args.eps": 1e-5}, now)
 
 
 def test_a_changed_data_file_tokenizer_or_base_is_refused(begun, train, data, tiny_model, tmp_path):
