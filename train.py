@@ -67,10 +67,6 @@ if TYPE_CHECKING:
     from plumb.training.setup import Data, Reference
     from trainers import BasicTrainer
 
-WEIGHTS_DO_NOT_FIT = (
-    "the weights alone do not fit; plan=true says what would: trainer=FSDPTrainer on more GPUs,"
-    " reference=cached, or a smaller model"
-)
 OmegaConf.register_new_resolver(
     "get_local_run_dir", get_local_run_dir, use_cache=True, replace=True
 )
@@ -232,6 +228,33 @@ def train(config: DictConfig) -> None:
         owner.release()
 
 
+def fewer_bytes(config: DictConfig) -> str:
+    """Return what to do about weights that do not fit: what the config has not done yet."""
+    ways = {
+        "trainer=FSDPTrainer on more GPUs": True,
+        "adapter=lora": config.adapter == "none",
+        "adapter=lora with model.quantize=nf4": config.model.quantize is None,
+        "reference=cached": config.adapter == "none" and config.reference != "cached",
+        "a smaller model": True,
+    }
+    left = ", ".join(way for way, open_ in ways.items() if open_)
+    return f"the weights alone do not fit; plan=true says what would: {left}"
+
+
+def smaller_steps(config: DictConfig, budget: int | None) -> str:
+    """Return what to do about a step that does not fit: what the config has not done yet. `budget`:
+    the tokens of a microbatch.
+    """
+    narrow = "bfloat16" in (config.model.policy_dtype, config.model.fsdp_policy_mp)
+    ways = {
+        f"tokens_per_microbatch below {budget or 'the automatic value'} (the result stays the"
+        " same)": True,
+        "activation_checkpointing=true": config.activation_checkpointing is not True,
+        "model.fsdp_policy_mp=bfloat16": not narrow,
+    }
+    return f"set {', or '.join(way for way, open_ in ways.items() if open_)}"
+
+
 def rules_of_resuming() -> identity.Rules:
     """Return which settings may change in a run that resumes."""
     from plumb.runs import identity
@@ -245,6 +268,7 @@ def train_from(
     """Train from a checkpoint of this run, or from the start."""
     from plumb.distributed import collectives
     from plumb.distributed.device import out_of_memory_in_one_line
+    from plumb.losses.advantage_rules import GaeRule
     from plumb.losses.registry import build_loss
     from plumb.models.adapters import starting_state
     from plumb.models.load import note_coarse_weights
@@ -253,6 +277,7 @@ def train_from(
     from plumb.reports.outcome import reward_line
     from plumb.runs import identity
     from plumb.runs.history import read_metrics
+    from plumb.training.optimizers import PACKAGES
     from plumb.training.setup import Run
     from plumb.training.summary import next_commands
     from trainers import TRAINERS
@@ -264,9 +289,10 @@ def train_from(
     # data and policy
     data = load_data(config, loss, run_dir)
     layout = TRAINERS[config.trainer].make_layout(config)
-    with out_of_memory_in_one_line(lambda: WEIGHTS_DO_NOT_FIT):
+    with out_of_memory_in_one_line(lambda: fewer_bytes(config)):
         policy = load_checked_policy(config, loss, data, layout)
-    note_coarse_weights(policy, config.stochastic_rounding)
+    can_round = config.optimizer not in PACKAGES and not isinstance(loss.advantages, GaeRule)
+    note_coarse_weights(policy, config.stochastic_rounding, can_round)
     digest = state_digest(starting_state(policy))
 
     # the fingerprint, which must match that of the checkpoint
@@ -281,7 +307,7 @@ def train_from(
 
     # the decisions that depend on memory, and the reference
     plan = decide(config, loss, policy, data, layout)
-    with out_of_memory_in_one_line(lambda: WEIGHTS_DO_NOT_FIT):
+    with out_of_memory_in_one_line(lambda: fewer_bytes(config)):
         reference = load_reference_for(config, plan, policy, digest, layout)
 
     # train
@@ -290,14 +316,8 @@ def train_from(
     failed = True
     budget = config.tokens_per_microbatch
 
-    def smaller() -> str:
-        return (
-            f"set tokens_per_microbatch below {budget or 'the automatic value'} (the result stays"
-            " the same), or activation_checkpointing=true, or model.fsdp_policy_mp=bfloat16"
-        )
-
     try:
-        with out_of_memory_in_one_line(smaller):
+        with out_of_memory_in_one_line(lambda: smaller_steps(config, budget)):
             trainer = TRAINERS[config.trainer](
                 config,
                 policy,

@@ -34,7 +34,7 @@ from plumb.models.scalar_head import holds_scores
 from plumb.models.weight_sources import is_classifier
 from plumb.paths import CONFIG, ROOT
 from plumb.runs.policy_file import load_policy_state
-from plumb.runs.policy_path import resolve_archive
+from plumb.runs.policy_path import PEFT_FOLDER, is_peft_folder, resolve_archive
 from plumb.runs.safe_yaml import check_config_file
 from plumb.runs.state_files import copy_stored
 
@@ -76,6 +76,8 @@ def find_model(
     is_model = (
         (path / "config.json").is_file() or path.suffix == ".gguf" or list(path.glob("*.gguf"))
     )
+    if is_peft_folder(path):
+        raise UserError(f"{name}: {PEFT_FOLDER}")
     if not is_model and (path.exists() or any(c in name for c in "*?[") or path.suffix == ".pt"):
         try:
             archive = resolve_archive(name)

@@ -297,14 +297,16 @@ def check_length(config: DictConfig) -> None:
     check_positions(model, config.max_length, "max_length")
 
 
-def note_coarse_weights(model: nn.Module, stochastic_rounding: bool) -> None:
-    """Print a note on weights that are too coarse for small learning rates."""
+def note_coarse_weights(model: nn.Module, stochastic_rounding: bool, can_round: bool) -> None:
+    """Print a note on weights that are too coarse for small learning rates. `can_round`: whether
+    the run may round them stochastically.
+    """
     first = next(model.parameters())
     whole = all(p.requires_grad for p in model.parameters())
     coarse = first.dtype in (torch.bfloat16, torch.float16) and not stochastic_rounding
     if whole and coarse:
+        rounding = "stochastic_rounding=true keeps them on average, and " if can_round else ""
         rank0_print(
-            f"note: {str(first.dtype)[6:]} weights round small updates away;"
-            " stochastic_rounding=true keeps them on average, and model.policy_dtype=float32 with"
-            " model.fsdp_policy_mp=bfloat16 keeps them"
+            f"note: {str(first.dtype)[6:]} weights round small updates away; {rounding}"
+            "model.policy_dtype=float32 with model.fsdp_policy_mp=bfloat16 keeps them"
         )

@@ -26,6 +26,7 @@ from transformers.utils import (
 
 from plumb.errors import UnsafeFile, UserError
 from plumb.runs.policy_file import load_pickled_tensors
+from plumb.runs.policy_path import PEFT_FOLDER, is_peft_folder
 
 INDEX = ".index.json"
 
@@ -71,6 +72,8 @@ def locate(name: str) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"model.name_or_path={name}: no such file")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if is_peft_folder(path):
+        raise UserError(f"model.name_or_path={name}: {PEFT_FOLDER}")
     if (
         path.is_dir()
         and not (path / "config.json").exists()

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from plumb.errors import UserError
 
+PEFT_FOLDER = (
+    "a PEFT folder, which export.py writes and nothing here reads; give the run that it came from,"
+    " or merge it into its base with peft's merge_and_unload and give the folder of that"
+)
+
 
 def resolve_archive(archive: str) -> Path:
     """Return the policy.pt that `model.archive` names: a file, a run or step directory, or a
@@ -22,11 +27,18 @@ def resolve_archive(archive: str) -> Path:
     )
     files = [f for f in (_policy_file(m) for m in matches) if f is not None]
     if not files:
+        if any(map(is_peft_folder, matches)):
+            raise UserError(f"model.archive={archive}: {PEFT_FOLDER}")
         raise UserError(
             f"model.archive={archive}: no such file, run directory or pattern with a policy.pt"
             " in it"
         )
     return max(files, key=lambda f: f.stat().st_mtime)
+
+
+def is_peft_folder(path: Path) -> bool:
+    """Return whether this is a folder that peft reads, and holds no model."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").exists()
 
 
 def _policy_file(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,11 @@ from plumb.errors import UserError
 from plumb.paths import CONFIG
 from plumb.runs.safe_yaml import ADVICE, HYDRA_KNOBS, MAX_FILES, check_config_file
 from plumb.settings.mistakes import hint
+
+
+def on_command_line() -> set[str]:
+    """Return the names of the options that this process's command line gives."""
+    return {word.lstrip("+").partition("=")[0] for word in sys.argv[1:]}
 
 
 def check_command_line(arguments: Sequence[str], script: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from omegaconf import DictConfig
@@ -21,7 +23,10 @@ def check_optimizer(config: DictConfig, has_critic: bool) -> None:
 
     name = config.optimizer
     if name not in optimizers.OPTIMIZERS:
-        raise UserError(f"optimizer={name}: expected one of {', '.join(optimizers.OPTIMIZERS)}")
+        raise UserError(
+            f"optimizer={name}: expected one of {', '.join(optimizers.OPTIMIZERS)}"
+            f"{_meant(name, optimizers.OPTIMIZERS)}"
+        )
     package = optimizers.PACKAGES.get(name)
     if package and find_spec(package) is None:
         raise UserError(
@@ -47,6 +52,18 @@ def check_optimizer(config: DictConfig, has_critic: bool) -> None:
         )
     if config.optimizer_state != "full":
         _check_state(config)
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """Return which optimizer a name may mean; "" for none.
+
+    >>> _meant("paged_adamw_8bit", ["AdamW", "PagedAdamW8bit"]), _meant("x", ["AdamW"])
+    ('; did you mean optimizer=PagedAdamW8bit?', '')
+    """
+    plain = {each.lower(): each for each in known}
+    wanted = name.lower().replace("_", "").replace("-", "").removesuffix("torch")
+    near = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    return f"; did you mean optimizer={plain[near[0]]}?" if near else ""
 
 
 def _check_state(config: DictConfig) -> None:

@@ -58,8 +58,8 @@ def maybe(check: Check) -> Check:
     return lambda v: v is None or check[0](v), f"{check[1]}, or null"
 
 
-def names(at_least: int) -> Check:
-    """Return the check of a list of at least this many different texts."""
+def names(at_least: int, example: str = "[hh] or [hh,my.jsonl]") -> Check:
+    """Return the check of a list of at least this many different texts, such as the example."""
 
     def fits(v: Any) -> bool:
         return (
@@ -69,7 +69,7 @@ def names(at_least: int) -> Check:
             and len({*v}) == len(v)
         )
 
-    return fits, "a list such as [hh] or [hh,my.jsonl], nothing twice"
+    return fits, f"a list such as {example}, nothing twice"
 
 
 def _texts_by_text(value: Any) -> bool:
@@ -261,7 +261,12 @@ KNOBS: dict[str, Knob] = {
     "adapter_alpha": Knob(POSITIVE, STATE, TRAIN, of_adapter=True),
     "adapter_rslora": Knob(FLAG, STATE, TRAIN, of_adapter=True),
     "adapter_init": Knob(one_of("default", "pissa", "olora"), STATE, TRAIN, of_adapter=True),
-    "adapter_targets": Knob(maybe(names(1)), STATE, TRAIN, of_adapter=True),
+    "adapter_targets": Knob(
+        check=maybe(names(1, "[q_proj,v_proj]")),
+        kind=STATE,
+        commands=TRAIN,
+        of_adapter=True,
+    ),
     "adapter_previous": Knob(one_of("merge", "continue", "stack"), STATE, TRAIN, of_adapter=True),
     "lr_schedule": Knob(one_of("constant", "linear", "cosine"), RESULT, TRAIN),
     "min_lr_ratio": Knob(number(lambda v: 0 <= v <= 1, "a number in [0, 1]"), RESULT, TRAIN),

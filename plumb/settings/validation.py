@@ -7,8 +7,10 @@ What needs no torch is checked first, so that a mistyped knob is refused within 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from plumb.paths import CONFIG, local_root
 from plumb.runs.history import flatten
 from plumb.runs.identity import CONTENTS
 from plumb.runs.policy_path import resolve_archive
+from plumb.settings.hydra_guard import on_command_line
 from plumb.settings.mistakes import hint
 from plumb.settings.optimizer_checks import check_optimizer
 from plumb.settings.plugins import import_plugins
@@ -42,7 +45,6 @@ FAR = 10
 ADAPTER_LR = 10
 LEAST_LR = 1e-6
 
-LISTS = ("datasets", "eval_datasets", "local_dirs", "plugins", "resume_allow")
 EXAMPLE = "python train.py exp_name=first model.name_or_path=gpt2 datasets=[hh]"
 
 
@@ -147,7 +149,10 @@ def check_knobs(config: DictConfig, trains: bool = True) -> None:
 
 def _instead(name: str, value: Any) -> str:
     """Return what to write for a text where a list is expected, and for a stage that is a loss."""
-    if name in LISTS and isinstance(value, str):
+    if name == "adapter_targets" and value in ("all-linear", "all"):  # of peft, LLaMA-Factory
+        return "; null is all linear layers of the blocks"
+    knob = knob_of(name)
+    if knob is not None and knob.check[1].startswith("a list") and isinstance(value, str):
         return f"; write {name}=[{value}]"
     if name == "stage" and (CONFIG / "loss" / f"{value}.yaml").is_file():
         return f"; the objective is chosen by loss={value}"
@@ -226,17 +231,13 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
             f"adapter={config.adapter}: needs peft, which is not installed; pip install -r"
             " requirements-lora.txt"
         )
-    if config.adapter_previous == "continue" and len(changed) > 1:
-        other = next(name for name in changed if name != "adapter_previous")
-        raise UserError(
-            f"{other}={config[other]}: with adapter_previous=continue the adapter is that of"
-            f" model.archive; leave {other} as it is"
-        )
     if config.adapter_previous != "merge" and not config.model.archive:
         raise UserError(
             f"adapter_previous={config.adapter_previous}: is for a model.archive with an adapter;"
             " leave it as it is"
         )
+    if config.adapter_previous == "continue" and not config.plan:
+        _check_continued(config, {*changed} | on_command_line())
     if config.adapter == "dora" and config.trainer == "TensorParallelTrainer":
         raise UserError(
             "adapter=dora: needs whole rows of the weights, which trainer=TensorParallelTrainer"
@@ -267,6 +268,45 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
             f"note: lr={config.lr:g} is one of full fine-tuning; adapters usually take at least"
             f" {ADAPTER_LR} times as much, for loss={loss.name} {ADAPTER_LR * least:g} or more"
         )
+
+
+def _check_continued(config: DictConfig, given: Container[str]) -> None:
+    """Refuse options that are not those of the adapter whose training goes on. `given`: the names
+    of those that were chosen.
+    """
+    from plumb.models.adapters import knobs_of, read_adapters
+    from plumb.runs.policy_file import load_policy_state
+
+    origin = f"model.archive={config.model.archive}"
+    adapters = read_adapters(load_policy_state(config.model.archive), origin)
+    knobs = knobs_of(config)
+    if not adapters or knobs is None:
+        return  # said where it is loaded
+    own = adapters[-1]
+    scaling = replace(knobs, rank=own.rank).scaling
+    targets = knobs.targets or ()
+    has = {target: [m for m in own.modules if f".{m}".endswith(f".{target}")] for target in targets}
+    here = {module for modules in has.values() for module in modules}
+    kind = "dora" if own.dora else "lora"
+    size = f"{own.scaling:g}, alpha={own.scaling * own.rank:g} without rsLoRA"
+    for name, fits, what in (
+        ("adapter", knobs.kind == kind, f"is adapter={kind}"),
+        ("adapter_rank", knobs.rank == own.rank, f"has rank {own.rank}"),
+        ("adapter_alpha", isclose(scaling, own.scaling), f"has scaling {size}"),
+        ("adapter_rslora", isclose(scaling, own.scaling), f"has scaling {size}"),
+        ("adapter_init", knobs.init == "default", "has values"),
+        (
+            "adapter_targets",
+            not targets or (all(has.values()) and here == {*own.modules}),
+            f"is on {', '.join(sorted({m.rpartition('.')[2] for m in own.modules}))}",
+        ),
+    ):
+        if not fits and (name == "adapter" or name in given):
+            raise UserError(
+                f"{name}={config[name]}: with adapter_previous=continue the adapter is that of"
+                f" {origin}, which {what}; leave {name} out, or set that"
+            )
+    rank0_print(f"continuing its adapter: {kind} of rank {own.rank}, scaling {own.scaling:g}")
 
 
 def _check_quantized(config: DictConfig) -> None:

@@ -118,6 +118,12 @@ def _muon(
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in trained if p.ndim == 2 and id(p) in within]
     rest = [(name, p) for name, p in trained if p.ndim != 2 or id(p) not in within]
+    known = {*OF_MUON, *inspect.signature(torch.optim.AdamW).parameters}
+    if unknown := [name for name in arguments if name not in known]:
+        raise TypeError(
+            f"{unknown[0]} is no argument of Muon ({', '.join(OF_MUON)}, weight_decay), nor of"
+            " AdamW, which trains what is no matrix; leave it out"
+        )
     decay = {k: v for k, v in arguments.items() if k == "weight_decay"}
     of_muon = {k: v for k, v in arguments.items() if k in OF_MUON}
     of_adamw = {k: v for k, v in arguments.items() if k not in OF_MUON}

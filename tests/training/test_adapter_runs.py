@@ -228,6 +228,11 @@ def test_a_peft_folder_has_one_rank_and_one_scaling(train, sft, tiny_model, tmp_
     export(run_dir, "--peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     tensors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    for option in ("model.archive", "model.name_or_path"):
+        with pytest.raises(UserError, match=f"^{option}=.*: a PEFT folder, which export.py"):
+            train("no", *SFT, f"{option}={tmp_path / 'peft'}")
+    with pytest.raises(UserError, match="^/.*/peft: a PEFT folder, which export.py"):
+        find_model(str(tmp_path / "peft"))
     base, expected = weights(tiny_model), weights(run_dir)
     for module in config["target_modules"]:
         stem = f"base_model.model.{module}.lora_"
@@ -235,6 +240,29 @@ def test_a_peft_folder_has_one_rank_and_one_scaling(train, sft, tiny_model, tmp_
         assert a.shape[0] == config["r"] == 6
         found = base[f"{module}.weight"] + config["lora_alpha"] / config["r"] * b @ a
         torch.testing.assert_close(found, expected[f"{module}.weight"])
+
+
+CONTINUED = {
+    "adapter_rank=8: .*archive=.*, which has rank 4; leave": ["adapter_rank=8"],
+    "adapter_alpha=16: .* has scaling 2, alpha=8 without rsLoRA;": ["adapter_alpha=16"],
+    "adapter_targets=.* is on down_proj, .*, v_proj;": ["adapter_targets=[q_proj]"],
+    "adapter=dora: .* is adapter=lora;": ["adapter=dora"],
+    "adapter_init=pissa: .* has values;": ["adapter_init=pissa"],
+}
+
+
+def test_options_of_an_adapter_that_continues_are_its_own(train, sft, run_train, data, tiny_model):
+    """Also those that are given and are the defaults: 16 for a rank of 4. The same are accepted."""
+    start = sft_once(train, sft)
+    options = [*SFT, "adapter_previous=continue", f"model.archive={start}", "adapter=lora"]
+    for message, given in CONTINUED.items():
+        with pytest.raises(UserError, match=message):
+            train("no", *options, *given)
+    train("same", *options, *LORA, "adapter_rslora=true", "adapter_alpha=4")
+    places = [f"model.name_or_path={tiny_model}", f"datasets=[{data}]"]
+    refused = run_train(*options, *places, "exp_name=no", "adapter_rank=16")
+    assert refused.returncode == 2
+    assert "adapter_rank=16: with adapter_previous=continue the adapter is" in refused.stderr
 
 
 def test_what_has_no_peft_folder_is_refused(train, sft, tmp_path):
@@ -264,6 +292,14 @@ REFUSED = {
     ],
     "policy_format=repo2023": ["adapter=lora", "policy_format=repo2023"],
     "set reference=cached, or null": ["adapter=lora", "reference_update_every=2"],
+    r"adapter_targets=q_proj: .* such as \[q_proj,v_proj\].*; write .*=\[q_proj\]": [
+        "adapter=lora",
+        "adapter_targets=q_proj",
+    ],
+    "adapter_targets=all-linear: .*; null is all linear": [
+        "adapter=lora",
+        "adapter_targets=all-linear",
+    ],
     "adapter_rank=0: expected a whole number of at least 1": ["adapter=lora", "adapter_rank=0"],
 }
 
@@ -280,8 +316,6 @@ def test_an_archive_without_what_it_belongs_to_is_refused(train, sft, tmp_path):
     full = train("full", *SFT)
     with pytest.raises(UserError, match="adapter_previous=stack: .* holds no adapter"):
         train("no", *SFT, "adapter=lora", "adapter_previous=stack", f"model.archive={full}")
-    with pytest.raises(UserError, match="adapter_rank=4: with adapter_previous=continue"):
-        train("no", *SFT, *LORA, "adapter_previous=continue", f"model.archive={start}")
     moved = tmp_path / "moved"
     start.rename(moved)
     try:

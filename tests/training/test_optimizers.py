@@ -218,7 +218,11 @@ REFUSED = {
     "SGD without momentum has no state": ["optimizer=SGD", "optimizer_state=bfloat16"],
     "is for model.policy_dtype=bfloat16, and here it is float32": ["stochastic_rounding=true"],
     "adapter=lora trains float32 adapters": [*ROUNDED, "adapter=lora"],
-    "optimizer=muon optimizer_args={'nosuch': 1}": [
+    "optimizer=adamw: expected .*; did you mean optimizer=AdamW\\?": ["optimizer=adamw"],
+    "optimizer=paged_adamw_8bit: .*; did you mean optimizer=PagedAdamW8bit\\?": [
+        "optimizer=paged_adamw_8bit"
+    ],
+    "optimizer=muon optimizer_args={'nosuch': 1}: nosuch is no argument of Muon .*, nor of AdamW": [
         "optimizer=muon",
         "optimizer_args={nosuch: 1}",
     ],
@@ -270,6 +274,27 @@ def test_what_schedule_free_does_not_take_is_refused(message, train):
     skip_without_package("AdamWScheduleFree")
     with pytest.raises(UserError, match=message):
         train("refused", *DPO, *CASES["AdamWScheduleFree"], *OF_SCHEDULE_FREE[message])
+
+
+@pytest.mark.parametrize(("name", "advised"), [("AdamW", True), ("AdamW8bit", False)])
+def test_what_coarse_weights_are_advised_is_possible(name, advised, train, capsys):
+    skip_without_package(name)
+    coarse = ["model.policy_dtype=bfloat16", "n_examples=4", "do_first_eval=false"]
+    train("run", *DPO, f"optimizer={name}", *coarse, "do_last_eval=false")
+    (note,) = [x for x in capsys.readouterr().out.splitlines() if "round small updates" in x]
+    assert ("stochastic_rounding=true" in note) == advised
+
+
+def test_what_is_advised_without_memory_is_not_done_yet(compose):
+    from train import fewer_bytes, smaller_steps
+
+    plain = compose("exp_name=x", "model.name_or_path=y", *DPO)
+    assert "adapter=lora with model.quantize=nf4, reference=cached, a sm" in fewer_bytes(plain)
+    assert "checkpointing=true, or model.fsdp_policy_mp=bfloat16" in smaller_steps(plain, None)
+    lean = ["adapter=lora", "model.quantize=nf4", "model.fsdp_policy_mp=bfloat16"]
+    done = compose("exp_name=x", "model.name_or_path=y", *DPO, *lean)
+    assert fewer_bytes(done).endswith(": trainer=FSDPTrainer on more GPUs, a smaller model")
+    assert "fsdp_policy_mp" not in smaller_steps(done, 512)
 
 
 @pytest.mark.parametrize("message", OF_BITSANDBYTES)
