@@ -64,6 +64,19 @@ def uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+def checkpoint_blocks(model: Any, **options: Any) -> None:
+    """Let the model compute the activations of all its blocks again in the backward pass, without
+    reentrant autograd. `options`: further arguments of torch.utils.checkpoint.
+
+    transformers 5.23 has another name for it than 5.17.
+    """
+    options |= {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def recompute_blocks(model: Any, kept: float) -> None:
     """Let the model compute the activations of its blocks again in the backward pass, but those of
     a share `kept` of the blocks, in [0, 1), evenly spread.
@@ -71,7 +84,7 @@ def recompute_blocks(model: Any, kept: float) -> None:
     Raises UserError if there is a share, and the model's blocks cannot be told apart or are too few
     for it.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks(model)
     blocks = [
         module
         for module in model.modules()

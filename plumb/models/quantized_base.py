@@ -15,6 +15,7 @@ computation.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -35,6 +36,11 @@ BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1 + 4 / 256}  # a number
 BLOCK = {"nf4": 64, "int8": 256}  # numbers with one scale
 SHARDS_INTEGERS = "2.13"  # the first torch whose FSDP was seen to; that of 2.11 does not
 TABLES = ("code", "nested_code")  # what packed numbers stand for: the same for every weight
+
+# on import, and peft imports it for every adapter: a kernel for CPUs is missing that no run calls
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward from kernels-community" not in record.getMessage()
+)
 
 
 def check_bitsandbytes(kind: str) -> None:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from plumb.models.blocks import checkpoint_blocks
 from plumb.models.offload import LEAST_BYTES
 
 NAME = "counted"
@@ -74,8 +75,7 @@ def count(
                 "n_keys": n_keys,
             }
         if recompute:  # dropout is off, so there is no random state to keep, which has no fake
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            checkpoint_blocks(model.train(), preserve_rng_state=False)
         for p in body.parameters():
             p.grad = torch.empty_like(p)
         present = [

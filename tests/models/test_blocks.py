@@ -1,6 +1,7 @@
 """Blocks that are recomputed in the backward pass."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny import LLAMA, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plumb.errors import UserError
-from plumb.models.blocks import recompute_blocks, share_of_blocks
+from plumb.models.blocks import checkpoint_blocks, recompute_blocks, share_of_blocks
 
 
 def llama(n_layers=6):
@@ -54,9 +55,26 @@ def test_a_share_of_the_blocks_is_kept(kept, blocks):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_checkpointing_by_its_name_in_this_transformers():
+    """The older name where the newer one is missing; transformers warns of neither."""
+    model = llama(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint_blocks(model)
+    assert model.is_gradient_checkpointing
+
+    class Older:
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+            self.options = gradient_checkpointing_kwargs
+
+    older = Older()
+    checkpoint_blocks(older, preserve_rng_state=False)
+    assert older.options == {"use_reentrant": False, "preserve_rng_state": False}
+
+
 def test_blocks_that_cannot_be_told_apart(monkeypatch):
     model = llama(2)
-    monkeypatch.setattr(model, "gradient_checkpointing_enable", lambda **_: None)
+    monkeypatch.setattr("plumb.models.blocks.checkpoint_blocks", lambda model: None)
     with pytest.raises(UserError, match="activation_checkpointing=0.5: the blocks of LlamaFor"):
         recompute_blocks(model, 0.5)
     recompute_blocks(model, 0.0)

@@ -11,6 +11,7 @@ from runs import DPO, records
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from plumb.models.blocks import checkpoint_blocks
 from plumb.models.draws import drawing, run_without_draws
 from plumb.models.load import no_dropout
 
@@ -86,7 +87,7 @@ def test_blocks_are_still_recomputed():
     logits(model).square().sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks(model)
     calls = []
     model.model.layers[0].mlp.router.register_forward_hook(
         lambda module, *_: calls.append(module.training)
