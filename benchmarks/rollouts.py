@@ -4,22 +4,26 @@ of an update: `nice python benchmarks/rollouts.py`.
 The model has random weights, and a share of its vocabulary ends a response, so that lengths vary as
 those of a trained policy do: on average, a response has `--mean-tokens` tokens, `--max-new-tokens`
 at most. Both sample from the same prompts, sorted by length, in float32, with the batch size of
-{8, 32, 128} responses at which they are fastest. `generate` samples with its own cache and neither
-top-k nor top-p. Runs alternate; a run's speed is the number of sampled tokens, end tokens included,
-per second of this process's CPU time; with `--device cuda`, in bfloat16 and per second.
+{8, 32, 128} responses (`--sizes`) at which they are fastest. `generate` samples with its own cache
+and neither top-k nor top-p. Runs alternate; a run's speed is the number of sampled tokens, end
+tokens included, per second of this process's CPU time; with `--device cuda`, in bfloat16 and per
+second.
 
-Then, on a CPU, whole steps of GRPO, Plumb's train.py beside TRL's GRPOTrainer (whole_step.py): a
-rollout and an optimizer step on all its responses, without a reference. `--trl PYTHON` is an
-interpreter whose environment has trl 1.16.0; where there is none, TRL is skipped.
+Then, on a CPU and without `--no-steps`, whole steps of GRPO, Plumb's train.py beside TRL's
+GRPOTrainer (whole_step.py): a rollout and an optimizer step on all its responses, without a
+reference. `--trl PYTHON` is an interpreter whose environment has trl 1.16.0; where there is none,
+TRL is skipped.
 
 Prints medians with their spread (least and largest), and the tokens that an update computes for a
 prompt's responses: as a tree, and as rows of their own, with and without padding.
-`--out FILE` also writes this to a file. `--smoke`: smaller.
+`--out FILE` also writes this to a file, and each measurement, as it comes, to a .jsonl beside it.
+`--smoke`: smaller.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -44,9 +48,9 @@ from plumb.rollouts.hf_engine import padded
 from plumb.rollouts.policy_engine import PolicyEngine
 
 PAD = 0
-SIZES = (8, 32, 128)  # responses that run at the same time
 Lengths = list[list[int]]  # of each prompt's responses
 Contender = Callable[[int], Lengths]  # from the run's number
+Measure = Callable[[str, int, int], tuple[Lengths, float]]  # of a contender, size and run's number
 
 
 def main() -> None:
@@ -59,35 +63,44 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=150, help="from 2/3 to 4/3 of it")
     parser.add_argument("--mean-tokens", type=int, default=75)
     parser.add_argument("--max-new-tokens", type=int, default=150)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-steps", action="store_true", help="only the samplers")
     parser.add_argument("--trl", default=sys.executable, help="Python with trl 1.16.0")
     at = parser.parse_args()
     if at.smoke:
         small = {"rounds": 1, "prompts": 2, "n": 2, "prompt_tokens": 12, "width": 16}
-        vars(at).update(small | {"mean_tokens": 4, "max_new_tokens": 6})
+        vars(at).update(small | {"sizes": [8], "mean_tokens": 4, "max_new_tokens": 6})
     transformers.logging.set_verbosity_error()
     model = make_model(at.width, at.layers, at.device)
     vocabulary = model.config.vocab_size
     ends = list(range(vocabulary - round(vocabulary / at.mean_tokens), vocabulary))
     prompts = make_prompts(at.prompts, at.prompt_tokens, vocabulary - len(ends))
-    sizes = SIZES[:1] if at.smoke else SIZES
     # a GPU's work is not CPU time; both contenders end with their tokens on the host
     clock = time.perf_counter if at.device == "cuda" else time.process_time
-    ours, theirs = (
-        fastest([make(model, prompts, at.n, ends, at.max_new_tokens, s) for s in sizes], clock)
-        for make in (plumb, generate)
-    )
-    speeds: dict[str, list[float]] = {"Plumb": [], "transformers' generate": []}
+    contenders = {"Plumb": plumb, "transformers' generate": generate}
+    log = at.out.with_suffix(".jsonl").open("w") if at.out else None
+
+    def measure(name: str, size: int, i: int) -> tuple[Lengths, float]:
+        run = contenders[name](model, prompts, at.n, ends, at.max_new_tokens, size)
+        lengths, speed = timed(run, i, clock)
+        if log:
+            row = {"sampler": name, "size": size, "run": i, "tokens_per_second": speed}
+            print(json.dumps(row), file=log, flush=True)
+        return lengths, speed
+
+    best = {name: fastest(measure, name, at.sizes) for name in contenders}
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
     responses: Lengths = []
     for i in range(at.rounds):
-        for name, contender in zip(speeds, (ours, theirs), strict=True):
-            lengths, speed = timed(contender, i, clock)
+        for name in contenders:
+            lengths, speed = measure(name, best[name], i)
             speeds[name].append(speed)
-            responses += lengths if contender is ours else []
+            responses += lengths if name == "Plumb" else []
     text = report(at, speeds, [len(p.ids) for p in prompts], responses)
-    if at.device == "cpu":
+    if at.device == "cpu" and not at.no_steps:
         text += "\n\n" + whole_steps(at, model, ends, prompts)
     print(text)
     if at.out:
@@ -96,20 +109,22 @@ def main() -> None:
 
 def make_model(width: int, layers: int, device: str) -> Any:
     torch.manual_seed(0)
+    n_heads = max(4, width // 128)
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads // 2,
         max_position_embeddings=1024,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=PAD,
     )
-    model: Any = LlamaForCausalLM(config).eval()
-    return model.to(device, torch.bfloat16) if device == "cuda" else model
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(config).eval()
+    return model.to(torch.bfloat16) if device == "cuda" else model
 
 
 def make_prompts(n: int, tokens: int, highest: int) -> list[NumberedPrompt]:
@@ -208,9 +223,9 @@ def timed(contender: Contender, i: int, clock: Callable[[], float]) -> tuple[Len
     return lengths, sum(map(sum, lengths)) / (clock() - start)
 
 
-def fastest(contenders: Sequence[Contender], clock: Callable[[], float]) -> Contender:
-    """Return the fastest of them, each timed once."""
-    return max(contenders, key=lambda contender: timed(contender, 0, clock)[1])
+def fastest(measure: Measure, name: str, sizes: Sequence[int]) -> int:
+    """Return the size at which a contender is fastest, each timed once."""
+    return max(sizes, key=lambda size: measure(name, size, 0)[1])
 
 
 def report(

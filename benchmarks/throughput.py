@@ -314,8 +314,8 @@ def check_device(run: Run, device: str) -> None:
 
 
 def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> None:
-    """Run warm-up steps, counted steps, and one under the profiler for the first contender; then
-    the same for each variant.
+    """Run warm-up steps and counted steps, then the same for each variant, and, where `trace` says
+    so, one more of the last under the profiler.
     """
     for change in [{}, *setting.then]:
         label = (
@@ -336,9 +336,9 @@ def measure(run: Run, scenario: Scenario, setting: Setting, child: Child) -> Non
             answer = child.ask(step=i)
             if i >= setting.n_warm:
                 run.record(scenario, setting, label, **answer)
-        if setting.trace and not change:
-            name = "".join(c if c.isalnum() else "-" for c in f"{scenario.name} {label}")
-            child.ask(step=0, trace=str(run.folder / f"trace-{name}.txt"))
+    if setting.trace:  # last, since a profiler that fails must not take a figure with it
+        name = "".join(c if c.isalnum() else "-" for c in f"{scenario.name} {label}")
+        child.ask(step=0, trace=str(run.folder / f"trace-{name}.txt"))
 
 
 def versions() -> Iterator[str]:
@@ -382,7 +382,8 @@ def chosen(options: argparse.Namespace) -> list[Scenario]:
             f"--scenarios {','.join(sorted(unknown))}: expected some of"
             f" {','.join(s.name for s in every)}"
         )
-    return [s for s in every if s.name in wanted]
+    by_name = {s.name: s for s in every}
+    return [by_name[name] for name in wanted]
 
 
 def main() -> None:
@@ -402,7 +403,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--scenarios",
-        help="comma-separated (default: dpo,sft,reward; with --whole, --smoke or a GPU: all)",
+        help="comma-separated, in the order wanted (default: dpo,sft,reward; with --whole, --smoke"
+        " or a GPU: all)",
     )
     parser.add_argument(
         "--rounds",
@@ -436,7 +438,7 @@ def main() -> None:
             in_turn(run, scenario)
         else:
             alternate(run, scenario, options.rounds)
-    import charts  # matplotlib, only now
+    import charts
 
     head = [
         f"`python benchmarks/throughput.py {' '.join(sys.argv[1:])}`",
@@ -444,7 +446,8 @@ def main() -> None:
     ]
     table = charts.tables(run.records, chosen(options))
     (run.folder / "throughput.md").write_text("\n\n".join([*head, table]) + "\n")
-    charts.bars(run.records, chosen(options), run.folder / "throughput.png")
+    if importlib.util.find_spec("matplotlib"):
+        charts.bars(run.records, chosen(options), run.folder / "throughput.png")
     print(
         f"\n{table}\n\n{time.monotonic() - run.started:.0f} s; {run.folder}/throughput.jsonl, .md"
         " and .png"

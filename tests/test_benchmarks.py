@@ -4,16 +4,22 @@ unseen otherwise.
 Numbers mean nothing here. The scripts run warm (see warm.py), and so do the processes they start.
 """
 
+import argparse
+import contextlib
 import gzip
 import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 from conftest import PATIENCE, ROOT
 from runs import ROWS
@@ -30,9 +36,9 @@ BENCHMARKS = ROOT / "benchmarks"
 def benchmark(warm):
     """`benchmark(script, *arguments)` -> what it printed."""
 
-    def run(script, *arguments):
-        command = [f"benchmarks/{script}", *map(str, arguments)]
-        done = warm.run(command, ROOT, dict(os.environ), PATIENCE)
+    def run(script, *arguments, cwd=ROOT):
+        command = [str(BENCHMARKS / script), *map(str, arguments)]
+        done = warm.run(command, cwd, dict(os.environ), PATIENCE)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
@@ -173,15 +179,19 @@ def test_plan_memory(benchmark, tmp_path):
 
 
 def test_gpu(benchmark, tmp_path):
-    """All parts on a CPU: each writes its numbers and its log, and the summary has them."""
-    benchmark("gpu.py", "--smoke", "--out", tmp_path / "out")
+    """All parts on a CPU, from another folder: each writes its numbers and its log, and the summary
+    has them.
+    """
+    benchmark("gpu.py", "--smoke", "--out", "out", cwd=tmp_path)
     head, *parts = [json.loads(line) for line in (tmp_path / "out/summary.jsonl").open()]
     assert "numbers mean nothing" in head["head"][1]
     results = {part["part"]: part["result"] for part in parts}
-    names = ["trees", "steps", "throughput", "fsdp", "memory", "adapters", "sampler"]
-    assert results == dict.fromkeys(names, "ok")
+    names = ["trees", "throughput", "steps", "adapters", "fsdp", "sampler", "memory"]
+    assert list(results.items()) == [(name, "ok") for name in names]
     assert all(part["rows"] for part in parts)
     assert len(parts[0]["rows"]) == 8 and all(row["ok"] for row in parts[0]["rows"])
+    planned = {row["run"] for part in parts for row in part["rows"] if "GB planned" in row}
+    assert planned == {"QLoRA", "FSDPTrainer", "activation checkpointing"}
     page = (tmp_path / "out/summary.md").read_text()
     assert all(f"## {part['title']}" in page for part in parts)
 
@@ -195,8 +205,19 @@ def gpu(monkeypatch):
     return gpu
 
 
+@pytest.fixture
+def runner(gpu):
+    import gpu_runner
+
+    return gpu_runner
+
+
 def part_of(gpu, run, rows, needs=()):
     return gpu.Part("A part", 1.0, run, rows, needs=needs)
+
+
+def place_of(gpu, tmp_path, secs=60.0):
+    return gpu.Place(tmp_path / "part", "cpu", True, "synthetic:1", secs)
 
 
 @pytest.mark.parametrize(
@@ -212,21 +233,118 @@ def part_of(gpu, run, rows, needs=()):
 def test_how_a_part_of_gpu_ends(run, row, result, gpu, tmp_path):
     """Whatever happens in it, the run goes on, and what it has written is kept."""
     part = part_of(gpu, run, lambda at: [row] if row else [])
-    place = gpu.Place(tmp_path / "part", "cpu", True, "synthetic:1")
-    state, why = gpu.run_part(part, place, 0.5)
+    place = place_of(gpu, tmp_path, secs=0.5)
+    state, why = gpu.run_part(part, place, {})
     assert gpu.measured(part, place, state) == (result, [row] if row else [])
     assert why == {"failed": "it broke" if row and "ok" not in row else "", "ok": ""}.get(
         result, "after 0 s"
     )
 
 
-def test_a_part_of_gpu_without_its_library(gpu, tmp_path):
-    gpu.NEEDED["nosuch"] = "no-such"
+def start_another(at):
+    """A part that waits for a process which it has started."""
+    other = subprocess.Popen(["sleep", "60"])
+    (at.folder / "pid").write_text(str(other.pid))
+    other.wait()
+
+
+def assert_ended(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_part_of_gpu_out_of_time_leaves_nothing_behind(gpu, tmp_path):
+    place = place_of(gpu, tmp_path, secs=0.5)
+    state, _ = gpu.run_part(part_of(gpu, start_another, lambda at: []), place, {})
+    assert state == "out of time"
+    assert_ended((place.folder / "pid").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_gpu_after_a_signal(number, gpu, tmp_path, monkeypatch):
+    """The part that runs ends with all that it has started, none follows, and the summary has what
+    was measured.
+    """
+    monkeypatch.setattr(gpu, "NEEDED", {})
+    part = part_of(gpu, start_another, lambda at: [{"x": 1.0}])
+    monkeypatch.setattr(gpu, "PARTS", {"a": part._replace(secs=60.0), "b": part})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--out", "out"])
+    monkeypatch.chdir(tmp_path)
+    pid = tmp_path / "out/a/pid"
+
+    def send():
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=send, daemon=True).start()
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        gpu.main()
+    signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == 130
+    _, *parts = [json.loads(line) for line in (tmp_path / "out/summary.jsonl").open()]
+    assert [(part["result"], part["rows"]) for part in parts] == [("stopped", [{"x": 1.0}])]
+    assert_ended(pid.read_text())
+
+
+def test_a_run_of_gpu_that_fails_leaves_the_next(gpu, tmp_path):
+    """And the reason is the log's last error."""
+
+    def run(at):
+        gpu.run_train(at, {"a b": ["lr=-1"], "c": ["batch_size=0"]}, "model=demo", plan=False)
+
+    state, why = gpu.run_part(part_of(gpu, run, lambda at: []), place_of(gpu, tmp_path), {})
+    assert state == "failed" and why.startswith("a b, c failed; error: batch_size=0")
+
+
+def test_a_part_of_gpu_without_its_library(gpu, runner, tmp_path):
+    """It is skipped, and the command names the pinned version."""
+    runner.find_lacking(["json", "nosuch"], tmp_path / "lacking")
+    (found,) = [row for row in gpu.read_rows(tmp_path / "lacking") if "nosuch" in row]
     part = part_of(gpu, lambda at: None, lambda at: [], ["nosuch"])
-    place = gpu.Place(tmp_path / "part", "cpu", True, "synthetic:1")
-    assert gpu.run_part(part, place, 1.0) == ("skipped", "without no-such")
-    assert "no-such" in gpu.missing_line(tmp_path)
-    del gpu.NEEDED["nosuch"]
+    place = place_of(gpu, tmp_path)
+    assert gpu.run_part(part, place, found) == (
+        "skipped",
+        "without nosuch (No module named 'nosuch')",
+    )
+    line = gpu.missing_line({"trl": "of an older torch"}, tmp_path)
+    assert "trl (of an older torch)" in line and f"pip wheel -w {tmp_path} trl==1.16.0`" in line
+    assert gpu.missing_line(found, tmp_path) is None
+
+
+def test_gpu_forks_where_a_fork_can_use_cuda(runner, monkeypatch):
+    """What all parts share does not call CUDA, which importing bitsandbytes does; after a call, a
+    part is a new process.
+    """
+    loaded = set(sys.modules)
+    for name in ("peft", "bitsandbytes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    runner.import_once()
+    assert not {"peft", "bitsandbytes"} & set(sys.modules), loaded
+    kinds = []
+    for called in (False, True):
+        monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda called=called: called)
+        process = runner.start(time.sleep, 0)
+        process.join()
+        kinds.append((type(process).__name__, process.exitcode))
+    assert kinds == [("ForkProcess", 0), ("SpawnProcess", 0)]
+
+
+def test_what_gpu_measures_first(gpu):
+    """Scenarios of the throughput in the order given, the aims of results/gpu.md before others; and
+    few enough forward passes of the samplers, at 20 ms each.
+    """
+    import throughput
+
+    asked = argparse.Namespace(
+        smoke=False, device="cuda", tokens="synthetic:1", whole=False, scenarios="2.8b,sweep,1b"
+    )
+    scenarios = throughput.chosen(asked)
+    assert [scenario.name for scenario in scenarios] == ["2.8b", "sweep", "1b"]
+    assert [setting.contender for setting in scenarios[0].settings][:2] == ["plumb", "trl"]
+    assert gpu.sampler_passes() * 0.02 < gpu.PARTS["sampler"].secs
+    assert sum(part.secs for part in gpu.PARTS.values()) <= gpu.MINUTES * 60 - 15
 
 
 def test_mfu_of_gpu(gpu, tmp_path, monkeypatch):
