@@ -593,7 +593,11 @@ def main() -> None:
         part = PARTS[name]
         limit = min(part.secs, MINUTES * 60 - (time.monotonic() - began))
         place = Place(
-            folder / name, "cpu" if at.smoke else "cuda", at.smoke, at.tokens, max(1.0, limit)
+            folder=folder / name,
+            device="cpu" if at.smoke else "cuda",
+            smoke=at.smoke,
+            tokens=at.tokens,
+            secs=max(1.0, limit),
         )
         began_part = time.monotonic()
         state, reason = run_part(part, place, lacking)

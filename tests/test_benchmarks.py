@@ -217,7 +217,9 @@ def part_of(gpu, run, rows, needs=()):
 
 
 def place_of(gpu, tmp_path, secs=60.0):
-    return gpu.Place(tmp_path / "part", "cpu", True, "synthetic:1", secs)
+    return gpu.Place(
+        folder=tmp_path / "part", device="cpu", smoke=True, tokens="synthetic:1", secs=secs
+    )
 
 
 @pytest.mark.parametrize(

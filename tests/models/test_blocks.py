@@ -61,7 +61,7 @@ def test_checkpointing_by_its_name_in_this_transformers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checkpoint_blocks(model)
-    assert model.is_gradient_checkpointing
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
     class Older:
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
