@@ -31,8 +31,9 @@ import sample
 import score
 import trainers
 from plumb.errors import UserError
-from plumb.models.find import find_model, open_model
-from plumb.models.load import load_config
+from plumb.models.adapters import merged, read_adapters
+from plumb.models.find import find_model, open_model, start_of
+from plumb.models.load import load_config, load_policy
 from plumb.models.weight_sources import open_source
 from plumb.runs.policy_file import load_policy_state
 
@@ -354,6 +355,21 @@ def test_an_adapter_on_another_base_is_refused(train, sft, tiny_model, tmp_path)
     torch.save({"state": bare}, tmp_path / "policy.pt")
     with pytest.raises(UserError, match="lacks adapters.base, by which the model"):
         open_model(find_model(str(tmp_path / "policy.pt"), str(tiny_model)))
+
+
+def test_a_base_in_the_types_of_two_runs(train, sft, tiny_model):
+    """An adapter of float32 weights goes on beside bfloat16 ones. Both policy and reference are
+    what their run had: the base as it was rounded, and the adapter merged in float32.
+    """
+    start = sft_once(train, sft)
+    more = ["adapter=lora", "adapter_previous=continue", "model.policy_dtype=bfloat16"]
+    ref = find_model(str(train("run", *SHORT_DPO, *more, f"model.archive={start}")))
+    name = "model.layers.0.mlp.down_proj"
+    base = weights(tiny_model)[f"{name}.weight"].bfloat16().float()
+    for archive, opened in ((start, load_policy(start_of(ref))), (ref.archive, open_model(ref)[1])):
+        (adapter,) = read_adapters(load_policy_state(str(archive)), "")
+        expected = merged(base, [(adapter.scaling, adapter.factors(name))])
+        assert torch.equal(opened.state_dict()[f"{name}.weight"], expected)
 
 
 def test_a_base_that_has_moved(train, tiny_model, tmp_path):
