@@ -43,12 +43,13 @@ class Merged:
         model = parts.skeleton
         by_module = self._by_module(model)
         by_weight = {f"{name}.weight": name for name in by_module}
+        modules: dict[str, Any] = dict(model.named_modules())  # before others take their places
 
         def part(name: str, where: Where) -> Tensor:
             if name not in by_weight:
                 return parts.part(name, where)
             of_module = by_weight[name]
-            module: Any = model.get_submodule(of_module)
+            module = modules[of_module]
             weight = low_rank.as_matrix(module, parts.part(name, ()).to(module.weight.dtype))
             made = self._merged(of_module, weight, by_module[of_module])
             return low_rank.as_matrix(module, made)[where or ...]

@@ -303,12 +303,14 @@ class Dequantized:
     def in_parts(self) -> Parts:
         parts = self.source.in_parts()
         model = parts.skeleton
-        weights = {f"{name}.weight" for name in layers_to_quantize(model, self.block_name)}
+        names = [f"{name}.weight" for name in layers_to_quantize(model, self.block_name)]
+        # before others take the layers' places
+        dtypes = {name: model.get_parameter(name).dtype for name in names}
 
         def part(name: str, where: Where) -> Tensor:
-            if name not in weights:
+            if name not in dtypes:
                 return parts.part(name, where)
-            dtype = model.get_parameter(name).dtype
+            dtype = dtypes[name]
             return rounded(parts.part(name, ()).to(dtype).contiguous(), self.kind)[where or ...]
 
         return replace(parts, part=part)

@@ -12,6 +12,7 @@ from plumb.errors import UserError
 from plumb.models import adapters
 from plumb.models.adapter_sources import Adapted, Merged
 from plumb.models.adapters import AdapterKnobs, Factors, StartingPolicy
+from plumb.models.quantized_base import Dequantized
 from plumb.models.sharded_load import fill
 from plumb.models.weight_sources import Blueprint, Seeded
 from plumb.rollouts.gathered_engine import UnshardedCopy
@@ -146,11 +147,14 @@ def test_a_copy_has_the_adapters(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_parts_are_those_of_the_whole(family, kind):
-    """A rank that fills its part gets the values that the full model has; merged ones, too."""
+    """A rank that fills its part gets the values that the full model has; merged ones, too, and an
+    adapter on those.
+    """
     source = base(family)
     policy = adapted(source, KINDS[kind])
     first = kept(after_training(policy.whole()))
-    for made in (policy, Merged(source, first, "x")):
+    merged = Merged(source, first, "x")
+    for made in (policy, merged, adapted(merged, KINDS[kind])):
         full = made.whole().state_dict()
         parts = made.in_parts()
         for name, tensor in full.items():
@@ -158,6 +162,17 @@ def test_parts_are_those_of_the_whole(family, kind):
             assert torch.equal(parts.part(name, where), tensor[where]), name
     model = parts.skeleton.to_empty(device="cpu")
     fill(model, parts.part)
+
+
+def test_parts_on_what_was_quantized_before():
+    """A run on quantized weights follows another: its start is quantized again."""
+    pytest.importorskip("bitsandbytes")
+    config = AutoConfig.for_model("llama", **(SIZES | FAMILIES["llama"]))
+    before = Dequantized(Seeded(Blueprint(config, torch.float32), 0), "nf4", None)
+    policy = adapted(before, replace(LORA, quantize="nf4"))
+    full, parts = policy.whole(), policy.in_parts()
+    for name, tensor in full.named_parameters():
+        assert torch.equal(parts.part(name, ()), tensor), name
 
 
 def test_first_values_are_those_of_the_papers():
