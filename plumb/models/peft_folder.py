@@ -6,6 +6,7 @@ on the hub.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,9 @@ def _compare(ref: ModelRef, folder: Path, base: str, tokenizer: PreTrainedTokeni
     # as its run read it
     dtype = load_policy_state(str(ref.archive))[BASE].dtype
     own: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision).float()
-    read: Any = PeftModel.from_pretrained(own, str(folder)).eval()
+    with warnings.catch_warnings():  # peft asks by transformers' old name of checkpointing
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        read: Any = PeftModel.from_pretrained(own, str(folder)).eval()
     off, largest = float((read(ids).logits - expected).abs().max()), float(expected.abs().max())
     if not off <= TOLERANCE * max(largest, 1):
         raise UnsafeFile(
