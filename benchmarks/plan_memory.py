@@ -1,7 +1,7 @@
 """Compare the memory that plan=true predicts with the peak memory of small real runs on a CPU; on a
 GPU, gpu.py does.
 
-    python benchmarks/plan_memory.py [--only WORD] [--out FOLDER]
+    python benchmarks/plan_memory.py [--savers] [--only WORD] [--out FOLDER]
 
 Each run has its own process (two for FSDPTrainer): two steps of several microbatches on synthetic
 texts. The measured value is the resident peak from the first step on, minus what the process held
@@ -71,6 +71,23 @@ CASES: list[tuple[str, list[str]]] = [
     ("llama", [*FSDP, *ROLLOUT, "loss=ppo", "loss.critic=policy", "optimizer=AdamW"]),
 ]
 
+
+# A run whose activations are the largest part, and what makes it smaller, each alone.
+FULL = [*DPO, "optimizer=AdamW", "reference=live", "tokens_per_microbatch=4096"]
+SAVERS: list[list[str]] = [
+    [],
+    ["tokens_per_microbatch=1024"],
+    ["reference=cached"],
+    ["activation_checkpointing=0.5"],
+    ["activation_checkpointing=true"],
+    ["model.fsdp_policy_mp=bfloat16"],
+    ["model.policy_dtype=bfloat16", "stochastic_rounding=true"],
+    ["optimizer_state=bfloat16"],
+    ["optimizer=AdamW8bit", "optimizer_args=null"],
+    ["optimizer=Adafactor", "optimizer_args=null"],
+    ["adapter=lora", "lr=1e-5"],
+    ["adapter=lora", "lr=1e-5", "model.quantize=nf4"],
+]
 
 TINY = (
     "hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,"
@@ -215,6 +232,11 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny models: tests the code, measures nothing"
     )
+    parser.add_argument(
+        "--savers",
+        action="store_true",
+        help="one run, and again with each option that saves memory",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -224,11 +246,12 @@ def main() -> None:
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
     }
+    cases = [("llama", [*FULL, *more]) for more in SAVERS] if options.savers else CASES
     with tempfile.TemporaryDirectory() as name, (options.out / "plan.jsonl").open("w") as log:
         folder = Path(name)
         write_texts(folder / "texts.jsonl", 48)
-        for model, case in CASES:
-            text = f"{model} {' '.join(case)}"
+        for model, case in cases:
+            text = f"{model} {' '.join(case[len(FULL) :] if options.savers else case)}"
             if options.only not in text:
                 continue
             sizes = (SMOKE_SIZES if options.smoke else SIZES)[model]
