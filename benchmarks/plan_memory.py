@@ -251,7 +251,7 @@ def main() -> None:
         folder = Path(name)
         write_texts(folder / "texts.jsonl", 48)
         for model, case in cases:
-            text = f"{model} {' '.join(case[len(FULL) :] if options.savers else case)}"
+            text = f"{model} {' '.join(case[len(FULL) :] if options.savers else case)}".strip()
             if options.only not in text:
                 continue
             sizes = (SMOKE_SIZES if options.smoke else SIZES)[model]
