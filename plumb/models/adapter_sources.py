@@ -116,8 +116,8 @@ class SameBase:
         found = low_rank.sampled(shapes, self.expected.dtype, read)
         if found.shape != self.expected.shape:
             raise UserError(
-                f"{self.origin}: its adapter belongs to a model of {len(self.expected)} weights, and"
-                f" {self.base} has {len(found)}; give the model it was trained from, or, if a"
+                f"{self.origin}: its adapter belongs to a model of {len(self.expected)} weights,"
+                f" and {self.base} has {len(found)}; give the model it was trained from, or, if a"
                 " version of Plumb before 30 November 2026 wrote the file, train it again"
             )
         if not low_rank.of_one_model(found, self.expected):
