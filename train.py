@@ -228,13 +228,15 @@ def train(config: DictConfig) -> None:
         owner.release()
 
 
-def fewer_bytes(config: DictConfig) -> str:
+def fewer_bytes(config: DictConfig, loss: Loss) -> str:
     """Return what to do about weights that do not fit: what the config has not done yet."""
+    splits = config.compile or config.trainer == "TensorParallelTrainer"
+    second = loss.needs_reference and config.adapter == "none" and config.reference != "cached"
     ways = {
         "trainer=FSDPTrainer on more GPUs": True,
-        "adapter=lora": config.adapter == "none",
-        "adapter=lora with model.quantize=nf4": config.model.quantize is None,
-        "reference=cached": config.adapter == "none" and config.reference != "cached",
+        "adapter=lora": second,
+        "adapter=lora with model.quantize=nf4": config.model.quantize is None and not splits,
+        "reference=cached": second and not loss.live_reference,
         "a smaller model": True,
     }
     left = ", ".join(way for way, open_ in ways.items() if open_)
@@ -289,7 +291,7 @@ def train_from(
     # data and policy
     data = load_data(config, loss, run_dir)
     layout = TRAINERS[config.trainer].make_layout(config)
-    with out_of_memory_in_one_line(lambda: fewer_bytes(config)):
+    with out_of_memory_in_one_line(lambda: fewer_bytes(config, loss)):
         policy = load_checked_policy(config, loss, data, layout)
     can_round = config.optimizer not in PACKAGES and not isinstance(loss.advantages, GaeRule)
     note_coarse_weights(policy, config.stochastic_rounding, can_round)
@@ -307,7 +309,7 @@ def train_from(
 
     # the decisions that depend on memory, and the reference
     plan = decide(config, loss, policy, data, layout)
-    with out_of_memory_in_one_line(lambda: fewer_bytes(config)):
+    with out_of_memory_in_one_line(lambda: fewer_bytes(config, loss)):
         reference = load_reference_for(config, plan, policy, digest, layout)
 
     # train

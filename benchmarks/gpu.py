@@ -211,7 +211,10 @@ def run_train(
         words = [f"exp_name={folder.name}", f"local_run_dir={folder}", *DEMO, *common, *options]
         process = start(_train, words)
         if plan and (not at.smoke or name == [*runs][-1]):  # meanwhile
-            start(_plan, words, at.device, at.folder / f"{folder.name}.planned").join()
+            planning = start(_plan, words, at.device, at.folder / f"{folder.name}.planned")
+            planning.join()
+            if planning.exitcode:
+                failed.append(f"the plan of {name}")
         process.join()
         if process.exitcode:
             failed.append(name)

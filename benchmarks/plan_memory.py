@@ -73,10 +73,10 @@ CASES: list[tuple[str, list[str]]] = [
 
 
 # A run whose activations are the largest part, and what makes it smaller, each alone.
-FULL = [*DPO, "optimizer=AdamW", "reference=live", "tokens_per_microbatch=4096"]
+FULL = [*DPO, "optimizer=AdamW", "reference=live", "tokens_per_microbatch=2048"]
 SAVERS: list[list[str]] = [
     [],
-    ["tokens_per_microbatch=1024"],
+    ["tokens_per_microbatch=512"],
     ["reference=cached"],
     ["activation_checkpointing=0.5"],
     ["activation_checkpointing=true"],

@@ -279,11 +279,14 @@ def test_gpu_after_a_signal(number, gpu, tmp_path, monkeypatch):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    # a suite that was started in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=send, daemon=True).start()
     with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
         gpu.main()
-    signal.signal(signal.SIGTERM, handler)
+    for n, handler in handlers.items():
+        signal.signal(n, handler)
     assert ended.value.code == 130
     _, *parts = [json.loads(line) for line in (tmp_path / "out/summary.jsonl").open()]
     assert [(part["result"], part["rows"]) for part in parts] == [("stopped", [{"x": 1.0}])]

@@ -366,7 +366,7 @@ def sampled(shapes: Mapping[str, torch.Size], dtype: torch.dtype, read: ReadPart
     """
     rows = []
     for name, shape in sorted(shapes.items()):
-        middle = shape[0] // 2
+        middle = shape[0] // 2 if shape else 0
         row = read(name, (slice(middle, middle + 1),) if len(shape) > 1 else ())
         row = row.detach().reshape(-1).to("cpu", dtype)
         rows.append(row[torch.linspace(0, len(row) - 1, N_SAMPLED).long()])

@@ -31,7 +31,7 @@ def standard_chunk(device: torch.device) -> int:
 
 def chunk_for(free: float, device: torch.device) -> int:
     """Return the bytes of a chunk where so many are `free`: a 64th of them, as a power of two, but
-    no more than is standard. With what is kept, the head then takes a twelfth of them at most.
+    no more than is standard. With what is kept, the head then takes a tenth of them at most.
 
     >>> chunk_for(3e9, torch.device("cuda")) // 2**20
     32
@@ -41,8 +41,8 @@ def chunk_for(free: float, device: torch.device) -> int:
 
 
 def held_bytes(chunk: int) -> int:
-    """Return the most that linear_logps holds beside its inputs and gradients."""
-    return (1 + KEPT_CHUNKS) * chunk
+    """Return the most that linear_logps holds beside its inputs and gradients, with entropies."""
+    return (2 + KEPT_CHUNKS) * chunk
 
 
 def step_bytes(  # noqa: PLR0913

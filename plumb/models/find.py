@@ -177,9 +177,9 @@ def start_of(ref: ModelRef) -> DictConfig:
     config.model.quantize = run.model.get("quantize")
     # it had the precision of the run; where adapters went on, or had others put beside them, only
     # what they belong to had
-    dtype = run.model.get("reference_dtype") or run.model.get("policy_dtype")
+    dtypes = [run.model.get(name) for name in ("policy_dtype", "reference_dtype")]
     kept = run.get("adapter_previous", "merge") != "merge"
-    config.model["base_dtypes" if kept else "dtypes"] = [dtype] if dtype else []
+    config.model["base_dtypes" if kept else "dtypes"] = [dtype for dtype in dtypes if dtype]
     return config
 
 

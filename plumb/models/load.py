@@ -162,7 +162,7 @@ def load_reference(
 
 def check_weights(config: DictConfig, scalar: bool) -> None:
     """Compare names and shapes of the weights with the model's; values are read only to see whether
-    a head is tied.
+    a head is tied and, of what an adapter belongs to, whether it is that.
 
     Raises UserError for a policy.pt or a folder that load_policy would refuse for them, UnsafeFile
     for one that is damaged.

@@ -1,7 +1,7 @@
 """Quantize the linear layers under adapters (QLoRA, arXiv:2305.14314), with bitsandbytes.
 
-A quantized layer keeps its weight in 4 or 8 bits, and computes with it as it is when it is spread
-out again: y = x W'^T, for a W' that exists while the layer computes, forward or backward. What a
+A quantized layer keeps its weight in 4 or 8 bits, and computes with it dequantized:
+y = x W'^T, for a W' that exists while the layer computes, forward or backward. What a
 run starts from, its reference included, is the model of all W'.
 
 nf4: 4 bits, in blocks of 64 numbers with one scale, which are quantized themselves (8 bits, in
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from plumb.distributed import sharding
-from plumb.errors import UserError
+from plumb.errors import UnsafeFile, UserError
 from plumb.models.blocks import block_class
 from plumb.models.sharded_load import Parts, WeightSource, Where
 
@@ -65,10 +65,10 @@ def check_torch(kind: str) -> None:
 class QuantizedLinear(nn.Linear):
     """Compute a linear layer whose frozen weight is quantized.
 
-    `weight` is the weight that it computes with, spread out anew each time it is asked for.
+    `weight` is the weight that it computes with, dequantized anew each time it is asked for.
     """
 
-    def __init__(self, layer: nn.Linear, kind: str):
+    def __init__(self, layer: nn.Linear, kind: str, name: str = "a layer"):
         """Quantize a layer's weight where it is; what is on the meta device stays there."""
         nn.Module.__init__(self)
         self.in_features = layer.in_features
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Linear):
         self.dtype = layer.weight.dtype
         # first, since bitsandbytes keeps the tables of its first call where that was
         tables = quantized(torch.zeros(BLOCK[kind]), kind) if layer.weight.is_meta else {}
-        kept = quantized(layer.weight.detach(), kind)
+        kept = quantized(layer.weight.detach(), kind, f"{name}.weight")
         kept |= {name: table for name, table in tables.items() if name in TABLES}
         self.names = tuple(kept)
         for name, tensor in kept.items():
@@ -91,7 +91,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Return the weight, of the type that it had.  [out, in]"""
-        return _spread(self.tensors(), self.kind, self.shape, self.dtype)
+        return _dequantize(self.tensors(), self.kind, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W'^T + b.  [..., in] -> [..., out]"""
@@ -135,14 +135,17 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.weight.to(gradient.dtype), None
 
 
-def quantized(weight: Tensor, kind: str) -> dict[str, Tensor]:
+def quantized(weight: Tensor, kind: str, name: str = "a weight") -> dict[str, Tensor]:
     """Return a weight's packed numbers, their scales and the tables of both, by name. Raise
-    ValueError for NaN and infinity; int8 would make a number of NaN.
+    UnsafeFile for NaN and infinity; int8 would make a number of NaN. `name`: of the weight.
     """
     from bitsandbytes import functional as bnb
 
     if not weight.is_meta and not weight.isfinite().all():
-        raise ValueError("a weight that is to be quantized holds NaN or infinity")
+        raise UnsafeFile(
+            f"model.quantize={kind}: {name} holds NaN or infinity; is the model's file damaged, or"
+            " had its training diverged?"
+        )
     if kind == "int8":
         packed, state = bnb.quantize_blockwise(weight, blocksize=BLOCK[kind])
         return {"packed": packed, "absmax": state.absmax, "code": state.code}
@@ -160,7 +163,9 @@ def quantized(weight: Tensor, kind: str) -> dict[str, Tensor]:
     }
 
 
-def _spread(kept: Mapping[str, Tensor], kind: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _dequantize(
+    kept: Mapping[str, Tensor], kind: str, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
     """Return the weight that these numbers and scales stand for."""
     from bitsandbytes import functional as bnb
 
@@ -190,7 +195,7 @@ def _spread(kept: Mapping[str, Tensor], kind: str, shape: torch.Size, dtype: tor
 
 def rounded(weight: Tensor, kind: str) -> Tensor:
     """Return the weight that a quantized layer with this one computes with.  [out, in]"""
-    return _spread(quantized(weight, kind), kind, weight.shape, weight.dtype)
+    return _dequantize(quantized(weight, kind), kind, weight.shape, weight.dtype)
 
 
 def layers_to_quantize(model: PreTrainedModel, block_name: str | None) -> list[str]:
@@ -223,7 +228,7 @@ def quantize(model: PreTrainedModel, kind: str, block_name: str | None) -> None:
 def quantize_layer(model: nn.Module, name: str, kind: str) -> QuantizedLinear:
     """Quantize a linear layer of a model in place, and return what it has become."""
     layer: Any = model.get_submodule(name)
-    made = QuantizedLinear(layer, kind)
+    made = QuantizedLinear(layer, kind, name)
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, made)
     return made
@@ -276,9 +281,9 @@ def quantized_parts(parts: Parts, kind: str, block_name: str | None) -> Parts:
         if owner not in last:
             last.clear()
             weight = parts.part(f"{owner}.weight", ()).to(layer.dtype).contiguous()
-            last[owner] = quantized(weight, kind)
+            last[owner] = quantized(weight, kind, f"{owner}.weight")
         if own == "weight":
-            return _spread(last[owner], kind, layer.shape, layer.dtype)[where or ...]
+            return _dequantize(last[owner], kind, layer.shape, layer.dtype)[where or ...]
         return _bits(last[owner][own])[where or ...]
 
     return replace(parts, part=part)

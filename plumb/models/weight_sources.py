@@ -592,7 +592,7 @@ def frozen_skeleton(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTra
             copy.deepcopy(model.config), dtype=dtype or model.dtype
         )
     for name, layer in quantized_layers(model).items():
-        # spread out in the type that it has in the model, and then rounded as there
+        # dequantized in the type that it has in the model, and then rounded as there
         own = base_name(f"{name}.weight").removesuffix(".weight")
         quantize_layer(made, own, layer.kind).dtype = layer.dtype
     if adapters := adapters_of(model):

@@ -410,7 +410,7 @@ def make_plan(config: DictConfig, loss: Loss, model: Model, data: Data) -> Plan:
         live=live,
         foreach=foreach,
         stand_ins=stand_in_bytes(config, model.weights, layout, weights),
-        spread_out=spread_out_bytes(config, model.weights, weights, compute),
+        dequantized=dequantized_bytes(config, model.weights, weights, compute),
         kept_whole=steps.n_micro > 1 and not summed,
         activations=activations,
         head=(
@@ -603,7 +603,7 @@ def gathered_bytes(config: DictConfig, weights: Weights, itemsize: int) -> float
     return weight_bytes(config, weights._replace(root=[]), itemsize)
 
 
-def spread_out_bytes(
+def dequantized_bytes(
     config: DictConfig, weights: Weights, dtype: torch.dtype, compute: torch.dtype
 ) -> float:
     """Return the bytes of the largest quantized weight, as its layer computes with it: in the type

@@ -177,11 +177,11 @@ def restore(
     counted = [
         {n for n in some if n.startswith(GROUPS)} for some in (values, values_of(policy, optimizer))
     ]
-    if counted[0] != counted[1]:
+    if counted[1] and counted[0] != counted[1]:
         raise ResumeMismatch(
             f"{files[0].parent}: the optimizer counts the steps of {len(counted[0])} groups of"
-            f" parameters, and here it has {len(counted[1])}; resume with the weight_decay_on and"
-            " head_lr that the run had"
+            f" parameters, and here it has {len(counted[1])}; resume with the weight_decay_on,"
+            " head_lr and trainer that the run had"
         )
     groups = {f"{GROUPS}{i}": group for i, group in enumerate(optimizer.param_groups)}
     for name, of_p in values.items():

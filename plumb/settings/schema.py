@@ -365,6 +365,7 @@ KNOBS: dict[str, Knob] = {
 HELD_IF_USED = {
     "ema_decay",
     "reference_update_every",
+    "stochastic_rounding",
     "optimizer_args.momentum",
     "optimizer_args.amsgrad",
     "optimizer_args.centered",
@@ -411,6 +412,8 @@ def in_state(name: str, before: Any, after: Any) -> bool:
 
     >>> in_state("optimizer", "SGD", "AdamW"), in_state("ema_decay", None, 0.99)
     (True, True)
+    >>> in_state("stochastic_rounding", False, True)
+    True
     >>> in_state("lr", 1e-6, 1e-5), in_state("ema_decay", 0.9, 0.99)
     (False, False)
     """

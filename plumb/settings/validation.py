@@ -316,6 +316,11 @@ def _check_quantized(config: DictConfig) -> None:
     kind = config.model.quantize
     for name, fits, why in (
         ("adapter", config.adapter != "none", "only an adapter can be trained on them; set lora"),
+        (
+            "trainer",
+            config.trainer != "TensorParallelTrainer",
+            "quantized weights are not split; set FSDPTrainer",
+        ),
         ("compile", not config.compile, "quantized layers are not compiled; set false"),
         (
             "adapter_previous",

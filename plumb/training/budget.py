@@ -343,7 +343,7 @@ def memory(
     head: float,
     foreach: bool,
     stand_ins: float = 0.0,
-    spread_out: float = 0.0,
+    dequantized: float = 0.0,
     kept_whole: bool = False,
 ) -> Memory:
     """Return the memory of a training step. n: the numbers of a rank (all of them in BasicTrainer);
@@ -353,7 +353,7 @@ def memory(
     the moving average. `foreach` optimizers hold one temporary of the weights' size while they step
     (PyTorch's documentation): n w; those that step through stand-ins hold `stand_ins` bytes. With
     adapters only these have gradients and an optimizer state, and the live reference has no weights
-    of its own. `spread_out`: the largest weight that is quantized, as it is computed with.
+    of its own. `dequantized`: the largest weight that is quantized, as it is computed with.
 
     With FSDP, N0 being the numbers of the root and Nb those of the largest block:
     - gathered weights, (N0 + 2 Nb) c, where quantized ones have their own bytes in place of c: the
@@ -388,7 +388,7 @@ def memory(
         "moving average": (trained * precision.average,) * 3,
         "activations": (activations, 0, 0),
         "head and loss": (head, 0, 0),
-        "a weight spread out": (spread_out, 0, 0),
+        "a dequantized weight": (dequantized, 0, 0),
         "gathered weights": (
             root * (1 + own) * c + 2 * block * precision.gathered,
             root * (1 + own) * c,

@@ -44,8 +44,12 @@ class Stepwise(torch.optim.Optimizer):
         self.state = inner.state
         self.names = names
         self.how = how
-        for group in self.param_groups:
-            group["n_steps"] = 0
+        # Draws are a function of the step. What draws nothing counts none, so that it can resume
+        # where nothing needs a stand-in.
+        self.draws = torch.bfloat16 in {how.state, *(p.dtype for p in names)}
+        if self.draws:
+            for group in self.param_groups:
+                group["n_steps"] = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -58,7 +62,8 @@ class Stepwise(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._step(group, p)
             group["params"] = parameters
-            group["n_steps"] += 1
+            if self.draws:
+                group["n_steps"] += 1
         self.inner.param_groups = groups
 
     def _step(self, group: dict[str, Any], p: Tensor) -> None:
@@ -74,7 +79,7 @@ class Stepwise(torch.optim.Optimizer):
         group["params"] = [stand_in]
         self.inner.step()
         changed = self.state.pop(stand_in)
-        name, step = self.names[p], group["n_steps"]
+        name, step = self.names[p], group.get("n_steps", 0)
         self.state[p] = {key: self._kept(x, p, f"{name} {key}", step) for key, x in changed.items()}
         if stand_in is not p:
             self._put(stand_in, p, name, step)

@@ -280,7 +280,7 @@ def test_quantized_weights(compose):
 
 def test_quantized_shards_by_hand(compose):
     """Over 4 ranks, computing in 16 bits: the root's 44 numbers are gathered as 2 bytes each, and
-    the 16 + 4 of a block as half a byte and a scale, and 2 bytes; a matrix of 16 is spread out, in
+    the 16 + 4 of a block as half a byte and a scale, and 2 bytes; a matrix of 16 is dequantized, in
     float32 and in 16 bits. 10 numbers of 20 in adapters are trained.
     """
     config = compose("exp_name=x", "model.quantize=nf4")
@@ -292,8 +292,8 @@ def test_quantized_shards_by_hand(compose):
         4.0,
         in_blocks=plan.gathered_bytes(config, TWO, 2),
     )
-    spread_out = plan.spread_out_bytes(config, TWO, torch.float32, torch.bfloat16)
-    assert spread_out == 16 * (4 + 2)
+    dequantized = plan.dequantized_bytes(config, TWO, torch.float32, torch.bfloat16)
+    assert dequantized == 16 * (4 + 2)
     weights = TWO._replace(adapters=20, trained=10)
     got = budget.memory(
         weights,
@@ -304,13 +304,13 @@ def test_quantized_shards_by_hand(compose):
         activations=0,
         head=0,
         foreach=False,
-        spread_out=spread_out,
+        dequantized=dequantized,
     )
     block = 16 * each + 4 * 2
     mean = (48 * each + 56 * 4) / 104
     assert got.kinds["weights"] == pytest.approx((28 * mean + 20 / 4 * 4,) * 3)
     assert got.kinds["gathered weights"] == pytest.approx((44 * 2 + 2 * block, 44 * 2, 0))
-    assert got.kinds["a weight spread out"] == (96, 0, 0)
+    assert got.kinds["a dequantized weight"] == (96, 0, 0)
     sent = budget.traffic(
         weights, ClusterShape(4, shard_size=2), precision, n_micro=3, live=True, each=False
     )

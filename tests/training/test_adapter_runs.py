@@ -372,6 +372,18 @@ def test_a_base_in_the_types_of_two_runs(train, sft, tiny_model):
         assert torch.equal(opened.state_dict()[f"{name}.weight"], expected)
 
 
+def test_a_reference_of_a_wider_type_than_the_policy(train, tiny_model):
+    """In its run it was a copy of the policy, which had been rounded before."""
+    ref = find_model(
+        str(
+            train("run", *SHORT_DPO, "model.policy_dtype=bfloat16", "model.reference_dtype=float32")
+        )
+    )
+    found = load_policy(start_of(ref)).state_dict()
+    for name, value in weights(tiny_model).items():
+        assert torch.equal(found[name], value.bfloat16().float()), name
+
+
 def test_a_base_that_has_moved(train, tiny_model, tmp_path):
     """--base says where it is now, for the policy and its reference, also at the root of several
     runs.

@@ -3,19 +3,22 @@ refused.
 """
 
 import json
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.distributed as dist
-from groups import halted_after, run_in_group
-from runs import DPO, evaluate, outcome, records, same, state_of
+from groups import halted_after, run_in_group, train_until
+from runs import DPO, FAST, evaluate, outcome, records, same, state_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plumb.console import to_dict
 from plumb.distributed import sharding
 from plumb.errors import UserError
+from plumb.losses.registry import build_loss
 from plumb.runs.policy_file import load_policy_state
 from plumb.training.optimizers import averaged_weights, make_optimizer
 
@@ -190,6 +193,25 @@ def test_halted_and_resumed_it_ends_the_same(case, train):
     assert same(outcome(train("halted", *options)), whole)
 
 
+@pytest.mark.parametrize("name", ["muon", "Adafactor"])
+def test_what_steps_whole_matrices_resumes_under_the_other_trainer(
+    name, train, compose, here, data, tiny_model, tmp_path
+):
+    """One process, then two, as if it had been one."""
+    options = [*DPO, *CASES[name], "n_examples=12", "save_every=4", "warmup_steps=0", "lr=1e-4"]
+    options += ["n_eval_examples=1", "do_first_eval=false", "resume=auto"]
+    options += ["model.policy_dtype=float64"]
+    whole = outcome(train("whole", *options))
+    with halted_after(2):
+        train("halted", *options)
+        pytest.fail("it was not halted")
+    overrides = [*here, "exp_name=halted", f"local_run_dir={tmp_path / 'halted'}", *FAST, *options]
+    overrides += [f"model.name_or_path={tiny_model}", f"datasets=[{data}]"]
+    overrides += ["trainer=FSDPTrainer", "n_cpu_processes=2"]
+    run_in_group(2, train_until, partial(compose, *overrides), None)
+    assert same(outcome(tmp_path / "halted"), whole, tolerance=1e-8)
+
+
 def test_the_average_of_schedule_free_is_evaluated_saved_and_read(train, tmp_path):
     """policy.pt holds the average, of which eval.py finds the loss that the run found; the state
     holds what is trained, which is another model.
@@ -288,12 +310,19 @@ def test_what_coarse_weights_are_advised_is_possible(name, advised, train, capsy
 def test_what_is_advised_without_memory_is_not_done_yet(compose):
     from train import fewer_bytes, smaller_steps
 
+    def bytes_of(*options):
+        config = compose("exp_name=x", "model.name_or_path=y", *options)
+        return fewer_bytes(config, build_loss(to_dict(config.loss)))
+
     plain = compose("exp_name=x", "model.name_or_path=y", *DPO)
-    assert "adapter=lora with model.quantize=nf4, reference=cached, a sm" in fewer_bytes(plain)
+    assert "adapter=lora with model.quantize=nf4, reference=cached, a sm" in bytes_of(*DPO)
+    single = bytes_of("loss=sft")
+    assert "reference" not in single and "adapter=lora," not in single
+    assert "nf4" not in bytes_of(*DPO, "compile=true")
     assert "checkpointing=true, or model.fsdp_policy_mp=bfloat16" in smaller_steps(plain, None)
     lean = ["adapter=lora", "model.quantize=nf4", "model.fsdp_policy_mp=bfloat16"]
     done = compose("exp_name=x", "model.name_or_path=y", *DPO, *lean)
-    assert fewer_bytes(done).endswith(": trainer=FSDPTrainer on more GPUs, a smaller model")
+    assert bytes_of(*DPO, *lean).endswith(": trainer=FSDPTrainer on more GPUs, a smaller model")
     assert "fsdp_policy_mp" not in smaller_steps(done, 512)
 
 
