@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers or datasets
@@ -206,6 +207,21 @@ def data(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
+
+
+@pytest.fixture
+def of_two(tmp_path, data, tiny_model, here, compose):
+    """`of_two(name, *overrides)` -> the function that composes the config of such a run as `train`
+    makes, for two processes of one group under FSDPTrainer.
+    """
+    two = ["trainer=FSDPTrainer", "n_cpu_processes=2"]
+
+    def config_of(name, *overrides):
+        names = [f"exp_name={name}", f"local_run_dir={tmp_path / name}"]
+        names += [f"model.name_or_path={tiny_model}", f"datasets=[{data}]"]
+        return partial(compose, *here, *names, *FAST, *two, *overrides)
+
+    return config_of
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """Activations in the host's RAM: the same gradients, from copies; the plan counts what stays."""
 
-from functools import partial
-
 import pytest
 import torch
 from groups import run_in_group, train_until
-from runs import DPO, FAST, STEADY, outcome, records, same
+from runs import DPO, STEADY, outcome, records, same
 from test_blocks import llama
 from tiny import LLAMA, SIZES
 from transformers import AutoConfig
@@ -84,23 +82,12 @@ def test_a_run_is_the_same(recompute, train, monkeypatch):
     assert (LLAMA["intermediate_size"] in wide) != recompute
 
 
-def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_path, monkeypatch):
+def test_two_processes_do_as_one(train, of_two, tmp_path, monkeypatch):
     """And copy none of the weights that FSDP has gathered."""
     monkeypatch.setattr(offload, "LEAST_BYTES", 0)
     options = [*DPO, STEADY, "model.policy_dtype=float64", "n_examples=8", "reference=live"]
     options += ["activation_offload=true"]
-    overrides = [
-        *here,
-        "exp_name=two",
-        f"local_run_dir={tmp_path / 'two'}",
-        f"model.name_or_path={tiny_model}",
-        f"datasets=[{data}]",
-        *FAST,
-        *options,
-        "trainer=FSDPTrainer",
-        "n_cpu_processes=2",
-    ]
-    run_in_group(2, train_and_see_copies, partial(compose, *overrides))
+    run_in_group(2, train_and_see_copies, of_two("two", *options))
     assert same(outcome(tmp_path / "two"), outcome(train("one", *options)), tolerance=1e-8)
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from contextlib import nullcontext
-from functools import partial
 from itertools import product
 
 import pytest
@@ -12,7 +11,6 @@ from groups import Halt, run_in_group, train_until
 from peft import PeftModel
 from runs import (
     DPO,
-    FAST,
     ROWS,
     STEADY,
     evaluate,
@@ -465,7 +463,7 @@ def test_a_learning_rate_of_full_training_gets_a_note(train, capsys):
     assert "note: lr" not in capsys.readouterr().out
 
 
-def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_path):
+def test_two_processes_do_as_one(train, of_two, tmp_path):
     """Each of two gloo ranks has half of the base and of the adapters. The adapters are those of
     one process, within 1e-8 in float64 (see test_resume.py), and to the bit those of the two when
     they are killed and resumed.
@@ -474,18 +472,7 @@ def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_pat
     options += ["adapter_init=pissa", "do_first_eval=false", "resume=auto", "save_every=8"]
 
     def in_two(name, halt):
-        overrides = [
-            *here,
-            f"exp_name={name}",
-            f"local_run_dir={tmp_path / name}",
-            f"model.name_or_path={tiny_model}",
-            f"datasets=[{data}]",
-            *FAST,
-            *options,
-            "trainer=FSDPTrainer",
-            "n_cpu_processes=2",
-        ]
-        run_in_group(2, train_until, partial(compose, *overrides), halt)
+        run_in_group(2, train_until, of_two(name, *options), halt)
         return tmp_path / name
 
     two = outcome(in_two("two", None))

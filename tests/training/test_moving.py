@@ -4,12 +4,11 @@ the policy's weights.
 
 import json
 import shutil
-from functools import partial
 
 import pytest
 import torch
 from groups import Halt, run_in_group, train_until
-from runs import DPO, FAST, STEADY, evaluate, outcome, records, same, state_of
+from runs import DPO, STEADY, evaluate, outcome, records, same, state_of
 from torch import nn
 
 import trainers
@@ -236,7 +235,7 @@ def test_a_cache_that_was_lost_stops_a_resumed_run(train, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
-def test_two_processes_do_as_one(reference, train, compose, here, data, tiny_model, tmp_path):
+def test_two_processes_do_as_one(reference, train, of_two, tmp_path):
     """Each of two gloo ranks has half of the weights, of their average and of the reference. The
     weights are those of one process, within 1e-8 in float64 (see test_resume.py), and to the bit
     those of two that were halted in between.
@@ -252,19 +251,7 @@ def test_two_processes_do_as_one(reference, train, compose, here, data, tiny_mod
     ]
 
     def in_two(name, halt):
-        overrides = [
-            *here,
-            f"exp_name={name}",
-            f"local_run_dir={tmp_path}/{name}",
-            f"model.name_or_path={tiny_model}",
-            f"datasets=[{data}]",
-            *FAST,
-            *options,
-            "resume=auto",
-            "trainer=FSDPTrainer",
-            "n_cpu_processes=2",
-        ]
-        run_in_group(2, train_until, partial(compose, *overrides), halt)
+        run_in_group(2, train_until, of_two(name, *options, "resume=auto"), halt)
         return tmp_path / name
 
     two = outcome(in_two("two", None))

@@ -3,14 +3,13 @@ refused.
 """
 
 import json
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.distributed as dist
 from groups import halted_after, run_in_group, train_until
-from runs import DPO, FAST, evaluate, outcome, records, same, state_of
+from runs import DPO, evaluate, outcome, records, same, state_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -194,9 +193,7 @@ def test_halted_and_resumed_it_ends_the_same(case, train):
 
 
 @pytest.mark.parametrize("name", ["muon", "Adafactor"])
-def test_what_steps_whole_matrices_resumes_under_the_other_trainer(
-    name, train, compose, here, data, tiny_model, tmp_path
-):
+def test_what_steps_whole_matrices_resumes_under_the_other_trainer(name, train, of_two, tmp_path):
     """One process, then two, as if it had been one."""
     options = [*DPO, *CASES[name], "n_examples=12", "save_every=4", "warmup_steps=0", "lr=1e-4"]
     options += ["n_eval_examples=1", "do_first_eval=false", "resume=auto"]
@@ -205,10 +202,7 @@ def test_what_steps_whole_matrices_resumes_under_the_other_trainer(
     with halted_after(2):
         train("halted", *options)
         pytest.fail("it was not halted")
-    overrides = [*here, "exp_name=halted", f"local_run_dir={tmp_path / 'halted'}", *FAST, *options]
-    overrides += [f"model.name_or_path={tiny_model}", f"datasets=[{data}]"]
-    overrides += ["trainer=FSDPTrainer", "n_cpu_processes=2"]
-    run_in_group(2, train_until, partial(compose, *overrides), None)
+    run_in_group(2, train_until, of_two("halted", *options), None)
     assert same(outcome(tmp_path / "halted"), whole, tolerance=1e-8)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from groups import halted_after, run_in_group, train_until
-from runs import DPO, FAST, STEADY, evaluate, outcome, records, same, state_of
+from runs import DPO, STEADY, evaluate, outcome, records, same, state_of
 from torch import nn
 from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
@@ -225,7 +225,7 @@ def computes_with(expected, layer, inputs):
     assert torch.equal(layer.weight, expected)
 
 
-def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_path):
+def test_two_processes_do_as_one(train, of_two, tiny_model, tmp_path):
     """Each of two gloo ranks has half of what is packed. The adapters are those of one process, up
     to rounding in float32, and to the bit those of the two when they are killed and resumed. The
     digest of the start is the same, so that either can continue the other's run.
@@ -234,24 +234,9 @@ def test_two_processes_do_as_one(train, compose, here, data, tiny_model, tmp_pat
     options += ["reference=live", "save_every=4"]
     mixed = ["model.quantize=int8", "reference=cached", "model.fsdp_policy_mp=bfloat16"]
 
-    def in_two(name, *more):
-        return partial(
-            compose,
-            *here,
-            f"exp_name={name}",
-            f"local_run_dir={tmp_path / name}",
-            f"model.name_or_path={tiny_model}",
-            f"datasets=[{data}]",
-            *FAST,
-            *options,
-            "trainer=FSDPTrainer",
-            "n_cpu_processes=2",
-            *more,
-        )
-
     runs = [("two", None), ("halted", 2), ("halted", None)]
-    runs = [(in_two(name), halt) for name, halt in runs]
-    runs.append((in_two("mixed", *mixed, "n_examples=4"), None))
+    runs = [(of_two(name, *options), halt) for name, halt in runs]
+    runs.append((of_two("mixed", *options, *mixed, "n_examples=4"), None))
     run_in_group(2, in_halves, tiny_model, *runs)
     one = train("one", *options)
     two = outcome(tmp_path / "two")
