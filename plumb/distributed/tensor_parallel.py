@@ -41,6 +41,10 @@ class Style(NamedTuple):
 
 # The module's own weight beside adapters, and the matrices of a LoRA adapter, as peft names them.
 ADAPTER_PART = re.compile(r"\.(?:base_layer|(lora_A|lora_B)\.\w+)$")
+SPLITS_NO_DORA = (
+    "adapter=dora: needs whole rows of the weights, which trainer=TensorParallelTrainer splits; set"
+    " trainer=FSDPTrainer, or adapter=lora"
+)
 GATHERED = Style("vocabulary")  # embedding and head, whatever the plan says
 STYLES = {
     "colwise": Style("out"),
@@ -126,10 +130,7 @@ def shard_tensor_parallel(
 def _check_adapters(model: Any) -> None:
     """Raise UserError for adapters that are not split here."""
     if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
-        raise UserError(
-            "adapter=dora: needs whole rows of the weights, which trainer=TensorParallelTrainer"
-            " splits; set trainer=FSDPTrainer, or adapter=lora"
-        )
+        raise UserError(SPLITS_NO_DORA)
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if any(hasattr(end, "base_layer") for end in ends):
         raise UserError(

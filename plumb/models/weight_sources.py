@@ -643,16 +643,17 @@ class CutIfNeeded:
         return self.source.whole(device_map)
 
     def in_parts(self) -> Parts:
-        try:
-            return self.source.in_parts()
-        except NotImplementedError as error:
-            rank0_print(f"every process reads the whole model before it keeps its part: {error}")
-            return CutFromWhole(self.source).in_parts()
+        note = "every process reads the whole model before it keeps its part: {}"
+        return parts_of(self.source, note)
 
 
-def parts_of(source: WeightSource) -> Parts:
-    """Return the parts of a source; cut from the whole model where it cannot give them."""
+def parts_of(source: WeightSource, note: str | None = None) -> Parts:
+    """Return the parts of a source; cut from the whole model where it cannot give them, which a
+    `note` says, with the reason in it.
+    """
     try:
         return source.in_parts()
-    except NotImplementedError:
+    except NotImplementedError as error:
+        if note is not None:
+            rank0_print(note.format(error))
         return CutFromWhole(source).in_parts()

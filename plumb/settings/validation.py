@@ -239,10 +239,9 @@ def _check_adapter(config: DictConfig, loss: Loss) -> None:
     if config.adapter_previous == "continue" and not config.plan:
         _check_continued(config, {*changed} | on_command_line())
     if config.adapter == "dora" and config.trainer == "TensorParallelTrainer":
-        raise UserError(
-            "adapter=dora: needs whole rows of the weights, which trainer=TensorParallelTrainer"
-            " splits; set trainer=FSDPTrainer, or adapter=lora"
-        )
+        from plumb.distributed.tensor_parallel import SPLITS_NO_DORA
+
+        raise UserError(SPLITS_NO_DORA)
     if config.adapter == "dora" and config.adapter_init != "default":
         raise UserError(
             f"adapter_init={config.adapter_init}: is for adapter=lora; leave it as it is"
